@@ -1,0 +1,200 @@
+"""What travels from a DataModule to the ranks of a pipeline.
+
+Every rank sees all tokens, positions and media *metadata* of a batch; pixels and generator targets are present only
+on the rank that owns the item. Knows tensors and costs; knows nothing of Lightning, process groups or models.
+
+Shape suffixes: B samples of a microbatch, S tokens, L labelled positions, N rows (of features or conditions).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bigmac_lightning.schedule.plan import even_groups
+
+
+@dataclass(frozen=True)
+class PipelineLayout:
+    """This process's place in its pipeline, as far as a collate function has to know it.
+
+    Attributes:
+        size: ranks in the pipeline; 1 without pipeline parallelism.
+        rank: this process's rank in the pipeline.
+        group_size: microbatches per group; ownership is balanced inside each group.
+        microbatches: how many microbatches the strategy expects per batch; ``None``: as many as the data has.
+        encoder_ranks: ranks that may own media items; ``None``: all.
+        generator_ranks: ranks that may own generator targets; ``None``: all.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group_size: int = 1
+    microbatches: int | None = None
+    encoder_ranks: tuple[int, ...] | None = None
+    generator_ranks: tuple[int, ...] | None = None
+
+
+@dataclass
+class MediaItem:
+    """One image, video, ... of a microbatch.
+
+    Attributes:
+        encoder: name of the encoder that turns it into features.
+        rows: number of feature rows (LLM tokens) it turns into.
+        cost: encoder forward time in any unit shared by all items of a batch.
+        owner: rank of the pipeline that decodes and encodes it.
+        data: its pixels on the owner, ``None`` elsewhere.
+    """
+
+    encoder: str
+    rows: int
+    cost: float = 1.0
+    owner: int = 0
+    data: Tensor | None = None
+
+
+@dataclass
+class TargetItem:
+    """One thing that a generator learns to make, conditioned on hidden states of its microbatch.
+
+    Attributes:
+        generator: name of the generator.
+        rows: number of condition rows (final hidden states) it reads.
+        shape: shape of the target, known on all ranks.
+        seed: of the noise and timestep drawn for it: the same for any number of ranks.
+        cost: generator time in any unit shared by all items of a batch.
+        owner: rank of the pipeline that runs the generator on it.
+        data: the target on the owner, ``None`` elsewhere (and when sampling).
+    """
+
+    generator: str
+    rows: int
+    shape: tuple[int, ...]
+    seed: int = 0
+    cost: float = 1.0
+    owner: int = 0
+    data: Tensor | None = None
+
+
+def _no_positions() -> Tensor:
+    return torch.empty(0, dtype=torch.long)
+
+
+@dataclass
+class Microbatch:
+    """One microbatch: what a single forward of an LLM stage works on.
+
+    Attributes:
+        inputs: tensors for the LLM, at least ``input_ids`` of shape (B, S); also ``position_ids``, ``attention_mask``.
+        label_positions: (L,) flat indices into B * S whose hidden state predicts a labelled token.
+        labels: (L,) the token ids to be predicted there (the *next* token of each of these positions).
+        media: items in the order of their feature rows.
+        media_positions: (N,) flat indices into B * S that the feature rows replace, item after item.
+        targets: generator targets in the order of their condition rows.
+        target_positions: (N,) flat indices into B * S of the hidden states that condition them, item after item.
+    """
+
+    inputs: dict[str, Tensor]
+    label_positions: Tensor = field(default_factory=_no_positions)
+    labels: Tensor = field(default_factory=_no_positions)
+    media: list[MediaItem] = field(default_factory=list)
+    media_positions: Tensor = field(default_factory=_no_positions)
+    targets: list[TargetItem] = field(default_factory=list)
+    target_positions: Tensor = field(default_factory=_no_positions)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)"""
+        batch, tokens = self.inputs["input_ids"].shape
+        return batch, tokens
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
+        """A copy with every tensor passed through `function`."""
+
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return Microbatch(
+            inputs={name: function(tensor) for name, tensor in self.inputs.items()},
+            label_positions=function(self.label_positions),
+            labels=function(self.labels),
+            media=[replace(item, data=optional(item.data)) for item in self.media],
+            media_positions=function(self.media_positions),
+            targets=[replace(item, data=optional(item.data)) for item in self.targets],
+            target_positions=function(self.target_positions),
+        )
+
+
+@dataclass
+class Batch:
+    """All microbatches of one step of one pipeline, with the layout that its owners were chosen for."""
+
+    microbatches: list[Microbatch]
+    layout: PipelineLayout = field(default_factory=PipelineLayout)
+
+    def __len__(self) -> int:
+        return len(self.microbatches)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """A copy on `device` (called by Lightning)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory (called by the DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch([microbatch.map(function) for microbatch in self.microbatches], self.layout)
+
+    @property
+    def labels(self) -> Tensor:
+        """(sum of L,) labels of all microbatches, in the order of ``PipelineOutput.predictions``."""
+        return torch.cat([microbatch.labels for microbatch in self.microbatches])
+
+    @property
+    def targets(self) -> list[TargetItem]:
+        """Generator targets of all microbatches, in the order of ``PipelineOutput.samples``."""
+        return [item for microbatch in self.microbatches for item in microbatch.targets]
+
+    @property
+    def samples(self) -> int:
+        return sum(microbatch.shape[0] for microbatch in self.microbatches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(microbatch.inputs["input_ids"].numel() for microbatch in self.microbatches)
+
+
+def balance(costs: Sequence[float], ranks: Sequence[int]) -> list[int]:
+    """Assign work to ranks, longest first, each to the least loaded rank (LPT); ties go to the lower position.
+
+    The same costs give the same owners in every process.
+
+    Returns: the owner of each cost, an element of `ranks`.
+    """
+    load = dict.fromkeys(ranks, 0.0)
+    owners = [ranks[0]] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(load, key=lambda r: load[r])
+        owners[index] = rank
+        load[rank] += costs[index]
+    return owners
+
+
+def assign_owners(microbatches: Sequence[Microbatch], layout: PipelineLayout) -> None:
+    """Set the owner of every media item and generator target, balanced by cost inside each group, in place.
+
+    Needs costs only, so that it can run before anything is decoded.
+    """
+    everyone = tuple(range(layout.size))
+    for group in even_groups(len(microbatches), layout.group_size):
+        _share_out([item for m in group for item in microbatches[m].media], layout.encoder_ranks or everyone)
+        _share_out([item for m in group for item in microbatches[m].targets], layout.generator_ranks or everyone)
+
+
+def _share_out(items: Iterable[MediaItem | TargetItem], ranks: Sequence[int]) -> None:
+    items = list(items)
+    for item, owner in zip(items, balance([item.cost for item in items], ranks), strict=True):
+        item.owner = owner

@@ -1,0 +1,329 @@
+"""The LightningModule contract: encoders, a language model, generators, and one `pipeline(batch)` over them.
+
+Components are single-device code. Here stands what every path shares (how a microbatch goes through a stage, what is
+counted, how sums become losses) and the plain path: one process, one autograd graph, any Lightning strategy. Under
+strategy="bigmac" the strategy hands in a runner, and the same functions are called from the pipeline instead.
+Knows nothing of ranks, schedules or process groups.
+
+Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem
+
+Mode = Literal["train", "evaluate", "sample"]
+
+
+class Encoder(nn.Module, ABC):
+    """Turns media into features of the LLM's width. Single-device; items are independent of one another."""
+
+    @abstractmethod
+    def forward(self, pixels: list[Tensor]) -> Tensor:
+        """Encode items of any mix of sizes.
+
+        Args:
+            pixels: one tensor per item, as the DataModule put it into `MediaItem.data`.
+
+        Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows`.
+        """
+
+
+class LanguageModel(nn.Module, ABC):
+    """A decoder that can be cut between layers. Built without weights; `materialize` fills the part that is kept.
+
+    Attributes:
+        num_layers: number of layers that can be spread over stages.
+        width: D.
+        tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` where the output weight is the embedding, by names
+            inside this module; empty where nothing is tied. In one process it is one parameter; where the two lie on
+            different ranks each holds a copy and their gradients are summed.
+    """
+
+    num_layers: int
+    width: int
+    tied: dict[str, str]
+
+    @abstractmethod
+    def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        """Allocate and initialise these layers, the embedding and the head (final norm and output weight); drop the rest.
+
+        Weights depend on the seed and the parameter's name only. Names stay those of the whole model.
+        """
+
+    @abstractmethod
+    def embed(self, inputs: dict[str, Tensor]) -> Tensor:
+        """h_BSD from `inputs["input_ids"]`."""
+
+    @abstractmethod
+    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range) -> Tensor:
+        """h_BSD after these consecutive layers; after the last one the final norm is applied as well."""
+
+    @abstractmethod
+    def logits(self, h_LD: Tensor) -> Tensor:
+        """logits_LV of normed hidden states."""
+
+
+class Generator(nn.Module, ABC):
+    """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device."""
+
+    @abstractmethod
+    def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
+        """The sum over items of each item's mean loss, a scalar.
+
+        Args:
+            conditions: condition_ND per item, N = `item.rows`.
+            items: the items, with `data`; draw noise from a `torch.Generator` seeded by `item.seed`.
+        """
+
+    @abstractmethod
+    def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
+        """Make one thing of shape `item.shape` per item; `item.data` is not read."""
+
+
+@dataclass
+class PipelineOutput:
+    """What `pipeline(batch)` returns, equal on every rank.
+
+    Attributes:
+        loss: scalar, the weighted loss over the whole step (all data-parallel replicas). Return it from training_step.
+        metrics: detached scalars ready for `log_dict`: "loss", and each part by name ("text", each generator).
+        predictions: (sum of L,) most likely token at each labelled position, in the order of `batch.labels`;
+            ``None`` while training.
+        samples: one tensor per item of `batch.targets` in mode "sample", else ``None``.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    predictions: Tensor | None = None
+    samples: list[Tensor] | None = None
+
+
+@dataclass
+class StageOutput:
+    """What one stage makes of one microbatch.
+
+    Attributes:
+        hidden: h_BSD for the next stage; ``None`` after the last.
+        text_loss: sum of the token losses (last stage; ``None`` if there are no labels).
+        conditions: condition_ND rows of all generator targets (last stage; ``None`` if there are none).
+        predictions: (L,) token ids (last stage, not while training).
+    """
+
+    hidden: Tensor | None = None
+    text_loss: Tensor | None = None
+    conditions: Tensor | None = None
+    predictions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the LLM that a process holds.
+
+    Attributes:
+        layers: global indices of its layers; ``None``: all.
+        embedding, head: whether it holds the input embedding, and the final norm with the output weight.
+    """
+
+    layers: Collection[int] | None = None
+    embedding: bool = True
+    head: bool = True
+
+
+class PipelineModule(pl.LightningModule):
+    """Base class of everything that strategy="bigmac" can train.
+
+    Set `encoders`, `llm` and `generators` in ``__init__`` and write ordinary steps around ``self.pipeline(batch)``::
+
+        def training_step(self, batch, batch_idx):
+            out = self.pipeline(batch)
+            self.log_dict(out.metrics)
+            return out.loss
+
+    Attributes:
+        encoders: by the name that `MediaItem.encoder` gives.
+        llm: the language model.
+        generators: by the name that `TargetItem.generator` gives.
+        loss_weights: weight of "text" and of each generator's loss; 1.0 where not named.
+        part: the part of the LLM to hold; set by the strategy before `configure_model`.
+        runner: runs a batch through the pipeline; set by the strategy. ``None``: the plain path.
+    """
+
+    def __init__(
+        self,
+        llm: LanguageModel,
+        encoders: dict[str, Encoder] | None = None,
+        generators: dict[str, Generator] | None = None,
+        loss_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.encoders = nn.ModuleDict(dict(encoders or {}))
+        self.generators = nn.ModuleDict(dict(generators or {}))
+        self.loss_weights = dict(loss_weights or {})
+        if unknown := self.loss_weights.keys() - self.loss_names:
+            raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
+        self.part = Part()
+        self.runner: Callable[[Batch, Mode], PipelineOutput] | None = None
+        self._materialized = False
+
+    @property
+    def loss_names(self) -> list[str]:
+        """The order in which loss sums and counts travel."""
+        return ["text", *self.generators]
+
+    def configure_model(self) -> None:
+        """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
+        if self._materialized:
+            return
+        layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
+        self.llm.materialize(layers, self.part.embedding, self.part.head)
+        self._materialized = True
+
+    def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
+        """Run a batch through encoders, LLM and generators.
+
+        Trains (gradients included, under strategy="bigmac") inside a training step and evaluates elsewhere.
+
+        Args:
+            batch: as a DataModule's collate function made it.
+            sample: let the generators make things instead of computing their loss.
+        """
+        mode: Mode = "sample" if sample else "train" if self.training and torch.is_grad_enabled() else "evaluate"
+        run = self.runner or self._run_plain
+        return run(batch, mode)
+
+    # -- shared by the plain path and the pipeline ---------------------------------------------------------------
+
+    def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
+        """features_ND of each item; items of one encoder are encoded together."""
+        features: list[Tensor | None] = [None] * len(items)
+        for name, encoder in self.encoders.items():
+            mine = [i for i, item in enumerate(items) if item.encoder == name]
+            if mine:
+                rows = encoder([_data(items[i]) for i in mine]).split([items[i].rows for i in mine])
+                for i, row in zip(mine, rows, strict=True):
+                    features[i] = row
+        if None in features:
+            item = items[features.index(None)]
+            raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
+        return [feature for feature in features if feature is not None]
+
+    def run_stage(
+        self, microbatch: Microbatch, layers: range, hidden: Tensor | None, features: Tensor | None, mode: Mode
+    ) -> StageOutput:
+        """One stage on one microbatch.
+
+        Args:
+            layers: this stage's layers; the first stage embeds, the last one computes loss and conditions.
+            hidden: h_BSD from the stage before; ``None`` for the first.
+            features: features_ND of all the microbatch's media items (first stage); ``None`` if it has none.
+        """
+        llm = self.llm
+        if layers.start == 0:
+            hidden = llm.embed(microbatch.inputs)
+            if features is not None:
+                flat = hidden.flatten(0, 1).index_copy(0, microbatch.media_positions, features.to(hidden.dtype))
+                hidden = flat.view_as(hidden)
+        assert hidden is not None, "only the first stage starts without hidden states"
+        hidden = llm.run_layers(hidden, microbatch.inputs, layers)
+        if layers.stop < llm.num_layers:
+            return StageOutput(hidden=hidden)
+        out = StageOutput()
+        flat = hidden.flatten(0, 1)
+        if len(microbatch.labels):
+            logits = llm.logits(flat[microbatch.label_positions])
+            out.text_loss = nn.functional.cross_entropy(logits.float(), microbatch.labels, reduction="sum")
+            if mode != "train":
+                out.predictions = logits.argmax(-1)
+        if microbatch.targets:
+            out.conditions = flat[microbatch.target_positions]
+        return out
+
+    def generate(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> dict[str, Tensor]:
+        """Loss sum of each generator that has items."""
+        sums: dict[str, Tensor] = {}
+        for name, generator in self.generators.items():
+            mine = [i for i, item in enumerate(items) if item.generator == name]
+            if mine:
+                sums[name] = generator([conditions[i] for i in mine], [items[i] for i in mine])
+        return sums
+
+    def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
+        """One made thing per item."""
+        made: list[Tensor | None] = [None] * len(items)
+        for name, generator in self.generators.items():
+            mine = [i for i, item in enumerate(items) if item.generator == name]
+            if mine:
+                results = generator.sample([conditions[i] for i in mine], [items[i] for i in mine])
+                for i, result in zip(mine, results, strict=True):
+                    made[i] = result
+        return [thing for thing in made if thing is not None]
+
+    def counts(self, batch: Batch) -> list[float]:
+        """What each loss sum of `loss_names` is divided by: labelled tokens, and targets of each generator."""
+        tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
+        targets = [item.generator for item in batch.targets]
+        return [float(tokens), *(float(targets.count(name)) for name in self.generators)]
+
+    def scales(self, counts: Tensor) -> Tensor:
+        """Factor of each loss sum: weight / count over the whole step (count 0 gives a harmless weight / 1)."""
+        weights = torch.tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names], device=counts.device)
+        return weights / counts.clamp(min=1.0)
+
+    def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Named scalars from the step's loss sums and counts."""
+        parts = sums / counts.clamp(min=1.0)
+        return {"loss": (sums * self.scales(counts)).sum(), **dict(zip(self.loss_names, parts.unbind(), strict=True))}
+
+    # -- the plain path --------------------------------------------------------------------------------------------
+
+    def _run_plain(self, batch: Batch, mode: Mode) -> PipelineOutput:
+        sums = dict.fromkeys(self.loss_names, torch.zeros((), device=self.device))
+        predictions: list[Tensor] = []
+        samples: list[Tensor] = []
+        for microbatch in batch.microbatches:
+            features = torch.cat(self.encode(microbatch.media)) if microbatch.media else None
+            out = self.run_stage(microbatch, range(self.llm.num_layers), None, features, mode)
+            if out.text_loss is not None:
+                sums["text"] = sums["text"] + out.text_loss
+            if out.predictions is not None:
+                predictions.append(out.predictions)
+            if out.conditions is None:
+                continue
+            conditions = list(out.conditions.split([item.rows for item in microbatch.targets]))
+            if mode == "sample":
+                samples += self.sample(conditions, microbatch.targets)
+            else:
+                for name, loss in self.generate(conditions, microbatch.targets).items():
+                    sums[name] = sums[name] + loss
+        local = torch.stack([sums[name].float() for name in self.loss_names])
+        counts, total = self._over_replicas(torch.tensor(self.counts(batch), device=self.device), local.detach())
+        # data-parallel strategies average gradients over their world: undo that, the counts are global already
+        world = self._trainer.world_size if self._trainer is not None else 1
+        return PipelineOutput(
+            loss=(local * self.scales(counts)).sum() * world,
+            metrics=self.metrics(total, counts),
+            predictions=None if mode == "train" else torch.cat([batch.labels.new_empty(0), *predictions]),
+            samples=samples if mode == "sample" else None,
+        )
+
+    def _over_replicas(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self._trainer is None or self._trainer.world_size == 1:
+            return tensors
+        reduced = self._trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum")
+        assert isinstance(reduced, Tensor)
+        return reduced.unbind()
+
+
+def _data(item: MediaItem) -> Tensor:
+    if item.data is None:
+        raise ValueError(f"a media item of encoder {item.encoder!r} has no data on its owner, rank {item.owner}")
+    return item.data
