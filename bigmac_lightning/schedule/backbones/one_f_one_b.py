@@ -1,0 +1,21 @@
+"""1F1B (PipeDream-Flush, Narayanan et al. 2021, arXiv 2006.09503): after a warm-up, forwards and backwards alternate.
+
+Knows one stage per rank; knows nothing of costs.
+"""
+
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.backbones.base import Orders
+
+
+def one_f_one_b(pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0) -> Orders:
+    """Every rank's actions: stage s warms up with P - 1 - s + `extra_in_flight` forwards."""
+    orders: Orders = []
+    for stage in range(pipeline_parallel_size):
+        warm_up = min(microbatches, pipeline_parallel_size - 1 - stage + extra_in_flight)
+        actions = [Action("F", microbatch, stage) for microbatch in range(warm_up)]
+        for backward in range(microbatches):
+            if warm_up + backward < microbatches:
+                actions.append(Action("F", warm_up + backward, stage))
+            actions.append(Action("B", backward, stage))
+        orders.append(actions)
+    return orders

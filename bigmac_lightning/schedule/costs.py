@@ -1,0 +1,61 @@
+"""Times of the kinds of actions.
+
+Knows which kinds occur; knows nothing of plans.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+from bigmac_lightning.schedule.action import Kind
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times, in any one unit. A kind whose cost is 0 does not occur in a plan.
+
+    Without F there is no plan; without B (evaluation) there is no I, W and EB; without EF there is no EB.
+
+    Attributes:
+        F: forward of one stage on one microbatch.
+        B: its full backward; 0 for evaluation.
+        I: its backward as far as input gradients, in backbones that split the backward.
+        W: the rest of that backward: weight gradients.
+        EF: encoder forward of one microbatch on one rank; 0: no encoder.
+        EB: its backward; 0: the encoder is frozen.
+        G: generator forward and backward of one microbatch on one rank; 0: no generator.
+        latency: added to every dependency between two ranks.
+    """
+
+    F: float = 1.0
+    B: float = 2.0
+    I: float = 1.0  # noqa: E741
+    W: float = 1.0
+    EF: float = 1.0
+    EB: float = 2.0
+    G: float = 0.0
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"costs.{name} is {value}; expected a finite number of at least 0")
+        if self.F == 0:
+            raise ValueError("costs.F is 0; expected more, as every plan has forwards")
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds that may occur in a plan."""
+        absent: set[Kind] = set()
+        for kind, needed in (("F", 1), ("B", self.B), ("I", self.B * self.I), ("W", self.B * self.W), ("EF", self.EF)):
+            if not needed:
+                absent.add(kind)
+        if not (self.B and self.EF and self.EB):
+            absent.add("EB")
+        if not self.G:
+            absent.add("G")
+        return frozenset({"F", "B", "I", "W", "EF", "EB", "G"} - absent)
+
+    @property
+    def nested(self) -> float:
+        """Encoder and generator time of one microbatch on one rank, as far as these kinds occur."""
+        return sum(getattr(self, kind) for kind in ("EF", "EB", "G") if kind in self.kinds)

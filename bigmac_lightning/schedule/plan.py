@@ -1,0 +1,160 @@
+"""A plan: what every rank of a pipeline does, in which order, with the costs it was made for.
+
+Knows the plan file format; knows nothing of how plans are made, checked (see ``verify``) or run.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from typing import Any
+
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, parse_json, read_text
+
+__all__ = ["FORMAT", "Costs", "Plan", "PlanError", "even_groups"]
+
+FORMAT = "bigmac-plan/1"
+
+
+class PlanError(ValueError):
+    """A plan that is malformed, incomplete, cannot progress or breaks a limit."""
+
+
+@dataclass
+class Plan:
+    """The lists of all ranks, and what they are about.
+
+    Attributes:
+        policy: how encoder and generator work was placed.
+        backbone: the LLM-only schedule it was placed into.
+        pipeline_parallel_size: number of ranks, P.
+        virtual_stages: stages per rank, V.
+        microbatches: number of microbatches, M.
+        stage_rank: the rank of each of the P * V stages.
+        groups: the microbatches of each group.
+        encoder_shares: per group, the fraction of its encoder work that each rank does. A row sums to 1, or is all
+            zero if the group has no such work. Empty if there is no encoder.
+        generator_shares: the same for the generator.
+        ranks: each rank's actions in order.
+        costs: the times the plan was made for.
+        makespan: simulated time of the whole plan.
+        ideal: simulated time of the bare backbone, and the nested work spread evenly over the ranks.
+        peak: per rank, the most "encoder_units" and "llm_microbatches" alive at any time.
+    """
+
+    policy: str
+    backbone: str
+    pipeline_parallel_size: int
+    virtual_stages: int
+    microbatches: int
+    stage_rank: list[int]
+    groups: list[list[int]]
+    encoder_shares: list[list[float]]
+    generator_shares: list[list[float]]
+    ranks: list[list[Action]]
+    costs: Costs = field(default_factory=Costs)
+    makespan: float = 0.0
+    ideal: float = 0.0
+    peak: dict[str, list[float]] = field(default_factory=lambda: {"encoder_units": [], "llm_microbatches": []})
+
+    @property
+    def stages(self) -> int:
+        """Number of stages, P * V."""
+        return len(self.stage_rank)
+
+    def shares(self, kind: str) -> list[list[float]]:
+        """The shares that an EF, EB or G action is measured by."""
+        return self.generator_shares if kind == "G" else self.encoder_shares
+
+    def to_json(self) -> str:
+        """The plan file's text. Rows are kept on one line each."""
+        values = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["ranks"] = [[str(action) for action in actions] for actions in self.ranks]
+        values["costs"] = asdict(self.costs)
+        return "{\n" + ",\n".join(f' "{key}": {_value_text(value)}' for key, value in values.items()) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> "Plan":
+        """The plan of a plan file's text. Does not check that the plan makes sense: see ``verify``.
+
+        Args:
+            text: what ``to_json`` gives.
+            source: a name for the text in errors.
+
+        Raises:
+            PlanError: names the source, the key and what is expected there.
+        """
+        reader = Reader(parse_json(text, source, PlanError), source, PlanError)
+        if reader.text("format") != FORMAT:
+            raise reader.refuse("format", json.dumps(FORMAT), reader.data["format"])
+        reader.only({"format"} | {entry.name for entry in fields(cls)})
+        amounts, share = "a list with a list of numbers of at least 0 per group", is_amount
+        return cls(
+            policy=reader.text("policy"),
+            backbone=reader.text("backbone"),
+            pipeline_parallel_size=reader.integer("pipeline_parallel_size", 1),
+            virtual_stages=reader.integer("virtual_stages", 1),
+            microbatches=reader.integer("microbatches", 1),
+            stage_rank=reader.items("stage_rank", "a list with the rank of each stage", is_integer),
+            groups=reader.rows("groups", "a list with a list of microbatches per group", is_integer),
+            encoder_shares=reader.rows("encoder_shares", amounts, share),
+            generator_shares=reader.rows("generator_shares", amounts, share),
+            ranks=_read_ranks(reader),
+            costs=_read_costs(reader),
+            makespan=reader.number("makespan"),
+            ideal=reader.number("ideal"),
+            peak=_read_peak(reader),
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a plan file."""
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Plan":
+        """Read a plan file; raises ``PlanError`` as ``from_json`` does."""
+        return cls.from_json(read_text(str(path), PlanError), str(path))
+
+
+def even_groups(microbatches: int, group_size: int) -> list[list[int]]:
+    """Consecutive groups of `group_size` microbatches; the last one may be smaller."""
+    return [list(range(first, min(first + group_size, microbatches))) for first in range(0, microbatches, group_size)]
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+    return json.dumps(value)
+
+
+def _read_ranks(reader: Reader) -> list[list[Action]]:
+    texts = reader.rows("ranks", "a list with a list of action texts per rank", lambda text: isinstance(text, str))
+    ranks: list[list[Action]] = []
+    for rank, row in enumerate(texts):
+        actions: list[Action] = []
+        for position, text in enumerate(row):
+            try:
+                actions.append(Action.parse(text))
+            except ValueError as problem:
+                raise PlanError(f"{reader.source}: ranks[{rank}][{position}]: {problem}") from None
+        ranks.append(actions)
+    return ranks
+
+
+def _read_costs(reader: Reader) -> Costs:
+    costs = Reader(reader.get("costs", "an object"), f"{reader.source}: costs", PlanError)
+    names = [entry.name for entry in fields(Costs)]
+    costs.only(set(names))
+    try:
+        return Costs(**{name: costs.number(name) for name in names})
+    except ValueError as problem:
+        raise problem if isinstance(problem, PlanError) else PlanError(f"{reader.source}: {problem}") from None
+
+
+def _read_peak(reader: Reader) -> dict[str, list[float]]:
+    peak = Reader(reader.get("peak", "an object"), f"{reader.source}: peak", PlanError)
+    keys = ("encoder_units", "llm_microbatches")
+    peak.only(set(keys))
+    return {key: peak.items(key, "a list with a number of at least 0 per rank", is_amount) for key in keys}

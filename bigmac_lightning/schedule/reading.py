@@ -1,0 +1,115 @@
+"""Reads values out of parsed JSON, with errors that name the file, the key and what is expected there.
+
+Knows JSON; knows nothing of what plans and workloads mean.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Reader:
+    """An object of a JSON file.
+
+    Args:
+        data: the parsed object.
+        source: name of the file, for errors.
+        error: the exception to raise.
+    """
+
+    def __init__(self, data: Any, source: str, error: type[ValueError]) -> None:
+        self.source = source
+        self.error = error
+        if not isinstance(data, dict):
+            raise error(f"{source}: expected a JSON object, found {_show(data)}")
+        self.data: dict[str, Any] = data
+
+    def refuse(self, key: str, expected: str, found: Any) -> ValueError:
+        """The exception for a wrong value."""
+        return self.error(f"{self.source}: {key}: expected {expected}, found {_show(found)}")
+
+    def get(self, key: str, expected: str) -> Any:
+        """The value of a key that must be there."""
+        if key not in self.data:
+            raise self.error(f"{self.source}: {key} is missing; expected {expected}")
+        return self.data[key]
+
+    def only(self, keys: set[str]) -> None:
+        """Refuse all other keys, which would be typing errors."""
+        if unknown := sorted(self.data.keys() - keys):
+            raise self.error(f"{self.source}: {unknown[0]}: no such key; known are {', '.join(sorted(keys))}")
+
+    def text(self, key: str) -> str:
+        value = self.get(key, "a string")
+        if not isinstance(value, str):
+            raise self.refuse(key, "a string", value)
+        return value
+
+    def integer(self, key: str, least: int) -> int:
+        expected = f"an integer of at least {least}"
+        value = self.get(key, expected)
+        if not is_integer(value) or value < least:
+            raise self.refuse(key, expected, value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        expected = "a number of at least 0"
+        value = self.get(key, expected) if default is None else self.data.get(key, default)
+        if not is_amount(value):
+            raise self.refuse(key, expected, value)
+        return value
+
+    def items(self, key: str, expected: str, item: Callable[[Any], bool]) -> list[Any]:
+        """A list whose every item passes a check."""
+        value = self.get(key, expected)
+        if not isinstance(value, list):
+            raise self.refuse(key, expected, value)
+        for position, entry in enumerate(value):
+            if not item(entry):
+                raise self.refuse(f"{key}[{position}]", f"{expected}; this one is wrong", entry)
+        return value
+
+    def rows(self, key: str, expected: str, item: Callable[[Any], bool]) -> list[list[Any]]:
+        """A list of lists whose every item passes a check."""
+        rows = self.items(key, expected, lambda row: isinstance(row, list))
+        for number, row in enumerate(rows):
+            for position, entry in enumerate(row):
+                if not item(entry):
+                    raise self.refuse(f"{key}[{number}][{position}]", f"{expected}; this one is wrong", entry)
+        return rows
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer (``True`` is none)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_amount(value: Any) -> bool:
+    """Whether a value is a finite number of at least 0."""
+    return (is_integer(value) or isinstance(value, float)) and math.isfinite(value) and value >= 0
+
+
+def parse_json(text: str, source: str, error: type[ValueError]) -> Any:
+    """Parsed JSON, or an error that names the file and the place."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise error(f"{source}: not JSON: {problem}") from None
+
+
+def read_text(path: str, error: type[ValueError]) -> str:
+    """A file's text, or an error that names the file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else "not UTF-8 text"
+        raise error(f"{path}: cannot be read: {reason}") from None
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
