@@ -1,0 +1,1 @@
+"""Runs a plan on torch.distributed. Knows nothing of Lightning, of configs, or of any model."""

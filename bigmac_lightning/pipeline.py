@@ -1,0 +1,354 @@
+"""Runs a PipelineModule's batches through the runtime: one plan per shape of batch, one program, one result on all ranks.
+
+Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
+knows nothing of Lightning's Trainer.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bigmac_lightning.batch import Batch, MediaItem, PipelineLayout, TargetItem
+from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput
+from bigmac_lightning.runtime.executor import Executor, Outcome
+from bigmac_lightning.runtime.gradients import ParameterPlaces
+from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.routing import Routing
+from bigmac_lightning.runtime.trace import Trace
+from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
+from bigmac_lightning.schedule.policies import make_plan
+from bigmac_lightning.schedule.verify import verify
+
+CACHED_PLANS = 256
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How batches are planned.
+
+    Attributes:
+        policy, backbone: by name, as in a plan.
+        group_size: microbatches per group; ``None``: as many as there are ranks.
+        microbatches: how many a training batch must have; ``None``: any number.
+        costs: relative durations the planner assumes.
+    """
+
+    policy: str = "nested"
+    backbone: str = "1f1b"
+    group_size: int | None = None
+    microbatches: int | None = None
+    costs: Costs = Costs(G=3)
+
+    def layout(self, size: int, rank: int) -> PipelineLayout:
+        """What the DataModule of pipeline rank `rank` of `size` has to know."""
+        alone = self.policy == "first_stage"
+        return PipelineLayout(
+            size=size,
+            rank=rank,
+            group_size=1 if alone else self.group_size or size,
+            microbatches=self.microbatches,
+            encoder_ranks=(0,) if alone else None,
+            generator_ranks=(size - 1,) if alone else None,
+        )
+
+
+def split_layers(layers: int, stages: int) -> list[range]:
+    """Cut `layers` into consecutive, nearly even stages; earlier ones take the remainder (the last has the head).
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if stages > layers:
+        raise ValueError(
+            f"the LLM has {layers} layers, too few for {stages} pipeline stages: "
+            f"choose pipeline_parallel_size <= {layers} or a deeper LLM"
+        )
+    bounds = [-(-layers * s // stages) for s in range(stages + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
+    """What a pipeline rank holds of the LLM."""
+    own = [s for s, owner in enumerate(stage_rank) if owner == rank]
+    return Part(
+        layers=tuple(layer for s in own for layer in stages[s]),
+        embedding=0 in own,
+        head=len(stages) - 1 in own,
+    )
+
+
+class PipelineRunner:
+    """A PipelineModule on one rank of a pipeline. Calling it runs a batch; training leaves summed gradients of this
+    rank's work in ``.grad`` (reduce them with `runtime.gradients`, using `places`).
+
+    Args:
+        module: with this rank's part of the LLM materialised.
+        forward_context: entered around every forward (precision).
+    """
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        mesh: PipelineMesh,
+        options: PipelineOptions,
+        forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
+        self.stage_rank = tuple(range(mesh.pp_size))
+        self.stages = split_layers(module.llm.num_layers, len(self.stage_rank))
+        self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
+        self.executor = Executor(mesh, self.stage_rank)
+        self.last_plan: Plan | None = None
+        self.gradient_scale: Tensor | float = 1.0
+        self._programs: dict[object, tuple[Plan, list[Instruction]]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is trained: call after parameters were frozen or unfrozen. Collective over the pipeline."""
+        self.needs = self._find_needs()
+        self.places = self._find_places()
+
+    # -- one batch ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
+        """Run a batch; see `PipelineModule.pipeline`. Collective: every rank passes its replica's batch."""
+        self.check(batch, mode)
+        module, device = self.module, self.mesh.device
+        counts = torch.tensor(module.counts(batch), device=device)
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(counts, group=self.mesh.dp_group)
+        needs = self.needs if mode == "train" else Needs.nothing(len(self.stages))
+        plan, program = self._plan(batch, needs)
+        work = BatchWork(self, batch, plan, mode, module.scales(counts) * self.gradient_scale)
+        self.executor.run(program, work, needs)
+        self.last_plan = plan
+        sums = work.sums
+        if self.mesh.pp_size * self.mesh.dp_size > 1:
+            dist.all_reduce(sums)
+        metrics = module.metrics(sums, counts)
+        return PipelineOutput(
+            loss=metrics["loss"],
+            metrics=metrics,
+            predictions=None if mode == "train" else self._share_predictions(batch, work.predictions),
+            samples=self._share_samples(batch, work.samples) if mode == "sample" else None,
+        )
+
+    def check(self, batch: Batch, mode: Mode) -> None:
+        """Refuse a batch that does not fit, by what all ranks see: all of them refuse it.
+
+        Raises:
+            TypeError, ValueError: naming the microbatch and what to change.
+        """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"the pipeline got a {type(batch).__name__}; a DataModule for strategy='bigmac' "
+                "must collate samples to a bigmac_lightning.Batch"
+            )
+        made_for = replace(batch.layout, rank=self.layout.rank, microbatches=self.layout.microbatches)
+        if made_for != self.layout:
+            raise ValueError(
+                f"the DataModule made this batch for {batch.layout}, but the pipeline is {self.layout}: "
+                "let its collate function use the layout of trainer.strategy.pipeline_layout"
+            )
+        if not batch.microbatches:
+            raise ValueError("the batch has no microbatches")
+        wanted = self.options.microbatches
+        if mode == "train" and wanted is not None and len(batch) != wanted:
+            raise ValueError(
+                f"the strategy was given microbatches={wanted}, but the batch has {len(batch)}: change "
+                "microbatches or the DataModule's batch size (a last, smaller batch: drop_last=True)"
+            )
+        for m, microbatch in enumerate(batch.microbatches):
+            for what, items, positions, known in (
+                ("media", microbatch.media, microbatch.media_positions, self.module.encoders),
+                ("target", microbatch.targets, microbatch.target_positions, self.module.generators),
+            ):
+                if (rows := sum(item.rows for item in items)) != len(positions):
+                    raise ValueError(f"microbatch {m}: {what} items have {rows} rows, but {len(positions)} positions")
+                for item in items:
+                    name = item.encoder if isinstance(item, MediaItem) else item.generator
+                    if name not in known:
+                        raise ValueError(f"microbatch {m}: no {what} component {name!r}; the model has {list(known)}")
+                    if not 0 <= item.owner < self.mesh.pp_size:
+                        raise ValueError(f"microbatch {m}: a {what} item has owner {item.owner}, not a pipeline rank")
+
+    # -- plans -------------------------------------------------------------------------------------------------------
+
+    def _plan(self, batch: Batch, needs: Needs) -> tuple[Plan, list[Instruction]]:
+        groups = even_groups(len(batch), self.layout.group_size)
+        encoder = self._shares([[(i.owner, i.cost) for i in mb.media] for mb in batch.microbatches], groups)
+        generator = self._shares([[(i.owner, i.cost) for i in mb.targets] for mb in batch.microbatches], groups)
+        present = tuple(tuple(share > 0 for share in row) for row in encoder + generator)
+        key = (len(batch), present, needs)
+        if key not in self._programs:
+            if len(self._programs) >= CACHED_PLANS:
+                self._programs.pop(next(iter(self._programs)))
+            costs = self.options.costs
+            plan = make_plan(
+                policy=self.options.policy,
+                backbone=self.options.backbone,
+                pipeline_parallel_size=self.mesh.pp_size,
+                microbatches=len(batch),
+                group_size=self.layout.group_size,
+                costs=replace(
+                    costs,
+                    B=costs.B if needs.stages[-1] else 0,
+                    EF=costs.EF if _any(encoder) else 0,
+                    EB=costs.EB if _any(encoder) and needs.encoder else 0,
+                    G=costs.G if _any(generator) else 0,
+                ),
+                encoder_shares=encoder if _any(encoder) else None,
+                generator_shares=generator if _any(generator) else None,
+            )
+            programs = lower(plan, verify(plan).order, needs)
+            self._programs[key] = plan, programs[self.mesh.pp_rank]
+        return self._programs[key]
+
+    def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
+        """Each rank's fraction of each group's cost."""
+        rows: list[list[float]] = []
+        for group in groups:
+            row = [0.0] * self.mesh.pp_size
+            for m in group:
+                for owner, cost in items[m]:
+                    row[owner] += cost
+            total = sum(row)
+            rows.append([cost / total for cost in row] if total else row)
+        return rows
+
+    # -- what is trained ---------------------------------------------------------------------------------------------
+
+    def _find_needs(self) -> Needs:
+        module = self.module
+        encoder = _trained(module.encoders)
+        own: list[bool] = [_trained(module.llm)] * len(self.stages)  # a rank's stages share one answer
+        flags = torch.tensor(
+            [trained and owner == self.mesh.pp_rank for trained, owner in zip(own, self.stage_rank, strict=True)],
+            dtype=torch.int32,
+            device=self.mesh.device,
+        )
+        if self.mesh.pp_size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.mesh.pp_group)
+        trained = [bool(flag) for flag in flags.tolist()]
+        return Needs(
+            stages=tuple(encoder or any(trained[: s + 1]) for s in range(len(self.stages))),
+            encoder=encoder,
+            generator=_trained(module.generators),
+        )
+
+    def _find_places(self) -> ParameterPlaces:
+        part = part_of(self.mesh.pp_rank, self.stages, self.stage_rank)
+        tied_names = {name for pair in self.module.llm.tied.items() for name in pair}
+        apart = part.embedding != part.head
+        places = ParameterPlaces({}, {}, {})
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if not name.startswith("llm."):
+                kind = places.replicated
+            elif apart and name.removeprefix("llm.") in tied_names:
+                kind = places.tied
+            else:
+                kind = places.stage
+            assert isinstance(kind, dict)
+            kind[name] = parameter
+        return places
+
+    # -- results for every rank ----------------------------------------------------------------------------------------
+
+    def _share_predictions(self, batch: Batch, predictions: list[Tensor]) -> Tensor:
+        result = batch.labels.new_empty(len(batch.labels))
+        if predictions:
+            torch.cat(predictions, out=result)
+        if self.mesh.pp_size > 1 and len(result):
+            last = self.mesh.pp_ranks[self.stage_rank[-1]]
+            dist.broadcast(result, last, group=self.mesh.pp_group)
+        return result
+
+    def _share_samples(self, batch: Batch, made: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+        places = [(m, i, item) for m, mb in enumerate(batch.microbatches) for i, item in enumerate(mb.targets)]
+        results = []
+        for m, i, item in places:
+            sample = made[m, i].float() if (m, i) in made else torch.empty(item.shape, device=self.mesh.device)
+            if self.mesh.pp_size > 1:
+                sample = sample.contiguous()
+                dist.broadcast(sample, self.mesh.pp_ranks[item.owner], group=self.mesh.pp_group)
+            results.append(sample)
+        return results
+
+
+class BatchWork:
+    """One batch of a PipelineModule, as the executor sees it."""
+
+    def __init__(self, runner: PipelineRunner, batch: Batch, plan: Plan, mode: Mode, scales: Tensor) -> None:
+        self.runner, self.module, self.batch, self.mode, self.scales = runner, runner.module, batch, mode, scales
+        self.rank = runner.mesh.pp_rank
+        self.width = runner.module.llm.width
+        self.dtype = next(runner.module.llm.parameters()).dtype
+        microbatches = batch.microbatches
+        self.features = Routing([[(i.owner, i.rows) for i in mb.media] for mb in microbatches], plan.groups)
+        self.conditions = Routing([[(i.owner, i.rows) for i in mb.targets] for mb in microbatches], plan.groups)
+        self.sums = torch.zeros(len(scales), device=scales.device)
+        self.predictions: list[Tensor] = []
+        self.samples: dict[tuple[int, int], Tensor] = {}
+
+    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
+        return (*self.batch.microbatches[microbatch].shape, self.width)
+
+    def encode(self, group: int) -> Tensor:
+        items = [self.batch.microbatches[m].media[i] for m, i in self.features.items(group, self.rank)]
+        with self.runner.forward_context():
+            return torch.cat(self.module.encode(items))
+
+    def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
+        layers = self.runner.stages[stage]
+        with self.runner.forward_context():
+            out = self.module.run_stage(self.batch.microbatches[microbatch], layers, hidden, features, self.mode)
+        if out.predictions is not None:
+            self.predictions.append(out.predictions)
+        loss = None
+        if out.text_loss is not None:
+            self.sums[0] += out.text_loss.detach()
+            loss = out.text_loss.float() * self.scales[0]
+        hidden = None if out.hidden is None else out.hidden.to(self.dtype)
+        conditions = None if out.conditions is None else out.conditions.to(self.dtype)
+        return Outcome(hidden, loss if loss is not None and loss.requires_grad else None, conditions)
+
+    def generate(self, group: int, conditions: Tensor) -> Tensor | None:
+        places = self.conditions.items(group, self.rank)
+        items: list[TargetItem] = [self.batch.microbatches[m].targets[i] for m, i in places]
+        rows = list(conditions.split([item.rows for item in items]))
+        with self.runner.forward_context():
+            if self.mode == "sample":
+                made = self.module.sample(rows, items)
+                self.samples.update(zip(places, made, strict=True))
+                return None
+            sums = self.module.generate(rows, items)
+        losses: list[Tensor] = []
+        for name, loss in sums.items():
+            index = self.module.loss_names.index(name)
+            self.sums[index] += loss.detach()
+            losses.append(loss.float() * self.scales[index])
+        return torch.stack(losses).sum()
+
+
+def track(runner: PipelineRunner) -> None:
+    """Count activation bytes from the next batch on."""
+    runner.executor.memory = MemoryTracker(runner.module.parameters())
+
+
+def _any(rows: list[list[float]]) -> bool:
+    return any(share > 0 for row in rows for share in row)
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+__all__ = ["BatchWork", "PipelineOptions", "PipelineRunner", "Trace", "part_of", "split_layers", "track"]

@@ -1,0 +1,293 @@
+"""Runs one rank's program: computes the actions, keeps the autograd graphs between forward and backward, and hands
+tensors to the transport.
+
+Everything that a model does comes in through `Work`; the executor knows stages, microbatches, groups and gradients,
+and no model. Nothing is kept longer than from an action to the last one that needs it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
+from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.routing import Routing
+from bigmac_lightning.runtime.trace import Trace
+from bigmac_lightning.runtime.transport import Transport
+from bigmac_lightning.schedule.action import Action
+
+
+@dataclass
+class Outcome:
+    """What a stage makes of a microbatch.
+
+    Attributes:
+        hidden: hidden states for the next stage; ``None`` after the last.
+        loss: scaled scalar to run backward from (last stage); ``None`` if the microbatch has none.
+        conditions: rows for the generators (last stage); ``None`` if the microbatch has no targets.
+    """
+
+    hidden: Tensor | None = None
+    loss: Tensor | None = None
+    conditions: Tensor | None = None
+
+
+class Work(Protocol):
+    """A model and one batch, as the executor sees them.
+
+    Attributes:
+        width, dtype: of hidden states, features and conditions.
+        features, conditions: whose rows are whose.
+    """
+
+    width: int
+    dtype: torch.dtype
+    features: Routing
+    conditions: Routing
+
+    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
+        """Shape of the hidden states of a microbatch, known before anything runs."""
+        ...
+
+    def encode(self, group: int) -> Tensor:
+        """The rows of this rank's share of a group."""
+        ...
+
+    def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
+        """One stage on one microbatch."""
+        ...
+
+    def generate(self, group: int, conditions: Tensor) -> Tensor | None:
+        """The scaled loss of this rank's share of a group; ``None`` where there is nothing to learn from."""
+        ...
+
+
+@dataclass
+class _Graph:
+    """Kept from a stage's forward on a microbatch to its backward."""
+
+    hidden: Tensor | None
+    features: Tensor | None
+    outcome: Outcome
+
+
+class Executor:
+    """Runs programs on one rank.
+
+    Args:
+        mesh: the process groups.
+        stage_rank: pipeline rank of each stage.
+        memory: counts activation bytes per component; ``None``: no counting.
+        trace: records when each action ran; ``None``: no record.
+    """
+
+    def __init__(
+        self, mesh: PipelineMesh, stage_rank: Sequence[int], memory: MemoryTracker | None = None, trace: Trace | None = None
+    ) -> None:
+        self.mesh, self.stage_rank = mesh, tuple(stage_rank)
+        self.memory, self.trace = memory, trace
+
+    def run(self, program: Sequence[Instruction], work: Work, needs: Needs) -> None:
+        """Run one step. Gradients are added to the parameters' ``.grad``.
+
+        Any error names the rank and the action it happened in.
+        """
+        step = _Step(self, work, needs)
+        for instruction in program:
+            try:
+                step.run(instruction)
+            except Exception as error:
+                where = instruction.action if isinstance(instruction, Compute) else instruction
+                error.add_note(f"in {where} on pipeline rank {self.mesh.pp_rank} of {self.mesh.pp_size}")
+                raise
+        step.finish()
+
+
+class _Step:
+    """The state of one run of one program."""
+
+    def __init__(self, executor: Executor, work: Work, needs: Needs) -> None:
+        self.executor, self.work, self.needs = executor, work, needs
+        self.rank = executor.mesh.pp_rank
+        self.last = len(executor.stage_rank) - 1
+        self.transport = Transport(executor.mesh)
+        self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.encoded: dict[int, Tensor] = {}
+        self.arriving: dict[tuple[str, int], _Shares] = {}  # features and conditions_grad, by group
+        self.leaving: dict[tuple[str, int], _Rows] = {}  # conditions and features_grad, by group
+        self.handlers: dict[str, Callable[[Action], Mapping[str, Tensor]]] = {
+            "EF": self.encode,
+            "EB": self.encode_backward,
+            "F": self.forward,
+            "B": self.backward,
+            "G": self.generate,
+        }
+
+    def run(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Send):
+            self.transport.send(instruction.message, instruction.peer)
+        elif isinstance(instruction, Receive):
+            shape = self.shape(instruction.message)
+            self.transport.receive(instruction.message, instruction.peer, shape, self.work.dtype)
+        else:
+            results = self.handlers[instruction.action.kind](instruction.action)
+            for message in instruction.produces:
+                self.transport.put(message, self.content(message, results))
+
+    def finish(self) -> None:
+        self.transport.finish()
+        kept = [*self.graphs, *self.encoded, *self.arriving, *self.leaving]
+        assert not kept, f"still held at the end of the step: {kept}"
+
+    def shape(self, message: Message) -> tuple[int, ...]:
+        if message.kind in ("hidden", "hidden_grad"):
+            return self.work.hidden_shape(message.index)
+        routing = self.work.features if message.kind.startswith("features") else self.work.conditions
+        return (routing.rows(message.index, message.place), self.work.width)
+
+    def content(self, message: Message, results: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of a message, after the action that produces it."""
+        if message.kind in ("features_grad", "conditions"):  # the group's last microbatch is done: cut into shares
+            routing = self.work.features if message.kind == "features_grad" else self.work.conditions
+            rows = self.leaving[message.kind, message.index]
+            share = routing.scatter(message.index, message.place, rows.of_microbatch)
+            rows.shares_left -= 1
+            if not rows.shares_left:
+                del self.leaving[message.kind, message.index]
+            return share
+        return results[message.kind]
+
+    @contextmanager
+    def computing(self, action: Action, component: str, grad: bool) -> Iterator[None]:
+        """Around the model's own work on an action: gradients on or off, bytes counted, time recorded."""
+        memory, trace = self.executor.memory, self.executor.trace
+        counted: AbstractContextManager[None] = memory.component(component) if memory is not None else nullcontext()
+        recorded = trace.action(action) if trace is not None else nullcontext()
+        with torch.set_grad_enabled(grad), recorded, counted, torch.profiler.record_function(str(action)):
+            yield
+
+    # -- encoder ---------------------------------------------------------------------------------------------------
+
+    def encode(self, action: Action) -> Mapping[str, Tensor]:
+        with self.computing(action, "encoder", self.needs.encoder):
+            rows = self.work.encode(action.index).to(self.work.dtype)
+        if self.needs.encoder:
+            self.encoded[action.index] = rows
+        return {"features": rows.detach()}
+
+    def encode_backward(self, action: Action) -> Mapping[str, Tensor]:
+        gradient = self.transport.take(Message("features_grad", action.index, self.rank))
+        rows = self.encoded.pop(action.index)
+        with self.computing(action, "encoder", grad=True):
+            if rows.requires_grad:  # a share may hold only items of a frozen encoder
+                torch.autograd.backward(rows, gradient)
+        return {}
+
+    # -- LLM ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, action: Action) -> Mapping[str, Tensor]:
+        stage, microbatch = _stage(action), action.index
+        grad = self.needs.stages[stage]
+        hidden = features = None
+        if stage > 0:
+            hidden = self.transport.take(Message("hidden", microbatch, stage))
+            hidden.requires_grad_(self.needs.stages[stage - 1])
+        elif self.work.features.has_items(microbatch):
+            features = self._gather("features", self.work.features, microbatch)
+            features.requires_grad_(self.needs.encoder)
+        with self.computing(action, "llm", grad):
+            outcome = self.work.forward(stage, microbatch, hidden, features)
+        if grad:
+            self.graphs[stage, microbatch] = _Graph(hidden, features, outcome)
+        if outcome.conditions is not None:
+            self._collect("conditions", self.work.conditions, microbatch, outcome.conditions.detach())
+        return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
+
+    def backward(self, action: Action) -> Mapping[str, Tensor]:
+        stage, microbatch = _stage(action), action.index
+        if not self.needs.stages[stage]:
+            return {}
+        graph = self.graphs.pop((stage, microbatch))
+        roots: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        if graph.outcome.hidden is not None:
+            roots.append(graph.outcome.hidden)
+            gradients.append(self.transport.take(Message("hidden_grad", microbatch, stage)))
+        if graph.outcome.loss is not None:
+            roots.append(graph.outcome.loss)
+            gradients.append(None)
+        if graph.outcome.conditions is not None:
+            roots.append(graph.outcome.conditions)
+            gradients.append(self._gather("conditions_grad", self.work.conditions, microbatch))
+        with self.computing(action, "llm", grad=True):
+            if roots:
+                torch.autograd.backward(roots, gradients)
+        results: dict[str, Tensor] = {}
+        if graph.hidden is not None and graph.hidden.requires_grad:
+            results["hidden_grad"] = _gradient(graph.hidden)
+        if graph.features is not None and graph.features.requires_grad:
+            self._collect("features_grad", self.work.features, microbatch, _gradient(graph.features))
+        return results
+
+    # -- generator -------------------------------------------------------------------------------------------------
+
+    def generate(self, action: Action) -> Mapping[str, Tensor]:
+        conditions = self.transport.take(Message("conditions", action.index, self.rank))
+        back = self.needs.stages[-1]
+        conditions.requires_grad_(back)
+        with self.computing(action, "generator", back or self.needs.generator):
+            loss = self.work.generate(action.index, conditions)
+            if loss is not None and loss.requires_grad:
+                loss.backward()
+        return {"conditions_grad": _gradient(conditions)} if back else {}
+
+    # -- shares ------------------------------------------------------------------------------------------------------
+
+    def _gather(self, kind: MessageKind, routing: Routing, microbatch: int) -> Tensor:
+        """A microbatch's rows of what the ranks sent for its group; waits for all of the group's shares."""
+        group = routing.group_of[microbatch]
+        shares = self.arriving.get((kind, group))
+        if shares is None:
+            buffers = {rank: self.transport.take(Message(kind, group, rank)) for rank in routing.ranks(group)}
+            shares = self.arriving[kind, group] = _Shares(buffers, sum(map(routing.has_items, routing.groups[group])))
+        shares.microbatches_left -= 1
+        if not shares.microbatches_left:
+            del self.arriving[kind, group]
+        return routing.gather(microbatch, shares.of_rank)
+
+    def _collect(self, kind: MessageKind, routing: Routing, microbatch: int, rows: Tensor) -> None:
+        """Keep a microbatch's rows until its whole group can be cut into shares."""
+        group = routing.group_of[microbatch]
+        collected = self.leaving.setdefault((kind, group), _Rows({}, len(routing.ranks(group))))
+        collected.of_microbatch[microbatch] = rows
+
+
+@dataclass
+class _Shares:
+    """A group's buffers by rank, until the last of its microbatches has taken its rows."""
+
+    of_rank: dict[int, Tensor]
+    microbatches_left: int
+
+
+@dataclass
+class _Rows:
+    """A group's rows by microbatch, until the last share has been cut from them."""
+
+    of_microbatch: dict[int, Tensor]
+    shares_left: int
+
+
+def _stage(action: Action) -> int:
+    assert action.stage is not None
+    return action.stage
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """The gradient that has reached a leaf; zeros if nothing depends on it."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -1,0 +1,146 @@
+"""From a verified plan to programs: each rank's computations with the sends and receives between them.
+
+One pass over one total order of all actions. Where an action produces something for another rank, its send and the
+matching receive are emitted at that same moment, so all messages of a step stand in one total order that every rank's
+program follows: no two ranks can wait for each other, not even if every send blocked until it is received.
+
+Knows plans; knows no tensors and no process groups.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.plan import Plan
+
+MessageKind = Literal["hidden", "hidden_grad", "features", "features_grad", "conditions", "conditions_grad"]
+MESSAGE_KINDS: tuple[MessageKind, ...] = (
+    "hidden",
+    "hidden_grad",
+    "features",
+    "features_grad",
+    "conditions",
+    "conditions_grad",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Names one tensor that an action produces for another action.
+
+    Attributes:
+        kind: ``hidden``/``hidden_grad``: a microbatch's hidden states between stages and their gradient;
+            ``features``/``features_grad``: a rank's share of a group's encoder features and their gradient;
+            ``conditions``/``conditions_grad``: a rank's share of a group's generator conditions and their gradient.
+        index: microbatch (hidden) or group (features, conditions).
+        place: the stage that consumes the hidden states or produced them; the rank that owns the share.
+    """
+
+    kind: MessageKind
+    index: int
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """An action, and what it must put out: for other ranks (sent by the next instructions) or for this one."""
+
+    action: Action
+    produces: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    message: Message
+    peer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    message: Message
+    peer: int
+
+
+Instruction = Compute | Send | Receive
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Where gradients are needed, so that no useless backward runs and no useless gradient travels.
+
+    Attributes:
+        stages: per stage, whether gradients flow through it: it, an earlier stage or an encoder is trained.
+        encoder: whether any encoder is trained.
+        generator: whether any generator is trained.
+    """
+
+    stages: tuple[bool, ...]
+    encoder: bool
+    generator: bool
+
+    @classmethod
+    def nothing(cls, stages: int) -> "Needs":
+        return cls((False,) * stages, encoder=False, generator=False)
+
+
+def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[Instruction]]:
+    """The program of every rank.
+
+    Args:
+        plan: a verified plan.
+        order: (rank, position) of all actions in one total order that respects every dependency (`Timeline.order`).
+        needs: where gradients flow.
+    """
+    programs: list[list[Instruction]] = [[] for _ in plan.ranks]
+    routes = _Routes(plan, needs)
+    for rank, position in order:
+        action = plan.ranks[rank][position]
+        produced = routes.produced(rank, action)
+        programs[rank].append(Compute(action, tuple(message for message, _ in produced)))
+        for message, receiver in produced:
+            if receiver != rank:
+                programs[rank].append(Send(message, receiver))
+                programs[receiver].append(Receive(message, rank))
+    return programs
+
+
+class _Routes:
+    """Who gets what each action produces."""
+
+    def __init__(self, plan: Plan, needs: Needs) -> None:
+        self.plan, self.needs = plan, needs
+        self.last = len(plan.stage_rank) - 1
+        self.group_of = {m: g for g, group in enumerate(plan.groups) for m in group}
+        self.ranks_of: dict[tuple[str, int], list[int]] = {}
+        for rank, actions in enumerate(plan.ranks):
+            for action in actions:
+                if action.nested:
+                    assert action.pieces == 1, "pieces of shares are not executed yet"
+                    self.ranks_of.setdefault((action.kind, action.index), []).append(rank)
+        # stage 0's backwards and the last stage's forwards still to come per group: the last one sends for the group
+        self.backwards_left = [len(group) for group in plan.groups]
+        self.forwards_left = [len(group) for group in plan.groups]
+
+    def produced(self, rank: int, action: Action) -> list[tuple[Message, int]]:
+        stage_rank, index, stage = self.plan.stage_rank, action.index, action.stage
+        if action.kind == "EF":
+            return [(Message("features", index, rank), stage_rank[0])]
+        if action.kind == "G" and self.needs.stages[-1]:
+            return [(Message("conditions_grad", index, rank), stage_rank[-1])]
+        if action.kind == "F" and stage is not None:
+            if stage < self.last:
+                return [(Message("hidden", index, stage + 1), stage_rank[stage + 1])]
+            return self._for_group(self.forwards_left, "G", "conditions", index)
+        if action.kind == "B" and stage is not None:
+            if stage > 0:
+                needed = self.needs.stages[stage - 1]
+                return [(Message("hidden_grad", index, stage - 1), stage_rank[stage - 1])] if needed else []
+            return self._for_group(self.backwards_left, "EB", "features_grad", index)
+        return []
+
+    def _for_group(self, left: list[int], kind: str, message: MessageKind, microbatch: int) -> list[tuple[Message, int]]:
+        group = self.group_of[microbatch]
+        left[group] -= 1
+        if left[group]:
+            return []
+        return [(Message(message, group, rank), rank) for rank in self.ranks_of.get((kind, group), [])]

@@ -1,0 +1,102 @@
+"""The processes of a run as a (dp, pp) mesh, and the process groups that messages and gradients travel in."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bigmac_lightning.runtime.lowering import MESSAGE_KINDS, MessageKind
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class PipelineMesh:
+    """This process's view of the mesh.
+
+    Attributes:
+        device: where this process computes.
+        mesh: the DeviceMesh with dimensions "dp" and "pp"; consecutive global ranks form a pipeline.
+        pp_ranks: global ranks of this process's pipeline, by pipeline rank.
+        channels: one process group per kind of message, so that none waits behind another kind (empty if P = 1).
+        tied_group: the ranks of the first and the last stage of all replicas; ``None`` on other ranks or if P = 1.
+    """
+
+    device: torch.device
+    mesh: DeviceMesh
+    pp_ranks: tuple[int, ...]
+    channels: dict[MessageKind, Group]
+    tied_group: Group | None
+
+    @property
+    def pp_size(self) -> int:
+        return len(self.pp_ranks)
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_ranks.index(dist.get_rank())
+
+    @property
+    def dp_size(self) -> int:
+        return self.mesh["dp"].size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh["dp"].get_local_rank()
+
+    @property
+    def pp_group(self) -> Group:
+        return self.mesh.get_group("pp")
+
+    @property
+    def dp_group(self) -> Group:
+        return self.mesh.get_group("dp")
+
+
+def mesh_shape(world_size: int, pipeline_parallel_size: int | str, data_parallel_size: int | str) -> tuple[int, int]:
+    """(dp, pp) for a world size, with "auto" resolved.
+
+    Raises:
+        ValueError: the sizes do not multiply to the world size.
+    """
+    pp, dp = pipeline_parallel_size, data_parallel_size
+    if pp == "auto":
+        pp = world_size if dp == "auto" else world_size // int(dp)
+    if dp == "auto":
+        dp = world_size // int(pp)
+    pp, dp = int(pp), int(dp)
+    if pp < 1 or dp < 1 or pp * dp != world_size:
+        raise ValueError(
+            f"{world_size} processes cannot form pipelines: pipeline_parallel_size={pipeline_parallel_size} x "
+            f"data_parallel_size={data_parallel_size} must be {world_size}. Change devices/num_nodes, or one of the two."
+        )
+    return dp, pp
+
+
+def build_mesh(
+    device: torch.device, dp: int, pp: int, stage_rank: Iterable[int], timeout: timedelta | None = None
+) -> PipelineMesh:
+    """Create all process groups. Collective: every rank of the world calls it with the same sizes.
+
+    Args:
+        stage_rank: pipeline rank of each stage; the first and last entry own the embedding and the head.
+    """
+    mesh = init_device_mesh(device.type, (dp, pp), mesh_dim_names=("dp", "pp"))
+    rank = dist.get_rank()
+    pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
+    channels: dict[MessageKind, Group] = {}
+    tied_group = None
+    if pp > 1:
+        for pipeline in pipelines:
+            for kind in MESSAGE_KINDS:
+                group = dist.new_group(list(pipeline), timeout=timeout)
+                if rank in pipeline:
+                    channels[kind] = group
+        stage_rank = list(stage_rank)
+        owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
+        group = dist.new_group(owners, timeout=timeout)
+        tied_group = group if rank in owners else None
+    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group)

@@ -1,0 +1,77 @@
+"""When each action of a step really ran: spans by the device's own clock, and a Chrome/Perfetto file of all ranks."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bigmac_lightning.schedule.action import Action
+
+
+class Span(NamedTuple):
+    """One executed action: its text, start and end in seconds since the trace began."""
+
+    action: str
+    start: float
+    end: float
+
+
+class Trace:
+    """Records spans on one rank. On CUDA by events on the current stream, so that recording waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._origin = self._now()
+        self.origin_seconds = time.perf_counter()
+
+    @contextmanager
+    def action(self, action: Action) -> Iterator[None]:
+        """Record the block as the execution of `action`."""
+        start = self._now()
+        yield
+        self._marks.append((str(action), start, self._now()))
+
+    def spans(self) -> list[Span]:
+        """All spans so far. On CUDA this waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return [Span(text, self._since(start), self._since(end)) for text, start, end in self._marks]
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since(self, mark: "float | torch.cuda.Event") -> float:
+        if isinstance(mark, torch.cuda.Event):
+            assert isinstance(self._origin, torch.cuda.Event)
+            return self._origin.elapsed_time(mark) / 1e3
+        assert isinstance(self._origin, float)
+        return mark - self._origin
+
+
+def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Span]]) -> None:
+    """Write the spans of all ranks as one trace, a row per rank, for chrome://tracing or Perfetto."""
+    events: list[dict[str, object]] = []
+    for rank, spans in enumerate(ranks):
+        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}})
+        events += [
+            {
+                "ph": "X",
+                "name": span.action,
+                "cat": span.action.lstrip("0123456789").rstrip("0123456789./"),
+                "pid": 0,
+                "tid": rank,
+                "ts": span.start * 1e6,
+                "dur": (span.end - span.start) * 1e6,
+            }
+            for span in spans
+        ]
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -1,0 +1,380 @@
+"""BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
+
+Sets up processes, mesh and module, runs the pipeline inside training_step, and gives Lightning the gradients in
+`backward`, so that zero_grad, accumulation, clipping, precision plugins, schedulers and hooks behave as in plain training.
+Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoint.py.
+"""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from bigmac_lightning import checkpoint as checkpoints
+from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
+from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
+from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.schedule.backbones import BACKBONES
+from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.policies import POLICIES
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class BigMacStrategy(DDPStrategy):
+    """Pipeline parallelism with encoder and generator work nested into the LLM's schedule.
+
+    ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
+
+    Args:
+        pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
+        data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
+        microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
+        group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
+        backbone: the LLM's schedule, by name.
+        policy: how encoder and generator are placed: "nested", "upfront" or "first_stage".
+        costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
+        process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
+        timeout: of every process group; a rank that hangs ends the run after it.
+        save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
+            ``False``: rank 0 gathers everything into one file.
+        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's.
+        start_method: how `Trainer(devices=N)` starts processes.
+
+    Raises:
+        ValueError: an argument has no meaning; the message lists what is possible.
+    """
+
+    strategy_name = "bigmac"
+
+    def __init__(
+        self,
+        pipeline_parallel_size: int | Literal["auto"] = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
+        microbatches: int | None = None,
+        group_size: int | None = None,
+        backbone: str = "1f1b",
+        policy: str = "nested",
+        costs: Costs | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        save_distributed_checkpoint: bool = True,
+        checkpoint_weights_only: bool | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        _one_of("backbone", backbone, BACKBONES)
+        _one_of("policy", policy, POLICIES)
+        for name, value in (
+            ("pipeline_parallel_size", pipeline_parallel_size),
+            ("data_parallel_size", data_parallel_size),
+            ("microbatches", microbatches),
+            ("group_size", group_size),
+        ):
+            if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
+        self._options = PipelineOptions(policy, backbone, group_size, microbatches, costs or Costs(G=3))
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._checkpoint_weights_only = checkpoint_weights_only
+        self._mesh: PipelineMesh | None = None
+        self._runner: PipelineRunner | None = None
+        self._loss: Tensor | None = None
+        self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
+        self._first_of_window = True
+        self._synchronize = True
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> PipelineMesh:
+        """The (dp, pp) mesh with its process groups."""
+        if self._mesh is None:
+            raise RuntimeError("the mesh exists only after the processes have been set up, inside trainer.fit and the like")
+        return self._mesh
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The DeviceMesh with dimensions "dp" and "pp"."""
+        return self.mesh.mesh
+
+    @property
+    def pipeline(self) -> PipelineRunner:
+        """What runs batches on this rank."""
+        if self._runner is None:
+            raise RuntimeError("the pipeline exists only after setup, inside trainer.fit and the like")
+        return self._runner
+
+    @property
+    def pipeline_layout(self) -> PipelineLayout:
+        """What a DataModule's collate function has to know of the pipeline."""
+        return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
+
+    def setup_environment(self) -> None:
+        module = self.lightning_module
+        assert self.cluster_environment is not None
+        if not isinstance(module, PipelineModule):
+            raise TypeError(
+                f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
+                "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
+            )
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
+        stages, stage_rank = split_layers(module.llm.num_layers, pp), range(pp)
+        super().setup_environment()
+        if self._mesh is None:
+            self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
+        module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
+        module._device_mesh = self.device_mesh
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Seed workers by replica, not by rank: all ranks of a pipeline must see the same samples."""
+        if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
+            worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
+            dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
+        return dataloader
+
+    # -- model and optimizers --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        module = self.lightning_module
+        assert isinstance(module, PipelineModule)
+        if not module.automatic_optimization:
+            raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._synchronize_initial_state(module)
+        self._runner = PipelineRunner(module, self.mesh, self._options, self.precision_plugin.forward_context)
+        module.runner = self._run_pipeline
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._reset_optimizers_and_schedulers()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self.barrier()
+
+    def _synchronize_initial_state(self, module: PipelineModule) -> None:
+        """Replicas start equal even if a component was initialised without a seed."""
+        groups = {True: self.mesh.dp_group, False: None}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            group = groups[name.startswith("llm.")]
+            if dist.get_world_size(group) > 1:
+                dist.broadcast(tensor.detach(), 0 if group is None else dist.get_global_rank(group, 0), group=group)
+
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own sees this rank's parameters only
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None:
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+            if not isinstance(scaler, ShardedGradScaler):  # all ranks must skip the same steps
+                plugin.scaler = ShardedGradScaler(
+                    device=self.root_device.type,
+                    init_scale=scaler.get_scale(),
+                    growth_factor=scaler.get_growth_factor(),
+                    backoff_factor=scaler.get_backoff_factor(),
+                    growth_interval=scaler.get_growth_interval(),
+                    process_group=dist.group.WORLD,
+                )
+
+    def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(self.pipeline.places, self.mesh)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if isinstance(module, PipelineModule):
+            module.runner = None
+        super().teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
+        super().on_exception(exception)
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            import signal
+
+            self._launcher.kill(signal.SIGTERM)
+
+    # -- steps -----------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        self._first_of_window = batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0
+        if batch_idx == 0:
+            self.pipeline.refresh()  # a callback may have frozen or unfrozen something
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self._synchronize = False
+        try:
+            yield
+        finally:
+            self._synchronize = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        self._loss = self._stash = None
+        output = self.lightning_module.training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if self._loss is None or loss is not self._loss:
+            raise ValueError(
+                f"{type(self.lightning_module).__name__}.training_step must return the loss of self.pipeline(batch) "
+                "as it is (out.loss): the pipeline has already computed its gradients, so a changed loss would be "
+                "ignored. Weights of loss parts go into the module's loss_weights."
+            )
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.predict_step(*args, **kwargs)
+
+    def _run_pipeline(self, batch: Batch, mode: Mode) -> PipelineOutput:
+        """Run a batch. In training the gradients are set aside until `backward`: Lightning zeroes them in between."""
+        if mode != "train":
+            return self.pipeline(batch, mode)
+        if self._stash is not None:
+            raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
+        module = self.lightning_module
+        assert module is not None
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if self._first_of_window:
+            for parameter in parameters:
+                parameter.grad = None
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        one = torch.ones((), device=self.root_device)
+        scale = one if scaler is None else scaler.scale(one)
+        self.pipeline.gradient_scale = scale / module.trainer.accumulate_grad_batches
+        output = self.pipeline(batch, mode)
+        self._stash = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self._loss = output.loss
+        return output
+
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        assert self.lightning_module is not None
+        assert self._stash is not None, "backward without a pipeline run"
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        for parameter, gradient in self._stash:
+            parameter.grad = gradient
+        self._stash = None
+        if self._synchronize:
+            reduce_gradients(self.pipeline.places, self.mesh)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert isinstance(self.lightning_module, PipelineModule)
+        state = checkpoints.model_state(self.lightning_module)
+        return state if self._save_distributed_checkpoint else checkpoints.gather(state, self.mesh)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert isinstance(self.lightning_module, PipelineModule)
+        state = checkpoints.optimizer_state(self.lightning_module, optimizer)
+        return state if self._save_distributed_checkpoint else checkpoints.gather(state, self.mesh)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if self._save_distributed_checkpoint:
+            checkpoints.save(checkpoint, path, self.is_global_zero)
+            return
+        if self.is_global_zero:
+            checkpoints.remove(path)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert isinstance(self.lightning_module, PipelineModule)
+        path = Path(self.broadcast(str(checkpoint_path)))
+        weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
+        return checkpoints.load(path, self.lightning_module, self.optimizers, self.root_device, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has loaded the weights already."""
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Nothing: `load_checkpoint` has loaded the optimizers already."""
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            checkpoints.remove(Path(filepath))
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        with super().tensor_init_context(empty_init=False):
+            yield
+
+
+def _one_of(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}")
+
+
+def register() -> None:
+    """Make ``Trainer(strategy="bigmac")`` work."""
+    StrategyRegistry.register(
+        BigMacStrategy.strategy_name, BigMacStrategy, description="encoder and generator nested into the LLM's pipeline",
+        override=True,
+    )
