@@ -45,17 +45,12 @@ class Costs:
     @property
     def kinds(self) -> frozenset[Kind]:
         """The kinds that may occur in a plan."""
-        absent: set[Kind] = set()
-        for kind, needed in (("F", 1), ("B", self.B), ("I", self.B * self.I), ("W", self.B * self.W), ("EF", self.EF)):
-            if not needed:
-                absent.add(kind)
-        if not (self.B and self.EF and self.EB):
-            absent.add("EB")
-        if not self.G:
-            absent.add("G")
-        return frozenset({"F", "B", "I", "W", "EF", "EB", "G"} - absent)
-
-    @property
-    def nested(self) -> float:
-        """Encoder and generator time of one microbatch on one rank, as far as these kinds occur."""
-        return sum(getattr(self, kind) for kind in ("EF", "EB", "G") if kind in self.kinds)
+        kinds: list[Kind] = ["F"]
+        if self.B:
+            kinds.append("B")
+            kinds += ["I", "W"] if self.I and self.W else []
+        if self.EF:
+            kinds += ["EF", "EB"] if self.B and self.EB else ["EF"]
+        if self.G:
+            kinds.append("G")
+        return frozenset(kinds)

@@ -1,0 +1,125 @@
+"""What an action needs: the single source of truth on dependencies.
+
+Knows which actions must have ended before another can start; knows nothing of times, list order or policies.
+
+The rules, for microbatch m of group g, stages 0 .. L:
+
+=========  ====================================================================================================
+action     needs
+=========  ====================================================================================================
+0F m       EF g of every rank that has it, all pieces
+sF m       (s-1)F m
+LB m       LF m, and G g of every rank that has it, all pieces
+sB m       sF m and (s+1)B m
+sI m       as sB m; in both the next stage's backward may be a B or an I
+sW m       sI m
+EF g       nothing
+EB g       the same piece of EF g on its own rank, and stage 0's B or I on all microbatches of g
+G g        LF on all microbatches of g
+=========  ====================================================================================================
+"""
+
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.plan import Plan, PlanError
+
+
+class Dataflow:
+    """The dependencies of a plan's actions, which are numbered rank by rank in list order.
+
+    Attributes:
+        actions: all actions.
+        ranks: the rank of each.
+        first: per rank, the number of its first action; one more entry for the end.
+        needs: for each action, the numbers of those that must have ended before it starts.
+
+    Raises:
+        PlanError: if something that is needed is in no list.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.actions = [action for actions in plan.ranks for action in actions]
+        self.ranks = [rank for rank, actions in enumerate(plan.ranks) for _ in actions]
+        self.first = [0]
+        for actions in plan.ranks:
+            self.first.append(self.first[-1] + len(actions))
+        self._groups = plan.groups
+        self._group_of = {microbatch: g for g, group in enumerate(plan.groups) for microbatch in group}
+        self._last = plan.stages - 1
+        self._llm: dict[tuple[str, int, int], int] = {}
+        self._encoded: dict[tuple[int, int, int, int], int] = {}
+        self._nested: dict[tuple[str, int], list[int]] = {}
+        for number, action in enumerate(self.actions):
+            if action.stage is not None:
+                self._llm[action.kind, action.stage, action.index] = number
+                continue
+            self._nested.setdefault((action.kind, action.index), []).append(number)
+            if action.kind == "EF":
+                self._encoded[self.ranks[number], action.index, action.piece, action.pieces] = number
+        self.needs = [self._needs_of(number) for number in range(len(self.actions))]
+
+    def position(self, number: int) -> tuple[int, int]:
+        """(rank, position in its list) of an action."""
+        rank = self.ranks[number]
+        return rank, number - self.first[rank]
+
+    def _needs_of(self, number: int) -> list[int]:
+        action = self.actions[number]
+        kind, index, stage = action.kind, action.index, action.stage
+        if kind == "EF":
+            return []
+        if kind == "EB":
+            encoded = self._encoded.get((self.ranks[number], index, action.piece, action.pieces))
+            if encoded is None:
+                raise self._missing(number, f"EF{str(action)[2:]} on its own rank")
+            return [encoded, *(self._backward(number, 0, microbatch) for microbatch in self._group(number, index))]
+        if kind == "G":
+            return [self._forward(number, self._last, microbatch) for microbatch in self._group(number, index)]
+        assert stage is not None
+        if kind == "F":
+            if stage > 0:
+                return [self._forward(number, stage - 1, index)]
+            return self._nested.get(("EF", self._group_of.get(index, -1)), [])
+        if kind == "W":
+            half = self._llm.get(("I", stage, index))
+            if half is None:
+                raise self._missing(number, f"{stage}I{index}")
+            return [half]
+        own = self._forward(number, stage, index)
+        if stage < self._last:
+            return [own, self._backward(number, stage + 1, index)]
+        return [own, *self._nested.get(("G", self._group_of.get(index, -1)), [])]
+
+    def _forward(self, number: int, stage: int, microbatch: int) -> int:
+        found = self._llm.get(("F", stage, microbatch))
+        if found is None:
+            raise self._missing(number, f"{stage}F{microbatch}")
+        return found
+
+    def _backward(self, number: int, stage: int, microbatch: int) -> int:
+        found = self._llm.get(("B", stage, microbatch), self._llm.get(("I", stage, microbatch)))
+        if found is None:
+            raise self._missing(number, f"{stage}B{microbatch}")
+        return found
+
+    def _group(self, number: int, index: int) -> list[int]:
+        if index >= len(self._groups):
+            raise self._missing(number, f"group {index}")
+        return self._groups[index]
+
+    def _missing(self, number: int, text: str) -> PlanError:
+        return PlanError(
+            f"rank {self.ranks[number]}: {self.actions[number]} needs {text}, which is nowhere in the plan"
+        )
+
+
+def predecessors(plan: Plan) -> dict[tuple[int, Action], list[tuple[int, Action]]]:
+    """What each (rank, action) needs, as (rank, action) of its own and of other ranks.
+
+    The order of a rank's list is no dependency here.
+
+    Raises:
+        PlanError: if something that is needed is in no list.
+    """
+    flow = Dataflow(plan)
+    keys = list(zip(flow.ranks, flow.actions, strict=True))
+    return {key: [keys[need] for need in needs] for key, needs in zip(keys, flow.needs, strict=True)}

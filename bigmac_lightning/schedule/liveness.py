@@ -1,0 +1,59 @@
+"""What is alive in memory while each action of a plan runs.
+
+Knows which actions hold and free activations; knows nothing of times, as a rank's list order says it all.
+"""
+
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.workload import Workload
+
+
+def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
+    """Encoder units of each group: its number of microbatches, or, where microbatches differ, its encoder work
+    in multiples of the mean microbatch's."""
+    if workload is None:
+        return [float(len(group)) for group in plan.groups]
+    mean = workload.total("EF") / plan.microbatches
+    return [workload.total("EF", group) / mean if mean else 0.0 for group in plan.groups]
+
+
+def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
+    """Per rank and position, the encoder units alive while that action runs.
+
+    EF takes them at its start; EB frees them at its end (without EB, EF at its own end).
+    """
+    units, trained = group_units(plan, workload), "EB" in plan.costs.kinds
+    ranks: list[list[float]] = []
+    for rank, actions in enumerate(plan.ranks):
+        alive, row = 0.0, []
+        for action in actions:
+            size = 0.0
+            if action.kind in ("EF", "EB"):
+                size = units[action.index] * plan.encoder_shares[action.index][rank] / action.pieces
+            if action.kind == "EF":
+                row.append(alive + size)
+                alive += size if trained else 0.0
+            else:
+                row.append(alive)
+                alive = max(0.0, alive - size)
+        ranks.append(row)
+    return ranks
+
+
+def live_llm_microbatches(plan: Plan) -> list[list[float]]:
+    """Per rank and position, the LLM microbatches alive while that action runs; one stage of V counts 1 / V.
+
+    F takes them at its start; B or W frees them at its end (in a forward-only plan, F at its own end).
+    """
+    trained, size = "B" in plan.costs.kinds, 1 / plan.virtual_stages
+    ranks: list[list[float]] = []
+    for actions in plan.ranks:
+        stages, row = 0, []
+        for action in actions:
+            if action.kind == "F":
+                row.append((stages + 1) * size)
+                stages += trained
+            else:
+                row.append(stages * size)
+                stages -= action.kind in ("B", "W")
+        ranks.append(row)
+    return ranks

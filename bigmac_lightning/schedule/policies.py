@@ -1,0 +1,204 @@
+"""Makes plans: how encoder and generator work is placed around a backbone.
+
+Knows backbones, the nesting pass and costs; knows nothing of files, processes or models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.backbones import Orders, get_backbone
+from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.nesting import nest
+from bigmac_lightning.schedule.plan import Plan, even_groups
+from bigmac_lightning.schedule.simulate import check_workload, durations, simulate
+from bigmac_lightning.schedule.verify import check_header, verify
+from bigmac_lightning.schedule.workload import Workload
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How encoder and generator work is placed.
+
+    Attributes:
+        place: from a plan whose lists hold the bare backbone, all ranks' actions.
+        spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
+            rank of stage 0 and generated on that of the last stage.
+    """
+
+    place: Callable[[Plan, Workload | None], Orders]
+    spread: bool = True
+
+
+def nested(plan: Plan, workload: Workload | None = None) -> Orders:
+    """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
+    return nest(plan, ("EF", "EB", "G"), workload)
+
+
+def upfront(plan: Plan, workload: Workload | None = None) -> Orders:
+    """All encoder forwards first, all encoder backwards last; the generator nested just the same."""
+
+    def work(kind: str, rank: int) -> list[Action]:
+        return [
+            Action("EF" if kind == "EF" else "EB", group)
+            for group, row in enumerate(plan.encoder_shares if kind in plan.costs.kinds else [])
+            if row[rank] > 0
+        ]
+
+    inner = nest(plan, ("G",), workload)
+    return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
+
+
+def first_stage(plan: Plan, workload: Workload | None = None) -> Orders:
+    """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
+    del workload
+    first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
+    group_of = {group[0]: g for g, group in enumerate(plan.groups)}
+    ranks: Orders = []
+    for actions in plan.ranks:
+        merged: list[Action] = []
+        for action in actions:
+            group, backward = group_of[action.index], action.kind in ("B", "I")
+            if action.stage == 0 and action.kind == "F" and _share(plan.encoder_shares, group, first):
+                merged.append(Action("EF", group))
+            merged.append(action)
+            if action.stage == plan.stages - 1 and action.kind == "F" and _share(plan.generator_shares, group, last):
+                merged.append(Action("G", group))
+            if action.stage == 0 and backward and "EB" in kinds and _share(plan.encoder_shares, group, first):
+                merged.append(Action("EB", group))
+        ranks.append(merged)
+    return ranks
+
+
+POLICIES: dict[str, Policy] = {
+    "nested": Policy(nested),
+    "upfront": Policy(upfront),
+    "first_stage": Policy(first_stage, spread=False),
+}
+
+
+def make_plan(
+    *,
+    policy: str = "nested",
+    backbone: str = "1f1b",
+    pipeline_parallel_size: int,
+    microbatches: int,
+    group_size: int | None = None,
+    costs: Costs | None = None,
+    virtual_stages: int = 1,
+    encoder_shares: Sequence[Sequence[float]] | None = None,
+    generator_shares: Sequence[Sequence[float]] | None = None,
+    extra_in_flight: int | None = None,
+    workload: Workload | None = None,
+) -> Plan:
+    """Make a plan and verify it.
+
+    Args:
+        policy: a name in ``POLICIES``.
+        backbone: a name in ``BACKBONES``.
+        pipeline_parallel_size: number of ranks, P.
+        microbatches: number of microbatches, M.
+        group_size: microbatches per group, the last one may have fewer; P by default. `first_stage` always takes 1.
+        costs: times of the actions; ``Costs()`` by default.
+        virtual_stages: stages per rank.
+        encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
+            by default the same for all ranks (for `first_stage`: all on the rank of stage 0).
+        generator_shares: the same for the generator (`first_stage`: the rank of the last stage).
+        extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
+            there is a generator whose work is spread, and none otherwise.
+        workload: the work of each microbatch, where they differ.
+
+    Raises:
+        ValueError: names the argument, its value and what is expected.
+        PlanError: if the plan breaks a rule; see ``verify``.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy is {policy!r}; expected one of {', '.join(POLICIES)}")
+    chosen, schedule, costs = POLICIES[policy], get_backbone(backbone), costs or Costs()
+    kinds = costs.kinds
+    size = pipeline_parallel_size
+    group_size = (group_size if group_size is not None else size) if chosen.spread else 1
+    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size)
+    _at_least(1, virtual_stages=virtual_stages)
+    if extra_in_flight is None:
+        extra_in_flight = min(group_size, microbatches) if chosen.spread and "G" in kinds else 0
+    _at_least(0, extra_in_flight=extra_in_flight)
+
+    def bare_backbone(extra: int) -> Orders:
+        orders = schedule.build(size, microbatches, extra, virtual_stages)
+        return [[action for action in actions if action.kind in kinds] for actions in orders]
+
+    stage_rank = schedule.stage_rank(size, virtual_stages)
+    plan = Plan(
+        policy=policy,
+        backbone=backbone,
+        pipeline_parallel_size=size,
+        virtual_stages=virtual_stages,
+        microbatches=microbatches,
+        stage_rank=stage_rank,
+        groups=even_groups(microbatches, group_size),
+        encoder_shares=[],
+        generator_shares=[],
+        ranks=bare_backbone(0),
+        costs=costs,
+    )
+    check_workload(plan, workload)
+    encoder_rank, generator_rank = (None, None) if chosen.spread else (stage_rank[0], stage_rank[-1])
+    if "EF" in kinds:
+        plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, encoder_rank, workload)
+    if "G" in kinds:
+        plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, generator_rank, workload)
+    check_header(plan)
+
+    bare = simulate(plan, workload).makespan
+    in_flight = replace(plan, ranks=bare_backbone(extra_in_flight)) if extra_in_flight else plan
+    plan.ranks = chosen.place(in_flight, workload)
+    timeline = verify(plan, workload=workload)
+    plan.makespan = timeline.makespan
+    plan.ideal = bare + _nested_time(plan, workload) / size
+    plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
+    return plan
+
+
+def _at_least(least: int, **arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected an integer of at least {least}")
+
+
+def _shares(
+    name: str,
+    plan: Plan,
+    kind: str,
+    given: Sequence[Sequence[float]] | None,
+    only_rank: int | None,
+    workload: Workload | None,
+) -> list[list[float]]:
+    """The given rows, or rows that spread the work evenly (or put it on the only rank that may do it)."""
+    size = plan.pipeline_parallel_size
+    if given is None:
+        even = [1 / size] * size if only_rank is None else [float(rank == only_rank) for rank in range(size)]
+        idle = [workload is not None and not workload.total(kind, group) for group in plan.groups]
+        return [[0.0] * size if nothing else list(even) for nothing in idle]
+    rows = [list(row) for row in given]
+    for group, row in enumerate(rows):
+        if only_rank is not None and any(share for rank, share in enumerate(row) if rank != only_rank):
+            raise ValueError(
+                f"{name}: group {group} has the shares {row}; expected all of it on rank {only_rank}, "
+                f"as the policy is {plan.policy!r}"
+            )
+    return rows
+
+
+def _share(rows: list[list[float]], group: int, rank: int) -> float:
+    return rows[group][rank] if rows else 0.0
+
+
+def _nested_time(plan: Plan, workload: Workload | None) -> float:
+    """Encoder and generator time of all ranks together."""
+    return sum(
+        time
+        for actions, times in zip(plan.ranks, durations(plan, workload), strict=True)
+        for action, time in zip(actions, times, strict=True)
+        if action.nested
+    )
