@@ -1,0 +1,11 @@
+"""Encoder, LLM and generator components, and the LightningModule made of them. Single-device code: no ranks inside.
+
+Needs `pip install bigmac-lightning[models]` (transformers, diffusers); nothing else in the package does.
+"""
+
+from .decoder import HFDecoder
+from .flow import FlowGenerator
+from .multimodal_lm import MultimodalLM
+from .vision import VisionEncoder
+
+__all__ = ["FlowGenerator", "HFDecoder", "MultimodalLM", "VisionEncoder"]

@@ -1,0 +1,153 @@
+"""From samples to a `Batch`: microbatches, padding, positions, owners; then pixels, of owned items only.
+
+A `Sample` is a small record that every rank can afford to make: token ids, and for each media item and generator target
+its place, size, cost and a function that loads it. Only the owner calls that function.
+Knows tokens and items; knows nothing of files, tokenizers or models.
+
+Shape suffixes: B samples of a microbatch, S tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+
+
+@dataclass(frozen=True)
+class Media:
+    """One image, video, ... of a sample.
+
+    Attributes:
+        encoder: name of the encoder that turns it into features.
+        start: index of its first placeholder token in the sample.
+        rows: number of placeholder tokens, replaced by as many feature rows.
+        load: makes the tensor that the encoder takes.
+        cost: encoder forward time in any unit shared by all items.
+    """
+
+    encoder: str
+    start: int
+    rows: int
+    load: Callable[[], Tensor]
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that a generator learns to make, or is asked to make, from a sample.
+
+    Attributes:
+        generator: name of the generator.
+        start: index in the sample of the first token whose final hidden state conditions it.
+        rows: number of these tokens.
+        shape: of the thing.
+        seed: of the noise drawn for it.
+        load: makes the tensor of that shape; ``None`` where there is none to learn from (sampling).
+        cost: generator time in any unit shared by all items.
+    """
+
+    generator: str
+    start: int
+    rows: int
+    shape: tuple[int, ...]
+    seed: int
+    load: Callable[[], Tensor] | None = None
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example before anything is decoded.
+
+    Attributes:
+        tokens: token ids, placeholders included.
+        labelled: for each token whether the model is to predict it from those before it.
+        media: in the order of their placeholders.
+        targets: in the order of their tokens.
+    """
+
+    tokens: Sequence[int]
+    labelled: Sequence[bool]
+    media: Sequence[Media] = ()
+    targets: Sequence[Target] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.labelled) != len(self.tokens):
+            raise ValueError(f"a sample has {len(self.tokens)} tokens, but labelled has {len(self.labelled)} entries")
+        if self.labelled and self.labelled[0]:
+            raise ValueError("a sample's first token cannot be labelled: nothing precedes it; start with another token")
+        for item in (*self.media, *self.targets):
+            if item.start < 0 or item.start + item.rows > len(self.tokens):
+                raise ValueError(
+                    f"rows {item.start}..{item.start + item.rows - 1} of an item lie outside its sample's "
+                    f"{len(self.tokens)} tokens: one placeholder token per row is needed"
+                )
+
+
+@dataclass(frozen=True)
+class Collator:
+    """The collate function of a DataLoader.
+
+    Samples are cut into microbatches in their order, as evenly as it goes; fewer samples than microbatches give fewer
+    microbatches. Each microbatch is padded on the right to its longest sample. Causal attention needs no mask for that.
+
+    Attributes:
+        layout: this process's place in its pipeline.
+        microbatches: how many to make.
+        padding: token id to pad with.
+    """
+
+    layout: PipelineLayout
+    microbatches: int
+    padding: int = 0
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        parts = split_evenly(samples, self.microbatches)
+        microbatches = [self._describe(part) for part in parts]
+        assign_owners(microbatches, self.layout)
+        for part, microbatch in zip(parts, microbatches, strict=True):
+            self._load(microbatch.media, (media.load for sample in part for media in sample.media))
+            self._load(microbatch.targets, (target.load for sample in part for target in sample.targets))
+        return Batch(microbatches, self.layout)
+
+    def _describe(self, samples: Sequence[Sample]) -> Microbatch:
+        """A microbatch with everything but the data of its items."""
+        S = max(len(sample.tokens) for sample in samples)
+        ids_BS = torch.full((len(samples), S), self.padding)
+        microbatch = Microbatch({"input_ids": ids_BS, "position_ids": torch.arange(S).repeat(len(samples), 1)})
+        labelled: list[int] = []
+        media_rows: list[int] = []
+        target_rows: list[int] = []
+        for b, sample in enumerate(samples):
+            ids_BS[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
+            first = b * S
+            labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
+            for media in sample.media:
+                media_rows += range(first + media.start, first + media.start + media.rows)
+                microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost))
+            for target in sample.targets:
+                target_rows += range(first + target.start, first + target.start + target.rows)
+                microbatch.targets.append(
+                    TargetItem(target.generator, target.rows, target.shape, target.seed, target.cost)
+                )
+        positions = torch.tensor(labelled, dtype=torch.long)
+        microbatch.labels = ids_BS.flatten()[positions]
+        microbatch.label_positions = positions - 1  # the token before predicts it
+        microbatch.media_positions = torch.tensor(media_rows, dtype=torch.long)
+        microbatch.target_positions = torch.tensor(target_rows, dtype=torch.long)
+        return microbatch
+
+    def _load(self, items: Sequence[MediaItem | TargetItem], loads: Iterable[Callable[[], Tensor] | None]) -> None:
+        for item, load in zip(items, loads, strict=True):
+            if load is not None and item.owner == self.layout.rank:
+                item.data = load()
+
+
+def split_evenly(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+    """At most `parts` runs of consecutive samples, none empty, whose lengths differ by one at most."""
+    parts = min(parts, len(samples))
+    bounds = [i * len(samples) // parts for i in range(parts + 1)]
+    return [samples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,50 @@
+"""Configs, and initial weights that depend on a seed and a name only.
+
+Never on the order of construction, the device, the global random state, or on which part of a model this process keeps.
+
+Knows torch's random state and what all Hugging Face models share; knows nothing of layers or stages.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+
+@contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Everything drawn on the CPU inside depends on (seed, name) only; the random state outside is left alone.
+
+    New tensors are made on the CPU, whatever the default device is.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # torch.manual_seed: CUDA's as well
+        yield
+
+
+def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
+    """Give a model that was built on the meta device weights and buffers on the CPU, in place.
+
+    Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name); a
+    part of a model therefore gets the weights that it has in the whole model. Non-persistent buffers (rotary
+    frequencies, ...) are rebuilt as well. Tied parameters come out untied.
+    """
+    model.to_empty(device="cpu")
+    for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
+        with seeded(seed, name), torch.no_grad():
+            model._init_weights(module)
+
+
+def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:
+    """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if isinstance(config, str):
+        return AutoConfig.from_pretrained(config)
+    if "model_type" not in config:
+        raise ValueError('the config needs a "model_type", for example {"model_type": "qwen3", "hidden_size": 64}')
+    return AutoConfig.for_model(**config)
