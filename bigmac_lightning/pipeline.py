@@ -105,6 +105,7 @@ class PipelineRunner:
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
         self.last_plan: Plan | None = None
+        self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
         self._programs: dict[object, tuple[Plan, list[Instruction]]] = {}
         self.refresh()
@@ -131,7 +132,7 @@ class PipelineRunner:
         sums = work.sums
         if self.mesh.pp_size * self.mesh.dp_size > 1:
             dist.all_reduce(sums)
-        metrics = module.metrics(sums, counts)
+        metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],
             metrics=metrics,

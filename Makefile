@@ -1,0 +1,41 @@
+# One virtual environment for everything; PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test lint format bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-quickstart: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[quickstart]"
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
+	$(BIN)/bigmac fit --config configs/digits.yaml
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-quickstart  ## measured against simulated step time; memory against the number of microbatches
+	$(BIN)/python -m benchmarks.schedule_fidelity
+	$(BIN)/python -m benchmarks.memory_vs_microbatches
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

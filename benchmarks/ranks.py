@@ -1,0 +1,29 @@
+"""Starts a benchmark's processes: one gloo rank each, results back in the parent."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank."""
+    with TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (world_size, folder, function, args), world_size, start_method="fork")
+        return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timeout=timedelta(minutes=5), rank=rank, world_size=world_size)
+    torch.save(function(rank, *args), Path(folder) / f"{rank}.result")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,167 @@
+"""Loss and every gradient of the pipeline against the same model in one process without a pipeline."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.ranks import run_ranks
+from tests.toy import ToyModule, toy_batch
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination; the whole model is the same for all."""
+
+    pp: int
+    microbatches: int
+    group_size: int | None = None
+    dp: int = 1
+    policy: str = "nested"
+    backbone: str = "1f1b"
+    freeze: tuple[str, ...] = ()
+    media: bool = True
+    targets: bool = True
+    text_only: tuple[int, ...] = ()
+    tied: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"P{self.pp}", f"M{self.microbatches}", f"g{self.group_size or self.pp}", self.policy, self.backbone]
+        parts += [f"dp{self.dp}"] * (self.dp > 1) + [f"no-{name}" for name in self.freeze]
+        parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
+        parts += [f"text{''.join(map(str, self.text_only))}"] * bool(self.text_only)
+        return "-".join(parts)
+
+
+def cases() -> list[Case]:
+    found = []
+    for pp in (1, 2, 3, 4):
+        for m in (1, 2, 5, 8):
+            for group_size in sorted({1, 2, pp}):
+                found += [Case(pp, m, group_size), Case(pp, m, group_size, backbone="gpipe", targets=False)]
+            found += [Case(pp, m, policy="upfront"), Case(pp, m, policy="first_stage", tied=True)]
+            found.append(Case(pp, m, min(2, pp), text_only=tuple(range(0, m, 2)), tied=True))
+        base = Case(pp, 5, min(2, pp))
+        frozen = [
+            ("encoders",),
+            ("llm",),
+            ("generators",),
+            ("encoders", "llm"),
+            ("encoders", "generators"),
+            ("llm", "generators"),
+            ("encoders.image",),
+            # projector only
+            ("encoders.image.tower", "encoders.audio.tower", "llm", "generators"),
+            # the lower part of the LLM
+            ("encoders", "llm.embedding", "llm.layers.0", "llm.layers.1"),
+        ]
+        for freeze in frozen:
+            found += [replace(base, freeze=freeze, policy=policy) for policy in ("nested", "upfront", "first_stage")]
+        found += [
+            replace(base, text_only=(0, 1), policy=policy) for policy in ("nested", "upfront", "first_stage")
+        ]
+        found += [replace(base, media=False), replace(base, targets=False), replace(base, media=False, targets=False)]
+        found += [replace(base, tied=True), replace(base, tied=True, backbone="gpipe")]
+    for policy in ("nested", "upfront", "first_stage"):
+        for m in (1, 3, 8):
+            found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]
+    return found
+
+
+ALL = cases()
+
+
+def reference(case: Case) -> tuple[float, float, dict[str, torch.Tensor | None]]:
+    """The plain path in this process, over the batches of all replicas at once."""
+    module = ToyModule(tied=case.tied, freeze=case.freeze)
+    module.configure_model()
+    batches = [whole(case, replica) for replica in range(case.dp)]
+    batch = replace(batches[0], microbatches=[m for b in batches for m in b.microbatches])
+    module.pipeline(batch).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
+    norm = torch.nn.utils.get_total_norm([g for g in gradients.values() if g is not None]).item()
+    return module.pipeline(batch).loss.item(), norm, gradients
+
+
+def whole(case: Case, replica: int) -> Any:
+    return make(case, PipelineLayout(), replica)
+
+
+def make(case: Case, layout: PipelineLayout, replica: int) -> Any:
+    return toy_batch(
+        case.microbatches, layout, seed=replica, text_only=case.text_only, media=case.media, targets=case.targets
+    )
+
+
+def pipelined(rank: int, todo: list[Case]) -> list[tuple[float, float, dict[str, torch.Tensor | None], str]]:
+    """Every case on this rank."""
+    first = todo[0]
+    mesh = build_mesh(torch.device("cpu"), first.dp, first.pp, range(first.pp))
+    results = []
+    for case in todo:
+        options = PipelineOptions(case.policy, case.backbone, case.group_size)
+        module = ToyModule(tied=case.tied, freeze=case.freeze)
+        module.part = part_of(mesh.pp_rank, split_layers(4, case.pp), range(case.pp))
+        module.configure_model()
+        runner = PipelineRunner(module, mesh, options)
+        try:
+            out = runner(make(case, runner.layout, mesh.dp_rank), "train")
+        except Exception as error:
+            error.add_note(f"case {case}")
+            raise
+        reduce_gradients(runner.places, mesh)
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+        results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients, str(runner.last_plan)))
+    return results
+
+
+@pytest.fixture(scope="module")
+def executed() -> dict[Case, list[Any]]:
+    """Results of all cases by rank; cases of one world share their processes."""
+    worlds: dict[tuple[int, int], list[Case]] = defaultdict(list)
+    for case in ALL:
+        worlds[case.dp, case.pp].append(case)
+    results: dict[Case, list[Any]] = {}
+    for (dp, pp), todo in worlds.items():
+        by_rank = run_ranks(dp * pp, pipelined, todo)
+        results.update({case: [rank[i] for rank in by_rank] for i, case in enumerate(todo)})
+    return results
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_against_one_process(case: Case, executed: dict[Case, list[Any]]) -> None:
+    loss, norm, gradients = reference(case)
+    seen: set[str] = set()
+    for rank, (rank_loss, rank_norm, rank_gradients, _) in enumerate(executed[case]):
+        assert rank_loss == pytest.approx(loss, rel=TOLERANCE), f"loss on rank {rank}"
+        assert rank_norm == pytest.approx(norm, rel=TOLERANCE), f"gradient norm on rank {rank}"
+        for name, gradient in rank_gradients.items():
+            seen.add(name)
+            expected = gradients[name if name in gradients else "llm.embedding.weight"]
+            if expected is None:
+                assert gradient is None or not gradient.any(), f"{name} on rank {rank} has a gradient, but none is due"
+                continue
+            assert gradient is not None, f"{name} on rank {rank} has no gradient"
+            error = (gradient - expected).norm() / expected.norm().clamp(min=1e-30)
+            assert error <= TOLERANCE or (gradient - expected).abs().max() < 1e-9, f"{name} on rank {rank}: {error:.1e}"
+    assert seen >= gradients.keys(), "a parameter is trained on no rank"
+
+
+def test_cases_cover_what_they_name() -> None:
+    """The toy data really has what the cases are about."""
+    batch = whole(Case(4, 8), 0)
+    assert len({m.shape for m in batch.microbatches}) > 3
+    assert {i.encoder for m in batch.microbatches for i in m.media} == {"image", "audio"}
+    assert {i.generator for i in batch.targets} == {"drawing", "sketch"}
+    assert any(not len(m.labels) for m in whole(Case(4, 5), 0).microbatches)
+    assert any(not m.targets for m in batch.microbatches)
+    assert not dist.is_initialized()

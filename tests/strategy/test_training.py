@@ -1,0 +1,78 @@
+"""Twenty optimizer steps under Trainer(strategy=BigMacStrategy()) against strategy="auto" in one process."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.toy import ToyData, ToyModule
+
+
+@dataclass(frozen=True)
+class Run:
+    world: int = 2
+    dp: int = 1
+    strategy: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 2e-6
+
+
+RUNS = {
+    "P1": Run(world=1),
+    "P2": Run(data={"text_only": (0, 1)}),
+    "P3": Run(world=3, module={"tied": True}),
+    "P4-sgd": Run(world=4, module={"optimizer": "sgd"}),
+    "P2xdp2": Run(world=4, dp=2, module={"tied": True}),
+    "dp2-only": Run(world=2, dp=2),
+    "upfront": Run(strategy={"policy": "upfront", "group_size": 1}),
+    "first-stage": Run(strategy={"policy": "first_stage"}, module={"tied": True}),
+    "gpipe": Run(world=3, strategy={"backbone": "gpipe"}),
+    "accumulate": Run(trainer={"accumulate_grad_batches": 3}),
+    "clip-norm": Run(world=3, trainer={"gradient_clip_val": 0.1}, module={"tied": True, "optimizer": "sgd"}),
+    "clip-norm-dp": Run(world=4, dp=2, trainer={"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
+    "clip-value": Run(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "frozen-llm": Run(module={"freeze": ("llm",)}),
+    "frozen-encoders": Run(world=3, module={"freeze": ("encoders",)}),
+    "only-generators": Run(module={"freeze": ("encoders", "llm")}),
+    "only-projectors": Run(
+        module={"freeze": ("encoders.image.tower", "encoders.audio.tower", "llm", "generators")},
+    ),
+    "text-only-batches": Run(data={"media": False, "targets": False}),
+    "bf16-mixed": Run(trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
+    "bf16-mixed-P3": Run(world=3, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
+}
+
+
+def _fit(rank: int, run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float], int]:
+    strategy = {"data_parallel_size": run.dp, **run.strategy}
+    trainer = pipeline_trainer(run.world, strategy, max_epochs=1, **run.trainer)
+    module = ToyModule(**run.module)
+    trainer.fit(module, ToyData(**run.data))
+    return weights(module), module.losses, _logged(trainer), trainer.global_step
+
+
+def _logged(trainer: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_against_auto(name: str) -> None:
+    run = RUNS[name]
+    trainer = plain_trainer(max_epochs=1, **run.trainer)
+    module = ToyModule(**run.module)
+    trainer.fit(module, ToyData(replicas=run.dp, **run.data))
+    start = ToyModule(**run.module)
+    start.configure_model()
+    moved = [n for n, p in start.named_parameters() if not torch.equal(p, weights(module)[n])]
+    assert moved, "the reference has learnt nothing"
+
+    for found, losses, logged, steps in on_ranks(run.world, _fit, run):
+        assert losses == pytest.approx(module.losses, rel=max(run.tolerance, 1e-5))
+        assert_close(found, weights(module), run.tolerance)
+        assert steps == trainer.global_step
+        assert logged.keys() == _logged(trainer).keys()
+        if run.dp == 1:
+            assert logged == pytest.approx(_logged(trainer), rel=max(10 * run.tolerance, 1e-4))

@@ -1,0 +1,72 @@
+"""Trainers for tests: one process without a pipeline, or real ranks that find their environment as under torchrun."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tests.ranks import run_ranks
+from tests.toy import ToyModule
+
+from bigmac_lightning import BigMacStrategy
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+}
+
+
+def plain_trainer(**kwargs: Any) -> pl.Trainer:
+    return pl.Trainer(**{**QUIET, "logger": False, "enable_checkpointing": False, "devices": 1, **kwargs})
+
+
+def pipeline_trainer(world_size: int, strategy: dict[str, Any] | None = None, **kwargs: Any) -> pl.Trainer:
+    """To be called on a rank."""
+    defaults = {**QUIET, "logger": False, "enable_checkpointing": False}
+    return pl.Trainer(**{**defaults, "devices": world_size, "strategy": BigMacStrategy(**(strategy or {})), **kwargs})
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    """Like `run_ranks`, in the environment that torchrun makes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return run_ranks(world_size, _with_environment, world_size, port, function, args, timeout=timeout)
+
+
+def _with_environment(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        GROUP_RANK="0",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
+    return function(rank, *args)
+
+
+def weights(module: ToyModule) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Every parameter that a rank holds, relative to its norm; a tied copy against the embedding."""
+    assert actual
+    for name, value in actual.items():
+        other = expected[name] if name in expected else expected["llm.embedding.weight"]
+        error = float((value - other).norm() / other.norm().clamp(min=1e-12))
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def tmp_root(path: Path) -> dict[str, Any]:
+    return {"default_root_dir": str(path)}
