@@ -48,9 +48,12 @@ class Costs:
         kinds: list[Kind] = ["F"]
         if self.B:
             kinds.append("B")
-            kinds += ["I", "W"] if self.I and self.W else []
+        if self.B and self.I and self.W:
+            kinds.extend(("I", "W"))
         if self.EF:
-            kinds += ["EF", "EB"] if self.B and self.EB else ["EF"]
+            kinds.append("EF")
+        if self.EF and self.EB and self.B:
+            kinds.append("EB")
         if self.G:
             kinds.append("G")
         return frozenset(kinds)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from bigmac_lightning.schedule.action import Action, Kind
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
+from bigmac_lightning.schedule.simulate import Timeline, durations
 from bigmac_lightning.schedule.workload import Workload
 
 _RANK_AT_EQUAL_TIME: dict[Kind, int] = {"EB": 0, "G": 1, "EF": 2}  # free memory before taking more
@@ -72,13 +72,12 @@ def consistent_cuts(
 
 
 def nest(
-    plan: Plan, kinds: Collection[Kind] = ("EF", "EB", "G"), workload: Workload | None = None
+    plan: Plan, bare: Timeline, kinds: Collection[Kind] = ("EF", "EB", "G"), workload: Workload | None = None
 ) -> list[list[Action]]:
     """Every rank's actions: the bare backbone of `plan`, with the work of these kinds put in at its cuts.
 
     Ranks whose share is zero get no action. Arguments and errors as ``consistent_cuts``.
     """
-    bare = simulate(plan, workload)
     cuts, tolerance = consistent_cuts(plan, bare, kinds, workload), _tolerance(plan, workload)
     ranks: list[list[Action]] = []
     for rank, actions in enumerate(plan.ranks):

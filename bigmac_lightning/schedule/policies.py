@@ -4,14 +4,14 @@ Knows backbones, the nesting pass and costs; knows nothing of files, processes o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
-from bigmac_lightning.schedule.simulate import check_workload, durations, simulate
+from bigmac_lightning.schedule.simulate import Timeline, check_workload, durations, simulate
 from bigmac_lightning.schedule.verify import check_header, verify
 from bigmac_lightning.schedule.workload import Workload
 
@@ -21,21 +21,21 @@ class Policy:
     """How encoder and generator work is placed.
 
     Attributes:
-        place: from a plan whose lists hold the bare backbone, all ranks' actions.
+        place: from a plan whose lists hold the bare backbone, and its timeline, all ranks' actions.
         spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
             rank of stage 0 and generated on that of the last stage.
     """
 
-    place: Callable[[Plan, Workload | None], Orders]
+    place: Callable[[Plan, Timeline, Workload | None], Orders]
     spread: bool = True
 
 
-def nested(plan: Plan, workload: Workload | None = None) -> Orders:
+def nested(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
     """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
-    return nest(plan, ("EF", "EB", "G"), workload)
+    return nest(plan, bare, ("EF", "EB", "G"), workload)
 
 
-def upfront(plan: Plan, workload: Workload | None = None) -> Orders:
+def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
     """All encoder forwards first, all encoder backwards last; the generator nested just the same."""
 
     def work(kind: str, rank: int) -> list[Action]:
@@ -45,13 +45,13 @@ def upfront(plan: Plan, workload: Workload | None = None) -> Orders:
             if row[rank] > 0
         ]
 
-    inner = nest(plan, ("G",), workload)
+    inner = nest(plan, bare, ("G",), workload)
     return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
 
 
-def first_stage(plan: Plan, workload: Workload | None = None) -> Orders:
+def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
     """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
-    del workload
+    del bare, workload
     first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
     group_of = {group[0]: g for g, group in enumerate(plan.groups)}
     ranks: Orders = []
@@ -150,12 +150,15 @@ def make_plan(
         plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, generator_rank, workload)
     check_header(plan)
 
-    bare = simulate(plan, workload).makespan
-    in_flight = replace(plan, ranks=bare_backbone(extra_in_flight)) if extra_in_flight else plan
-    plan.ranks = chosen.place(in_flight, workload)
+    bare = simulate(plan, workload)
+    plan.ideal = bare.makespan
+    if extra_in_flight:
+        plan.ranks = bare_backbone(extra_in_flight)
+        bare = simulate(plan, workload)
+    plan.ranks = chosen.place(plan, bare, workload)
     timeline = verify(plan, workload=workload)
     plan.makespan = timeline.makespan
-    plan.ideal = bare + _nested_time(plan, workload) / size
+    plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
 

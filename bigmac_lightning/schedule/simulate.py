@@ -76,7 +76,10 @@ def check_workload(plan: Plan, workload: Workload | None) -> None:
 
 
 def simulate(
-    plan: Plan, workload: Workload | None = None, durations: Sequence[Sequence[float]] | None = None
+    plan: Plan,
+    workload: Workload | None = None,
+    durations: Sequence[Sequence[float]] | None = None,
+    flow: Dataflow | None = None,
 ) -> Timeline:
     """Start every action as early as its rank's list and its dependencies allow.
 
@@ -84,12 +87,13 @@ def simulate(
         plan: need not be verified.
         workload: see ``durations``.
         durations: the time of each action, if not that of the plan's costs; lists per rank.
+        flow: the plan's dependencies, if they have been worked out already.
 
     Raises:
         PlanError: if the plan cannot progress; shows every rank's list around the action it is stuck at.
     """
     times = _durations(plan, workload) if durations is None else durations
-    flow, latency = Dataflow(plan), plan.costs.latency
+    flow, latency = flow or Dataflow(plan), plan.costs.latency
     length = [time for row in times for time in row]
     total, ranks, firsts = len(flow.actions), flow.ranks, set(flow.first)
     waiting = [len(needs) + (number not in firsts) for number, needs in enumerate(flow.needs)]

@@ -48,9 +48,10 @@ def verify(
     check_header(plan)
     check_workload(plan, workload)
     _check_completeness(plan)
-    _check_list_order(plan)
+    flow = Dataflow(plan)
+    _check_list_order(flow)
     _check_nested_order(plan)
-    timeline = simulate(plan, workload)
+    timeline = simulate(plan, workload, flow=flow)
     if max_encoder_units is not None:
         _check_limit(plan, live_encoder_units(plan, workload), max_encoder_units, "encoder units")
     if max_llm_microbatches is not None:
@@ -105,9 +106,10 @@ def _check_completeness(plan: Plan) -> None:
                 raise PlanError(f"rank {rank}: {action} occurs twice")
             seen.add(action)
             _check_belongs(plan, rank, action, kinds)
+        split = any(action.kind in ("I", "W") for action in actions)
         for stage in stages:
             for microbatch in range(plan.microbatches):
-                _check_microbatch(rank, stage, microbatch, seen, backward="B" in kinds)
+                _check_microbatch(rank, stage, microbatch, seen, "B" in kinds, split)
         for kind in ("EF", "EB", "G"):
             if kind in kinds:
                 for group, row in enumerate(plan.shares(kind)):
@@ -138,20 +140,22 @@ def _check_belongs(plan: Plan, rank: int, action: Action, kinds: frozenset[Kind]
         raise PlanError(f"rank {rank}: {action} belongs to rank {plan.stage_rank[action.stage]}")
 
 
-def _check_microbatch(rank: int, stage: int, microbatch: int, seen: set[Action], backward: bool) -> None:
+def _check_microbatch(rank: int, stage: int, microbatch: int, seen: set[Action], backward: bool, split: bool) -> None:
     """One F; and one B, or one I and one W."""
-    forward, full, half, rest = (Action(kind, microbatch, stage) for kind in ("F", "B", "I", "W"))
-    if forward not in seen:
-        raise PlanError(f"rank {rank}: {forward} is missing")
+    if Action("F", microbatch, stage) not in seen:
+        raise PlanError(f"rank {rank}: {stage}F{microbatch} is missing")
     if not backward:
         return
-    if full in seen and (half in seen or rest in seen):
+    whole = Action("B", microbatch, stage) in seen
+    halves = [kind for kind in ("I", "W") if Action(kind, microbatch, stage) in seen] if split else []
+    if whole and halves:
         raise PlanError(
-            f"rank {rank}: {full} is there and so is {half if half in seen else rest}; expected only one way"
+            f"rank {rank}: both {stage}B{microbatch} and {stage}{halves[0]}{microbatch} are there; "
+            "expected the whole backward or its two halves"
         )
-    if full not in seen and not (half in seen and rest in seen):
-        lacking = rest if half in seen else half if rest in seen else full
-        raise PlanError(f"rank {rank}: {lacking} is missing")
+    if not whole and len(halves) < 2:
+        lacking = "B" if not halves else "W" if halves == ["I"] else "I"
+        raise PlanError(f"rank {rank}: {stage}{lacking}{microbatch} is missing")
 
 
 def _check_pieces(rank: int, actions: list[Action], kind: str, group: int, share: float) -> None:
@@ -165,8 +169,7 @@ def _check_pieces(rank: int, actions: list[Action], kind: str, group: int, share
         raise PlanError(f"rank {rank}: {kind}{group}.{lacking}/{actions[0].pieces} is missing")
 
 
-def _check_list_order(plan: Plan) -> None:
-    flow = Dataflow(plan)
+def _check_list_order(flow: Dataflow) -> None:
     for number, needs in enumerate(flow.needs):
         rank = flow.ranks[number]
         for need in needs:
