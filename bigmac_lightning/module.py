@@ -308,8 +308,11 @@ class PipelineModule(pl.LightningModule):
         counts, total = self._over_replicas(torch.tensor(self.counts(batch), device=self.device), local.detach())
         # data-parallel strategies average gradients over their world: undo that, the counts are global already
         world = self._trainer.world_size if self._trainer is not None else 1
+        loss = (local * self.scales(counts)).sum() * world
+        if mode == "train" and not loss.requires_grad:
+            loss.requires_grad_()  # a batch without anything to learn from: its backward does nothing
         return PipelineOutput(
-            loss=(local * self.scales(counts)).sum() * world,
+            loss=loss,
             metrics=self.metrics(total, counts),
             predictions=None if mode == "train" else torch.cat([batch.labels.new_empty(0), *predictions]),
             samples=samples if mode == "sample" else None,
