@@ -16,27 +16,33 @@ def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
     return [workload.total("EF", group) / mean if mean else 0.0 for group in plan.groups]
 
 
-def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
-    """Per rank and position, the encoder units alive while that action runs.
+def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[list[tuple[float, float]]]:
+    """Per rank and position, the encoder units alive while that action runs, and right after it.
 
     EF takes them at its start; EB frees them at its end (without EB, EF at its own end).
     """
     units, trained = group_units(plan, workload), "EB" in plan.costs.kinds
-    ranks: list[list[float]] = []
+    ranks: list[list[tuple[float, float]]] = []
     for rank, actions in enumerate(plan.ranks):
         alive, row = 0.0, []
         for action in actions:
-            size = 0.0
+            during = after = alive
             if action.kind in ("EF", "EB"):
                 size = units[action.index] * plan.encoder_shares[action.index][rank] / action.pieces
-            if action.kind == "EF":
-                row.append(alive + size)
-                alive += size if trained else 0.0
-            else:
-                row.append(alive)
-                alive = max(0.0, alive - size)
+                if action.kind == "EB":
+                    after = max(0.0, alive - size)
+                else:
+                    during = alive + size
+                    after = during if trained else alive
+            row.append((during, after))
+            alive = after
         ranks.append(row)
     return ranks
+
+
+def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
+    """Per rank and position, the encoder units alive while that action runs."""
+    return [[during for during, _ in row] for row in encoder_unit_steps(plan, workload)]
 
 
 def live_llm_microbatches(plan: Plan) -> list[list[float]]:

@@ -156,18 +156,19 @@ def _group_cost(plan: Plan, workload: Workload | None, kind: str, group: list[in
 
 def _stuck(plan: Plan, flow: Dataflow, done: set[int], around: int = 3) -> str:
     """The rank x step grid with the spot of each rank marked, and what is waited for."""
-    lines = ["the plan cannot progress; each rank's next action is marked:"]
+    spots: list[str] = []
+    lines: list[str] = []
     for rank, actions in enumerate(plan.ranks):
-        first, last = flow.first[rank], flow.first[rank + 1]
-        spot = next((number for number in range(first, last) if number not in done), None)
-        if spot is None:
+        first = flow.first[rank]
+        step = next((step for step in range(len(actions)) if first + step not in done), None)
+        if step is None:
             lines.append(f"  rank {rank}: done")
             continue
-        step = spot - first
+        needs = [need for need in flow.needs[first + step] if need not in done]
+        waits = ", ".join(f"{flow.actions[need]} of rank {flow.ranks[need]}" for need in needs)
+        spots.append(f"rank {rank} at {actions[step]} for {waits}")
         shown = range(max(0, step - around), min(len(actions), step + around + 1))
-        cells = " ".join(f">{actions[i]}<" if i == step else str(actions[i]) for i in shown)
-        wants = [need for need in flow.needs[spot] if need not in done]
-        needs = ", ".join(f"{flow.actions[need]} of rank {flow.ranks[need]}" for need in wants)
-        before = ".. " if shown[0] else ""
-        lines.append(f"  rank {rank}, step {step}: {before}{cells}   {actions[step]} waits for {needs or 'its turn'}")
-    return "\n".join(lines)
+        cells = [f">{actions[i]}<" if i == step else str(actions[i]) for i in shown]
+        before, after = [".."] * (shown.start > 0), [".."] * (shown.stop < len(actions))
+        lines.append(f"  rank {rank}, step {step}: {' '.join([*before, *cells, *after])}")
+    return "\n".join([f"the plan cannot progress; waiting: {'; '.join(spots)}", *lines])

@@ -1,0 +1,226 @@
+"""Shows plans and executed steps to people: tables and timelines for the terminal, pictures for files.
+
+Knows colours and layout; returns what can be printed and prints nothing. Needs matplotlib for pictures only.
+"""
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from bigmac_lightning.schedule.action import Action, Kind
+from bigmac_lightning.schedule.liveness import encoder_unit_steps
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.simulate import Timeline
+from bigmac_lightning.schedule.workload import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Span = tuple[Action, float, float]
+"""An action with its start and end time."""
+
+COLOURS: dict[Kind, str] = {
+    "F": "#8ecae6",
+    "B": "#219ebc",
+    "I": "#3fb8ad",
+    "W": "#a7c957",
+    "EF": "#ffd166",
+    "EB": "#f4a261",
+    "G": "#c8a2d8",
+}
+
+
+def table(plan: Plan, timeline: Timeline) -> Table:
+    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows."""
+    share = sum(timeline.bubbles) / (timeline.makespan * len(plan.ranks)) if timeline.makespan else 0.0
+    ratio = timeline.makespan / plan.ideal if plan.ideal else float("nan")
+    result = Table(
+        title=f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, "
+        f"{plan.microbatches} microbatches, {len(plan.groups)} groups\nmakespan {timeline.makespan:g}, ideal {plan.ideal:g}, ratio {ratio:.4f}, "
+        f"bubbles {share:.1%}",
+        title_justify="left",
+    )
+    for heading in ("rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"):
+        result.add_column(heading, justify="right")
+    for rank, actions in enumerate(plan.ranks):
+        bubble = timeline.bubbles[rank]
+        result.add_row(
+            str(rank),
+            str(len(actions)),
+            f"{bubble:g}",
+            f"{bubble / timeline.makespan:.1%}" if timeline.makespan else "-",
+            f"{timeline.encoder_units[rank]:.3g}",
+            f"{timeline.llm_microbatches[rank]:g}",
+        )
+    return result
+
+
+class TerminalTimeline:
+    """A timeline for the terminal: one line per rank, cut into bands where the terminal is too narrow.
+
+    Blocks too narrow for their action's text are filled with a letter: F, B, I, W, and e, b, g for EF, EB, G.
+
+    Args:
+        ranks: spans per rank.
+        bands: the most bands to cut it into; time is squeezed until it fits.
+    """
+
+    def __init__(self, ranks: Sequence[Sequence[Span]], bands: int = 6) -> None:
+        self._ranks, self._bands = ranks, bands
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        label = len(f"rank {len(self._ranks) - 1} ")
+        width = max(20, options.max_width - label)
+        finish = max((end for spans in self._ranks for _, _, end in spans), default=0.0)
+        lengths = [
+            (end - start) / len(str(action)) for spans in self._ranks for action, start, end in spans if end > start
+        ]
+        if not lengths:
+            return
+        columns = min(round(finish / min(lengths)), width * self._bands)
+        rows = [self._row(spans, columns, columns / finish) for spans in self._ranks]
+        for left in range(0, columns, width):
+            begin, end = left * finish / columns, min(left + width, columns) * finish / columns
+            yield Text(f"time {begin:.4g} to {end:.4g}", style="dim")
+            for rank, row in enumerate(rows):
+                yield Text(f"rank {rank}".ljust(label)) + row[left : left + width]
+
+    @staticmethod
+    def _row(spans: Sequence[Span], columns: int, scale: float) -> Text:
+        row, filled = Text(no_wrap=True), 0
+        for action, start, end in spans:
+            left, right = max(filled, round(start * scale)), round(end * scale)
+            if right <= left:
+                continue
+            row.append("·" * (left - filled), "dim")
+            text = str(action)
+            letter = action.kind[-1].lower() if action.nested else action.kind
+            block = text.center(right - left) if len(text) <= right - left else letter * (right - left)
+            row.append(block, Style(color="black", bgcolor=COLOURS[action.kind]))
+            filled = right
+        row.append("·" * (columns - filled), "dim")
+        return row
+
+
+def spans_of(plan: Plan, timeline: Timeline) -> list[list[Span]]:
+    """A simulated plan as spans per rank."""
+    return [
+        list(zip(actions, timeline.starts[rank], timeline.ends[rank], strict=True))
+        for rank, actions in enumerate(plan.ranks)
+    ]
+
+
+def picture(plan: Plan, timeline: Timeline, path: str | PathLike[str], workload: Workload | None = None) -> None:
+    """Write a picture of a simulated plan: actions, and below them the live encoder units of each rank.
+
+    Args:
+        plan: the plan.
+        timeline: what ``simulate`` or ``verify`` gave for it.
+        path: ends with .png, .svg or .pdf.
+        workload: what the timeline was simulated for.
+    """
+    curves: list[list[tuple[float, float]]] = []
+    for starts, ends, steps in zip(timeline.starts, timeline.ends, encoder_unit_steps(plan, workload), strict=True):
+        curve: list[tuple[float, float]] = []
+        for start, end, (during, after) in zip(starts, ends, steps, strict=True):
+            curve += [(start, during), (end, after)]
+        curves.append(curve)
+    ratio = f", {timeline.makespan / plan.ideal:.3f} of the ideal" if plan.ideal else ""
+    title = f"{plan.policy} on {plan.backbone}: makespan {timeline.makespan:g}{ratio}"
+    panels = {"live encoder units": curves} if plan.encoder_shares else {}
+    _write(spans_of(plan, timeline), path, title, "time", panels)
+
+
+def measured_picture(
+    ranks: Sequence[Sequence[Span]],
+    path: str | PathLike[str],
+    title: str = "as executed",
+    memory: Sequence[Sequence[tuple[float, str, int]]] | None = None,
+) -> None:
+    """Write a picture of an executed step.
+
+    Args:
+        ranks: executed actions per rank, times in seconds.
+        path: ends with .png, .svg or .pdf.
+        title: what to write above.
+        memory: per rank, (seconds, component, bytes alive from then on) at each change.
+    """
+    panels: dict[str, list[list[tuple[float, float]]]] = {}
+    for component in dict.fromkeys(name for curve in memory or () for _, name, _ in curve):
+        panels[f"{component}, MiB"] = [
+            [(time, size / 2**20) for time, name, size in curve if name == component] for curve in memory or ()
+        ]
+    _write(ranks, path, title, "seconds", panels)
+
+
+def _write(
+    ranks: Sequence[Sequence[Span]],
+    path: str | PathLike[str],
+    title: str,
+    unit: str,
+    panels: dict[str, list[list[tuple[float, float]]]],
+) -> None:
+    """Actions on top; one panel per set of curves, one curve per rank, below."""
+    from matplotlib.figure import Figure
+
+    begin = min((spans[0][1] for spans in ranks if spans), default=0.0)
+    finish = max((end for spans in ranks for _, _, end in spans), default=1.0)
+    longest = max((len(spans) for spans in ranks), default=1)
+    width, lane, panel = min(max(8.0, 0.36 * longest), 60.0), 0.45, 1.5
+    heights = [max(1.2, lane * len(ranks) + 0.6)] + [panel] * len(panels)
+    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+    axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    axes[0].set_title(title, loc="left", fontsize=10)
+    _draw_spans(axes[0], ranks, begin, finish, points=72 * 0.9 * width / (finish - begin))
+    for axis, (name, curves) in zip(axes[1:], panels.items(), strict=True):
+        for rank, curve in enumerate(curves):
+            times, values = [begin, *(t for t, _ in curve), finish], [0.0, *(value for _, value in curve)]
+            axis.step(times, [*values, values[-1]], where="post", linewidth=1, label=f"rank {rank}")
+        axis.set_ylabel(name, fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    if panels:
+        axes[1].legend(fontsize=6, ncols=max(1, len(ranks) // 2), loc="upper right")
+    axes[-1].set_xlabel(unit)
+    axes[-1].set_xlim(begin, finish)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_spans(axis: "Axes", ranks: Sequence[Sequence[Span]], begin: float, finish: float, points: float) -> None:
+    """One lane per rank; what stays hatched is bubble. `points` is the width of one unit of time on paper."""
+    from matplotlib.patches import Patch
+
+    seen: dict[str, Patch] = {}
+    for rank, spans in enumerate(ranks):
+        axis.barh(
+            rank,
+            finish - begin,
+            left=begin,
+            height=0.9,
+            color="#f4f4f4",
+            edgecolor="#d5d5d5",
+            hatch="////",
+            linewidth=0,
+        )
+        for action, start, end in spans:
+            colour = COLOURS[action.kind]
+            seen.setdefault(action.kind, Patch(facecolor=colour, label=action.kind))
+            axis.barh(rank, end - start, left=start, height=0.9, color=colour, edgecolor="black", linewidth=0.3)
+            for text, size in _fitting(str(action), (end - start) * points):
+                axis.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=size, clip_on=True)
+    seen["bubble"] = Patch(facecolor="#f4f4f4", edgecolor="#d5d5d5", hatch="////", label="bubble")
+    axis.legend(handles=list(seen.values()), ncols=len(seen), fontsize=6, loc="lower right", bbox_to_anchor=(1, 1))
+    axis.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))], fontsize=8)
+    axis.set_ylim(len(ranks) - 0.5, -0.5)
+
+
+def _fitting(text: str, points: float) -> Iterator[tuple[str, float]]:
+    """The text with the font size that fits into so many points, unless it would be too small to read."""
+    size = min(8.0, points / (0.62 * len(text)))
+    if size >= 3:
+        yield text, size
