@@ -3,6 +3,7 @@
 Knows the schedule package and the terminal; knows nothing of models, tensors or Lightning.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,11 +97,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--output is {output!r}; expected a name that ends with .json, {', '.join(PICTURES)}")
         plan, timeline, work = plan_from_options(**vars(options))
         _put_out(plan, timeline, work, output, suffix)
-    except ArgumentError as problem:  # jsonargparse spreads its messages over many lines
-        print(f"bigmac plan: error: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as problem:
-        print(f"bigmac plan: error: {problem}", file=sys.stderr)
+    except (ValueError, ArgumentError, OSError) as problem:
+        print(f"bigmac plan: error: {_told(problem)}", file=sys.stderr)
         return 2
     return 0
 
@@ -119,3 +117,14 @@ def _put_out(plan: Plan, timeline: Timeline, work: Workload | None, output: str 
         except ImportError as problem:
             raise PlanError("pictures need matplotlib: pip install 'bigmac-lightning[quickstart]'") from problem
     console.print(f"{output}: makespan {timeline.makespan:g}, ideal {plan.ideal:g}", highlight=False, soft_wrap=True)
+
+
+def _told(problem: Exception) -> str:
+    """The problem's message; jsonargparse's many lines on a wrong type made one."""
+    text = str(problem)
+    pattern = r"""Parser key "(.*?)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
+    wrong = re.match(pattern, text, re.DOTALL)
+    if wrong:
+        key, expected, found = wrong.groups()
+        return f"--{key} is {found.strip()}; expected {expected}"
+    return " ".join(text.split()) if isinstance(problem, ArgumentError) else text

@@ -39,12 +39,12 @@ def table(plan: Plan, timeline: Timeline) -> Table:
     """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows."""
     share = sum(timeline.bubbles) / (timeline.makespan * len(plan.ranks)) if timeline.makespan else 0.0
     ratio = timeline.makespan / plan.ideal if plan.ideal else float("nan")
-    result = Table(
-        title=f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, "
-        f"{plan.microbatches} microbatches, {len(plan.groups)} groups\nmakespan {timeline.makespan:g}, ideal {plan.ideal:g}, ratio {ratio:.4f}, "
-        f"bubbles {share:.1%}",
-        title_justify="left",
+    title = (
+        f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, {plan.microbatches} microbatches, "
+        f"{len(plan.groups)} groups\n"
+        f"makespan {timeline.makespan:g}, ideal {plan.ideal:g}, ratio {ratio:.4f}, bubbles {share:.1%}"
     )
+    result = Table(title=title, title_justify="left")
     for heading in ("rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"):
         result.add_column(heading, justify="right")
     for rank, actions in enumerate(plan.ranks):

@@ -26,13 +26,11 @@ class Cut:
         time: actions that start at or after it come after the work.
         kind: EF, EB or G.
         group: whose work.
-        slack: how much longer than the work's pause the makespan may grow, because results arrive too late.
     """
 
     time: float
     kind: Kind
     group: int
-    slack: float = 0.0
 
 
 def consistent_cuts(
@@ -63,9 +61,9 @@ def consistent_cuts(
         if "EF" in kinds and "EF" in plan.costs.kinds:
             # the features must be at stage 0 when it starts, also those of a rank whose running action ends last
             due = min(starts["F", 0, microbatch] for microbatch in group)
-            cuts.append(Cut(due - longest - latency if g else float("-inf"), "EF", g, 0.0 if g else latency))
+            cuts.append(Cut(due - longest - latency if g else float("-inf"), "EF", g))
         if "G" in kinds and "G" in plan.costs.kinds:
-            cuts.append(_generator_cut(plan, g, starts, ends, longest))
+            cuts.append(_generator_cut(plan, g, starts, ends))
         if "EB" in kinds and "EB" in plan.costs.kinds:
             cuts.append(Cut(max(ends["B", 0, microbatch] for microbatch in group) + latency, "EB", g))
     return _sorted(cuts, _tolerance(plan, workload))
@@ -98,7 +96,6 @@ def _generator_cut(
     g: int,
     starts: dict[tuple[str, int, int], float],
     ends: dict[tuple[str, int, int], float],
-    longest: float,
 ) -> Cut:
     """After the last stage's forward of the group, and before its first backward."""
     last, latency, group = plan.stages - 1, plan.costs.latency, plan.groups[g]
@@ -112,7 +109,7 @@ def _generator_cut(
             f"group {g} before it has done the forwards of this group's {len(group)} microbatches; "
             f"expected at least {len(group) - 1}"
         )
-    return Cut(min(known + latency, due), "G", g, max(0.0, known + longest - due) + 2 * latency)
+    return Cut(min(known + latency, due), "G", g)
 
 
 def _tolerance(plan: Plan, workload: Workload | None) -> float:
