@@ -329,7 +329,9 @@ class BigMacStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert isinstance(self.lightning_module, PipelineModule)
         state = checkpoints.model_state(self.lightning_module)
-        return state if self._save_distributed_checkpoint else checkpoints.gather(state, self.mesh)
+        if self._save_distributed_checkpoint:
+            return state
+        return checkpoints.with_tied_copies(self.lightning_module, checkpoints.gather(state, self.mesh))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         assert isinstance(self.lightning_module, PipelineModule)

@@ -1,0 +1,196 @@
+"""Bad input: a clear error before training, on all ranks, with nothing hanging; a lost rank ends the run on all."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.toy import ToyData, ToyModule
+
+from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "2f2b"}, "backbone='2f2b' is not known; choose one of 1f1b, gpipe"),
+        ({"policy": "magic"}, "policy='magic' is not known; choose one of first_stage, nested, upfront"),
+        ({"microbatches": 0}, "microbatches=0 must be an integer of at least 1"),
+        ({"pipeline_parallel_size": "all"}, "pipeline_parallel_size='all' must be"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BigMacStrategy(**arguments)
+
+
+class _Foreign(pl.LightningModule):
+    def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1)])
+
+
+class _ScalesLoss(ToyModule):
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return 2 * self.pipeline(batch).loss
+
+
+class _ReturnsNothing(ToyModule):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
+        self.pipeline(batch)
+
+
+class _Twice(ToyModule):
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.pipeline(batch)
+        return self.pipeline(batch).loss
+
+
+class _Tensors(ToyData):
+    def collate(self, indices: list[int]) -> Any:
+        return torch.zeros(2)
+
+
+class _OtherLayout(ToyData):
+    @property
+    def layout(self) -> PipelineLayout:
+        return PipelineLayout(size=5)
+
+
+class _MissingData(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        for microbatch in batch.microbatches:
+            for item in microbatch.media:
+                item.data = None
+        return batch
+
+
+class _UnknownEncoder(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        for item in batch.microbatches[1].media:
+            item.encoder = "smell"
+        return batch
+
+
+def _fit_wrong(rank: int, strategy: dict[str, Any], module: pl.LightningModule, data: pl.LightningDataModule) -> str:
+    trainer = pipeline_trainer(2, strategy, max_epochs=1)
+    try:
+        trainer.fit(module, data)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return f"{type(error).__name__}: {error} {trainer.global_step}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "module", "data", "message"),
+    [
+        ({"pipeline_parallel_size": 3}, ToyModule, ToyData, "2 processes cannot form pipelines: pipeline_parallel_size=3"),
+        ({"data_parallel_size": 3}, ToyModule, ToyData, "data_parallel_size=3 must be 2"),
+        ({}, lambda: ToyModule(layers=1), ToyData, "the LLM has 1 layers, too few for 2 pipeline stages"),
+        ({}, _Foreign, ToyData, "_Foreign is none: derive it from PipelineModule"),
+        ({"microbatches": 4}, ToyModule, ToyData, "microbatches=4, but the batch has 3"),
+        ({}, _ScalesLoss, ToyData, "_ScalesLoss.training_step must return the loss of self.pipeline"),
+        ({}, _ReturnsNothing, ToyData, "_ReturnsNothing.training_step must return the loss"),
+        ({}, _Twice, ToyData, "training_step called self.pipeline"),
+        ({}, ToyModule, _Tensors, "the pipeline got a Tensor"),
+        ({}, ToyModule, _OtherLayout, "the DataModule made this batch for PipelineLayout"),
+        ({}, ToyModule, _UnknownEncoder, "microbatch 1: no media component 'smell'; the model has"),
+    ],
+)
+def test_refused_on_all_ranks(strategy: dict[str, Any], module: Any, data: Any, message: str) -> None:
+    for found in on_ranks(2, _fit_wrong, strategy, module(), data(), timeout=60):
+        assert message in found
+        assert found.endswith(" 0"), "not before training"
+
+
+def test_an_owner_without_data_is_named() -> None:
+    """Only the owner can see it; the error says where, and the run ends on all ranks."""
+    with pytest.raises(AssertionError) as failure:
+        on_ranks(2, _fit_uncaught, timeout=60)
+    assert "has no data on its owner, rank" in str(failure.value)
+    assert "in EF0 on pipeline rank" in str(failure.value)
+    assert "hung []" in str(failure.value)
+
+
+def _fit_uncaught(rank: int) -> None:
+    pipeline_trainer(2, max_epochs=1).fit(ToyModule(), _MissingData())
+
+
+def _missing_checkpoint(rank: int, folder: Path) -> str:
+    try:
+        pipeline_trainer(2, max_epochs=1).fit(ToyModule(), ToyData(), ckpt_path=folder / "none.ckpt")
+    except FileNotFoundError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    for message in on_ranks(2, _missing_checkpoint, tmp_path):
+        assert f"{tmp_path}/none.ckpt" in message
+
+
+SCRIPT = """
+import os, sys
+import lightning.pytorch as pl
+import bigmac_lightning
+from tests.toy import ToyData, ToyModule
+
+class Dies(ToyModule):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == int(sys.argv[1]):
+            if sys.argv[2] == "kill":
+                os.kill(os.getpid(), 9)
+            raise RuntimeError("the dog ate this rank")
+        return super().training_step(batch, batch_idx)
+
+trainer = pl.Trainer(strategy="bigmac", accelerator="cpu", devices=2, max_epochs=1, logger=False,
+                     enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False)
+trainer.fit(Dies(), ToyData(steps=50))
+"""
+
+
+@pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (1, "raise"), (1, "kill")])
+def test_a_rank_that_dies_ends_the_run(rank: int, how: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(rank), how],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        alive = _group_alive(process.pid)
+    assert process.returncode != 0
+    assert time.monotonic() - start < 90
+    if how == "raise":
+        assert "the dog ate this rank" in output
+    assert not alive, "orphan processes"
+
+
+def _group_alive(group: int) -> bool:
+    """Whether any process of the session is left; it gets a few seconds to go."""
+    for _ in range(50):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    return True
