@@ -90,12 +90,13 @@ def main(argv: Sequence[str]) -> int:
         help="Write plan.json, or a picture: .png, .svg, .pdf. Default: the terminal.",
     )
     try:
-        options = parser.instantiate_classes(parser.parse_args(list(argv)))
+        options = vars(parser.parse_args(list(argv)))
+        options["costs"] = Costs(**vars(options["costs"]))
         output = options.pop("output")
         suffix = Path(output).suffix if output else ""
         if output and suffix not in (".json", *PICTURES):
             raise ValueError(f"--output is {output!r}; expected a name that ends with .json, {', '.join(PICTURES)}")
-        plan, timeline, work = plan_from_options(**vars(options))
+        plan, timeline, work = plan_from_options(**options)
         _put_out(plan, timeline, work, output, suffix)
     except (ValueError, ArgumentError, OSError) as problem:
         print(f"bigmac plan: error: {_told(problem)}", file=sys.stderr)

@@ -1,0 +1,126 @@
+"""`bigmac plan`: what it shows and writes, its exit codes, and what it may import."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bigmac_lightning
+from bigmac_lightning.plan_command import main
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.draw import measured_picture
+from bigmac_lightning.schedule.plan import Plan
+
+PACKAGE = Path(bigmac_lightning.__file__).parent
+SMALL = ["--pipeline_parallel_size", "2", "--microbatches", "4"]
+
+
+def test_shows_a_table_and_a_timeline(capsys):
+    command = (
+        "--pipeline_parallel_size 4 --microbatches 16 --backbone 1f1b --group_size 4 --policy nested "
+        "--costs.F 1 --costs.B 2 --costs.EF 1 --costs.EB 2 --costs.G 0"
+    )
+    assert main(command.split()) == 0
+    shown = capsys.readouterr().out
+    assert "makespan 69, ideal 69, ratio 1.0000, bubbles 13.0%" in shown
+    assert "rank 3 EF0" in shown
+    for text in ("EF0", "0F0", "EB3", "0B15", "3F15"):
+        assert text in shown
+
+
+def test_writes_a_plan_that_it_can_read(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert main([*SMALL, "--costs.G", "3", "--output", str(path)]) == 0
+    assert Plan.load(path).costs.G == 3
+    assert main(["--plan", str(path)]) == 0
+    assert "nested on 1f1b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "magic"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.pdf", b"%PDF")])
+def test_writes_pictures(tmp_path, name, magic):
+    assert main([*SMALL, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes().startswith(magic)
+
+
+def test_pictures_of_measured_spans_with_memory(tmp_path):
+    spans = [[(Action("EF", 0), 10.0, 10.5), (Action("F", 0, 0), 10.5, 11.0)], [(Action("F", 0, 1), 11.1, 11.6)]]
+    memory = [[(10.4, "encoder", 2**20), (10.9, "llm", 2**21)], [(11.5, "llm", 2**20)]]
+    measured_picture(spans, tmp_path / "m.svg", title="step 5", memory=memory)
+    text = (tmp_path / "m.svg").read_text()
+    assert "step 5" in text
+    assert "encoder, MiB" in text
+    measured_picture([[], []], tmp_path / "empty.png")
+
+
+def test_takes_a_workload(tmp_path, capsys):
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps([{"llm": 1 + m, "encoder": [1.0] * m} for m in range(4)]))
+    assert main(["--pipeline_parallel_size", "2", "--workload", str(path), "--output", str(tmp_path / "p.json")]) == 0
+    plan = Plan.load(tmp_path / "p.json")
+    assert plan.microbatches == 4
+    assert plan.makespan > Plan.load(_saved(tmp_path, SMALL)).makespan
+
+
+def test_refuses_an_edited_plan(tmp_path, capsys):
+    path = _saved(tmp_path, SMALL)
+    path.write_text(path.read_text().replace('"1F0", "1B0"', '"1B0", "1F0"'))
+    assert main(["--plan", str(path)]) == 2
+    assert capsys.readouterr().err == "bigmac plan: error: rank 1: 1B0 is placed before 1F0, which it needs\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--pipeline_parallel_size is missing; expected an integer of at least 1 (or --plan FILE)"),
+        (["--pipeline_parallel_size", "2"], "--microbatches is missing"),
+        (["--pipeline_parallel_size", "two"], "--pipeline_parallel_size is two; expected int"),
+        (["--costs.F", "x"], "--costs.F is x; expected float"),
+        ([*SMALL, "--costs.EF", "-1"], "costs.EF is -1.0; expected a finite number of at least 0"),
+        ([*SMALL, "--policy", "best"], "policy is 'best'; expected one of nested, upfront, first_stage"),
+        ([*SMALL, "--backbone", "best"], "backbone is 'best'; expected one of gpipe, 1f1b"),
+        ([*SMALL, "--colour", "red"], "unrecognized arguments: --colour red"),
+        ([*SMALL, "--output", "x.txt"], "--output is 'x.txt'; expected a name that ends with .json, .png, .svg, .pdf"),
+        ([*SMALL, "--output", "/nowhere/x.json"], "/nowhere/x.json"),
+        ([*SMALL, "--workload", "/nowhere/w.json"], "/nowhere/w.json: cannot be read: No such file or directory"),
+        ([*SMALL, "--max_encoder_units", "1"], "rank 0: EF1 brings the live encoder units to 2; the limit is 1"),
+        ([*SMALL, "--plan", "p.json"], "--plan takes everything from its file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(r"bigmac plan: error: .*\n", shown.err)
+    assert message in shown.err
+
+
+def test_imports_nothing_heavy():
+    allowed = {*sys.stdlib_module_names, "rich", "jsonargparse", "matplotlib"}
+    for path in [*(PACKAGE / "schedule").rglob("*.py"), PACKAGE / "plan_command.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] in allowed or name.startswith("bigmac_lightning.schedule"), (path, name)
+
+
+def test_runs_without_torch():
+    """In a process where the package's own __init__, which imports the framework, is left out."""
+    code = (
+        "import sys, types; package = types.ModuleType('bigmac_lightning'); "
+        f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['bigmac_lightning'] = package; "
+        "from bigmac_lightning.plan_command import main; "
+        f"assert main({SMALL!r}) == 0; "
+        "assert not {'torch', 'lightning', 'transformers', 'diffusers', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def _saved(folder: Path, arguments: list[str]) -> Path:
+    path = folder / "saved.json"
+    assert main([*arguments, "--output", str(path)]) == 0
+    return path
