@@ -34,6 +34,8 @@ def test_arguments(arguments: dict[str, Any], message: str) -> None:
 class _Foreign(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None: ...
 
+    validation_step = training_step
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([torch.zeros(1)])
 
