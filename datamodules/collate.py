@@ -9,6 +9,7 @@ Shape suffixes: B samples of a microbatch, S tokens.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -150,4 +151,4 @@ def split_evenly(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]
     """At most `parts` runs of consecutive samples, none empty, whose lengths differ by one at most."""
     parts = min(parts, len(samples))
     bounds = [i * len(samples) // parts for i in range(parts + 1)]
-    return [samples[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [samples[start:stop] for start, stop in pairwise(bounds)]

@@ -2,9 +2,9 @@
 
 Three kinds of samples, so that batches are as uneven as in real training:
 
-    image to text     <image> x 16  which digit is this ?  7
-    text to image     draw a 7 :  <draw> x 4                     the final hidden states at <draw> condition the generator
-    text only         what comes after 3 ?  4
+    image to text     <image> x 16 which digit is this ? 7
+    text to image     draw a 7 : <draw> x 4                 (their final hidden states condition the generator)
+    text only         what comes after 3 ? 4
 
 A DataModule to copy from: a tokenizer, a dataset that makes `Sample`s, and three loaders. Knows nothing of models.
 """
@@ -12,6 +12,7 @@ A DataModule to copy from: a tokenizer, a dataset that makes `Sample`s, and thre
 from collections.abc import Sequence
 from functools import partial
 from random import Random
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
@@ -141,7 +142,7 @@ class DigitsDataModule(PipelineDataModule):
         self.drawings = drawings
 
     def setup(self, stage: str) -> None:
-        data = load_digits()
+        data: Any = load_digits()
         images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1  # of 0..16
         train, held_out = train_test_split(range(len(images)), test_size=HELD_OUT, stratify=data.target, random_state=0)
         self.train, self.held_out = (
