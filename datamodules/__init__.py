@@ -1,14 +1,16 @@
 """LightningDataModules: samples of text, media and generator targets, as microbatches with an owner for every item.
 
-The example to copy from is `bigmac_lightning.datamodules.digits`; it needs `pip install bigmac-lightning[quickstart]`.
+The example to copy from is digits.py; to use it, `pip install bigmac-lightning[quickstart]`.
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .collate import Collator, Media, Sample, Target
+from .digits import DigitsDataModule
 from .sampler import EpochSampler
 
 __all__ = [
     "Collator",
+    "DigitsDataModule",
     "EpochSampler",
     "Media",
     "PipelineDataModule",

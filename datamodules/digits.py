@@ -12,19 +12,17 @@ A DataModule to copy from: a tokenizer, a dataset that makes `Sample`s, and thre
 from collections.abc import Sequence
 from functools import partial
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .collate import Media, Sample, Target
+
+if TYPE_CHECKING:  # this example's own needs, scikit-learn and tokenizers, are imported where they are used
+    from tokenizers import Tokenizer
 
 QUESTIONS = ["which digit is this ?", "what number do you see ?", "please read this digit :"]
 REQUESTS = ["draw a {} :", "show me a {} :", "please write the digit {} :"]
@@ -36,13 +34,15 @@ FACTS = [
 HELD_OUT = 297
 
 
-def digits_tokenizer() -> Tokenizer:
+def digits_tokenizer() -> "Tokenizer":
     """One token per word of the templates; id 0 is the padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     texts = [*QUESTIONS, *REQUESTS, *(f"{question} {answer}" for question, answer in FACTS)]
     words = sorted({word for text in texts for word in text.split()} - {"{}"})
     vocabulary = ["<pad>", "<unk>", "<image>", "<draw>", *words]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 
 
@@ -90,16 +90,17 @@ class Digits:
 
 
 class TrainingDigits(PipelineDataset):
-    """Every image once per epoch, each time for a sample of another kind, question and noise."""
+    """Every image a few times per epoch, each time for a sample of another kind, question and noise."""
 
-    def __init__(self, digits: Digits, proportions: Sequence[float], seed: int) -> None:
-        self.digits, self.proportions, self.seed = digits, proportions, seed
+    def __init__(self, digits: Digits, passes: int, proportions: Sequence[float], seed: int) -> None:
+        self.digits, self.passes, self.proportions, self.seed = digits, passes, proportions, seed
 
     def __len__(self) -> int:
-        return len(self.digits.digits)
+        return self.passes * len(self.digits.digits)
 
     def sample(self, epoch: int, index: int) -> Sample:
         random = Random(f"{self.seed}/{epoch}/{index}")
+        index %= len(self.digits.digits)
         kind = random.choices(["read", "draw", "tell"], self.proportions)[0]
         if kind == "read":
             return self.digits.read(index, random.choice(QUESTIONS))
@@ -122,6 +123,7 @@ class DigitsDataModule(PipelineDataModule):
         microbatches: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        passes: int = 1,
         proportions: tuple[float, float, float] = (3, 2, 1),
         image_rows: int = 16,
         draw_rows: int = 4,
@@ -130,18 +132,23 @@ class DigitsDataModule(PipelineDataModule):
         """
         Args:
             batch_size, microbatches, num_workers, seed: as in `PipelineDataModule`.
+            passes: how often an epoch comes to each image.
             proportions: of image-to-text, text-to-image and text-only samples.
             image_rows: feature rows of an image: (8 / patch size of the encoder) squared.
             draw_rows: hidden states that condition a drawing.
             drawings: how often prediction draws each digit.
         """
         super().__init__(batch_size, microbatches, num_workers, seed)
+        self.passes = passes
         self.proportions = proportions
         self.image_rows = image_rows
         self.draw_rows = draw_rows
         self.drawings = drawings
 
     def setup(self, stage: str) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         data: Any = load_digits()
         images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1  # of 0..16
         train, held_out = train_test_split(range(len(images)), test_size=HELD_OUT, stratify=data.target, random_state=0)
@@ -151,7 +158,7 @@ class DigitsDataModule(PipelineDataModule):
         )
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
-        return self.loader(TrainingDigits(self.train, self.proportions, self.seed), shuffle=True)
+        return self.loader(TrainingDigits(self.train, self.passes, self.proportions, self.seed), shuffle=True)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         digits, samples = self.held_out, []

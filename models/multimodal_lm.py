@@ -115,7 +115,8 @@ class MultimodalLM(PipelineModule):
         values["loss"] = torch.stack(
             [self.loss_weights.get(name, 1.0) * values[name] for name in self.loss_names]
         ).sum()
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True)
+        # the values are equal on all ranks already; sync_dist spares the user Lightning's warning
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)
 
     def _evaluation(self, stage: str) -> "_Evaluation":
         evaluation = self.evaluations[stage]
