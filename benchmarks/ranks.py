@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank."""
     with TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world_size, folder, function, args), world_size, start_method="fork")
+        start_processes(_rank, (world_size, folder, function, args), world_size, start_method="fork")
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 

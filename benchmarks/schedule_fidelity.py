@@ -7,8 +7,10 @@ A forward of one stage sleeps one unit (50 ms by default), everything else by it
 """
 
 import argparse
+import math
 import statistics
 import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +33,16 @@ POLICIES = ("nested", "upfront", "first_stage")
 TOKENS, WIDTH = 512, 1024  # hidden states of 2 MB in fp32
 
 
+@cache
+def _memory(elements: int) -> Tensor:
+    return torch.zeros(elements)
+
+
+def _result(shape: tuple[int, ...]) -> Tensor:
+    """What a sleeping device has computed: it costs the CPU nothing to make, as on a real device."""
+    return _memory(math.prod(shape)).view(shape).detach()
+
+
 class _Sleep(torch.autograd.Function):
     """Takes `forward` seconds, and `backward` seconds in the backward pass; computes nothing."""
 
@@ -38,12 +50,12 @@ class _Sleep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -> Tensor:
         ctx.shape, ctx.seconds = x.shape, backward
         time.sleep(forward)
-        return x.new_zeros(()).expand(shape)
+        return _result(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         time.sleep(ctx.seconds)
-        return gradients[0].new_zeros(()).expand(ctx.shape), None, None, None
+        return _result(ctx.shape), None, None, None
 
 
 class SleepingWork:
@@ -141,9 +153,7 @@ def main() -> None:
         for generator in (0.0, 3.0):
             costs = Costs(F=1, B=2, EF=1, EB=2, G=generator)
             plans = [
-                make_plan(
-                    policy=policy, pipeline_parallel_size=size, microbatches=arguments.microbatches, costs=costs
-                )
+                make_plan(policy=policy, pipeline_parallel_size=size, microbatches=arguments.microbatches, costs=costs)
                 for policy in POLICIES
             ]
             by_rank = run_ranks(size, measure, plans, unit, arguments.repeats)

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from bigmac_lightning.batch import Batch
@@ -50,7 +51,9 @@ class PipelineMonitor(pl.Callback):
         self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
         self._trace_next = self.trace_step is not None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._trace_next and self.trace_step is not None and trainer.global_step >= self.trace_step:
             strategy = _strategy(trainer)
             executor = strategy.pipeline.executor
@@ -127,7 +130,12 @@ class SampleImages(pl.Callback):
         value_range: tuple[float, float] = (-1.0, 1.0),
         dirpath: str | None = None,
     ) -> None:
-        self.every_n_epochs, self.columns, self.value_range, self.dirpath = every_n_epochs, columns, value_range, dirpath
+        self.every_n_epochs, self.columns, self.value_range, self.dirpath = (
+            every_n_epochs,
+            columns,
+            value_range,
+            dirpath,
+        )
         self.artifacts: list[Path] = []
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,11 +155,13 @@ class SampleImages(pl.Callback):
         from torchvision.utils import make_grid, save_image
 
         enlarged = [image.repeat_interleave(8, -1).repeat_interleave(8, -2) for image in drawn]
-        grid = make_grid(enlarged, self.columns, padding=4, normalize=True, value_range=self.value_range, pad_value=0.5)
+        low, high = self.value_range
+        enlarged = [((image - low) / (high - low)).clamp(0, 1) for image in enlarged]
+        grid = make_grid(enlarged, self.columns, padding=4, pad_value=0.5)
         save_image(grid, folder / "samples.png")
         self.artifacts = [folder / "samples.png"]
         for logger in trainer.loggers:
-            if isinstance(logger, pl.loggers.TensorBoardLogger):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
 

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.runtime.mesh import PipelineMesh
+
 
 def model_state(module: PipelineModule) -> dict[str, Any]:
     """This rank's tensors by their canonical names."""
@@ -67,7 +70,7 @@ def save(checkpoint: dict[str, Any], path: Path, is_global_zero: bool) -> None:
     dist.barrier()
     state = {"model": checkpoint.pop("state_dict")}
     state.update({f"optimizer_{i}": s for i, s in enumerate(checkpoint.pop("optimizer_states", []))})
-    dcp.save(state, checkpoint_id=unfinished)
+    dcp_save(state, checkpoint_id=unfinished)
     if is_global_zero:
         torch.save(checkpoint, unfinished / _METADATA_FILENAME)
         remove(path)
@@ -120,16 +123,16 @@ def _load_directory(
 ) -> dict[str, Any]:
     if not (path / ".metadata").is_file():
         _agree(path, [str(path / ".metadata")], "not a checkpoint directory, no such file")
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     wanted = model_state(module)
     shapes = {name.removeprefix("model."): getattr(entry, "size", None) for name, entry in stored.items()}
     sizes = {name: tuple(size) for name, size in shapes.items() if size is not None and f"model.{name}" in stored}
     _check_model(path, wanted, sizes, _tied_names(module))
-    dcp.load({"model": wanted}, checkpoint_id=path)  # in place
+    dcp_load({"model": wanted}, checkpoint_id=path)  # in place
     for i, optimizer in enumerate(optimizers):
         state = _room_for(f"optimizer_{i}.", stored, {name for *_, name in _parameters(module, _bare(optimizer))})
         if state:  # else saved with save_weights_only
-            dcp.load({f"optimizer_{i}": state}, checkpoint_id=path)
+            dcp_load({f"optimizer_{i}": state}, checkpoint_id=path)
             _set_optimizer(module, optimizer, state)
     return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=bool(weights_only))
 

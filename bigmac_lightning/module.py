@@ -5,7 +5,8 @@ counted, how sums become losses) and the plain path: one process, one autograd g
 strategy="bigmac" the strategy hands in a runner, and the same functions are called from the pipeline instead.
 Knows nothing of ranks, schedules or process groups.
 
-Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions, V vocabulary.
+Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions,
+V vocabulary.
 """
 
 from abc import ABC, abstractmethod
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
-        """Allocate and initialise these layers, the embedding and the head (final norm and output weight); drop the rest.
+        """Allocate and initialise these layers, the embedding and the head (final norm, output weight); drop the rest.
 
         Weights depend on the seed and the parameter's name only. Names stay those of the whole model.
         """
@@ -262,6 +263,7 @@ class PipelineModule(pl.LightningModule):
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
             if mine:
+                assert isinstance(generator, Generator)
                 results = generator.sample([conditions[i] for i in mine], [items[i] for i in mine])
                 for i, result in zip(mine, results, strict=True):
                     made[i] = result

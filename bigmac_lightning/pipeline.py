@@ -1,4 +1,4 @@
-"""Runs a PipelineModule's batches through the runtime: one plan per shape of batch, one program, one result on all ranks.
+"""Runs a PipelineModule's batches through the runtime: a plan per shape of batch, one result on all ranks.
 
 Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
 knows nothing of Lightning's Trainer.
@@ -7,6 +7,7 @@ knows nothing of Lightning's Trainer.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
 
 CACHED_PLANS = 256
+DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PipelineOptions:
     backbone: str = "1f1b"
     group_size: int | None = None
     microbatches: int | None = None
-    costs: Costs = Costs(G=3)
+    costs: Costs = DEFAULT_COSTS
 
     def layout(self, size: int, rank: int) -> PipelineLayout:
         """What the DataModule of pipeline rank `rank` of `size` has to know."""
@@ -70,7 +72,7 @@ def split_layers(layers: int, stages: int) -> list[range]:
             f"choose pipeline_parallel_size <= {layers} or a deeper LLM"
         )
     bounds = [-(-layers * s // stages) for s in range(stages + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
@@ -111,7 +113,7 @@ class PipelineRunner:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at what is trained: call after parameters were frozen or unfrozen. Collective over the pipeline."""
+        """Look again at what is trained: after parameters were frozen or unfrozen. Collective over the pipeline."""
         self.needs = self._find_needs()
         self.places = self._find_places()
 
@@ -288,7 +290,8 @@ class BatchWork:
     """One batch of a PipelineModule, as the executor sees it."""
 
     def __init__(self, runner: PipelineRunner, batch: Batch, plan: Plan, mode: Mode, scales: Tensor) -> None:
-        self.runner, self.module, self.batch, self.mode, self.scales = runner, runner.module, batch, mode, scales
+        self.runner, self.module, self.batch, self.scales = runner, runner.module, batch, scales
+        self.mode: Mode = mode
         self.rank = runner.mesh.pp_rank
         self.width = runner.module.llm.width
         self.dtype = next(runner.module.llm.parameters()).dtype

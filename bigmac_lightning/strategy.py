@@ -1,7 +1,8 @@
 """BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
 
 Sets up processes, mesh and module, runs the pipeline inside training_step, and gives Lightning the gradients in
-`backward`, so that zero_grad, accumulation, clipping, precision plugins, schedulers and hooks behave as in plain training.
+`backward`, so that zero_grad, accumulation, clipping, precision plugins, schedulers and hooks behave as in plain
+training.
 Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoint.py.
 """
 
@@ -31,7 +32,7 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
-from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.pipeline import DEFAULT_COSTS, PipelineOptions, PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.backbones import BACKBONES
@@ -108,7 +109,7 @@ class BigMacStrategy(DDPStrategy):
             if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self._options = PipelineOptions(policy, backbone, group_size, microbatches, costs or Costs(G=3))
+        self._options = PipelineOptions(policy, backbone, group_size, microbatches, costs or DEFAULT_COSTS)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
         self._mesh: PipelineMesh | None = None
@@ -124,7 +125,7 @@ class BigMacStrategy(DDPStrategy):
     def mesh(self) -> PipelineMesh:
         """The (dp, pp) mesh with its process groups."""
         if self._mesh is None:
-            raise RuntimeError("the mesh exists only after the processes have been set up, inside trainer.fit and the like")
+            raise RuntimeError("the mesh exists only once the processes are set up, inside trainer.fit and the like")
         return self._mesh
 
     @property
@@ -171,7 +172,7 @@ class BigMacStrategy(DDPStrategy):
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         return dataloader
 
-    # -- model and optimizers --------------------------------------------------------------------------------------------
+    # -- model and optimizers ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -239,7 +240,7 @@ class BigMacStrategy(DDPStrategy):
 
             self._launcher.kill(signal.SIGTERM)
 
-    # -- steps -----------------------------------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
@@ -303,9 +304,7 @@ class BigMacStrategy(DDPStrategy):
         self._loss = output.loss
         return output
 
-    def backward(
-        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         assert self._stash is not None, "backward without a pipeline run"
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
@@ -316,7 +315,7 @@ class BigMacStrategy(DDPStrategy):
             reduce_gradients(self.pipeline.places, self.mesh)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -377,6 +376,8 @@ def _one_of(name: str, value: str, known: Any) -> None:
 def register() -> None:
     """Make ``Trainer(strategy="bigmac")`` work."""
     StrategyRegistry.register(
-        BigMacStrategy.strategy_name, BigMacStrategy, description="encoder and generator nested into the LLM's pipeline",
+        BigMacStrategy.strategy_name,
+        BigMacStrategy,
+        description="encoder and generator nested into the LLM's pipeline",
         override=True,
     )

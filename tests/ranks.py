@@ -45,7 +45,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 process.join()
         errors = [path.read_text() for path in sorted(Path(folder).glob("*.error"))]
         codes = [process.exitcode for process in processes]
-        assert not errors and not hung and not any(codes), f"exit codes {codes}, hung {hung}\n" + "\n".join(errors)
+        well = not errors and not hung and not any(codes)
+        assert well, f"exit codes {codes}, hung {hung}\n" + "\n".join(errors)
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 

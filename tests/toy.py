@@ -114,7 +114,12 @@ class ToyModule(PipelineModule):
     """All components; `freeze` names prefixes of parameters that are not trained."""
 
     def __init__(
-        self, layers: int = 4, tied: bool = False, freeze: Sequence[str] = (), optimizer: str = "adamw", lr: float = 1e-2
+        self,
+        layers: int = 4,
+        tied: bool = False,
+        freeze: Sequence[str] = (),
+        optimizer: str = "adamw",
+        lr: float = 1e-2,
     ) -> None:
         super().__init__(
             ToyLLM(layers, tied),

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
 from bigmac_lightning.runtime.memory import MemoryTracker
@@ -87,7 +88,11 @@ class Executor:
     """
 
     def __init__(
-        self, mesh: PipelineMesh, stage_rank: Sequence[int], memory: MemoryTracker | None = None, trace: Trace | None = None
+        self,
+        mesh: PipelineMesh,
+        stage_rank: Sequence[int],
+        memory: MemoryTracker | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.mesh, self.stage_rank = mesh, tuple(stage_rank)
         self.memory, self.trace = memory, trace
@@ -168,7 +173,8 @@ class _Step:
         memory, trace = self.executor.memory, self.executor.trace
         counted: AbstractContextManager[None] = memory.component(component) if memory is not None else nullcontext()
         recorded = trace.action(action) if trace is not None else nullcontext()
-        with torch.set_grad_enabled(grad), recorded, counted, torch.profiler.record_function(str(action)):
+        named = torch.profiler.record_function(str(action)) if profiler._is_profiler_enabled else nullcontext()
+        with torch.set_grad_enabled(grad), recorded, counted, named:
             yield
 
     # -- encoder ---------------------------------------------------------------------------------------------------

@@ -138,7 +138,9 @@ class _Routes:
             return self._for_group(self.backwards_left, "EB", "features_grad", index)
         return []
 
-    def _for_group(self, left: list[int], kind: str, message: MessageKind, microbatch: int) -> list[tuple[Message, int]]:
+    def _for_group(
+        self, left: list[int], kind: str, message: MessageKind, microbatch: int
+    ) -> list[tuple[Message, int]]:
         group = self.group_of[microbatch]
         left[group] -= 1
         if left[group]:

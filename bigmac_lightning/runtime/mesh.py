@@ -71,7 +71,7 @@ def mesh_shape(world_size: int, pipeline_parallel_size: int | str, data_parallel
     if pp < 1 or dp < 1 or pp * dp != world_size:
         raise ValueError(
             f"{world_size} processes cannot form pipelines: pipeline_parallel_size={pipeline_parallel_size} x "
-            f"data_parallel_size={data_parallel_size} must be {world_size}. Change devices/num_nodes, or one of the two."
+            f"data_parallel_size={data_parallel_size} must be {world_size}. Change devices, num_nodes or one of these."
         )
     return dp, pp
 
@@ -93,10 +93,10 @@ def build_mesh(
         for pipeline in pipelines:
             for kind in MESSAGE_KINDS:
                 group = dist.new_group(list(pipeline), timeout=timeout)
-                if rank in pipeline:
+                if isinstance(group, Group):  # else this rank is in another pipeline
                     channels[kind] = group
         stage_rank = list(stage_rank)
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
         group = dist.new_group(owners, timeout=timeout)
-        tied_group = group if rank in owners else None
+        tied_group = group if isinstance(group, Group) else None
     return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group)

@@ -54,4 +54,5 @@ class Transport:
         for work, _ in self._leaving:
             work.wait()
         self._leaving.clear()
-        assert not self._tensors and not self._arriving, f"never taken: {[*self._tensors, *self._arriving]}"
+        never_taken = [*self._tensors, *self._arriving]
+        assert not never_taken, never_taken

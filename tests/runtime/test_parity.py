@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from tests.ranks import run_ranks
+from tests.toy import ToyModule, toy_batch
 
 TOLERANCE = 1e-6
 
@@ -66,9 +66,7 @@ def cases() -> list[Case]:
         ]
         for freeze in frozen:
             found += [replace(base, freeze=freeze, policy=policy) for policy in ("nested", "upfront", "first_stage")]
-        found += [
-            replace(base, text_only=(0, 1), policy=policy) for policy in ("nested", "upfront", "first_stage")
-        ]
+        found += [replace(base, text_only=(0, 1), policy=policy) for policy in ("nested", "upfront", "first_stage")]
         found += [replace(base, media=False), replace(base, targets=False), replace(base, media=False, targets=False)]
         found += [replace(base, tied=True), replace(base, tied=True, backbone="gpipe")]
     for policy in ("nested", "upfront", "first_stage"):

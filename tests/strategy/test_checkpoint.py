@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 
@@ -13,7 +14,13 @@ STEPS = 4  # per epoch
 
 
 def _fit(
-    rank: int, world: int, folder: Path, epochs: int, ckpt: Path | None, strategy: dict[str, Any], module: dict[str, Any]
+    rank: int,
+    world: int,
+    folder: Path,
+    epochs: int,
+    ckpt: Path | None,
+    strategy: dict[str, Any],
+    module: dict[str, Any],
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train, saving `folder/last.ckpt` at the end."""
     trainer = pipeline_trainer(world, strategy, max_epochs=epochs, default_root_dir=folder)
@@ -54,9 +61,7 @@ def test_reload_with_other_ranks(
         assert_close(found, uninterrupted[1], 1e-5)
 
 
-def test_from_one_rank_to_two(
-    tmp_path: Path, uninterrupted: tuple[list[float], dict[str, torch.Tensor]]
-) -> None:
+def test_from_one_rank_to_two(tmp_path: Path, uninterrupted: tuple[list[float], dict[str, torch.Tensor]]) -> None:
     """A tied weight is one parameter there and two copies here."""
     on_ranks(1, _fit, 1, tmp_path, 1, None, {}, {})
     for losses, found in on_ranks(2, _fit, 2, tmp_path, 2, tmp_path / "last.ckpt", {}, {}):

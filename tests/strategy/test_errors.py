@@ -11,10 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from tests.strategy.trainers import on_ranks, pipeline_trainer
-from tests.toy import ToyData, ToyModule
 
 from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
+from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.toy import ToyData, ToyModule
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,12 @@ def _fit_wrong(rank: int, strategy: dict[str, Any], module: pl.LightningModule, 
 @pytest.mark.parametrize(
     ("strategy", "module", "data", "message"),
     [
-        ({"pipeline_parallel_size": 3}, ToyModule, ToyData, "2 processes cannot form pipelines: pipeline_parallel_size=3"),
+        (
+            {"pipeline_parallel_size": 3},
+            ToyModule,
+            ToyData,
+            "2 processes cannot form pipelines: pipeline_parallel_size=3",
+        ),
         ({"data_parallel_size": 3}, ToyModule, ToyData, "data_parallel_size=3 must be 2"),
         ({}, lambda: ToyModule(layers=1), ToyData, "the LLM has 1 layers, too few for 2 pipeline stages"),
         ({}, _Foreign, ToyData, "_Foreign is none: derive it from PipelineModule"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 

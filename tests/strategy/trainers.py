@@ -8,10 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from tests.ranks import run_ranks
-from tests.toy import ToyModule
 
 from bigmac_lightning import BigMacStrategy
+from tests.ranks import run_ranks
+from tests.toy import ToyModule
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -41,7 +41,9 @@ def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout:
     return run_ranks(world_size, _with_environment, world_size, port, function, args, timeout=timeout)
 
 
-def _with_environment(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _with_environment(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

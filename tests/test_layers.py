@@ -1,0 +1,17 @@
+"""What import-linter cannot say: no torch.distributed in single-device code (it sees "torch" as a whole)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "models").rglob("*.py"), *(ROOT / "datamodules").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_single_device_code_knows_no_ranks(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in names if name.startswith("torch.distributed")]
