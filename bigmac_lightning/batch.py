@@ -148,6 +148,10 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch([microbatch.map(function) for microbatch in self.microbatches], self.layout)
 
+    def useful(self) -> "Batch":
+        """Without the microbatches that have neither labels nor targets: nothing can be learnt or made from them."""
+        return Batch([m for m in self.microbatches if len(m.labels) or m.targets], self.layout)
+
     @property
     def labels(self) -> Tensor:
         """(sum of L,) labels of all microbatches, in the order of ``PipelineOutput.predictions``."""

@@ -127,19 +127,24 @@ class PipelineRunner:
         if self.mesh.dp_size > 1:
             dist.all_reduce(counts, group=self.mesh.dp_group)
         needs = self.needs if mode == "train" else Needs.nothing(len(self.stages))
-        plan, program = self._plan(batch, needs)
-        work = BatchWork(self, batch, plan, mode, module.scales(counts) * self.gradient_scale)
-        self.executor.run(program, work, needs)
-        self.last_plan = plan
-        sums = work.sums
+        batch = batch.useful()
+        sums = torch.zeros_like(counts)
+        predictions: list[Tensor] = []
+        samples: dict[tuple[int, int], Tensor] = {}
+        if batch.microbatches:
+            plan, program = self._plan(batch, needs)
+            work = BatchWork(self, batch, plan, mode, module.scales(counts) * self.gradient_scale)
+            self.executor.run(program, work, needs)
+            self.last_plan = plan
+            sums, predictions, samples = work.sums, work.predictions, work.samples
         if self.mesh.pp_size * self.mesh.dp_size > 1:
             dist.all_reduce(sums)
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],
             metrics=metrics,
-            predictions=None if mode == "train" else self._share_predictions(batch, work.predictions),
-            samples=self._share_samples(batch, work.samples) if mode == "sample" else None,
+            predictions=None if mode == "train" else self._share_predictions(batch, predictions),
+            samples=self._share_samples(batch, samples) if mode == "sample" else None,
         )
 
     def check(self, batch: Batch, mode: Mode) -> None:

@@ -32,6 +32,7 @@ FACTS = [
     *((f"is {d} odd or even ?", ("even", "odd")[d % 2]) for d in range(10)),
 ]
 HELD_OUT = 297
+GRAIN = 0.3
 
 
 def digits_tokenizer() -> "Tokenizer":
@@ -61,13 +62,14 @@ class Digits:
         self.image_rows, self.draw_rows = image_rows, draw_rows
         self.tokenizer = digits_tokenizer()
 
-    def load(self, index: int) -> Tensor:
-        """Pixels (1, 8, 8); where images are files, here is where one is opened and decoded."""
-        return self.images[index]
+    def load(self, index: int, grain: float = 0.0, seed: int = 0) -> Tensor:
+        """Pixels (1, 8, 8) with some noise; where images are files, here is where one is opened and decoded."""
+        image = self.images[index]
+        return image + grain * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
 
-    def read(self, index: int, question: str) -> Sample:
-        """Image to text."""
-        media = Media("image", start=0, rows=self.image_rows, load=partial(self.load, index))
+    def read(self, index: int, question: str, grain: float = 0.0, seed: int = 0) -> Sample:
+        """Image to text; noise of standard deviation `grain` on the image keeps a model from learning it by heart."""
+        media = Media("image", start=0, rows=self.image_rows, load=partial(self.load, index, grain, seed))
         return self._sample("<image> " * self.image_rows + question, str(self.digits[index]), media=[media])
 
     def draw(self, digit: int, request: str, seed: int, index: int | None = None) -> Sample:
@@ -103,7 +105,7 @@ class TrainingDigits(PipelineDataset):
         index %= len(self.digits.digits)
         kind = random.choices(["read", "draw", "tell"], self.proportions)[0]
         if kind == "read":
-            return self.digits.read(index, random.choice(QUESTIONS))
+            return self.digits.read(index, random.choice(QUESTIONS), GRAIN, random.getrandbits(63))
         if kind == "draw":
             digit = self.digits.digits[index]
             return self.digits.draw(digit, random.choice(REQUESTS), random.getrandbits(63), index)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
@@ -19,6 +20,16 @@ class Run:
     module: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     tolerance: float = 2e-6
+    scale: float = 2.0**10  # of fp16 losses
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Lightning turns 16-mixed into bf16 on the CPU, unless it is given the plugin."""
+        if self.trainer.get("precision") != "16-mixed":
+            return self.trainer
+        scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=3)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        return {**self.trainer, "precision": None, "plugins": [plugin]}
 
 
 RUNS = {
@@ -42,6 +53,20 @@ RUNS = {
         module={"freeze": ("encoders.image.tower", "encoders.audio.tower", "llm", "generators")},
     ),
     "text-only-batches": Run(data={"media": False, "targets": False}),
+    "P1-M1": Run(world=1, data={"microbatches": 1}),
+    "P2-M5-group1": Run(strategy={"group_size": 1}, data={"microbatches": 5, "text_only": (0, 3)}),
+    "P2-M8-no-targets": Run(data={"microbatches": 8, "targets": False}),
+    "P3-M2": Run(world=3, data={"microbatches": 2}, strategy={"group_size": 2}),
+    "P3-M8-upfront": Run(world=3, data={"microbatches": 8}, strategy={"policy": "upfront", "group_size": 2}),
+    "P4-M1": Run(world=4, data={"microbatches": 1}),
+    "P4-M8-first-stage": Run(world=4, data={"microbatches": 8}, strategy={"policy": "first_stage"}),
+    "P4-M5-gpipe": Run(world=4, data={"microbatches": 5, "text_only": (0, 1, 2, 3)}, strategy={"backbone": "gpipe"}),
+    "frozen-generators": Run(module={"freeze": ("generators",)}),
+    "frozen-llm-and-generators": Run(world=3, module={"freeze": ("llm", "generators"), "tied": True}),
+    "fp16-mixed": Run(trainer={"precision": "16-mixed", "accumulate_grad_batches": 2}, tolerance=2e-3),
+    "fp16-mixed-clipped": Run(
+        world=3, trainer={"precision": "16-mixed", "gradient_clip_val": 0.1}, tolerance=2e-3, scale=2.0**30
+    ),
     "bf16-mixed": Run(trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
     "bf16-mixed-P3": Run(world=3, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
 }
@@ -49,7 +74,7 @@ RUNS = {
 
 def _fit(rank: int, run: Run) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float], int]:
     strategy = {"data_parallel_size": run.dp, **run.strategy}
-    trainer = pipeline_trainer(run.world, strategy, max_epochs=1, **run.trainer)
+    trainer = pipeline_trainer(run.world, strategy, max_epochs=1, **run.trainer_arguments)
     module = ToyModule(**run.module)
     trainer.fit(module, ToyData(**run.data))
     return weights(module), module.losses, _logged(trainer), trainer.global_step
@@ -62,11 +87,13 @@ def _logged(trainer: Any) -> dict[str, float]:
 @pytest.mark.parametrize("name", RUNS)
 def test_against_auto(name: str) -> None:
     run = RUNS[name]
-    trainer = plain_trainer(max_epochs=1, **run.trainer)
+    trainer = plain_trainer(max_epochs=1, **run.trainer_arguments)
     module = ToyModule(**run.module)
     trainer.fit(module, ToyData(replicas=run.dp, **run.data))
     start = ToyModule(**run.module)
     start.configure_model()
+    if run.scale > 2.0**20:
+        assert trainer.precision_plugin.scaler.get_scale() < run.scale, "no step was skipped"
     moved = [n for n, p in start.named_parameters() if not torch.equal(p, weights(module)[n])]
     assert moved, "the reference has learnt nothing"
 

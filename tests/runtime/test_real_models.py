@@ -1,0 +1,97 @@
+"""The parts that ship (Hugging Face decoder and vision tower, diffusers transformer) in a pipeline, on real digits."""
+
+from typing import Any
+
+import pytest
+import torch
+from bigmac_lightning.datamodules.collate import Collator
+from bigmac_lightning.datamodules.digits import DigitsDataModule
+from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+from tests.ranks import run_ranks
+
+LAYERS = 5
+MICROBATCHES = 7
+
+
+def build(family: str, tied: bool) -> MultimodalLM:
+    decoder: dict[str, Any] = {
+        "model_type": family,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "tie_word_embeddings": tied,
+    }
+    tower: dict[str, Any] = {
+        "model_type": "siglip_vision_model",
+        "image_size": 8,
+        "patch_size": 2,
+        "num_channels": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    mmdit = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
+    return MultimodalLM(
+        HFDecoder(decoder | ({"head_dim": 8} if family == "qwen3" else {})),
+        {"image": VisionEncoder(tower, width=32)},
+        {"image": FlowGenerator(32, channels=1, config=mmdit)},
+    )
+
+
+def batch(layout: PipelineLayout) -> Any:
+    data = DigitsDataModule(batch_size=40, microbatches=MICROBATCHES, image_rows=16)
+    data.setup("fit")
+    dataset = data.train_dataloader().dataset
+    return Collator(layout, MICROBATCHES)([dataset[1, 31 * i] for i in range(40)])
+
+
+def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
+    return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _pipelined(rank: int, size: int, family: str, tied: bool) -> tuple[float, dict[str, torch.Tensor | None]]:
+    mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
+    module = build(family, tied)
+    module.part = part_of(rank, split_layers(LAYERS, size), range(size))
+    module.configure_model()
+    runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    out = runner(batch(runner.layout), "train")
+    reduce_gradients(runner.places, mesh)
+    return out.loss.item(), gradients(module)
+
+
+@pytest.mark.parametrize(
+    ("size", "family", "tied"), [(2, "qwen3", True), (3, "qwen3", False), (2, "llama", False), (5, "llama", True)]
+)
+def test_against_one_process(size: int, family: str, tied: bool) -> None:
+    whole = build(family, tied)
+    whole.configure_model()
+    given = batch(PipelineLayout())
+    assert any(not m.media for m in given.microbatches) or len({len(m.media) for m in given.microbatches}) > 2
+    out = whole.pipeline(given)
+    out.loss.backward()
+    expected = gradients(whole)
+    assert sum(g is not None for g in expected.values()) > 40
+    seen = set()
+    for loss, found in run_ranks(size, _pipelined, size, family, tied):
+        assert loss == pytest.approx(out.loss.item(), rel=1e-6)
+        for name, gradient in found.items():
+            reference = expected[name if name in expected else "llm.model.embed_tokens.weight"]
+            seen.add(name)
+            if reference is None:
+                assert gradient is None, name
+                continue
+            assert gradient is not None, name
+            error = (gradient - reference).norm() / reference.norm()
+            assert error <= 1e-6 or (gradient - reference).abs().max() < 1e-9, f"{name}: {error:.1e}"
+    assert seen >= expected.keys()
