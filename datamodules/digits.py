@@ -32,7 +32,7 @@ FACTS = [
     *((f"is {d} odd or even ?", ("even", "odd")[d % 2]) for d in range(10)),
 ]
 HELD_OUT = 297
-GRAIN = 0.3
+GRAIN = 0.3  # standard deviation of the noise on images that are read in training; pixels are in [-1, 1]
 
 
 def digits_tokenizer() -> "Tokenizer":
