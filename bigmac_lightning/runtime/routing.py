@@ -53,7 +53,7 @@ class Routing:
 
     def gather(self, microbatch: int, buffers: Mapping[int, Tensor]) -> Tensor:
         """A microbatch's rows, from the buffers of the ranks."""
-        return torch.cat([buffers[owner][start : start + rows] for owner, start, _, rows in self._slices[microbatch]])
+        return _joined([buffers[owner][start : start + rows] for owner, start, _, rows in self._slices[microbatch]])
 
     def scatter(self, group: int, rank: int, microbatches: Mapping[int, Tensor]) -> Tensor:
         """A rank's buffer, from the rows of the group's microbatches."""
@@ -63,4 +63,9 @@ class Routing:
             for owner, _, offset, rows in self._slices[m]
             if owner == rank
         ]
-        return torch.cat(parts)
+        return _joined(parts)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Without a copy where there is nothing to join."""
+    return parts[0].detach() if len(parts) == 1 else torch.cat(parts)

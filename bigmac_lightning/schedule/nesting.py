@@ -15,6 +15,12 @@ from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations
 from bigmac_lightning.schedule.workload import Workload
 
+SLACK = 0.1
+"""Share of the shortest LLM action by which an encoder forward comes earlier, and a generator later, than it must.
+
+Where several ranks act at the very same moment of the schedule, messages then have a whole action's time to travel.
+"""
+
 _RANK_AT_EQUAL_TIME: dict[Kind, int] = {"EB": 0, "G": 1, "EF": 2}  # free memory before taking more
 
 
@@ -47,7 +53,7 @@ def consistent_cuts(
     Raises:
         ValueError: if a group's generator work has no place, as too few microbatches are in flight.
     """
-    latency = plan.costs.latency
+    latency, slack = plan.costs.latency, _slack(plan, workload)
     starts: dict[tuple[str, int, int], float] = {}
     ends: dict[tuple[str, int, int], float] = {}
     for actions, row_starts, row_ends in zip(plan.ranks, bare.starts, bare.ends, strict=True):
@@ -61,9 +67,9 @@ def consistent_cuts(
         if "EF" in kinds and "EF" in plan.costs.kinds:
             # the features must be at stage 0 when it starts, also those of a rank whose running action ends last
             due = min(starts["F", 0, microbatch] for microbatch in group)
-            cuts.append(Cut(due - longest - latency if g else float("-inf"), "EF", g))
+            cuts.append(Cut(due - longest - slack if g else float("-inf"), "EF", g))
         if "G" in kinds and "G" in plan.costs.kinds:
-            cuts.append(_generator_cut(plan, g, starts, ends))
+            cuts.append(_generator_cut(plan, g, starts, ends, slack))
         if "EB" in kinds and "EB" in plan.costs.kinds:
             cuts.append(Cut(max(ends["B", 0, microbatch] for microbatch in group) + latency, "EB", g))
     return _sorted(cuts, _tolerance(plan, workload))
@@ -96,12 +102,13 @@ def _generator_cut(
     g: int,
     starts: dict[tuple[str, int, int], float],
     ends: dict[tuple[str, int, int], float],
+    slack: float,
 ) -> Cut:
     """After the last stage's forward of the group, and before its first backward."""
-    last, latency, group = plan.stages - 1, plan.costs.latency, plan.groups[g]
+    last, group = plan.stages - 1, plan.groups[g]
     known = max(ends["F", last, microbatch] for microbatch in group)
     if "B" not in plan.costs.kinds:
-        return Cut(known + latency, "G", g)
+        return Cut(known + slack, "G", g)
     due = min(starts["B", last, microbatch] for microbatch in group)
     if due < known:
         raise ValueError(
@@ -109,7 +116,11 @@ def _generator_cut(
             f"group {g} before it has done the forwards of this group's {len(group)} microbatches; "
             f"expected at least {len(group) - 1}"
         )
-    return Cut(min(known + latency, due), "G", g)
+    return Cut(min(known + slack, due), "G", g)
+
+
+def _slack(plan: Plan, workload: Workload | None) -> float:
+    return plan.costs.latency + SLACK * min(time for row in durations(plan, workload) for time in row)
 
 
 def _tolerance(plan: Plan, workload: Workload | None) -> float:
