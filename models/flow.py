@@ -72,7 +72,8 @@ class FlowGenerator(Generator):
             self.transformer = QwenImageTransformer2DModel(
                 patch_size=patch_size, in_channels=patch, out_channels=channels, **config
             )
-        for unused in ("attn.to_add_out", "txt_mlp"):  # the last block's own conditions go nowhere
+        for unused in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"):
+            # what the last block makes of the conditions goes nowhere; ddp wants a gradient for every trained weight
             self.transformer.transformer_blocks[-1].get_submodule(unused).requires_grad_(False)
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:

@@ -204,8 +204,8 @@ class _Means(Metric):
 
     def update(self, values: Tensor, counts: Sequence[float]) -> None:
         weights = torch.tensor(counts, device=values.device)
-        self.sums += values * weights
-        self.counts += weights
+        self.sums = self.sums + values * weights  # not in place: a state may be an inference tensor
+        self.counts = self.counts + weights
 
     def compute(self) -> Tensor:
         return self.sums / self.counts.clamp(min=1.0)

@@ -1,0 +1,179 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from bigmac_lightning.models import HFDecoder
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
+
+FAMILIES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("mistral", True)]
+SPECIAL = {
+    "gemma2": {"attn_implementation": "eager"},  # soft-capped logits, sliding layers, scaled embedding
+    "granite": {},  # scaled logits
+}
+SPLITS = [range(2), range(2, 3), range(3, LAYERS)]
+
+
+def build(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
+    arguments = SPECIAL.get(family, {})
+    return HFDecoder(decoder_config(family, tie_word_embeddings=tied, **changes), seed=5, **arguments)
+
+
+def whole(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
+    decoder = build(family, tied, **changes)
+    decoder.materialize(range(LAYERS), embedding=True, head=True)
+    return decoder
+
+
+def ids(batch: int = 3, length: int = 11) -> Tensor:
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def run(decoder: HFDecoder, inputs: dict[str, Tensor], splits: list[range]) -> Tensor:
+    h = decoder.embed(inputs)
+    for layers in splits:
+        h = decoder.run_layers(h, inputs, layers)
+    return decoder.logits(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+
+
+@pytest.mark.parametrize(("family", "tied"), [*FAMILIES, *((family, True) for family in SPECIAL)])
+def test_against_hugging_face(family: str, tied: bool) -> None:
+    """Logits and gradients of a staged decoder equal those of the library's model with the same weights."""
+    decoder = whole(family, tied)
+    reference = AutoModelForCausalLM.from_config(copy.deepcopy(decoder.config), **SPECIAL.get(family, {}))
+    assert list(decoder.state_dict()) == list(reference.state_dict())
+    reference.load_state_dict(decoder.state_dict())
+    expected = reference(input_ids=ids()).logits
+    got = run(decoder, {"input_ids": ids()}, SPLITS)
+    assert torch.equal(got, expected)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * direction).sum().backward()
+    (got * direction).sum().backward()
+    gradients = dict(decoder.named_parameters())
+    assert gradients.keys() == dict(reference.named_parameters()).keys()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("family", "tied"), FAMILIES)
+def test_every_part_has_the_weights_of_the_whole(family: str, tied: bool) -> None:
+    expected = whole(family, tied).state_dict()
+    seen: set[str] = set()
+    for layers, embedding, head in [
+        ([0, 1, 4], True, False),
+        ([2], False, False),
+        ([3], False, True),
+        ([], True, True),
+    ]:
+        part = build(family, tied)
+        torch.manual_seed(len(layers))  # must not matter
+        part.materialize(layers, embedding, head)
+        state = part.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in state.items())
+        assert ("model.embed_tokens.weight" in state) == embedding
+        assert ("lm_head.weight" in state) == ("model.norm.weight" in state) == head
+        assert {int(name.split(".")[2]) for name in state if name.startswith("model.layers.")} == set(layers)
+        assert not any(tensor.is_meta for tensor in [*part.parameters(), *part.buffers()])
+        seen |= state.keys()
+    assert seen == expected.keys()
+
+
+def test_weights_depend_on_seed_and_name() -> None:
+    one, other = whole(), HFDecoder(decoder_config(tie_word_embeddings=True), seed=6)
+    other.materialize(range(LAYERS), True, True)
+    weights = dict(one.named_parameters())
+    matrices = [name for name, weight in weights.items() if weight.ndim == 2]
+    assert not any(torch.equal(weights[name], other.get_parameter(name)) for name in matrices)
+    assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_materialize_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    whole()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_tied_weights_are_one_parameter_only_where_both_are_kept() -> None:
+    decoder = whole(tied=True)
+    assert decoder.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert decoder.get_parameter("lm_head.weight") is decoder.get_parameter("model.embed_tokens.weight")
+    head = build(tied=True)
+    head.materialize([LAYERS - 1], embedding=False, head=True)
+    assert torch.equal(head.get_parameter("lm_head.weight"), decoder.get_parameter("model.embed_tokens.weight"))
+    assert not head.get_parameter("lm_head.weight")[0].any()  # the padding token's row
+    assert whole(tied=False).tied == {}
+
+
+def test_more_layers_kept_than_run() -> None:
+    """As with several stages per rank; stages that share nothing must not disturb one another."""
+    decoder, part = whole("llama"), build("llama")
+    part.materialize([0, 1, 3, 4], embedding=True, head=True)
+    inputs = {"input_ids": ids(), "position_ids": torch.arange(11).repeat(3, 1)}
+    h = part.run_layers(part.embed(inputs), inputs, range(2))
+    h = decoder.run_layers(h, inputs, range(2, 3))
+    for _ in range(2):
+        got = part.logits(part.run_layers(h, inputs, range(3, LAYERS)).flatten(0, 1))
+    assert torch.equal(got, run(decoder, inputs, [range(LAYERS)]).flatten(0, 1))
+    assert list(part.state_dict()) == [k for k in decoder.state_dict() if "layers.2." not in k]
+
+
+def test_packed_rows_and_masks_reach_the_layers() -> None:
+    decoder = whole("mistral", sliding_window=4)
+    packed = {"input_ids": ids(1, 9), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])}
+    alone = {"input_ids": packed["input_ids"][:, 4:]}
+    torch.testing.assert_close(run(decoder, packed, SPLITS)[:, 4:], run(decoder, alone, SPLITS))
+    masked = {"input_ids": ids(1, 9), "attention_mask": torch.tensor([[0] * 4 + [1] * 5])}
+    assert not torch.allclose(
+        run(decoder, masked, SPLITS)[:, 4:], run(decoder, {"input_ids": ids(1, 9)}, SPLITS)[:, 4:]
+    )
+
+
+def test_a_copy_is_independent() -> None:
+    decoder = whole()
+    inputs = {"input_ids": ids()}
+    expected = run(decoder, inputs, SPLITS)
+    twin = copy.deepcopy(decoder)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2)
+    assert torch.equal(run(decoder, inputs, SPLITS), expected)
+    assert not torch.equal(run(twin, inputs, SPLITS), expected)
+
+
+def test_stages_learn_the_mode() -> None:
+    """Shells follow train() and eval() of the decoder that they share."""
+    decoder = whole()
+    for training in (True, False):
+        decoder.train(training)
+        run(decoder, {"input_ids": ids()}, SPLITS)
+        assert {decoder._stage(layers).training for layers in SPLITS} == {training}
+
+
+def test_config_objects_and_folders(tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    assert HFDecoder(config).num_layers == HFDecoder(str(tmp_path)).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"hidden_size": 8}, 'needs a "model_type"'), ({"model_type": "gpt2"}, "cannot be cut into stages.*embed_tokens")],
+)
+def test_a_config_that_cannot_be_used(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HFDecoder(config)
+
+
+def test_misuse() -> None:
+    decoder = build()
+    with pytest.raises(ValueError, match=r"layers \[7\] do not exist: the decoder has layers 0\.\.4"):
+        decoder.materialize([0, 7], True, False)
+    decoder.materialize([0, 1], True, False)
+    with pytest.raises(ValueError, match="materialize it once"):
+        decoder.materialize([0, 1], True, False)
+    with pytest.raises(ValueError, match=r"needs layers \[2\]"):
+        decoder.run_layers(torch.zeros(1, 2, WIDTH), {}, range(1, 3))

@@ -1,0 +1,255 @@
+import copy
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from bigmac_lightning.models import HFDecoder, MultimodalLM
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bigmac_lightning.batch import Batch
+from bigmac_lightning.module import Part
+from tests.models.parts import LAYERS, collate, decoder_config, flow, model
+
+KINDS = "rdtrrddtrdr"  # reads, drawings, texts
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+def built(**changes: Any) -> MultimodalLM:
+    module = model(**changes)
+    module.configure_model()
+    return module
+
+
+def gradients(module: MultimodalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    out = module.pipeline(batch)
+    out.loss.backward()
+    return out.loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def trainer(**arguments: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def loader(*batches: Batch) -> "DataLoader[Batch]":
+    return DataLoader(list(batches), batch_size=None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("microbatches", [2, 3, len(KINDS)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_microbatches_change_neither_loss_nor_gradients(microbatches: int, tied: bool) -> None:
+    changes = {"llm": HFDecoder(decoder_config(tie_word_embeddings=tied)), "loss_weights": {"text": 0.5, "image": 3.0}}
+    one = built(**changes)
+    other = copy.deepcopy(one)
+    loss, expected = gradients(one, collate(KINDS, 1))
+    batch = collate(KINDS, microbatches)
+    assert len({m.shape for m in batch.microbatches}) > 1
+    got_loss, got = gradients(other, batch)
+    torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=0)
+    assert got.keys() == expected.keys() == {n for n, p in one.named_parameters() if p.requires_grad}
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    module = built(loss_weights={"image": 2.0})
+    out = module.pipeline(collate(KINDS, 3))
+    assert list(out.metrics) == ["loss", "text", "image"]
+    torch.testing.assert_close(out.loss.detach(), out.metrics["text"] + 2 * out.metrics["image"])
+    texts = module.pipeline(collate("tt", 2))
+    assert texts.metrics["image"] == 0
+    assert texts.loss == texts.metrics["text"] > 0
+
+
+def test_predictions_and_samples_come_in_the_order_of_the_batch() -> None:
+    module = built().eval()
+    batch = collate(KINDS, 4)
+    together = module.pipeline(batch, sample=True)
+    assert together.predictions is not None
+    assert together.samples is not None
+    assert together.predictions.shape == batch.labels.shape
+    apart = [module.pipeline(Batch([m]), sample=True) for m in batch.microbatches]
+    assert torch.equal(
+        together.predictions, torch.cat([out.predictions for out in apart if out.predictions is not None])
+    )
+    samples = [sample for out in apart for sample in out.samples or []]
+    assert len(samples) == len(together.samples) == len(batch.targets) == KINDS.count("d")
+    assert all(torch.equal(a, b) for a, b in zip(samples, together.samples, strict=True))
+
+
+# -- freezing
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        (["llm"], ["llm."]),
+        (["encoders.image.tower", "generators"], ["encoders.image.tower.", "generators."]),
+        (["llm.model.layers.*.mlp.*"], [f"llm.model.layers.{k}.mlp." for k in range(LAYERS)]),
+        (["encoders.image.projector.bias"], ["encoders.image.projector.bias"]),
+    ],
+)
+def test_freeze(freeze: list[str], frozen: list[str]) -> None:
+    module = built(freeze=freeze)
+    free = built()
+    never = {name for name, p in free.named_parameters() if not p.requires_grad}
+    got = {name for name, p in module.named_parameters() if not p.requires_grad}
+    expected = {name for name, _ in module.named_parameters() if name.startswith(tuple(frozen))}
+    assert expected
+    assert got == expected | never
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    trainer(max_steps=2).fit(module, loader(collate("rdt", 2), collate("rdt", 2)))
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == before.keys() - got
+
+
+@pytest.mark.parametrize("pattern", ["llm.lm_head", "llm.model.embed_tokens", "llm.lm_head.weight"])
+@pytest.mark.parametrize("part", [Part(), Part([0], True, False), Part([LAYERS - 1], False, True)])
+def test_tied_weights_freeze_under_either_name_on_every_part(pattern: str, part: Part) -> None:
+    module = model(freeze=[pattern])
+    module.part = part
+    module.configure_model()
+    frozen = {name for name, p in module.llm.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    assert frozen == {
+        *({"model.embed_tokens.weight"} if part.embedding else {}),
+        *({"lm_head.weight"} if part.head else {}),
+    }
+
+
+def test_a_pattern_of_another_parts_layers_is_fine() -> None:
+    module = model(freeze=["llm.model.layers.4"])
+    module.part = Part([0, 1], True, False)
+    module.configure_model()
+    assert all(p.requires_grad for p in module.llm.parameters())
+
+
+def test_freezing_what_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"'encoder' matches no .*'llm', 'encoders.image', 'generators.image'"):
+        model(freeze=["llm", "encoder"])
+
+
+def test_freezing_everything() -> None:
+    module = built(freeze=["llm", "encoders", "generators"])
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        module.configure_optimizers()
+
+
+# -- optimization
+
+
+def test_optimizer_has_what_is_trained_and_decays_matrices() -> None:
+    module = built(freeze=["llm.model.layers.0"], schedule="constant", weight_decay=0.3)
+    decayed, plain = module.configure_optimizers()["optimizer"].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    given = {id(p) for group in (decayed, plain) for p in group["params"]}
+    assert given == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]), ("cosine", [0.25, 0.5, 0.75, 1.0, 0.75, 0.25])],
+)
+def test_schedule(schedule: Any, expected: list[float]) -> None:
+    class Rates(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    module = built(schedule=schedule, learning_rate=1e-3, warmup_steps=3)
+    batches = [collate("t", 1)] * 3
+    trainer(max_epochs=2, callbacks=[rates]).fit(module, loader(*batches))
+    assert rates.seen == pytest.approx([1e-3 * factor for factor in expected], rel=1e-6)
+
+
+def test_cosine_has_to_know_its_end() -> None:
+    endless = trainer(max_epochs=-1)
+    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+        endless.fit(built(schedule="cosine"), loader(collate("t", 1)))
+
+
+def test_two_runs_are_equal() -> None:
+    results = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        module = built(learning_rate=1e-2, schedule="constant")
+        trainer(max_epochs=1).fit(module, loader(collate(KINDS, 3), collate("rd", 2)))
+        results.append(module.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# -- logging
+
+
+class Keys(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seen.append(set(trainer.callback_metrics))
+
+
+def test_the_same_keys_whatever_is_in_a_batch() -> None:
+    keys = Keys()
+    batches = [collate("t", 1), collate("d", 1), collate("rd", 2)]
+    trainer(max_epochs=1, callbacks=[keys]).fit(built(), loader(*batches))
+    assert keys.seen == [{"train/loss", "train/text", "train/image"}] * 3
+    for kinds in ("t", "r", "dd", "rdt"):
+        (logged,) = trainer().validate(built(), loader(collate(kinds, 2)), verbose=False)
+        assert set(logged) == {"val/loss", "val/text", "val/image", "val/accuracy"}
+    (logged,) = trainer().test(built(), loader(collate("rd", 2)), verbose=False)
+    assert set(logged) == {"test/loss", "test/text", "test/image", "test/accuracy"}
+
+
+def test_evaluation_weighs_batches_by_what_they_hold() -> None:
+    """Uneven batches, some without labels of a kind, give what one batch of everything gives."""
+    module = built(loss_weights={"image": 2.0}).eval()
+    everything = collate(KINDS, 1)
+    with torch.no_grad():
+        whole = module.pipeline(everything)
+    assert whole.predictions is not None
+    batches = [Batch([m]) for m in collate(KINDS, 4).microbatches]
+    (logged,) = trainer().validate(module, loader(*batches), verbose=False)
+    assert logged["val/text"] == pytest.approx(whole.metrics["text"].item(), rel=1e-5)
+    assert logged["val/image"] == pytest.approx(whole.metrics["image"].item(), rel=1e-5)
+    assert logged["val/loss"] == pytest.approx(whole.metrics["loss"].item(), rel=1e-5)
+    assert logged["val/accuracy"] == pytest.approx((whole.predictions == everything.labels).float().mean().item())
+    (again,) = trainer().validate(module, loader(*batches), verbose=False)
+    assert again == logged
+
+
+def test_a_trained_model_scores() -> None:
+    """Learning one batch by heart raises the accuracy on it to 1, and validation sees it."""
+    module = built(learning_rate=1e-2, schedule="constant")
+    batch = collate("rtrt", 2)
+    trainer(max_epochs=25, limit_val_batches=0).fit(module, loader(batch))
+    (logged,) = trainer().validate(module, loader(batch, collate("d", 1)), verbose=False)
+    untrained = trainer().validate(built(), loader(batch), verbose=False)[0]
+    assert untrained["val/accuracy"] < 0.3
+    assert logged["val/accuracy"] > 0.8
+
+
+def test_predict() -> None:
+    batches = [collate("drd", 2), collate("t", 1)]
+    results = trainer().predict(built(generators={"image": flow(steps=2)}), loader(*batches))
+    assert results is not None
+    drawn, told = results
+    assert isinstance(drawn, dict)
+    assert isinstance(told, dict)
+    assert [tuple(sample.shape) for sample in drawn["samples"]] == [(1, 8, 8)] * 2
+    assert told["samples"] == []
+    assert told["predictions"].shape == batches[1].labels.shape
