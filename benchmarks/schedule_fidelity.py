@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.ranks import run_ranks
+from benchmarks.ranks import awake_cores, run_ranks
 from bigmac_lightning.batch import balance
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.lowering import Needs, lower
@@ -31,6 +31,21 @@ from bigmac_lightning.schedule.verify import verify
 
 POLICIES = ("nested", "upfront", "first_stage")
 TOKENS, WIDTH = 512, 1024  # hidden states of 2 MB in fp32
+
+
+@cache
+def _overshoot() -> float:
+    """By how many seconds this machine's sleep is too long, usually: subtracted, as it is no part of any device."""
+    late = []
+    for _ in range(20):
+        start = time.perf_counter()
+        time.sleep(0.02)
+        late.append(time.perf_counter() - start - 0.02)
+    return statistics.median(late)
+
+
+def _compute(seconds: float) -> None:
+    time.sleep(max(0.0, seconds - _overshoot()))
 
 
 @cache
@@ -49,12 +64,12 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -> Tensor:
         ctx.shape, ctx.seconds = x.shape, backward
-        time.sleep(forward)
+        _compute(forward)
         return _result(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        time.sleep(ctx.seconds)
+        _compute(ctx.seconds)
         return _result(ctx.shape), None, None, None
 
 
@@ -117,20 +132,22 @@ def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tup
     """Seconds of each repeated step, and the peak of live encoder units, for each plan."""
     size = plans[0].pipeline_parallel_size
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
+    _overshoot()
     results = []
     for plan in plans:
         needs = Needs((True,) * size, encoder=True, generator=True)
         program = lower(plan, verify(plan).order, needs)[rank]
         executor = Executor(mesh, plan.stage_rank)
         seconds, peak = [], 0
-        for _ in range(repeats):
+        for repeat in range(repeats + 1):
             work = SleepingWork(plan, rank, unit)
             dist.barrier()
             start = time.perf_counter()
             executor.run(program, work, needs)
             elapsed = torch.tensor([time.perf_counter() - start])
             dist.all_reduce(elapsed, dist.ReduceOp.MAX)
-            seconds.append(elapsed.item())
+            if repeat:  # the first one warms up
+                seconds.append(elapsed.item())
             peak = max(peak, work.peak)
         results.append((seconds, peak))
     return results
@@ -156,7 +173,8 @@ def main() -> None:
                 make_plan(policy=policy, pipeline_parallel_size=size, microbatches=arguments.microbatches, costs=costs)
                 for policy in POLICIES
             ]
-            by_rank = run_ranks(size, measure, plans, unit, arguments.repeats)
+            with awake_cores():
+                by_rank = run_ranks(size, measure, plans, unit, arguments.repeats)
             nested = statistics.median(by_rank[0][0][0])
             for i, plan in enumerate(plans):
                 measured = statistics.median(by_rank[0][i][0])
