@@ -89,15 +89,17 @@ def test_a_wrong_world_size(tmp_path: Path) -> None:
     assert "2 processes cannot form pipelines: pipeline_parallel_size=3" in done.stderr
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def readme_commands(*files: str) -> list[str]:
+    text = "".join((ROOT / file).read_text() for file in files or ["README.md"])
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
 
-def test_readme_plan_commands(tmp_path: Path) -> None:
-    commands = [command for command in readme_commands() if command.startswith("bigmac plan")]
-    assert len(commands) >= 4
+def test_documented_plan_commands(tmp_path: Path) -> None:
+    documented = readme_commands("README.md", "docs/schedules.md")
+    commands = [command for command in documented if command.startswith("bigmac plan")]
+    assert len(commands) >= 7
     for command in commands:
         assert run(shlex.split(command), tmp_path).returncode == 0, command
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
