@@ -44,3 +44,25 @@ def test_against_auto(world: int, strategy: dict[str, Any]) -> None:
             assert len(batch) == len(expected)
             for sample, other in zip(batch, expected, strict=True):
                 torch.testing.assert_close(sample, other, rtol=1e-5, atol=1e-6)
+
+
+def _fit_test_fit(trainer: Any) -> tuple[dict[str, float], list[float]]:
+    """One trainer used again and again, as in notebooks."""
+    module, data = ToyModule(), ToyData(steps=3)
+    trainer.fit(module, data)
+    (tested,) = trainer.test(module, data, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, data)
+    return tested, module.losses
+
+
+def _fit_test_fit_on_rank(rank: int) -> tuple[dict[str, float], list[float]]:
+    return _fit_test_fit(pipeline_trainer(2, max_epochs=1))
+
+
+def test_one_trainer_for_everything() -> None:
+    tested, losses = _fit_test_fit(plain_trainer(max_epochs=1))
+    assert len(losses) == 6
+    for found_tested, found_losses in on_ranks(2, _fit_test_fit_on_rank):
+        assert found_tested == pytest.approx(tested, rel=1e-5)
+        assert found_losses == pytest.approx(losses, rel=1e-5)
