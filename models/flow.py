@@ -119,7 +119,7 @@ class FlowGenerator(Generator):
         patches_BTE = x_BCHW.unflatten(3, (width, p)).unflatten(2, (height, p))
         patches_BTE = patches_BTE.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         shapes = [[(1, height, width)]] * len(x_BCHW)
-        with torch.inference_mode(False):  # it caches rotary tables: those of a validation must serve training as well
+        with torch.inference_mode(False):  # it caches tables on the device; a validation's must serve training
             self.transformer.pos_embed(shapes, max_txt_seq_len=conditions_BNE.shape[1], device=x_BCHW.device)
         patches_BTE = self.transformer(
             hidden_states=patches_BTE.to(conditions_BNE.dtype),

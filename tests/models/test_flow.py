@@ -1,4 +1,6 @@
+import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,9 +108,32 @@ def test_guidance_moves_samples() -> None:
     assert not torch.allclose(plain.sample(conditions, items)[0], guided.sample(conditions, items)[0])
 
 
-def test_training_after_inference_mode() -> None:
+def test_the_exact_velocity_has_no_loss_and_leads_to_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With x_s = (1 - s) * x_0 + s * noise, (x_s - x_0) / s is noise - x_0."""
+    generator = flow()
+    items = [TargetItem("image", 2, (1, 8, 8), seed, data=image(0, 8, 8)) for seed in range(3)]
+    conditions = [torch.zeros(2, WIDTH)] * 3
+    monkeypatch.setattr(generator, "_velocity", lambda x, s, c: (x - image(0, 8, 8)) / s[:, None, None, None])
+    assert generator(conditions, items).item() < 1e-6
+    for made in generator.sample(conditions, items):
+        torch.testing.assert_close(made, image(0, 8, 8), rtol=0, atol=1e-5)
+
+
+def test_patches_come_back_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = flow(channels=2)
+    monkeypatch.setattr(
+        generator.transformer, "forward", lambda hidden_states, **kwargs: SimpleNamespace(sample=hidden_states)
+    )
+    x_BCHW = torch.randn(2, 2, 8, 4)
+    assert torch.equal(generator._velocity(x_BCHW, torch.ones(2), torch.zeros(2, 1, WIDTH)), x_BCHW)
+
+
+def test_training_after_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rotary tables that the transformer caches must not be those of inference mode."""
     generator = flow()
+    rope = generator.transformer.pos_embed
+    on_device = functools.cache(lambda device: (rope.pos_freqs.clone(), rope.neg_freqs.clone()))  # as on a GPU
+    monkeypatch.setattr(rope, "_get_device_freqs", on_device)
     conditions, items = given()
     with torch.inference_mode():
         generator(conditions, items)

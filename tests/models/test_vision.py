@@ -39,6 +39,12 @@ def test_weights_depend_on_the_seed_only() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_weights_are_as_hugging_face_draws_them() -> None:
+    """A module may draw the weights of its children anew: parents come last."""
+    biases = VisionEncoder(TOWER, WIDTH).tower.encoder.layers[0].mlp.fc1.bias
+    assert 0 < biases.abs().max() < 1e-5
+
+
 def test_another_tower() -> None:
     with pytest.raises(ValueError, match="needs model_type \"siglip_vision_model\", not 'vit'"):
         VisionEncoder({"model_type": "vit"}, WIDTH)
