@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.ranks import awake_cores, run_ranks
 from bigmac_lightning.batch import balance
@@ -120,6 +120,9 @@ class SleepingWork:
     def generate(self, group: int, conditions: Tensor) -> Tensor | None:
         items = len(self.conditions.items(group, self.rank))
         return _sleep(conditions, (), items * self.unit * self.costs.G, 0.0)
+
+    def split_weights(self, stage: int) -> list[nn.Parameter]:
+        return []
 
 
 def _sleep(x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -> Tensor:

@@ -22,6 +22,7 @@ from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.routing import Routing
 from bigmac_lightning.runtime.trace import Trace
+from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
 from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
@@ -39,6 +40,7 @@ class PipelineOptions:
         group_size: microbatches per group; ``None``: as many as there are ranks.
         microbatches: how many a training batch must have; ``None``: any number.
         costs: relative durations the planner assumes.
+        virtual_stages: stages per rank.
     """
 
     policy: str = "nested"
@@ -46,17 +48,23 @@ class PipelineOptions:
     group_size: int | None = None
     microbatches: int | None = None
     costs: Costs = DEFAULT_COSTS
+    virtual_stages: int = 1
+
+    def stage_rank(self, size: int) -> list[int]:
+        """The pipeline rank of each stage."""
+        return get_backbone(self.backbone).stage_rank(size, self.virtual_stages)
 
     def layout(self, size: int, rank: int) -> PipelineLayout:
         """What the DataModule of pipeline rank `rank` of `size` has to know."""
         alone = self.policy == "first_stage"
+        stage_rank = self.stage_rank(size)
         return PipelineLayout(
             size=size,
             rank=rank,
             group_size=1 if alone else self.group_size or size,
             microbatches=self.microbatches,
-            encoder_ranks=(0,) if alone else None,
-            generator_ranks=(size - 1,) if alone else None,
+            encoder_ranks=(stage_rank[0],) if alone else None,
+            generator_ranks=(stage_rank[-1],) if alone else None,
         )
 
 
@@ -102,7 +110,7 @@ class PipelineRunner:
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
-        self.stage_rank = tuple(range(mesh.pp_size))
+        self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = split_layers(module.llm.num_layers, len(self.stage_rank))
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
@@ -202,11 +210,14 @@ class PipelineRunner:
                 policy=self.options.policy,
                 backbone=self.options.backbone,
                 pipeline_parallel_size=self.mesh.pp_size,
+                virtual_stages=self.options.virtual_stages,
                 microbatches=len(batch),
                 group_size=self.layout.group_size,
                 costs=replace(
                     costs,
                     B=costs.B if needs.stages[-1] else 0,
+                    I=costs.I if needs.stages[-1] else 0,
+                    W=costs.W if needs.stages[-1] else 0,
                     EF=costs.EF if _any(encoder) else 0,
                     EB=costs.EB if _any(encoder) and needs.encoder else 0,
                     G=costs.G if _any(generator) else 0,
@@ -269,6 +280,13 @@ class PipelineRunner:
         return places
 
     # -- results for every rank ----------------------------------------------------------------------------------------
+
+    def split_weights(self) -> list[nn.Parameter]:
+        """Trained parameters of the LLM here, if backwards can be split: a weight used twice in a graph forbids it."""
+        llm = self.module.llm
+        if llm.tied and len(self.stages) == 1:
+            return []
+        return [parameter for parameter in llm.parameters() if parameter.requires_grad]
 
     def _share_predictions(self, batch: Batch, predictions: list[Tensor]) -> Tensor:
         result = batch.labels.new_empty(len(batch.labels))
@@ -345,6 +363,9 @@ class BatchWork:
             self.sums[index] += loss.detach()
             losses.append(loss.float() * self.scales[index])
         return torch.stack(losses).sum()
+
+    def split_weights(self, stage: int) -> list[nn.Parameter]:
+        return self.runner.split_weights()
 
 
 def track(runner: PipelineRunner) -> None:

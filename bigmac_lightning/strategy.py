@@ -53,6 +53,7 @@ class BigMacStrategy(DDPStrategy):
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
         group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
         backbone: the LLM's schedule, by name.
+        virtual_stages: stages per rank; what is possible depends on the backbone.
         policy: how encoder and generator are placed: "nested", "upfront" or "first_stage".
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
@@ -75,6 +76,7 @@ class BigMacStrategy(DDPStrategy):
         microbatches: int | None = None,
         group_size: int | None = None,
         backbone: str = "1f1b",
+        virtual_stages: int = 1,
         policy: str = "nested",
         costs: Costs | None = None,
         process_group_backend: str | None = None,
@@ -105,11 +107,19 @@ class BigMacStrategy(DDPStrategy):
             ("data_parallel_size", data_parallel_size),
             ("microbatches", microbatches),
             ("group_size", group_size),
+            ("virtual_stages", virtual_stages),
         ):
             if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if virtual_stages not in BACKBONES[backbone].virtual_stages:
+            allowed = BACKBONES[backbone].virtual_stages
+            raise ValueError(
+                f"virtual_stages={virtual_stages} does not go with backbone={backbone!r}: it allows {allowed}"
+            )
         self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self._options = PipelineOptions(policy, backbone, group_size, microbatches, costs or DEFAULT_COSTS)
+        self._options = PipelineOptions(
+            policy, backbone, group_size, microbatches, costs or DEFAULT_COSTS, virtual_stages
+        )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
         self._mesh: PipelineMesh | None = None
@@ -158,7 +168,8 @@ class BigMacStrategy(DDPStrategy):
                 "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
-        stages, stage_rank = split_layers(module.llm.num_layers, pp), range(pp)
+        stage_rank = self._options.stage_rank(pp)
+        stages = split_layers(module.llm.num_layers, len(stage_rank))
         super().setup_environment()
         if self._mesh is None:
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 
+from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import PipelineMesh
@@ -65,6 +66,10 @@ class Work(Protocol):
 
     def generate(self, group: int, conditions: Tensor) -> Tensor | None:
         """The scaled loss of this rank's share of a group; ``None`` where there is nothing to learn from."""
+        ...
+
+    def split_weights(self, stage: int) -> Sequence[nn.Parameter]:
+        """Trained parameters whose gradients may wait for W; empty: this stage's backward is not to be split."""
         ...
 
 
@@ -122,6 +127,7 @@ class _Step:
         self.last = len(executor.stage_rank) - 1
         self.transport = Transport(executor.mesh)
         self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
         self.encoded: dict[int, Tensor] = {}
         self.arriving: dict[tuple[str, int], _Shares] = {}  # features and conditions_grad, by group
         self.leaving: dict[tuple[str, int], _Rows] = {}  # conditions and features_grad, by group
@@ -130,6 +136,8 @@ class _Step:
             "EB": self.encode_backward,
             "F": self.forward,
             "B": self.backward,
+            "I": self.backward_input,
+            "W": self.backward_weight,
             "G": self.generate,
         }
 
@@ -146,7 +154,7 @@ class _Step:
 
     def finish(self) -> None:
         self.transport.finish()
-        kept = [*self.graphs, *self.encoded, *self.arriving, *self.leaving]
+        kept = [*self.graphs, *self.deferred, *self.encoded, *self.arriving, *self.leaving]
         assert not kept, f"still held at the end of the step: {kept}"
 
     def shape(self, message: Message) -> tuple[int, ...]:
@@ -215,9 +223,38 @@ class _Step:
         return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
 
     def backward(self, action: Action) -> Mapping[str, Tensor]:
-        stage, microbatch = _stage(action), action.index
+        stage = _stage(action)
         if not self.needs.stages[stage]:
             return {}
+        graph, roots, gradients = self._roots(stage, action.index)
+        with self.computing(action, "llm", grad=True):
+            if roots:
+                torch.autograd.backward(roots, gradients)
+        return self._input_gradients(graph, action.index)
+
+    def backward_input(self, action: Action) -> Mapping[str, Tensor]:
+        stage = _stage(action)
+        if not self.needs.stages[stage]:
+            return {}
+        graph, roots, gradients = self._roots(stage, action.index)
+        inputs = [x for x in (graph.hidden, graph.features) if x is not None and x.requires_grad]
+        with self.computing(action, "llm", grad=True):
+            weights = self.work.split_weights(stage)
+            deferred = split_backward.backward_input(roots, gradients, inputs, weights)
+        if deferred is not None:
+            self.deferred[stage, action.index] = deferred
+        return self._input_gradients(graph, action.index)
+
+    def backward_weight(self, action: Action) -> Mapping[str, Tensor]:
+        stage = _stage(action)
+        deferred = self.deferred.pop((stage, action.index), None)
+        with self.computing(action, "llm", grad=True):
+            if deferred is not None:
+                split_backward.backward_weight(deferred, self.work.split_weights(stage))
+        return {}
+
+    def _roots(self, stage: int, microbatch: int) -> tuple[_Graph, list[Tensor], list[Tensor | None]]:
+        """Where the backward of a stage on a microbatch starts: outputs, and their gradients."""
         graph = self.graphs.pop((stage, microbatch))
         roots: list[Tensor] = []
         gradients: list[Tensor | None] = []
@@ -230,9 +267,10 @@ class _Step:
         if graph.outcome.conditions is not None:
             roots.append(graph.outcome.conditions)
             gradients.append(self._gather("conditions_grad", self.work.conditions, microbatch))
-        with self.computing(action, "llm", grad=True):
-            if roots:
-                torch.autograd.backward(roots, gradients)
+        return graph, roots, gradients
+
+    def _input_gradients(self, graph: _Graph, microbatch: int) -> Mapping[str, Tensor]:
+        """What a backward gives to the stage before, or to the encoders."""
         results: dict[str, Tensor] = {}
         if graph.hidden is not None and graph.hidden.requires_grad:
             results["hidden_grad"] = _gradient(graph.hidden)

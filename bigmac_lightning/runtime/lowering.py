@@ -131,7 +131,7 @@ class _Routes:
             if stage < self.last:
                 return [(Message("hidden", index, stage + 1), stage_rank[stage + 1])]
             return self._for_group(self.forwards_left, "G", "conditions", index)
-        if action.kind == "B" and stage is not None:
+        if action.kind in ("B", "I") and stage is not None:
             if stage > 0:
                 needed = self.needs.stages[stage - 1]
                 return [(Message("hidden_grad", index, stage - 1), stage_rank[stage - 1])] if needed else []

@@ -1,6 +1,7 @@
 """The processes of a run as a (dp, pp) mesh, and the process groups that messages and gradients travel in."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,14 +22,15 @@ class PipelineMesh:
         device: where this process computes.
         mesh: the DeviceMesh with dimensions "dp" and "pp"; consecutive global ranks form a pipeline.
         pp_ranks: global ranks of this process's pipeline, by pipeline rank.
-        channels: one process group per kind of message, so that none waits behind another kind (empty if P = 1).
+        channels: one process group per kind of message and direction (whether it goes to a higher rank), so that none
+            waits behind another (empty if P = 1).
         tied_group: the ranks of the first and the last stage of all replicas; ``None`` on other ranks or if P = 1.
     """
 
     device: torch.device
     mesh: DeviceMesh
     pp_ranks: tuple[int, ...]
-    channels: dict[MessageKind, Group]
+    channels: dict[tuple[MessageKind, bool], Group]
     tied_group: Group | None
 
     @property
@@ -87,16 +89,30 @@ def build_mesh(
     mesh = init_device_mesh(device.type, (dp, pp), mesh_dim_names=("dp", "pp"))
     rank = dist.get_rank()
     pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
-    channels: dict[MessageKind, Group] = {}
+    stage_rank = list(stage_rank)
+    channels: dict[tuple[MessageKind, bool], Group] = {}
     tied_group = None
     if pp > 1:
         for pipeline in pipelines:
-            for kind in MESSAGE_KINDS:
+            for kind, upwards in itertools.product(MESSAGE_KINDS, (True, False)):
+                if not _used(kind, upwards, stage_rank):
+                    continue
                 group = dist.new_group(list(pipeline), timeout=timeout)
                 if isinstance(group, Group):  # else this rank is in another pipeline
-                    channels[kind] = group
-        stage_rank = list(stage_rank)
+                    channels[kind, upwards] = group
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
         group = dist.new_group(owners, timeout=timeout)
         tied_group = group if isinstance(group, Group) else None
     return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group)
+
+
+def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int]) -> bool:
+    """Whether messages of a kind go in a direction at all, given where the stages are."""
+    ranks = range(len(set(stage_rank)))
+    pairs = {
+        "hidden": list(itertools.pairwise(stage_rank)),
+        "features": [(rank, stage_rank[0]) for rank in ranks],
+        "conditions": [(stage_rank[-1], rank) for rank in ranks],
+    }
+    name = kind.removesuffix("_grad")
+    return any((b > a if name == kind else a > b) == upwards and a != b for a, b in pairs[name])

@@ -1,4 +1,5 @@
-"""Moves tensors between the ranks of a pipeline: asynchronous sends and receives, one process group per message kind.
+"""Moves tensors between the ranks of a pipeline: asynchronous sends and receives, a process group per message kind and
+direction.
 
 No tags (NCCL has none): messages between two ranks in one group arrive in the order of the programs, which follow one
 total order. `Work.wait()` blocks the CPU on gloo and only the current stream on CUDA.
@@ -31,14 +32,16 @@ class Transport:
         """Start sending what was put, to the pipeline rank `peer`."""
         tensor = self._tensors.pop(message).contiguous()
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
-        work = dist.isend(tensor, self._mesh.pp_ranks[peer], group=self._mesh.channels[message.kind])
+        group = self._mesh.channels[message.kind, peer > self._mesh.pp_rank]
+        work = dist.isend(tensor, self._mesh.pp_ranks[peer], group=group)
         assert work is not None
         self._leaving.append((work, tensor))
 
     def receive(self, message: Message, peer: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Start receiving from the pipeline rank `peer`."""
         tensor = torch.empty(tuple(shape), dtype=dtype, device=self._mesh.device)
-        work = dist.irecv(tensor, self._mesh.pp_ranks[peer], group=self._mesh.channels[message.kind])
+        group = self._mesh.channels[message.kind, self._mesh.pp_rank > peer]
+        work = dist.irecv(tensor, self._mesh.pp_ranks[peer], group=group)
         assert work is not None
         self._tensors[message], self._arriving[message] = tensor, work
 

@@ -1,0 +1,60 @@
+"""A backward in two halves: input gradients now (I), weight gradients later (W).
+
+The one place that uses torch.distributed.pipelining's `_backward` (no public name; torch's range is pinned). Where a
+graph cannot be split, one half does everything, so that no gradient is ever lost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+
+@dataclass
+class Deferred:
+    """What the weight half of a backward still has to do.
+
+    Attributes:
+        parameter_groups: intermediate gradients, from the input half; ``None``: nothing was done yet.
+        roots, gradients: where the whole backward starts, if nothing was done yet.
+    """
+
+    parameter_groups: list[dict[str, Any]] | None
+    roots: list[Tensor]
+    gradients: list[Tensor | None]
+
+
+def backward_input(
+    roots: list[Tensor],
+    gradients: list[Tensor | None],
+    inputs: Sequence[Tensor],
+    weights: Sequence[nn.Parameter],
+) -> Deferred | None:
+    """Compute the gradients of `inputs` (into their ``.grad``) and keep what the weights' gradients need.
+
+    Args:
+        roots, gradients: as of ``torch.autograd.backward``; a scalar's gradient may be ``None``.
+        inputs: leaves that need a gradient. Empty (the first stage without a trained encoder): all is left for later,
+            as the split would lose the weights' gradients.
+        weights: parameters whose gradients may wait. Empty: nothing is left for later.
+    """
+    if not inputs:
+        return Deferred(None, roots, gradients)
+    if not weights:
+        torch.autograd.backward(roots, gradients)
+        return None
+    given = [torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True)]
+    _, parameter_groups = stage_backward_input(roots, given, list(inputs), iter(weights))
+    return Deferred(parameter_groups, [], [])
+
+
+def backward_weight(deferred: Deferred, weights: Sequence[nn.Parameter]) -> None:
+    """Compute the gradients of `weights`, adding to their ``.grad``."""
+    if deferred.parameter_groups is None:
+        if deferred.roots:
+            torch.autograd.backward(deferred.roots, deferred.gradients)
+        return
+    stage_backward_weight(iter(weights), deferred.parameter_groups)
