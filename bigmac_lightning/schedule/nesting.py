@@ -114,7 +114,7 @@ def _generator_cut(
         raise ValueError(
             f"extra_in_flight is too small for {plan.backbone}: its last stage needs the generator's gradients of "
             f"group {g} before it has done the forwards of this group's {len(group)} microbatches; "
-            f"expected at least {len(group) - 1}"
+            f"expected at least {max(len(group) - 1, 1)}, or the default"
         )
     return Cut(min(known + slack, due), "G", g)
 

@@ -105,7 +105,7 @@ def make_plan(
             by default the same for all ranks (for `first_stage`: all on the rank of stage 0).
         generator_shares: the same for the generator (`first_stage`: the rank of the last stage).
         extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
-            there is a generator whose work is spread, and none otherwise.
+            there is a generator whose work is spread (more where the backbone needs it), and none otherwise.
         workload: the work of each microbatch, where they differ.
 
     Raises:
@@ -120,22 +120,21 @@ def make_plan(
     group_size = (group_size if group_size is not None else size) if chosen.spread else 1
     _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size)
     _at_least(1, virtual_stages=virtual_stages)
-    if extra_in_flight is None:
-        extra_in_flight = min(group_size, microbatches) if chosen.spread and "G" in kinds else 0
-    _at_least(0, extra_in_flight=extra_in_flight)
+    _at_least(0, extra_in_flight=extra_in_flight or 0)
 
     def bare_backbone(extra: int) -> Orders:
         orders = schedule.build(size, microbatches, extra, virtual_stages)
+        if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
+            raise ValueError(f"costs.I or costs.W is 0; expected more, as {backbone} splits backwards into I and W")
         return [[action for action in actions if action.kind in kinds] for actions in orders]
 
-    stage_rank = schedule.stage_rank(size, virtual_stages)
     plan = Plan(
         policy=policy,
         backbone=backbone,
         pipeline_parallel_size=size,
         virtual_stages=virtual_stages,
         microbatches=microbatches,
-        stage_rank=stage_rank,
+        stage_rank=schedule.stage_rank(size, virtual_stages),
         groups=even_groups(microbatches, group_size),
         encoder_shares=[],
         generator_shares=[],
@@ -143,7 +142,7 @@ def make_plan(
         costs=costs,
     )
     check_workload(plan, workload)
-    encoder_rank, generator_rank = (None, None) if chosen.spread else (stage_rank[0], stage_rank[-1])
+    encoder_rank, generator_rank = (None, None) if chosen.spread else (plan.stage_rank[0], plan.stage_rank[-1])
     if "EF" in kinds:
         plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, encoder_rank, workload)
     if "G" in kinds:
@@ -152,7 +151,11 @@ def make_plan(
 
     bare = simulate(plan, workload)
     plan.ideal = bare.makespan
-    if extra_in_flight:
+    if extra_in_flight is None and chosen.spread and "G" in kinds:
+        wanted = range(min(group_size, microbatches), microbatches + 1)  # all forwards first: always enough
+        plan.ranks = next(ranks for ranks in map(bare_backbone, wanted) if _generator_fits(plan, ranks))
+        bare = simulate(plan, workload)
+    elif extra_in_flight:
         plan.ranks = bare_backbone(extra_in_flight)
         bare = simulate(plan, workload)
     plan.ranks = chosen.place(plan, bare, workload)
@@ -161,6 +164,21 @@ def make_plan(
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
+
+
+def _generator_fits(plan: Plan, ranks: Orders) -> bool:
+    """Whether the last stage forwards every group's microbatches before its first backward of the group."""
+    last = plan.stages - 1
+    place = {
+        (action.kind == "F", action.index): position
+        for position, action in enumerate(ranks[plan.stage_rank[last]])
+        if action.stage == last and action.kind != "W"
+    }
+    trained = (False, 0) in place
+    return not trained or all(
+        max(place[True, microbatch] for microbatch in group) < min(place[False, microbatch] for microbatch in group)
+        for group in plan.groups
+    )
 
 
 def _at_least(least: int, **arguments: int) -> None:

@@ -6,10 +6,14 @@ from typing import Any
 from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.dataflow import predecessors
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations
 
+STAGES_PER_RANK = {
+    name: [stages for stages in (1, 2, 3) if stages in backbone.virtual_stages] for name, backbone in BACKBONES.items()
+}
 TIMES = [0.3, 0.7, 1.0, 2.0, 4.1]
 
 
@@ -17,11 +21,15 @@ TIMES = [0.3, 0.7, 1.0, 2.0, 4.1]
 def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
     """Arguments of make_plan: small, with unequal costs and shares, also zero shares and groups without work."""
     policy = draw(st.sampled_from(["nested", "upfront", "first_stage"]))
+    backbone = draw(st.sampled_from(sorted(BACKBONES)))
+    stages = draw(st.sampled_from(STAGES_PER_RANK[backbone]))
     size, microbatches = draw(st.integers(1, 6)), draw(st.integers(1, 20))
     group_size = draw(st.integers(1, 8)) if policy != "first_stage" else 1
     costs = Costs(
         F=draw(st.sampled_from(TIMES)),
         B=draw(st.sampled_from([0.0, *TIMES])),
+        I=draw(st.sampled_from(TIMES)),
+        W=draw(st.sampled_from(TIMES)),
         EF=draw(st.sampled_from([0.0, *TIMES])),
         EB=draw(st.sampled_from([0.0, *TIMES])),
         G=draw(st.sampled_from([0.0, *TIMES])),
@@ -41,13 +49,16 @@ def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
 
     return {
         "policy": policy,
-        "backbone": draw(st.sampled_from(["gpipe", "1f1b"])),
+        "backbone": backbone,
+        "virtual_stages": stages,
         "pipeline_parallel_size": size,
         "microbatches": microbatches,
         "group_size": group_size,
         "costs": costs,
         "encoder_shares": shares(0) if costs.EF and draw(st.booleans()) else None,
-        "generator_shares": shares(size - 1) if costs.G and draw(st.booleans()) else None,
+        "generator_shares": shares(BACKBONES[backbone].stage_rank(size, stages)[-1])
+        if costs.G and draw(st.booleans())
+        else None,
     }
 
 
@@ -64,6 +75,9 @@ def reference_ends(plan: Plan) -> dict[tuple[int, str], float]:
     group_of = {m: g for g, group in enumerate(plan.groups) for m in group}
     last = plan.stages - 1
 
+    def backward(stage: int, microbatch: int) -> str:
+        return next(text for kind in "BI" if (text := f"{stage}{kind}{microbatch}") in where)
+
     def needs(rank: int, action: Action) -> list[tuple[int, str]]:
         kind, index, stage = action.kind, action.index, action.stage
         texts: list[str] = []
@@ -71,13 +85,15 @@ def reference_ends(plan: Plan) -> dict[tuple[int, str], float]:
         if stage is not None and kind == "F":
             texts += [f"{stage - 1}F{index}"] * (stage > 0)
             found += [(r, f"EF{group_of[index]}") for r in owners[f"EF{group_of[index]}"] if stage == 0]
+        elif stage is not None and kind == "W":
+            texts.append(f"{stage}I{index}")
         elif stage is not None:
-            texts += [f"{stage}F{index}"] + [f"{stage + 1}B{index}"] * (stage < last)
+            texts += [f"{stage}F{index}"] + [backward(stage + 1, index) for _ in range(stage < last)]
             found += [(r, f"G{group_of[index]}") for r in owners[f"G{group_of[index]}"] if stage == last]
         elif kind == "G":
             texts += [f"{last}F{m}" for m in plan.groups[index]]
         elif kind == "EB":
-            texts += [f"0B{m}" for m in plan.groups[index]]
+            texts += [backward(0, m) for m in plan.groups[index]]
             found.append((rank, f"EF{index}"))
         return found + [(where[text], text) for text in texts]
 

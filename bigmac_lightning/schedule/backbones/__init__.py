@@ -3,16 +3,33 @@
 To add one: a file with a pure builder, and an entry here.
 """
 
-from bigmac_lightning.schedule.backbones.base import Backbone, Orders, round_robin
+from bigmac_lightning.schedule.backbones.base import Backbone, Orders, round_robin, v_shape
+from bigmac_lightning.schedule.backbones.dualpipev import dualpipev
 from bigmac_lightning.schedule.backbones.gpipe import gpipe
+from bigmac_lightning.schedule.backbones.interleaved import interleaved_1f1b
+from bigmac_lightning.schedule.backbones.looped_bfs import looped_bfs
 from bigmac_lightning.schedule.backbones.one_f_one_b import one_f_one_b
+from bigmac_lightning.schedule.backbones.zb1p import zb1p
+from bigmac_lightning.schedule.backbones.zbv import zbv
 
-__all__ = ["BACKBONES", "Backbone", "Orders", "get_backbone", "round_robin"]
+__all__ = ["BACKBONES", "Backbone", "Orders", "executable_backbones", "get_backbone", "round_robin", "v_shape"]
+
+ANY = range(1, 1001)
 
 BACKBONES: dict[str, Backbone] = {
-    "gpipe": Backbone(gpipe),
-    "1f1b": Backbone(one_f_one_b),
+    "gpipe": Backbone(gpipe, executable=True),
+    "1f1b": Backbone(one_f_one_b, executable=True),
+    "interleaved_1f1b": Backbone(interleaved_1f1b, ANY),
+    "looped_bfs": Backbone(looped_bfs, ANY),
+    "zb1p": Backbone(zb1p),
+    "zbv": Backbone(zbv, (2,), v_shape),
+    "dualpipev": Backbone(dualpipev, (2,), v_shape),
 }
+
+
+def executable_backbones() -> list[str]:
+    """The names of those that the runtime can run."""
+    return [name for name, backbone in BACKBONES.items() if backbone.executable]
 
 
 def get_backbone(name: str) -> Backbone:

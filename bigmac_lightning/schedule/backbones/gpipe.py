@@ -7,9 +7,9 @@ from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones.base import Orders
 
 
-def gpipe(pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0) -> Orders:
-    """Every rank's actions. All microbatches are in flight anyway, so that `extra_in_flight` changes nothing."""
-    del extra_in_flight
+def gpipe(pipeline_parallel_size: int, microbatches: int, virtual_stages: int = 1) -> Orders:
+    """Every rank's actions."""
+    assert virtual_stages == 1
     return [
         [Action(kind, microbatch, stage) for kind in ("F", "B") for microbatch in range(microbatches)]
         for stage in range(pipeline_parallel_size)

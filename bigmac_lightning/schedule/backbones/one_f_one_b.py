@@ -7,11 +7,12 @@ from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones.base import Orders
 
 
-def one_f_one_b(pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0) -> Orders:
-    """Every rank's actions: stage s warms up with P - 1 - s + `extra_in_flight` forwards."""
+def one_f_one_b(pipeline_parallel_size: int, microbatches: int, virtual_stages: int = 1) -> Orders:
+    """Every rank's actions: stage s warms up with P - 1 - s forwards."""
+    assert virtual_stages == 1
     orders: Orders = []
     for stage in range(pipeline_parallel_size):
-        warm_up = min(microbatches, pipeline_parallel_size - 1 - stage + extra_in_flight)
+        warm_up = min(microbatches, pipeline_parallel_size - 1 - stage)
         actions = [Action("F", microbatch, stage) for microbatch in range(warm_up)]
         for backward in range(microbatches):
             if warm_up + backward < microbatches:
