@@ -282,11 +282,8 @@ class PipelineRunner:
     # -- results for every rank ----------------------------------------------------------------------------------------
 
     def split_weights(self) -> list[nn.Parameter]:
-        """Trained parameters of the LLM here, if backwards can be split: a weight used twice in a graph forbids it."""
-        llm = self.module.llm
-        if llm.tied and len(self.stages) == 1:
-            return []
-        return [parameter for parameter in llm.parameters() if parameter.requires_grad]
+        """Trained parameters of the LLM on this rank."""
+        return [parameter for parameter in self.module.llm.parameters() if parameter.requires_grad]
 
     def _share_predictions(self, batch: Batch, predictions: list[Tensor]) -> Tensor:
         result = batch.labels.new_empty(len(batch.labels))

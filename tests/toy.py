@@ -27,16 +27,17 @@ def seeded(name: str) -> None:
 class ToyLayer(nn.Module):
     """Causal mixing over positions, so that every later token depends on every earlier one."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared_norm: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
+        self.norm2 = self.norm if shared_norm else nn.LayerNorm(WIDTH)  # a weight used twice cannot be split
         self.mix = nn.Linear(WIDTH, WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
         seen = torch.arange(1, h_BSD.shape[1] + 1, dtype=h_BSD.dtype).view(1, -1, 1)
         h_BSD = h_BSD + self.mix(self.norm(h_BSD)).cumsum(1) / seen
-        return h_BSD + self.down(nn.functional.gelu(self.up(self.norm(h_BSD))))
+        return h_BSD + self.down(nn.functional.gelu(self.up(self.norm2(h_BSD))))
 
 
 class ToyLLM(LanguageModel):
@@ -49,7 +50,7 @@ class ToyLLM(LanguageModel):
         self.layers = nn.ModuleDict()
         for i in sorted(layers):
             seeded(f"layer {i}")
-            self.layers[str(i)] = ToyLayer()
+            self.layers[str(i)] = ToyLayer(shared_norm=i == 1)
         seeded("embedding")
         weights = nn.Embedding(VOCABULARY, WIDTH)
         if embedding:

@@ -101,6 +101,7 @@ class Executor:
     ) -> None:
         self.mesh, self.stage_rank = mesh, tuple(stage_rank)
         self.memory, self.trace = memory, trace
+        self.splittable: dict[int, bool] = {}  # by stage, found at its first split backward
 
     def run(self, program: Sequence[Instruction], work: Work, needs: Needs) -> None:
         """Run one step. Gradients are added to the parameters' ``.grad``.
@@ -240,7 +241,10 @@ class _Step:
         inputs = [x for x in (graph.hidden, graph.features) if x is not None and x.requires_grad]
         with self.computing(action, "llm", grad=True):
             weights = self.work.split_weights(stage)
-            deferred = split_backward.backward_input(roots, gradients, inputs, weights)
+            splittable = self.executor.splittable
+            if stage not in splittable:
+                splittable[stage] = not split_backward.uses_a_weight_twice(roots, weights)
+            deferred = split_backward.backward_input(roots, gradients, inputs, weights if splittable[stage] else [])
         if deferred is not None:
             self.deferred[stage, action.index] = deferred
         return self._input_gradients(graph, action.index)

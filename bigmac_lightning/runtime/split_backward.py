@@ -27,6 +27,27 @@ class Deferred:
     gradients: list[Tensor | None]
 
 
+def uses_a_weight_twice(roots: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> bool:
+    """Whether a weight occurs more than once in the graph (tied, or a shared norm): it cannot be split then."""
+    known = {id(weight) for weight in weights}
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(waiting)
+    leaves: set[object] = set()
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None:
+                continue
+            variable = getattr(node, "variable", None)  # of the nodes where leaves' gradients are accumulated
+            if id(variable) in known:
+                if node in leaves:
+                    return True
+                leaves.add(node)
+            elif node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return False
+
+
 def backward_input(
     roots: list[Tensor],
     gradients: list[Tensor | None],

@@ -16,6 +16,14 @@ from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 
 TOLERANCE = 1e-6
+BACKBONES_AND_STAGES = (
+    ("zb1p", 1),
+    ("interleaved_1f1b", 2),
+    ("interleaved_1f1b", 3),
+    ("looped_bfs", 2),
+    ("zbv", 2),
+    ("dualpipev", 2),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Case:
     dp: int = 1
     policy: str = "nested"
     backbone: str = "1f1b"
+    virtual_stages: int = 1
     freeze: tuple[str, ...] = ()
     media: bool = True
     targets: bool = True
@@ -35,8 +44,17 @@ class Case:
     unlabelled: tuple[int, ...] = ()
     tied: bool = False
 
+    @property
+    def layers(self) -> int:
+        return max(4, self.pp * self.virtual_stages)
+
+    @property
+    def options(self) -> PipelineOptions:
+        return PipelineOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+
     def __str__(self) -> str:
         parts = [f"P{self.pp}", f"M{self.microbatches}", f"g{self.group_size or self.pp}", self.policy, self.backbone]
+        parts += [f"V{self.virtual_stages}"] * (self.virtual_stages > 1)
         parts += [f"dp{self.dp}"] * (self.dp > 1) + [f"no-{name}" for name in self.freeze]
         parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
         parts += [f"unlabelled{''.join(map(str, self.unlabelled))}"] * bool(self.unlabelled)
@@ -74,6 +92,13 @@ def cases() -> list[Case]:
         found += [replace(base, unlabelled=(0, 3)), replace(base, unlabelled=(4,), text_only=(0, 1, 2, 3))]
         found += [replace(base, unlabelled=(0, 1, 2, 3, 4))]
         found += [replace(base, tied=True), replace(base, tied=True, backbone="gpipe")]
+    for pp in (1, 2, 3, 4):
+        for backbone, virtual_stages in BACKBONES_AND_STAGES:
+            base = Case(pp, 5, min(2, pp), backbone=backbone, virtual_stages=virtual_stages)
+            found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
+            found += [replace(base, policy=policy) for policy in ("upfront", "first_stage")]
+            found += [replace(base, tied=True), replace(base, targets=False, text_only=(0, 1), group_size=pp)]
+            found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("generators",))]
     for policy in ("nested", "upfront", "first_stage"):
         for m in (1, 3, 8):
             found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]
@@ -85,7 +110,7 @@ ALL = cases()
 
 def reference(case: Case) -> tuple[float, float, dict[str, torch.Tensor | None]]:
     """The plain path in this process, over the batches of all replicas at once."""
-    module = ToyModule(tied=case.tied, freeze=case.freeze)
+    module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
     module.configure_model()
     batches = [whole(case, replica) for replica in range(case.dp)]
     batch = replace(batches[0], microbatches=[m for b in batches for m in b.microbatches])
@@ -112,15 +137,21 @@ def make(case: Case, layout: PipelineLayout, replica: int) -> Any:
     return batch
 
 
-def pipelined(rank: int, todo: list[Case]) -> list[tuple[float, float, dict[str, torch.Tensor | None], str]]:
+def pipelined(
+    rank: int, todo: list[Case]
+) -> list[tuple[float, float, dict[str, torch.Tensor | None], dict[int, bool]]]:
     """Every case on this rank."""
     first = todo[0]
-    mesh = build_mesh(torch.device("cpu"), first.dp, first.pp, range(first.pp))
+    meshes = {}
     results = []
     for case in todo:
-        options = PipelineOptions(case.policy, case.backbone, case.group_size)
-        module = ToyModule(tied=case.tied, freeze=case.freeze)
-        module.part = part_of(mesh.pp_rank, split_layers(4, case.pp), range(case.pp))
+        options = case.options
+        stage_rank = options.stage_rank(first.pp)
+        if tuple(stage_rank) not in meshes:
+            meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)
+        mesh = meshes[tuple(stage_rank)]
+        module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
+        module.part = part_of(mesh.pp_rank, split_layers(case.layers, len(stage_rank)), stage_rank)
         module.configure_model()
         runner = PipelineRunner(module, mesh, options)
         try:
@@ -130,7 +161,9 @@ def pipelined(rank: int, todo: list[Case]) -> list[tuple[float, float, dict[str,
             raise
         reduce_gradients(runner.places, mesh)
         gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-        results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients, str(runner.last_plan)))
+        results.append(
+            (out.loss.item(), global_norm(runner.places, mesh).item(), gradients, runner.executor.splittable)
+        )
     return results
 
 
@@ -164,6 +197,16 @@ def test_against_one_process(case: Case, executed: dict[Case, list[Any]]) -> Non
             error = (gradient - expected).norm() / expected.norm().clamp(min=1e-30)
             assert error <= TOLERANCE or (gradient - expected).abs().max() < 1e-9, f"{name} on rank {rank}: {error:.1e}"
     assert seen >= gradients.keys(), "a parameter is trained on no rank"
+
+
+@pytest.mark.parametrize("backbone", ["zb1p", "zbv", "dualpipev"])
+def test_backwards_are_split_where_they_can_be(backbone: str, executed: dict[Case, list[Any]]) -> None:
+    """Layer 1 uses its norm twice; every other stage is split."""
+    stages = dict(BACKBONES_AND_STAGES)[backbone]
+    case = Case(4, 5, 2, backbone=backbone, virtual_stages=stages)
+    splittable = {stage: split for *_, by_stage in executed[case] for stage, split in by_stage.items()}
+    assert splittable == {stage: stage != 1 for stage in splittable}
+    assert len(splittable) > 2
 
 
 def test_cases_cover_what_they_name() -> None:
