@@ -10,17 +10,17 @@ import argparse
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ranks import run_ranks
+from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/, see pyproject.toml)
     FlowGenerator,
     HFDecoder,
     MultimodalLM,
     VisionEncoder,
 )
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.ranks import run_ranks
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh

@@ -44,6 +44,9 @@ class PipelineMonitor(pl.Callback):
         self._since = 0.0
         self._trace_next = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _strategy(trainer)  # refuse another strategy before any training time is spent
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         executor = _strategy(trainer).pipeline.executor
         if self.memory:
@@ -167,7 +170,9 @@ class SampleImages(pl.Callback):
 
 def _strategy(trainer: pl.Trainer) -> BigMacStrategy:
     if not isinstance(trainer.strategy, BigMacStrategy):
-        raise TypeError(f"PipelineMonitor watches strategy='bigmac', not {type(trainer.strategy).__name__}: remove it")
+        raise TypeError(
+            f"PipelineMonitor watches strategy='bigmac', not {type(trainer.strategy).__name__}: remove the callback"
+        )
     return trainer.strategy
 
 

@@ -209,12 +209,18 @@ class PipelineModule(pl.LightningModule):
         for name, encoder in self.encoders.items():
             mine = [i for i, item in enumerate(items) if item.encoder == name]
             if mine:
-                rows = encoder([_data(items[i]) for i in mine]).split([items[i].rows for i in mine])
+                encoded, expected = encoder([_data(items[i]) for i in mine]), [items[i].rows for i in mine]
+                if len(encoded) != sum(expected):
+                    raise ValueError(
+                        f"encoder {name!r} made {len(encoded)} feature rows of items with {expected} rows: "
+                        "the DataModule's MediaItem.rows must say what the encoder makes of each item"
+                    )
+                rows = encoded.split(expected)
                 for i, row in zip(mine, rows, strict=True):
                     features[i] = row
-        if None in features:
-            item = items[features.index(None)]
-            raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
+        for item, feature in zip(items, features, strict=True):
+            if feature is None:
+                raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
         return [feature for feature in features if feature is not None]
 
     def run_stage(

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from bigmac_lightning.datamodules import EpochSampler, PipelineDataModule, PipelineDataset, Sample
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.datamodules import EpochSampler, PipelineDataModule, PipelineDataset, Sample
 
 
 class Squares(PipelineDataset):

@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bigmac_lightning.datamodules import Collator, Media, Sample, Target
-from bigmac_lightning.datamodules.collate import split_evenly
 from torch import Tensor
 
 from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.datamodules import Collator, Media, Sample, Target
+from bigmac_lightning.datamodules.collate import split_evenly
 
 
 class Loads:

@@ -3,11 +3,11 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
+
+from bigmac_lightning.batch import Batch
 from bigmac_lightning.datamodules import DigitsDataModule
 from bigmac_lightning.datamodules.digits import FACTS, HELD_OUT, TrainingDigits, digits_tokenizer
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
-
-from bigmac_lightning.batch import Batch
 from tests.models.parts import TOWER, decoder_config
 
 

@@ -4,10 +4,10 @@ from random import Random
 from typing import Any
 
 import torch
-from bigmac_lightning.datamodules import Collator, Media, Sample, Target
-from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.datamodules import Collator, Media, Sample, Target
+from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 
 WIDTH, VOCABULARY, LAYERS = 32, 40, 5
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bigmac_lightning.models import HFDecoder
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from bigmac_lightning.models import HFDecoder
 from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
 
 FAMILIES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("mistral", True)]

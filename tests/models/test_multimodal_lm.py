@@ -4,11 +4,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from bigmac_lightning.models import HFDecoder, MultimodalLM
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bigmac_lightning.batch import Batch
+from bigmac_lightning.models import HFDecoder, MultimodalLM
 from bigmac_lightning.module import Part
 from tests.models.parts import LAYERS, collate, decoder_config, flow, model
 

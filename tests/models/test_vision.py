@@ -1,7 +1,7 @@
 import pytest
 import torch
-from bigmac_lightning.models import VisionEncoder
 
+from bigmac_lightning.models import VisionEncoder
 from tests.models.parts import TOWER, image
 
 WIDTH = 20

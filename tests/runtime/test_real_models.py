@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.datamodules.collate import Collator
 from bigmac_lightning.datamodules.digits import DigitsDataModule
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
-
-from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients

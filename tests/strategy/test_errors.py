@@ -22,6 +22,7 @@ from tests.toy import ToyData, ToyModule
     [
         ({"backbone": "2f2b"}, "backbone='2f2b' is not known; choose one of 1f1b, .*gpipe"),
         ({"policy": "magic"}, "policy='magic' is not known; choose one of .*first_stage, nested, upfront"),
+        ({"virtual_stages": 2}, "virtual_stages=2 does not go with backbone='1f1b'"),
         ({"microbatches": 0}, "microbatches=0 must be an integer of at least 1"),
         ({"pipeline_parallel_size": "all"}, "pipeline_parallel_size='all' must be"),
     ],
