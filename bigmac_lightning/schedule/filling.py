@@ -7,14 +7,15 @@ cut, which it starts from.
 Knows plans, their dependencies and memory; knows nothing of how tasks are scheduled (see ``tasks``).
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
+from random import Random
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.dataflow import Dataflow
-from bigmac_lightning.schedule.liveness import group_units, live_encoder_units, live_llm_microbatches
+from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
+from bigmac_lightning.schedule.nested_orders import NestedOrders
 from bigmac_lightning.schedule.nesting import Cut, consistent_cuts, nest
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
@@ -79,7 +80,7 @@ class _Search:
     def __init__(
         self, cut: Plan, plan: Plan, bare: Timeline, workload: Workload | None, max_encoder_units: float
     ) -> None:
-        self.cut, self.workload, self.limit = cut, workload, max_encoder_units
+        self.cut = cut
         self.flow = Dataflow(cut)
         self.lengths = [time for row in durations(cut, workload) for time in row]
         self.main = {number for number, action in enumerate(self.flow.actions) if not action.nested}
@@ -89,43 +90,45 @@ class _Search:
             for action, start in zip(actions, starts, strict=True)
         }
         self.expected = [times.get(action, 0.0) for action in self.flow.actions]
-        self.cuts = [
-            cut
-            for cut in consistent_cuts(plan, bare, workload=workload)
-            if any(plan.shares(cut.kind)[cut.group])
-        ]
+        cuts = consistent_cuts(plan, bare, workload=workload)
+        self.cuts = [cut for cut in cuts if any(plan.shares(cut.kind)[cut.group])]
+        self.orders = NestedOrders(plan, self.cuts, max_encoder_units, workload)
         self.cut_starts = [start for row in simulate(cut, workload, flow=self.flow).starts for start in row]
         self.capacity = [max(row, default=0.0) for row in live_llm_microbatches(plan)]
-        self.budget = min(80, max(16, PASSES // max(1, len(self.lengths))))
-        self.best: tuple[float, list[float]] | None = None
+        self.budget = min(160, max(16, PASSES // max(1, len(self.lengths))))
+        self.best: tuple[float, list[float], Tasks] | None = None
+        self.sequences: dict[Tasks, list[Cut]] = {}
 
     def run(self) -> list[list[Action]] | None:
         """The lists of the best schedule; ``None`` if there is none within the limit."""
         seeds: list[tuple[float, int, list[float], Tasks]] = []
-        for number, sequence in enumerate(self._sequences()):
+        for number, sequence in enumerate(self.orders.sequences()):
             tasks = self._tasks(sequence)
-            dues = self._dues(sequence)
-            for due in dues:
-                for overshoot in OVERSHOOTS if number < 2 else OVERSHOOTS[:1]:
+            for due in self._dues(tasks):
+                for overshoot in OVERSHOOTS if number < 1 + (self.budget > 40) else OVERSHOOTS[:1]:
                     starts = list_schedule(tasks, due, self.expected, overshoot)
                     if starts is None:
                         break
+                    if any(starts == seed[2] for seed in seeds):
+                        continue
                     seeds.append((self._consider(tasks, starts), len(seeds), starts, tasks))
             if [(cut.kind, cut.group) for cut in self.cuts] == [(cut.kind, cut.group) for cut in sequence]:
                 seeds.append((self._consider(tasks, self.cut_starts), len(seeds), self.cut_starts, tasks))
         polished: list[tuple[float, int, list[float], Tasks]] = []
-        for _, number, starts, tasks in sorted(seeds, key=lambda seed: seed[:2])[:6]:
+        for _, number, starts, tasks in sorted(seeds, key=lambda seed: seed[:2])[: max(4, self.budget // 5)]:
             starts = self._polish(tasks, starts)
             polished.append((tasks.makespan(starts), number, starts, tasks))
         for _, _, starts, tasks in sorted(polished, key=lambda seed: seed[:2])[:2]:
             self._turn(tasks, starts)
+        if self.best is not None:
+            self._shake()
         return None if self.best is None else self._lists(self.best[1])
 
     def _consider(self, tasks: Tasks, starts: list[float]) -> float:
         makespan = tasks.makespan(starts)
         self.budget -= 1
-        if self.best is None or makespan < self.best[0] - EPS:
-            self.best = (makespan, starts)
+        if self.best is None or makespan < self.best[0] + EPS:
+            self.best = (makespan, starts, tasks)
         return makespan
 
     def _polish(self, tasks: Tasks, starts: list[float]) -> list[float]:
@@ -160,49 +163,34 @@ class _Search:
                         if tasks.makespan(left_again) < before - EPS:
                             starts, before, gained = left_again, tasks.makespan(left_again), True
 
-    def _sequences(self) -> Iterator[list[Cut]]:
-        """Orders of the nested actions: as cut, and with encoder forwards 1, 2, 4 .. groups earlier within the limit."""
-        seen: list[list[Cut]] = []
-        ahead = 0
-        while True:
-            sequence = self._sequence(ahead)
-            if sequence is not None and sequence not in seen:
-                seen.append(sequence)
-                yield sequence
-            if ahead >= len(self.cuts):
-                return
-            ahead = 2 * ahead or 1
-
-    def _sequence(self, ahead: int) -> list[Cut] | None:
-        """The cuts with encoder forwards up to `ahead` groups earlier; ``None`` if they break the limit."""
-        units, shares = group_units(self.cut, self.workload), self.cut.encoder_shares
-        alive = [0.0] * len(self.cut.ranks)
-        forwards = [cut for cut in self.cuts if cut.kind == "EF"]
-        result: list[Cut] = []
-        wanted = done = 0
-
-        def fits(cut: Cut) -> bool:
-            return all(
-                held + units[cut.group] * share <= self.limit + EPS
-                for held, share in zip(alive, shares[cut.group], strict=True)
-            )
-
-        def hold(cut: Cut, sign: int) -> None:
-            if "EB" in self.cut.costs.kinds:
-                for rank, share in enumerate(shares[cut.group]):
-                    alive[rank] += sign * units[cut.group] * share
-
-        for cut in self.cuts:
-            wanted += cut.kind == "EF"
-            while done < min(wanted + ahead, len(forwards)) and fits(forwards[done]):
-                result.append(forwards[done])
-                hold(forwards[done], 1)
-                done += 1
-            if cut.kind == "EB":
-                hold(cut, -1)
-            if cut.kind != "EF":
-                result.append(cut)
-        return result if done == len(forwards) else None
+    def _shake(self) -> None:
+        """With what is left of the budget: neighbours in the sequence of nested actions change places, or their due
+        times move at random; the same on every run."""
+        assert self.best is not None
+        chance = Random(0)
+        reach = 3 * max((self.lengths[number] for number in self.main), default=0.0)
+        while self.budget > 0:
+            self.budget -= 1
+            _, starts, tasks = self.best
+            due, sequence = list(starts), list(self.sequences[tasks])
+            if chance.random() < 0.5 and len(sequence) > 1:
+                spot = chance.randrange(len(sequence) - 1)
+                one, other = sequence[spot], sequence[spot + 1]
+                sequence[spot : spot + 2] = [other, one]
+                if one.kind == other.kind or not self.orders.keeps_limit(sequence):
+                    continue
+                tasks = self._tasks(sequence)
+                for number, action in enumerate(self.flow.actions):
+                    if (action.kind, action.index) == (other.kind, other.group):
+                        due[number] -= reach
+            else:
+                moved = chance.choice((0.05, 0.2, 0.6))
+                for number in range(len(due)):
+                    if number not in self.main and chance.random() < moved:
+                        due[number] += chance.gauss(0, reach)
+            found = list_schedule(tasks, due, self.expected, chance.choice(OVERSHOOTS))
+            if found is not None:
+                self._polish(tasks, found)
 
     def _tasks(self, sequence: list[Cut]) -> Tasks:
         place = {(cut.kind, cut.group): position for position, cut in enumerate(sequence)}
@@ -218,7 +206,9 @@ class _Search:
             weights = [halves[n] for n in main if n in halves]
             chains.append([main, nested, weights])
             arcs += self._memory_arcs(rank, main, weights)
-        return Tasks(self.lengths, self.flow.ranks, chains, arcs, self.cut.costs.latency)
+        tasks = Tasks(self.lengths, self.flow.ranks, chains, arcs, self.cut.costs.latency)
+        self.sequences[tasks] = sequence
+        return tasks
 
     def _memory_arcs(self, rank: int, main: list[int], weights: list[int]) -> list[tuple[int, int]]:
         """Where a forward takes the place in memory that a weight gradient frees."""
@@ -233,7 +223,7 @@ class _Search:
                 arcs.append((weights[freed - 1], number))
         return arcs
 
-    def _dues(self, sequence: list[Cut]) -> list[list[float]]:
+    def _dues(self, tasks: Tasks) -> list[list[float]]:
         """When each action should start at the latest, in times of the bare backbone: by the rule of the cuts, which
         is about starts, and by the first action that needs the work, which is about ends."""
         actions = self.flow.actions
@@ -242,7 +232,7 @@ class _Search:
             for need in needs:
                 if actions[need].nested and not actions[number].nested:
                     needing[need] = min(needing.get(need, inf), self.expected[number])
-        cut_times = {(cut.kind, cut.group): cut.time for cut in sequence}
+        cut_times = {(cut.kind, cut.group): cut.time for cut in self.cuts}
         dues: list[list[float]] = []
         for by_ends in (False, True):
             due = [start + by_ends * length for start, length in zip(self.expected, self.lengths, strict=True)]
@@ -251,20 +241,19 @@ class _Search:
                     due[number] = inf
                 elif action.nested:
                     due[number] = needing.get(number, inf) if by_ends else cut_times[action.kind, action.index]
+            for _, nested, _ in tasks.chains:  # nothing is due later than what follows it
+                for before, after in zip(nested[-2::-1], nested[::-1], strict=False):
+                    due[before] = min(due[before], due[after])
             dues.append(due)
-        return [self._with_followers(due, sequence) for due in dues]
-
-    def _with_followers(self, due: list[float], sequence: Sequence[Cut]) -> list[float]:
-        """Nothing is due later than what follows it in its rank's chains or waits for its memory."""
-        for row in self._tasks(list(sequence)).chains:
-            for before, after in zip(reversed(row[1][:-1]), reversed(row[1]), strict=False):
-                due[before] = min(due[before], due[after])
-        return due
+        return dues
 
     def _lists(self, starts: list[float]) -> list[list[Action]]:
         """Every rank's actions in order of time."""
         middle = [start + length / 2 for start, length in zip(starts, self.lengths, strict=True)]
         return [
-            [self.flow.actions[n] for n in sorted(range(self.flow.first[r], self.flow.first[r + 1]), key=middle.__getitem__)]
+            [
+                self.flow.actions[n]
+                for n in sorted(range(self.flow.first[r], self.flow.first[r + 1]), key=middle.__getitem__)
+            ]
             for r in range(len(self.cut.ranks))
         ]

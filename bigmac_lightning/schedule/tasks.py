@@ -23,6 +23,7 @@ class Tasks:
         lengths: how long each task takes.
         ranks: where each task runs.
         chains: per rank, the chains of its tasks in their order; the first chain is the main one.
+        places: per task, the number of its chain.
         needs: per task, what must have ended, that long before; neighbours in a chain included.
         needed_by: the same the other way round.
     """
@@ -37,6 +38,11 @@ class Tasks:
     ) -> None:
         self.lengths, self.ranks = list(lengths), list(ranks)
         self.chains = [[list(chain) for chain in row] for row in chains]
+        self.places = [0] * len(self.lengths)
+        for row in self.chains:
+            for number, chain in enumerate(row):
+                for task in chain:
+                    self.places[task] = number
         self.needs: list[list[Edge]] = [[] for _ in lengths]
         self.needed_by: list[list[Edge]] = [[] for _ in lengths]
         for one, other in [*_essential(arcs, self.chains), *_links(self.chains)]:
@@ -47,7 +53,7 @@ class Tasks:
     def mirrored(self) -> "Tasks":
         """The same tasks with time running backwards."""
         other = object.__new__(Tasks)
-        other.lengths, other.ranks = self.lengths, self.ranks
+        other.lengths, other.ranks, other.places = self.lengths, self.ranks, self.places
         other.chains = [[chain[::-1] for chain in row] for row in self.chains]
         other.needs, other.needed_by = self.needed_by, self.needs
         return other
@@ -98,6 +104,7 @@ def list_schedule(
     waiting, ready = [len(row) for row in needs], [0.0] * len(lengths)
     starts: list[float] = [-1.0] * len(lengths)
     spots = [[0] * len(row) for row in tasks.chains]
+    places = tasks.places
     free = [0.0] * len(tasks.chains)
     left, lag, now = len(lengths), 0.0, 0.0
     heap = [(0.0, rank) for rank in range(len(free))]
@@ -129,11 +136,14 @@ def list_schedule(
                 goes_on = max(goes_on, expected[main] + lag)
                 for need, delay in needs[main]:
                     if starts[need] < 0:
-                        goes_on = max(goes_on, max(now, expected[need] + lag) + lengths[need] + delay)
-                goes_on = max(goes_on, now + EPS)
+                        soonest = max(now, expected[need] + lag) + lengths[need] + delay
+                        if soonest > goes_on:
+                            goes_on = soonest
+                if goes_on <= now + EPS:
+                    goes_on = now + 2 * EPS
             elif goes_on > now + EPS:
                 wake = goes_on
-        chosen, chosen_chain = forced, -1
+        chosen = forced
         for number in range(1, len(chains)):
             if own[number] == len(chains[number]):
                 continue
@@ -157,10 +167,7 @@ def list_schedule(
             continue
         if chosen == main:
             lag = max(lag, now - expected[main])
-        chosen_chain = next(
-            number for number, spot in enumerate(own) if spot < len(chains[number]) and chains[number][spot] == chosen
-        )
-        own[chosen_chain] += 1
+        own[places[chosen]] += 1
         starts[chosen] = now
         end = free[rank] = now + lengths[chosen]
         left -= 1
@@ -178,40 +185,48 @@ def justify(tasks: Tasks, starts: Sequence[float]) -> list[float]:
     """Move every task, in order of start, to the earliest gap on its rank that it fits into; never longer."""
     lengths, ranks, needs = tasks.lengths, tasks.ranks, tasks.needs
     new: list[float] = [-1.0] * len(lengths)
-    gap_starts: list[list[float]] = [[0.0] for _ in tasks.chains]
-    gap_ends: list[list[float]] = [[inf] for _ in tasks.chains]
-    order = sorted(range(len(lengths)), key=lambda task: (starts[task], starts[task] + lengths[task]))
+    gaps = [([0.0], [inf]) for _ in tasks.chains]
     stack: list[int] = []
-    for task in order:
+    for task in sorted(range(len(lengths)), key=lambda task: (starts[task], starts[task] + lengths[task])):
         stack.append(task)
         while stack:  # equal times may stand in the wrong order: what is needed goes first
             task = stack[-1]
-            if new[task] >= 0:
-                stack.pop()
-                continue
-            missing = [need for need, _ in needs[task] if new[need] < 0]
-            if missing:
-                stack.extend(missing)
+            time, depth = 0.0, len(stack)
+            for need, delay in needs[task]:
+                if new[need] < 0:
+                    stack.append(need)
+                else:
+                    available = new[need] + lengths[need] + delay
+                    if available > time:
+                        time = available
+            if len(stack) > depth:
                 continue
             stack.pop()
-            time = max((new[need] + lengths[need] + delay for need, delay in needs[task]), default=0.0)
-            new[task] = _take(gap_starts[ranks[task]], gap_ends[ranks[task]], time, lengths[task])
+            if new[task] < 0:
+                new[task] = _take(*gaps[ranks[task]], time, lengths[task]) if lengths[task] > 0 else time
     return new
 
 
 def _take(gap_starts: list[float], gap_ends: list[float], time: float, length: float) -> float:
     """Take the first gap of this length from this time on."""
-    if length <= 0:
-        return time
     gap = bisect_right(gap_ends, time + EPS)
-    while max(gap_starts[gap], time) + length > gap_ends[gap] + EPS:
+    while True:
+        first, last = gap_starts[gap], gap_ends[gap]
+        start = first if first > time else time
+        end = start + length
+        if end <= last + EPS:
+            break
         gap += 1
-    first, last = gap_starts[gap], gap_ends[gap]
-    start = max(first, time)
-    end = start + length
-    rest = [(a, b) for a, b in ((first, start), (end, last)) if b - a > EPS]
-    gap_starts[gap : gap + 1] = [a for a, _ in rest]
-    gap_ends[gap : gap + 1] = [b for _, b in rest]
+    before, after = start - first > EPS, last - end > EPS
+    if before:
+        gap_ends[gap] = start
+        if after:
+            gap_starts.insert(gap + 1, end)
+            gap_ends.insert(gap + 1, last)
+    elif after:
+        gap_starts[gap] = end
+    else:
+        del gap_starts[gap], gap_ends[gap]
     return start
 
 
@@ -220,7 +235,7 @@ def _links(chains: list[list[list[int]]]) -> list[tuple[int, int]]:
 
 
 def _essential(arcs: Iterable[tuple[int, int]], chains: list[list[list[int]]]) -> list[tuple[int, int]]:
-    """Of a task's needs within one chain the last, and of what needs it within one chain the first: this says it all."""
+    """Of a task's needs in a chain only the last, and of those that need it in a chain only the first."""
     spot = {
         task: (number, position)
         for number, chain in enumerate(chain for row in chains for chain in row)
