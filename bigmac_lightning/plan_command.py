@@ -41,14 +41,14 @@ def plan_from_options(
         pipeline_parallel_size: Number of ranks.
         microbatches: Number of microbatches; by default as many as the workload has.
         backbone: The LLM-only schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, zb1p, zbv, dualpipev.
-        policy: How encoder and generator work is placed: nested, upfront, first_stage.
+        policy: How encoder and generator work is placed: nested, upfront, first_stage, filled.
         group_size: Microbatches per group; by default the number of ranks.
         virtual_stages: Stages per rank.
         extra_in_flight: Microbatches in flight beyond those of the backbone.
         costs: Times of the actions. A kind whose cost is 0 does not occur.
         workload: JSON file with the work of each microbatch: [{"llm": 1, "encoder": [..], "generator": [..]}, ..].
         plan: Verify and show this plan file instead of making a plan.
-        max_encoder_units: Refuse plans with more encoder units alive on a rank.
+        max_encoder_units: Most encoder units alive on a rank: `filled` uses them, plans with more are refused.
         max_llm_microbatches: Refuse plans with more LLM microbatches in flight on a rank.
     """
     work = None if workload is None else Workload.load(workload)
@@ -72,6 +72,7 @@ def plan_from_options(
             virtual_stages=virtual_stages,
             extra_in_flight=extra_in_flight,
             workload=work,
+            max_encoder_units=max_encoder_units,
         )
     return made, verify(made, max_encoder_units, max_llm_microbatches, work), work
 

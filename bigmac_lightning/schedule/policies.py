@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
 from bigmac_lightning.schedule.simulate import Timeline, check_workload, durations, simulate
@@ -21,22 +22,25 @@ class Policy:
     """How encoder and generator work is placed.
 
     Attributes:
-        place: from a plan whose lists hold the bare backbone, and its timeline, all ranks' actions.
+        place: from a plan whose lists hold the bare backbone, its timeline, the workload and the most encoder units
+            that may be alive, all ranks' actions. Most policies leave that limit to ``verify``.
         spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
             rank of stage 0 and generated on that of the last stage.
     """
 
-    place: Callable[[Plan, Timeline, Workload | None], Orders]
+    place: Callable[[Plan, Timeline, Workload | None, float | None], Orders]
     spread: bool = True
 
 
-def nested(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
+def nested(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
     """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
+    del limit
     return nest(plan, bare, ("EF", "EB", "G"), workload)
 
 
-def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
+def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
     """All encoder forwards first, all encoder backwards last; the generator nested just the same."""
+    del limit
 
     def work(kind: str, rank: int) -> list[Action]:
         return [
@@ -49,9 +53,9 @@ def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Ord
     return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
 
 
-def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None) -> Orders:
+def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
     """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
-    del bare, workload
+    del bare, workload, limit
     first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
     group_of = {group[0]: g for g, group in enumerate(plan.groups)}
     ranks: Orders = []
@@ -70,10 +74,16 @@ def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None) ->
     return ranks
 
 
+def filled(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
+    """As `nested`, and then moved into the backbone's bubbles; never longer than `nested`."""
+    return fill(plan, bare, workload, limit)
+
+
 POLICIES: dict[str, Policy] = {
     "nested": Policy(nested),
     "upfront": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
+    "filled": Policy(filled),
 }
 
 
@@ -90,6 +100,7 @@ def make_plan(
     generator_shares: Sequence[Sequence[float]] | None = None,
     extra_in_flight: int | None = None,
     workload: Workload | None = None,
+    max_encoder_units: float | None = None,
 ) -> Plan:
     """Make a plan and verify it.
 
@@ -107,6 +118,8 @@ def make_plan(
         extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
             there is a generator whose work is spread (more where the backbone needs it), and none otherwise.
         workload: the work of each microbatch, where they differ.
+        max_encoder_units: most encoder units that a rank may have alive. `filled` makes use of what is allowed, by
+            default 2, or 3 with a generator, or what `nested` takes if that is more.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
@@ -158,8 +171,8 @@ def make_plan(
     elif extra_in_flight:
         plan.ranks = bare_backbone(extra_in_flight)
         bare = simulate(plan, workload)
-    plan.ranks = chosen.place(plan, bare, workload)
-    timeline = verify(plan, workload=workload)
+    plan.ranks = chosen.place(plan, bare, workload, max_encoder_units)
+    timeline = verify(plan, max_encoder_units, workload=workload)
     plan.makespan = timeline.makespan
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}

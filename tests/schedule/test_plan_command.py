@@ -40,6 +40,13 @@ def test_writes_a_plan_that_it_can_read(tmp_path, capsys):
     assert "nested on 1f1b" in capsys.readouterr().out
 
 
+def test_fills_bubbles_on_a_zero_bubble_backbone(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert main([*SMALL, "--policy", "filled", "--backbone", "zb1p", "--output", str(path)]) == 0
+    assert main(["--plan", str(path), "--max_encoder_units", "2"]) == 0
+    assert "filled on zb1p" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("name", "magic"), [("x.png", b"\x89PNG"), ("x.svg", b"<?xml"), ("x.pdf", b"%PDF")])
 def test_writes_pictures(tmp_path, name, magic):
     assert main([*SMALL, "--output", str(tmp_path / name)]) == 0
