@@ -68,7 +68,11 @@ def cases() -> list[Case]:
         for m in (1, 2, 5, 8):
             for group_size in sorted({1, 2, pp}):
                 found += [Case(pp, m, group_size), Case(pp, m, group_size, backbone="gpipe", targets=False)]
-            found += [Case(pp, m, policy="upfront"), Case(pp, m, policy="first_stage", tied=True)]
+            found += [
+                Case(pp, m, policy="upfront"),
+                Case(pp, m, policy="filled", text_only=(1,)),
+                Case(pp, m, policy="first_stage", tied=True),
+            ]
             found.append(Case(pp, m, min(2, pp), text_only=tuple(range(0, m, 2)), tied=True))
         base = Case(pp, 5, min(2, pp))
         frozen = [
@@ -96,7 +100,7 @@ def cases() -> list[Case]:
         for backbone, virtual_stages in BACKBONES_AND_STAGES:
             base = Case(pp, 5, min(2, pp), backbone=backbone, virtual_stages=virtual_stages)
             found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
-            found += [replace(base, policy=policy) for policy in ("upfront", "first_stage")]
+            found += [replace(base, policy=policy) for policy in ("upfront", "first_stage", "filled")]
             found += [replace(base, tied=True), replace(base, targets=False, text_only=(0, 1), group_size=pp)]
             found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("generators",))]
     for policy in ("nested", "upfront", "first_stage"):

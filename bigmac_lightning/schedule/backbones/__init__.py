@@ -12,24 +12,19 @@ from bigmac_lightning.schedule.backbones.one_f_one_b import one_f_one_b
 from bigmac_lightning.schedule.backbones.zb1p import zb1p
 from bigmac_lightning.schedule.backbones.zbv import zbv
 
-__all__ = ["BACKBONES", "Backbone", "Orders", "executable_backbones", "get_backbone", "round_robin", "v_shape"]
+__all__ = ["BACKBONES", "Backbone", "Orders", "get_backbone", "round_robin", "v_shape"]
 
 ANY = range(1, 1001)
 
 BACKBONES: dict[str, Backbone] = {
-    "gpipe": Backbone(gpipe, executable=True),
-    "1f1b": Backbone(one_f_one_b, executable=True),
+    "gpipe": Backbone(gpipe),
+    "1f1b": Backbone(one_f_one_b),
     "interleaved_1f1b": Backbone(interleaved_1f1b, ANY),
     "looped_bfs": Backbone(looped_bfs, ANY),
     "zb1p": Backbone(zb1p),
     "zbv": Backbone(zbv, (2,), v_shape),
     "dualpipev": Backbone(dualpipev, (2,), v_shape),
 }
-
-
-def executable_backbones() -> list[str]:
-    """The names of those that the runtime can run."""
-    return [name for name, backbone in BACKBONES.items() if backbone.executable]
 
 
 def get_backbone(name: str) -> Backbone:

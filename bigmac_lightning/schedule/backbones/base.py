@@ -32,13 +32,11 @@ class Backbone:
             Each stage's forwards come in the order of the microbatches.
         virtual_stages: the numbers of stages per rank that it allows.
         stage_rank: from pipeline_parallel_size and virtual_stages, the rank of each stage.
-        executable: whether the runtime can run its plans, and not only the planner make them.
     """
 
     builder: Callable[[int, int, int], Orders]
     virtual_stages: Sequence[int] = (1,)
     stage_rank: Callable[[int, int], list[int]] = round_robin
-    executable: bool = False
 
     def build(
         self, pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0, virtual_stages: int = 1
