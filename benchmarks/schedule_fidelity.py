@@ -33,19 +33,15 @@ POLICIES = ("nested", "upfront", "first_stage")
 TOKENS, WIDTH = 512, 1024  # hidden states of 2 MB in fp32
 
 
-@cache
 def _overshoot() -> float:
-    """By how many seconds this machine's sleep is too long, usually: subtracted, as it is no part of any device."""
+    """By how many seconds a sleeping device is late, usually, autograd's call included: no part of a device."""
     late = []
     for _ in range(20):
         start = time.perf_counter()
-        time.sleep(0.02)
-        late.append(time.perf_counter() - start - 0.02)
+        x = torch.zeros((), requires_grad=True)
+        _sleep(x, (), 0.02, 0.02).backward()
+        late.append((time.perf_counter() - start - 0.04) / 2)
     return statistics.median(late)
-
-
-def _compute(seconds: float) -> None:
-    time.sleep(max(0.0, seconds - _overshoot()))
 
 
 @cache
@@ -61,15 +57,17 @@ def _result(shape: tuple[int, ...]) -> Tensor:
 class _Sleep(torch.autograd.Function):
     """Takes `forward` seconds, and `backward` seconds in the backward pass; computes nothing."""
 
+    late = 0.0  # seconds to sleep less, see `_overshoot`
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -> Tensor:
         ctx.shape, ctx.seconds = x.shape, backward
-        _compute(forward)
+        time.sleep(max(0.0, forward - _Sleep.late))
         return _result(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        _compute(ctx.seconds)
+        time.sleep(max(0.0, ctx.seconds - _Sleep.late))
         return _result(ctx.shape), None, None, None
 
 
@@ -135,7 +133,7 @@ def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tup
     """Seconds of each repeated step, and the peak of live encoder units, for each plan."""
     size = plans[0].pipeline_parallel_size
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
-    _overshoot()
+    _Sleep.late = _overshoot()
     results = []
     for plan in plans:
         needs = Needs((True,) * size, encoder=True, generator=True)

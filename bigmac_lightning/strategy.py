@@ -54,7 +54,7 @@ class BigMacStrategy(DDPStrategy):
         group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
         backbone: the LLM's schedule, by name.
         virtual_stages: stages per rank; what is possible depends on the backbone.
-        policy: how encoder and generator are placed: "nested", "upfront" or "first_stage".
+        policy: how encoder and generator are placed: "nested", "filled", "upfront" or "first_stage".
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
