@@ -1,7 +1,8 @@
 """Does a step take as long as the simulator says? The real executor over gloo, with devices that sleep.
 
 A forward of one stage sleeps one unit (50 ms by default), everything else by its cost; messages are real tensors of
-2 MB. Sleeping devices overlap as GPUs would, so P = 8 can be measured on two cores.
+2 MB. Sleeping devices overlap as GPUs would, so P = 8 can be measured on two cores. Column "with latency": against a
+simulation in which every message takes the time that one was measured to take.
 
     python -m benchmarks.schedule_fidelity
 """
@@ -10,6 +11,7 @@ import argparse
 import math
 import statistics
 import time
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,6 +29,7 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.routing import Routing
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import make_plan
+from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 
 POLICIES = ("nested", "upfront", "first_stage")
@@ -129,11 +132,28 @@ def _sleep(x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -
     return result
 
 
-def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tuple[list[float], int]]:
-    """Seconds of each repeated step, and the peak of live encoder units, for each plan."""
+def _message_seconds() -> float:
+    """How long a message of hidden states takes from a rank to the next, both being awake and otherwise idle."""
+    rank, tensor, seconds = dist.get_rank(), torch.zeros(TOKENS, WIDTH), []
+    for _ in range(20):
+        dist.barrier()
+        start = time.perf_counter()
+        if rank == 0:
+            dist.send(tensor, 1)
+            dist.recv(tensor, 1)
+        elif rank == 1:
+            dist.recv(tensor, 0)
+            dist.send(tensor, 0)
+        seconds.append((time.perf_counter() - start) / 2)
+    return statistics.median(seconds)
+
+
+def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tuple[list[float], int, float]]:
+    """Seconds of each repeated step, the peak of live encoder units, and the seconds of a message, for each plan."""
     size = plans[0].pipeline_parallel_size
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
     _Sleep.late = _overshoot()
+    message = _message_seconds()
     results = []
     for plan in plans:
         needs = Needs((True,) * size, encoder=True, generator=True)
@@ -150,20 +170,21 @@ def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tup
             if repeat:  # the first one warms up
                 seconds.append(elapsed.item())
             peak = max(peak, work.peak)
-        results.append((seconds, peak))
+        results.append((seconds, peak, message))
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--microbatches", type=int, default=24)
+    parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--unit_ms", type=float, default=50.0)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     table = Table(title="step time, measured by sleeping devices / simulated (median of repeats)")
-    for column in ("P", "M", "G", "policy", "simulated s", "measured s", "measured/simulated", "peak units"):
+    for column in ("P", "M", "G", "policy", "simulated s", "measured s", "measured/simulated", "with latency"):
         table.add_column(column, justify="right")
+    table.add_column("peak units", justify="right")
     table.add_column("nested/this", justify="right")
     table.add_column("simulated", justify="right")
     unit = arguments.unit_ms / 1e3
@@ -180,14 +201,16 @@ def main() -> None:
             for i, plan in enumerate(plans):
                 measured = statistics.median(by_rank[0][i][0])
                 simulated = plan.makespan * unit
+                slower = replace(plan, costs=replace(costs, latency=by_rank[0][i][2] / unit))
                 table.add_row(
                     *(str(size), str(plan.microbatches), f"{generator:g}", plan.policy),
                     *(f"{simulated:.3f}", f"{measured:.3f}", f"{measured / simulated:.3f}"),
+                    f"{measured / (simulate(slower).makespan * unit):.3f}",
                     str(max(result[i][1] for result in by_rank)),
                     *(f"{nested / measured:.3f}", f"{plans[0].makespan / plan.makespan:.3f}"),
                 )
             table.add_section()
-    Console(width=120).print(table)
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":
