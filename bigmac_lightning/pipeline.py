@@ -18,14 +18,12 @@ from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
-from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.routing import Routing
-from bigmac_lightning.runtime.trace import Trace
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
 from bigmac_lightning.schedule.policies import make_plan
-from bigmac_lightning.schedule.verify import verify
+from bigmac_lightning.schedule.simulate import simulate
 
 CACHED_PLANS = 256
 DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
@@ -124,6 +122,7 @@ class PipelineRunner:
         """Look again at what is trained: after parameters were frozen or unfrozen. Collective over the pipeline."""
         self.needs = self._find_needs()
         self.places = self._find_places()
+        self.llm_weights = [parameter for parameter in self.module.llm.parameters() if parameter.requires_grad]
 
     # -- one batch ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class PipelineRunner:
         needs = self.needs if mode == "train" else Needs.nothing(len(self.stages))
         batch = batch.useful()
         sums = torch.zeros_like(counts)
-        predictions: list[Tensor] = []
+        predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
         if batch.microbatches:
             plan, program = self._plan(batch, needs)
@@ -225,7 +224,7 @@ class PipelineRunner:
                 encoder_shares=encoder if _any(encoder) else None,
                 generator_shares=generator if _any(generator) else None,
             )
-            programs = lower(plan, verify(plan).order, needs)
+            programs = lower(plan, simulate(plan).order, needs)  # make_plan has verified it
             self._programs[key] = plan, programs[self.mesh.pp_rank]
         return self._programs[key]
 
@@ -246,9 +245,9 @@ class PipelineRunner:
     def _find_needs(self) -> Needs:
         module = self.module
         encoder = _trained(module.encoders)
-        own: list[bool] = [_trained(module.llm)] * len(self.stages)  # a rank's stages share one answer
+        llm = _trained(module.llm)  # a rank's stages share one answer
         flags = torch.tensor(
-            [trained and owner == self.mesh.pp_rank for trained, owner in zip(own, self.stage_rank, strict=True)],
+            [llm and owner == self.mesh.pp_rank for owner in self.stage_rank],
             dtype=torch.int32,
             device=self.mesh.device,
         )
@@ -281,14 +280,10 @@ class PipelineRunner:
 
     # -- results for every rank ----------------------------------------------------------------------------------------
 
-    def split_weights(self) -> list[nn.Parameter]:
-        """Trained parameters of the LLM on this rank."""
-        return [parameter for parameter in self.module.llm.parameters() if parameter.requires_grad]
-
-    def _share_predictions(self, batch: Batch, predictions: list[Tensor]) -> Tensor:
+    def _share_predictions(self, batch: Batch, predictions: dict[int, Tensor]) -> Tensor:
         result = batch.labels.new_empty(len(batch.labels))
         if predictions:
-            torch.cat(predictions, out=result)
+            torch.cat([predictions[m] for m in sorted(predictions)], out=result)
         if self.mesh.pp_size > 1 and len(result):
             last = self.mesh.pp_ranks[self.stage_rank[-1]]
             dist.broadcast(result, last, group=self.mesh.pp_group)
@@ -319,7 +314,7 @@ class BatchWork:
         self.features = Routing([[(i.owner, i.rows) for i in mb.media] for mb in microbatches], plan.groups)
         self.conditions = Routing([[(i.owner, i.rows) for i in mb.targets] for mb in microbatches], plan.groups)
         self.sums = torch.zeros(len(scales), device=scales.device)
-        self.predictions: list[Tensor] = []
+        self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
 
     def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
@@ -335,7 +330,7 @@ class BatchWork:
         with self.runner.forward_context():
             out = self.module.run_stage(self.batch.microbatches[microbatch], layers, hidden, features, self.mode)
         if out.predictions is not None:
-            self.predictions.append(out.predictions)
+            self.predictions[microbatch] = out.predictions
         loss = None
         if out.text_loss is not None:
             self.sums[0] += out.text_loss.detach()
@@ -362,12 +357,7 @@ class BatchWork:
         return torch.stack(losses).sum()
 
     def split_weights(self, stage: int) -> list[nn.Parameter]:
-        return self.runner.split_weights()
-
-
-def track(runner: PipelineRunner) -> None:
-    """Count activation bytes from the next batch on."""
-    runner.executor.memory = MemoryTracker(runner.module.parameters())
+        return self.runner.llm_weights
 
 
 def _any(rows: list[list[float]]) -> bool:
@@ -376,6 +366,3 @@ def _any(rows: list[list[float]]) -> bool:
 
 def _trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-__all__ = ["BatchWork", "PipelineOptions", "PipelineRunner", "Trace", "part_of", "split_layers", "track"]

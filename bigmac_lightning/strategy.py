@@ -7,6 +7,7 @@ Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoin
 """
 
 import os
+import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -247,8 +248,6 @@ class BigMacStrategy(DDPStrategy):
         """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
         super().on_exception(exception)
         if isinstance(self._launcher, _SubprocessScriptLauncher):
-            import signal
-
             self._launcher.kill(signal.SIGTERM)
 
     # -- steps ---------------------------------------------------------------------------------------------------------

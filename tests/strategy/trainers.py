@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,7 +67,3 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         other = expected[name] if name in expected else expected["llm.embedding.weight"]
         error = float((value - other).norm() / other.norm().clamp(min=1e-12))
         assert error <= tolerance, f"{name}: {error:.1e}"
-
-
-def tmp_root(path: Path) -> dict[str, Any]:
-    return {"default_root_dir": str(path)}
