@@ -107,3 +107,20 @@ def test_against_auto(name: str) -> None:
         assert logged.keys() == _logged(trainer).keys()
         if run.dp == 1:
             assert logged == pytest.approx(_logged(trainer), rel=max(10 * run.tolerance, 1e-4))
+
+
+def _fit_ddp(rank: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    trainer = plain_trainer(max_epochs=1, devices=2, strategy="ddp_find_unused_parameters_true")
+    module = ToyModule()
+    trainer.fit(module, ToyData())
+    return weights(module), module.losses
+
+
+def test_ddp_against_auto() -> None:
+    """The plain path under Lightning's own data parallelism: sums over global counts there, too."""
+    trainer = plain_trainer(max_epochs=1)
+    module = ToyModule()
+    trainer.fit(module, ToyData(replicas=2))
+    for found, losses in on_ranks(2, _fit_ddp):
+        assert losses == pytest.approx(module.losses, rel=1e-5)
+        assert_close(found, weights(module), 2e-6)
