@@ -27,6 +27,15 @@ def awake_cores() -> Iterator[None]:
             process.kill()
 
 
+def prompt_wake_ups() -> bool:
+    """Let this process and its later threads run as soon as they wake up, as a device does; needs the right to."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except PermissionError:
+        return False
+    return True
+
+
 def _spin() -> None:
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     while True:

@@ -1,8 +1,8 @@
 """Does a step take as long as the simulator says? The real executor over gloo, with devices that sleep.
 
 A forward of one stage sleeps one unit (50 ms by default), everything else by its cost; messages are real tensors of
-2 MB. Sleeping devices overlap as GPUs would, so P = 8 can be measured on two cores. Column "with latency": against a
-simulation in which every message takes the time that one was measured to take.
+2 MB, which the simulation takes for free. Sleeping devices overlap as GPUs would, so P = 8 can be measured on two
+cores, best with the right to real-time priority (as root): then a rank that wakes up waits for no other's core.
 
     python -m benchmarks.schedule_fidelity
 """
@@ -11,7 +11,6 @@ import argparse
 import math
 import statistics
 import time
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.ranks import awake_cores, run_ranks
+from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
 from bigmac_lightning.batch import balance
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.lowering import Needs, lower
@@ -29,7 +28,6 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.routing import Routing
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import make_plan
-from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 
 POLICIES = ("nested", "upfront", "first_stage")
@@ -132,28 +130,12 @@ def _sleep(x: Tensor, shape: tuple[int, ...], forward: float, backward: float) -
     return result
 
 
-def _message_seconds() -> float:
-    """How long a message of hidden states takes from a rank to the next, both being awake and otherwise idle."""
-    rank, tensor, seconds = dist.get_rank(), torch.zeros(TOKENS, WIDTH), []
-    for _ in range(20):
-        dist.barrier()
-        start = time.perf_counter()
-        if rank == 0:
-            dist.send(tensor, 1)
-            dist.recv(tensor, 1)
-        elif rank == 1:
-            dist.recv(tensor, 0)
-            dist.send(tensor, 0)
-        seconds.append((time.perf_counter() - start) / 2)
-    return statistics.median(seconds)
-
-
-def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tuple[list[float], int, float]]:
-    """Seconds of each repeated step, the peak of live encoder units, and the seconds of a message, for each plan."""
+def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tuple[list[float], int]]:
+    """Seconds of each repeated step and the peak of live encoder units, for each plan."""
+    prompt_wake_ups()
     size = plans[0].pipeline_parallel_size
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
     _Sleep.late = _overshoot()
-    message = _message_seconds()
     results = []
     for plan in plans:
         needs = Needs((True,) * size, encoder=True, generator=True)
@@ -170,7 +152,7 @@ def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tup
             if repeat:  # the first one warms up
                 seconds.append(elapsed.item())
             peak = max(peak, work.peak)
-        results.append((seconds, peak, message))
+        results.append((seconds, peak))
     return results
 
 
@@ -182,7 +164,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     table = Table(title="step time, measured by sleeping devices / simulated (median of repeats)")
-    for column in ("P", "M", "G", "policy", "simulated s", "measured s", "measured/simulated", "with latency"):
+    for column in ("P", "M", "G", "policy", "simulated s", "measured s", "measured/simulated"):
         table.add_column(column, justify="right")
     table.add_column("peak units", justify="right")
     table.add_column("nested/this", justify="right")
@@ -201,11 +183,9 @@ def main() -> None:
             for i, plan in enumerate(plans):
                 measured = statistics.median(by_rank[0][i][0])
                 simulated = plan.makespan * unit
-                slower = replace(plan, costs=replace(costs, latency=by_rank[0][i][2] / unit))
                 table.add_row(
                     *(str(size), str(plan.microbatches), f"{generator:g}", plan.policy),
                     *(f"{simulated:.3f}", f"{measured:.3f}", f"{measured / simulated:.3f}"),
-                    f"{measured / (simulate(slower).makespan * unit):.3f}",
                     str(max(result[i][1] for result in by_rank)),
                     *(f"{nested / measured:.3f}", f"{plans[0].makespan / plan.makespan:.3f}"),
                 )
