@@ -214,9 +214,10 @@ class _Search:
         """Where a forward takes the place in memory that a weight gradient frees."""
         capacity = round(self.capacity[rank] * self.cut.virtual_stages)
         held, freed, arcs = 0, 0, []
+        waiting = {self.flow.needs[weight][0] for weight in weights}
         for number in main if weights else []:
             kind = self.flow.actions[number].kind
-            held += (kind == "F") - (kind == "B")
+            held += 1 if kind == "F" else 0 if number in waiting else -1
             while held - freed > capacity:
                 freed += 1
             if kind == "F" and freed:

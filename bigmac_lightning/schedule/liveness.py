@@ -3,8 +3,12 @@
 Knows which actions hold and free activations; knows nothing of times, as a rank's list order says it all.
 """
 
+from bigmac_lightning.schedule.action import Action, Kind
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.workload import Workload
+
+FOLLOWERS: dict[Kind, tuple[Kind, ...]] = {"F": ("B",), "B": (), "I": ("W",), "W": ()}
+"""What still needs a microbatch's activations after an action on it, on the same stage."""
 
 
 def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
@@ -48,18 +52,21 @@ def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[lis
 def live_llm_microbatches(plan: Plan) -> list[list[float]]:
     """Per rank and position, the LLM microbatches alive while that action runs; one stage of V counts 1 / V.
 
-    F takes them at its start; B or W frees them at its end (in a forward-only plan, F at its own end).
+    F takes them at its start; B or W frees them at its end (I if no W follows, F if no backward does).
     """
-    trained, size = "B" in plan.costs.kinds, 1 / plan.virtual_stages
+    size = 1 / plan.virtual_stages
+    frees = {
+        (kind, stage): not any(plan.occurs(Action(later, 0, stage)) for later in followers)
+        for stage in range(plan.stages)
+        for kind, followers in FOLLOWERS.items()
+    }
     ranks: list[list[float]] = []
     for actions in plan.ranks:
         stages, row = 0, []
         for action in actions:
-            if action.kind == "F":
-                row.append((stages + 1) * size)
-                stages += trained
-            else:
-                row.append(stages * size)
-                stages -= action.kind in ("B", "W")
+            stages += action.kind == "F"
+            row.append(stages * size)
+            if not action.nested:
+                stages -= frees[action.kind, action.stage]
         ranks.append(row)
     return ranks

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from typing import Any
 
-from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.action import Action, Kind
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, parse_json, read_text
 
@@ -38,6 +38,9 @@ class Plan:
         generator_shares: the same for the generator.
         ranks: each rank's actions in order.
         costs: the times the plan was made for.
+        stage_costs: per stage, its times of F, B, I and W, where stages differ; empty: as `costs` says. A kind whose
+            time is 0 there does not occur on that stage: B, I and W where no gradient is needed, W where the stage is
+            frozen.
         makespan: simulated time of the whole plan.
         ideal: simulated time of the bare backbone, and the nested work spread evenly over the ranks.
         peak: per rank, the most "encoder_units" and "llm_microbatches" alive at any time.
@@ -57,11 +60,23 @@ class Plan:
     makespan: float = 0.0
     ideal: float = 0.0
     peak: dict[str, list[float]] = field(default_factory=lambda: {"encoder_units": [], "llm_microbatches": []})
+    stage_costs: list[list[float]] = field(default_factory=list)
 
     @property
     def stages(self) -> int:
         """Number of stages, P * V."""
         return len(self.stage_rank)
+
+    def cost(self, kind: Kind, stage: int) -> float:
+        """Time of F, B, I or W of a stage."""
+        if self.stage_costs:
+            return self.stage_costs[stage]["FBIW".index(kind)]
+        return {"F": self.costs.F, "B": self.costs.B, "I": self.costs.I, "W": self.costs.W}[kind]
+
+    def occurs(self, action: Action) -> bool:
+        """Whether such an action may occur, by the costs."""
+        kinds = self.costs.kinds
+        return action.kind in kinds and (action.stage is None or self.cost(action.kind, action.stage) > 0)
 
     def shares(self, kind: str) -> list[list[float]]:
         """The shares that an EF, EB or G action is measured by."""
@@ -72,6 +87,8 @@ class Plan:
         values = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["ranks"] = [[str(action) for action in actions] for actions in self.ranks]
         values["costs"] = asdict(self.costs)
+        if not self.stage_costs:
+            del values["stage_costs"]
         return "{\n" + ",\n".join(f' "{key}": {_value_text(value)}' for key, value in values.items()) + "\n}\n"
 
     @classmethod
@@ -89,6 +106,9 @@ class Plan:
         if reader.text("format") != FORMAT:
             raise reader.refuse("format", json.dumps(FORMAT), reader.data["format"])
         reader.only({"format"} | {entry.name for entry in fields(cls)})
+        stage_costs: list[list[float]] = []
+        if "stage_costs" in reader.data:
+            stage_costs = reader.rows("stage_costs", "a list with the times of F, B, I, W per stage", is_amount)
         amounts, share = "a list with a list of numbers of at least 0 per group", is_amount
         return cls(
             policy=reader.text("policy"),
@@ -105,6 +125,7 @@ class Plan:
             makespan=reader.number("makespan"),
             ideal=reader.number("ideal"),
             peak=_read_peak(reader),
+            stage_costs=stage_costs,
         )
 
     def save(self, path: str | PathLike[str]) -> None:

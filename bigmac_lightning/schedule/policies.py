@@ -13,7 +13,7 @@ from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
 from bigmac_lightning.schedule.simulate import Timeline, check_workload, durations, simulate
-from bigmac_lightning.schedule.verify import check_header, verify
+from bigmac_lightning.schedule.verify import check_header, check_stage_costs, verify
 from bigmac_lightning.schedule.workload import Workload
 
 
@@ -101,6 +101,7 @@ def make_plan(
     extra_in_flight: int | None = None,
     workload: Workload | None = None,
     max_encoder_units: float | None = None,
+    stage_costs: Sequence[Sequence[float]] | None = None,
 ) -> Plan:
     """Make a plan and verify it.
 
@@ -120,6 +121,7 @@ def make_plan(
         workload: the work of each microbatch, where they differ.
         max_encoder_units: most encoder units that a rank may have alive. `filled` makes use of what is allowed, by
             default 2, or 3 with a generator, or what `nested` takes if that is more.
+        stage_costs: per stage, its times of F, B, I and W, where stages differ; see ``Plan.stage_costs``.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
@@ -139,7 +141,7 @@ def make_plan(
         orders = schedule.build(size, microbatches, extra, virtual_stages)
         if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
             raise ValueError(f"costs.I or costs.W is 0; expected more, as {backbone} splits backwards into I and W")
-        return [[action for action in actions if action.kind in kinds] for actions in orders]
+        return [[action for action in actions if plan.occurs(action)] for actions in orders]
 
     plan = Plan(
         policy=policy,
@@ -151,9 +153,12 @@ def make_plan(
         groups=even_groups(microbatches, group_size),
         encoder_shares=[],
         generator_shares=[],
-        ranks=bare_backbone(0),
+        ranks=[],
         costs=costs,
+        stage_costs=[list(row) for row in stage_costs or []],
     )
+    check_stage_costs(plan)
+    plan.ranks = bare_backbone(0)
     check_workload(plan, workload)
     encoder_rank, generator_rank = (None, None) if chosen.spread else (plan.stage_rank[0], plan.stage_rank[-1])
     if "EF" in kinds:

@@ -7,10 +7,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
 from bigmac_lightning.schedule.plan import Plan, PlanError
 from bigmac_lightning.schedule.workload import Workload
+
+LLM_KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 
 @dataclass
@@ -49,15 +52,14 @@ def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]
         ValueError: if the workload is of another number of microbatches.
     """
     check_workload(plan, workload)
-    costs = plan.costs
-    llm_cost = {"F": costs.F, "B": costs.B, "I": costs.I, "W": costs.W}
+    llm_cost = [{kind: plan.cost(kind, stage) for kind in LLM_KINDS} for stage in range(plan.stages)]
     scale = [work.llm for work in workload.microbatches] if workload else [1.0] * plan.microbatches
     nested = ("EF", "EB", "G")
     nested_cost = {kind: [_group_cost(plan, workload, kind, group) for group in plan.groups] for kind in nested}
     shares = {kind: plan.shares(kind) for kind in nested}
     return [
         [
-            llm_cost[action.kind] * scale[action.index]
+            llm_cost[action.stage][action.kind] * scale[action.index]
             if action.stage is not None
             else nested_cost[action.kind][action.index] * shares[action.kind][action.index][rank] / action.pieces
             for action in actions

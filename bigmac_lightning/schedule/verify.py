@@ -6,7 +6,7 @@ Knows what a runtime may rely on; knows nothing of how plans are made.
 import math
 from itertools import combinations
 
-from bigmac_lightning.schedule.action import Action, Kind
+from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
 from bigmac_lightning.schedule.plan import Plan, PlanError
@@ -78,8 +78,23 @@ def check_header(plan: Plan) -> None:
         raise PlanError(f"groups: group {plan.groups.index([])} is empty; expected at least one microbatch")
     if len(plan.ranks) != size:
         raise PlanError(f"ranks has {len(plan.ranks)} lists; expected one for each of {size} ranks")
+    check_stage_costs(plan)
     _check_shares(plan, "encoder_shares", plan.encoder_shares, "EF" in plan.costs.kinds)
     _check_shares(plan, "generator_shares", plan.generator_shares, "G" in plan.costs.kinds)
+
+
+def check_stage_costs(plan: Plan) -> None:
+    """Check the times of stages, where they differ; raises ``PlanError``."""
+    rows, costs = plan.stage_costs, plan.costs
+    if rows and len(rows) != plan.stages:
+        raise PlanError(f"stage_costs has {len(rows)} rows; expected one for each of {plan.stages} stages, or none")
+    needed = "EB" in costs.kinds
+    for stage, row in enumerate(rows):
+        if len(row) != 4 or not all(math.isfinite(time) and time >= 0 for time in row) or not row[0]:
+            raise PlanError(f"stage_costs: stage {stage} has {row}; expected the times of F (above 0), B, I and W")
+        needed = needed or row[1] > 0
+        if "B" in costs.kinds and needed and not (row[1] and row[2]):
+            raise PlanError(f"stage_costs: stage {stage} has no time for B or I, but gradients pass through it")
 
 
 def _check_shares(plan: Plan, name: str, rows: list[list[float]], occurs: bool) -> None:
@@ -105,11 +120,11 @@ def _check_completeness(plan: Plan) -> None:
             if action in seen:
                 raise PlanError(f"rank {rank}: {action} occurs twice")
             seen.add(action)
-            _check_belongs(plan, rank, action, kinds)
+            _check_belongs(plan, rank, action)
         split = any(action.kind in ("I", "W") for action in actions)
         for stage in stages:
             for microbatch in range(plan.microbatches):
-                _check_microbatch(rank, stage, microbatch, seen, "B" in kinds, split)
+                _check_microbatch(plan, rank, stage, microbatch, seen, split)
         for kind in ("EF", "EB", "G"):
             if kind in kinds:
                 for group, row in enumerate(plan.shares(kind)):
@@ -121,9 +136,9 @@ def _check_completeness(plan: Plan) -> None:
                 raise PlanError(f"rank {rank}: {action} has no EF{str(action)[2:]}; expected the same pieces")
 
 
-def _check_belongs(plan: Plan, rank: int, action: Action, kinds: frozenset[Kind]) -> None:
+def _check_belongs(plan: Plan, rank: int, action: Action) -> None:
     """The action may occur at all, and on this rank."""
-    if action.kind not in kinds:
+    if action.kind not in plan.costs.kinds:
         raise PlanError(f"rank {rank}: {action} cannot occur, as costs.{action.kind} or what it belongs to is 0")
     if action.stage is None:
         if action.index >= len(plan.groups):
@@ -136,15 +151,17 @@ def _check_belongs(plan: Plan, rank: int, action: Action, kinds: frozenset[Kind]
             f"rank {rank}: {action} does not exist; expected stages 0 .. {plan.stages - 1} "
             f"and microbatches 0 .. {plan.microbatches - 1}"
         )
+    if not plan.occurs(action):
+        raise PlanError(f"rank {rank}: {action} cannot occur, as the time of {action.kind} on this stage is 0")
     if plan.stage_rank[action.stage] != rank:
         raise PlanError(f"rank {rank}: {action} belongs to rank {plan.stage_rank[action.stage]}")
 
 
-def _check_microbatch(rank: int, stage: int, microbatch: int, seen: set[Action], backward: bool, split: bool) -> None:
-    """One F; and one B, or one I and one W."""
+def _check_microbatch(plan: Plan, rank: int, stage: int, microbatch: int, seen: set[Action], split: bool) -> None:
+    """One F; and one B, or one I and one W, where they occur."""
     if Action("F", microbatch, stage) not in seen:
         raise PlanError(f"rank {rank}: {stage}F{microbatch} is missing")
-    if not backward:
+    if not plan.occurs(Action("B", microbatch, stage)):
         return
     whole = Action("B", microbatch, stage) in seen
     halves = [kind for kind in ("I", "W") if Action(kind, microbatch, stage) in seen] if split else []
@@ -153,7 +170,8 @@ def _check_microbatch(rank: int, stage: int, microbatch: int, seen: set[Action],
             f"rank {rank}: both {stage}B{microbatch} and {stage}{halves[0]}{microbatch} are there; "
             "expected the whole backward or its two halves"
         )
-    if not whole and len(halves) < 2:
+    expected = 1 + plan.occurs(Action("W", microbatch, stage))
+    if not whole and len(halves) < expected:
         lacking = "B" if not halves else "W" if halves == ["I"] else "I"
         raise PlanError(f"rank {rank}: {stage}{lacking}{microbatch} is missing")
 

@@ -1,10 +1,11 @@
 """The LLM-only schedules that encoder and generator work is nested into, by name.
 
-To add one: a file with a pure builder, and an entry here.
+To add one: a file with a pure builder, and an entry here; or, without code, the name of a file as in ``files``.
 """
 
 from bigmac_lightning.schedule.backbones.base import Backbone, Orders, round_robin, v_shape
 from bigmac_lightning.schedule.backbones.dualpipev import dualpipev
+from bigmac_lightning.schedule.backbones.files import SUFFIXES, read_backbone
 from bigmac_lightning.schedule.backbones.gpipe import gpipe
 from bigmac_lightning.schedule.backbones.interleaved import interleaved_1f1b
 from bigmac_lightning.schedule.backbones.looped_bfs import looped_bfs
@@ -28,7 +29,9 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def get_backbone(name: str) -> Backbone:
-    """The backbone of that name; ``ValueError`` lists the names if there is none."""
+    """The backbone of that name, or of that .csv or .json file; ``ValueError`` lists the names if there is none."""
+    if name.endswith(SUFFIXES):
+        return read_backbone(name)
     if name not in BACKBONES:
-        raise ValueError(f"backbone is {name!r}; expected one of {', '.join(BACKBONES)}")
+        raise ValueError(f"backbone is {name!r}; expected one of {', '.join(BACKBONES)}, or a .csv or .json file")
     return BACKBONES[name]
