@@ -129,10 +129,15 @@ class Microbatch:
 
 @dataclass
 class Batch:
-    """All microbatches of one step of one pipeline, with the layout that its owners were chosen for."""
+    """All microbatches of one step of one pipeline, with the layout that its owners were chosen for.
+
+    Attributes:
+        planned: a `planning.PlannedBatch`, where one was made together with the batch.
+    """
 
     microbatches: list[Microbatch]
     layout: PipelineLayout = field(default_factory=PipelineLayout)
+    planned: object = None
 
     def __len__(self) -> int:
         return len(self.microbatches)
@@ -146,11 +151,16 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch([microbatch.map(function) for microbatch in self.microbatches], self.layout)
+        return replace(self, microbatches=[microbatch.map(function) for microbatch in self.microbatches])
 
     def useful(self) -> "Batch":
         """Without the microbatches that have neither labels nor targets: nothing can be learnt or made from them."""
         return Batch([m for m in self.microbatches if len(m.labels) or m.targets], self.layout)
+
+    def is_owned(self) -> bool:
+        """Whether every item's owner is a rank of the layout."""
+        items = (item for microbatch in self.microbatches for item in [*microbatch.media, *microbatch.targets])
+        return all(0 <= item.owner < self.layout.size for item in items)
 
     @property
     def labels(self) -> Tensor:

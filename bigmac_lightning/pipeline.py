@@ -1,69 +1,27 @@
-"""Runs a PipelineModule's batches through the runtime: a plan per shape of batch, one result on all ranks.
+"""Runs a PipelineModule's batches through the runtime: a plan per batch, one result on all ranks.
 
 Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
 knows nothing of Lightning's Trainer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bigmac_lightning.batch import Batch, MediaItem, PipelineLayout, TargetItem
+from bigmac_lightning.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput
+from bigmac_lightning.planning import PipelineOptions, PlannedBatch, Planner, Trained
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
-from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.routing import Routing
-from bigmac_lightning.schedule.backbones import get_backbone
-from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
-from bigmac_lightning.schedule.policies import make_plan
-from bigmac_lightning.schedule.simulate import simulate
-
-CACHED_PLANS = 256
-DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How batches are planned.
-
-    Attributes:
-        policy, backbone: by name, as in a plan.
-        group_size: microbatches per group; ``None``: as many as there are ranks.
-        microbatches: how many a training batch must have; ``None``: any number.
-        costs: relative durations the planner assumes.
-        virtual_stages: stages per rank.
-    """
-
-    policy: str = "nested"
-    backbone: str = "1f1b"
-    group_size: int | None = None
-    microbatches: int | None = None
-    costs: Costs = DEFAULT_COSTS
-    virtual_stages: int = 1
-
-    def stage_rank(self, size: int) -> list[int]:
-        """The pipeline rank of each stage."""
-        return get_backbone(self.backbone).stage_rank(size, self.virtual_stages)
-
-    def layout(self, size: int, rank: int) -> PipelineLayout:
-        """What the DataModule of pipeline rank `rank` of `size` has to know."""
-        alone = self.policy == "first_stage"
-        stage_rank = self.stage_rank(size)
-        return PipelineLayout(
-            size=size,
-            rank=rank,
-            group_size=1 if alone else self.group_size or size,
-            microbatches=self.microbatches,
-            encoder_ranks=(stage_rank[0],) if alone else None,
-            generator_ranks=(stage_rank[-1],) if alone else None,
-        )
+from bigmac_lightning.schedule.plan import Plan
 
 
 def split_layers(layers: int, stages: int) -> list[range]:
@@ -115,12 +73,15 @@ class PipelineRunner:
         self.last_plan: Plan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
-        self._programs: dict[object, tuple[Plan, list[Instruction]]] = {}
+        nothing = Trained.nothing(len(self.stages))
+        self.planner = self.evaluation_planner = Planner(options, mesh.pp_size, mesh.pp_rank, nothing)
         self.refresh()
 
     def refresh(self) -> None:
         """Look again at what is trained: after parameters were frozen or unfrozen. Collective over the pipeline."""
-        self.needs = self._find_needs()
+        trained = self._find_trained()
+        if trained != self.planner.trained:
+            self.planner = Planner(self.options, self.mesh.pp_size, self.mesh.pp_rank, trained)
         self.places = self._find_places()
         self.llm_weights = [parameter for parameter in self.module.llm.parameters() if parameter.requires_grad]
 
@@ -133,16 +94,17 @@ class PipelineRunner:
         counts = torch.tensor(module.counts(batch), device=device)
         if self.mesh.dp_size > 1:
             dist.all_reduce(counts, group=self.mesh.dp_group)
-        needs = self.needs if mode == "train" else Needs.nothing(len(self.stages))
+        planner, planned = self.planner if mode == "train" else self.evaluation_planner, batch.planned
         batch = batch.useful()
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
         if batch.microbatches:
-            plan, program = self._plan(batch, needs)
-            work = BatchWork(self, batch, plan, mode, module.scales(counts) * self.gradient_scale)
-            self.executor.run(program, work, needs)
-            self.last_plan = plan
+            if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
+                planned = planner(batch)
+            work = BatchWork(self, batch, planned.plan, mode, module.scales(counts) * self.gradient_scale)
+            self.executor.run(planned.program, work, planner.trained.needs)
+            self.last_plan = planned.plan
             sums, predictions, samples = work.sums, work.predictions, work.samples
         if self.mesh.pp_size * self.mesh.dp_size > 1:
             dist.all_reduce(sums)
@@ -193,56 +155,9 @@ class PipelineRunner:
                     if not 0 <= item.owner < self.mesh.pp_size:
                         raise ValueError(f"microbatch {m}: a {what} item has owner {item.owner}, not a pipeline rank")
 
-    # -- plans -------------------------------------------------------------------------------------------------------
-
-    def _plan(self, batch: Batch, needs: Needs) -> tuple[Plan, list[Instruction]]:
-        groups = even_groups(len(batch), self.layout.group_size)
-        encoder = self._shares([[(i.owner, i.cost) for i in mb.media] for mb in batch.microbatches], groups)
-        generator = self._shares([[(i.owner, i.cost) for i in mb.targets] for mb in batch.microbatches], groups)
-        present = tuple(tuple(share > 0 for share in row) for row in encoder + generator)
-        key = (len(batch), present, needs)
-        if key not in self._programs:
-            if len(self._programs) >= CACHED_PLANS:
-                self._programs.pop(next(iter(self._programs)))
-            costs = self.options.costs
-            plan = make_plan(
-                policy=self.options.policy,
-                backbone=self.options.backbone,
-                pipeline_parallel_size=self.mesh.pp_size,
-                virtual_stages=self.options.virtual_stages,
-                microbatches=len(batch),
-                group_size=self.layout.group_size,
-                costs=replace(
-                    costs,
-                    B=costs.B if needs.stages[-1] else 0,
-                    I=costs.I if needs.stages[-1] else 0,
-                    W=costs.W if needs.stages[-1] else 0,
-                    EF=costs.EF if _any(encoder) else 0,
-                    EB=costs.EB if _any(encoder) and needs.encoder else 0,
-                    G=costs.G if _any(generator) else 0,
-                ),
-                encoder_shares=encoder if _any(encoder) else None,
-                generator_shares=generator if _any(generator) else None,
-            )
-            programs = lower(plan, simulate(plan).order, needs)  # make_plan has verified it
-            self._programs[key] = plan, programs[self.mesh.pp_rank]
-        return self._programs[key]
-
-    def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
-        """Each rank's fraction of each group's cost."""
-        rows: list[list[float]] = []
-        for group in groups:
-            row = [0.0] * self.mesh.pp_size
-            for m in group:
-                for owner, cost in items[m]:
-                    row[owner] += cost
-            total = sum(row)
-            rows.append([cost / total for cost in row] if total else row)
-        return rows
-
     # -- what is trained ---------------------------------------------------------------------------------------------
 
-    def _find_needs(self) -> Needs:
+    def _find_trained(self) -> Trained:
         module = self.module
         encoder = _trained(module.encoders)
         llm = _trained(module.llm)  # a rank's stages share one answer
@@ -254,11 +169,12 @@ class PipelineRunner:
         if self.mesh.pp_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.mesh.pp_group)
         trained = [bool(flag) for flag in flags.tolist()]
-        return Needs(
+        needs = Needs(
             stages=tuple(encoder or any(trained[: s + 1]) for s in range(len(self.stages))),
             encoder=encoder,
             generator=_trained(module.generators),
         )
+        return Trained(needs, tuple(trained), backward_share(module.encoders.values()))
 
     def _find_places(self) -> ParameterPlaces:
         part = part_of(self.mesh.pp_rank, self.stages, self.stage_rank)
@@ -360,8 +276,16 @@ class BatchWork:
         return self.runner.llm_weights
 
 
-def _any(rows: list[list[float]]) -> bool:
-    return any(share > 0 for row in rows for share in row)
+def backward_share(encoders: Iterable[nn.Module]) -> float:
+    """The share of the encoders' backward that reaches down to the first trained parameter, by parameters."""
+    whole = needed = 0
+    for encoder in encoders:
+        reached = False
+        for parameter in encoder.parameters():
+            reached = reached or parameter.requires_grad
+            whole += parameter.numel()
+            needed += parameter.numel() if reached else 0
+    return needed / whole if needed else 1.0
 
 
 def _trained(module: nn.Module) -> bool:

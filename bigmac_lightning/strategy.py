@@ -33,10 +33,11 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
-from bigmac_lightning.pipeline import DEFAULT_COSTS, PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.planning import DEFAULT_COSTS, PipelineOptions, PlanningCollate
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
-from bigmac_lightning.schedule.backbones import BACKBONES
+from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.policies import POLICIES
 
@@ -101,7 +102,7 @@ class BigMacStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        _one_of("backbone", backbone, BACKBONES)
+        chosen = get_backbone(backbone)
         _one_of("policy", policy, POLICIES)
         for name, value in (
             ("pipeline_parallel_size", pipeline_parallel_size),
@@ -112,8 +113,8 @@ class BigMacStrategy(DDPStrategy):
         ):
             if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        if virtual_stages not in BACKBONES[backbone].virtual_stages:
-            allowed = BACKBONES[backbone].virtual_stages
+        if virtual_stages not in chosen.virtual_stages:
+            allowed = chosen.virtual_stages
             raise ValueError(
                 f"virtual_stages={virtual_stages} does not go with backbone={backbone!r}: it allows {allowed}"
             )
@@ -178,7 +179,13 @@ class BigMacStrategy(DDPStrategy):
         module._device_mesh = self.device_mesh
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seed workers by replica, not by rank: all ranks of a pipeline must see the same samples."""
+        """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the
+        same samples."""
+        collate = getattr(dataloader, "collate_fn", None)
+        if callable(collate) and self._runner is not None:
+            given = collate.collate if isinstance(collate, PlanningCollate) else collate
+            planned = PlanningCollate(given, self.pipeline.planner)
+            dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]

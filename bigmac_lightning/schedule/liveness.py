@@ -66,7 +66,7 @@ def live_llm_microbatches(plan: Plan) -> list[list[float]]:
         for action in actions:
             stages += action.kind == "F"
             row.append(stages * size)
-            if not action.nested:
+            if action.stage is not None:
                 stages -= frees[action.kind, action.stage]
         ranks.append(row)
     return ranks

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.pipeline import PipelineOptions, PipelineRunner, part_of, split_layers
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from tests.ranks import run_ranks

@@ -1,0 +1,95 @@
+"""Plans made by the DataLoader's workers, for each batch's own work, and for what is trained."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.pipeline import PipelineRunner, backward_share
+from bigmac_lightning.planning import PipelineOptions, Planner, Trained
+from bigmac_lightning.runtime.lowering import Needs
+from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.toy import ToyData, ToyModule, toy_batch
+
+
+class _InWorkers(ToyData):
+    def loader(self, steps: int, first: int = 0) -> torch.utils.data.DataLoader[Any]:
+        indices = range(first, first + steps)
+        return torch.utils.data.DataLoader(indices, batch_size=1, collate_fn=self.collate, num_workers=1)
+
+
+def _train(rank: int, data: type[ToyData]) -> tuple[list[float], int, int]:
+    module = ToyModule()
+    trainer = pipeline_trainer(2, max_epochs=1)
+    trainer.fit(module, data(steps=4, microbatches=5))
+    runner = module.runner
+    assert runner is None  # after teardown
+    pipeline = trainer.strategy.pipeline
+    assert isinstance(pipeline, PipelineRunner)
+    return module.losses, len(pipeline.planner.known), len(pipeline.evaluation_planner.known)
+
+
+def test_workers_plan_what_the_pipeline_runs() -> None:
+    """The training process itself makes no plan; losses are those of one process."""
+    module = ToyModule()
+    plain_trainer(max_epochs=1).fit(module, ToyData(steps=4, microbatches=5))
+    for losses, made, evaluated in on_ranks(2, _train, _InWorkers):
+        torch.testing.assert_close(losses, module.losses, rtol=1e-5, atol=0)
+        assert made == 0
+        assert evaluated == 2  # workers of validation loaders do not know yet that nothing is trained
+    for _, made, _ in on_ranks(2, _train, ToyData):
+        assert made == 4  # without workers in the process itself
+
+
+def _plan(trained: Trained, backbone: str = "1f1b", rank: int = 0, media: bool = True) -> Counter[str]:
+    planner = Planner(PipelineOptions(backbone=backbone), 2, rank, trained)
+    batch = toy_batch(5, PipelineLayout(2, rank, 2), media=media).useful()
+    planned = planner(batch)
+    assert planner(batch) is planned  # remembered
+    return Counter(
+        f"{action.stage if action.stage is not None else ''}{action.kind}"
+        for actions in planned.plan.ranks
+        for action in actions
+    )
+
+
+def test_plans_have_no_useless_backward() -> None:
+    everything = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    assert {"EB", "0B", "1B", "G"} <= _plan(everything).keys()
+    frozen_encoder = Trained(Needs((True, True), encoder=False, generator=True), (True, True))
+    assert "EB" not in _plan(frozen_encoder)
+    frozen_llm = Trained(Needs((True, True), encoder=True, generator=True), (False, False))
+    split = _plan(frozen_llm, "zb1p")
+    assert {"0I", "1I", "EB"} <= split.keys()
+    assert not {"0W", "1W"} & split.keys()
+    frozen_below = Trained(Needs((False, True), encoder=False, generator=True), (False, True))
+    assert {"0B", "0I", "EB"}.isdisjoint(_plan(frozen_below))
+    assert "1B" in _plan(frozen_below)
+    only_generator = Trained(Needs((False, False), encoder=False, generator=True), (False, False))
+    assert _plan(only_generator).keys() == {"EF", "0F", "1F", "G"}
+
+
+def test_a_projector_alone_has_a_short_backward() -> None:
+    module = ToyModule(freeze=("encoders.image.tower", "encoders.audio.tower"))
+    module.configure_model()
+    share = backward_share(module.encoders.values())
+    whole = sum(p.numel() for p in module.encoders.parameters())
+    assert share == 1 - sum(p.numel() for e in module.encoders.values() for p in e.tower.parameters()) / whole
+    costs, _ = Trained(Needs((True,), True, True), (True,), share).costs(PipelineOptions().costs, True, True)
+    assert 2 * share == costs.EB
+
+
+def test_plans_follow_the_work_of_each_microbatch() -> None:
+    """A microbatch with much media and many tokens takes longer in the plan, in which ranks own different shares."""
+    trained = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    batch = toy_batch(6, PipelineLayout(2, 0, 2), text_only=(4, 5)).useful()
+    plan = Planner(PipelineOptions(), 2, 0, trained)(batch).plan
+    assert plan.encoder_shares[-1] == [0.0, 0.0]
+    cost = {r: sum(i.cost for m in batch.microbatches[:2] for i in m.media if i.owner == r) for r in (0, 1)}
+    assert plan.encoder_shares[0] == [cost[0] / sum(cost.values()), cost[1] / sum(cost.values())]
+    even = Planner(PipelineOptions(), 2, 0, trained)
+    for microbatch in batch.microbatches:
+        ids = microbatch.inputs["input_ids"]
+        microbatch.inputs["input_ids"] = ids.new_zeros(1, 10)
+    assert even(batch).plan.makespan != plan.makespan
