@@ -5,6 +5,7 @@ Knows which kinds occur; knows nothing of plans.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from bigmac_lightning.schedule.action import Kind
 
@@ -42,7 +43,7 @@ class Costs:
         if self.F == 0:
             raise ValueError("costs.F is 0; expected more, as every plan has forwards")
 
-    @property
+    @cached_property
     def kinds(self) -> frozenset[Kind]:
         """The kinds that may occur in a plan."""
         kinds: list[Kind] = ["F"]

@@ -8,8 +8,9 @@ Knows plans, their dependencies and memory; knows nothing of how tasks are sched
 """
 
 from dataclasses import replace
-from math import inf
-from random import Random
+from itertools import pairwise
+from math import ceil, inf
+from typing import NamedTuple
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.costs import Costs
@@ -19,16 +20,24 @@ from bigmac_lightning.schedule.nested_orders import NestedOrders
 from bigmac_lightning.schedule.nesting import Cut, consistent_cuts, nest
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
+from bigmac_lightning.schedule.swaps import swap
 from bigmac_lightning.schedule.tasks import EPS, Tasks, justify, list_schedule
 from bigmac_lightning.schedule.workload import Workload
 
 OVERSHOOTS = (0.5, 0.0, 1.0)
-PASSES = 40_000
+PASSES = 120_000
 """About as many passes are made as this goes into the plan's number of actions, so that planning time stays small."""
+FEWEST_PASSES, MOST_PASSES, LEAST_TO_TURN = 6, 600, 30
+POLISHED, SWAPPED = 10, 4
+"""How many of the best schedules are improved by justification, and by swaps."""
 
 
 def fill(
-    plan: Plan, bare: Timeline, workload: Workload | None = None, max_encoder_units: float | None = None
+    plan: Plan,
+    bare: Timeline,
+    workload: Workload | None = None,
+    max_encoder_units: float | None = None,
+    pieces: int = 1,
 ) -> list[list[Action]]:
     """Every rank's actions: the bare backbone of `plan` with its nested work in bubbles.
 
@@ -38,20 +47,43 @@ def fill(
         workload: see ``simulate.durations``.
         max_encoder_units: most encoder units that a rank may have alive; by default 2, or 3 with a generator, or what
             the cut takes if that is more.
+        pieces: in how many pieces an encoder share may be cut; none gets much shorter than half a stage's forward.
+            (Pieces of the generator's shares gain nothing.)
 
     Returns: the cut if nothing better is found, also where the cut has more encoder units alive than allowed.
     """
     cut = replace(plan, ranks=nest(plan, bare, workload=workload))
     if max_encoder_units is None:
         peak = max((units for row in live_encoder_units(cut, workload) for units in row), default=0.0)
-        max_encoder_units = max(3.0 if "G" in plan.costs.kinds else 2.0, peak)
-    search = _Search(cut, plan, bare, workload, max_encoder_units)
-    found = search.run()
-    if found is None:
-        return cut.ranks
-    allowed = all(units <= max_encoder_units + EPS for row in live_encoder_units(cut, workload) for units in row)
-    better = simulate(replace(plan, ranks=found), workload).makespan < simulate(cut, workload).makespan - EPS
-    return found if better or not allowed else cut.ranks
+        max_encoder_units = max(default_limit(plan), peak)
+    found = [_Search(start, plan, bare, workload, max_encoder_units).run() for start in _starts(cut, workload, pieces)]
+    return min((lists for lists in found if lists is not None), default=(0.0, cut.ranks), key=lambda lists: lists[0])[1]
+
+
+def default_limit(plan: Plan) -> float:
+    """Encoder units that may be alive if nothing else is said, and the cut needs no more."""
+    return 3.0 if "G" in plan.costs.kinds else 2.0
+
+
+def _starts(cut: Plan, workload: Workload | None, pieces: int) -> list[Plan]:
+    """The cut plan, and the same with its encoder shares in pieces, if any is long enough for that."""
+    half = min(cut.cost("F", stage) for stage in range(cut.stages)) / 2
+    ranks: list[list[Action]] = []
+    for actions, times in zip(cut.ranks, durations(cut, workload), strict=True):
+        number = {
+            action.index: max(1, min(pieces, ceil(time / half - EPS)))
+            for action, time in zip(actions, times, strict=True)
+            if action.kind == "EF"
+        }
+        ranks.append(
+            [
+                replace(action, piece=piece, pieces=count)
+                for action in actions
+                for count in (number[action.index] if action.kind in ("EF", "EB") else 1,)
+                for piece in range(count)
+            ]
+        )
+    return [cut] if ranks == cut.ranks else [replace(cut, ranks=ranks), cut]
 
 
 def lower_bound(
@@ -74,8 +106,23 @@ def lower_bound(
     return (microbatches + size - 1) * step + work * (costs.EF + costs.EB) - saved
 
 
+class _Schedule(NamedTuple):
+    """A schedule; the shorter one sorts first, then the one that was found first."""
+
+    makespan: float
+    number: int
+    starts: list[float]
+    tasks: Tasks
+
+
 class _Search:
-    """Looks for a short schedule of a cut plan's actions."""
+    """Looks for a short schedule of a cut plan's actions.
+
+    Attributes:
+        budget: how many passes over all tasks may still be made.
+        best: the shortest schedule found.
+        floor: no schedule is shorter.
+    """
 
     def __init__(
         self, cut: Plan, plan: Plan, bare: Timeline, workload: Workload | None, max_encoder_units: float
@@ -95,46 +142,71 @@ class _Search:
         self.orders = NestedOrders(plan, self.cuts, max_encoder_units, workload)
         self.cut_starts = [start for row in simulate(cut, workload, flow=self.flow).starts for start in row]
         self.capacity = [max(row, default=0.0) for row in live_llm_microbatches(plan)]
-        self.budget = min(160, max(16, PASSES // max(1, len(self.lengths))))
-        self.best: tuple[float, list[float], Tasks] | None = None
+        self.budget = min(MOST_PASSES, max(FEWEST_PASSES, PASSES // max(1, len(self.lengths))))
+        self.best: _Schedule | None = None
+        self.floor = 0.0
         self.sequences: dict[Tasks, list[Cut]] = {}
 
-    def run(self) -> list[list[Action]] | None:
-        """The lists of the best schedule; ``None`` if there is none within the limit."""
-        seeds: list[tuple[float, int, list[float], Tasks]] = []
-        for number, sequence in enumerate(self.orders.sequences()):
+    def run(self) -> tuple[float, list[list[Action]]] | None:
+        """Makespan and lists of the best schedule; ``None`` if there is none within the limit."""
+        whole = self.budget
+        seeds = self._seeds()
+        for number, seed in enumerate(seeds[:POLISHED]):
+            if number and self.budget < whole // 2:
+                break
+            starts = self._polish(seed.tasks, seed.starts)
+            seeds[number] = _Schedule(seed.tasks.makespan(starts), seed.number, starts, seed.tasks)
+        seeds.sort()
+        for seed in seeds[: 2 * (whole > LEAST_TO_TURN)]:
+            self._turn(seed.tasks, seed.starts, whole // 4)
+        if self.best is None:
+            return None
+        self._reorder(whole // 4)
+        seeds = [self.best, *seeds[: SWAPPED - 1]]
+        for left, seed in zip(range(len(seeds), 0, -1), seeds, strict=True):
+            passes = self.budget // (2 * left)
+            if passes < 1 or self._good_enough():
+                break
+            starts = swap(seed.tasks, seed.starts, passes, self.floor)
+            self.budget -= 2 * passes
+            self._consider(seed.tasks, starts)
+        return self.best.makespan, self._lists(self.best.starts)
+
+    def _seeds(self) -> list["_Schedule"]:
+        """The cut, and what list scheduling makes of each sequence of nested actions; the shortest first."""
+        seeds: list[_Schedule] = []
+        most = max(1, self.budget // 3)
+        for sequence in self.orders.sequences():
             tasks = self._tasks(sequence)
+            if not seeds and self.budget > LEAST_TO_TURN:
+                self.floor = tasks.floor()
+            if sequence == self.cuts:
+                seeds.append(_Schedule(self._consider(tasks, self.cut_starts), len(seeds), self.cut_starts, tasks))
             for due in self._dues(tasks):
-                for overshoot in OVERSHOOTS if number < 1 + (self.budget > 40) else OVERSHOOTS[:1]:
+                for overshoot in OVERSHOOTS:
+                    if len(seeds) >= most or self._good_enough():
+                        return sorted(seeds)
                     starts = list_schedule(tasks, due, self.expected, overshoot)
                     if starts is None:
                         break
-                    if any(starts == seed[2] for seed in seeds):
-                        continue
-                    seeds.append((self._consider(tasks, starts), len(seeds), starts, tasks))
-            if [(cut.kind, cut.group) for cut in self.cuts] == [(cut.kind, cut.group) for cut in sequence]:
-                seeds.append((self._consider(tasks, self.cut_starts), len(seeds), self.cut_starts, tasks))
-        polished: list[tuple[float, int, list[float], Tasks]] = []
-        for _, number, starts, tasks in sorted(seeds, key=lambda seed: seed[:2])[: max(4, self.budget // 5)]:
-            starts = self._polish(tasks, starts)
-            polished.append((tasks.makespan(starts), number, starts, tasks))
-        for _, _, starts, tasks in sorted(polished, key=lambda seed: seed[:2])[:2]:
-            self._turn(tasks, starts)
-        if self.best is not None:
-            self._shake()
-        return None if self.best is None else self._lists(self.best[1])
+                    if all(starts != seed.starts for seed in seeds):
+                        seeds.append(_Schedule(self._consider(tasks, starts), len(seeds), starts, tasks))
+        return sorted(seeds)
+
+    def _good_enough(self) -> bool:
+        return self.best is not None and self.best.makespan <= self.floor + EPS
 
     def _consider(self, tasks: Tasks, starts: list[float]) -> float:
         makespan = tasks.makespan(starts)
         self.budget -= 1
-        if self.best is None or makespan < self.best[0] + EPS:
-            self.best = (makespan, starts, tasks)
+        if self.best is None or makespan < self.best.makespan - EPS:
+            self.best = _Schedule(makespan, 0, starts, tasks)
         return makespan
 
     def _polish(self, tasks: Tasks, starts: list[float]) -> list[float]:
         """Right and left justification, until nothing is gained."""
         mirrored = tasks.mirrored()
-        while self.budget > 0:
+        while self.budget > 0 and not self._good_enough():
             before = tasks.makespan(starts)
             right = mirrored.mirror(justify(mirrored, tasks.mirror(starts)))
             starts = justify(tasks, right)
@@ -143,54 +215,53 @@ class _Search:
                 break
         return starts
 
-    def _turn(self, tasks: Tasks, starts: list[float]) -> None:
+    def _turn(self, tasks: Tasks, starts: list[float], passes: int) -> None:
         """List scheduling backwards from the end, and forwards again, as long as something is gained."""
+        least = self.budget - passes
         mirrored = tasks.mirrored()
         expected = mirrored.earliest(self.main)
         gained = True
-        while gained and self.budget > 0:
+        while gained and self.budget > least and not self._good_enough():
             gained, before = False, tasks.makespan(starts)
             for overshoot in OVERSHOOTS:
                 back = list_schedule(mirrored, tasks.mirror(starts), expected, overshoot)
-                if back is None or self.budget <= 0:
+                if back is None or self.budget <= least:
                     break
                 left = justify(tasks, mirrored.mirror(back))
                 self._consider(tasks, left)
                 for again in OVERSHOOTS:
                     forward = list_schedule(tasks, left, self.expected, again)
-                    if forward is not None and self.budget > 0:
+                    if forward is not None and self.budget > least:
                         left_again = self._polish(tasks, forward)
                         if tasks.makespan(left_again) < before - EPS:
                             starts, before, gained = left_again, tasks.makespan(left_again), True
 
-    def _shake(self) -> None:
-        """With what is left of the budget: neighbours in the sequence of nested actions change places, or their due
-        times move at random; the same on every run."""
+    def _reorder(self, passes: int) -> None:
+        """Neighbours in the sequence of nested actions change places, as long as something is gained."""
         assert self.best is not None
-        chance = Random(0)
-        reach = 3 * max((self.lengths[number] for number in self.main), default=0.0)
-        while self.budget > 0:
-            self.budget -= 1
-            _, starts, tasks = self.best
-            due, sequence = list(starts), list(self.sequences[tasks])
-            if chance.random() < 0.5 and len(sequence) > 1:
-                spot = chance.randrange(len(sequence) - 1)
-                one, other = sequence[spot], sequence[spot + 1]
+        least, reach = self.budget - passes, 3 * max((self.lengths[number] for number in self.main), default=0.0)
+        gained = True
+        while gained:
+            gained, (before, _, starts, tasks) = False, self.best
+            for spot, (one, other) in enumerate(pairwise(self.sequences[tasks])):
+                sequence = list(self.sequences[tasks])
                 sequence[spot : spot + 2] = [other, one]
                 if one.kind == other.kind or not self.orders.keeps_limit(sequence):
                     continue
-                tasks = self._tasks(sequence)
-                for number, action in enumerate(self.flow.actions):
-                    if (action.kind, action.index) == (other.kind, other.group):
-                        due[number] -= reach
-            else:
-                moved = chance.choice((0.05, 0.2, 0.6))
-                for number in range(len(due)):
-                    if number not in self.main and chance.random() < moved:
-                        due[number] += chance.gauss(0, reach)
-            found = list_schedule(tasks, due, self.expected, chance.choice(OVERSHOOTS))
-            if found is not None:
-                self._polish(tasks, found)
+                if self.budget <= least or self._good_enough():
+                    return
+                due = [
+                    start - reach * ((action.kind, action.index) == (other.kind, other.group))
+                    for start, action in zip(starts, self.flow.actions, strict=True)
+                ]
+                reordered = self._tasks(sequence)
+                found = list_schedule(reordered, due, self.expected, OVERSHOOTS[0])
+                self.budget -= 2
+                if found is not None:
+                    self._polish(reordered, found)
+                if self.best.makespan < before - EPS:
+                    gained = True
+                    break
 
     def _tasks(self, sequence: list[Cut]) -> Tasks:
         place = {(cut.kind, cut.group): position for position, cut in enumerate(sequence)}
@@ -200,7 +271,9 @@ class _Search:
             numbers = range(self.flow.first[rank], self.flow.first[rank + 1])
             kinds = {number: self.flow.actions[number].kind for number in numbers}
             nested = [number for number in numbers if self.flow.actions[number].nested]
-            nested.sort(key=lambda number: place[kinds[number], self.flow.actions[number].index])
+            nested.sort(
+                key=lambda number: place[kinds[number], self.flow.actions[number].index]
+            )  # stable: pieces in order
             main = [n for n in numbers if n in self.main and kinds[n] != "W"]
             halves = {self.flow.needs[n][0]: n for n in numbers if kinds[n] == "W"}
             weights = [halves[n] for n in main if n in halves]

@@ -5,6 +5,7 @@ Knows the plan file format; knows nothing of how plans are made, checked (see ``
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -12,7 +13,7 @@ from bigmac_lightning.schedule.action import Action, Kind
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, parse_json, read_text
 
-__all__ = ["FORMAT", "Costs", "Plan", "PlanError", "even_groups"]
+__all__ = ["FORMAT", "Costs", "Plan", "PlanError", "even_groups", "ramp_groups"]
 
 FORMAT = "bigmac-plan/1"
 
@@ -142,6 +143,27 @@ class Plan:
 def even_groups(microbatches: int, group_size: int) -> list[list[int]]:
     """Consecutive groups of `group_size` microbatches; the last one may be smaller."""
     return [list(range(first, min(first + group_size, microbatches))) for first in range(0, microbatches, group_size)]
+
+
+def ramp_groups(microbatches: int, group_size: int) -> list[list[int]]:
+    """Consecutive groups of 1, 1, 2, 4 .. `group_size` .. 4, 2, 1, 1 microbatches.
+
+    Nothing else can be done while the first group is encoded, or after the last group's gradients have come: the
+    smaller these groups, the shorter that time.
+    """
+    ramp = [1]
+    while sum(ramp) < group_size:
+        ramp.append(sum(ramp))
+    first: list[int] = []
+    last: list[int] = []
+    left = microbatches
+    for size in ramp:
+        for side in (first, last):
+            side.append(min(size, left))
+            left -= side[-1]
+    sizes = [*first, *(len(group) for group in even_groups(left, group_size)), *last[::-1]]
+    ends = list(accumulate(size for size in sizes if size))
+    return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _value_text(value: Any) -> str:

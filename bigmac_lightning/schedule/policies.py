@@ -4,14 +4,15 @@ Knows backbones, the nesting pass and costs; knows nothing of files, processes o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
-from bigmac_lightning.schedule.filling import fill
+from bigmac_lightning.schedule.filling import default_limit, fill
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
+from bigmac_lightning.schedule.pouring import shares_to_try
 from bigmac_lightning.schedule.simulate import Timeline, check_workload, durations, simulate
 from bigmac_lightning.schedule.verify import check_header, check_stage_costs, verify
 from bigmac_lightning.schedule.workload import Workload
@@ -22,25 +23,28 @@ class Policy:
     """How encoder and generator work is placed.
 
     Attributes:
-        place: from a plan whose lists hold the bare backbone, its timeline, the workload and the most encoder units
-            that may be alive, all ranks' actions. Most policies leave that limit to ``verify``.
+        place: from a plan whose lists hold the bare backbone, its timeline, the workload, the most encoder units that
+            may be alive and the most pieces of a share, all ranks' actions. Most policies leave that limit to
+            ``verify`` and cut no shares.
         spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
             rank of stage 0 and generated on that of the last stage.
+        pours: whether uneven shares may be tried where stages differ.
     """
 
-    place: Callable[[Plan, Timeline, Workload | None, float | None], Orders]
+    place: Callable[[Plan, Timeline, Workload | None, float | None, int], Orders]
     spread: bool = True
+    pours: bool = False
 
 
-def nested(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
+def nested(plan: Plan, bare: Timeline, workload: Workload | None, limit: float | None, pieces: int) -> Orders:
     """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
-    del limit
+    del limit, pieces
     return nest(plan, bare, ("EF", "EB", "G"), workload)
 
 
-def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
+def upfront(plan: Plan, bare: Timeline, workload: Workload | None, limit: float | None, pieces: int) -> Orders:
     """All encoder forwards first, all encoder backwards last; the generator nested just the same."""
-    del limit
+    del limit, pieces
 
     def work(kind: str, rank: int) -> list[Action]:
         return [
@@ -53,9 +57,9 @@ def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None, limit:
     return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
 
 
-def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
+def first_stage(plan: Plan, bare: Timeline, workload: Workload | None, limit: float | None, pieces: int) -> Orders:
     """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
-    del bare, workload, limit
+    del bare, workload, limit, pieces
     first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
     group_of = {group[0]: g for g, group in enumerate(plan.groups)}
     ranks: Orders = []
@@ -74,16 +78,16 @@ def first_stage(plan: Plan, bare: Timeline, workload: Workload | None = None, li
     return ranks
 
 
-def filled(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
+def filled(plan: Plan, bare: Timeline, workload: Workload | None, limit: float | None, pieces: int) -> Orders:
     """As `nested`, and then moved into the backbone's bubbles; never longer than `nested`."""
-    return fill(plan, bare, workload, limit)
+    return fill(plan, bare, workload, limit, pieces)
 
 
 POLICIES: dict[str, Policy] = {
     "nested": Policy(nested),
     "upfront": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
-    "filled": Policy(filled),
+    "filled": Policy(filled, pours=True),
 }
 
 
@@ -99,6 +103,8 @@ def make_plan(
     encoder_shares: Sequence[Sequence[float]] | None = None,
     generator_shares: Sequence[Sequence[float]] | None = None,
     extra_in_flight: int | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
+    pieces: int = 1,
     workload: Workload | None = None,
     max_encoder_units: float | None = None,
     stage_costs: Sequence[Sequence[float]] | None = None,
@@ -111,10 +117,13 @@ def make_plan(
         pipeline_parallel_size: number of ranks, P.
         microbatches: number of microbatches, M.
         group_size: microbatches per group, the last one may have fewer; P by default. `first_stage` always takes 1.
+        groups: the microbatches of each group, if not even ones; see ``ramp_groups``.
+        pieces: in how many pieces `filled` may cut a share, so that it fits into smaller bubbles.
         costs: times of the actions; ``Costs()`` by default.
         virtual_stages: stages per rank.
         encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
-            by default the same for all ranks (for `first_stage`: all on the rank of stage 0).
+            by default the same for all ranks (for `first_stage`: all on the rank of stage 0; for `filled`, where
+            stages differ, whatever is fastest).
         generator_shares: the same for the generator (`first_stage`: the rank of the last stage).
         extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
             there is a generator whose work is spread (more where the backbone needs it), and none otherwise.
@@ -150,7 +159,7 @@ def make_plan(
         virtual_stages=virtual_stages,
         microbatches=microbatches,
         stage_rank=schedule.stage_rank(size, virtual_stages),
-        groups=even_groups(microbatches, group_size),
+        groups=[list(group) for group in groups] if groups and chosen.spread else even_groups(microbatches, group_size),
         encoder_shares=[],
         generator_shares=[],
         ranks=[],
@@ -170,14 +179,28 @@ def make_plan(
     bare = simulate(plan, workload)
     plan.ideal = bare.makespan
     if extra_in_flight is None and chosen.spread and "G" in kinds:
-        wanted = range(min(group_size, microbatches), microbatches + 1)  # all forwards first: always enough
+        wanted = range(max(map(len, plan.groups)), microbatches + 1)  # all forwards first: always enough
         plan.ranks = next(ranks for ranks in map(bare_backbone, wanted) if _generator_fits(plan, ranks))
         bare = simulate(plan, workload)
     elif extra_in_flight:
         plan.ranks = bare_backbone(extra_in_flight)
         bare = simulate(plan, workload)
-    plan.ranks = chosen.place(plan, bare, workload, max_encoder_units)
+    bare_ranks = plan.ranks
+    plan.ranks = chosen.place(plan, bare, workload, max_encoder_units, pieces)
     timeline = verify(plan, max_encoder_units, workload=workload)
+    if chosen.pours and encoder_shares is None and generator_shares is None and workload is None:
+        limit = max_encoder_units or max(*timeline.encoder_units, default_limit(plan))
+        for encoder, generator in shares_to_try(plan):
+            other = replace(
+                plan,
+                ranks=bare_ranks,
+                encoder_shares=encoder if "EF" in kinds else [],
+                generator_shares=generator if "G" in kinds else [],
+            )
+            other.ranks = chosen.place(other, bare, workload, limit, pieces)
+            found = simulate(other)
+            if max(found.encoder_units) <= limit + 1e-9 and found.makespan < timeline.makespan:
+                plan, timeline = other, verify(other, limit)
     plan.makespan = timeline.makespan
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}

@@ -67,6 +67,19 @@ class Tasks:
         """When the last task ends."""
         return max((start + length for start, length in zip(starts, self.lengths, strict=True)), default=0.0)
 
+    def floor(self) -> float:
+        """No schedule is shorter: every rank has to do its tasks, after what precedes all of them and before what
+        follows."""
+        everything = set(range(len(self.lengths)))
+        heads, tails = self.earliest(everything), self.mirrored().earliest(everything)
+        longest = max((h + t + n for h, t, n in zip(heads, tails, self.lengths, strict=True)), default=0.0)
+        for row in self.chains:
+            own = [task for chain in row for task in chain]
+            if own:
+                busy = sum(self.lengths[task] for task in own)
+                longest = max(longest, min(heads[n] for n in own) + busy + min(tails[n] for n in own))
+        return longest
+
     def earliest(self, chosen: set[int]) -> list[float]:
         """The earliest starts of the chosen tasks if there were no others; 0 for the others."""
         starts = [0.0] * len(self.lengths)
