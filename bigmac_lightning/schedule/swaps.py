@@ -39,7 +39,7 @@ def swap(tasks: Tasks, starts: Sequence[float], passes: int, floor: float = 0.0)
             if until.get(pair, 0) <= step or estimate < shortest - EPS
         ]
         pair = min(allowed)[2] if allowed else chance.choice(pairs)
-        until[pair[::-1]] = step + 6 + chance.randrange(8)
+        until[pair[1], pair[0]] = step + 6 + chance.randrange(8)
         search.swap(*pair)
         rest += 1
         if search.makespan < shortest - EPS:

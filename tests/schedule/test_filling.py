@@ -90,7 +90,6 @@ def test_ramp_groups(microbatches, group_size):
     assert max(sizes) <= group_size
     if microbatches >= 2 * group_size + 2:
         assert max(sizes) >= group_size / 2
-        assert all(later <= 2 * size for size, later in pairwise(sizes) if size > 1)
 
 
 @pytest.mark.parametrize("backbone", ["1f1b", "zb1p"])
