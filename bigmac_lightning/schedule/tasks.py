@@ -200,7 +200,8 @@ def justify(tasks: Tasks, starts: Sequence[float]) -> list[float]:
     new: list[float] = [-1.0] * len(lengths)
     gaps = [([0.0], [inf]) for _ in tasks.chains]
     stack: list[int] = []
-    for task in sorted(range(len(lengths)), key=lambda task: (starts[task], starts[task] + lengths[task])):
+    spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+    for task in sorted(range(len(lengths)), key=spans.__getitem__):
         stack.append(task)
         while stack:  # equal times may stand in the wrong order: what is needed goes first
             task = stack[-1]
