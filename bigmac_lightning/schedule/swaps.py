@@ -18,10 +18,12 @@ def swap(tasks: Tasks, starts: Sequence[float], passes: int, floor: float = 0.0)
 
     Args:
         tasks: what is to be done.
-        starts: a schedule to start from.
+        starts: a schedule to start from; given back if it does not keep the tasks' needs.
         passes: how many swaps to try; each costs about one pass over all tasks.
         floor: a makespan that is good enough to stop at.
     """
+    if not tasks.kept_by(starts):
+        return list(starts)
     search = _Swaps(tasks, starts)
     best, shortest, rest = search.heads, search.makespan, 0
     until: dict[tuple[int, int], int] = {}

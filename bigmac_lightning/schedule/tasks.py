@@ -67,6 +67,15 @@ class Tasks:
         """When the last task ends."""
         return max((start + length for start, length in zip(starts, self.lengths, strict=True)), default=0.0)
 
+    def kept_by(self, starts: Sequence[float]) -> bool:
+        """Whether a schedule keeps all needs and chains."""
+        ends = [start + length for start, length in zip(starts, self.lengths, strict=True)]
+        return all(
+            ends[need] + delay <= start + EPS
+            for start, needs in zip(starts, self.needs, strict=True)
+            for need, delay in needs
+        )
+
     def floor(self) -> float:
         """No schedule is shorter: every rank has to do its tasks, after what precedes all of them and before what
         follows."""

@@ -218,3 +218,25 @@ def test_is_the_same_every_time_and_quick(backbone):
     assert make_plan(**arguments) == plan
     assert plan.makespan < 0.99 * make_plan(**(arguments | {"policy": "nested"})).makespan
     assert verify(replace(plan, policy="by hand"), max_encoder_units=2).makespan == plan.makespan
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stages"),
+    [("interleaved_1f1b", 2), ("interleaved_1f1b", 3), ("zbv", 2), ("dualpipev", 2), ("zb1p", 1)],
+)
+def test_any_backbone_takes_no_more_than_itself_and_the_nested_work(backbone, stages):
+    """With at most three encoder units; with whole shares, and filled."""
+    for size, microbatches in ((4, 8), (4, 16), (8, 16), (4, 10), (8, 32)):
+        for forward in (1, 4):
+            costs = Costs(F=1 / stages, B=2 / stages, I=1 / stages, W=1 / stages, EF=forward, EB=2 * forward)
+            for policy in ("nested", "filled"):
+                plan = make_plan(
+                    policy=policy,
+                    backbone=backbone,
+                    virtual_stages=stages,
+                    pipeline_parallel_size=size,
+                    microbatches=microbatches,
+                    costs=costs,
+                    max_encoder_units=3,
+                )
+                assert plan.makespan <= plan.ideal * (1 + 1e-9)
