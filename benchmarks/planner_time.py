@@ -1,6 +1,6 @@
 """How long does planning take? Cut and filled plans, from small pipelines to large ones.
 
-    python -m benchmarks.planner_time --output planner_time.png
+python -m benchmarks.planner_time --output planner_time.png
 """
 
 import argparse
@@ -13,7 +13,19 @@ from rich.table import Table
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.policies import make_plan
 
-SHAPES = [(4, 16), (4, 32), (8, 32), (8, 64), (16, 64), (16, 128), (16, 256), (32, 256), (32, 512), (64, 512), (64, 1024)]
+SHAPES = [
+    (4, 16),
+    (4, 32),
+    (8, 32),
+    (8, 64),
+    (16, 64),
+    (16, 128),
+    (16, 256),
+    (32, 256),
+    (32, 512),
+    (64, 512),
+    (64, 1024),
+]
 POLICIES = {"nested": "cut", "filled": "filled"}
 
 
