@@ -12,7 +12,7 @@ from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
-from bigmac_lightning.schedule.simulate import Timeline, check_workload, durations, simulate
+from bigmac_lightning.schedule.simulate import Timeline, check_workload, group_cost, simulate
 from bigmac_lightning.schedule.verify import check_header, check_stage_costs, verify
 from bigmac_lightning.schedule.workload import Workload
 
@@ -39,7 +39,9 @@ def nested(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: 
 
 
 def upfront(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
-    """All encoder forwards first, all encoder backwards last; the generator nested just the same."""
+    """All encoder forwards first, all encoder backwards last; the generator nested just the same.
+
+    Also the places of `recompute`, whose encoder backwards do the forward once more (Kimi K2.5 style)."""
     del limit
 
     def work(kind: str, rank: int) -> list[Action]:
@@ -82,6 +84,7 @@ def filled(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: 
 POLICIES: dict[str, Policy] = {
     "nested": Policy(nested),
     "upfront": Policy(upfront),
+    "recompute": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
     "filled": Policy(filled),
 }
@@ -234,10 +237,10 @@ def _share(rows: list[list[float]], group: int, rank: int) -> float:
 
 
 def _nested_time(plan: Plan, workload: Workload | None) -> float:
-    """Encoder and generator time of all ranks together."""
+    """Encoder and generator time of all ranks together, without any recomputation."""
     return sum(
-        time
-        for actions, times in zip(plan.ranks, durations(plan, workload), strict=True)
-        for action, time in zip(actions, times, strict=True)
-        if action.nested
+        group_cost(plan, workload, kind, group) * sum(share)
+        for kind in ("EF", "EB", "G")
+        if kind in plan.costs.kinds
+        for group, share in zip(plan.groups, plan.shares(kind), strict=True)
     )

@@ -10,9 +10,13 @@ import torch.distributed as dist
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
+from bigmac_lightning.planning import PipelineOptions, PlannedBatch
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
+from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.verify import verify
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 
@@ -44,6 +48,7 @@ class Case:
     text_only: tuple[int, ...] = ()
     unlabelled: tuple[int, ...] = ()
     tied: bool = False
+    pieces: int = 1
 
     @property
     def layers(self) -> int:
@@ -59,6 +64,7 @@ class Case:
         parts += [f"dp{self.dp}"] * (self.dp > 1) + [f"no-{name}" for name in self.freeze]
         parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
         parts += [f"unlabelled{''.join(map(str, self.unlabelled))}"] * bool(self.unlabelled)
+        parts += [f"pieces{self.pieces}"] * (self.pieces > 1)
         parts += [f"text{''.join(map(str, self.text_only))}"] * bool(self.text_only)
         return "-".join(parts)
 
@@ -104,6 +110,17 @@ def cases() -> list[Case]:
             found += [replace(base, policy=policy) for policy in ("upfront", "first_stage", "filled")]
             found += [replace(base, tied=True), replace(base, targets=False, text_only=(0, 1), group_size=pp)]
             found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("generators",))]
+    for pp in (1, 2, 3, 4):
+        for policy in ("nested", "upfront", "filled", "recompute"):
+            base = Case(pp, 5, min(2, pp), policy=policy, pieces=3)
+            found += [base, replace(base, microbatches=8, group_size=pp, text_only=(0, 1), tied=True)]
+        base = Case(pp, 5, pp, pieces=5)
+        found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
+        found += [replace(base, backbone="zbv", virtual_stages=2), replace(base, targets=False)]
+        base = Case(pp, 5, min(2, pp), policy="recompute")
+        found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
+        found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
+        found += [replace(base, text_only=(0, 1), tied=True)]
     for policy in ("nested", "upfront", "first_stage"):
         for m in (1, 3, 8):
             found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]
@@ -160,7 +177,11 @@ def pipelined(
         module.configure_model()
         runner = PipelineRunner(module, mesh, options)
         try:
-            out = runner(make(case, runner.layout, mesh.dp_rank), "train")
+            batch = make(case, runner.layout, mesh.dp_rank)
+            if case.pieces > 1:
+                batch.planned = planned_in_pieces(runner, batch.useful(), case.pieces)
+            out = runner(batch, "train")
+            assert case.pieces == 1 or runner.last_plan is None or runner.last_plan is batch.planned.plan
         except Exception as error:
             error.add_note(f"case {case}")
             raise
@@ -170,6 +191,30 @@ def pipelined(
             (out.loss.item(), global_norm(runner.places, mesh).item(), gradients, runner.executor.splittable)
         )
     return results
+
+
+def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> PlannedBatch:
+    """The batch's plan with nested actions in up to `pieces` pieces, on every rank in another number of them."""
+    planner = runner.planner
+    planned = planner(batch)
+    plan = in_pieces(planned.plan, pieces)
+    program = lower(plan, verify(plan).order, planner.trained.needs)[planner.rank]
+    return PlannedBatch(planned.key, plan, program)
+
+
+def in_pieces(plan: Plan, most: int) -> Plan:
+    ranks: list[list[Action]] = []
+    for rank, actions in enumerate(plan.ranks):
+        row: list[Action] = []
+        for action in actions:
+            count = 1 + (rank + action.index) % most if action.nested else 1
+            made = [replace(action, piece=piece, pieces=count) for piece in range(count)]
+            if action.kind == "EF" and count > 1 and row and not row[-1].nested:
+                row.insert(-1, made.pop(0))  # the first piece earlier than the others
+            row += made
+        ranks.append(row)
+    assert any(action.pieces > 1 for row in ranks for action in row)
+    return replace(plan, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
