@@ -4,11 +4,19 @@ Knows backbones, the nesting pass and costs; knows nothing of files, processes o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.disaggregated import (
+    disaggregated,
+    encoder_ranks,
+    generator_ranks,
+    least_time,
+    longer_stages,
+    stage_ranks,
+)
 from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
 from bigmac_lightning.schedule.plan import Plan, even_groups
@@ -26,10 +34,24 @@ class Policy:
             that may be alive, all ranks' actions. Most policies leave that limit to ``verify``.
         spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
             rank of stage 0 and generated on that of the last stage.
+        own_ranks: whether encoder and generator work has ranks of its own, which hold no stage.
     """
 
     place: Callable[[Plan, Timeline, Workload | None, float | None], Orders]
     spread: bool = True
+    own_ranks: bool = False
+
+    def encoder_ranks(self, plan: Plan) -> Sequence[int]:
+        """The ranks that may have encoder work."""
+        if self.own_ranks:
+            return encoder_ranks(plan.stage_rank)
+        return range(plan.pipeline_parallel_size) if self.spread else plan.stage_rank[:1]
+
+    def generator_ranks(self, plan: Plan) -> Sequence[int]:
+        """The ranks that may have generator work."""
+        if self.own_ranks:
+            return generator_ranks(plan.stage_rank, plan.pipeline_parallel_size)
+        return range(plan.pipeline_parallel_size) if self.spread else plan.stage_rank[-1:]
 
 
 def nested(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
@@ -87,6 +109,7 @@ POLICIES: dict[str, Policy] = {
     "recompute": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
     "filled": Policy(filled),
+    "disaggregated": Policy(disaggregated, own_ranks=True),
 }
 
 
@@ -105,6 +128,7 @@ def make_plan(
     workload: Workload | None = None,
     max_encoder_units: float | None = None,
     stage_costs: Sequence[Sequence[float]] | None = None,
+    stage_rank: Sequence[int] | None = None,
 ) -> Plan:
     """Make a plan and verify it.
 
@@ -117,14 +141,18 @@ def make_plan(
         costs: times of the actions; ``Costs()`` by default.
         virtual_stages: stages per rank.
         encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
-            by default the same for all ranks (for `first_stage`: all on the rank of stage 0).
+            by default the same for all ranks that may have some (for `first_stage`: the rank of stage 0).
         generator_shares: the same for the generator (`first_stage`: the rank of the last stage).
         extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
-            there is a generator whose work is spread (more where the backbone needs it), and none otherwise.
+            there is a generator whose work is spread (more where the backbone needs it; for `disaggregated` twice as
+            many), and none otherwise.
         workload: the work of each microbatch, where they differ.
         max_encoder_units: most encoder units that a rank may have alive. `filled` makes use of what is allowed, by
             default 2, or 3 with a generator, or what `nested` takes if that is more.
         stage_costs: per stage, its times of F, B, I and W, where stages differ; see ``Plan.stage_costs``.
+        stage_rank: for `disaggregated`, the rank of each stage; ranks before them are the encoder's, ranks after them
+            the generator's. By default the numbers of ranks that take the least time. `costs` and `stage_costs` are
+            those of stages on all ranks; fewer stages take longer by as much.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
@@ -139,9 +167,43 @@ def make_plan(
     _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size)
     _at_least(1, virtual_stages=virtual_stages)
     _at_least(0, extra_in_flight=extra_in_flight or 0)
+    if not chosen.own_ranks:
+        if stage_rank is not None:
+            raise ValueError(f"stage_rank is given; expected only with policy disaggregated, not with {policy}")
+        stage_rank = schedule.stage_rank(size, virtual_stages)
+    elif stage_rank is None:
+        layouts = stage_ranks(schedule, size, virtual_stages, "EF" in kinds, "G" in kinds)
+        if stage_costs or encoder_shares or generator_shares:
+            raise ValueError("stage_rank is missing; expected with policy disaggregated and given stage_costs or shares")
+        best: Plan | None = None
+        for least, layout in sorted((least_time(row, size, microbatches, costs, workload), row) for row in layouts):
+            if best is not None and least >= best.makespan:
+                break
+            made = make_plan(
+                policy=policy,
+                backbone=backbone,
+                pipeline_parallel_size=size,
+                microbatches=microbatches,
+                group_size=group_size,
+                costs=costs,
+                virtual_stages=virtual_stages,
+                extra_in_flight=extra_in_flight,
+                workload=workload,
+                stage_rank=layout,
+            )
+            if best is None or made.makespan < best.makespan:
+                best = made
+        assert best is not None
+        verify(best, max_encoder_units, workload=workload)
+        return best
+    stage_rank = list(stage_rank)
+    llm_ranks = len(set(stage_rank))
 
     def bare_backbone(extra: int) -> Orders:
-        orders = schedule.build(size, microbatches, extra, virtual_stages)
+        orders = schedule.build(llm_ranks, microbatches, extra, virtual_stages)
+        if chosen.own_ranks:
+            before, after = len(encoder_ranks(stage_rank)), len(generator_ranks(stage_rank, size))
+            orders = [[] for _ in range(before)] + orders + [[] for _ in range(after)]
         if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
             raise ValueError(f"costs.I or costs.W is 0; expected more, as {backbone} splits backwards into I and W")
         return [[action for action in actions if plan.occurs(action)] for actions in orders]
@@ -152,28 +214,32 @@ def make_plan(
         pipeline_parallel_size=size,
         virtual_stages=virtual_stages,
         microbatches=microbatches,
-        stage_rank=schedule.stage_rank(size, virtual_stages),
+        stage_rank=stage_rank,
         groups=even_groups(microbatches, group_size),
         encoder_shares=[],
         generator_shares=[],
         ranks=[],
         costs=costs,
-        stage_costs=[list(row) for row in stage_costs or []],
+        stage_costs=longer_stages(stage_rank, size, costs, stage_costs)
+        if llm_ranks < size
+        else [list(row) for row in stage_costs or []],
     )
     check_stage_costs(plan)
     plan.ranks = bare_backbone(0)
     check_workload(plan, workload)
-    encoder_rank, generator_rank = (None, None) if chosen.spread else (plan.stage_rank[0], plan.stage_rank[-1])
     if "EF" in kinds:
-        plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, encoder_rank, workload)
+        ranks = chosen.encoder_ranks(plan)
+        plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, ranks, workload)
     if "G" in kinds:
-        plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, generator_rank, workload)
+        ranks = chosen.generator_ranks(plan)
+        plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, ranks, workload)
     check_header(plan)
 
     bare = simulate(plan, workload)
-    plan.ideal = bare.makespan
+    plan.ideal = bare.makespan if llm_ranks == size else _bare_makespan(plan, workload)
     if extra_in_flight is None and chosen.spread and "G" in kinds:
-        wanted = range(min(group_size, microbatches), microbatches + 1)  # all forwards first: always enough
+        least = group_size * (2 if chosen.own_ranks else 1)  # so that a group's generator work hides behind the next
+        wanted = range(min(least, microbatches), microbatches + 1)  # all forwards first: always enough
         plan.ranks = next(ranks for ranks in map(bare_backbone, wanted) if _generator_fits(plan, ranks))
         bare = simulate(plan, workload)
     elif extra_in_flight:
@@ -185,6 +251,20 @@ def make_plan(
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
+
+
+def _bare_makespan(plan: Plan, workload: Workload | None) -> float:
+    """Of the LLM alone on all ranks, where a plan has given some of them other work."""
+    rows, size = plan.stage_costs, plan.pipeline_parallel_size
+    ranks = len(set(plan.stage_rank))
+    mean = [sum(column) / len(rows) * ranks / size for column in zip(*rows, strict=True)]
+    schedule, stages = get_backbone(plan.backbone), size * plan.virtual_stages
+    whole = replace(
+        plan, stage_rank=schedule.stage_rank(size, plan.virtual_stages), stage_costs=[list(mean)] * stages
+    )
+    orders = schedule.build(size, plan.microbatches, 0, plan.virtual_stages)
+    whole.ranks = [[action for action in actions if whole.occurs(action)] for actions in orders]
+    return simulate(whole, workload).makespan
 
 
 def _generator_fits(plan: Plan, ranks: Orders) -> bool:
@@ -213,21 +293,21 @@ def _shares(
     plan: Plan,
     kind: str,
     given: Sequence[Sequence[float]] | None,
-    only_rank: int | None,
+    ranks: Sequence[int],
     workload: Workload | None,
 ) -> list[list[float]]:
-    """The given rows, or rows that spread the work evenly (or put it on the only rank that may do it)."""
+    """The given rows, or rows that spread the work evenly over the ranks that may do it."""
     size = plan.pipeline_parallel_size
     if given is None:
-        even = [1 / size] * size if only_rank is None else [float(rank == only_rank) for rank in range(size)]
+        even = [1 / len(ranks) if rank in ranks else 0.0 for rank in range(size)]
         idle = [workload is not None and not workload.total(kind, group) for group in plan.groups]
         return [[0.0] * size if nothing else list(even) for nothing in idle]
     rows = [list(row) for row in given]
     for group, row in enumerate(rows):
-        if only_rank is not None and any(share for rank, share in enumerate(row) if rank != only_rank):
+        if any(share for rank, share in enumerate(row) if rank not in ranks):
             raise ValueError(
-                f"{name}: group {group} has the shares {row}; expected all of it on rank {only_rank}, "
-                f"as the policy is {plan.policy!r}"
+                f"{name}: group {group} has the shares {row}; expected all of it on rank "
+                f"{' or '.join(map(str, ranks))}, as the policy is {plan.policy!r}"
             )
     return rows
 
