@@ -70,6 +70,7 @@ class PipelineRunner:
         self.stages = split_layers(module.llm.num_layers, len(self.stage_rank))
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
+        self.dtype = self._find_dtype()
         self.last_plan: Plan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
@@ -176,6 +177,16 @@ class PipelineRunner:
         )
         return Trained(needs, tuple(trained), backward_share(module.encoders.values()))
 
+    def _find_dtype(self) -> torch.dtype:
+        """Of the LLM, also on ranks that hold nothing of it."""
+        own = next(self.module.llm.parameters(), None)
+        found = [None if own is None else own.dtype]
+        if self.mesh.pp_size > 1:
+            first = self.mesh.pp_ranks[self.stage_rank[0]]
+            dist.broadcast_object_list(found, first, group=self.mesh.pp_group, device=self.mesh.device)
+        assert found[0] is not None
+        return found[0]
+
     def _find_places(self) -> ParameterPlaces:
         part = part_of(self.mesh.pp_rank, self.stages, self.stage_rank)
         tied_names = {name for pair in self.module.llm.tied.items() for name in pair}
@@ -225,7 +236,7 @@ class BatchWork:
         self.mode: Mode = mode
         self.rank = runner.mesh.pp_rank
         self.width = runner.module.llm.width
-        self.dtype = next(runner.module.llm.parameters()).dtype
+        self.dtype = runner.dtype
         microbatches = batch.microbatches
         self.features = _routing([microbatch.media for microbatch in microbatches], plan, "EF")
         self.conditions = _routing([microbatch.targets for microbatch in microbatches], plan, "G")

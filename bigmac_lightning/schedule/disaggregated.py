@@ -2,14 +2,14 @@
 arXiv 2408.04275).
 
 Ranks lie in the order of the data: encoder, stages, generator. The LLM's stages are fewer, and longer by as much.
-Knows bare backbones and their times; knows nothing of how numbers of ranks are compared (see ``policies``).
+Knows bare backbones and their times; knows nothing of how a plan is put together (see ``policies``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.backbones import Backbone, Orders
+from bigmac_lightning.schedule.backbones import Backbone, Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
@@ -40,10 +40,30 @@ def stage_ranks(schedule: Backbone, size: int, virtual_stages: int, encoder: boo
     return found
 
 
-def least_time(
+def fastest(
+    make: Callable[[Sequence[int]], Plan],
+    layouts: Sequence[Sequence[int]],
+    size: int,
+    microbatches: int,
+    costs: Costs,
+    workload: Workload | None,
+) -> Plan:
+    """The plan that takes the least time, of those that `make` gives for the layouts."""
+    best: Plan | None = None
+    for least, layout in sorted((_least_time(row, size, microbatches, costs, workload), row) for row in layouts):
+        if best is not None and least >= best.makespan:
+            break
+        plan = make(layout)
+        if best is None or plan.makespan < best.makespan:
+            best = plan
+    assert best is not None
+    return best
+
+
+def _least_time(
     stage_rank: Sequence[int], size: int, microbatches: int, costs: Costs, workload: Workload | None
 ) -> float:
-    """No plan with this layout takes less time: the busiest rank, which for the LLM waits for the others' stages, too."""
+    """No plan with this layout takes less time: the work of the busiest rank, with its wait for the others' stages."""
     kinds = costs.kinds
     forward = workload.total("EF") if workload else microbatches * costs.EF
     encoder = forward * (1 + costs.EB / costs.EF) if "EB" in kinds else forward if "EF" in kinds else 0.0
@@ -65,10 +85,27 @@ def least_time(
 def longer_stages(
     stage_rank: Sequence[int], size: int, costs: Costs, rows: Sequence[Sequence[float]] | None
 ) -> list[list[float]]:
-    """The times of F, B, I and W per stage, where `costs` or `rows` give those of as many stages as `size` ranks have."""
+    """The times of F, B, I and W per stage, where `costs` or `rows` give those of stages on all `size` ranks."""
     ranks = len(set(stage_rank))
     given = rows or [[costs.F, costs.B, costs.I or costs.B, costs.W]] * len(stage_rank)
     return [[time * size / ranks for time in row] for row in given]
+
+
+def whole_llm(plan: Plan) -> Plan:
+    """The bare backbone with its stages on all ranks."""
+    size, schedule = plan.pipeline_parallel_size, get_backbone(plan.backbone)
+    shorter = len(set(plan.stage_rank)) / size
+    mean = [sum(times) / len(plan.stage_costs) * shorter for times in zip(*plan.stage_costs, strict=True)]
+    stage_rank = schedule.stage_rank(size, plan.virtual_stages)
+    whole = replace(plan, stage_rank=stage_rank, stage_costs=[mean] * len(stage_rank))
+    orders = schedule.build(size, plan.microbatches, 0, plan.virtual_stages)
+    return replace(whole, ranks=[[action for action in actions if whole.occurs(action)] for actions in orders])
+
+
+def at_stages(orders: Orders, stage_rank: Sequence[int], size: int) -> Orders:
+    """A backbone's orders among the lists of all ranks, of which the others are empty."""
+    before, after = len(encoder_ranks(stage_rank)), len(generator_ranks(stage_rank, size))
+    return [[] for _ in range(before)] + orders + [[] for _ in range(after)]
 
 
 def encoder_ranks(stage_rank: Sequence[int]) -> range:

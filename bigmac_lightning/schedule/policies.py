@@ -4,18 +4,20 @@ Knows backbones, the nesting pass and costs; knows nothing of files, processes o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.disaggregated import (
+    at_stages,
     disaggregated,
     encoder_ranks,
+    fastest,
     generator_ranks,
-    least_time,
     longer_stages,
     stage_ranks,
+    whole_llm,
 )
 from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
@@ -41,17 +43,17 @@ class Policy:
     spread: bool = True
     own_ranks: bool = False
 
-    def encoder_ranks(self, plan: Plan) -> Sequence[int]:
-        """The ranks that may have encoder work."""
+    def encoder_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
+        """The ranks, of `size`, that may have encoder work."""
         if self.own_ranks:
-            return encoder_ranks(plan.stage_rank)
-        return range(plan.pipeline_parallel_size) if self.spread else plan.stage_rank[:1]
+            return encoder_ranks(stage_rank)
+        return range(size) if self.spread else stage_rank[:1]
 
-    def generator_ranks(self, plan: Plan) -> Sequence[int]:
-        """The ranks that may have generator work."""
+    def generator_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
+        """The ranks, of `size`, that may have generator work."""
         if self.own_ranks:
-            return generator_ranks(plan.stage_rank, plan.pipeline_parallel_size)
-        return range(plan.pipeline_parallel_size) if self.spread else plan.stage_rank[-1:]
+            return generator_ranks(stage_rank, size)
+        return range(size) if self.spread else stage_rank[-1:]
 
 
 def nested(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: float | None = None) -> Orders:
@@ -106,9 +108,9 @@ def filled(plan: Plan, bare: Timeline, workload: Workload | None = None, limit: 
 POLICIES: dict[str, Policy] = {
     "nested": Policy(nested),
     "upfront": Policy(upfront),
-    "recompute": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
     "filled": Policy(filled),
+    "recompute": Policy(upfront),
     "disaggregated": Policy(disaggregated, own_ranks=True),
 }
 
@@ -172,14 +174,11 @@ def make_plan(
             raise ValueError(f"stage_rank is given; expected only with policy disaggregated, not with {policy}")
         stage_rank = schedule.stage_rank(size, virtual_stages)
     elif stage_rank is None:
-        layouts = stage_ranks(schedule, size, virtual_stages, "EF" in kinds, "G" in kinds)
         if stage_costs or encoder_shares or generator_shares:
-            raise ValueError("stage_rank is missing; expected with policy disaggregated and given stage_costs or shares")
-        best: Plan | None = None
-        for least, layout in sorted((least_time(row, size, microbatches, costs, workload), row) for row in layouts):
-            if best is not None and least >= best.makespan:
-                break
-            made = make_plan(
+            raise ValueError(f"stage_rank is missing; policy {policy} expects it beside given shares or stage_costs")
+
+        def laid_out(stage_rank: Sequence[int]) -> Plan:
+            return make_plan(
                 policy=policy,
                 backbone=backbone,
                 pipeline_parallel_size=size,
@@ -189,21 +188,20 @@ def make_plan(
                 virtual_stages=virtual_stages,
                 extra_in_flight=extra_in_flight,
                 workload=workload,
-                stage_rank=layout,
+                stage_rank=stage_rank,
             )
-            if best is None or made.makespan < best.makespan:
-                best = made
-        assert best is not None
-        verify(best, max_encoder_units, workload=workload)
-        return best
+
+        layouts = stage_ranks(schedule, size, virtual_stages, "EF" in kinds, "G" in kinds)
+        plan = fastest(laid_out, layouts, size, microbatches, costs, workload)
+        verify(plan, max_encoder_units, workload=workload)
+        return plan
     stage_rank = list(stage_rank)
     llm_ranks = len(set(stage_rank))
 
     def bare_backbone(extra: int) -> Orders:
         orders = schedule.build(llm_ranks, microbatches, extra, virtual_stages)
         if chosen.own_ranks:
-            before, after = len(encoder_ranks(stage_rank)), len(generator_ranks(stage_rank, size))
-            orders = [[] for _ in range(before)] + orders + [[] for _ in range(after)]
+            orders = at_stages(orders, stage_rank, size)
         if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
             raise ValueError(f"costs.I or costs.W is 0; expected more, as {backbone} splits backwards into I and W")
         return [[action for action in actions if plan.occurs(action)] for actions in orders]
@@ -228,15 +226,15 @@ def make_plan(
     plan.ranks = bare_backbone(0)
     check_workload(plan, workload)
     if "EF" in kinds:
-        ranks = chosen.encoder_ranks(plan)
+        ranks = chosen.encoder_ranks(stage_rank, size)
         plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, ranks, workload)
     if "G" in kinds:
-        ranks = chosen.generator_ranks(plan)
+        ranks = chosen.generator_ranks(stage_rank, size)
         plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, ranks, workload)
     check_header(plan)
 
     bare = simulate(plan, workload)
-    plan.ideal = bare.makespan if llm_ranks == size else _bare_makespan(plan, workload)
+    plan.ideal = bare.makespan if llm_ranks == size else simulate(whole_llm(plan), workload).makespan
     if extra_in_flight is None and chosen.spread and "G" in kinds:
         least = group_size * (2 if chosen.own_ranks else 1)  # so that a group's generator work hides behind the next
         wanted = range(min(least, microbatches), microbatches + 1)  # all forwards first: always enough
@@ -251,20 +249,6 @@ def make_plan(
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
-
-
-def _bare_makespan(plan: Plan, workload: Workload | None) -> float:
-    """Of the LLM alone on all ranks, where a plan has given some of them other work."""
-    rows, size = plan.stage_costs, plan.pipeline_parallel_size
-    ranks = len(set(plan.stage_rank))
-    mean = [sum(column) / len(rows) * ranks / size for column in zip(*rows, strict=True)]
-    schedule, stages = get_backbone(plan.backbone), size * plan.virtual_stages
-    whole = replace(
-        plan, stage_rank=schedule.stage_rank(size, plan.virtual_stages), stage_costs=[list(mean)] * stages
-    )
-    orders = schedule.build(size, plan.microbatches, 0, plan.virtual_stages)
-    whole.ranks = [[action for action in actions if whole.occurs(action)] for actions in orders]
-    return simulate(whole, workload).makespan
 
 
 def _generator_fits(plan: Plan, ranks: Orders) -> bool:
@@ -298,6 +282,8 @@ def _shares(
 ) -> list[list[float]]:
     """The given rows, or rows that spread the work evenly over the ranks that may do it."""
     size = plan.pipeline_parallel_size
+    if not ranks:
+        raise ValueError(f"stage_rank is {plan.stage_rank}, which leaves no rank for {kind}; expected at least one")
     if given is None:
         even = [1 / len(ranks) if rank in ranks else 0.0 for rank in range(size)]
         idle = [workload is not None and not workload.total(kind, group) for group in plan.groups]

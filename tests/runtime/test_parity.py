@@ -121,9 +121,24 @@ def cases() -> list[Case]:
         found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
         found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
         found += [replace(base, text_only=(0, 1), tied=True)]
+    for pp in (2, 3, 4):
+        base = Case(pp, 5, min(2, pp), policy="disaggregated", targets=pp > 2)
+        found += [replace(base, microbatches=m, group_size=g) for m in (1, 2, 5, 8) for g in sorted({1, 2, pp})]
+        freezes = [("encoders",), ("llm",), ("generators",), ("encoders.image",), ("encoders", "llm")]
+        found += [replace(base, freeze=freeze) for freeze in freezes]
+        found += [replace(base, freeze=("encoders", "llm.embedding", "llm.layers.0", "llm.layers.1"))]
+        found += [replace(base, text_only=(0, 1), tied=True), replace(base, unlabelled=(0, 3)), replace(base, pieces=3)]
+        found += [replace(base, targets=False), replace(base, media=False, targets=True)]
+        found += [replace(base, media=False, targets=False)]
+        for backbone, virtual_stages in (("gpipe", 1), *BACKBONES_AND_STAGES):
+            found.append(replace(base, backbone=backbone, virtual_stages=virtual_stages, tied=True))
+    for pp in (1, 2, 3, 4):
+        for backbone, virtual_stages in BACKBONES_AND_STAGES:
+            found.append(Case(pp, 5, min(2, pp), policy="recompute", backbone=backbone, virtual_stages=virtual_stages))
     for policy in ("nested", "upfront", "first_stage"):
         for m in (1, 3, 8):
             found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]
+    found += [Case(2, 3, 2, dp=2, policy="disaggregated", targets=False, tied=True)]
     return found
 
 
@@ -167,7 +182,7 @@ def pipelined(
     meshes = {}
     results = []
     for case in todo:
-        options = case.options
+        options = case.options.placed(first.pp, encoder=case.media, generator=case.targets)
         stage_rank = options.stage_rank(first.pp)
         if tuple(stage_rank) not in meshes:
             meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)
