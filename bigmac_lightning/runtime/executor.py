@@ -256,7 +256,7 @@ class _Step:
             weights = self.work.split_weights(stage)
             splittable = self.executor.splittable
             if stage not in splittable:
-                splittable[stage] = not split_backward.uses_a_weight_twice(roots, weights)
+                splittable[stage] = split_backward.can_split(roots, weights)
             deferred = split_backward.backward_input(roots, gradients, inputs, weights if splittable[stage] else [])
         if deferred is not None:
             self.deferred[stage, action.index] = deferred

@@ -49,6 +49,7 @@ class Case:
     unlabelled: tuple[int, ...] = ()
     tied: bool = False
     pieces: int = 1
+    checkpointed: tuple[int, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -64,6 +65,7 @@ class Case:
         parts += [f"dp{self.dp}"] * (self.dp > 1) + [f"no-{name}" for name in self.freeze]
         parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
         parts += [f"unlabelled{''.join(map(str, self.unlabelled))}"] * bool(self.unlabelled)
+        parts += [f"checkpointed{''.join(map(str, self.checkpointed))}"] * bool(self.checkpointed)
         parts += [f"pieces{self.pieces}"] * (self.pieces > 1)
         parts += [f"text{''.join(map(str, self.text_only))}"] * bool(self.text_only)
         return "-".join(parts)
@@ -121,6 +123,10 @@ def cases() -> list[Case]:
         found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
         found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
         found += [replace(base, text_only=(0, 1), tied=True)]
+    for pp in (2, 4):
+        for backbone in ("1f1b", "zb1p", "zbv"):
+            stages = 2 if backbone == "zbv" else 1
+            found += [Case(pp, 5, 2, backbone=backbone, virtual_stages=stages, checkpointed=(0, 2), tied=True)]
     for pp in (2, 3, 4):
         base = Case(pp, 5, min(2, pp), policy="disaggregated", targets=pp > 2)
         found += [replace(base, microbatches=m, group_size=g) for m in (1, 2, 5, 8) for g in sorted({1, 2, pp})]
@@ -147,7 +153,7 @@ ALL = cases()
 
 def reference(case: Case) -> tuple[float, float, dict[str, torch.Tensor | None]]:
     """The plain path in this process, over the batches of all replicas at once."""
-    module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
+    module = ToyModule(case.layers, case.tied, case.freeze, checkpointed=case.checkpointed)
     module.configure_model()
     batches = [whole(case, replica) for replica in range(case.dp)]
     batch = replace(batches[0], microbatches=[m for b in batches for m in b.microbatches])
@@ -187,7 +193,7 @@ def pipelined(
         if tuple(stage_rank) not in meshes:
             meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)
         mesh = meshes[tuple(stage_rank)]
-        module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
+        module = ToyModule(case.layers, case.tied, case.freeze, checkpointed=case.checkpointed)
         module.part = part_of(mesh.pp_rank, split_layers(case.layers, len(stage_rank)), stage_rank)
         module.configure_model()
         runner = PipelineRunner(module, mesh, options)
@@ -272,6 +278,12 @@ def test_backwards_are_split_where_they_can_be(backbone: str, executed: dict[Cas
     splittable = {stage: split for *_, by_stage in executed[case] for stage, split in by_stage.items()}
     assert splittable == {stage: stage != 1 for stage in splittable}
     assert len(splittable) > 2
+
+
+def test_checkpointed_stages_are_not_split(executed: dict[Case, list[Any]]) -> None:
+    case = Case(4, 5, 2, backbone="zb1p", checkpointed=(0, 2), tied=True)
+    splittable = {stage: split for *_, by_stage in executed[case] for stage, split in by_stage.items()}
+    assert splittable == {0: False, 1: False, 2: False, 3: True}
 
 
 def test_cases_cover_what_they_name() -> None:
