@@ -20,7 +20,7 @@ from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.routing import Routing
+from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.schedule.plan import Plan
 
 
@@ -70,6 +70,7 @@ class PipelineRunner:
         self.stages = split_layers(module.llm.num_layers, len(self.stage_rank))
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
+        self.dtype = self._find_dtype()
         self.last_plan: Plan | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
@@ -103,7 +104,7 @@ class PipelineRunner:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
             work = BatchWork(self, batch, planned.plan, mode, module.scales(counts) * self.gradient_scale)
-            self.executor.run(planned.program, work, planner.trained.needs)
+            self.executor.run(planned.program, work, planner.trained.needs, planned.plan.recomputes)
             self.last_plan = planned.plan
             sums, predictions, samples = work.sums, work.predictions, work.samples
         if self.mesh.pp_size * self.mesh.dp_size > 1:
@@ -176,6 +177,16 @@ class PipelineRunner:
         )
         return Trained(needs, tuple(trained), backward_share(module.encoders.values()))
 
+    def _find_dtype(self) -> torch.dtype:
+        """Of the LLM, also on ranks that hold nothing of it."""
+        own = next(self.module.llm.parameters(), None)
+        found = [None if own is None else own.dtype]
+        if self.mesh.pp_size > 1:
+            first = self.mesh.pp_ranks[self.stage_rank[0]]
+            dist.broadcast_object_list(found, first, group=self.mesh.pp_group, device=self.mesh.device)
+        assert found[0] is not None
+        return found[0]
+
     def _find_places(self) -> ParameterPlaces:
         part = part_of(self.mesh.pp_rank, self.stages, self.stage_rank)
         tied_names = {name for pair in self.module.llm.tied.items() for name in pair}
@@ -225,10 +236,10 @@ class BatchWork:
         self.mode: Mode = mode
         self.rank = runner.mesh.pp_rank
         self.width = runner.module.llm.width
-        self.dtype = next(runner.module.llm.parameters()).dtype
+        self.dtype = runner.dtype
         microbatches = batch.microbatches
-        self.features = Routing([[(i.owner, i.rows) for i in mb.media] for mb in microbatches], plan.groups)
-        self.conditions = Routing([[(i.owner, i.rows) for i in mb.targets] for mb in microbatches], plan.groups)
+        self.features = _routing([microbatch.media for microbatch in microbatches], plan, "EF")
+        self.conditions = _routing([microbatch.targets for microbatch in microbatches], plan, "G")
         self.sums = torch.zeros(len(scales), device=scales.device)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
@@ -236,8 +247,9 @@ class BatchWork:
     def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
         return (*self.batch.microbatches[microbatch].shape, self.width)
 
-    def encode(self, group: int) -> Tensor:
-        items = [self.batch.microbatches[m].media[i] for m, i in self.features.items(group, self.rank)]
+    def encode(self, group: int, piece: int) -> Tensor:
+        places = self.features.items(group, (self.rank, piece))
+        items = [self.batch.microbatches[m].media[i] for m, i in places]
         with self.runner.forward_context():
             return torch.cat(self.module.encode(items))
 
@@ -255,8 +267,8 @@ class BatchWork:
         conditions = None if out.conditions is None else out.conditions.to(self.dtype)
         return Outcome(hidden, loss if loss is not None and loss.requires_grad else None, conditions)
 
-    def generate(self, group: int, conditions: Tensor) -> Tensor | None:
-        places = self.conditions.items(group, self.rank)
+    def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
+        places = self.conditions.items(group, (self.rank, piece))
         items: list[TargetItem] = [self.batch.microbatches[m].targets[i] for m, i in places]
         rows = list(conditions.split([item.rows for item in items]))
         with self.runner.forward_context():
@@ -274,6 +286,11 @@ class BatchWork:
 
     def split_weights(self, stage: int) -> list[nn.Parameter]:
         return self.runner.llm_weights
+
+
+def _routing(items: Sequence[Sequence[MediaItem | TargetItem]], plan: Plan, kind: str) -> Routing:
+    known = [[Item(item.owner, item.rows, item.cost) for item in row] for row in items]
+    return Routing(known, plan.groups, plan.pieces(kind))
 
 
 def backward_share(encoders: Iterable[nn.Module]) -> float:

@@ -12,7 +12,7 @@ from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
-from bigmac_lightning.schedule.policies import make_plan
+from bigmac_lightning.schedule.policies import POLICIES, make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
@@ -31,6 +31,7 @@ class PipelineOptions:
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
         virtual_stages: stages per rank.
+        own_stage_rank: the rank of each stage, where the policy leaves it open; set by `placed`.
     """
 
     policy: str = "nested"
@@ -39,22 +40,55 @@ class PipelineOptions:
     microbatches: int | None = None
     costs: Costs = DEFAULT_COSTS
     virtual_stages: int = 1
+    own_stage_rank: tuple[int, ...] | None = None
+
+    def placed(self, size: int, encoder: bool, generator: bool) -> "PipelineOptions":
+        """With the rank of each stage chosen, once and for all batches, where the policy leaves it open: what takes
+        the least time by `costs`.
+
+        Args:
+            encoder, generator: whether the model has any.
+
+        Raises:
+            ValueError: if `size` ranks are too few.
+        """
+        if not POLICIES[self.policy].own_ranks:
+            return self
+        costs = self.stage_costs
+        plan = make_plan(
+            policy=self.policy,
+            backbone=self.backbone,
+            pipeline_parallel_size=size,
+            virtual_stages=self.virtual_stages,
+            microbatches=self.microbatches or 4 * size,
+            group_size=self.group_size,
+            costs=replace(costs, EF=costs.EF if encoder else 0, G=costs.G if generator else 0),
+        )
+        return replace(self, own_stage_rank=tuple(plan.stage_rank))
+
+    @property
+    def stage_costs(self) -> Costs:
+        """The costs, for one of the stages of a rank."""
+        costs, stages = self.costs, self.virtual_stages
+        return replace(costs, F=costs.F / stages, B=costs.B / stages, I=costs.I / stages, W=costs.W / stages)
 
     def stage_rank(self, size: int) -> list[int]:
         """The pipeline rank of each stage."""
+        if POLICIES[self.policy].own_ranks:
+            assert self.own_stage_rank is not None, "not placed yet"
+            return list(self.own_stage_rank)
         return get_backbone(self.backbone).stage_rank(size, self.virtual_stages)
 
     def layout(self, size: int, rank: int) -> PipelineLayout:
         """What the DataModule of pipeline rank `rank` of `size` has to know."""
-        alone = self.policy == "first_stage"
-        stage_rank = self.stage_rank(size)
+        policy, stage_rank = POLICIES[self.policy], self.stage_rank(size)
         return PipelineLayout(
             size=size,
             rank=rank,
-            group_size=1 if alone else self.group_size or size,
+            group_size=self.group_size or size if policy.spread else 1,
             microbatches=self.microbatches,
-            encoder_ranks=(stage_rank[0],) if alone else None,
-            generator_ranks=(stage_rank[-1],) if alone else None,
+            encoder_ranks=_unless_all(policy.encoder_ranks(stage_rank, size), size),
+            generator_ranks=_unless_all(policy.generator_ranks(stage_rank, size), size),
         )
 
 
@@ -158,7 +192,7 @@ class Planner:
         media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
         targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
-        costs, stage_costs = self.trained.costs(self._stage_costs(), _any(encoder), _any(generator))
+        costs, stage_costs = self.trained.costs(self.options.stage_costs, _any(encoder), _any(generator))
         work = _workload(batch, costs)
         plan = make_plan(
             policy=self.options.policy,
@@ -169,16 +203,12 @@ class Planner:
             group_size=self.layout.group_size,
             costs=costs,
             stage_costs=stage_costs,
+            stage_rank=self.options.own_stage_rank,
             encoder_shares=encoder if _any(encoder) else None,
             generator_shares=generator if _any(generator) else None,
             workload=work,
         )
         return plan, work
-
-    def _stage_costs(self) -> Costs:
-        """The options' costs, for one of the rank's stages."""
-        costs, stages = self.options.costs, self.options.virtual_stages
-        return replace(costs, F=costs.F / stages, B=costs.B / stages, I=costs.I / stages, W=costs.W / stages)
 
     def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
         """Each rank's fraction of each group's cost."""
@@ -226,6 +256,10 @@ def _scaled(items: Sequence[Sequence[float]], cost: float) -> list[tuple[float, 
     total = sum(map(sum, items))
     factor = cost * len(items) / total if total else 0.0
     return [tuple(item * factor for item in row) for row in items]
+
+
+def _unless_all(ranks: Sequence[int], size: int) -> tuple[int, ...] | None:
+    return None if len(ranks) == size else tuple(ranks)
 
 
 def _any(rows: list[list[float]]) -> bool:

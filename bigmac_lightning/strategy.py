@@ -56,7 +56,8 @@ class BigMacStrategy(DDPStrategy):
         group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
         backbone: the LLM's schedule, by name.
         virtual_stages: stages per rank; what is possible depends on the backbone.
-        policy: how encoder and generator are placed: "nested", "filled", "upfront" or "first_stage".
+        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute", "first_stage" or
+            "disaggregated" (ranks of their own, as many as take the least time by `costs`).
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
@@ -170,6 +171,7 @@ class BigMacStrategy(DDPStrategy):
                 "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
+        self._options = self._options.placed(pp, encoder=bool(module.encoders), generator=bool(module.generators))
         stage_rank = self._options.stage_rank(pp)
         stages = split_layers(module.llm.num_layers, len(stage_rank))
         super().setup_environment()

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
@@ -41,9 +42,9 @@ class ToyLayer(nn.Module):
 
 
 class ToyLLM(LanguageModel):
-    def __init__(self, layers: int = 4, tied: bool = False) -> None:
+    def __init__(self, layers: int = 4, tied: bool = False, checkpointed: Collection[int] = ()) -> None:
         super().__init__()
-        self.num_layers, self.width = layers, WIDTH
+        self.num_layers, self.width, self.checkpointed = layers, WIDTH, checkpointed
         self.tied = {"head.weight": "embedding.weight"} if tied else {}
 
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -66,7 +67,8 @@ class ToyLLM(LanguageModel):
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range) -> Tensor:
         for i in layers:
-            h_BSD = self.layers[str(i)](h_BSD)
+            layer = self.layers[str(i)]
+            h_BSD = checkpoint(layer, h_BSD, use_reentrant=False) if i in self.checkpointed else layer(h_BSD)
         return self.norm(h_BSD) if layers.stop == self.num_layers else h_BSD
 
     def logits(self, h_LD: Tensor) -> Tensor:
@@ -112,7 +114,8 @@ class ToyGenerator(Generator):
 
 
 class ToyModule(PipelineModule):
-    """All components; `freeze` names prefixes of parameters that are not trained."""
+    """All components; `freeze` names prefixes of parameters that are not trained, `checkpointed` the LLM's layers that
+    recompute their activations."""
 
     def __init__(
         self,
@@ -121,9 +124,10 @@ class ToyModule(PipelineModule):
         freeze: Sequence[str] = (),
         optimizer: str = "adamw",
         lr: float = 1e-2,
+        checkpointed: Collection[int] = (),
     ) -> None:
         super().__init__(
-            ToyLLM(layers, tied),
+            ToyLLM(layers, tied, checkpointed),
             {"image": ToyEncoder("image"), "audio": ToyEncoder("audio")},
             {"drawing": ToyGenerator("drawing"), "sketch": ToyGenerator("sketch")},
             loss_weights={"text": 0.7, "drawing": 1.9},

@@ -18,7 +18,8 @@ from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.routing import Routing
+from bigmac_lightning.runtime.randomness import RandomState
+from bigmac_lightning.runtime.routing import Place, Routing
 from bigmac_lightning.runtime.trace import Trace
 from bigmac_lightning.runtime.transport import Transport
 from bigmac_lightning.schedule.action import Action
@@ -56,16 +57,16 @@ class Work(Protocol):
         """Shape of the hidden states of a microbatch, known before anything runs."""
         ...
 
-    def encode(self, group: int) -> Tensor:
-        """The rows of this rank's share of a group."""
+    def encode(self, group: int, piece: int) -> Tensor:
+        """The rows of a piece, which has items, of this rank's share of a group."""
         ...
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
         """One stage on one microbatch."""
         ...
 
-    def generate(self, group: int, conditions: Tensor) -> Tensor | None:
-        """The scaled loss of this rank's share of a group; ``None`` where there is nothing to learn from."""
+    def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
+        """The scaled loss of a piece, which has items; ``None`` where there is nothing to learn from."""
         ...
 
     def split_weights(self, stage: int) -> Sequence[nn.Parameter]:
@@ -103,12 +104,15 @@ class Executor:
         self.memory, self.trace = memory, trace
         self.splittable: dict[int, bool] = {}  # by stage, found at its first split backward
 
-    def run(self, program: Sequence[Instruction], work: Work, needs: Needs) -> None:
+    def run(self, program: Sequence[Instruction], work: Work, needs: Needs, recompute: bool = False) -> None:
         """Run one step. Gradients are added to the parameters' ``.grad``.
+
+        Args:
+            recompute: encoder forwards keep nothing, and encoder backwards do them once more.
 
         Any error names the rank and the action it happened in.
         """
-        step = _Step(self, work, needs)
+        step = _Step(self, work, needs, recompute)
         for instruction in program:
             try:
                 step.run(instruction)
@@ -122,15 +126,15 @@ class Executor:
 class _Step:
     """The state of one run of one program."""
 
-    def __init__(self, executor: Executor, work: Work, needs: Needs) -> None:
-        self.executor, self.work, self.needs = executor, work, needs
+    def __init__(self, executor: Executor, work: Work, needs: Needs, recompute: bool) -> None:
+        self.executor, self.work, self.needs, self.recompute = executor, work, needs, recompute
         self.rank = executor.mesh.pp_rank
         self.last = len(executor.stage_rank) - 1
         self.transport = Transport(executor.mesh)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
-        self.encoded: dict[int, Tensor] = {}
-        self.arriving: dict[tuple[str, int], _Shares] = {}  # features and conditions_grad, by group
+        self.encoded: dict[tuple[int, int], Tensor | RandomState] = {}  # by group and piece
+        self.arriving: dict[tuple[str, int], _Pieces] = {}  # features and conditions_grad, by group
         self.leaving: dict[tuple[str, int], _Rows] = {}  # conditions and features_grad, by group
         self.handlers: dict[str, Callable[[Action], Mapping[str, Tensor]]] = {
             "EF": self.encode,
@@ -162,18 +166,18 @@ class _Step:
         if message.kind in ("hidden", "hidden_grad"):
             return self.work.hidden_shape(message.index)
         routing = self.work.features if message.kind.startswith("features") else self.work.conditions
-        return (routing.rows(message.index, message.place), self.work.width)
+        return (routing.rows(message.index, (message.place, message.piece)), self.work.width)
 
     def content(self, message: Message, results: Mapping[str, Tensor]) -> Tensor:
         """The tensor of a message, after the action that produces it."""
-        if message.kind in ("features_grad", "conditions"):  # the group's last microbatch is done: cut into shares
+        if message.kind in ("features_grad", "conditions"):  # the group's last microbatch is done: cut into pieces
             routing = self.work.features if message.kind == "features_grad" else self.work.conditions
             rows = self.leaving[message.kind, message.index]
-            share = routing.scatter(message.index, message.place, rows.of_microbatch)
-            rows.shares_left -= 1
-            if not rows.shares_left:
+            piece = routing.scatter(message.index, (message.place, message.piece), rows.of_microbatch)
+            rows.pieces_left -= 1
+            if not rows.pieces_left:
                 del self.leaving[message.kind, message.index]
-            return share
+            return piece
         return results[message.kind]
 
     @contextmanager
@@ -189,19 +193,28 @@ class _Step:
     # -- encoder ---------------------------------------------------------------------------------------------------
 
     def encode(self, action: Action) -> Mapping[str, Tensor]:
-        with self.computing(action, "encoder", self.needs.encoder):
-            rows = self.work.encode(action.index).to(self.work.dtype)
+        state = RandomState(self.executor.mesh.device) if self.recompute else None
+        with self.computing(action, "encoder", self.needs.encoder and not self.recompute):
+            rows = self._encode(action)
         if self.needs.encoder:
-            self.encoded[action.index] = rows
+            self.encoded[action.index, action.piece] = rows if state is None else state
         return {"features": rows.detach()}
 
     def encode_backward(self, action: Action) -> Mapping[str, Tensor]:
-        gradient = self.transport.take(Message("features_grad", action.index, self.rank))
-        rows = self.encoded.pop(action.index)
+        gradient = self.transport.take(Message("features_grad", action.index, self.rank, action.piece))
+        rows = self.encoded.pop((action.index, action.piece))
         with self.computing(action, "encoder", grad=True):
-            if rows.requires_grad:  # a share may hold only items of a frozen encoder
+            if isinstance(rows, RandomState):
+                with rows.restored():
+                    rows = self._encode(action)
+            if rows.requires_grad:  # a piece may hold only items of a frozen encoder, or none
                 torch.autograd.backward(rows, gradient)
         return {}
+
+    def _encode(self, action: Action) -> Tensor:
+        if not self.work.features.items(action.index, (self.rank, action.piece)):
+            return torch.empty(0, self.work.width, dtype=self.work.dtype, device=self.executor.mesh.device)
+        return self.work.encode(action.index, action.piece).to(self.work.dtype)
 
     # -- LLM ---------------------------------------------------------------------------------------------------------
 
@@ -243,7 +256,7 @@ class _Step:
             weights = self.work.split_weights(stage)
             splittable = self.executor.splittable
             if stage not in splittable:
-                splittable[stage] = not split_backward.uses_a_weight_twice(roots, weights)
+                splittable[stage] = split_backward.can_split(roots, weights)
             deferred = split_backward.backward_input(roots, gradients, inputs, weights if splittable[stage] else [])
         if deferred is not None:
             self.deferred[stage, action.index] = deferred
@@ -285,50 +298,51 @@ class _Step:
     # -- generator -------------------------------------------------------------------------------------------------
 
     def generate(self, action: Action) -> Mapping[str, Tensor]:
-        conditions = self.transport.take(Message("conditions", action.index, self.rank))
+        conditions = self.transport.take(Message("conditions", action.index, self.rank, action.piece))
         back = self.needs.stages[-1]
         conditions.requires_grad_(back)
         with self.computing(action, "generator", back or self.needs.generator):
-            loss = self.work.generate(action.index, conditions)
+            has_items = self.work.conditions.items(action.index, (self.rank, action.piece))
+            loss = self.work.generate(action.index, action.piece, conditions) if has_items else None
             if loss is not None and loss.requires_grad:
                 loss.backward()
         return {"conditions_grad": _gradient(conditions)} if back else {}
 
-    # -- shares ------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _gather(self, kind: MessageKind, routing: Routing, microbatch: int) -> Tensor:
-        """A microbatch's rows of what the ranks sent for its group; waits for all of the group's shares."""
+        """A microbatch's rows of what the ranks sent for its group; waits for all of the group's pieces."""
         group = routing.group_of[microbatch]
-        shares = self.arriving.get((kind, group))
-        if shares is None:
-            buffers = {rank: self.transport.take(Message(kind, group, rank)) for rank in routing.ranks(group)}
-            shares = self.arriving[kind, group] = _Shares(buffers, sum(map(routing.has_items, routing.groups[group])))
-        shares.microbatches_left -= 1
-        if not shares.microbatches_left:
+        pieces = self.arriving.get((kind, group))
+        if pieces is None:
+            buffers = {place: self.transport.take(Message(kind, group, *place)) for place in routing.places(group)}
+            pieces = self.arriving[kind, group] = _Pieces(buffers, sum(map(routing.has_items, routing.groups[group])))
+        pieces.microbatches_left -= 1
+        if not pieces.microbatches_left:
             del self.arriving[kind, group]
-        return routing.gather(microbatch, shares.of_rank)
+        return routing.gather(microbatch, pieces.of_place)
 
     def _collect(self, kind: MessageKind, routing: Routing, microbatch: int, rows: Tensor) -> None:
-        """Keep a microbatch's rows until its whole group can be cut into shares."""
+        """Keep a microbatch's rows until its whole group can be cut into pieces."""
         group = routing.group_of[microbatch]
-        collected = self.leaving.setdefault((kind, group), _Rows({}, len(routing.ranks(group))))
+        collected = self.leaving.setdefault((kind, group), _Rows({}, len(routing.places(group))))
         collected.of_microbatch[microbatch] = rows
 
 
 @dataclass
-class _Shares:
-    """A group's buffers by rank, until the last of its microbatches has taken its rows."""
+class _Pieces:
+    """A group's buffers, until the last of its microbatches has taken its rows."""
 
-    of_rank: dict[int, Tensor]
+    of_place: dict[Place, Tensor]
     microbatches_left: int
 
 
 @dataclass
 class _Rows:
-    """A group's rows by microbatch, until the last share has been cut from them."""
+    """A group's rows by microbatch, until the last piece has been cut from them."""
 
     of_microbatch: dict[int, Tensor]
-    shares_left: int
+    pieces_left: int
 
 
 def _stage(action: Action) -> int:

@@ -30,15 +30,17 @@ class Message:
 
     Attributes:
         kind: ``hidden``/``hidden_grad``: a microbatch's hidden states between stages and their gradient;
-            ``features``/``features_grad``: a rank's share of a group's encoder features and their gradient;
-            ``conditions``/``conditions_grad``: a rank's share of a group's generator conditions and their gradient.
+            ``features``/``features_grad``: encoder features of a piece of a rank's share of a group, their gradient;
+            ``conditions``/``conditions_grad``: generator conditions of such a piece and their gradient.
         index: microbatch (hidden) or group (features, conditions).
         place: the stage that consumes the hidden states or produced them; the rank that owns the share.
+        piece: which piece of the share.
     """
 
     kind: MessageKind
     index: int
     place: int
+    piece: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,11 @@ class _Routes:
         self.plan, self.needs = plan, needs
         self.last = len(plan.stage_rank) - 1
         self.group_of = {m: g for g, group in enumerate(plan.groups) for m in group}
-        self.ranks_of: dict[tuple[str, int], list[int]] = {}
+        self.pieces_of: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (rank, piece)
         for rank, actions in enumerate(plan.ranks):
             for action in actions:
                 if action.nested:
-                    assert action.pieces == 1, "pieces of shares are not executed yet"
-                    self.ranks_of.setdefault((action.kind, action.index), []).append(rank)
+                    self.pieces_of.setdefault((action.kind, action.index), []).append((rank, action.piece))
         # stage 0's backwards and the last stage's forwards still to come per group: the last one sends for the group
         self.backwards_left = [len(group) for group in plan.groups]
         self.forwards_left = [len(group) for group in plan.groups]
@@ -124,9 +125,9 @@ class _Routes:
     def produced(self, rank: int, action: Action) -> list[tuple[Message, int]]:
         stage_rank, index, stage = self.plan.stage_rank, action.index, action.stage
         if action.kind == "EF":
-            return [(Message("features", index, rank), stage_rank[0])]
+            return [(Message("features", index, rank, action.piece), stage_rank[0])]
         if action.kind == "G" and self.needs.stages[-1]:
-            return [(Message("conditions_grad", index, rank), stage_rank[-1])]
+            return [(Message("conditions_grad", index, rank, action.piece), stage_rank[-1])]
         if action.kind == "F" and stage is not None:
             if stage < self.last:
                 return [(Message("hidden", index, stage + 1), stage_rank[stage + 1])]
@@ -145,4 +146,5 @@ class _Routes:
         left[group] -= 1
         if left[group]:
             return []
-        return [(Message(message, group, rank), rank) for rank in self.ranks_of.get((kind, group), [])]
+        pieces = self.pieces_of.get((kind, group), [])
+        return [(Message(message, group, rank, piece), rank) for rank, piece in pieces]

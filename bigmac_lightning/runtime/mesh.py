@@ -95,7 +95,7 @@ def build_mesh(
     if pp > 1:
         for pipeline in pipelines:
             for kind, upwards in itertools.product(MESSAGE_KINDS, (True, False)):
-                if not _used(kind, upwards, stage_rank):
+                if not _used(kind, upwards, stage_rank, pp):
                     continue
                 group = dist.new_group(list(pipeline), timeout=timeout)
                 if isinstance(group, Group):  # else this rank is in another pipeline
@@ -106,9 +106,9 @@ def build_mesh(
     return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group)
 
 
-def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int]) -> bool:
+def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int], pp: int) -> bool:
     """Whether messages of a kind go in a direction at all, given where the stages are."""
-    ranks = range(len(set(stage_rank)))
+    ranks = range(pp)
     pairs = {
         "hidden": list(itertools.pairwise(stage_rank)),
         "features": [(rank, stage_rank[0]) for rank in ranks],

@@ -27,24 +27,45 @@ class Deferred:
     gradients: list[Tensor | None]
 
 
-def uses_a_weight_twice(roots: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> bool:
-    """Whether a weight occurs more than once in the graph (tied, or a shared norm): it cannot be split then."""
+def can_split(roots: Sequence[Tensor], weights: Sequence[nn.Parameter]) -> bool:
+    """Whether a graph's backward can be split, and gains by it.
+
+    It cannot if a weight occurs more than once (tied, or a shared norm). It does not gain if activations are
+    checkpointed: each half would recompute them.
+    """
     known = {id(weight) for weight in weights}
     waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(waiting)
     leaves: set[object] = set()
     while waiting:
-        for node, _ in waiting.pop().next_functions:
+        taken = waiting.pop()
+        if _is_checkpointed(taken):
+            return False
+        for node, _ in taken.next_functions:
             if node is None:
                 continue
             variable = getattr(node, "variable", None)  # of the nodes where leaves' gradients are accumulated
             if id(variable) in known:
                 if node in leaves:
-                    return True
+                    return False
                 leaves.add(node)
             elif node not in seen:
                 seen.add(node)
                 waiting.append(node)
+    return True
+
+
+def _is_checkpointed(node: Any) -> bool:
+    """Whether what this node saved belongs to torch.utils.checkpoint, reentrant or not."""
+    if node.name() == "CheckpointFunctionBackward":
+        return True
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            saved = getattr(node, name)
+            for tensor in saved if isinstance(saved, tuple | list) else (saved,):
+                hook = tensor.unpack_hook
+                if hook is not None and hook.__module__ == "torch.utils.checkpoint":
+                    return True
     return False
 
 
@@ -68,6 +89,7 @@ def backward_input(
         torch.autograd.backward(roots, gradients)
         return None
     given = [torch.ones_like(r) if g is None else g for r, g in zip(roots, gradients, strict=True)]
+    roots = [root.clone() if root._is_view() else root for root in roots]  # views cannot be detached in place
     _, parameter_groups = stage_backward_input(roots, given, list(inputs), iter(weights))
     return Deferred(parameter_groups, [], [])
 

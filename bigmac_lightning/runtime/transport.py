@@ -1,6 +1,7 @@
 """Moves tensors between the ranks of a pipeline: asynchronous sends and receives, a process group per message kind and
 direction.
 
+Tensors without elements (empty pieces) do not travel: both sides know their shape.
 No tags (NCCL has none): messages between two ranks in one group arrive in the order of the programs, which follow one
 total order. `Work.wait()` blocks the CPU on gloo and only the current stream on CUDA.
 """
@@ -31,6 +32,8 @@ class Transport:
     def send(self, message: Message, peer: int) -> None:
         """Start sending what was put, to the pipeline rank `peer`."""
         tensor = self._tensors.pop(message).contiguous()
+        if not tensor.numel():
+            return
         self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
         group = self._mesh.channels[message.kind, peer > self._mesh.pp_rank]
         work = dist.isend(tensor, self._mesh.pp_ranks[peer], group=group)
@@ -39,11 +42,13 @@ class Transport:
 
     def receive(self, message: Message, peer: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Start receiving from the pipeline rank `peer`."""
-        tensor = torch.empty(tuple(shape), dtype=dtype, device=self._mesh.device)
+        tensor = self._tensors[message] = torch.empty(tuple(shape), dtype=dtype, device=self._mesh.device)
+        if not tensor.numel():
+            return
         group = self._mesh.channels[message.kind, self._mesh.pp_rank > peer]
         work = dist.irecv(tensor, self._mesh.pp_ranks[peer], group=group)
         assert work is not None
-        self._tensors[message], self._arriving[message] = tensor, work
+        self._arriving[message] = work
 
     def take(self, message: Message) -> Tensor:
         """The tensor, once it is there; it is forgotten here."""

@@ -19,6 +19,7 @@ from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_micr
 from bigmac_lightning.schedule.nested_orders import NestedOrders
 from bigmac_lightning.schedule.nesting import Cut, consistent_cuts, nest
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.setting import Setting
 from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
 from bigmac_lightning.schedule.swaps import swap
 from bigmac_lightning.schedule.tasks import EPS, Tasks, justify, list_schedule
@@ -32,31 +33,24 @@ POLISHED, SWAPPED = 10, 4
 """How many of the best schedules are improved by justification, and by swaps."""
 
 
-def fill(
-    plan: Plan,
-    bare: Timeline,
-    workload: Workload | None = None,
-    max_encoder_units: float | None = None,
-    pieces: int = 1,
-) -> list[list[Action]]:
+def fill(plan: Plan, setting: Setting) -> list[list[Action]]:
     """Every rank's actions: the bare backbone of `plan` with its nested work in bubbles.
 
     Args:
         plan: its lists hold the bare backbone.
-        bare: the simulated bare backbone.
-        workload: see ``simulate.durations``.
-        max_encoder_units: most encoder units that a rank may have alive; by default 2, or 3 with a generator, or what
-            the cut takes if that is more.
-        pieces: in how many pieces an encoder share may be cut; none gets much shorter than half a stage's forward.
-            (Pieces of the generator's shares gain nothing.)
+        setting: by default 2 encoder units may be alive, or 3 with a generator, or what the cut takes if that is more.
+            Pieces of encoder shares do not get much shorter than half a stage's forward. (The generator's shares are
+            not cut: that gains nothing.)
 
     Returns: the cut if nothing better is found, also where the cut has more encoder units alive than allowed.
     """
-    cut = replace(plan, ranks=nest(plan, bare, workload=workload))
-    if max_encoder_units is None:
+    workload, limit = setting.workload, setting.max_encoder_units
+    cut = replace(plan, ranks=nest(plan, setting.bare, workload=workload))
+    if limit is None:
         peak = max((units for row in live_encoder_units(cut, workload) for units in row), default=0.0)
-        max_encoder_units = max(default_limit(plan), peak)
-    found = [_Search(start, plan, bare, workload, max_encoder_units).run() for start in _starts(cut, workload, pieces)]
+        limit = max(default_limit(plan), peak)
+    starts = _starts(cut, workload, setting.pieces)
+    found = [_Search(start, plan, setting.bare, workload, limit).run() for start in starts]
     return min((lists for lists in found if lists is not None), default=(0.0, cut.ranks), key=lambda lists: lists[0])[1]
 
 

@@ -23,9 +23,10 @@ def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
 def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[list[tuple[float, float]]]:
     """Per rank and position, the encoder units alive while that action runs, and right after it.
 
-    EF takes them at its start; EB frees them at its end (without EB, EF at its own end).
+    EF takes them at its start; EB frees them at its end (without EB, EF at its own end). Where a plan recomputes, both
+    take them and free them.
     """
-    units, trained = group_units(plan, workload), "EB" in plan.costs.kinds
+    units, kept = group_units(plan, workload), "EB" in plan.costs.kinds and not plan.recomputes
     ranks: list[list[tuple[float, float]]] = []
     for rank, actions in enumerate(plan.ranks):
         alive, row = 0.0, []
@@ -33,11 +34,11 @@ def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[lis
             during = after = alive
             if action.kind in ("EF", "EB"):
                 size = units[action.index] * plan.encoder_shares[action.index][rank] / action.pieces
-                if action.kind == "EB":
+                if action.kind == "EB" and kept:
                     after = max(0.0, alive - size)
                 else:
                     during = alive + size
-                    after = during if trained else alive
+                    after = during if kept else alive
             row.append((during, after))
             alive = after
         ranks.append(row)

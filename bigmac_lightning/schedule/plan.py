@@ -79,6 +79,15 @@ class Plan:
         kinds = self.costs.kinds
         return action.kind in kinds and (action.stage is None or self.cost(action.kind, action.stage) > 0)
 
+    def pieces(self, kind: str) -> dict[tuple[int, int], int]:
+        """By group and rank, in how many pieces that rank's share of EF, EB or G is cut."""
+        return {(a.index, rank): a.pieces for rank, row in enumerate(self.ranks) for a in row if a.kind == kind}
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether encoder activations are not kept: EB then starts with the forward once more."""
+        return self.policy == "recompute"
+
     def shares(self, kind: str) -> list[list[float]]:
         """The shares that an EF, EB or G action is measured by."""
         return self.generator_shares if kind == "G" else self.encoder_shares

@@ -48,6 +48,8 @@ def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]
         workload: the work of each microbatch, where they differ: scales LLM actions and replaces the costs of
             encoder forwards and of the generator; encoder backwards take costs.EB / costs.EF times the forward.
 
+    Where a plan recomputes, an encoder backward takes a forward's time more.
+
     Raises:
         ValueError: if the workload is of another number of microbatches.
     """
@@ -55,7 +57,9 @@ def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]
     llm_cost = [{kind: plan.cost(kind, stage) for kind in LLM_KINDS} for stage in range(plan.stages)]
     scale = [work.llm for work in workload.microbatches] if workload else [1.0] * plan.microbatches
     nested = ("EF", "EB", "G")
-    nested_cost = {kind: [_group_cost(plan, workload, kind, group) for group in plan.groups] for kind in nested}
+    nested_cost = {kind: [group_cost(plan, workload, kind, group) for group in plan.groups] for kind in nested}
+    if plan.recomputes:
+        nested_cost["EB"] = [sum(both) for both in zip(nested_cost["EF"], nested_cost["EB"], strict=True)]
     shares = {kind: plan.shares(kind) for kind in nested}
     return [
         [
@@ -146,8 +150,8 @@ def simulate(
 _durations = durations  # the name that `simulate` can use beside its argument
 
 
-def _group_cost(plan: Plan, workload: Workload | None, kind: str, group: list[int]) -> float:
-    """Time of a whole group's work of this kind on one rank."""
+def group_cost(plan: Plan, workload: Workload | None, kind: str, group: list[int]) -> float:
+    """Time of a whole group's work of kind EF, EB or G on one rank, without any recomputation."""
     cost = getattr(plan.costs, kind)
     if workload is None or not cost:
         return cost * len(group)

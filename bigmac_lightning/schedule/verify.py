@@ -61,16 +61,17 @@ def verify(
 
 def check_header(plan: Plan) -> None:
     """Check everything about a plan but its ranks' lists; raises ``PlanError``."""
-    size, stages = plan.pipeline_parallel_size, plan.pipeline_parallel_size * plan.virtual_stages
+    size = plan.pipeline_parallel_size
     for name in ("pipeline_parallel_size", "virtual_stages", "microbatches"):
         if getattr(plan, name) < 1:
             raise PlanError(f"{name} is {getattr(plan, name)}; expected at least 1")
-    if len(plan.stage_rank) != stages:
-        raise PlanError(f"stage_rank has {len(plan.stage_rank)} entries; expected one for each of {stages} stages")
+    if not plan.stage_rank or not all(0 <= rank < size for rank in plan.stage_rank):
+        raise PlanError(f"stage_rank is {plan.stage_rank}; expected the rank, 0 .. {size - 1}, of each stage")
     for rank in range(size):
-        if plan.stage_rank.count(rank) != plan.virtual_stages:
+        if plan.stage_rank.count(rank) not in (0, plan.virtual_stages):
             raise PlanError(
-                f"stage_rank gives rank {rank} {plan.stage_rank.count(rank)} stages; expected {plan.virtual_stages}"
+                f"stage_rank gives rank {rank} {plan.stage_rank.count(rank)} stages; "
+                f"expected {plan.virtual_stages}, or none if it has only encoder or generator work"
             )
     if sorted(microbatch for group in plan.groups for microbatch in group) != list(range(plan.microbatches)):
         raise PlanError(f"groups must hold each of the microbatches 0 .. {plan.microbatches - 1} exactly once")

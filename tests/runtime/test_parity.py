@@ -10,9 +10,13 @@ import torch.distributed as dist
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
+from bigmac_lightning.planning import PipelineOptions, PlannedBatch
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
+from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.verify import verify
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 
@@ -44,6 +48,8 @@ class Case:
     text_only: tuple[int, ...] = ()
     unlabelled: tuple[int, ...] = ()
     tied: bool = False
+    pieces: int = 1
+    checkpointed: tuple[int, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -59,6 +65,8 @@ class Case:
         parts += [f"dp{self.dp}"] * (self.dp > 1) + [f"no-{name}" for name in self.freeze]
         parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
         parts += [f"unlabelled{''.join(map(str, self.unlabelled))}"] * bool(self.unlabelled)
+        parts += [f"checkpointed{''.join(map(str, self.checkpointed))}"] * bool(self.checkpointed)
+        parts += [f"pieces{self.pieces}"] * (self.pieces > 1)
         parts += [f"text{''.join(map(str, self.text_only))}"] * bool(self.text_only)
         return "-".join(parts)
 
@@ -104,9 +112,39 @@ def cases() -> list[Case]:
             found += [replace(base, policy=policy) for policy in ("upfront", "first_stage", "filled")]
             found += [replace(base, tied=True), replace(base, targets=False, text_only=(0, 1), group_size=pp)]
             found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("generators",))]
+    for pp in (1, 2, 3, 4):
+        for policy in ("nested", "upfront", "filled", "recompute"):
+            base = Case(pp, 5, min(2, pp), policy=policy, pieces=3)
+            found += [base, replace(base, microbatches=8, group_size=pp, text_only=(0, 1), tied=True)]
+        base = Case(pp, 5, pp, pieces=5)
+        found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
+        found += [replace(base, backbone="zbv", virtual_stages=2), replace(base, targets=False)]
+        base = Case(pp, 5, min(2, pp), policy="recompute")
+        found += [replace(base, microbatches=m) for m in (1, 2, 5, 8)]
+        found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
+        found += [replace(base, text_only=(0, 1), tied=True)]
+    for pp in (2, 4):
+        for backbone in ("1f1b", "zb1p", "zbv"):
+            stages = 2 if backbone == "zbv" else 1
+            found += [Case(pp, 5, 2, backbone=backbone, virtual_stages=stages, checkpointed=(0, 2), tied=True)]
+    for pp in (2, 3, 4):
+        base = Case(pp, 5, min(2, pp), policy="disaggregated", targets=pp > 2)
+        found += [replace(base, microbatches=m, group_size=g) for m in (1, 2, 5, 8) for g in sorted({1, 2, pp})]
+        freezes = [("encoders",), ("llm",), ("generators",), ("encoders.image",), ("encoders", "llm")]
+        found += [replace(base, freeze=freeze) for freeze in freezes]
+        found += [replace(base, freeze=("encoders", "llm.embedding", "llm.layers.0", "llm.layers.1"))]
+        found += [replace(base, text_only=(0, 1), tied=True), replace(base, unlabelled=(0, 3)), replace(base, pieces=3)]
+        found += [replace(base, targets=False), replace(base, media=False, targets=True)]
+        found += [replace(base, media=False, targets=False)]
+        for backbone, virtual_stages in (("gpipe", 1), *BACKBONES_AND_STAGES):
+            found.append(replace(base, backbone=backbone, virtual_stages=virtual_stages, tied=True))
+    for pp in (1, 2, 3, 4):
+        for backbone, virtual_stages in BACKBONES_AND_STAGES:
+            found.append(Case(pp, 5, min(2, pp), policy="recompute", backbone=backbone, virtual_stages=virtual_stages))
     for policy in ("nested", "upfront", "first_stage"):
         for m in (1, 3, 8):
             found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]
+    found += [Case(2, 3, 2, dp=2, policy="disaggregated", targets=False, tied=True)]
     return found
 
 
@@ -115,7 +153,7 @@ ALL = cases()
 
 def reference(case: Case) -> tuple[float, float, dict[str, torch.Tensor | None]]:
     """The plain path in this process, over the batches of all replicas at once."""
-    module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
+    module = ToyModule(case.layers, case.tied, case.freeze, checkpointed=case.checkpointed)
     module.configure_model()
     batches = [whole(case, replica) for replica in range(case.dp)]
     batch = replace(batches[0], microbatches=[m for b in batches for m in b.microbatches])
@@ -150,17 +188,21 @@ def pipelined(
     meshes = {}
     results = []
     for case in todo:
-        options = case.options
+        options = case.options.placed(first.pp, encoder=case.media, generator=case.targets)
         stage_rank = options.stage_rank(first.pp)
         if tuple(stage_rank) not in meshes:
             meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)
         mesh = meshes[tuple(stage_rank)]
-        module = ToyModule(case.layers, tied=case.tied, freeze=case.freeze)
+        module = ToyModule(case.layers, case.tied, case.freeze, checkpointed=case.checkpointed)
         module.part = part_of(mesh.pp_rank, split_layers(case.layers, len(stage_rank)), stage_rank)
         module.configure_model()
         runner = PipelineRunner(module, mesh, options)
         try:
-            out = runner(make(case, runner.layout, mesh.dp_rank), "train")
+            batch = make(case, runner.layout, mesh.dp_rank)
+            if case.pieces > 1:
+                batch.planned = planned_in_pieces(runner, batch.useful(), case.pieces)
+            out = runner(batch, "train")
+            assert case.pieces == 1 or runner.last_plan is None or runner.last_plan is batch.planned.plan
         except Exception as error:
             error.add_note(f"case {case}")
             raise
@@ -170,6 +212,30 @@ def pipelined(
             (out.loss.item(), global_norm(runner.places, mesh).item(), gradients, runner.executor.splittable)
         )
     return results
+
+
+def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> PlannedBatch:
+    """The batch's plan with nested actions in up to `pieces` pieces, on every rank in another number of them."""
+    planner = runner.planner
+    planned = planner(batch)
+    plan = in_pieces(planned.plan, pieces)
+    program = lower(plan, verify(plan).order, planner.trained.needs)[planner.rank]
+    return PlannedBatch(planned.key, plan, program)
+
+
+def in_pieces(plan: Plan, most: int) -> Plan:
+    ranks: list[list[Action]] = []
+    for rank, actions in enumerate(plan.ranks):
+        row: list[Action] = []
+        for action in actions:
+            count = 1 + (rank + action.index) % most if action.nested else 1
+            made = [replace(action, piece=piece, pieces=count) for piece in range(count)]
+            if action.kind == "EF" and count > 1 and row and not row[-1].nested:
+                row.insert(-1, made.pop(0))  # the first piece earlier than the others
+            row += made
+        ranks.append(row)
+    assert any(action.pieces > 1 for row in ranks for action in row)
+    return replace(plan, ranks=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +278,12 @@ def test_backwards_are_split_where_they_can_be(backbone: str, executed: dict[Cas
     splittable = {stage: split for *_, by_stage in executed[case] for stage, split in by_stage.items()}
     assert splittable == {stage: stage != 1 for stage in splittable}
     assert len(splittable) > 2
+
+
+def test_checkpointed_stages_are_not_split(executed: dict[Case, list[Any]]) -> None:
+    case = Case(4, 5, 2, backbone="zb1p", checkpointed=(0, 2), tied=True)
+    splittable = {stage: split for *_, by_stage in executed[case] for stage, split in by_stage.items()}
+    assert splittable == {0: False, 1: False, 2: False, 3: True}
 
 
 def test_cases_cover_what_they_name() -> None:

@@ -60,21 +60,32 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _pipelined(rank: int, size: int, family: str, tied: bool) -> tuple[float, dict[str, torch.Tensor | None]]:
-    mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
+def _pipelined(
+    rank: int, size: int, family: str, tied: bool, policy: str
+) -> tuple[float, dict[str, torch.Tensor | None]]:
+    options = PipelineOptions(policy, group_size=2).placed(size, encoder=True, generator=True)
+    stage_rank = options.stage_rank(size)
+    mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module = build(family, tied)
-    module.part = part_of(rank, split_layers(LAYERS, size), range(size))
+    module.part = part_of(rank, split_layers(LAYERS, len(stage_rank)), stage_rank)
     module.configure_model()
-    runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    runner = PipelineRunner(module, mesh, options)
     out = runner(batch(runner.layout), "train")
     reduce_gradients(runner.places, mesh)
     return out.loss.item(), gradients(module)
 
 
 @pytest.mark.parametrize(
-    ("size", "family", "tied"), [(2, "qwen3", True), (3, "qwen3", False), (2, "llama", False), (5, "llama", True)]
+    ("size", "family", "tied", "policy"),
+    [
+        (2, "qwen3", True, "nested"),
+        (3, "qwen3", False, "nested"),
+        (2, "llama", False, "recompute"),
+        (5, "llama", True, "nested"),
+        (4, "qwen3", True, "disaggregated"),
+    ],
 )
-def test_against_one_process(size: int, family: str, tied: bool) -> None:
+def test_against_one_process(size: int, family: str, tied: bool, policy: str) -> None:
     whole = build(family, tied)
     whole.configure_model()
     given = batch(PipelineLayout())
@@ -84,7 +95,7 @@ def test_against_one_process(size: int, family: str, tied: bool) -> None:
     expected = gradients(whole)
     assert sum(g is not None for g in expected.values()) > 40
     seen = set()
-    for loss, found in run_ranks(size, _pipelined, size, family, tied):
+    for loss, found in run_ranks(size, _pipelined, size, family, tied, policy):
         assert loss == pytest.approx(out.loss.item(), rel=1e-6)
         for name, gradient in found.items():
             reference = expected[name if name in expected else "llm.model.embed_tokens.weight"]

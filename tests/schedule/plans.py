@@ -14,16 +14,22 @@ from bigmac_lightning.schedule.simulate import Timeline, durations
 STAGES_PER_RANK = {
     name: [stages for stages in (1, 2, 3) if stages in backbone.virtual_stages] for name, backbone in BACKBONES.items()
 }
+POLICIES = ("nested", "upfront", "first_stage", "recompute", "disaggregated")
 TIMES = [0.3, 0.7, 1.0, 2.0, 4.1]
 
 
 @st.composite
-def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
+def plan_arguments(draw: st.DrawFn, latency: bool = False, policies: tuple[str, ...] = POLICIES) -> dict[str, Any]:
     """Arguments of make_plan: small, with unequal costs and shares, also zero shares and groups without work."""
-    policy = draw(st.sampled_from(["nested", "upfront", "first_stage"]))
+    policy = draw(st.sampled_from(policies))
     backbone = draw(st.sampled_from(sorted(BACKBONES)))
     stages = draw(st.sampled_from(STAGES_PER_RANK[backbone]))
     size, microbatches = draw(st.integers(1, 6)), draw(st.integers(1, 20))
+    before = after = 0
+    if policy == "disaggregated":
+        before, after = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+        size += before + after
+    llm_rank = [before + rank for rank in BACKBONES[backbone].stage_rank(size - before - after, stages)]
     group_size = draw(st.integers(1, 8)) if policy != "first_stage" else 1
     costs = Costs(
         F=draw(st.sampled_from(TIMES)),
@@ -37,7 +43,7 @@ def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
     )
     groups = -(-microbatches // group_size)
 
-    def shares(only_rank: int) -> list[list[float]]:
+    def shares(only_rank: int, own_ranks: range) -> list[list[float]]:
         if policy == "first_stage":
             rows = [
                 [draw(st.sampled_from([0, 1])) * (rank == only_rank) for rank in range(size)] for _ in range(groups)
@@ -45,6 +51,8 @@ def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
         else:
             weights = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=size, max_size=size)
             rows = [draw(weights) for _ in range(groups)]
+            if policy == "disaggregated":
+                rows = [[weight * (rank in own_ranks) for rank, weight in enumerate(row)] for row in rows]
         return [[share / sum(row) if any(row) else 0.0 for share in row] for row in rows]
 
     return {
@@ -55,8 +63,9 @@ def plan_arguments(draw: st.DrawFn, latency: bool = False) -> dict[str, Any]:
         "microbatches": microbatches,
         "group_size": group_size,
         "costs": costs,
-        "encoder_shares": shares(0) if costs.EF and draw(st.booleans()) else None,
-        "generator_shares": shares(BACKBONES[backbone].stage_rank(size, stages)[-1])
+        "stage_rank": llm_rank if policy == "disaggregated" else None,
+        "encoder_shares": shares(0, range(before)) if costs.EF and draw(st.booleans()) else None,
+        "generator_shares": shares(llm_rank[-1], range(size - after, size))
         if costs.G and draw(st.booleans())
         else None,
     }

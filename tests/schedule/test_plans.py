@@ -47,6 +47,11 @@ def test_policies_compare_as_known(microbatches, generator):
         )
         for policy in POLICIES
     }
+    assert len({round(plan.ideal, 6) for plan in made.values()}) == 1
+    again = microbatches / 4 * 4  # every rank's forwards once more
+    assert made["recompute"].makespan == pytest.approx(made["upfront"].makespan + again, abs=1e-9)
+    assert made["recompute"].peak["encoder_units"] == [1] * 4
+    assert made["disaggregated"].makespan > 1.05 * made["nested"].makespan
     assert made["filled"].makespan <= 0.995 * made["nested"].makespan
     assert made["upfront"].makespan == pytest.approx(made["nested"].makespan, abs=1e-9)
     assert made["upfront"].peak["encoder_units"] == [microbatches / 4] * 4
@@ -60,6 +65,56 @@ def test_first_stage_puts_the_work_around_its_microbatch():
         "EF0 0F0 EF1 0F1 0B0 EB0 0B1 EB1",
         "1F0 G0 1B0 1F1 G1 1B1",
     ]
+
+
+def test_ranks_of_their_own_by_hand():
+    plan = make_plan(
+        policy="disaggregated",
+        pipeline_parallel_size=4,
+        microbatches=6,
+        group_size=2,
+        costs=Costs(G=1),
+        stage_rank=[1, 2],
+    )
+    assert [" ".join(map(str, actions)) for actions in plan.ranks] == [
+        "EF0 EF1 EF2 EB0 EB1 EB2",
+        "0F0 0F1 0F2 0F3 0F4 0F5 0B0 0B1 0B2 0B3 0B4 0B5",
+        "1F0 1F1 1F2 1F3 1F4 1B0 1F5 1B1 1B2 1B3 1B4 1B5",
+        "G0 G1 G2",
+    ]
+    assert plan.stage_costs == [[2, 4, 2, 2]] * 2  # four ranks' layers on two
+    assert plan.ideal == 3 * (6 + 3) + 6 / 4 * 4
+    assert plan.peak["llm_microbatches"] == [0, 6, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        (Costs(), range(1, 8)),
+        (Costs(EF=8, EB=16), range(4, 8)),
+        (Costs(EF=0), range(8)),
+        (Costs(EF=0, G=24), range(4)),
+        (Costs(EF=4, EB=8, G=12), range(2, 6)),
+    ],
+)
+def test_numbers_of_own_ranks_follow_the_costs(costs, expected):
+    arguments = {"policy": "disaggregated", "pipeline_parallel_size": 8, "microbatches": 64, "costs": costs}
+    plan = make_plan(**arguments, group_size=4)
+    assert plan.stage_rank == list(expected)
+    for first in range(8):  # no other layout is faster
+        for last in range(first, 8):
+            if bool(first) == ("EF" in costs.kinds) and (last < 7) == ("G" in costs.kinds):
+                other = make_plan(**arguments, group_size=4, stage_rank=range(first, last + 1))
+                assert other.makespan >= plan.makespan - 1e-9
+
+
+def test_encoder_ranks_run_ahead_by_a_bounded_number_of_microbatches():
+    peaks = [
+        make_plan(policy="disaggregated", pipeline_parallel_size=4, microbatches=m, group_size=1).peak["encoder_units"]
+        for m in (16, 64)
+    ]
+    assert peaks[0] == peaks[1]
+    assert max(peaks[0]) <= 6
 
 
 def test_nested_order_by_hand():
@@ -105,17 +160,16 @@ def test_any_plan_runs_and_round_trips(arguments):
             assert ends[rank, str(action)] == pytest.approx(end)
 
 
-@given(plan_arguments())
+@given(plan_arguments(policies=("nested", "upfront", "recompute")))
 @settings(max_examples=150, deadline=None)
 def test_a_cut_costs_its_longest_pause_at_most(arguments):
-    if arguments["policy"] == "first_stage":
-        return
     plan = make_plan(**arguments)
     costs = arguments["costs"]
     bare = [[action for action in actions if not action.nested] for actions in plan.ranks]
     alone = simulate(replace(plan, ranks=bare)).makespan
+    times = {"EF": costs.EF, "EB": costs.EB + costs.EF * plan.recomputes, "G": costs.G}
     pauses = sum(
-        getattr(costs, kind) * len(group) * max(row)
+        times[kind] * len(group) * max(row)
         for kind in ("EF", "EB", "G")
         if kind in costs.kinds
         for group, row in zip(plan.groups, plan.shares(kind), strict=True)
@@ -163,6 +217,19 @@ def test_groups_without_work_have_no_actions():
         ({"encoder_shares": [[1.0]] * 2}, "group 0 has 1 shares; expected one per rank"),
         ({"generator_shares": [[2.0, -1.0]] * 2, "costs": Costs(G=1)}, "expected numbers of at least 0"),
         ({"policy": "first_stage", "encoder_shares": [[0.5, 0.5]] * 4}, "expected all of it on rank 0"),
+        ({"policy": "disaggregated", "pipeline_parallel_size": 1}, "pipeline_parallel_size is 1; policy disaggregated"),
+        (
+            {"policy": "disaggregated", "costs": Costs(G=1)},
+            "expects at least 3, as encoder, LLM, generator have ranks",
+        ),
+        ({"policy": "disaggregated", "encoder_shares": [[1.0, 0.0]] * 2}, "stage_rank is missing"),
+        ({"policy": "disaggregated", "stage_rank": [0]}, "which leaves no rank for EF; expected at least one"),
+        ({"policy": "disaggregated", "stage_rank": [2]}, "stage_rank is .2.; expected the rank, 0 .. 1"),
+        (
+            {"policy": "disaggregated", "stage_rank": [1], "encoder_shares": [[0.5, 0.5]] * 2},
+            "expected all of it on rank 0, as the policy is 'disaggregated'",
+        ),
+        ({"stage_rank": [0, 1]}, "stage_rank is given; expected only with policy disaggregated"),
         ({"costs": Costs(G=1), "extra_in_flight": 0}, "extra_in_flight is too small for 1f1b"),
         ({"workload": Workload((MicrobatchWork(),))}, "the workload has 1 microbatches, the plan has 4"),
     ],

@@ -50,13 +50,25 @@ def test_resume_is_exact(
         assert_close(found, uninterrupted[1], 0.0)
 
 
-@pytest.mark.parametrize(("world", "dp"), [(1, 1), (3, 1), (4, 1)])
+@pytest.mark.parametrize(("world", "strategy"), [(1, {}), (3, {}), (4, {}), (4, {"policy": "disaggregated"})], ids=str)
 def test_reload_with_other_ranks(
-    world: int, dp: int, tmp_path: Path, uninterrupted: tuple[list[float], dict[str, torch.Tensor]]
+    world: int,
+    strategy: dict[str, Any],
+    tmp_path: Path,
+    uninterrupted: tuple[list[float], dict[str, torch.Tensor]],
 ) -> None:
     on_ranks(2, _fit, 2, tmp_path, 1, None, {}, {})
-    strategy = {"data_parallel_size": dp}
     for losses, found in on_ranks(world, _fit, world, tmp_path, 2, tmp_path / "last.ckpt", strategy, {}):
+        assert losses == pytest.approx(uninterrupted[0][STEPS:], rel=1e-5)
+        assert_close(found, uninterrupted[1], 1e-5)
+
+
+def test_ranks_without_stages_take_part_in_a_file(
+    tmp_path: Path, uninterrupted: tuple[list[float], dict[str, torch.Tensor]]
+) -> None:
+    strategy = {"policy": "disaggregated", "save_distributed_checkpoint": False}
+    on_ranks(3, _fit, 3, tmp_path, 1, None, strategy, {})
+    for losses, found in on_ranks(2, _fit, 2, tmp_path, 2, tmp_path / "last.ckpt", {}, {}):
         assert losses == pytest.approx(uninterrupted[0][STEPS:], rel=1e-5)
         assert_close(found, uninterrupted[1], 1e-5)
 

@@ -29,6 +29,7 @@ def _on_rank(rank: int, world: int, strategy: dict[str, Any]) -> Any:
         (2, {}),
         (3, {"policy": "upfront", "group_size": 2}),
         (4, {"policy": "first_stage"}),
+        (4, {"policy": "disaggregated"}),
         (2, {"backbone": "interleaved_1f1b", "virtual_stages": 2}),
         (2, {"backbone": "dualpipev", "virtual_stages": 2}),
         (2, {"backbone": "gpipe", "microbatches": 2}),  # a training batch must have 2; evaluation takes what is there

@@ -1,0 +1,23 @@
+"""What a policy goes by, beside the plan itself. Knows nothing of policies."""
+
+from dataclasses import dataclass
+
+from bigmac_lightning.schedule.simulate import Timeline
+from bigmac_lightning.schedule.workload import Workload
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a policy goes by.
+
+    Attributes:
+        bare: the simulated bare backbone.
+        workload: the work of each microbatch, where they differ.
+        max_encoder_units: most encoder units that a rank may have alive; most policies leave this to ``verify``.
+        pieces: in how many pieces an encoder share may be cut.
+    """
+
+    bare: Timeline
+    workload: Workload | None = None
+    max_encoder_units: float | None = None
+    pieces: int = 1
