@@ -21,11 +21,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from bigmac_lightning.batch import balance
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.lowering import Needs, lower
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.routing import Routing
+from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
@@ -81,7 +81,7 @@ class SleepingWork:
         for kind, shares in (("encoder", plan.encoder_shares), ("generator", plan.generator_shares)):
             for group, row in zip(plan.groups, shares, strict=False):
                 ranks = [r for r, share in enumerate(row) if share > 0]
-                for m, owner in zip(group, balance([1.0] * len(group), ranks), strict=True):
+                for m, owner in zip(group, assign([[1.0] * len(group)], ranks)[0], strict=True):
                     owners[kind][m] = owner
         rows = [[(owner, TOKENS)] for owner in owners["encoder"]]
         self.features = Routing(rows if plan.encoder_shares else [[] for _ in rows], plan.groups)
