@@ -1,9 +1,9 @@
 """Step time on uneven data, by policy and by how media items are given to ranks; simulated, with true item times.
 
 Each microbatch has 1 to 16 items whose encoder times are lognormal, scaled so that the mean microbatch's forward takes
-EF. Figures are means over seeds: makespan / ideal, where the ideal is the bare 1F1B backbone and all encoder work spread
-over the ranks; the most encoder units alive on any rank, 1 unit being the mean microbatch's work; seconds to plan. A
-limit of "3 units" is that of 3 units and the largest item together.
+EF. Figures are means over seeds: makespan / ideal, where the ideal is bare 1F1B and all encoder work spread
+over the ranks; the most encoder units alive on any rank, 1 unit being the mean microbatch's work; seconds to plan.
+A limit of "3 units" is that of 3 units and the largest item together.
 
     python -m benchmarks.uneven_data
 """

@@ -19,8 +19,8 @@ def assign(
     Args:
         groups: per group, the time of each of its items.
         ranks: who may do them.
-        busy: per group, the time of all else that each of `ranks` has to do meanwhile, in the same unit: LLM stages that
-            differ. None: the same for all.
+        busy: per group, the time of all else that each of `ranks` has to do meanwhile, in the same unit: of LLM stages
+            that differ. None: the same for all.
 
     Returns: per group, the owner of each item, an element of `ranks`.
     """
