@@ -36,3 +36,14 @@ def test_plans_made_with_somewhat_wrong_costs_still_serve():
     right = _mean("filled, carried over, 4 units", 1.0)
     assert _mean("  item times wrong by 20%", 1.0).ratio < right.ratio + 0.03
     assert _mean("  item times wrong by 40%", 1.0).ratio < 1.03
+
+
+@pytest.mark.parametrize("forward", [1.0, 4.0])
+def test_filled_meets_its_goals(forward):
+    three, four = (_mean(f"filled, carried over, {units} units", forward) for units in (3, 4))
+    assert three.ratio <= 0.985
+    assert four.ratio <= 0.97
+    assert three.ratio <= _mean("filled, group by group, 3 units", forward).ratio
+    largest = mean(max(map(max, draw(seed, forward))) / forward for seed in SEEDS)
+    assert three.units <= 3 + largest + 1e-9
+    assert four.units <= 4 + largest + 1e-9
