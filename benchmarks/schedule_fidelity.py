@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from bigmac_lightning.batch import balance
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.lowering import Needs, lower
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.schedule.action import Kind
+from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import make_plan
@@ -146,7 +146,7 @@ def _routing(plan: Plan, shares: list[list[float]], kind: str) -> Routing:
     items: list[list[Item]] = [[] for _ in range(plan.microbatches)]
     for group, row in zip(plan.groups, shares, strict=False):
         ranks = [r for r, share in enumerate(row) if share > 0]
-        for m, owner in zip(group, balance([1.0] * len(group), ranks), strict=True):
+        for m, owner in zip(group, assign([[1.0] * len(group)], ranks)[0], strict=True):
             items[m].append(Item(owner, TOKENS))
     return Routing(items, plan.groups, plan.pieces(kind))
 

@@ -6,12 +6,13 @@ on the rank that owns the item. Knows tensors and costs; knows nothing of Lightn
 Shape suffixes: B samples of a microbatch, S tokens, L labelled positions, N rows (of features or conditions).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.plan import even_groups
 
 
@@ -22,7 +23,7 @@ class PipelineLayout:
     Attributes:
         size: ranks in the pipeline; 1 without pipeline parallelism.
         rank: this process's rank in the pipeline.
-        group_size: microbatches per group; ownership is balanced inside each group.
+        group_size: microbatches per group; see ``assign_owners``.
         microbatches: how many microbatches the strategy expects per batch; ``None``: as many as the data has.
         encoder_ranks: ranks that may own media items; ``None``: all.
         generator_ranks: ranks that may own generator targets; ``None``: all.
@@ -181,34 +182,21 @@ class Batch:
         return sum(microbatch.inputs["input_ids"].numel() for microbatch in self.microbatches)
 
 
-def balance(costs: Sequence[float], ranks: Sequence[int]) -> list[int]:
-    """Assign work to ranks, longest first, each to the least loaded rank (LPT); ties go to the lower position.
-
-    The same costs give the same owners in every process.
-
-    Returns: the owner of each cost, an element of `ranks`.
-    """
-    load = dict.fromkeys(ranks, 0.0)
-    owners = [ranks[0]] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(load, key=lambda r: load[r])
-        owners[index] = rank
-        load[rank] += costs[index]
-    return owners
-
-
 def assign_owners(microbatches: Sequence[Microbatch], layout: PipelineLayout) -> None:
-    """Set the owner of every media item and generator target, balanced by cost inside each group, in place.
+    """Set the owner of every media item and generator target, balanced by cost over the groups, in place.
 
     Needs costs only, so that it can run before anything is decoded.
     """
     everyone = tuple(range(layout.size))
-    for group in even_groups(len(microbatches), layout.group_size):
-        _share_out([item for m in group for item in microbatches[m].media], layout.encoder_ranks or everyone)
-        _share_out([item for m in group for item in microbatches[m].targets], layout.generator_ranks or everyone)
+    groups = even_groups(len(microbatches), layout.group_size)
+    media = [[item for m in group for item in microbatches[m].media] for group in groups]
+    targets = [[item for m in group for item in microbatches[m].targets] for group in groups]
+    _share_out(media, layout.encoder_ranks or everyone)
+    _share_out(targets, layout.generator_ranks or everyone)
 
 
-def _share_out(items: Iterable[MediaItem | TargetItem], ranks: Sequence[int]) -> None:
-    items = list(items)
-    for item, owner in zip(items, balance([item.cost for item in items], ranks), strict=True):
-        item.owner = owner
+def _share_out(groups: Sequence[Sequence[MediaItem | TargetItem]], ranks: Sequence[int]) -> None:
+    owners = assign([[item.cost for item in items] for items in groups], ranks)
+    for items, chosen in zip(groups, owners, strict=True):
+        for item, owner in zip(items, chosen, strict=True):
+            item.owner = owner

@@ -16,7 +16,8 @@ from bigmac_lightning.schedule.policies import POLICIES, make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
-CACHED_PLANS = 256
+CACHED_PLANS = 16
+"""Batches of one shape share a plan, and so do a step's few shapes; uneven batches never meet theirs again."""
 DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
 
 
@@ -152,12 +153,12 @@ class PlannedBatch:
 
 
 class Planner:
-    """Plans batches for one rank; remembers the plans of the last `CACHED_PLANS` keys.
+    """Plans batches for one rank; remembers the `CACHED_PLANS` plans that were used last.
 
     All ranks see the same metadata and make the same plan.
 
     Attributes:
-        known: what it remembers, by key.
+        known: what it remembers, by key; used last, stands last.
     """
 
     def __init__(self, options: PipelineOptions, size: int, rank: int, trained: Trained) -> None:
@@ -179,13 +180,15 @@ class Planner:
     def __call__(self, batch: Batch) -> PlannedBatch:
         """The plan of a batch whose microbatches are all useful."""
         key = self.key(batch)
-        if key not in self.known:
+        planned = self.known.pop(key, None)
+        if planned is None:
             if len(self.known) >= CACHED_PLANS:
                 self.known.pop(next(iter(self.known)))
             plan, work = self._plan(batch)
             order = simulate(plan, work).order  # make_plan has verified it
-            self.known[key] = PlannedBatch(key, plan, lower(plan, order, self.trained.needs)[self.rank])
-        return self.known[key]
+            planned = PlannedBatch(key, plan, lower(plan, order, self.trained.needs)[self.rank])
+        self.known[key] = planned
+        return planned
 
     def _plan(self, batch: Batch) -> tuple[Plan, Workload]:
         groups = even_groups(len(batch), self.layout.group_size)
