@@ -186,7 +186,9 @@ class BigMacStrategy(DDPStrategy):
         collate = getattr(dataloader, "collate_fn", None)
         if callable(collate) and self._runner is not None:
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
-            planned = PlanningCollate(given, self.pipeline.planner)
+            training = self.lightning_module is not None and self.lightning_module.trainer.training
+            planner = self.pipeline.planner if training else self.pipeline.evaluation_planner
+            planned = PlanningCollate(given, planner)
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
