@@ -158,7 +158,7 @@ class Planner:
         media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
         targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
-        costs, stage_costs = self.trained.costs(self._stage_costs(), _any(encoder), _any(generator))
+        costs, stage_costs = self.trained.costs(self.options.costs.per_stage(self.options.virtual_stages), _any(encoder), _any(generator))
         work = _workload(batch, costs)
         plan = make_plan(
             policy=self.options.policy,
@@ -174,11 +174,6 @@ class Planner:
             workload=work,
         )
         return plan, work
-
-    def _stage_costs(self) -> Costs:
-        """The options' costs, for one of the rank's stages."""
-        costs, stages = self.options.costs, self.options.virtual_stages
-        return replace(costs, F=costs.F / stages, B=costs.B / stages, I=costs.I / stages, W=costs.W / stages)
 
     def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
         """Each rank's fraction of each group's cost."""

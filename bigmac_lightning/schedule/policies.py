@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
+from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.filling import fill
 from bigmac_lightning.schedule.nesting import nest
@@ -102,6 +103,8 @@ def make_plan(
     workload: Workload | None = None,
     max_encoder_units: float | None = None,
     stage_costs: Sequence[Sequence[float]] | None = None,
+    max_llm_microbatches: float | None = None,
+    memory: MemoryBudget | None = None,
 ) -> Plan:
     """Make a plan and verify it.
 
@@ -122,6 +125,8 @@ def make_plan(
         max_encoder_units: most encoder units that a rank may have alive. `filled` makes use of what is allowed, by
             default 2, or 3 with a generator, or what `nested` takes if that is more.
         stage_costs: per stage, its times of F, B, I and W, where stages differ; see ``Plan.stage_costs``.
+        max_llm_microbatches: most LLM microbatches that a rank may have in flight.
+        memory: most bytes that a rank may use; `filled` has as many encoder units alive as it allows.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
@@ -176,12 +181,20 @@ def make_plan(
     elif extra_in_flight:
         plan.ranks = bare_backbone(extra_in_flight)
         bare = simulate(plan, workload)
-    plan.ranks = chosen.place(plan, bare, workload, max_encoder_units)
-    timeline = verify(plan, max_encoder_units, workload=workload)
+    plan.ranks = chosen.place(plan, bare, workload, _most_encoder_units(bare, max_encoder_units, memory))
+    timeline = verify(plan, max_encoder_units, max_llm_microbatches, workload, memory)
     plan.makespan = timeline.makespan
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
+
+
+def _most_encoder_units(bare: Timeline, most: float | None, memory: MemoryBudget | None) -> float | None:
+    """The limit on encoder units that the memory left by the LLM gives, or a lower one that is given."""
+    if memory is None or memory.budget is None or not memory.encoder_unit:
+        return most
+    fits = memory.encoder_units(bare.llm_microbatches)
+    return fits if most is None else min(fits, most)
 
 
 def _generator_fits(plan: Plan, ranks: Orders) -> bool:
