@@ -158,7 +158,9 @@ class Planner:
         media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
         targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
-        costs, stage_costs = self.trained.costs(self.options.costs.per_stage(self.options.virtual_stages), _any(encoder), _any(generator))
+        costs, stage_costs = self.trained.costs(
+            self.options.costs.per_stage(self.options.virtual_stages), _any(encoder), _any(generator)
+        )
         work = _workload(batch, costs)
         plan = make_plan(
             policy=self.options.policy,
