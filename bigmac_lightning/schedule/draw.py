@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bigmac_lightning.schedule.action import Action, Kind
-from bigmac_lightning.schedule.liveness import encoder_unit_steps
+from bigmac_lightning.schedule.budget import MemoryBudget, size_text
+from bigmac_lightning.schedule.liveness import encoder_unit_steps, llm_microbatch_steps
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline
 from bigmac_lightning.schedule.workload import Workload
@@ -35,17 +36,28 @@ COLOURS: dict[Kind, str] = {
 }
 
 
-def table(plan: Plan, timeline: Timeline) -> Table:
-    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows."""
-    share = sum(timeline.bubbles) / (timeline.makespan * len(plan.ranks)) if timeline.makespan else 0.0
-    ratio = timeline.makespan / plan.ideal if plan.ideal else float("nan")
+def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Sequence[float] | None = None) -> Table:
+    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows.
+
+    Args:
+        plan: the plan.
+        timeline: what ``simulate`` or ``verify`` gave for it.
+        bound: what ``lower_bound`` gave for it, told below.
+        memory: the peak bytes of each rank, a column of its own.
+    """
+    share, ratio = _bubble_share(timeline), timeline.makespan / plan.ideal if plan.ideal else float("nan")
     title = (
         f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, {plan.microbatches} microbatches, "
         f"{len(plan.groups)} groups\n"
         f"makespan {timeline.makespan:g}, ideal {plan.ideal:g}, ratio {ratio:.4f}, bubbles {share:.1%}"
     )
-    result = Table(title=title, title_justify="left")
-    for heading in ("rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"):
+    result = Table(title=title, title_justify="left", caption_justify="left")
+    if bound:
+        gap = f"{max(0.0, timeline.makespan / bound - 1):.1%}"
+        told = "this is the optimum" if gap == "0.0%" else f"at most {gap} above the optimum"
+        result.caption = f"lower bound {bound:g}; {told}\nof this backbone's order, groups, shares and encoder units"
+    headings = ["rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"]
+    for heading in headings + ["peak memory"] * (memory is not None):
         result.add_column(heading, justify="right")
     for rank, actions in enumerate(plan.ranks):
         bubble = timeline.bubbles[rank]
@@ -56,8 +68,14 @@ def table(plan: Plan, timeline: Timeline) -> Table:
             f"{bubble / timeline.makespan:.1%}" if timeline.makespan else "-",
             f"{timeline.encoder_units[rank]:.3g}",
             f"{timeline.llm_microbatches[rank]:g}",
+            *([size_text(memory[rank])] if memory is not None else []),
         )
     return result
+
+
+def _bubble_share(timeline: Timeline) -> float:
+    whole = timeline.makespan * len(timeline.bubbles)
+    return sum(timeline.bubbles) / whole if whole else 0.0
 
 
 class TerminalTimeline:
@@ -115,25 +133,49 @@ def spans_of(plan: Plan, timeline: Timeline) -> list[list[Span]]:
     ]
 
 
-def picture(plan: Plan, timeline: Timeline, path: str | PathLike[str], workload: Workload | None = None) -> None:
-    """Write a picture of a simulated plan: actions, and below them the live encoder units of each rank.
+def picture(
+    plan: Plan,
+    timeline: Timeline,
+    path: str | PathLike[str],
+    workload: Workload | None = None,
+    memory: MemoryBudget | None = None,
+) -> None:
+    """Write a picture of a simulated plan: actions, and below them what is alive on each rank over time.
 
     Args:
         plan: the plan.
         timeline: what ``simulate`` or ``verify`` gave for it.
         path: ends with .png, .svg or .pdf.
         workload: what the timeline was simulated for.
+        memory: adds a curve of the bytes in use.
     """
-    curves: list[list[tuple[float, float]]] = []
-    for starts, ends, steps in zip(timeline.starts, timeline.ends, encoder_unit_steps(plan, workload), strict=True):
-        curve: list[tuple[float, float]] = []
-        for start, end, (during, after) in zip(starts, ends, steps, strict=True):
-            curve += [(start, during), (end, after)]
-        curves.append(curve)
     ratio = f", {timeline.makespan / plan.ideal:.3f} of the ideal" if plan.ideal else ""
-    title = f"{plan.policy} on {plan.backbone}: makespan {timeline.makespan:g}{ratio}"
-    panels = {"live encoder units": curves} if plan.encoder_shares else {}
+    stages = f" with {plan.virtual_stages} stages per rank" if plan.virtual_stages > 1 else ""
+    title = (
+        f"{plan.policy} on {plan.backbone}{stages}, {plan.pipeline_parallel_size} ranks, "
+        f"{plan.microbatches} microbatches: makespan {timeline.makespan:g}{ratio}, "
+        f"bubbles {_bubble_share(timeline):.1%}"
+    )
+    panels: dict[str, list[list[tuple[float, float]]]] = {}
+    if plan.encoder_shares:
+        panels["encoder units"] = _curves(timeline, encoder_unit_steps(plan, workload))
+    panels["LLM microbatches"] = _curves(timeline, llm_microbatch_steps(plan))
+    if memory is not None:
+        used = [[(a / 2**30, b / 2**30) for a, b in row] for row in memory.steps(plan, workload)]
+        panels["memory, GiB"] = _curves(timeline, used)
     _write(spans_of(plan, timeline), path, title, "time", panels)
+
+
+def _curves(timeline: Timeline, steps: Sequence[Sequence[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+    """Per rank, (time, amount) at each change, from the amounts during and after each action."""
+    return [
+        [
+            point
+            for start, end, (during, after) in zip(starts, ends, row, strict=True)
+            for point in ((start, during), (end, after))
+        ]
+        for starts, ends, row in zip(timeline.starts, timeline.ends, steps, strict=True)
+    ]
 
 
 def measured_picture(

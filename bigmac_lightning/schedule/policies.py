@@ -88,6 +88,13 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def get_policy(name: str) -> Policy:
+    """The policy of that name; ``ValueError`` lists the names if there is none."""
+    if name not in POLICIES:
+        raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
 def make_plan(
     *,
     policy: str = "nested",
@@ -132,9 +139,7 @@ def make_plan(
         ValueError: names the argument, its value and what is expected.
         PlanError: if the plan breaks a rule; see ``verify``.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy is {policy!r}; expected one of {', '.join(POLICIES)}")
-    chosen, schedule, costs = POLICIES[policy], get_backbone(backbone), costs or Costs()
+    chosen, schedule, costs = get_policy(policy), get_backbone(backbone), costs or Costs()
     kinds = costs.kinds
     size = pipeline_parallel_size
     group_size = (group_size if group_size is not None else size) if chosen.spread else 1
