@@ -198,5 +198,6 @@ def _told(problem: Exception) -> str:
     wrong = re.match(pattern, text, re.DOTALL)
     if wrong:
         key, expected, found = wrong.groups()
-        return f"--{key} is {found.strip()}; expected {expected}"
+        auto = " or auto" if "Literal['auto']" in text else ""
+        return f"--{key} is {found.strip().splitlines()[0]}; expected {expected}{auto}"
     return " ".join(text.split()) if isinstance(problem, ArgumentError) else text

@@ -103,7 +103,10 @@ def _refusals(candidates: Sequence[Candidate]) -> list[str]:
         if candidate.problem:
             stages = f" (V={candidate.virtual_stages})" if candidate.virtual_stages > 1 else ""
             reasons.setdefault(candidate.problem, []).append(f"{candidate.policy} on {candidate.backbone}{stages}")
-    return [f"no plan: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return [
+        f"no plan: {', '.join(names) if len(names) < len(candidates) else 'all'}: {reason}"
+        for reason, names in reasons.items()
+    ]
 
 
 def _bubble_shares(case: Case, candidate: Candidate) -> list[float]:
