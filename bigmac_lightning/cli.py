@@ -1,4 +1,5 @@
-"""The command `bigmac`: LightningCLI's fit, validate, test and predict, and `plan`, which needs no model."""
+"""The command `bigmac`: LightningCLI's fit, validate, test and predict, and `plan` and `compare`, which need no
+model."""
 
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from bigmac_lightning import plan_command
+from bigmac_lightning import compare_command, plan_command
 from bigmac_lightning.module import PipelineModule
 
 
@@ -61,6 +62,8 @@ def main() -> None:
     """Entry point."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit(plan_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(compare_command.main(sys.argv[2:]))
     BigMacCLI()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.backbones import get_backbone
+from bigmac_lightning.schedule.budget import MemoryBudget
+from bigmac_lightning.schedule.choose import Auto, Case, choose
 from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
 from bigmac_lightning.schedule.policies import POLICIES, make_plan
 from bigmac_lightning.schedule.simulate import simulate
@@ -31,57 +33,93 @@ class PipelineOptions:
         microbatches: how many a training batch must have; ``None``: any number.
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
-        virtual_stages: stages per rank.
-        own_stage_rank: the rank of each stage, where the policy leaves it open; set by `placed`.
+        virtual_stages: stages per rank; ``None``: 1.
+        max_encoder_units, max_llm_microbatches, memory: the caps of every plan; see ``make_plan``.
+        own_stage_rank: the rank of each stage, where the policy leaves it open; set by `chosen`.
+
+    `backbone`, `group_size` and `virtual_stages` may be "auto" until `chosen` has named them.
+
+    Raises:
+        ValueError: for an unknown policy or backbone, or virtual stages that the backbone does not allow.
     """
 
     policy: str = "nested"
     backbone: str = "1f1b"
-    group_size: int | None = None
+    group_size: int | Auto | None = None
     microbatches: int | None = None
     costs: Costs = DEFAULT_COSTS
-    virtual_stages: int = 1
+    virtual_stages: int | Auto | None = None
+    max_encoder_units: float | None = None
+    max_llm_microbatches: float | None = None
+    memory: MemoryBudget | None = None
     own_stage_rank: tuple[int, ...] | None = None
 
-    def placed(self, size: int, encoder: bool, generator: bool) -> "PipelineOptions":
-        """With the rank of each stage chosen, once and for all batches, where the policy leaves it open: what takes
-        the least time by `costs`.
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            known = ", ".join(sorted(POLICIES))
+            raise ValueError(f"policy={self.policy!r} is not known; choose one of {known}")
+        allowed = None if self.backbone == "auto" else get_backbone(self.backbone).virtual_stages
+        if allowed is not None and self.virtual_stages != "auto" and self.stages_per_rank not in allowed:
+            raise ValueError(
+                f"virtual_stages={self.stages_per_rank} does not go with backbone={self.backbone!r}: it allows "
+                f"{', '.join(map(str, allowed)) if len(allowed) < 10 else f'{allowed[0]} to {allowed[-1]}'}"
+            )
+
+    def chosen(self, size: int, layers: int, encoder: bool, generator: bool) -> "tuple[PipelineOptions, str]":
+        """These options with whatever is open named, and why: what is "auto", and the rank of each stage where the
+        policy leaves it open. The same on all ranks, and for all batches.
+
+        Plans are compared for as many microbatches as a batch must have, or else 4 P, of equal work, with everything
+        trained.
 
         Args:
+            size: ranks of the pipeline, P.
+            layers: of the LLM.
             encoder, generator: whether the model has any.
 
         Raises:
-            ValueError: if `size` ranks are too few.
+            ValueError: if nothing fits, with the reason of each candidate.
         """
-        if not POLICIES[self.policy].own_ranks:
-            return self
-        costs = self.stage_costs
-        plan = make_plan(
-            policy=self.policy,
-            backbone=self.backbone,
-            pipeline_parallel_size=size,
-            virtual_stages=self.virtual_stages,
-            microbatches=self.microbatches or 4 * size,
-            group_size=self.group_size,
-            costs=replace(costs, EF=costs.EF if encoder else 0, G=costs.G if generator else 0),
-        )
-        return replace(self, own_stage_rank=tuple(plan.stage_rank))
+        costs = replace(self.costs, EF=self.costs.EF if encoder else 0, G=self.costs.G if generator else 0)
+        named, reason = self, ""
+        if "auto" in (self.backbone, self.group_size, self.virtual_stages):
+            caps = (self.max_encoder_units, self.max_llm_microbatches, self.memory)
+            case = Case(size, self.microbatches or 4 * size, costs, None, *caps, layers)
+            choice = choose(case, self.policy, self.backbone, self.virtual_stages, self.group_size)
+            best, reason = choice.best, choice.reason
+            named = replace(
+                self, backbone=best.backbone, virtual_stages=best.virtual_stages, group_size=best.group_size
+            )
+        if POLICIES[self.policy].own_ranks:
+            assert named.group_size != "auto"
+            plan = make_plan(
+                policy=self.policy,
+                backbone=named.backbone,
+                pipeline_parallel_size=size,
+                virtual_stages=named.stages_per_rank,
+                microbatches=self.microbatches or 4 * size,
+                group_size=named.group_size,
+                costs=costs.per_stage(named.stages_per_rank),
+            )
+            named = replace(named, own_stage_rank=tuple(plan.stage_rank))
+        return named, reason
 
     @property
-    def stage_costs(self) -> Costs:
-        """The costs, for one of the stages of a rank."""
-        costs, stages = self.costs, self.virtual_stages
-        return replace(costs, F=costs.F / stages, B=costs.B / stages, I=costs.I / stages, W=costs.W / stages)
+    def stages_per_rank(self) -> int:
+        """The virtual stages, once named."""
+        assert self.virtual_stages != "auto", "not chosen yet"
+        return self.virtual_stages or 1
 
     def stage_rank(self, size: int) -> list[int]:
         """The pipeline rank of each stage."""
         if POLICIES[self.policy].own_ranks:
-            assert self.own_stage_rank is not None, "not placed yet"
+            assert self.own_stage_rank is not None, "not chosen yet"
             return list(self.own_stage_rank)
-        return get_backbone(self.backbone).stage_rank(size, self.virtual_stages)
+        return get_backbone(self.backbone).stage_rank(size, self.stages_per_rank)
 
     def layout(self, size: int, rank: int) -> PipelineLayout:
         """What the DataModule of pipeline rank `rank` of `size` has to know."""
+        assert self.group_size != "auto", "not chosen yet"
         policy, stage_rank = POLICIES[self.policy], self.stage_rank(size)
         return PipelineLayout(
             size=size,
@@ -195,13 +233,15 @@ class Planner:
         media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
         targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
-        costs, stage_costs = self.trained.costs(self.options.stage_costs, _any(encoder), _any(generator))
+        costs, stage_costs = self.trained.costs(
+            self.options.costs.per_stage(self.options.stages_per_rank), _any(encoder), _any(generator)
+        )
         work = _workload(batch, costs)
         plan = make_plan(
             policy=self.options.policy,
             backbone=self.options.backbone,
             pipeline_parallel_size=self.size,
-            virtual_stages=self.options.virtual_stages,
+            virtual_stages=self.options.stages_per_rank,
             microbatches=len(batch),
             group_size=self.layout.group_size,
             costs=costs,
@@ -210,6 +250,9 @@ class Planner:
             encoder_shares=encoder if _any(encoder) else None,
             generator_shares=generator if _any(generator) else None,
             workload=work,
+            max_encoder_units=self.options.max_encoder_units,
+            max_llm_microbatches=self.options.max_llm_microbatches,
+            memory=self.options.memory,
         )
         return plan, work
 

@@ -26,6 +26,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -37,9 +38,9 @@ from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.planning import DEFAULT_COSTS, PipelineOptions, PlanningCollate
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
-from bigmac_lightning.schedule.backbones import get_backbone
+from bigmac_lightning.schedule.budget import MemoryBudget
+from bigmac_lightning.schedule.choose import Auto
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import POLICIES
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -53,12 +54,18 @@ class BigMacStrategy(DDPStrategy):
         pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
         data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
-        group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
-        backbone: the LLM's schedule, by name.
-        virtual_stages: stages per rank; what is possible depends on the backbone.
+        group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`; "auto": that, half or
+            twice of it, whichever is fastest within the caps.
+        backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
+            (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
+        virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
+            is "auto": the fastest; ``None`` otherwise: 1.
         policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute", "first_stage" or
             "disaggregated" (ranks of their own, as many as take the least time by `costs`).
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
+        max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
+            within are refused, and "filled" uses the encoder units that it may.
+        memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -77,11 +84,14 @@ class BigMacStrategy(DDPStrategy):
         pipeline_parallel_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
         microbatches: int | None = None,
-        group_size: int | None = None,
+        group_size: int | Auto | None = None,
         backbone: str = "1f1b",
-        virtual_stages: int = 1,
+        virtual_stages: int | Auto | None = None,
         policy: str = "nested",
         costs: Costs | None = None,
+        max_encoder_units: float | None = None,
+        max_llm_microbatches: float | None = None,
+        memory: MemoryBudget | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -103,8 +113,6 @@ class BigMacStrategy(DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        chosen = get_backbone(backbone)
-        _one_of("policy", policy, POLICIES)
         for name, value in (
             ("pipeline_parallel_size", pipeline_parallel_size),
             ("data_parallel_size", data_parallel_size),
@@ -112,16 +120,20 @@ class BigMacStrategy(DDPStrategy):
             ("group_size", group_size),
             ("virtual_stages", virtual_stages),
         ):
-            if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
+            chosen_later = value == "auto" and name != "microbatches"
+            if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        if virtual_stages not in chosen.virtual_stages:
-            allowed = chosen.virtual_stages
-            raise ValueError(
-                f"virtual_stages={virtual_stages} does not go with backbone={backbone!r}: it allows {allowed}"
-            )
         self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
         self._options = PipelineOptions(
-            policy, backbone, group_size, microbatches, costs or DEFAULT_COSTS, virtual_stages
+            policy=policy,
+            backbone=backbone,
+            group_size=group_size,
+            microbatches=microbatches,
+            costs=costs or DEFAULT_COSTS,
+            virtual_stages=virtual_stages,
+            max_encoder_units=max_encoder_units,
+            max_llm_microbatches=max_llm_microbatches,
+            memory=memory,
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
@@ -171,10 +183,13 @@ class BigMacStrategy(DDPStrategy):
                 "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
-        self._options = self._options.placed(pp, encoder=bool(module.encoders), generator=bool(module.generators))
+        layers = module.llm.num_layers
+        self._options, reason = self._options.chosen(pp, layers, bool(module.encoders), bool(module.generators))
         stage_rank = self._options.stage_rank(pp)
-        stages = split_layers(module.llm.num_layers, len(stage_rank))
+        stages = split_layers(layers, len(stage_rank))
         super().setup_environment()
+        if reason:
+            rank_zero_info(reason)
         if self._mesh is None:
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
         module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
@@ -387,11 +402,6 @@ class BigMacStrategy(DDPStrategy):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         with super().tensor_init_context(empty_init=False):
             yield
-
-
-def _one_of(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(sorted(known))}")
 
 
 def register() -> None:

@@ -4,7 +4,7 @@ Knows which kinds occur; knows nothing of plans.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from bigmac_lightning.schedule.action import Kind
@@ -58,3 +58,8 @@ class Costs:
         if self.G:
             kinds.append("G")
         return frozenset(kinds)
+
+    def per_stage(self, virtual_stages: int) -> "Costs":
+        """The costs of one stage, where F, B, I and W are those of all the `virtual_stages` stages of a rank."""
+        parts = {name: getattr(self, name) / virtual_stages for name in ("F", "B", "I", "W")}
+        return replace(self, **parts)

@@ -5,7 +5,7 @@ Knows colours and layout; returns what can be printed and prints nothing. Needs 
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.style import Style
@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bigmac_lightning.schedule.action import Action, Kind
-from bigmac_lightning.schedule.liveness import encoder_unit_steps
+from bigmac_lightning.schedule.budget import MemoryBudget, size_text
+from bigmac_lightning.schedule.liveness import encoder_unit_steps, llm_microbatch_steps
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline
 from bigmac_lightning.schedule.workload import Workload
@@ -34,18 +35,32 @@ COLOURS: dict[Kind, str] = {
     "G": "#c8a2d8",
 }
 
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7, "frameon": False}
+"""Where legends are: to the right, where they hide nothing."""
 
-def table(plan: Plan, timeline: Timeline) -> Table:
-    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows."""
-    share = sum(timeline.bubbles) / (timeline.makespan * len(plan.ranks)) if timeline.makespan else 0.0
-    ratio = timeline.makespan / plan.ideal if plan.ideal else float("nan")
+
+def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Sequence[float] | None = None) -> Table:
+    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows.
+
+    Args:
+        plan: the plan.
+        timeline: what ``simulate`` or ``verify`` gave for it.
+        bound: what ``lower_bound`` gave for it, told below.
+        memory: the peak bytes of each rank, a column of its own.
+    """
+    share, ratio = _bubble_share(timeline), timeline.makespan / plan.ideal if plan.ideal else float("nan")
     title = (
         f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, {plan.microbatches} microbatches, "
         f"{len(plan.groups)} groups\n"
         f"makespan {timeline.makespan:g}, ideal {plan.ideal:g}, ratio {ratio:.4f}, bubbles {share:.1%}"
     )
-    result = Table(title=title, title_justify="left")
-    for heading in ("rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"):
+    result = Table(title=title, title_justify="left", caption_justify="left")
+    if bound:
+        gap = f"{max(0.0, timeline.makespan / bound - 1):.1%}"
+        told = "this is the optimum" if gap == "0.0%" else f"at most {gap} above the optimum"
+        result.caption = f"lower bound {bound:g}; {told}\nof this backbone's order, groups, shares and encoder units"
+    headings = ["rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"]
+    for heading in headings + ["peak memory"] * (memory is not None):
         result.add_column(heading, justify="right")
     for rank, actions in enumerate(plan.ranks):
         bubble = timeline.bubbles[rank]
@@ -56,8 +71,14 @@ def table(plan: Plan, timeline: Timeline) -> Table:
             f"{bubble / timeline.makespan:.1%}" if timeline.makespan else "-",
             f"{timeline.encoder_units[rank]:.3g}",
             f"{timeline.llm_microbatches[rank]:g}",
+            *([size_text(memory[rank])] if memory is not None else []),
         )
     return result
+
+
+def _bubble_share(timeline: Timeline) -> float:
+    whole = timeline.makespan * len(timeline.bubbles)
+    return sum(timeline.bubbles) / whole if whole else 0.0
 
 
 class TerminalTimeline:
@@ -115,25 +136,49 @@ def spans_of(plan: Plan, timeline: Timeline) -> list[list[Span]]:
     ]
 
 
-def picture(plan: Plan, timeline: Timeline, path: str | PathLike[str], workload: Workload | None = None) -> None:
-    """Write a picture of a simulated plan: actions, and below them the live encoder units of each rank.
+def picture(
+    plan: Plan,
+    timeline: Timeline,
+    path: str | PathLike[str],
+    workload: Workload | None = None,
+    memory: MemoryBudget | None = None,
+) -> None:
+    """Write a picture of a simulated plan: actions, and below them what is alive on each rank over time.
 
     Args:
         plan: the plan.
         timeline: what ``simulate`` or ``verify`` gave for it.
         path: ends with .png, .svg or .pdf.
         workload: what the timeline was simulated for.
+        memory: adds a curve of the bytes in use.
     """
-    curves: list[list[tuple[float, float]]] = []
-    for starts, ends, steps in zip(timeline.starts, timeline.ends, encoder_unit_steps(plan, workload), strict=True):
-        curve: list[tuple[float, float]] = []
-        for start, end, (during, after) in zip(starts, ends, steps, strict=True):
-            curve += [(start, during), (end, after)]
-        curves.append(curve)
     ratio = f", {timeline.makespan / plan.ideal:.3f} of the ideal" if plan.ideal else ""
-    title = f"{plan.policy} on {plan.backbone}: makespan {timeline.makespan:g}{ratio}"
-    panels = {"live encoder units": curves} if plan.encoder_shares else {}
+    stages = f" with {plan.virtual_stages} stages per rank" if plan.virtual_stages > 1 else ""
+    title = (
+        f"{plan.policy} on {plan.backbone}{stages}, {plan.pipeline_parallel_size} ranks, "
+        f"{plan.microbatches} microbatches: makespan {timeline.makespan:g}{ratio}, "
+        f"bubbles {_bubble_share(timeline):.1%}"
+    )
+    panels: dict[str, list[list[tuple[float, float]]]] = {}
+    if plan.encoder_shares:
+        panels["encoder units"] = _curves(timeline, encoder_unit_steps(plan, workload))
+    panels["LLM microbatches"] = _curves(timeline, llm_microbatch_steps(plan))
+    if memory is not None:
+        used = [[(a / 2**30, b / 2**30) for a, b in row] for row in memory.steps(plan, workload)]
+        panels["memory, GiB"] = _curves(timeline, used)
     _write(spans_of(plan, timeline), path, title, "time", panels)
+
+
+def _curves(timeline: Timeline, steps: Sequence[Sequence[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+    """Per rank, (time, amount) at each change, from the amounts during and after each action."""
+    curves: list[list[tuple[float, float]]] = []
+    for starts, ends, row in zip(timeline.starts, timeline.ends, steps, strict=True):
+        points: dict[float, float] = {}  # of several changes at one time only the last is seen
+        for start, end, (during, after) in zip(starts, ends, row, strict=True):
+            points[start] = during
+            points[end] = after
+        curves.append(list(points.items()))
+    return curves
 
 
 def measured_picture(
@@ -166,26 +211,32 @@ def _write(
     panels: dict[str, list[list[tuple[float, float]]]],
 ) -> None:
     """Actions on top; one panel per set of curves, one curve per rank, below."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     begin = min((spans[0][1] for spans in ranks if spans), default=0.0)
     finish = max((end for spans in ranks for _, _, end in spans), default=1.0)
     longest = max((len(spans) for spans in ranks), default=1)
-    width, lane, panel = min(max(8.0, 0.36 * longest), 60.0), 0.45, 1.5
-    heights = [max(1.2, lane * len(ranks) + 0.6)] + [panel] * len(panels)
-    figure = Figure(figsize=(width, sum(heights) + 0.6), layout="constrained")
+    plot = min(max(8.0, 0.34 * longest), 60.0)
+    heights = [max(1.2, 0.45 * len(ranks) + 0.6)] + [1.5] * len(panels)
+    figure = Figure(figsize=(plot + 1.8, sum(heights) + 0.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     axes[0].set_title(title, loc="left", fontsize=10)
-    _draw_spans(axes[0], ranks, begin, finish, points=72 * 0.9 * width / (finish - begin))
+    _draw_spans(axes[0], ranks, begin, finish, points=72 * plot / (finish - begin))
+    colours = colormaps["viridis"].resampled(len(ranks) + 1)  # without its last, the palest
     for axis, (name, curves) in zip(axes[1:], panels.items(), strict=True):
         for rank, curve in enumerate(curves):
             times, values = [begin, *(t for t, _ in curve), finish], [0.0, *(value for _, value in curve)]
-            axis.step(times, [*values, values[-1]], where="post", linewidth=1, label=f"rank {rank}")
+            thin = 0.8 + 2 * (len(curves) - 1 - rank) / len(curves)  # those below stay visible where curves meet
+            axis.step(times, [*values, values[-1]], where="post", linewidth=thin, color=colours(rank))
         axis.set_ylabel(name, fontsize=8)
+        axis.tick_params(labelsize=8)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     if panels:
-        axes[1].legend(fontsize=6, ncols=max(1, len(ranks) // 2), loc="upper right")
+        lines = [Line2D([], [], color=colours(rank), label=f"rank {rank}") for rank in range(len(ranks))]
+        axes[1].legend(handles=lines, ncols=-(-len(ranks) // 8), **BESIDE)
     axes[-1].set_xlabel(unit)
     axes[-1].set_xlim(begin, finish)
     figure.savefig(path, dpi=120)
@@ -214,13 +265,13 @@ def _draw_spans(axis: "Axes", ranks: Sequence[Sequence[Span]], begin: float, fin
             for text, size in _fitting(str(action), (end - start) * points):
                 axis.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=size, clip_on=True)
     seen["bubble"] = Patch(facecolor="#f4f4f4", edgecolor="#d5d5d5", hatch="////", label="bubble")
-    axis.legend(handles=list(seen.values()), ncols=len(seen), fontsize=6, loc="lower right", bbox_to_anchor=(1, 1))
+    axis.legend(handles=[seen[kind] for kind in (*COLOURS, "bubble") if kind in seen], **BESIDE)
     axis.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in range(len(ranks))], fontsize=8)
     axis.set_ylim(len(ranks) - 0.5, -0.5)
 
 
 def _fitting(text: str, points: float) -> Iterator[tuple[str, float]]:
     """The text with the font size that fits into so many points, unless it would be too small to read."""
-    size = min(8.0, points / (0.62 * len(text)))
+    size = min(8.0, points / (0.7 * len(text)))
     if size >= 3:
         yield text, size

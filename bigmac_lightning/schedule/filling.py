@@ -13,7 +13,6 @@ from math import ceil, inf
 from typing import NamedTuple
 
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
 from bigmac_lightning.schedule.nested_orders import NestedOrders
@@ -78,26 +77,6 @@ def _starts(cut: Plan, workload: Workload | None, pieces: int) -> list[Plan]:
             ]
         )
     return [cut] if ranks == cut.ranks else [replace(cut, ranks=ranks), cut]
-
-
-def lower_bound(
-    pipeline_parallel_size: int, microbatches: int, group_size: int, costs: Costs, max_encoder_units: float
-) -> float:
-    """No plan on 1F1B takes less time: a certificate of how good a filled plan is.
-
-    Each rank has idle time before its first and after its last backward passes by; encoder work that fits into it, and
-    into memory, is free, and all other work is not. Holds for groups that divide the microbatches, the same costs for
-    all of them, even shares, and no generator.
-    """
-    size, work = pipeline_parallel_size, microbatches / pipeline_parallel_size
-    step = costs.F + costs.B
-    early = max(0.0, min(max_encoder_units, work) - group_size / size)
-    saved = min(
-        min(early * costs.EF, rank * costs.F + (size - 1 - rank) * costs.B)
-        + min(early * costs.EB, (size - 1 - rank) * costs.F + rank * costs.B)
-        for rank in range(size)
-    )
-    return (microbatches + size - 1) * step + work * (costs.EF + costs.EB) - saved
 
 
 class _Schedule(NamedTuple):

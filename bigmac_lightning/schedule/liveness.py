@@ -50,8 +50,9 @@ def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[lis
     return [[during for during, _ in row] for row in encoder_unit_steps(plan, workload)]
 
 
-def live_llm_microbatches(plan: Plan) -> list[list[float]]:
-    """Per rank and position, the LLM microbatches alive while that action runs; one stage of V counts 1 / V.
+def llm_microbatch_steps(plan: Plan) -> list[list[tuple[float, float]]]:
+    """Per rank and position, the LLM microbatches alive while that action runs, and right after it; one stage of V
+    counts 1 / V.
 
     F takes them at its start; B or W frees them at its end (I if no W follows, F if no backward does).
     """
@@ -61,13 +62,19 @@ def live_llm_microbatches(plan: Plan) -> list[list[float]]:
         for stage in range(plan.stages)
         for kind, followers in FOLLOWERS.items()
     }
-    ranks: list[list[float]] = []
+    ranks: list[list[tuple[float, float]]] = []
     for actions in plan.ranks:
         stages, row = 0, []
         for action in actions:
             stages += action.kind == "F"
-            row.append(stages * size)
+            during = stages
             if action.stage is not None:
                 stages -= frees[action.kind, action.stage]
+            row.append((during * size, stages * size))
         ranks.append(row)
     return ranks
+
+
+def live_llm_microbatches(plan: Plan) -> list[list[float]]:
+    """Per rank and position, the LLM microbatches alive while that action runs."""
+    return [[during for during, _ in row] for row in llm_microbatch_steps(plan)]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bigmac_lightning.schedule.backbones import Orders, get_backbone
+from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.disaggregated import at_stages, fastest, longer_stages, stage_ranks, whole_llm
 from bigmac_lightning.schedule.filling import default_limit
@@ -33,6 +34,13 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+def get_policy(name: str) -> Policy:
+    """The policy of that name; ``ValueError`` lists the names if there is none."""
+    if name not in POLICIES:
+        raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
 @_collector_paused()
 def make_plan(
     *,
@@ -52,6 +60,8 @@ def make_plan(
     max_encoder_units: float | None = None,
     stage_costs: Sequence[Sequence[float]] | None = None,
     stage_rank: Sequence[int] | None = None,
+    max_llm_microbatches: float | None = None,
+    memory: MemoryBudget | None = None,
 ) -> Plan:
     """Make a plan and verify it.
 
@@ -79,14 +89,14 @@ def make_plan(
         stage_rank: for `disaggregated`, the rank of each stage; ranks before them are the encoder's, ranks after them
             the generator's. By default the numbers of ranks that take the least time. `costs` and `stage_costs` are
             those of stages on all ranks; fewer stages take longer by as much.
+        max_llm_microbatches: most LLM microbatches that a rank may have in flight.
+        memory: most bytes that a rank may use; `filled` has as many encoder units alive as it allows.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
         PlanError: if the plan breaks a rule; see ``verify``.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy is {policy!r}; expected one of {', '.join(POLICIES)}")
-    chosen, schedule, costs = POLICIES[policy], get_backbone(backbone), costs or Costs()
+    chosen, schedule, costs = get_policy(policy), get_backbone(backbone), costs or Costs()
     kinds = costs.kinds
     size = pipeline_parallel_size
     group_size = (group_size if group_size is not None else size) if chosen.spread else 1
@@ -117,7 +127,7 @@ def make_plan(
 
         layouts = stage_ranks(schedule, size, virtual_stages, "EF" in kinds, "G" in kinds)
         plan = fastest(laid_out, layouts, size, microbatches, costs, workload)
-        verify(plan, max_encoder_units, workload=workload)
+        verify(plan, max_encoder_units, max_llm_microbatches, workload, memory)
         return plan
     stage_rank = list(stage_rank)
     llm_ranks = len(set(stage_rank))
@@ -167,22 +177,23 @@ def make_plan(
     elif extra_in_flight:
         plan.ranks = bare_backbone(extra_in_flight)
         bare = simulate(plan, workload)
-    setting = Setting(bare, workload, max_encoder_units, pieces)
+    fits = _most_encoder_units(bare, max_encoder_units, memory)
+    setting = Setting(bare, workload, fits, pieces)
     free = chosen.pours and encoder_shares is None and generator_shares is None and workload is None
-    plan, timeline = _placed(plan, setting, chosen, free)
+    plan = _placed(plan, setting, chosen, free)
+    timeline = verify(plan, max_encoder_units, max_llm_microbatches, workload, memory)
     plan.makespan = timeline.makespan
     plan.ideal += _nested_time(plan, workload) / size
     plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return plan
 
 
-def _placed(plan: Plan, setting: Setting, policy: Policy, free: bool) -> tuple[Plan, Timeline]:
-    """The bare plan with its nested work placed, and verified; if its shares are `free`, the fastest ones tried."""
-    limit = setting.max_encoder_units
+def _placed(plan: Plan, setting: Setting, policy: Policy, free: bool) -> Plan:
+    """The bare plan with its nested work placed; if its shares are `free`, the fastest ones tried."""
     best = replace(plan, ranks=policy.place(plan, setting))
-    timeline = verify(best, limit, workload=setting.workload)
     if free:
-        limit = limit or max(*timeline.encoder_units, default_limit(plan))
+        timeline = simulate(best, setting.workload)
+        limit = setting.max_encoder_units or max(*timeline.encoder_units, default_limit(plan))
         setting = replace(setting, max_encoder_units=limit)
         for encoder, generator in shares_to_try(plan):
             poured = replace(
@@ -193,8 +204,16 @@ def _placed(plan: Plan, setting: Setting, policy: Policy, free: bool) -> tuple[P
             poured.ranks = policy.place(poured, setting)
             found = simulate(poured)
             if max(found.encoder_units) <= limit + 1e-9 and found.makespan < timeline.makespan:
-                best, timeline = poured, verify(poured, limit)
-    return best, timeline
+                best, timeline = poured, found
+    return best
+
+
+def _most_encoder_units(bare: Timeline, most: float | None, memory: MemoryBudget | None) -> float | None:
+    """The limit on encoder units that the memory left by the LLM gives, or a lower one that is given."""
+    if memory is None or memory.budget is None or not memory.encoder_unit:
+        return most
+    fits = memory.encoder_units(bare.llm_microbatches)
+    return fits if most is None else min(fits, most)
 
 
 def _generator_fits(plan: Plan, ranks: Orders) -> bool:

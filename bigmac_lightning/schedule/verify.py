@@ -7,6 +7,7 @@ import math
 from itertools import combinations
 
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
 from bigmac_lightning.schedule.plan import Plan, PlanError
@@ -19,6 +20,7 @@ def verify(
     max_encoder_units: float | None = None,
     max_llm_microbatches: float | None = None,
     workload: Workload | None = None,
+    memory: MemoryBudget | None = None,
 ) -> Timeline:
     """Check that a plan is complete, can run, and stays within its limits.
 
@@ -39,6 +41,7 @@ def verify(
         max_encoder_units: most encoder units that a rank may have alive.
         max_llm_microbatches: most LLM microbatches that a rank may have in flight.
         workload: see ``simulate.durations``; also what encoder units are then measured by.
+        memory: most bytes that a rank may use at any moment.
 
     Returns: the plan's simulated timeline.
 
@@ -56,6 +59,8 @@ def verify(
         _check_limit(plan, live_encoder_units(plan, workload), max_encoder_units, "encoder units")
     if max_llm_microbatches is not None:
         _check_limit(plan, live_llm_microbatches(plan), max_llm_microbatches, "LLM microbatches")
+    if memory is not None:
+        memory.check(plan, workload)
     return timeline
 
 

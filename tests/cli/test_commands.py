@@ -98,8 +98,8 @@ def readme_commands(*files: str) -> list[str]:
 
 def test_documented_plan_commands(tmp_path: Path) -> None:
     documented = readme_commands("README.md", "docs/schedules.md")
-    commands = [command for command in documented if command.startswith("bigmac plan")]
-    assert len(commands) >= 7
+    commands = [command for command in documented if command.startswith(("bigmac plan", "bigmac compare"))]
+    assert len(commands) >= 12
     for command in commands:
         assert run(shlex.split(command), tmp_path).returncode == 0, command
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -63,7 +63,7 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
 def _pipelined(
     rank: int, size: int, family: str, tied: bool, policy: str
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
-    options = PipelineOptions(policy, group_size=2).placed(size, encoder=True, generator=True)
+    options = PipelineOptions(policy, group_size=2).chosen(size, 4, encoder=True, generator=True)[0]
     stage_rank = options.stage_rank(size)
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module = build(family, tied)

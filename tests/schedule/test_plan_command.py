@@ -32,6 +32,39 @@ def test_shows_a_table_and_a_timeline(capsys):
         assert text in shown
 
 
+def test_tells_the_bound_and_the_memory(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    command = ["--pipeline_parallel_size", "4", "--microbatches", "16", "--memory.encoder_unit", "1GiB"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "lower bound 66; at most 4.5% above the optimum" in shown
+    assert re.search(r"3 │ +40 │ +9 │ +13.0% │ +2 │ +1 │ +2 GiB │", shown)
+    assert main([*command, "--policy", "filled"]) == 0
+    assert "lower bound 66; this is the optimum" in capsys.readouterr().out
+
+
+def test_auto_says_why(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    command = ["--pipeline_parallel_size", "4", "--microbatches", "16", "--backbone", "auto", "--group_size", "auto"]
+    assert main([*command, "--max_encoder_units", "2", "--output", str(path)]) == 0
+    shown = capsys.readouterr().out
+    plan = Plan.load(path)
+    assert shown.startswith(f"chosen for policy nested: {plan.backbone}")
+    assert f"{path}: makespan {plan.makespan:g}" in shown
+    assert "refused: " in shown
+    assert main(["--plan", str(path), "--max_encoder_units", "2"]) == 0
+    assert main([*command, "--layers", "4", "--output", str(path)]) == 0
+    assert Plan.load(path).virtual_stages == 1
+
+
+def test_pictures_have_curves_of_what_is_alive(tmp_path):
+    path = tmp_path / "x.svg"
+    assert main([*SMALL, "--memory.encoder_unit", "1GiB", "--output", str(path)]) == 0
+    text = path.read_text()
+    for name in ("encoder units", "LLM microbatches", "memory, GiB", "bubbles", "1.000 of the ideal", "rank 1"):
+        assert f"<!-- {name}" in text or name in text, name
+
+
 def test_writes_a_plan_that_it_can_read(tmp_path, capsys):
     path = tmp_path / "plan.json"
     assert main([*SMALL, "--costs.G", "3", "--output", str(path)]) == 0
@@ -84,6 +117,10 @@ def test_refuses_an_edited_plan(tmp_path, capsys):
     [
         ([], "--pipeline_parallel_size is missing; expected an integer of at least 1 (or --plan FILE)"),
         (["--pipeline_parallel_size", "2"], "--microbatches is missing"),
+        ([*SMALL, "--group_size", "x"], "--group_size is x; expected int or auto"),
+        ([*SMALL, "--memory.static", "much"], "memory.static is 'much'; expected bytes, or a size such as 16GiB"),
+        ([*SMALL, "--memory.budget", "1KiB", "--memory.encoder_unit", "600B"], "EF1 brings the memory to 1.172 KiB"),
+        ([*SMALL, "--backbone", "auto", "--extra_in_flight", "2"], "--extra_in_flight does not go with auto"),
         (["--pipeline_parallel_size", "two"], "--pipeline_parallel_size is two; expected int"),
         (["--costs.F", "x"], "--costs.F is x; expected float"),
         ([*SMALL, "--costs.EF", "-1"], "costs.EF is -1.0; expected a finite number of at least 0"),

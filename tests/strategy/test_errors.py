@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
+from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 from tests.toy import ToyData, ToyModule
 
@@ -24,6 +25,7 @@ from tests.toy import ToyData, ToyModule
         ({"policy": "magic"}, "policy='magic' is not known; choose one of .*first_stage, nested, upfront"),
         ({"virtual_stages": 2}, "virtual_stages=2 does not go with backbone='1f1b'"),
         ({"microbatches": 0}, "microbatches=0 must be an integer of at least 1"),
+        ({"microbatches": "auto"}, "microbatches='auto' must be an integer of at least 1"),
         ({"pipeline_parallel_size": "all"}, "pipeline_parallel_size='all' must be"),
     ],
 )
@@ -108,6 +110,24 @@ def _fit_wrong(rank: int, strategy: dict[str, Any], module: pl.LightningModule, 
         ({}, lambda: ToyModule(layers=1), ToyData, "the LLM has 1 layers, too few for 2 pipeline stages"),
         ({}, _Foreign, ToyData, "_Foreign is none: derive it from PipelineModule"),
         ({"microbatches": 4}, ToyModule, ToyData, "microbatches=4, but the batch has 3"),
+        (
+            {"max_encoder_units": 0.5},
+            ToyModule,
+            ToyData,
+            "rank 0: EF0 brings the live encoder units to",
+        ),
+        (
+            {"memory": MemoryBudget("1GiB", encoder_unit="2GiB")},
+            ToyModule,
+            ToyData,
+            "the budget is 1 GiB: use a smaller group_size",
+        ),
+        (
+            {"backbone": "auto", "max_llm_microbatches": 0.1},
+            ToyModule,
+            ToyData,
+            "backbone 'auto' and policy 'nested' give no plan that is possible:\n  gpipe, group_size 2: rank 0: 0F0",
+        ),
         ({}, _ScalesLoss, ToyData, "_ScalesLoss.training_step must return the loss of self.pipeline"),
         ({}, _ReturnsNothing, ToyData, "_ReturnsNothing.training_step must return the loss"),
         ({}, _Twice, ToyData, "training_step called self.pipeline"),

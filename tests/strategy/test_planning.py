@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.pipeline import PipelineRunner, backward_share
 from bigmac_lightning.planning import PipelineOptions, Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
+from bigmac_lightning.schedule.backbones import BACKBONES
+from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
 
@@ -93,3 +96,35 @@ def test_plans_follow_the_work_of_each_microbatch() -> None:
         ids = microbatch.inputs["input_ids"]
         microbatch.inputs["input_ids"] = ids.new_zeros(1, 10)
     assert even(batch).plan.makespan != plan.makespan
+
+
+def test_auto_is_named_alike_and_explained() -> None:
+    options = PipelineOptions(backbone="auto", group_size="auto", max_encoder_units=2)
+    named, reason = options.chosen(4, layers=8, encoder=True, generator=True)
+    assert named == options.chosen(4, layers=8, encoder=True, generator=True)[0]
+    assert named.backbone in BACKBONES
+    assert named.group_size in (2, 4, 8)
+    assert reason.startswith(f"chosen for policy nested: {named.backbone}")
+    assert "refused" in reason
+    assert named.chosen(4, layers=8, encoder=True, generator=True) == (named, "")
+    few, _ = options.chosen(4, layers=4, encoder=True, generator=True)
+    assert few.stages_per_rank == 1
+    assert options.chosen(4, layers=10, encoder=True, generator=True)[0].stages_per_rank == 1  # 8 stages would differ
+    without, _ = PipelineOptions(group_size="auto").chosen(4, layers=4, encoder=False, generator=False)
+    assert (without.backbone, without.stages_per_rank, without.group_size) == ("1f1b", 1, 4)
+
+
+def _auto(rank: int) -> tuple[str, int, int | str | None]:
+    trainer = pipeline_trainer(2, {"backbone": "auto", "memory": MemoryBudget("4GiB", "1GiB", "100MiB")}, max_epochs=1)
+    trainer.fit(ToyModule(), ToyData(steps=1))
+    assert isinstance(trainer.strategy, BigMacStrategy)
+    plan = trainer.strategy.pipeline.last_plan
+    assert plan is not None
+    return plan.backbone, plan.virtual_stages, trainer.strategy.pipeline.options.group_size
+
+
+def test_the_strategy_runs_what_auto_has_named() -> None:
+    first, second = on_ranks(2, _auto)
+    assert first == second
+    assert first[0] in BACKBONES
+    assert first[2] == 2

@@ -72,6 +72,7 @@ RUNS = {
     "interleaved-V2": Run(strategy={"backbone": "interleaved_1f1b", "virtual_stages": 2}, module={"tied": True}),
     "zb1p": Run(world=3, strategy={"backbone": "zb1p"}, data={"microbatches": 5}),
     "zbv": Run(strategy={"backbone": "zbv", "virtual_stages": 2}, module={"tied": True}),
+    "auto": Run(strategy={"backbone": "auto", "group_size": "auto", "policy": "filled"}, module={"tied": True}),
     "frozen-generators": Run(module={"freeze": ("generators",)}),
     "frozen-llm-and-generators": Run(world=3, module={"freeze": ("llm", "generators"), "tied": True}),
     "fp16-mixed": Run(trainer={"precision": "16-mixed", "accumulate_grad_batches": 2}, tolerance=2e-3),
