@@ -41,7 +41,8 @@ def plan_from_options(
         pipeline_parallel_size: Number of ranks.
         microbatches: Number of microbatches; by default as many as the workload has.
         backbone: The LLM-only schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, zb1p, zbv, dualpipev.
-        policy: How encoder and generator work is placed: nested, upfront, first_stage, filled.
+        policy: How encoder and generator work is placed: nested, upfront, first_stage, filled, recompute,
+            disaggregated.
         group_size: Microbatches per group; by default the number of ranks.
         virtual_stages: Stages per rank.
         extra_in_flight: Microbatches in flight beyond those of the backbone.

@@ -53,11 +53,14 @@ class BigMacStrategy(DDPStrategy):
         pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
         data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
-        group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`.
+        group_size: microbatches per group of nested work; ``None``: as many as there are ranks that share it
+            (`pipeline_parallel_size`, except under "disaggregated").
         backbone: the LLM's schedule, by name.
         virtual_stages: stages per rank; what is possible depends on the backbone.
-        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute", "first_stage" or
-            "disaggregated" (ranks of their own, as many as take the least time by `costs`).
+        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
+            encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
+            it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
+            every rank still holds a replica of encoders and generators).
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.

@@ -43,6 +43,13 @@ class Policy:
     spread: bool = True
     own_ranks: bool = False
 
+    def group_size(self, given: int | None, stage_rank: Sequence[int], size: int) -> int:
+        """Microbatches per group: as given, or one for each rank that may have some of the work."""
+        if not self.spread:
+            return 1
+        ranks = max(len(self.encoder_ranks(stage_rank, size)), len(self.generator_ranks(stage_rank, size)), 1)
+        return ranks if given is None else given
+
     def encoder_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
         """The ranks, of `size`, that may have encoder work."""
         if self.own_ranks:
@@ -139,7 +146,8 @@ def make_plan(
         backbone: a name in ``BACKBONES``.
         pipeline_parallel_size: number of ranks, P.
         microbatches: number of microbatches, M.
-        group_size: microbatches per group, the last one may have fewer; P by default. `first_stage` always takes 1.
+        group_size: microbatches per group, the last one may have fewer; by default as many as the ranks that share
+            the encoder's or the generator's work, mostly P. `first_stage` always takes 1.
         costs: times of the actions; ``Costs()`` by default.
         virtual_stages: stages per rank.
         encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
@@ -165,9 +173,8 @@ def make_plan(
     chosen, schedule, costs = POLICIES[policy], get_backbone(backbone), costs or Costs()
     kinds = costs.kinds
     size = pipeline_parallel_size
-    group_size = (group_size if group_size is not None else size) if chosen.spread else 1
-    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size)
-    _at_least(1, virtual_stages=virtual_stages)
+    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, virtual_stages=virtual_stages)
+    _at_least(1, group_size=1 if group_size is None else group_size)
     _at_least(0, extra_in_flight=extra_in_flight or 0)
     if not chosen.own_ranks:
         if stage_rank is not None:
@@ -197,6 +204,7 @@ def make_plan(
         return plan
     stage_rank = list(stage_rank)
     llm_ranks = len(set(stage_rank))
+    group_size = chosen.group_size(group_size, stage_rank, size)
 
     def bare_backbone(extra: int) -> Orders:
         orders = schedule.build(llm_ranks, microbatches, extra, virtual_stages)
