@@ -70,7 +70,8 @@ def plan_from_options(
         microbatches: Number of microbatches; by default as many as the workload has.
         backbone: The LLM-only schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, zb1p, zbv, dualpipev, or a .csv or
             .json file. auto: the fastest within the caps.
-        policy: How encoder and generator work is placed: nested, upfront, first_stage, filled.
+        policy: How encoder and generator work is placed: nested, upfront, first_stage, filled, recompute,
+            disaggregated.
         group_size: Microbatches per group; by default the number of ranks. auto: that, half or twice of it.
         virtual_stages: Stages per rank; by default 1, or what is fastest where the backbone is auto.
         extra_in_flight: Microbatches in flight beyond those of the backbone.

@@ -29,7 +29,7 @@ class PipelineOptions:
 
     Attributes:
         policy, backbone: by name, as in a plan.
-        group_size: microbatches per group; ``None``: as many as there are ranks.
+        group_size: microbatches per group; ``None``: as many as there are ranks that share their work.
         microbatches: how many a training batch must have; ``None``: any number.
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
@@ -124,7 +124,7 @@ class PipelineOptions:
         return PipelineLayout(
             size=size,
             rank=rank,
-            group_size=self.group_size or size if policy.spread else 1,
+            group_size=policy.group_size(self.group_size, stage_rank, size),
             microbatches=self.microbatches,
             encoder_ranks=_unless_all(policy.encoder_ranks(stage_rank, size), size),
             generator_ranks=_unless_all(policy.generator_ranks(stage_rank, size), size),

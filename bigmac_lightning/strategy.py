@@ -54,14 +54,17 @@ class BigMacStrategy(DDPStrategy):
         pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
         data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
-        group_size: microbatches per group of nested work; ``None``: `pipeline_parallel_size`; "auto": that, half or
-            twice of it, whichever is fastest within the caps.
+        group_size: microbatches per group of nested work; ``None``: as many as there are ranks that share it
+            (`pipeline_parallel_size`, except under "disaggregated"); "auto": `pipeline_parallel_size`, half or twice
+            of it, whichever is fastest within the caps.
         backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
             (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
         virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
             is "auto": the fastest; ``None`` otherwise: 1.
-        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute", "first_stage" or
-            "disaggregated" (ranks of their own, as many as take the least time by `costs`).
+        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
+            encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
+            it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
+            every rank still holds a replica of encoders and generators).
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
             within are refused, and "filled" uses the encoder units that it may.

@@ -92,7 +92,7 @@ class _RankWork:
         late_generator = self._until((first, time) for (first, _), time in zip(backwards, times["G"], strict=True))
         early_weights = self._since(weights)
         all_weights = sum(time for _, time in weights)
-        most = most if trained else inf
+        most = most if trained and not plan.recomputes else inf
         self.before = [
             forward * min(all_units, most + eb) + backward * eb + g + w
             for eb, g, w in zip(early_backwards, early_generator, early_weights, strict=True)

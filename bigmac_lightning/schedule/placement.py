@@ -32,6 +32,13 @@ class Policy:
     pours: bool = False
     own_ranks: bool = False
 
+    def group_size(self, given: int | None, stage_rank: Sequence[int], size: int) -> int:
+        """Microbatches per group: as given, or one for each rank that may have some of the work."""
+        if not self.spread:
+            return 1
+        ranks = max(len(self.encoder_ranks(stage_rank, size)), len(self.generator_ranks(stage_rank, size)), 1)
+        return ranks if given is None else given
+
     def encoder_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
         """The ranks, of `size`, that may have encoder work."""
         if self.own_ranks:

@@ -70,9 +70,10 @@ def make_plan(
         backbone: a name in ``BACKBONES``.
         pipeline_parallel_size: number of ranks, P.
         microbatches: number of microbatches, M.
-        group_size: microbatches per group, the last one may have fewer; P by default. `first_stage` always takes 1.
+        group_size: microbatches per group, the last one may have fewer; by default as many as the ranks that share
+            the encoder's or the generator's work, mostly P. `first_stage` always takes 1.
         groups: the microbatches of each group, if not even ones; see ``ramp_groups``.
-        pieces: in how many pieces `filled` may cut a share, so that it fits into smaller bubbles.
+        pieces: in how many pieces `filled` may cut an encoder share, so that it fits into smaller bubbles.
         costs: times of the actions; ``Costs()`` by default.
         virtual_stages: stages per rank.
         encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
@@ -99,9 +100,8 @@ def make_plan(
     chosen, schedule, costs = get_policy(policy), get_backbone(backbone), costs or Costs()
     kinds = costs.kinds
     size = pipeline_parallel_size
-    group_size = (group_size if group_size is not None else size) if chosen.spread else 1
-    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size)
-    _at_least(1, virtual_stages=virtual_stages)
+    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, virtual_stages=virtual_stages)
+    _at_least(1, group_size=1 if group_size is None else group_size)
     _at_least(0, extra_in_flight=extra_in_flight or 0)
     if not chosen.own_ranks:
         if stage_rank is not None:
@@ -131,6 +131,7 @@ def make_plan(
         return plan
     stage_rank = list(stage_rank)
     llm_ranks = len(set(stage_rank))
+    group_size = chosen.group_size(group_size, stage_rank, size)
 
     def bare_backbone(extra: int) -> Orders:
         orders = schedule.build(llm_ranks, microbatches, extra, virtual_stages)

@@ -141,6 +141,12 @@ def cases() -> list[Case]:
     for pp in (1, 2, 3, 4):
         for backbone, virtual_stages in BACKBONES_AND_STAGES:
             found.append(Case(pp, 5, min(2, pp), policy="recompute", backbone=backbone, virtual_stages=virtual_stages))
+        base = Case(pp, 5, min(2, pp), text_only=(2, 3))
+        for policy in ("upfront", "first_stage", "filled", "recompute"):
+            found += [
+                replace(base, policy=policy, backbone="gpipe"),
+                replace(base, policy=policy, backbone="looped_bfs", virtual_stages=3),
+            ]
     for policy in ("nested", "upfront", "first_stage"):
         for m in (1, 3, 8):
             found += [Case(2, m, 2, dp=2, policy=policy, tied=True), Case(2, m, 1, dp=2, policy=policy, text_only=(0,))]

@@ -51,7 +51,7 @@ def test_policies_compare_as_known(microbatches, generator):
     again = microbatches / 4 * 4  # every rank's forwards once more
     assert made["recompute"].makespan == pytest.approx(made["upfront"].makespan + again, abs=1e-9)
     assert made["recompute"].peak["encoder_units"] == [1] * 4
-    assert made["disaggregated"].makespan > 1.05 * made["nested"].makespan
+    assert made["disaggregated"].makespan > made["nested"].makespan
     assert made["filled"].makespan <= 0.995 * made["nested"].makespan
     assert made["upfront"].makespan == pytest.approx(made["nested"].makespan, abs=1e-9)
     assert made["upfront"].peak["encoder_units"] == [microbatches / 4] * 4

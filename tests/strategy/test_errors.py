@@ -22,7 +22,7 @@ from tests.toy import ToyData, ToyModule
     ("arguments", "message"),
     [
         ({"backbone": "2f2b"}, "backbone is '2f2b'; expected one of gpipe, 1f1b, .* or a .csv or .json file"),
-        ({"policy": "magic"}, "policy='magic' is not known; choose one of .*first_stage, nested, upfront"),
+        ({"policy": "magic"}, "policy='magic' is not known; choose one of .*first_stage, nested, recompute, upfront"),
         ({"virtual_stages": 2}, "virtual_stages=2 does not go with backbone='1f1b'"),
         ({"microbatches": 0}, "microbatches=0 must be an integer of at least 1"),
         ({"microbatches": "auto"}, "microbatches='auto' must be an integer of at least 1"),
