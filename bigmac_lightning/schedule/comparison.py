@@ -19,7 +19,7 @@ LEGEND = """\
 * the fastest
 V: stages per rank
 ratio: to the ideal, which is plain 1F1B and the nested work spread evenly
-bubbles: of the rank with the least and of that with the most
+bubble %: of the rank with the least and of that with the most
 units, mbs: most encoder units and LLM microbatches alive on a rank
 plan s: seconds of planning"""
 
@@ -68,7 +68,7 @@ def comparison(case: Case, candidates: Sequence[Candidate]) -> Group:
     )
     for heading in ("policy", "backbone"):
         table.add_column(heading, overflow="ellipsis")  # these give way in a narrow terminal
-    headings = ["V", "group", "makespan", "ratio", "bubbles %", "units", "mbs"]
+    headings = ["V", "group", "makespan", "ratio", "bubble %", "units", "mbs"]
     for heading in headings + ["memory"] * (case.memory is not None) + ["plan s"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in made:
@@ -92,7 +92,7 @@ def comparison(case: Case, candidates: Sequence[Candidate]) -> Group:
 
 
 def _range(least: float, most: float) -> str:
-    one, other = f"{100 * least:.1f}", f"{100 * most:.1f}"
+    one, other = f"{100 * least:.0f}", f"{100 * most:.0f}"
     return one if one == other else f"{one}-{other}"
 
 

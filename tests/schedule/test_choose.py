@@ -98,9 +98,9 @@ def test_what_cannot_be_is_refused():
 
 def test_all_policies_take_a_workload_and_one_ideal():
     work = Workload(tuple(MicrobatchWork(0.5 + m % 3, (1.0,) * (m % 4), (0.5,) * (m % 2)) for m in range(8)))
-    case = Case(2, 8, Costs(G=1), work)
+    case = Case(3, 8, Costs(G=1), work)
     found = candidates(case, list(POLICIES), list(BACKBONES))
     assert all(candidate.plan is not None for candidate in found)
     assert {c.group_size for c in found if c.policy == "first_stage"} == {1}
-    plain = make_plan(pipeline_parallel_size=2, microbatches=8, costs=Costs(G=1), workload=work)
+    plain = make_plan(pipeline_parallel_size=3, microbatches=8, costs=Costs(G=1), workload=work)
     assert case.ideal() == plain.ideal
