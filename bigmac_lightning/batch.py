@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.schedule.assign import assign
-from bigmac_lightning.schedule.plan import even_groups
+from bigmac_lightning.schedule.plan import even_groups, ramp_groups
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class PipelineLayout:
         microbatches: how many microbatches the strategy expects per batch; ``None``: as many as the data has.
         encoder_ranks: ranks that may own media items; ``None``: all.
         generator_ranks: ranks that may own generator targets; ``None``: all.
+        ramp: whether the first and the last groups are smaller; see ``ramp_groups``.
+        weights: the fraction of encoder and generator work that each rank is to do; ``None``: the same for all.
     """
 
     size: int = 1
@@ -35,6 +37,12 @@ class PipelineLayout:
     microbatches: int | None = None
     encoder_ranks: tuple[int, ...] | None = None
     generator_ranks: tuple[int, ...] | None = None
+    ramp: bool = False
+    weights: tuple[float, ...] | None = None
+
+    def groups(self, microbatches: int) -> list[list[int]]:
+        """The microbatches of each group."""
+        return (ramp_groups if self.ramp else even_groups)(microbatches, self.group_size)
 
 
 @dataclass
@@ -188,15 +196,20 @@ def assign_owners(microbatches: Sequence[Microbatch], layout: PipelineLayout) ->
     Needs costs only, so that it can run before anything is decoded.
     """
     everyone = tuple(range(layout.size))
-    groups = even_groups(len(microbatches), layout.group_size)
+    groups = layout.groups(len(microbatches))
     media = [[item for m in group for item in microbatches[m].media] for group in groups]
     targets = [[item for m in group for item in microbatches[m].targets] for group in groups]
-    _share_out(media, layout.encoder_ranks or everyone)
-    _share_out(targets, layout.generator_ranks or everyone)
+    _share_out(media, layout.encoder_ranks or everyone, layout.weights)
+    _share_out(targets, layout.generator_ranks or everyone, layout.weights)
 
 
-def _share_out(groups: Sequence[Sequence[MediaItem | TargetItem]], ranks: Sequence[int]) -> None:
-    owners = assign([[item.cost for item in items] for items in groups], ranks)
+def _share_out(
+    groups: Sequence[Sequence[MediaItem | TargetItem]], ranks: Sequence[int], weights: Sequence[float] | None
+) -> None:
+    costs = [[item.cost for item in items] for items in groups]
+    # a rank that is to do less than another has that much else to do
+    busy = None if weights is None else [[(max(weights) - weights[r]) * sum(row) for r in ranks] for row in costs]
+    owners = assign(costs, ranks, busy)
     for items, chosen in zip(groups, owners, strict=True):
         for item, owner in zip(items, chosen, strict=True):
             item.owner = owner

@@ -13,8 +13,9 @@ from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto, Case, choose
-from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
+from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import POLICIES, make_plan
+from bigmac_lightning.schedule.pouring import pour
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
@@ -35,6 +36,9 @@ class PipelineOptions:
             the stages of a rank together.
         virtual_stages: stages per rank; ``None``: 1.
         max_encoder_units, max_llm_microbatches, memory: the caps of every plan; see ``make_plan``.
+        ramp: whether the first and the last groups are smaller than `group_size`; see ``ramp_groups``.
+        pieces: in how many pieces `filled` may cut an encoder share.
+        stage_factors: for each stage, how many times as long as `costs` say it takes; ``None``: 1 for all.
         own_stage_rank: the rank of each stage, where the policy leaves it open; set by `chosen`.
 
     `backbone`, `group_size` and `virtual_stages` may be "auto" until `chosen` has named them.
@@ -52,6 +56,9 @@ class PipelineOptions:
     max_encoder_units: float | None = None
     max_llm_microbatches: float | None = None
     memory: MemoryBudget | None = None
+    ramp: bool = False
+    pieces: int = 1
+    stage_factors: tuple[float, ...] | None = None
     own_stage_rank: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +88,8 @@ class PipelineOptions:
             ValueError: if nothing fits, with the reason of each candidate.
         """
         costs = replace(self.costs, EF=self.costs.EF if encoder else 0, G=self.costs.G if generator else 0)
+        if self.stage_factors is not None and POLICIES[self.policy].own_ranks:
+            raise ValueError(f"stage_factors={self.stage_factors} does not go with policy={self.policy!r}")
         named, reason = self, ""
         if "auto" in (self.backbone, self.group_size, self.virtual_stages):
             caps = (self.max_encoder_units, self.max_llm_microbatches, self.memory)
@@ -102,6 +111,9 @@ class PipelineOptions:
                 costs=costs.per_stage(named.stages_per_rank),
             )
             named = replace(named, own_stage_rank=tuple(plan.stage_rank))
+        stages = len(named.stage_rank(size))
+        if self.stage_factors is not None and len(self.stage_factors) != stages:
+            raise ValueError(f"stage_factors={self.stage_factors} must have one number for each of {stages} stages")
         return named, reason
 
     @property
@@ -128,7 +140,17 @@ class PipelineOptions:
             microbatches=self.microbatches,
             encoder_ranks=_unless_all(policy.encoder_ranks(stage_rank, size), size),
             generator_ranks=_unless_all(policy.generator_ranks(stage_rank, size), size),
+            ramp=self.ramp and policy.spread,
+            weights=self._weights(stage_rank, size) if policy.pours and self.stage_factors else None,
         )
+
+    def _weights(self, stage_rank: Sequence[int], size: int) -> tuple[float, ...]:
+        """Each rank's fraction of encoder and generator work, so that all end together."""
+        assert self.stage_factors is not None
+        costs, busy = self.costs.per_stage(self.stages_per_rank), [0.0] * size
+        for rank, factor in zip(stage_rank, self.stage_factors, strict=True):
+            busy[rank] += factor * (costs.F + costs.B)
+        return tuple(pour(busy, costs.EF + costs.EB + costs.G))
 
 
 @dataclass(frozen=True)
@@ -229,13 +251,17 @@ class Planner:
         return planned
 
     def _plan(self, batch: Batch) -> tuple[Plan, Workload]:
-        groups = even_groups(len(batch), self.layout.group_size)
+        groups = self.layout.groups(len(batch))
         media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
         targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
         costs, stage_costs = self.trained.costs(
             self.options.costs.per_stage(self.options.stages_per_rank), _any(encoder), _any(generator)
         )
+        if self.options.stage_factors:
+            rows = stage_costs or [[costs.F, costs.B, costs.I, costs.W]] * len(self.options.stage_factors)
+            pairs = zip(rows, self.options.stage_factors, strict=True)
+            stage_costs = [[time * factor for time in row] for row, factor in pairs]
         work = _workload(batch, costs)
         plan = make_plan(
             policy=self.options.policy,
@@ -243,7 +269,8 @@ class Planner:
             pipeline_parallel_size=self.size,
             virtual_stages=self.options.stages_per_rank,
             microbatches=len(batch),
-            group_size=self.layout.group_size,
+            groups=groups,
+            pieces=self._pieces(media, groups),
             costs=costs,
             stage_costs=stage_costs,
             stage_rank=self.options.own_stage_rank,
@@ -255,6 +282,16 @@ class Planner:
             memory=self.options.memory,
         )
         return plan, work
+
+    def _pieces(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[int]]:
+        """In how many pieces each rank's share of each group may be cut: no more than it has items."""
+        return [
+            [
+                min(self.options.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
+                for rank in range(self.size)
+            ]
+            for group in groups
+        ]
 
     def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
         """Each rank's fraction of each group's cost."""

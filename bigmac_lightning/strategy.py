@@ -8,7 +8,7 @@ Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoin
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -69,6 +69,10 @@ class BigMacStrategy(DDPStrategy):
         max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
             within are refused, and "filled" uses the encoder units that it may.
         memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
+        ramp: make the first and the last groups smaller (1, 1, 2, 4, ..): the pipeline waits for them.
+        pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
+        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head):
+            "filled" then gives slow ranks less encoder and generator work.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -95,6 +99,9 @@ class BigMacStrategy(DDPStrategy):
         max_encoder_units: float | None = None,
         max_llm_microbatches: float | None = None,
         memory: MemoryBudget | None = None,
+        ramp: bool = False,
+        pieces: int = 1,
+        stage_factors: Sequence[float] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -122,8 +129,9 @@ class BigMacStrategy(DDPStrategy):
             ("microbatches", microbatches),
             ("group_size", group_size),
             ("virtual_stages", virtual_stages),
+            ("pieces", pieces),
         ):
-            chosen_later = value == "auto" and name != "microbatches"
+            chosen_later = value == "auto" and name not in ("microbatches", "pieces")
             if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
         self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
@@ -137,6 +145,9 @@ class BigMacStrategy(DDPStrategy):
             max_encoder_units=max_encoder_units,
             max_llm_microbatches=max_llm_microbatches,
             memory=memory,
+            ramp=ramp,
+            pieces=pieces,
+            stage_factors=None if stage_factors is None else tuple(stage_factors),
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only

@@ -7,6 +7,7 @@ cut, which it starts from.
 Knows plans, their dependencies and memory; knows nothing of how tasks are scheduled (see ``tasks``).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil, inf
@@ -58,13 +59,15 @@ def default_limit(plan: Plan) -> float:
     return 3.0 if "G" in plan.costs.kinds else 2.0
 
 
-def _starts(cut: Plan, workload: Workload | None, pieces: int) -> list[Plan]:
+def _starts(cut: Plan, workload: Workload | None, pieces: int | Sequence[Sequence[int]]) -> list[Plan]:
     """The cut plan, and the same with its encoder shares in pieces, if any is long enough for that."""
     half = min(cut.cost("F", stage) for stage in range(cut.stages)) / 2
     ranks: list[list[Action]] = []
-    for actions, times in zip(cut.ranks, durations(cut, workload), strict=True):
+    for rank, (actions, times) in enumerate(zip(cut.ranks, durations(cut, workload), strict=True)):
         number = {
-            action.index: max(1, min(pieces, ceil(time / half - EPS)))
+            action.index: max(
+                1, min(pieces if isinstance(pieces, int) else pieces[action.index][rank], ceil(time / half - EPS))
+            )
             for action, time in zip(actions, times, strict=True)
             if action.kind == "EF"
         }

@@ -55,7 +55,7 @@ def make_plan(
     generator_shares: Sequence[Sequence[float]] | None = None,
     extra_in_flight: int | None = None,
     groups: Sequence[Sequence[int]] | None = None,
-    pieces: int = 1,
+    pieces: int | Sequence[Sequence[int]] = 1,
     workload: Workload | None = None,
     max_encoder_units: float | None = None,
     stage_costs: Sequence[Sequence[float]] | None = None,
@@ -73,7 +73,8 @@ def make_plan(
         group_size: microbatches per group, the last one may have fewer; by default as many as the ranks that share
             the encoder's or the generator's work, mostly P. `first_stage` always takes 1.
         groups: the microbatches of each group, if not even ones; see ``ramp_groups``.
-        pieces: in how many pieces `filled` may cut an encoder share, so that it fits into smaller bubbles.
+        pieces: in how many pieces `filled` may cut an encoder share, so that it fits into smaller bubbles; one number
+            for all, or one per group and rank.
         costs: times of the actions; ``Costs()`` by default.
         virtual_stages: stages per rank.
         encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;

@@ -1,5 +1,6 @@
 """What a policy goes by, beside the plan itself. Knows nothing of policies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bigmac_lightning.schedule.simulate import Timeline
@@ -14,10 +15,10 @@ class Setting:
         bare: the simulated bare backbone.
         workload: the work of each microbatch, where they differ.
         max_encoder_units: most encoder units that a rank may have alive; most policies leave this to ``verify``.
-        pieces: in how many pieces an encoder share may be cut.
+        pieces: in how many pieces an encoder share may be cut; one number for all, or one per group and rank.
     """
 
     bare: Timeline
     workload: Workload | None = None
     max_encoder_units: float | None = None
-    pieces: int = 1
+    pieces: int | Sequence[Sequence[int]] = 1

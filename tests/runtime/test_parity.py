@@ -15,7 +15,7 @@ from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.verify import verify
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
@@ -50,6 +50,7 @@ class Case:
     tied: bool = False
     pieces: int = 1
     checkpointed: tuple[int, ...] = ()
+    fine: bool = False  # ramp groups, pieces as planned, long encoders, a slow last stage
 
     @property
     def layers(self) -> int:
@@ -57,7 +58,11 @@ class Case:
 
     @property
     def options(self) -> PipelineOptions:
-        return PipelineOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        options = PipelineOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        if not self.fine:
+            return options
+        factors = (*[1.0] * (self.pp * self.virtual_stages - 1), 1.7)
+        return replace(options, ramp=True, pieces=3, costs=Costs(EF=5, EB=10, G=3), stage_factors=factors)
 
     def __str__(self) -> str:
         parts = [f"P{self.pp}", f"M{self.microbatches}", f"g{self.group_size or self.pp}", self.policy, self.backbone]
@@ -66,7 +71,7 @@ class Case:
         parts += ["tied"] * self.tied + ["no-media"] * (not self.media) + ["no-targets"] * (not self.targets)
         parts += [f"unlabelled{''.join(map(str, self.unlabelled))}"] * bool(self.unlabelled)
         parts += [f"checkpointed{''.join(map(str, self.checkpointed))}"] * bool(self.checkpointed)
-        parts += [f"pieces{self.pieces}"] * (self.pieces > 1)
+        parts += ["fine"] * self.fine + [f"pieces{self.pieces}"] * (self.pieces > 1)
         parts += [f"text{''.join(map(str, self.text_only))}"] * bool(self.text_only)
         return "-".join(parts)
 
@@ -116,6 +121,11 @@ def cases() -> list[Case]:
         for policy in ("nested", "upfront", "filled", "recompute"):
             base = Case(pp, 5, min(2, pp), policy=policy, pieces=3)
             found += [base, replace(base, microbatches=8, group_size=pp, text_only=(0, 1), tied=True)]
+        for m in (1, 2, 5, 8):
+            found.append(Case(pp, m, policy="filled", fine=True))
+        found.append(Case(pp, 8, policy="filled", backbone="zb1p", fine=True, text_only=(0,), targets=False))
+        found.append(Case(pp, 5, policy="filled", backbone="zbv", virtual_stages=2, fine=True))
+        found.append(Case(pp, 5, fine=True, tied=True))
         base = Case(pp, 5, pp, pieces=5)
         found += [replace(base, freeze=freeze) for freeze in (("encoders",), ("llm",), ("encoders.image",))]
         found += [replace(base, backbone="zbv", virtual_stages=2), replace(base, targets=False)]

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 
 from bigmac_lightning import BigMacStrategy
@@ -12,6 +13,8 @@ from bigmac_lightning.planning import PipelineOptions, Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
+from bigmac_lightning.schedule.plan import Costs, ramp_groups
+from bigmac_lightning.schedule.pouring import pour
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
 
@@ -128,3 +131,40 @@ def test_the_strategy_runs_what_auto_has_named() -> None:
     assert first == second
     assert first[0] in BACKBONES
     assert first[2] == 2
+
+
+def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
+    """As the options say; a rank whose stage is slow does less of the encoders' work, and no item is cut."""
+    trained = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    options = PipelineOptions(
+        "filled", ramp=True, pieces=4, costs=Costs(EF=8, EB=16, G=1), stage_factors=(1.0, 3.0), max_encoder_units=8
+    )
+    batch = toy_batch(12, options.layout(2, 0)).useful()
+    plan = Planner(options, 2, 0, trained)(batch).plan
+    assert [len(group) for group in plan.groups] == [
+        1,
+        1,
+        *[2] * ((len(batch) - 4) // 2),
+        *[1] * (len(batch) % 2),
+        1,
+        1,
+    ]
+    assert plan.stage_costs[1] == [3 * time for time in plan.stage_costs[0]]
+    pieces = {(rank, a.index): a.pieces for rank, row in enumerate(plan.ranks) for a in row if a.kind == "EF"}
+    assert max(pieces.values()) > 1
+    load = [0.0, 0.0]
+    for group, members in enumerate(plan.groups):
+        owned = [item for m in members for item in batch.microbatches[m].media]
+        for rank in (0, 1):
+            assert pieces.get((rank, group), 0) <= sum(item.owner == rank for item in owned)
+            load[rank] += sum(item.cost for item in owned if item.owner == rank)
+    wanted = pour([3, 9], 25)
+    assert wanted[1] < 0.5
+    assert load[1] / sum(load) == pytest.approx(wanted[1], abs=0.05)
+
+
+def test_stage_factors_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"stage_factors=\(1.0,\) must have one number for each of 2 stages"):
+        PipelineOptions(stage_factors=(1.0,)).chosen(2, 4, encoder=True, generator=True)
+    with pytest.raises(ValueError, match=r"stage_factors=.* does not go with policy='disaggregated'"):
+        PipelineOptions("disaggregated", stage_factors=(1.0,)).chosen(3, 4, encoder=True, generator=True)
