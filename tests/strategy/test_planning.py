@@ -13,7 +13,7 @@ from bigmac_lightning.planning import PipelineOptions, Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.plan import Costs, ramp_groups
+from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.pouring import pour
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
