@@ -232,6 +232,8 @@ class BigMacStrategy(DDPStrategy):
         assert isinstance(module, PipelineModule)
         if not module.automatic_optimization:
             raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
+        # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
+        trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
@@ -426,3 +428,11 @@ def register() -> None:
         description="encoder and generator nested into the LLM's pipeline",
         override=True,
     )
+
+
+def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:
+    """Pass a SIGTERM on and remember it: all ranks end together before the next batch, as rank 0 then tells them."""
+    connector, launcher = trainer._signal_connector, trainer.strategy.launcher
+    if not connector.received_sigterm and isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signum)
+    connector.received_sigterm = True

@@ -1,11 +1,14 @@
 """The command as users start it: every shipped config, every README command, launch by Trainer and by torchrun."""
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,30 @@ def test_torchrun_then_evaluate_and_predict(tmp_path: Path) -> None:
             tmp_path,
         )  # fmt: skip
         assert done.returncode == 0
+
+
+def test_sigterm_in_mid_training_ends_all_ranks(tmp_path: Path) -> None:
+    command = [str(BIN / "bigmac"), "fit", "--config", str(ROOT / "configs" / "digits.yaml")]
+    options = ["--trainer.default_root_dir=out", "--trainer.max_epochs=50", "--trainer.enable_progress_bar=false"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, *options], cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 150
+        while "Total FLOPs" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(5)  # some batches
+        process.terminate()
+        process.wait(60)  # as Lightning does it: an interrupted run, no error
+        time.sleep(1)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # nobody is left of its group
+    finally:
+        print(log.read_text()[-3000:])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_missing_config(tmp_path: Path) -> None:
