@@ -5,7 +5,8 @@ Needs `pip install bigmac-lightning[models]` (transformers, diffusers); nothing 
 
 from .decoder import HFDecoder
 from .flow import FlowGenerator
+from .hf_vision import HFVideoEncoder, HFVisionEncoder
 from .multimodal_lm import MultimodalLM
 from .vision import VisionEncoder
 
-__all__ = ["FlowGenerator", "HFDecoder", "MultimodalLM", "VisionEncoder"]
+__all__ = ["FlowGenerator", "HFDecoder", "HFVideoEncoder", "HFVisionEncoder", "MultimodalLM", "VisionEncoder"]

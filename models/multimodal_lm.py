@@ -7,7 +7,8 @@ under any strategy; knows nothing of ranks. Every rank logs the same keys whatev
 import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+
+from .decoder import HFDecoder
+from .hf_vision import HFVideoEncoder, HFVisionEncoder
+from .initialization import to_config
 
 
 class MultimodalLM(PipelineModule):
@@ -64,6 +69,52 @@ class MultimodalLM(PipelineModule):
                     "below them, names are those of `named_parameters()`; patterns may use *"
                 )
         self.evaluations = nn.ModuleDict({stage: _Evaluation(self.loss_names) for stage in ("val", "test")})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        attn_implementation: str = "sdpa",
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        encoders: dict[str, Encoder] | None = None,
+        generators: dict[str, Generator] | None = None,
+        loss_weights: dict[str, float] | None = None,
+        freeze: Sequence[str] = (),
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "cosine"] = "cosine",
+    ) -> Self:
+        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
+        becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
+        it keeps.
+
+        Args:
+            path: folder with ``config.json`` and safetensors.
+            attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
+            encoders, generators: further ones, with weights of their own.
+            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule: as of this class.
+
+        Raises:
+            ValueError: there is no such folder, or the model cannot be trained in a pipeline, with the reason.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"there is no config.json in {path}: give the folder of a Hugging Face checkpoint")
+        config = to_config(path)
+        given: dict[str, Any] = {
+            "weights": path,
+            "attn_implementation": attn_implementation,
+            "dtype": dtype,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        llm, vision = HFDecoder(config, **given), dict[str, Encoder]()
+        if llm.family is not None:
+            image = vision["image"] = HFVisionEncoder(config, **given)
+            if llm.family.video is not None:
+                vision["video"] = HFVideoEncoder(image)
+        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule)
+        return cls(llm, {**vision, **(encoders or {})}, generators, *training)
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -64,7 +64,7 @@ class ToyLLM(LanguageModel):
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.embedding(inputs["input_ids"])
 
-    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range) -> Tensor:
+    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         for i in layers:
             h_BSD = self.layers[str(i)](h_BSD)
         return self.norm(h_BSD) if layers.stop == self.num_layers else h_BSD
