@@ -90,7 +90,7 @@ class SleepingWork:
         self.last = len(plan.stage_rank) - 1
         self.live = self.peak = 0
 
-    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
+    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
         return (1, TOKENS, WIDTH)
 
     def encode(self, group: int) -> Tensor:

@@ -12,7 +12,7 @@ V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -251,16 +251,13 @@ class PipelineModule(pl.LightningModule):
         """
         mode: Mode = "sample" if sample else "train" if self.training and torch.is_grad_enabled() else "evaluate"
         run = self.runner or self._run_plain
-        return run(self.prepare(batch), mode)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Lightning's hook: prepares batches while they are on the CPU."""
-        return self.prepare(batch) if isinstance(batch, Batch) else batch
+        if isinstance(batch, Batch):  # others are refused
+            batch = self.prepare(batch)
+        return run(batch, mode)
 
     def prepare(self, batch: Batch) -> Batch:
-        """A batch with everything in its inputs that the LLM needs; one that is prepared already comes back as it is."""
-        if not isinstance(batch, Batch):
-            return batch  # refused later, with the reason
+        """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
+        before, on the CPU."""
         return replace(batch, microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
 
     # -- shared by the plain path and the pipeline ---------------------------------------------------------------
@@ -271,7 +268,10 @@ class PipelineModule(pl.LightningModule):
         for name, encoder in self.encoders.items():
             mine = [i for i, item in enumerate(items) if item.encoder == name]
             if mine:
-                encoded, expected = encoder([_data(items[i]) for i in mine]), [self.feature_rows(items[i]) for i in mine]
+                encoded, expected = (
+                    encoder([_data(items[i]) for i in mine]),
+                    [self.feature_rows(items[i]) for i in mine],
+                )
                 if len(encoded) != sum(expected):
                     raise ValueError(
                         f"encoder {name!r} made {len(encoded)} feature rows of items with {expected} rows: "
@@ -294,8 +294,11 @@ class PipelineModule(pl.LightningModule):
         return item.rows * self._levels(item)
 
     def _levels(self, item: MediaItem) -> int:
-        encoder = self.encoders[item.encoder] if item.encoder in self.encoders else None
-        return encoder.levels if isinstance(encoder, Encoder) else 1
+        if item.encoder not in self.encoders:
+            return 1
+        encoder = self.encoders[item.encoder]
+        assert isinstance(encoder, Encoder)
+        return encoder.levels
 
     def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what goes with a microbatch's hidden states into a layer."""
@@ -376,7 +379,7 @@ class PipelineModule(pl.LightningModule):
         return [thing for thing in made if thing is not None]
 
     def counts(self, batch: Batch) -> list[float]:
-        """What each loss sum of `loss_names` is divided by: labelled tokens, microbatches, targets of each generator."""
+        """What each loss sum of `loss_names` is divided by: labelled tokens, microbatches, targets."""
         useful = float(sum(microbatch.is_useful for microbatch in batch.microbatches))
         tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
         targets = [item.generator for item in batch.targets]

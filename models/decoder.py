@@ -232,9 +232,7 @@ class HFDecoder(LanguageModel):
             extras[ROUTER_LOSS] = add_router_sums(before, router_logits, top_k, inputs.get("attention_mask"))
         return out.last_hidden_state
 
-    def _deepstack(
-        self, features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range
-    ) -> dict[str, Any]:
+    def _deepstack(self, features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
         """The arguments by which Qwen3-VL adds features after its first layers; nothing for layers of other stages."""
         mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
         mask_BS.view(-1)[positions_N] = True

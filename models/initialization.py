@@ -34,7 +34,7 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
     frequencies, ...) are rebuilt as well. Tied parameters come out untied.
     """
     model.to_empty(device="cpu")
-    owners: dict[str, PreTrainedModel] = {}  # the innermost model around each module: a vision tower has rules of its own
+    owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module: a vision tower has its own rules
     for name, module in model.named_modules():
         around = owners[name.rpartition(".")[0]] if name else model
         owners[name] = module if isinstance(module, PreTrainedModel) else around

@@ -1,8 +1,8 @@
 """Load balancing of a mixture of experts' routers, over layers that may lie in different stages.
 
-The loss of `transformers` (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6) takes its
-means over the tokens of *all* layers before it multiplies them, so it is no sum of losses of layers. What travels from
-layer to layer are the two sums; the last stage makes the loss of them.
+The loss of `transformers` (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6) takes
+its means over the tokens of *all* layers before it multiplies them, so it is no sum of losses of layers. What travels
+from layer to layer are the two sums; the last stage makes the loss of them.
 
 Shape suffixes: T tokens of a microbatch, E experts.
 """

@@ -71,7 +71,7 @@ def materialize(
     if source is None:
         keep(whole)
         allocate_and_initialize(whole, seed)
-        return whole if dtype is None else whole.to(dtype)
+        return whole if dtype is None else nn.Module.to(whole, dtype)
     return _load(type(whole), keep, source, whole.config, dtype)
 
 

@@ -30,7 +30,7 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "initializer_range": 0.05,
+    "initializer_range": 0.02,
 }
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 TOWER: dict[str, Any] = {
@@ -154,18 +154,18 @@ def save(name: str, folder: Path) -> None:
     """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
     config = MODELS[name].config()
     auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
-    torch.manual_seed(1)
+    torch.manual_seed(2)
     whole: Any = auto.from_config(config)
     with torch.no_grad():
         for parameter in whole.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            parameter.add_(0.01 * torch.randn_like(parameter))
     whole.save_pretrained(folder / name)
 
 
-def load(name: str, folder: Path) -> Any:
+def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
     auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
-    return auto.from_pretrained(folder / name, dtype=torch.float32, attn_implementation=MODELS[name].attention)
+    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=MODELS[name].attention)
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
@@ -395,7 +395,8 @@ def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed:
     made: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     items = [item.arguments for row in rows for sample in row for item in sample.items]
     for name in {name for item in items for name in item}:
-        made[name] = torch.cat([item[name] for item in items if name in item])
+        joined = torch.cat([item[name] for item in items if name in item])
+        made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     if "image_grid_thw" in made or "video_grid_thw" in made:
         made["mm_token_type_ids"] = kinds
