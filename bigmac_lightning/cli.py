@@ -1,4 +1,4 @@
-"""The command `bigmac`: LightningCLI's fit, validate, test and predict, and `plan`, which needs no model."""
+"""The command `bigmac`: LightningCLI's fit, validate, test and predict, `plan`, which needs no model, and `export`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from bigmac_lightning import plan_command
+from bigmac_lightning import export_command, plan_command
 from bigmac_lightning.module import PipelineModule
 
 
@@ -61,6 +61,8 @@ def main() -> None:
     """Entry point."""
     if sys.argv[1:2] == ["plan"]:
         sys.exit(plan_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["export"]:
+        sys.exit(export_command.main(sys.argv[2:]))
     BigMacCLI()
 
 

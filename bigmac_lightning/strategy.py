@@ -249,6 +249,8 @@ class BigMacStrategy(DDPStrategy):
         module = self.lightning_module
         if isinstance(module, PipelineModule):
             module.runner = None
+            if any(parameter.is_meta for parameter in module.parameters()):
+                self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:

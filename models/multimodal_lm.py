@@ -4,6 +4,7 @@ Adds to `PipelineModule` what training needs: ordinary steps, metrics, frozen co
 under any strategy; knows nothing of ranks. Every rank logs the same keys whatever is in its batches.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -122,6 +123,12 @@ class MultimodalLM(PipelineModule):
             if any(_matches(name, pattern) for pattern in self.freeze_patterns):
                 parameter.requires_grad_(False)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes which Hugging Face model this is, for `bigmac export`."""
+        if isinstance(self.llm, HFDecoder):
+            config = json.loads(self.llm.config.to_json_string(use_diff=False))
+            checkpoint["hugging_face"] = {"config": config, "source": self.llm.source}
+
     def _named_aliases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters; those of tied weights under both names, wherever the other copy is."""
         other = {f"llm.{a}": f"llm.{b}" for a, b in self.llm.tied.items()}
@@ -235,7 +242,8 @@ class _Evaluation(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Each loss and "accuracy"; 0 for what never occurred. Starts anew."""
-        values = dict(zip(self.names, self.means.compute().unbind(), strict=True))
+        means = self.means.compute().view(-1)  # torchmetrics makes a scalar of a single one
+        values = dict(zip(self.names, means.unbind(), strict=True))
         values["accuracy"] = self.accuracy.compute()
         self.means.reset()
         self.accuracy.reset()
