@@ -28,7 +28,8 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     Raises:
         ValueError, FileNotFoundError: the checkpoint is none, or not of a model that can be exported.
     """
-    from bigmac_lightning.models.export import export  # needs transformers, the rest of the command line does not
+    # here, because it needs transformers and the rest of the command line does not; it lies in models/ (pyproject.toml)
+    from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
 
     tensors, rest = checkpoints.read(Path(checkpoint))
     described = rest.get("hugging_face")

@@ -139,7 +139,7 @@ class HFDecoder(LanguageModel):
         if not embedding:  # the tied head, if it is here, starts from the embedding's weights
             surgery.drop(whole, f"{self._decoder_name}.embed_tokens")
         if self.gradient_checkpointing:
-            whole.gradient_checkpointing_enable({"use_reentrant": False})
+            whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
         self._register_children()
 

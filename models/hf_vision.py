@@ -75,7 +75,7 @@ class HFVisionEncoder(Encoder):
             return
         whole = surgery.materialize(self._unregistered[0], self._keep_vision, self.source, self.seed, self.dtype)
         if self.gradient_checkpointing:
-            whole.gradient_checkpointing_enable({"use_reentrant": False})
+            whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
         self._register_children()
 

@@ -115,6 +115,7 @@ def _load(
                 dtype="auto" if dtype is None else dtype,
                 attn_implementation=config._attn_implementation,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
                 local_files_only=True,
             )
     except (OSError, RuntimeError, SafetensorError) as error:
