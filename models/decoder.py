@@ -190,6 +190,11 @@ class HFDecoder(LanguageModel):
             )
         if self.family is None:
             return inputs
+        if self.family.bidirectional_images and row_is_packed(inputs["position_ids"]):
+            raise ValueError(
+                f"model_type {self.config.model_type!r} lets the tokens of an image see each other both ways, by a mask "
+                "that cannot keep packed samples apart: give each sample a row of its own (no packing)"
+            )
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
         if self.family.bidirectional_images and "token_type_ids" not in inputs:

@@ -189,6 +189,13 @@ def test_linear_attention_refuses_packed_rows() -> None:
         llm.prepare({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
 
 
+def test_two_way_images_refuse_packed_rows(tmp_path: Path) -> None:
+    zoo.save("gemma3", tmp_path)
+    batch = zoo.batch(zoo.MODELS["gemma3"], True, PipelineLayout())
+    with pytest.raises(ValueError, match=r"both ways, by a mask that cannot keep packed samples apart"):
+        whole(tmp_path / "gemma3").pipeline(batch)
+
+
 def test_an_attention_that_is_not_there(tmp_path: Path) -> None:
     zoo.save("llama", tmp_path)
     for attention in ("flash_attention_2", "no_such"):
