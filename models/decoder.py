@@ -192,7 +192,7 @@ class HFDecoder(LanguageModel):
             return inputs
         if self.family.bidirectional_images and row_is_packed(inputs["position_ids"]):
             raise ValueError(
-                f"model_type {self.config.model_type!r} lets the tokens of an image see each other both ways, by a mask "
+                f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask "
                 "that cannot keep packed samples apart: give each sample a row of its own (no packing)"
             )
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:

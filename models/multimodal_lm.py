@@ -42,6 +42,7 @@ class MultimodalLM(PipelineModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "cosine",
+        optimization: dict[str, dict[str, float]] | None = None,
     ) -> None:
         """
         Args:
@@ -52,24 +53,37 @@ class MultimodalLM(PipelineModule):
             weight_decay: of matrices; vectors (biases, norms) have none.
             warmup_steps: optimizer steps of linear warm-up.
             schedule: after the warm-up; "cosine" falls to zero at the last step.
+            optimization: other settings for some: ``{"encoders.image.projector": {"learning_rate": 1e-3}}``, by the
+                names and patterns of `freeze`; also "weight_decay". Where several match, the last one counts.
         """
         super().__init__(llm, encoders, generators, loss_weights)
         self.freeze_patterns = list(freeze)
+        self.optimization = dict(optimization or {})
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
+        self._check_patterns("freeze", self.freeze_patterns)
+        self._check_patterns("optimization", self.optimization)
+        for pattern, settings in self.optimization.items():
+            if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
+                raise ValueError(
+                    f"optimization: {pattern!r} has {sorted(unknown)}; there are learning_rate and weight_decay"
+                )
+        self.evaluations = nn.ModuleDict({stage: _Evaluation(self.loss_names) for stage in ("val", "test")})
+
+    def _check_patterns(self, argument: str, patterns: Iterable[str]) -> None:
+        """All of the LLM's names are known before it has weights, whichever part is kept later."""
         modules = {name for name, _ in self.named_modules() if name}
         parameters = {name for name, _ in self._named_aliases()}
-        for pattern in self.freeze_patterns:  # all of the LLM's names are known here, whichever part is kept later
+        for pattern in patterns:
             if pattern not in modules and not any(_matches(name, pattern) for name in parameters):
                 components = ["llm", *(f"encoders.{name}" for name in self.encoders)]
                 components += [f"generators.{name}" for name in self.generators]
                 raise ValueError(
-                    f"freeze: {pattern!r} matches no component, module or parameter. Components are {components}; "
+                    f"{argument}: {pattern!r} matches no component, module or parameter. Components are {components}; "
                     "below them, names are those of `named_parameters()`; patterns may use *"
                 )
-        self.evaluations = nn.ModuleDict({stage: _Evaluation(self.loss_names) for stage in ("val", "test")})
 
     @classmethod
     def from_pretrained(
@@ -86,6 +100,7 @@ class MultimodalLM(PipelineModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "cosine",
+        optimization: dict[str, dict[str, float]] | None = None,
     ) -> Self:
         """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
         becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
@@ -95,7 +110,7 @@ class MultimodalLM(PipelineModule):
             path: folder with ``config.json`` and safetensors.
             attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
             encoders, generators: further ones, with weights of their own.
-            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule: as of this class.
+            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization: as of this class.
 
         Raises:
             ValueError: there is no such folder, or the model cannot be trained in a pipeline, with the reason.
@@ -114,7 +129,7 @@ class MultimodalLM(PipelineModule):
             image = vision["image"] = HFVisionEncoder(config, **given)
             if llm.family.video is not None:
                 vision["video"] = HFVideoEncoder(image)
-        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule)
+        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization)
         return cls(llm, {**vision, **(encoders or {})}, generators, *training)
 
     def configure_model(self) -> None:
@@ -184,13 +199,20 @@ class MultimodalLM(PipelineModule):
     # -- optimization ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing is left to train: freeze={self.freeze_patterns} covers every parameter")
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        defaults = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        groups: list[dict[str, Any]] = []  # two for each entry of `optimization`: the same on all ranks
+        chosen: dict[nn.Parameter, int] = {}  # the entry that a parameter belongs to; 0: none
+        for entry, (pattern, settings) in enumerate([("", {}), *self.optimization.items()]):
+            rate, decay = ({**defaults, **settings}[name] for name in ("learning_rate", "weight_decay"))
+            groups += [{"params": [], "lr": rate, "weight_decay": d} for d in (decay, 0.0)]
+            for name, parameter in self._named_aliases():
+                if entry == 0 or _matches(name, pattern):
+                    chosen[parameter] = entry
+        for parameter, entry in chosen.items():
+            if parameter.requires_grad:
+                groups[2 * entry + (parameter.ndim < 2)]["params"].append(parameter)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

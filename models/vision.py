@@ -50,8 +50,8 @@ _PATCH_TOWERS = {  # of the Qwen models: items are patches on a grid (t, h, w); 
 
 
 class VisionEncoder(Encoder):
-    """A vision transformer without its pooling head, then a merge of neighbouring patches if wanted, then a linear layer
-    or a two-layer perceptron.
+    """A vision transformer without its pooling head, then a merge of neighbouring patches if wanted, then a linear
+    layer or a two-layer perceptron.
 
     An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, top left to bottom right; images of other sizes than
     the config's `image_size` are encoded with interpolated position embeddings. Qwen's towers take an item's patches,

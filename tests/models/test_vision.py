@@ -142,7 +142,7 @@ def test_a_pretrained_tower(kind: str, tmp_path: Path) -> None:
 
 
 def test_another_tower() -> None:
-    with pytest.raises(ValueError, match="knows the towers .*, not model_type 'vit'"):
+    with pytest.raises(ValueError, match=r"knows the towers .*, not model_type 'vit'"):
         VisionEncoder({"model_type": "vit"}, WIDTH)
     with pytest.raises(ValueError, match="merges patches itself: leave merge=1"):
         VisionEncoder({"model_type": "qwen3_vl_vision", **GRIDS["qwen3_vl_vision"]}, WIDTH, merge=2)
@@ -150,5 +150,5 @@ def test_another_tower() -> None:
 
 def test_sizes_that_do_not_merge() -> None:
     encoder = VisionEncoder(TOWER, WIDTH, merge=2)
-    with pytest.raises(ValueError, match="3 \\* 4 patches, which merge=2 does not divide: resize .* multiples of 4"):
+    with pytest.raises(ValueError, match=r"3 \* 4 patches, which merge=2 does not divide: resize .* multiples of 4"):
         encoder([image(0, 6, 8)])
