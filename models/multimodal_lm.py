@@ -6,7 +6,7 @@ under any strategy; knows nothing of ranks. Every rank logs the same keys whatev
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, Self
