@@ -42,7 +42,8 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} to copy the processor from: give --source")
     kind = None if dtype is None else getattr(torch, dtype)
-    return export(tensors, described["config"], None if folder is None else Path(folder), Path(output), kind)
+    files = None if folder is None else Path(folder)
+    return export(tensors, described["config"], files, Path(output), kind, described["lora"])
 
 
 def main(argv: Sequence[str]) -> int:

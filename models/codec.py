@@ -38,7 +38,8 @@ class LatentCodec(nn.Module):
         """
         super().__init__()
         self.source = config if isinstance(config, str) else None
-        given = dict(AutoencoderKL.load_config(config)) if isinstance(config, str) else dict(config)
+        load: Any = AutoencoderKL.load_config
+        given: dict[str, Any] = dict(load(config) if isinstance(config, str) else config)
         name = given.pop("_class_name", None)
         if name not in _CLASSES:
             raise ValueError(f"a latent codec needs _class_name {' or '.join(_CLASSES)} in its config, not {name!r}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from . import surgery
+from .lora import fold_lora
 
 OTHERS = "other_components.safetensors"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json")
@@ -25,6 +26,7 @@ def export(
     source: Path | None,
     output: Path,
     dtype: torch.dtype | None = None,
+    lora: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Write safetensors, config, and the processor's and tokenizer's files.
 
@@ -34,6 +36,7 @@ def export(
         source: folder to copy everything from that is neither weights nor config; ``None``: nothing.
         output: the folder to write, which must not hold anything.
         dtype: of what is written; ``None``: as it was trained.
+        lora: settings of components with adapters, which are folded into the weights.
 
     Returns: names of the tensors that are no part of the Hugging Face model (generators, further encoders), which are
         written to `OTHERS` in the same folder.
@@ -47,7 +50,7 @@ def export(
     expected = whole.state_dict().keys()
     state: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in fold_lora(tensors, lora or {}).items():
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         component, _, rest = name.partition(".")

@@ -22,6 +22,7 @@ from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineM
 from .decoder import HFDecoder
 from .hf_vision import HFVideoEncoder, HFVisionEncoder
 from .initialization import to_config
+from .lora import add_lora, check_settings
 
 
 class MultimodalLM(PipelineModule):
@@ -43,6 +44,7 @@ class MultimodalLM(PipelineModule):
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "cosine",
         optimization: dict[str, dict[str, float]] | None = None,
+        lora: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """
         Args:
@@ -55,9 +57,12 @@ class MultimodalLM(PipelineModule):
             schedule: after the warm-up; "cosine" falls to zero at the last step.
             optimization: other settings for some: ``{"encoders.image.projector": {"learning_rate": 1e-3}}``, by the
                 names and patterns of `freeze`; also "weight_decay". Where several match, the last one counts.
+            lora: low-rank adapters by component: ``{"llm": {"r": 8, "target_modules": ["q_proj", "v_proj"]}}``, also
+                "lora_alpha", "lora_dropout", "use_rslora"; of such a component nothing else is trained.
         """
         super().__init__(llm, encoders, generators, loss_weights)
         self.freeze_patterns = list(freeze)
+        self.lora = dict(lora or {})
         self.optimization = dict(optimization or {})
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -65,6 +70,10 @@ class MultimodalLM(PipelineModule):
         self.schedule = schedule
         self._check_patterns("freeze", self.freeze_patterns)
         self._check_patterns("optimization", self.optimization)
+        for name, settings in self.lora.items():
+            if name not in self._components():
+                raise ValueError(f"lora: {name!r} is no component; there are {self._components()}")
+            check_settings(name, settings)
         for pattern, settings in self.optimization.items():
             if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
                 raise ValueError(
@@ -78,12 +87,15 @@ class MultimodalLM(PipelineModule):
         parameters = {name for name, _ in self._named_aliases()}
         for pattern in patterns:
             if pattern not in modules and not any(_matches(name, pattern) for name in parameters):
-                components = ["llm", *(f"encoders.{name}" for name in self.encoders)]
-                components += [f"generators.{name}" for name in self.generators]
                 raise ValueError(
-                    f"{argument}: {pattern!r} matches no component, module or parameter. Components are {components}; "
+                    f"{argument}: {pattern!r} matches no component, module or parameter. "
+                    f"Components are {self._components()}; "
                     "below them, names are those of `named_parameters()`; patterns may use *"
                 )
+
+    def _components(self) -> list[str]:
+        encoders = [f"encoders.{name}" for name in self.encoders]
+        return ["llm", *encoders, *(f"generators.{name}" for name in self.generators)]
 
     @classmethod
     def from_pretrained(
@@ -101,6 +113,7 @@ class MultimodalLM(PipelineModule):
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "cosine",
         optimization: dict[str, dict[str, float]] | None = None,
+        lora: dict[str, dict[str, Any]] | None = None,
     ) -> Self:
         """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
         becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
@@ -110,7 +123,8 @@ class MultimodalLM(PipelineModule):
             path: folder with ``config.json`` and safetensors.
             attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
             encoders, generators: further ones, with weights of their own.
-            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization: as of this class.
+            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora:
+                as of this class.
 
         Raises:
             ValueError: there is no such folder, or the model cannot be trained in a pipeline, with the reason.
@@ -129,11 +143,15 @@ class MultimodalLM(PipelineModule):
             image = vision["image"] = HFVisionEncoder(config, **given)
             if llm.family.video is not None:
                 vision["video"] = HFVideoEncoder(image)
-        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization)
+        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora)
         return cls(llm, {**vision, **(encoders or {})}, generators, *training)
 
     def configure_model(self) -> None:
+        if self._materialized:
+            return
         super().configure_model()
+        for name, settings in self.lora.items():
+            add_lora(self.get_submodule(name), name, settings)
         for name, parameter in self._named_aliases():
             if any(_matches(name, pattern) for pattern in self.freeze_patterns):
                 parameter.requires_grad_(False)
@@ -142,7 +160,7 @@ class MultimodalLM(PipelineModule):
         """Notes which Hugging Face model this is, for `bigmac export`."""
         if isinstance(self.llm, HFDecoder):
             config = json.loads(self.llm.config.to_json_string(use_diff=False))
-            checkpoint["hugging_face"] = {"config": config, "source": self.llm.source}
+            checkpoint["hugging_face"] = {"config": config, "source": self.llm.source, "lora": self.lora}
 
     def _named_aliases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters; those of tied weights under both names, wherever the other copy is."""
