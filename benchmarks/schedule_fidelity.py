@@ -99,7 +99,7 @@ class SleepingWork:
         self.split = {action.stage for action in plan.ranks[rank] if action.kind == "I"}
         self.live = self.peak = 0
 
-    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
+    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
         return (1, TOKENS, WIDTH)
 
     def encode(self, group: int, piece: int) -> Tensor:

@@ -119,6 +119,11 @@ class Microbatch:
         batch, tokens = self.inputs["input_ids"].shape
         return batch, tokens
 
+    @property
+    def is_useful(self) -> bool:
+        """Whether it has labels or targets: else nothing can be learnt or made from it."""
+        return bool(len(self.labels) or self.targets)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
         """A copy with every tensor passed through `function`."""
 
@@ -164,7 +169,7 @@ class Batch:
 
     def useful(self) -> "Batch":
         """Without the microbatches that have neither labels nor targets: nothing can be learnt or made from them."""
-        return Batch([m for m in self.microbatches if len(m.labels) or m.targets], self.layout)
+        return Batch([m for m in self.microbatches if m.is_useful], self.layout)
 
     def is_owned(self) -> bool:
         """Whether every item's owner is a rank of the layout."""

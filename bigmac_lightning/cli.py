@@ -1,5 +1,5 @@
-"""The command `bigmac`: LightningCLI's fit, validate, test and predict, and `plan` and `compare`, which need no
-model."""
+"""The command `bigmac`: LightningCLI's fit, validate, test and predict, `plan` and `compare`, which need no model, and
+`export`."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from bigmac_lightning import compare_command, plan_command
+from bigmac_lightning import compare_command, export_command, plan_command
 from bigmac_lightning.module import PipelineModule
 
 
@@ -64,6 +64,8 @@ def main() -> None:
         sys.exit(plan_command.main(sys.argv[2:]))
     if sys.argv[1:2] == ["compare"]:
         sys.exit(compare_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["export"]:
+        sys.exit(export_command.main(sys.argv[2:]))
     BigMacCLI()
 
 

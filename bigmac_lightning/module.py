@@ -11,7 +11,7 @@ V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -19,12 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
 
 
 class Encoder(nn.Module, ABC):
-    """Turns media into features of the LLM's width. Single-device; items are independent of one another."""
+    """Turns media into features of the LLM's width. Single-device; items are independent of one another.
+
+    Attributes:
+        levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
+            the embedding's (see `LanguageModel.run_layers`).
+    """
+
+    levels: int = 1
+
+    def materialize(self) -> None:
+        """Give weights to what ``__init__`` left without; called once, before anything else is."""
 
     @abstractmethod
     def forward(self, pixels: list[Tensor]) -> Tensor:
@@ -33,7 +44,8 @@ class Encoder(nn.Module, ABC):
         Args:
             pixels: one tensor per item, as the DataModule put it into `MediaItem.data`.
 
-        Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows`.
+        Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows` * `levels`.
+            An item's rows stand level after level.
         """
 
 
@@ -43,14 +55,22 @@ class LanguageModel(nn.Module, ABC):
     Attributes:
         num_layers: number of layers that can be spread over stages.
         width: D.
+        vocabulary: V, by which the loss bounds how many logits it holds at once; 0: never too many.
         tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` where the output weight is the embedding, by names
             inside this module; empty where nothing is tied. In one process it is one parameter; where the two lie on
             different ranks each holds a copy and their gradients are summed.
+        auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
+            by name. Such a loss is a mean over microbatches.
+
+    *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
+    stage; gradients flow back through them. A model without any ignores them.
     """
 
     num_layers: int
     width: int
+    vocabulary: int = 0
     tied: dict[str, str]
+    auxiliary_losses: dict[str, float] = {}
 
     @abstractmethod
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -64,8 +84,31 @@ class LanguageModel(nn.Module, ABC):
         """h_BSD from `inputs["input_ids"]`."""
 
     @abstractmethod
-    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range) -> Tensor:
-        """h_BSD after these consecutive layers; after the last one the final norm is applied as well."""
+    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
+        """h_BSD after these consecutive layers; after the last one the final norm is applied as well.
+
+        Args:
+            extras: what came with the hidden states; changed in place to what goes on with them. Layer 0 gets
+                "features" of shape (levels - 1, N, D), whose rows belong to the tokens at `inputs["media_positions"]`,
+                if encoders give more than one level.
+        """
+
+    def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the extras that go into `layer` > 0, in a fixed order.
+
+        Args:
+            media_rows: N, tokens of the microbatch that features replace.
+            levels: of those features; 1 if there are none.
+        """
+        return {}
+
+    def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The `auxiliary_losses` of a microbatch, scalars, from the extras that came out of the last layer."""
+        return {}
+
+    def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Complete a microbatch's inputs by what all stages need (positions, ...); does nothing the second time."""
+        return inputs
 
     @abstractmethod
     def logits(self, h_LD: Tensor) -> Tensor:
@@ -74,6 +117,9 @@ class LanguageModel(nn.Module, ABC):
 
 class Generator(nn.Module, ABC):
     """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device."""
+
+    def materialize(self) -> None:
+        """Give weights to what ``__init__`` left without; called once, before anything else is."""
 
     @abstractmethod
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
@@ -113,13 +159,15 @@ class StageOutput:
 
     Attributes:
         hidden: h_BSD for the next stage; ``None`` after the last.
-        text_loss: sum of the token losses (last stage; ``None`` if there are no labels).
+        extras: what goes on to the next stage besides.
+        losses: sum of the token losses as "text" if there are labels, and auxiliary losses (last stage).
         conditions: condition_ND rows of all generator targets (last stage; ``None`` if there are none).
         predictions: (L,) token ids (last stage, not while training).
     """
 
     hidden: Tensor | None = None
-    text_loss: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
     conditions: Tensor | None = None
     predictions: Tensor | None = None
 
@@ -152,7 +200,8 @@ class PipelineModule(pl.LightningModule):
         encoders: by the name that `MediaItem.encoder` gives.
         llm: the language model.
         generators: by the name that `TargetItem.generator` gives.
-        loss_weights: weight of "text" and of each generator's loss; 1.0 where not named.
+        loss_weights: weight of "text", of auxiliary losses and of each generator's loss; where not named, 1.0 and what
+            the language model says of its own.
         part: the part of the LLM to hold; set by the strategy before `configure_model`.
         runner: runs a batch through the pipeline; set by the strategy. ``None``: the plain path.
     """
@@ -168,7 +217,7 @@ class PipelineModule(pl.LightningModule):
         self.llm = llm
         self.encoders = nn.ModuleDict(dict(encoders or {}))
         self.generators = nn.ModuleDict(dict(generators or {}))
-        self.loss_weights = dict(loss_weights or {})
+        self.loss_weights = {**llm.auxiliary_losses, **(loss_weights or {})}
         if unknown := self.loss_weights.keys() - self.loss_names:
             raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
         self.part = Part()
@@ -178,12 +227,15 @@ class PipelineModule(pl.LightningModule):
     @property
     def loss_names(self) -> list[str]:
         """The order in which loss sums and counts travel."""
-        return ["text", *self.generators]
+        return ["text", *self.llm.auxiliary_losses, *self.generators]
 
     def configure_model(self) -> None:
         """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
         if self._materialized:
             return
+        for component in [*self.encoders.values(), *self.generators.values()]:
+            assert isinstance(component, Encoder | Generator)
+            component.materialize()
         layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
         self.llm.materialize(layers, self.part.embedding, self.part.head)
         self._materialized = True
@@ -199,7 +251,14 @@ class PipelineModule(pl.LightningModule):
         """
         mode: Mode = "sample" if sample else "train" if self.training and torch.is_grad_enabled() else "evaluate"
         run = self.runner or self._run_plain
+        if isinstance(batch, Batch):  # others are refused
+            batch = self.prepare(batch)
         return run(batch, mode)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
+        before, on the CPU."""
+        return replace(batch, microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
 
     # -- shared by the plain path and the pipeline ---------------------------------------------------------------
 
@@ -209,7 +268,10 @@ class PipelineModule(pl.LightningModule):
         for name, encoder in self.encoders.items():
             mine = [i for i, item in enumerate(items) if item.encoder == name]
             if mine:
-                encoded, expected = encoder([_data(items[i]) for i in mine]), [items[i].rows for i in mine]
+                encoded, expected = (
+                    encoder([_data(items[i]) for i in mine]),
+                    [self.feature_rows(items[i]) for i in mine],
+                )
                 if len(encoded) != sum(expected):
                     raise ValueError(
                         f"encoder {name!r} made {len(encoded)} feature rows of items with {expected} rows: "
@@ -223,36 +285,77 @@ class PipelineModule(pl.LightningModule):
                 raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
         return [feature for feature in features if feature is not None]
 
+    def levels(self, items: Sequence[MediaItem]) -> int:
+        """The most feature levels that any of the items' encoders gives."""
+        return max((self._levels(item) for item in items), default=1)
+
+    def feature_rows(self, item: MediaItem) -> int:
+        """Feature rows of an item, all levels together."""
+        return item.rows * self._levels(item)
+
+    def _levels(self, item: MediaItem) -> int:
+        if item.encoder not in self.encoders:
+            return 1
+        encoder = self.encoders[item.encoder]
+        assert isinstance(encoder, Encoder)
+        return encoder.levels
+
+    def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what goes with a microbatch's hidden states into a layer."""
+        return self.llm.extra_shapes(layer, len(microbatch.media_positions), self.levels(microbatch.media))
+
     def run_stage(
-        self, microbatch: Microbatch, layers: range, hidden: Tensor | None, features: Tensor | None, mode: Mode
+        self,
+        microbatch: Microbatch,
+        layers: range,
+        hidden: Tensor | None,
+        extras: dict[str, Tensor],
+        features: Tensor | None,
+        mode: Mode,
     ) -> StageOutput:
         """One stage on one microbatch.
 
         Args:
             layers: this stage's layers; the first stage embeds, the last one computes loss and conditions.
             hidden: h_BSD from the stage before; ``None`` for the first.
-            features: features_ND of all the microbatch's media items (first stage); ``None`` if it has none.
+            extras: what came with them.
+            features: rows of all the microbatch's media items (first stage); ``None`` if it has none.
         """
-        llm = self.llm
+        llm, extras = self.llm, dict(extras)
         if layers.start == 0:
             hidden = llm.embed(microbatch.inputs)
             if features is not None:
+                features, extras = self._by_level(microbatch.media, features)
                 flat = hidden.flatten(0, 1).index_copy(0, microbatch.media_positions, features.to(hidden.dtype))
                 hidden = flat.view_as(hidden)
         assert hidden is not None, "only the first stage starts without hidden states"
-        hidden = llm.run_layers(hidden, microbatch.inputs, layers)
+        inputs = {**microbatch.inputs, "media_positions": microbatch.media_positions}
+        hidden = llm.run_layers(hidden, inputs, layers, extras)
         if layers.stop < llm.num_layers:
-            return StageOutput(hidden=hidden)
+            return StageOutput(hidden=hidden, extras=extras)
         out = StageOutput()
+        if microbatch.is_useful:
+            out.losses = llm.auxiliary(extras)
         flat = hidden.flatten(0, 1)
         if len(microbatch.labels):
-            logits = llm.logits(flat[microbatch.label_positions])
-            out.text_loss = nn.functional.cross_entropy(logits.float(), microbatch.labels, reduction="sum")
-            if mode != "train":
-                out.predictions = logits.argmax(-1)
+            h_LD, labels = flat[microbatch.label_positions], microbatch.labels
+            out.losses["text"], out.predictions = token_loss(
+                llm.logits, h_LD, labels, llm.vocabulary, predict=mode != "train"
+            )
         if microbatch.targets:
             out.conditions = flat[microbatch.target_positions]
         return out
+
+    def _by_level(self, items: Sequence[MediaItem], features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features for the embedding, and as extras those of deeper levels, zero where an encoder has fewer."""
+        levels = self.levels(items)
+        if levels == 1:
+            return features, {}
+        rows = features.split([self.feature_rows(item) for item in items])
+        stacked = [row.unflatten(0, (self._levels(item), item.rows)) for row, item in zip(rows, items, strict=True)]
+        padded = [nn.functional.pad(level, (0, 0, 0, 0, 0, levels - len(level))) for level in stacked]
+        joined = torch.cat(padded, dim=1)
+        return joined[0], {"features": joined[1:]}
 
     def generate(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> dict[str, Tensor]:
         """Loss sum of each generator that has items."""
@@ -276,10 +379,12 @@ class PipelineModule(pl.LightningModule):
         return [thing for thing in made if thing is not None]
 
     def counts(self, batch: Batch) -> list[float]:
-        """What each loss sum of `loss_names` is divided by: labelled tokens, and targets of each generator."""
+        """What each loss sum of `loss_names` is divided by: labelled tokens, microbatches, targets."""
+        useful = float(sum(microbatch.is_useful for microbatch in batch.microbatches))
         tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
         targets = [item.generator for item in batch.targets]
-        return [float(tokens), *(float(targets.count(name)) for name in self.generators)]
+        auxiliary = [useful] * len(self.llm.auxiliary_losses)
+        return [float(tokens), *auxiliary, *(float(targets.count(name)) for name in self.generators)]
 
     def scales(self, counts: Tensor) -> Tensor:
         """Factor of each loss sum: weight / count over the whole step (count 0 gives a harmless weight / 1)."""
@@ -299,9 +404,9 @@ class PipelineModule(pl.LightningModule):
         samples: list[Tensor] = []
         for microbatch in batch.microbatches:
             features = torch.cat(self.encode(microbatch.media)) if microbatch.media else None
-            out = self.run_stage(microbatch, range(self.llm.num_layers), None, features, mode)
-            if out.text_loss is not None:
-                sums["text"] = sums["text"] + out.text_loss
+            out = self.run_stage(microbatch, range(self.llm.num_layers), None, {}, features, mode)
+            for name, loss in out.losses.items():
+                sums[name] = sums[name] + loss
             if out.predictions is not None:
                 predictions.append(out.predictions)
             if out.conditions is None:

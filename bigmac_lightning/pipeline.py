@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaItem, TargetItem
-from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput
+from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput, StageOutput
 from bigmac_lightning.planning import PipelineOptions, PlannedBatch, Planner, Trained
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
@@ -22,6 +23,8 @@ from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.schedule.plan import Plan
+
+AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
 def split_layers(layers: int, stages: int) -> list[range]:
@@ -238,14 +241,41 @@ class BatchWork:
         self.width = runner.module.llm.width
         self.dtype = runner.dtype
         microbatches = batch.microbatches
-        self.features = _routing([microbatch.media for microbatch in microbatches], plan, "EF")
-        self.conditions = _routing([microbatch.targets for microbatch in microbatches], plan, "G")
+        media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
+        self.features = _routing(media, runner.module.feature_rows, plan, "EF")
+        self.conditions = _routing(targets, lambda item: item.rows, plan, "G")
         self.sums = torch.zeros(len(scales), device=scales.device)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
 
-    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
-        return (*self.batch.microbatches[microbatch].shape, self.width)
+    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
+        shape, extras = self._shapes(microbatch, stage)
+        return (shape.numel() + sum(extra.numel() for extra in extras.values()),) if extras else shape
+
+    def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
+        """Of the hidden states, and of the extras, that go into a stage."""
+        given = self.batch.microbatches[microbatch]
+        extras = self.module.extra_shapes(given, self.runner.stages[stage].start)
+        return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
+
+    def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states and extras travel as one flat tensor where there are extras."""
+        shape, extras = self._shapes(microbatch, stage)
+        if not extras:
+            return message, {}
+        hidden, *others = message.split([shape.numel(), *(extra.numel() for extra in extras.values())])
+        named = zip(extras.items(), others, strict=True)
+        return hidden.view(shape), {name: part.view(extra) for (name, extra), part in named}
+
+    def _pack(self, out: StageOutput, microbatch: int, stage: int) -> Tensor | None:
+        if out.hidden is None:
+            return None
+        _, extras = self._shapes(microbatch, stage)
+        assert extras.keys() == out.extras.keys(), (extras.keys(), out.extras.keys())
+        if not extras:
+            return out.hidden.to(self.dtype)
+        parts = [out.hidden, *(out.extras[name] for name in extras)]
+        return torch.cat([part.to(self.dtype).flatten() for part in parts])
 
     def encode(self, group: int, piece: int) -> Tensor:
         places = self.features.items(group, (self.rank, piece))
@@ -254,18 +284,19 @@ class BatchWork:
             return torch.cat(self.module.encode(items))
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
-        layers = self.runner.stages[stage]
+        layers, extras = self.runner.stages[stage], {}
+        if hidden is not None:
+            hidden, extras = self._unpack(hidden, microbatch, stage)
+        given = self.batch.microbatches[microbatch]
         with self.runner.forward_context():
-            out = self.module.run_stage(self.batch.microbatches[microbatch], layers, hidden, features, self.mode)
+            out = self.module.run_stage(given, layers, hidden, extras, features, self.mode)
         if out.predictions is not None:
             self.predictions[microbatch] = out.predictions
-        loss = None
-        if out.text_loss is not None:
-            self.sums[0] += out.text_loss.detach()
-            loss = out.text_loss.float() * self.scales[0]
-        hidden = None if out.hidden is None else out.hidden.to(self.dtype)
+        losses = self._scaled(out.losses)
+        loss = torch.stack(losses).sum() if losses else None
         conditions = None if out.conditions is None else out.conditions.to(self.dtype)
-        return Outcome(hidden, loss if loss is not None and loss.requires_grad else None, conditions)
+        message = self._pack(out, microbatch, stage + 1)
+        return Outcome(message, loss if loss is not None and loss.requires_grad else None, conditions)
 
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
         places = self.conditions.items(group, (self.rank, piece))
@@ -277,19 +308,23 @@ class BatchWork:
                 self.samples.update(zip(places, made, strict=True))
                 return None
             sums = self.module.generate(rows, items)
+        return torch.stack(self._scaled(sums)).sum()
+
+    def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:
+        """What to run backward from; the sums are counted."""
         losses: list[Tensor] = []
         for name, loss in sums.items():
             index = self.module.loss_names.index(name)
             self.sums[index] += loss.detach()
             losses.append(loss.float() * self.scales[index])
-        return torch.stack(losses).sum()
+        return losses
 
     def split_weights(self, stage: int) -> list[nn.Parameter]:
         return self.runner.llm_weights
 
 
-def _routing(items: Sequence[Sequence[MediaItem | TargetItem]], plan: Plan, kind: str) -> Routing:
-    known = [[Item(item.owner, item.rows, item.cost) for item in row] for row in items]
+def _routing(items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], plan: Plan, kind: str) -> Routing:
+    known = [[Item(item.owner, rows(item), item.cost) for item in row] for row in items]
     return Routing(known, plan.groups, plan.pieces(kind))
 
 

@@ -233,7 +233,8 @@ class BigMacStrategy(DDPStrategy):
         if not module.automatic_optimization:
             raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
         # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
-        trainer._signal_connector._sigterm_notifier_fn = partial(_note_sigterm, trainer)
+        notifier = partial(_note_sigterm, trainer)
+        trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
@@ -284,6 +285,8 @@ class BigMacStrategy(DDPStrategy):
         module = self.lightning_module
         if isinstance(module, PipelineModule):
             module.runner = None
+            if any(parameter.is_meta for parameter in module.parameters()):
+                self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:

@@ -5,36 +5,38 @@ noise - x_0, and s is drawn logit-normally. Works on whatever the target is, pix
 an item comes from its own seed, so results depend neither on how items are batched nor on who runs them.
 Knows nothing of tokens, microbatches or ranks.
 
-Shape suffixes: B items, C channels, H and W pixels (or latent cells), T patches of an item, N condition rows, D width
-of the LLM, E width of the conditions inside the transformer.
+Shape suffixes: B items, C channels, H and W pixels (or latent cells), N condition rows, D width of the LLM, E width of
+the conditions inside the transformer, K queries.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import TargetItem
 from bigmac_lightning.module import Generator
 
+from .codec import LatentCodec
 from .initialization import seeded
+from .velocity import TRANSFORMERS
 
 
 class FlowGenerator(Generator):
-    """Qwen-Image's transformer behind a linear connector.
+    """A diffusion transformer behind a connector, for pixels or for the latents of a frozen codec.
 
     Attributes:
         connector: from the LLM's width to the transformer's conditions.
         transformer: predicts the velocity of the flow.
+        codec: between pictures and what the flow works on; ``None``: pictures themselves.
     """
 
     def __init__(
         self,
         width: int,
-        channels: int,
+        channels: int = 3,
         patch_size: int = 2,
         config: dict[str, Any] | None = None,
         steps: int = 20,
@@ -42,45 +44,76 @@ class FlowGenerator(Generator):
         condition_dropout: float = 0.0,
         guidance_scale: float = 1.0,
         seed: int = 0,
+        transformer: str = "qwen_image",
+        weights: str | None = None,
+        codec: LatentCodec | None = None,
+        queries: int | None = None,
     ) -> None:
         """
         Args:
             width: D, of the LLM.
-            channels: C, of the targets.
+            channels: C, of the targets; with a codec it is the codec's.
             patch_size: side of the square patches that are the transformer's tokens.
-            config: arguments of `QwenImageTransformer2DModel`: `num_layers`, `num_attention_heads`,
-                `attention_head_dim`, `axes_dims_rope` (three even numbers that sum to `attention_head_dim`), ...
+            config: arguments of the transformer's class: `num_layers`, `num_attention_heads`, `attention_head_dim`,
+                for "qwen_image" `axes_dims_rope` (three even numbers that sum to `attention_head_dim`), ...
             steps: Euler steps of a sample.
             shift: above 1, samples spend more of their steps at high noise.
             condition_dropout: fraction of items trained without their conditions; needed for guidance.
             guidance_scale: classifier-free guidance of samples; 1: none.
             seed: of the initial weights.
+            transformer: "qwen_image", "sd3", "sana" or "lumina2".
+            weights: folder of a pretrained transformer, whose config is taken as well; ``None``: initial weights.
+            codec: makes latents of targets and pictures of samples.
+            queries: learnable queries that gather the conditions, so that any number of rows becomes this many;
+                ``None``: a linear layer, row by row.
+
+        Raises:
+            ValueError: arguments that do not go together.
         """
         super().__init__()
         if guidance_scale != 1.0 and condition_dropout == 0.0:
             raise ValueError("guidance_scale needs a model trained without conditions at times: set condition_dropout")
-        config = dict(config or {})
-        if "axes_dims_rope" in config:
-            config["axes_dims_rope"] = tuple(config["axes_dims_rope"])
-        condition_width = config.setdefault("joint_attention_dim", width)
-        self.channels, self.patch_size = channels, patch_size
+        if transformer not in TRANSFORMERS:
+            raise ValueError(f"transformer={transformer!r} is not known; choose one of {', '.join(TRANSFORMERS)}")
+        self.kind, self.source, self.codec = TRANSFORMERS[transformer], weights, codec
         self.steps, self.shift = steps, shift
         self.condition_dropout, self.guidance_scale = condition_dropout, guidance_scale
-        patch = channels * patch_size**2
+        channels = channels if codec is None else codec.channels
+        if weights is None:
+            arguments = self.kind.arguments(width, channels, patch_size, config or {})
+        elif config is None:
+            arguments = dict(self.kind.model.load_config(weights))
+        else:
+            raise ValueError("give config or weights: the folder of pretrained weights has a config of its own")
+        condition_width = arguments[self.kind.condition_width]
         with seeded(seed, "generator"):
-            self.connector = nn.Linear(width, condition_width)
-            self.transformer = QwenImageTransformer2DModel(
-                patch_size=patch_size, in_channels=patch, out_channels=channels, **config
-            )
-        for unused in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"):
-            # what the last block makes of the conditions goes nowhere; ddp wants a gradient for every trained weight
-            self.transformer.transformer_blocks[-1].get_submodule(unused).requires_grad_(False)
+            linear = nn.Linear(width, condition_width)
+            self.connector = linear if queries is None else QueryConnector(linear, queries)
+            with torch.device("cpu" if weights is None else "meta"):
+                self.transformer: Any = self.kind.model.from_config(arguments)
+        self._freeze_unused()
+
+    def materialize(self) -> None:
+        if self.codec is not None:
+            self.codec.materialize()
+        if self.source is not None and next(self.transformer.parameters()).is_meta:
+            load = self.kind.model.from_pretrained
+            self.transformer = load(self.source, torch_dtype=torch.float32, local_files_only=True).train()
+            self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        """What the last block makes of the conditions goes nowhere; ddp wants a gradient for every trained weight."""
+        if self.kind.unused:
+            for name, module in self.transformer.transformer_blocks[-1].named_modules():
+                if name in self.kind.unused:
+                    module.requires_grad_(False)
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         losses: list[Tensor] = []
         for indices in _alike(items):
-            draws = [_Draw(items[i]) for i in indices]
+            draws = [_Draw(items[i], self._shape(items[i])) for i in indices]
             x_BCHW = torch.stack([_data(items[i]) for i in indices])
+            x_BCHW = x_BCHW if self.codec is None else self.codec.encode(x_BCHW)
             s_B = torch.stack([draw.time for draw in draws]).to(x_BCHW)
             noise_BCHW = torch.stack([draw.noise for draw in draws]).to(x_BCHW)
             kept_B = torch.stack([draw.uniform >= self.condition_dropout for draw in draws])
@@ -97,7 +130,9 @@ class FlowGenerator(Generator):
         made: dict[int, Tensor] = {}
         for indices in _alike(items):
             conditions_BNE = self._connect([conditions[i] for i in indices])
-            x_BCHW = torch.stack([_Draw(items[i]).noise for i in indices]).to(conditions_BNE.device)
+            x_BCHW = torch.stack([_Draw(items[i], self._shape(items[i])).noise for i in indices]).to(
+                conditions_BNE.device
+            )
             scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=self.shift)
             scheduler.set_timesteps(self.steps, device=x_BCHW.device)
             for time in scheduler.timesteps:
@@ -107,6 +142,7 @@ class FlowGenerator(Generator):
                     free_BCHW = self._velocity(x_BCHW, s_B, torch.zeros_like(conditions_BNE))
                     velocity_BCHW = free_BCHW + self.guidance_scale * (velocity_BCHW - free_BCHW)
                 x_BCHW = scheduler.step(velocity_BCHW.float(), time, x_BCHW).prev_sample
+            x_BCHW = x_BCHW if self.codec is None else self.codec.decode(x_BCHW)
             made.update(zip(indices, x_BCHW.unbind(), strict=True))
         return [made[i] for i in range(len(items))]
 
@@ -114,35 +150,50 @@ class FlowGenerator(Generator):
         return self.connector(torch.stack(conditions))
 
     def _velocity(self, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
-        p = self.patch_size
-        height, width = x_BCHW.shape[2] // p, x_BCHW.shape[3] // p
-        patches_BTE = x_BCHW.unflatten(3, (width, p)).unflatten(2, (height, p))
-        patches_BTE = patches_BTE.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        shapes = [[(1, height, width)]] * len(x_BCHW)
-        with torch.inference_mode(False):  # it caches tables on the device; a validation's must serve training
-            self.transformer.pos_embed(shapes, max_txt_seq_len=conditions_BNE.shape[1], device=x_BCHW.device)
-        patches_BTE = self.transformer(
-            hidden_states=patches_BTE.to(conditions_BNE.dtype),
-            encoder_hidden_states=conditions_BNE,
-            timestep=s_B,
-            img_shapes=shapes,
-        ).sample
-        grid = patches_BTE.unflatten(1, (height, width)).unflatten(3, (self.channels, p, p))
-        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return self.kind.velocity(self.transformer, x_BCHW, s_B, conditions_BNE)
+
+    def _shape(self, item: TargetItem) -> tuple[int, ...]:
+        """Of what the flow works on."""
+        return item.shape if self.codec is None else self.codec.latent_shape(item.shape)
+
+
+class QueryConnector(nn.Module):
+    """Learnable queries that look at all condition rows (the connector of MetaQuery-like models)."""
+
+    def __init__(self, linear: nn.Linear, queries: int, heads: int = 1) -> None:
+        """
+        Args:
+            linear: from D to E.
+            queries: K.
+            heads: of the attention.
+        """
+        super().__init__()
+        width = linear.out_features
+        self.linear = linear
+        self.queries_KE = nn.Parameter(torch.randn(queries, width) * width**-0.5)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, rows_BND: Tensor) -> Tensor:
+        """conditions_BKE"""
+        rows_BNE = self.linear(rows_BND)
+        queries_BKE = self.queries_KE.expand(len(rows_BNE), -1, -1)
+        found_BKE, _ = self.attention(queries_BKE, rows_BNE, rows_BNE, need_weights=False)
+        return self.norm(queries_BKE + found_BKE)
 
 
 class _Draw:
     """What is random about an item: always drawn on the CPU, in the same order.
 
     Attributes:
-        noise: of the target's shape.
+        noise: of the shape of the target, or of its latents.
         time: s, in (0, 1), logit-normal.
         uniform: in [0, 1); below the dropout rate the item loses its conditions.
     """
 
-    def __init__(self, item: TargetItem) -> None:
+    def __init__(self, item: TargetItem, shape: tuple[int, ...]) -> None:
         generator = torch.Generator().manual_seed(item.seed)
-        self.noise = torch.randn(item.shape, generator=generator)
+        self.noise = torch.randn(shape, generator=generator)
         self.time = torch.randn((), generator=generator).sigmoid()
         self.uniform = torch.rand((), generator=generator)
 

@@ -34,9 +34,13 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
     frequencies, ...) are rebuilt as well. Tied parameters come out untied.
     """
     model.to_empty(device="cpu")
+    owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module: a vision tower has its own rules
+    for name, module in model.named_modules():
+        around = owners[name.rpartition(".")[0]] if name else model
+        owners[name] = module if isinstance(module, PreTrainedModel) else around
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
         with seeded(seed, name), torch.no_grad():
-            model._init_weights(module)
+            owners[name]._init_weights(module)
 
 
 def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:

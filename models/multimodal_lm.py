@@ -4,10 +4,12 @@ Adds to `PipelineModule` what training needs: ordinary steps, metrics, frozen co
 under any strategy; knows nothing of ranks. Every rank logs the same keys whatever is in its batches.
 """
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+
+from .decoder import HFDecoder
+from .hf_vision import HFVideoEncoder, HFVisionEncoder
+from .initialization import to_config
+from .lora import add_lora, check_settings
 
 
 class MultimodalLM(PipelineModule):
@@ -36,6 +43,8 @@ class MultimodalLM(PipelineModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 0,
         schedule: Literal["constant", "cosine"] = "cosine",
+        optimization: dict[str, dict[str, float]] | None = None,
+        lora: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """
         Args:
@@ -46,30 +55,112 @@ class MultimodalLM(PipelineModule):
             weight_decay: of matrices; vectors (biases, norms) have none.
             warmup_steps: optimizer steps of linear warm-up.
             schedule: after the warm-up; "cosine" falls to zero at the last step.
+            optimization: other settings for some: ``{"encoders.image.projector": {"learning_rate": 1e-3}}``, by the
+                names and patterns of `freeze`; also "weight_decay". Where several match, the last one counts.
+            lora: low-rank adapters by component: ``{"llm": {"r": 8, "target_modules": ["q_proj", "v_proj"]}}``, also
+                "lora_alpha", "lora_dropout", "use_rslora"; of such a component nothing else is trained.
         """
         super().__init__(llm, encoders, generators, loss_weights)
         self.freeze_patterns = list(freeze)
+        self.lora = dict(lora or {})
+        self.optimization = dict(optimization or {})
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
-        modules = {name for name, _ in self.named_modules() if name}
-        parameters = {name for name, _ in self._named_aliases()}
-        for pattern in self.freeze_patterns:  # all of the LLM's names are known here, whichever part is kept later
-            if pattern not in modules and not any(_matches(name, pattern) for name in parameters):
-                components = ["llm", *(f"encoders.{name}" for name in self.encoders)]
-                components += [f"generators.{name}" for name in self.generators]
+        self._check_patterns("freeze", self.freeze_patterns)
+        self._check_patterns("optimization", self.optimization)
+        for name, settings in self.lora.items():
+            if name not in self._components():
+                raise ValueError(f"lora: {name!r} is no component; there are {self._components()}")
+            check_settings(name, settings)
+        for pattern, settings in self.optimization.items():
+            if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
                 raise ValueError(
-                    f"freeze: {pattern!r} matches no component, module or parameter. Components are {components}; "
-                    "below them, names are those of `named_parameters()`; patterns may use *"
+                    f"optimization: {pattern!r} has {sorted(unknown)}; there are learning_rate and weight_decay"
                 )
         self.evaluations = nn.ModuleDict({stage: _Evaluation(self.loss_names) for stage in ("val", "test")})
 
+    def _check_patterns(self, argument: str, patterns: Iterable[str]) -> None:
+        """All of the LLM's names are known before it has weights, whichever part is kept later."""
+        modules = {name for name, _ in self.named_modules() if name}
+        parameters = {name for name, _ in self._named_aliases()}
+        for pattern in patterns:
+            if pattern not in modules and not any(_matches(name, pattern) for name in parameters):
+                raise ValueError(
+                    f"{argument}: {pattern!r} matches no component, module or parameter. "
+                    f"Components are {self._components()}; "
+                    "below them, names are those of `named_parameters()`; patterns may use *"
+                )
+
+    def _components(self) -> list[str]:
+        encoders = [f"encoders.{name}" for name in self.encoders]
+        return ["llm", *encoders, *(f"generators.{name}" for name in self.generators)]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        attn_implementation: str = "sdpa",
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        encoders: dict[str, Encoder] | None = None,
+        generators: dict[str, Generator] | None = None,
+        loss_weights: dict[str, float] | None = None,
+        freeze: Sequence[str] = (),
+        learning_rate: float = 1e-5,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "cosine"] = "cosine",
+        optimization: dict[str, dict[str, float]] | None = None,
+        lora: dict[str, dict[str, Any]] | None = None,
+    ) -> Self:
+        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
+        becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
+        it keeps.
+
+        Args:
+            path: folder with ``config.json`` and safetensors.
+            attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
+            encoders, generators: further ones, with weights of their own.
+            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora:
+                as of this class.
+
+        Raises:
+            ValueError: there is no such folder, or the model cannot be trained in a pipeline, with the reason.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"there is no config.json in {path}: give the folder of a Hugging Face checkpoint")
+        config = to_config(path)
+        given: dict[str, Any] = {
+            "weights": path,
+            "attn_implementation": attn_implementation,
+            "dtype": dtype,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        llm, vision = HFDecoder(config, **given), dict[str, Encoder]()
+        if llm.family is not None:
+            image = vision["image"] = HFVisionEncoder(config, **given)
+            if llm.family.video is not None:
+                vision["video"] = HFVideoEncoder(image)
+        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora)
+        return cls(llm, {**vision, **(encoders or {})}, generators, *training)
+
     def configure_model(self) -> None:
+        if self._materialized:
+            return
         super().configure_model()
+        for name, settings in self.lora.items():
+            add_lora(self.get_submodule(name), name, settings)
         for name, parameter in self._named_aliases():
             if any(_matches(name, pattern) for pattern in self.freeze_patterns):
                 parameter.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes which Hugging Face model this is, for `bigmac export`."""
+        if isinstance(self.llm, HFDecoder):
+            config = json.loads(self.llm.config.to_json_string(use_diff=False))
+            checkpoint["hugging_face"] = {"config": config, "source": self.llm.source, "lora": self.lora}
 
     def _named_aliases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters; those of tied weights under both names, wherever the other copy is."""
@@ -126,13 +217,20 @@ class MultimodalLM(PipelineModule):
     # -- optimization ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not trained:
+        if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing is left to train: freeze={self.freeze_patterns} covers every parameter")
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        defaults = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        groups: list[dict[str, Any]] = []  # two for each entry of `optimization`: the same on all ranks
+        chosen: dict[nn.Parameter, int] = {}  # the entry that a parameter belongs to; 0: none
+        for entry, (pattern, settings) in enumerate([("", {}), *self.optimization.items()]):
+            rate, decay = ({**defaults, **settings}[name] for name in ("learning_rate", "weight_decay"))
+            groups += [{"params": [], "lr": rate, "weight_decay": d} for d in (decay, 0.0)]
+            for name, parameter in self._named_aliases():
+                if entry == 0 or _matches(name, pattern):
+                    chosen[parameter] = entry
+        for parameter, entry in chosen.items():
+            if parameter.requires_grad:
+                groups[2 * entry + (parameter.ndim < 2)]["params"].append(parameter)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -184,7 +282,8 @@ class _Evaluation(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Each loss and "accuracy"; 0 for what never occurred. Starts anew."""
-        values = dict(zip(self.names, self.means.compute().unbind(), strict=True))
+        means = self.means.compute().view(-1)  # torchmetrics makes a scalar of a single one
+        values = dict(zip(self.names, means.unbind(), strict=True))
         values["accuracy"] = self.accuracy.compute()
         self.means.reset()
         self.accuracy.reset()

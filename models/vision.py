@@ -1,4 +1,4 @@
-"""A SigLIP vision tower and a projector as an `Encoder`: images to rows of the LLM's width, one row per patch.
+"""Any vision tower and a projector as an `Encoder`: images to rows of the LLM's width.
 
 Knows images and batches of them; knows nothing of tokens, microbatches or ranks.
 
@@ -7,25 +7,58 @@ N rows of all images.
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, PreTrainedConfig
 
 from bigmac_lightning.module import Encoder
 
+from . import surgery
 from .initialization import allocate_and_initialize, seeded, to_config
 
 
-class VisionEncoder(Encoder):
-    """SigLIP's vision transformer without its pooling head, then a linear layer or a two-layer perceptron.
-
-    An image (C, H, W) becomes (H / patch_size) * (W / patch_size) rows, top left to bottom right. Images of other
-    sizes than the config's `image_size` are encoded with interpolated position embeddings.
+@dataclass(frozen=True)
+class _Tower:
+    """How one kind of tower is used.
 
     Attributes:
-        tower: the vision transformer.
+        prefix: tokens before the patches, by its config: class token, registers.
+        unused: modules and parameters that the patches' rows do not depend on; they would never get a gradient.
+        interpolates: whether it has to be told to interpolate its position embeddings.
+    """
+
+    prefix: Callable[[Any], int] = lambda config: 0
+    unused: Sequence[str] = ()
+    interpolates: bool = False
+
+
+_TOWERS = {
+    "siglip_vision_model": _Tower(interpolates=True),
+    "clip_vision_model": _Tower(lambda config: 1, ["post_layernorm"], interpolates=True),
+    "dinov2": _Tower(lambda config: 1, ["embeddings.mask_token"]),
+    "dinov2_with_registers": _Tower(lambda config: 1 + config.num_register_tokens, ["embeddings.mask_token"]),
+    "dinov3_vit": _Tower(lambda config: 1 + config.num_register_tokens, ["embeddings.mask_token"]),
+}
+_PATCH_TOWERS = {  # of the Qwen models: items are patches on a grid (t, h, w); their own merger is a part of them
+    "qwen2_5_vl_vision": _Tower(),
+    "qwen3_vl_vision": _Tower(unused=["deepstack_merger_list"]),
+}
+
+
+class VisionEncoder(Encoder):
+    """A vision transformer without its pooling head, then a merge of neighbouring patches if wanted, then a linear
+    layer or a two-layer perceptron.
+
+    An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, top left to bottom right; images of other sizes than
+    the config's `image_size` are encoded with interpolated position embeddings. Qwen's towers take an item's patches,
+    (t, h, w, values of a patch), and make t * h * w / spatial_merge_size^2 rows.
+
+    Attributes:
+        tower: the vision transformer: SigLIP (1 and 2), CLIP, DINOv2, DINOv3, or that of Qwen2.5-VL or Qwen3-VL.
         projector: from its width to the LLM's. To train it alone, freeze "encoders.<name>.tower".
     """
 
@@ -34,8 +67,10 @@ class VisionEncoder(Encoder):
         config: dict[str, Any] | str | PreTrainedConfig,
         width: int,
         projector_hidden: int | None = None,
+        merge: int = 1,
         seed: int = 0,
         attn_implementation: str = "sdpa",
+        weights: str | None = None,
     ) -> None:
         """
         Args:
@@ -43,22 +78,40 @@ class VisionEncoder(Encoder):
                 name of a pretrained model, of which the config alone is read; or a ready config.
             width: D, of the LLM.
             projector_hidden: width of the projector's hidden layer; ``None``: a single linear layer.
+            merge: side of the squares of patches whose features are joined into one row (pixel shuffle).
             seed: of the initial weights.
             attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+            weights: folder of a checkpoint for the tower; ``None``: initial weights.
+
+        Raises:
+            ValueError: a tower that is not known here.
         """
         super().__init__()
-        self.config = copy.deepcopy(to_config(config))
-        if not isinstance(self.config, SiglipVisionConfig):
+        config = to_config(config)
+        config = config.vision_config if "vision_config" in config.sub_configs else config
+        self.config: Any = copy.deepcopy(config)
+        kind = self.config.model_type
+        known = {**_TOWERS, **_PATCH_TOWERS}
+        if kind not in known:
             raise ValueError(
-                f'VisionEncoder needs model_type "siglip_vision_model", not {self.config.model_type!r}; '
+                f"VisionEncoder knows the towers {sorted(known)}, not model_type {kind!r}; "
                 "for another tower write an Encoder of your own"
             )
-        self.config.vision_use_head = False  # its weights would never get a gradient
+        self.kind, self.takes_patches, self.merge = known[kind], kind in _PATCH_TOWERS, merge
+        if self.takes_patches and merge > 1:
+            raise ValueError(f"the tower {kind!r} merges patches itself: leave merge=1 (it is {merge})")
+        if kind == "siglip_vision_model":
+            self.config.vision_use_head = False  # its weights would never get a gradient
+        if kind == "dinov3_vit":  # jitter of positions in training: results would depend on who encodes what
+            self.config.pos_embed_shift = self.config.pos_embed_jitter = self.config.pos_embed_rescale = None
         self.config._attn_implementation = attn_implementation
+        self.seed, self.source = seed, weights
         with torch.device("meta"):
-            self.tower = SiglipVisionModel(self.config)
-        allocate_and_initialize(self.tower, seed)
-        tower_width = self.config.hidden_size
+            self.tower: Any = AutoModel.from_config(self.config)
+        if weights is None:
+            allocate_and_initialize(self.tower, seed)
+            self._freeze_unused()
+        tower_width = (self.config.out_hidden_size if self.takes_patches else self.config.hidden_size) * merge**2
         with seeded(seed, "projector"):
             if projector_hidden is None:
                 self.projector: nn.Module = nn.Linear(tower_width, width)
@@ -66,13 +119,47 @@ class VisionEncoder(Encoder):
                 hidden = nn.Linear(tower_width, projector_hidden)
                 self.projector = nn.Sequential(hidden, nn.GELU(), nn.Linear(projector_hidden, width))
 
+    def materialize(self) -> None:
+        if self.source is not None and next(self.tower.parameters()).is_meta:
+            self.tower = surgery.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
+            self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
+        modules, parameters = dict(self.tower.named_modules()), dict(self.tower.named_parameters())
+        for name in self.kind.unused:
+            for unused in (n for n in (*modules, *parameters) if n == name or n.endswith(f".{name}")):
+                (modules[unused] if unused in modules else parameters[unused]).requires_grad_(False)
+
     def forward(self, pixels: list[Tensor]) -> Tensor:
+        if self.takes_patches:
+            grid = torch.tensor([item.shape[:3] for item in pixels], device=pixels[0].device)
+            patches = torch.cat([item.flatten(0, 2) for item in pixels])
+            return self.projector(self.tower(patches, grid_thw=grid, return_dict=True).pooler_output)
         of_size: dict[torch.Size, list[int]] = {}
         for i, image in enumerate(pixels):
             of_size.setdefault(image.shape, []).append(i)
         rows: dict[int, Tensor] = {}
         for indices in of_size.values():
             images_BCHW = torch.stack([pixels[i] for i in indices])
-            patches_BTE = self.tower(pixel_values=images_BCHW, interpolate_pos_encoding=True).last_hidden_state
+            patches_BTE = self._merged(self._encode(images_BCHW), images_BCHW.shape[-2:])
             rows.update(zip(indices, self.projector(patches_BTE).unbind(), strict=True))
         return torch.cat([rows[i] for i in range(len(pixels))])
+
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        further = {"interpolate_pos_encoding": True} if self.kind.interpolates else {}
+        patches_BTE = self.tower(pixel_values=images_BCHW, **further).last_hidden_state
+        return patches_BTE[:, self.kind.prefix(self.config) :]
+
+    def _merged(self, patches_BTE: Tensor, size: torch.Size) -> Tensor:
+        """Each square of merge * merge patches side by side as one."""
+        side = self.merge
+        if side == 1:
+            return patches_BTE
+        height, width = (pixels // self.config.patch_size for pixels in size)
+        if height % side or width % side:
+            raise ValueError(
+                f"an image of {tuple(size)} pixels has {height} * {width} patches, which merge={side} does not divide: "
+                f"resize images to multiples of {side * self.config.patch_size} pixels"
+            )
+        grid = patches_BTE.unflatten(1, (height // side, side, width // side, side))
+        return grid.transpose(2, 3).flatten(3).flatten(1, 2)

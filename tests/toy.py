@@ -65,7 +65,7 @@ class ToyLLM(LanguageModel):
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.embedding(inputs["input_ids"])
 
-    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range) -> Tensor:
+    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         for i in layers:
             layer = self.layers[str(i)]
             h_BSD = checkpoint(layer, h_BSD, use_reentrant=False) if i in self.checkpointed else layer(h_BSD)

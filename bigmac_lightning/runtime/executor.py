@@ -53,8 +53,8 @@ class Work(Protocol):
     features: Routing
     conditions: Routing
 
-    def hidden_shape(self, microbatch: int) -> tuple[int, ...]:
-        """Shape of the hidden states of a microbatch, known before anything runs."""
+    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
+        """Shape of what a stage > 0 gets for a microbatch (hidden states and all), known before anything runs."""
         ...
 
     def encode(self, group: int, piece: int) -> Tensor:
@@ -163,8 +163,10 @@ class _Step:
         assert not kept, f"still held at the end of the step: {kept}"
 
     def shape(self, message: Message) -> tuple[int, ...]:
-        if message.kind in ("hidden", "hidden_grad"):
-            return self.work.hidden_shape(message.index)
+        if message.kind == "hidden":
+            return self.work.hidden_shape(message.index, message.place)
+        if message.kind == "hidden_grad":
+            return self.work.hidden_shape(message.index, message.place + 1)
         routing = self.work.features if message.kind.startswith("features") else self.work.conditions
         return (routing.rows(message.index, (message.place, message.piece)), self.work.width)
 

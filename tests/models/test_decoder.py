@@ -33,9 +33,9 @@ def ids(batch: int = 3, length: int = 11) -> Tensor:
 
 
 def run(decoder: HFDecoder, inputs: dict[str, Tensor], splits: list[range]) -> Tensor:
-    h = decoder.embed(inputs)
+    h, extras = decoder.embed(inputs), {}
     for layers in splits:
-        h = decoder.run_layers(h, inputs, layers)
+        h = decoder.run_layers(h, inputs, layers, extras)
     return decoder.logits(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
 
@@ -113,10 +113,10 @@ def test_more_layers_kept_than_run() -> None:
     decoder, part = whole("llama"), build("llama")
     part.materialize([0, 1, 3, 4], embedding=True, head=True)
     inputs = {"input_ids": ids(), "position_ids": torch.arange(11).repeat(3, 1)}
-    h = part.run_layers(part.embed(inputs), inputs, range(2))
-    h = decoder.run_layers(h, inputs, range(2, 3))
+    h = part.run_layers(part.embed(inputs), inputs, range(2), {})
+    h = decoder.run_layers(h, inputs, range(2, 3), {})
     for _ in range(2):
-        got = part.logits(part.run_layers(h, inputs, range(3, LAYERS)).flatten(0, 1))
+        got = part.logits(part.run_layers(h, inputs, range(3, LAYERS), {}).flatten(0, 1))
     assert torch.equal(got, run(decoder, inputs, [range(LAYERS)]).flatten(0, 1))
     assert list(part.state_dict()) == [k for k in decoder.state_dict() if "layers.2." not in k]
 
@@ -176,4 +176,4 @@ def test_misuse() -> None:
     with pytest.raises(ValueError, match="materialize it once"):
         decoder.materialize([0, 1], True, False)
     with pytest.raises(ValueError, match=r"needs layers \[2\]"):
-        decoder.run_layers(torch.zeros(1, 2, WIDTH), {}, range(1, 3))
+        decoder.run_layers(torch.zeros(1, 2, WIDTH), {}, range(1, 3), {})

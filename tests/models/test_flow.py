@@ -1,12 +1,15 @@
 import functools
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from bigmac_lightning.batch import TargetItem
+from bigmac_lightning.models import FlowGenerator, LatentCodec
 from tests.models.parts import WIDTH, flow, image
 
 
@@ -156,3 +159,149 @@ def test_misuse() -> None:
     conditions, items = given(1)
     with pytest.raises(ValueError, match="has no data on its owner, rank 0"):
         flow()(conditions, [replace(items[0], data=None)])
+
+
+DIFFUSION: dict[str, dict[str, Any]] = {
+    "qwen_image": {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]},
+    "sd3": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "sample_size": 8,
+        "qk_norm": "rms_norm",
+    },
+    "sana": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "sample_size": 8,
+    },
+    "lumina2": {
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 3,
+        "num_kv_heads": 1,
+        "multiple_of": 16,
+        "axes_dim_rope": [4, 6, 6],
+        "axes_lens": [64, 64, 64],
+        "sample_size": 8,
+    },
+}
+CODECS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.5,
+        "shift_factor": 0.1,
+    },
+    "AutoencoderDC": {
+        "in_channels": 1,
+        "latent_channels": 4,
+        "attention_head_dim": 8,
+        "encoder_block_types": ["ResBlock"] * 2,
+        "decoder_block_types": ["ResBlock"] * 2,
+        "encoder_block_out_channels": [8, 8],
+        "decoder_block_out_channels": [8, 8],
+        "encoder_layers_per_block": [1, 1],
+        "decoder_layers_per_block": [1, 1],
+        "encoder_qkv_multiscales": [[], []],
+        "decoder_qkv_multiscales": [[], []],
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "stride_conv",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "scaling_factor": 0.5,
+    },
+}
+
+
+def codec(kind: str) -> LatentCodec:
+    return LatentCodec({"_class_name": kind, **CODECS[kind]})
+
+
+@pytest.mark.parametrize("queries", [None, 5])
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_every_transformer_learns_with_every_weight(kind: str, queries: int | None) -> None:
+    torch.manual_seed(0)
+    generator = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, queries=queries, steps=3)
+    conditions, items = given(3)
+    conditions = [c.requires_grad_() for c in conditions]
+    for _, parameter in generator.named_parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)  # gates start at zero
+    together = generator(conditions, items)
+    apart = [generator([c], [item]) for c, item in zip(conditions, items, strict=True)]
+    torch.testing.assert_close(together, torch.stack(apart).sum(), rtol=1e-5, atol=0)
+    together.backward()
+    trained = {name: p.grad for name, p in generator.named_parameters() if p.requires_grad}
+    assert [name for name, gradient in trained.items() if gradient is None or not gradient.any()] == []
+    assert all(c.grad is not None and c.grad.any() for c in conditions)
+    assert [tuple(made.shape) for made in generator.sample(conditions, items)] == [item.shape for item in items]
+
+
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_every_transformer_learns_a_picture(kind: str) -> None:
+    """The direction of time and the sign of the velocity: what has been learnt is what is drawn."""
+    torch.manual_seed(0)
+    generator = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, steps=10)
+    condition, picture = torch.randn(2, WIDTH), torch.ones(1, 8, 8)
+    optimizer = torch.optim.Adam([p for p in generator.parameters() if p.requires_grad], 3e-3)
+    for step in range(0, 240, 4):
+        items = [TargetItem("image", 2, (1, 8, 8), step + i, data=picture) for i in range(4)]
+        optimizer.zero_grad()
+        generator([condition] * 4, items).backward()
+        optimizer.step()
+    (made,) = generator.sample([condition], [TargetItem("image", 2, (1, 8, 8), 999)])
+    assert made.mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_latents(kind: str, tmp_path: Path) -> None:
+    generator = FlowGenerator(WIDTH, config=DIFFUSION["qwen_image"], codec=codec(kind), steps=2)
+    conditions, items = given(3)
+    generator.train()
+    loss = generator(conditions, items)
+    loss.backward()
+    assert generator.codec is not None
+    assert not generator.codec.training
+    assert all(p.grad is None for p in generator.codec.parameters())
+    assert generator.codec.latent_shape((1, 8, 4)) == (4, 4, 2)
+    assert [tuple(made.shape) for made in generator.sample(conditions, items)] == [item.shape for item in items]
+    with pytest.raises(ValueError, match=r"7 \* 8 pixels do not fit the codec: resize to multiples of 2"):
+        generator(conditions[:1], [replace(items[0], shape=(1, 7, 8))])
+    generator.codec.autoencoder.save_pretrained(tmp_path)
+    again = LatentCodec(str(tmp_path))
+    again.materialize()
+    picture = image(0, 8, 8)[None]
+    assert torch.equal(again.encode(picture), generator.codec.encode(picture))
+
+
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_pretrained_transformers(kind: str, tmp_path: Path) -> None:
+    one = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind)
+    one.transformer.save_pretrained(tmp_path)
+    two = FlowGenerator(WIDTH, 1, transformer=kind, weights=str(tmp_path), seed=7)
+    two.materialize()
+    assert all(
+        torch.equal(a, b) for a, b in zip(one.transformer.parameters(), two.transformer.parameters(), strict=True)
+    )
+    two.connector.load_state_dict(one.connector.state_dict())
+    assert torch.equal(one(*given(2)), two(*given(2)))
+
+
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="transformer='unet' is not known; choose one of qwen_image, sd3"):
+        FlowGenerator(WIDTH, 1, transformer="unet")
+    with pytest.raises(ValueError, match="give config or weights"):
+        FlowGenerator(WIDTH, 1, config={"num_layers": 1}, weights=str(tmp_path))
+    with pytest.raises(ValueError, match="needs _class_name AutoencoderKL or AutoencoderDC"):
+        LatentCodec({"_class_name": "VQModel"})

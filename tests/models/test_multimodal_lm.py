@@ -157,6 +157,32 @@ def test_optimizer_has_what_is_trained_and_decays_matrices() -> None:
     assert given == {id(p) for p in module.parameters() if p.requires_grad}
 
 
+def test_components_with_settings_of_their_own() -> None:
+    settings = {
+        "encoders": {"learning_rate": 1e-3},
+        "encoders.image.projector": {"learning_rate": 2e-3, "weight_decay": 0.0},
+        "llm.lm_head": {"learning_rate": 3e-3},
+    }
+    module = built(schedule="constant", learning_rate=1e-4, weight_decay=0.3, optimization=settings)
+    found = {}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for group in module.configure_optimizers()["optimizer"].param_groups:
+        found.update({names[p]: (group["initial_lr"], group["weight_decay"]) for p in group["params"]})
+    assert found.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
+    for name, (rate, decay) in found.items():
+        projector, encoder = name.startswith("encoders.image.projector"), name.startswith("encoders")
+        tied = name == "llm.model.embed_tokens.weight"  # the head under another name
+        assert rate == (2e-3 if projector else 1e-3 if encoder else 3e-3 if tied else 1e-4)
+        assert decay == (0.0 if projector or module.get_parameter(name).ndim < 2 else 0.3)
+
+
+def test_settings_that_match_nothing() -> None:
+    with pytest.raises(ValueError, match=r"optimization: 'encoders.sound' matches no component"):
+        built(optimization={"encoders.sound": {"learning_rate": 1.0}})
+    with pytest.raises(ValueError, match=r"'llm' has \['lr'\]; there are learning_rate and weight_decay"):
+        built(optimization={"llm": {"lr": 1.0}})
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]), ("cosine", [0.25, 0.5, 0.75, 1.0, 0.75, 0.25])],

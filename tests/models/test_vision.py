@@ -1,5 +1,9 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from bigmac_lightning.models import VisionEncoder
 from tests.models.parts import TOWER, image
@@ -45,6 +49,106 @@ def test_weights_are_as_hugging_face_draws_them() -> None:
     assert 0 < biases.abs().max() < 1e-5
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 2,
+}
+TOWERS: dict[str, dict[str, Any]] = {
+    "siglip_vision_model": SMALL,
+    "clip_vision_model": SMALL,
+    "dinov2": SMALL,
+    "dinov2_with_registers": {**SMALL, "num_register_tokens": 2},
+    "dinov3_vit": {**SMALL, "num_register_tokens": 2},
+}
+GRIDS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_vision": {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl_vision": {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 24,
+        "patch_size": 4,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    },
+}
+
+
+def picture(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_images(kind: str, merge: int) -> None:
+    encoder = VisionEncoder({"model_type": kind, **TOWERS[kind]}, WIDTH, 28, merge)
+    images = [picture(0, 3, 8, 8), picture(1, 3, 8, 16), picture(2, 3, 8, 8)]
+    together = encoder(images)
+    assert together.shape == (64 // merge**2, WIDTH)
+    torch.testing.assert_close(together, torch.cat([encoder([one]) for one in images]), rtol=1e-5, atol=1e-6)
+    together.square().sum().backward()
+    learning = {name for name, p in encoder.named_parameters() if p.requires_grad}
+    assert learning == {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(learning) > 20
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_towers_of_patches(kind: str) -> None:
+    encoder = VisionEncoder({"model_type": kind, **GRIDS[kind]}, WIDTH)
+    items = [picture(0, 1, 4, 4, 96), picture(1, 2, 2, 4, 96)]
+    together = encoder(items)
+    assert together.shape == (4 + 4, WIDTH)
+    torch.testing.assert_close(together, torch.cat([encoder([one]) for one in items]), rtol=1e-5, atol=1e-6)
+    together.square().sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
+def test_merging_joins_squares_of_patches() -> None:
+    encoder = VisionEncoder(TOWER, WIDTH, merge=2)
+    numbers = torch.arange(8.0).view(1, 8, 1)  # patches of a picture two high and four wide
+    merged = encoder._merged(numbers, torch.Size((4, 8)))
+    assert merged.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+def test_a_pretrained_tower(kind: str, tmp_path: Path) -> None:
+    """From the folder of a text and image model, or of a tower alone."""
+    small = {name: value for name, value in SMALL.items() if name not in ("image_size", "patch_size")}
+    config = AutoConfig.for_model(kind, **({} if kind == "dinov2" else {"vision_config": SMALL, "text_config": small}),
+                                  **(SMALL if kind == "dinov2" else {}))  # fmt: skip
+    whole = AutoModel.from_config(config)
+    whole.save_pretrained(tmp_path)
+    encoder = VisionEncoder(str(tmp_path), WIDTH, weights=str(tmp_path))
+    encoder.materialize()
+    image = picture(0, 3, 8, 8)
+    tower = whole if kind == "dinov2" else whole.vision_model
+    prefix = 0 if kind == "siglip" else 1
+    expected = tower(pixel_values=image[None]).last_hidden_state[0, prefix:]
+    torch.testing.assert_close(encoder([image]), encoder.projector(expected))
+
+
 def test_another_tower() -> None:
-    with pytest.raises(ValueError, match="needs model_type \"siglip_vision_model\", not 'vit'"):
+    with pytest.raises(ValueError, match=r"knows the towers .*, not model_type 'vit'"):
         VisionEncoder({"model_type": "vit"}, WIDTH)
+    with pytest.raises(ValueError, match="merges patches itself: leave merge=1"):
+        VisionEncoder({"model_type": "qwen3_vl_vision", **GRIDS["qwen3_vl_vision"]}, WIDTH, merge=2)
+
+
+def test_sizes_that_do_not_merge() -> None:
+    encoder = VisionEncoder(TOWER, WIDTH, merge=2)
+    with pytest.raises(ValueError, match=r"3 \* 4 patches, which merge=2 does not divide: resize .* multiples of 4"):
+        encoder([image(0, 6, 8)])

@@ -1,0 +1,88 @@
+"""A frozen autoencoder between pictures and the latents that a generator makes.
+
+Knows pictures; knows nothing of diffusion.
+
+Shape suffixes: B pictures, C channels, H and W pixels, L latent channels, h and w latent cells.
+"""
+
+from typing import Any, Self
+
+import torch
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor, nn
+
+from .initialization import seeded
+
+_CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+
+
+class LatentCodec(nn.Module):
+    """`AutoencoderKL` or `AutoencoderDC` of diffusers; never trained. A picture's latents are the mean of what the
+    encoder gives, so they depend on the picture alone.
+
+    Attributes:
+        channels: L.
+        factor: pixels per latent cell, in each direction.
+    """
+
+    def __init__(self, config: dict[str, Any] | str, seed: int = 0) -> None:
+        """
+        Args:
+            config: folder of a pretrained autoencoder; or ``{"_class_name": "AutoencoderKL", ...}`` with arguments of
+                the class, for initial weights.
+            seed: of initial weights.
+
+        Raises:
+            ValueError: no autoencoder of these classes.
+        """
+        super().__init__()
+        self.source = config if isinstance(config, str) else None
+        load: Any = AutoencoderKL.load_config
+        given: dict[str, Any] = dict(load(config) if isinstance(config, str) else config)
+        name = given.pop("_class_name", None)
+        if name not in _CLASSES:
+            raise ValueError(f"a latent codec needs _class_name {' or '.join(_CLASSES)} in its config, not {name!r}")
+        self._class = _CLASSES[name]
+        device = "meta" if self.source is not None else "cpu"
+        with seeded(seed, "codec"), torch.device(device):
+            self.autoencoder: Any = self._class.from_config(given)
+        config_of = self.autoencoder.config
+        self.channels = config_of.latent_channels
+        blocks = config_of.block_out_channels if name == "AutoencoderKL" else config_of.encoder_block_out_channels
+        self.factor = 2 ** (len(blocks) - 1)
+        self.shift, self.scale = getattr(config_of, "shift_factor", None) or 0.0, config_of.scaling_factor
+        self.requires_grad_(False).eval()
+
+    def materialize(self) -> None:
+        """Read the weights, if they are to come from a folder."""
+        if self.source is not None and next(self.autoencoder.parameters()).is_meta:
+            self.autoencoder = self._class.from_pretrained(
+                self.source, torch_dtype=torch.float32, local_files_only=True
+            )
+            self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """(L, h, w) of a picture of shape (C, H, W)."""
+        _, height, width = shape
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"pictures of {height} * {width} pixels do not fit the codec: resize to multiples of {self.factor}"
+            )
+        return (self.channels, height // self.factor, width // self.factor)
+
+    @torch.no_grad()
+    def encode(self, pictures_BCHW: Tensor) -> Tensor:
+        """latents_BLhw, scaled as the diffusion transformer wants them; pictures lie in [-1, 1]."""
+        encoded = self.autoencoder.encode(pictures_BCHW)
+        latents_BLhw = encoded.latent if self._class is AutoencoderDC else encoded.latent_dist.mode()
+        return (latents_BLhw - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents_BLhw: Tensor) -> Tensor:
+        """pictures_BCHW"""
+        return self.autoencoder.decode(latents_BLhw / self.scale + self.shift).sample

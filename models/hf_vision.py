@@ -1,0 +1,136 @@
+"""The vision part (tower, projector) of a Hugging Face vision-language model as an `Encoder`.
+
+The whole model is built on the meta device and its LLM dropped; parameters keep the names they have in the whole.
+Knows images and videos as the model's processor makes them; knows nothing of tokens, microbatches or ranks.
+
+Shape suffixes: N rows of an item, D width of the LLM.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from bigmac_lightning.module import Encoder
+
+from . import surgery
+from .families import Encode, family_of
+from .initialization import to_config
+
+
+class HFVisionEncoder(Encoder):
+    """Tower and projector of a vision-language model: `get_image_features` of the library.
+
+    An item is what the model's processor makes of one image:
+
+    - Qwen2/2.5/3-VL, images and videos: its patches, of shape (t, h, w, values of a patch) with (t, h, w) its grid;
+    - others: (C, H, W), or (crops, C, H, W) where the processor cuts images into crops.
+
+    Attributes:
+        config: the config of the whole model.
+        source: the folder that its weights come from; ``None``: they are drawn.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | str | PreTrainedConfig,
+        seed: int = 0,
+        attn_implementation: str = "sdpa",
+        weights: str | None = None,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            config, seed, attn_implementation, weights, dtype, gradient_checkpointing: as of `HFDecoder`, for the same
+                model.
+
+        Raises:
+            ValueError: the model has no vision part, or one that is not known here.
+        """
+        super().__init__()
+        self.config = to_config(config)
+        family = family_of(self.config)
+        if family is None:
+            raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
+        self.family = family
+        self.seed, self.source = seed, weights
+        self.dtype = None if dtype == "auto" else getattr(torch, dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        if family.deepstack:
+            self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
+        whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        self._keep_vision(whole)
+        self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
+        self._register_children()
+
+    def _register_children(self) -> None:
+        for name, child in self._unregistered[0].named_children():
+            self.add_module(name, child)
+
+    def materialize(self) -> None:
+        if not all(parameter.is_meta for parameter in self.parameters()):
+            return
+        whole = surgery.materialize(self._unregistered[0], self._keep_vision, self.source, self.seed, self.dtype)
+        if self.gradient_checkpointing:
+            whole.activation_checkpointing_enable({"use_reentrant": False})
+        self._unregistered = (whole,)
+        self._register_children()
+
+    @staticmethod
+    def _keep_vision(whole: Any) -> None:
+        whole.all_tied_weights_keys = {}
+        for part in (whole.get_decoder(), whole.get_output_embeddings()):
+            if part is not None and not isinstance(part, surgery.PassThrough):
+                surgery.drop(whole, surgery.path_of(part, whole))
+
+    def forward(self, pixels: list[Tensor]) -> Tensor:
+        return self.encode(pixels, self.family.image)
+
+    def encode(self, pixels: Sequence[Tensor], encode: Encode) -> Tensor:
+        """Rows of all items; those that can be are encoded together."""
+        base = self._unregistered[0].base_model
+        of_shape: dict[torch.Size | None, list[int]] = {}
+        for i, item in enumerate(pixels):
+            of_shape.setdefault(None if self.family.mixes_shapes else item.shape, []).append(i)
+        rows: dict[int, Tensor] = {}
+        for indices in of_shape.values():
+            out = encode(base, [pixels[i] for i in indices])
+            levels = [out.pooler_output, *(out.deepstack_features if self.levels > 1 else ())]
+            by_item = zip(*(_by_item(level, len(indices)) for level in levels), strict=True)
+            rows.update({i: torch.cat(item_levels) for i, item_levels in zip(indices, by_item, strict=True)})
+        return torch.cat([rows[i] for i in range(len(pixels))])
+
+
+class HFVideoEncoder(Encoder):
+    """Videos through the tower and projector of an `HFVisionEncoder`; has no parameters of its own.
+
+    An item is of shape (t, h, w, values of a patch) for Qwen's models, else (frames, C, H, W).
+    """
+
+    def __init__(self, vision: HFVisionEncoder) -> None:
+        """
+        Args:
+            vision: the encoder of images, which the weights belong to.
+
+        Raises:
+            ValueError: its model takes no videos.
+        """
+        super().__init__()
+        if vision.family.video is None:
+            raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
+        self.levels = vision.levels
+        self._encode = vision.family.video
+        self._unregistered = (vision,)  # in a tuple: its parameters are registered once
+
+    def forward(self, pixels: list[Tensor]) -> Tensor:
+        return self._unregistered[0].encode(pixels, self._encode)
+
+
+def _by_item(level: Any, items: int) -> list[Tensor]:
+    """features_ND of each item, from a tensor or a list over items or their crops."""
+    parts = list(level)
+    crops = len(parts) // items
+    return [torch.cat([p.flatten(0, -2) for p in parts[i * crops : (i + 1) * crops]]) for i in range(items)]

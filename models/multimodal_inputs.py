@@ -1,0 +1,102 @@
+"""Positions and masks of LLMs that treat image tokens in a way of their own: M-RoPE, and Gemma 3's two-way images.
+
+Everything is computed from what all ranks have: token ids, text positions and the grids of the media items.
+
+Shape suffixes: B samples, S tokens, D width of the LLM.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.gemma3 import modeling_gemma3
+
+GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def row_is_packed(position_ids_BS: Tensor) -> bool:
+    """Whether any row holds several samples: its positions start anew."""
+    return bool((position_ids_BS.diff(dim=-1) < 0).any())
+
+
+def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Positions (4, B, S): text, then temporal, height and width. Each sample of a packed row is for itself.
+
+    Args:
+        model: a Qwen vision-language model, to ask for the positions of one sample; its weights are not used.
+        inputs: ``input_ids`` and ``position_ids`` (B, S); ``image_grid_thw``, ``video_grid_thw`` (items, 3) where there
+            are such items, in the order of their tokens; ``second_per_grid_ts`` (videos,) if known.
+
+    Raises:
+        ValueError: grids and tokens do not fit.
+    """
+    text_BS, ids_BS = inputs["position_ids"], inputs["input_ids"]
+    config = model.config
+    kinds_BS = (ids_BS == config.image_token_id).int() + 2 * (ids_BS == config.video_token_id).int()
+    positions = text_BS.expand(4, *text_BS.shape).clone()
+    if not kinds_BS.any():
+        return positions
+    queues = [_Grids(name, inputs.get(name), config.vision_config.spatial_merge_size) for name in GRIDS]
+    seconds = inputs.get("second_per_grid_ts")
+    for b, start, stop in _samples(text_BS):
+        kinds_S = kinds_BS[b, start:stop]
+        given = {queue.name: queue.take(int((kinds_S == kind).sum())) for kind, queue in enumerate(queues, 1)}
+        if seconds is not None:
+            videos = given["video_grid_thw"]
+            taken = 0 if videos is None else len(videos)
+            given["second_per_grid_ts"], seconds = seconds[:taken], seconds[taken:]
+        ids_1S = ids_BS[b : b + 1, start:stop]
+        found, _ = model.get_rope_index(input_ids=ids_1S, mm_token_type_ids=kinds_S[None], **given)
+        positions[1:, b, start:stop] = found[:, 0]
+    for queue in queues:
+        queue.check_empty()
+    return positions
+
+
+def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Gemma 3's masks by layer type: causal, but all tokens of an image see each other."""
+    blocks = modeling_gemma3.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
+    return modeling_gemma3.create_masks_for_vision_model(
+        config.get_text_config(),
+        h_BSD,
+        inputs.get("attention_mask"),
+        None,
+        inputs.get("position_ids"),
+        block_sequence_ids=blocks,
+    )
+
+
+def _samples(text_BS: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(row, first token, token after the last) of each sample: positions start anew with one."""
+    for b, row in enumerate(text_BS):
+        starts = [0, *((row.diff() < 0).nonzero().flatten() + 1).tolist(), len(row)]
+        for start, stop in pairwise(starts):
+            yield b, start, stop
+
+
+class _Grids:
+    """The grids of a kind of items, taken sample by sample."""
+
+    def __init__(self, name: str, grids: Tensor | None, merge: int) -> None:
+        self.name, self.merge = name, merge
+        self.left = [] if grids is None else list(grids)
+
+    def take(self, tokens: int) -> Tensor | None:
+        """As many as have these tokens."""
+        taken: list[Tensor] = []
+        while tokens > 0 and self.left:
+            taken.append(self.left.pop(0))
+            tokens -= int(taken[-1].prod()) // self.merge**2
+        if tokens != 0:
+            raise ValueError(
+                f"a sample's image or video tokens do not fit the grids in inputs[{self.name!r}]: the DataModule must "
+                "give each item's (t, h, w) in patches there, in the order of their tokens, without gaps"
+            )
+        return torch.stack(taken) if taken else None
+
+    def check_empty(self) -> None:
+        if self.left:
+            raise ValueError(f"inputs[{self.name!r}] has {len(self.left)} items more than there are tokens for")

@@ -1,0 +1,130 @@
+"""Takes Hugging Face models apart: building on the meta device, dropping modules, giving weights to what is left.
+
+Modules that go are replaced by pass-throughs, so that everything that stays keeps its name and its layer index.
+Knows what all models of the library share; knows nothing of stages, families or ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .initialization import allocate_and_initialize
+
+
+class PassThrough(nn.Module):
+    """Stands where a module was that this process does not keep."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+
+def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
+    """The whole model without weights: with a language model head, and vision where the config has any.
+
+    Raises:
+        ValueError: the attention implementation cannot be had here.
+    """
+    auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, attn_implementation=attn_implementation)
+    except (ImportError, ValueError) as error:
+        if "attention" not in str(error).lower() and "attn" not in str(error):
+            raise
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} cannot be used for model_type {config.model_type!r}: {error}"
+        ) from error
+
+
+def path_of(module: nn.Module, whole: nn.Module) -> str:
+    """The name of a module inside another."""
+    return next(name for name, child in whole.named_modules() if child is module)
+
+
+def drop(whole: nn.Module, name: str) -> None:
+    """Replace a module by a pass-through."""
+    whole.set_submodule(name, PassThrough())
+
+
+def materialize(
+    whole: PreTrainedModel, keep: Callable[[Any], None], source: str | None, seed: int, dtype: torch.dtype | None
+) -> Any:
+    """Drop what is not kept and give the rest weights, on the CPU.
+
+    Args:
+        whole: on the meta device; not to be used any longer.
+        keep: drops modules of such a model.
+        source: folder of a checkpoint to read; only tensors of kept modules are read. ``None``: initial weights.
+        seed: of initial weights.
+        dtype: of the weights; ``None``: as in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or is not of this model.
+    """
+    if source is None:
+        keep(whole)
+        allocate_and_initialize(whole, seed)
+        return whole if dtype is None else nn.Module.to(whole, dtype)
+    return _load(type(whole), keep, source, whole.config, dtype)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the library's progress bars, and its report of all tensors that this process leaves unread."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(
+    model: type[PreTrainedModel],
+    keep: Callable[[Any], None],
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+) -> Any:
+    """Through the library's own loader, which reads tensors one by one and knows how names changed over time."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model.__init__(self, *args, **kwargs)
+        keep(self)
+
+    # same name and module: the library looks conversions up by them
+    part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})
+    part._keys_to_ignore_on_load_unexpected = [r".*"]
+    if not Path(source).is_dir():
+        raise ValueError(f"there is no checkpoint folder at {source}")
+    try:
+        with _quietly():
+            loaded, found = part.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=config._attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                local_files_only=True,
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {source} as a {model.__name__}: {error}") from error
+    wrong = [f"{name}: missing" for name in sorted(found["missing_keys"])]
+    wrong += [f"{name}: wrong shape" for name, *_ in sorted(found["mismatched_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"cannot load {source} as a {model.__name__}: tensors do not fit its config: {'; '.join(wrong[:5])}{more}"
+        )
+    return loaded.train()

@@ -1,0 +1,118 @@
+"""Diffusion transformers of the diffusers library, each as one function: noisy targets, time, conditions -> velocity.
+
+The velocity is that of x_s = (1 - s) * x_0 + s * noise: noise - x_0. Knows the arguments and conventions of each class;
+knows nothing of losses, seeds or media items.
+
+Shape suffixes: B items, C channels, H and W pixels (or latent cells), T patches, N condition rows, E width of the
+conditions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor
+
+Velocity = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""(transformer, x_BCHW, s_B in [0, 1], conditions_BNE) -> velocity_BCHW"""
+
+
+@dataclass(frozen=True)
+class DiffusionTransformer:
+    """One kind of transformer.
+
+    Attributes:
+        model: its class.
+        condition_width: the argument of its class that is E.
+        velocity: runs it.
+        channels: arguments of its class that follow from channels and patch size.
+        unused: modules of the last block whose outputs go nowhere; they would never get a gradient.
+        tuples: arguments that must be tuples.
+    """
+
+    model: type[Any]
+    condition_width: str
+    velocity: Velocity
+    channels: Callable[[int, int], dict[str, int]] = lambda channels, patch_size: {
+        "in_channels": channels,
+        "out_channels": channels,
+    }
+    unused: Sequence[str] = ()
+    tuples: Sequence[str] = ()
+
+    def arguments(self, width: int, channels: int, patch_size: int, config: dict[str, Any]) -> dict[str, Any]:
+        """Of the class: those given, and those that follow from the target and the LLM's width."""
+        config = {name: tuple(value) if name in self.tuples else value for name, value in config.items()}
+        config.setdefault(self.condition_width, width)
+        if self.model is SD3Transformer2DModel:
+            heads = config.get("num_attention_heads", 18) * config.get("attention_head_dim", 64)
+            config = {"caption_projection_dim": heads, **config, "pooled_projection_dim": config[self.condition_width]}
+        return {"patch_size": patch_size, **self.channels(channels, patch_size), **config}
+
+
+def _qwen_image(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
+    p, channels = transformer.config.patch_size, x_BCHW.shape[1]
+    height, width = x_BCHW.shape[2] // p, x_BCHW.shape[3] // p
+    patches_BTE = x_BCHW.unflatten(3, (width, p)).unflatten(2, (height, p))
+    patches_BTE = patches_BTE.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    shapes = [[(1, height, width)]] * len(x_BCHW)
+    with torch.inference_mode(False):  # it caches tables on the device; a validation's must serve training
+        transformer.pos_embed(shapes, max_txt_seq_len=conditions_BNE.shape[1], device=x_BCHW.device)
+    patches_BTE = transformer(
+        hidden_states=patches_BTE.to(conditions_BNE.dtype),
+        encoder_hidden_states=conditions_BNE,
+        timestep=s_B,
+        img_shapes=shapes,
+    ).sample
+    grid = patches_BTE.unflatten(1, (height, width)).unflatten(3, (channels, p, p))
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def _sd3(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
+    return transformer(
+        hidden_states=x_BCHW.to(conditions_BNE.dtype),
+        encoder_hidden_states=conditions_BNE,
+        pooled_projections=conditions_BNE.mean(1),
+        timestep=s_B * 1000,
+    ).sample
+
+
+def _sana(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
+    return transformer(
+        hidden_states=x_BCHW.to(conditions_BNE.dtype), encoder_hidden_states=conditions_BNE, timestep=s_B * 1000
+    ).sample
+
+
+def _lumina2(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
+    mask_BN = torch.ones(conditions_BNE.shape[:2], dtype=torch.bool, device=conditions_BNE.device)
+    out = transformer(
+        hidden_states=x_BCHW.to(conditions_BNE.dtype),
+        encoder_hidden_states=conditions_BNE,
+        encoder_attention_mask=mask_BN,
+        timestep=1 - s_B,
+    )
+    return -out.sample  # its time and its velocity run from noise to image
+
+
+TRANSFORMERS = {
+    "qwen_image": DiffusionTransformer(
+        QwenImageTransformer2DModel,
+        "joint_attention_dim",
+        _qwen_image,
+        lambda channels, patch_size: {"in_channels": channels * patch_size**2, "out_channels": channels},
+        ["attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp"],
+        ["axes_dims_rope"],
+    ),
+    "sd3": DiffusionTransformer(
+        SD3Transformer2DModel, "joint_attention_dim", _sd3, unused=["attn.add_q_proj", "attn.norm_added_q"]
+    ),
+    "sana": DiffusionTransformer(SanaTransformer2DModel, "caption_channels", _sana),
+    "lumina2": DiffusionTransformer(
+        Lumina2Transformer2DModel, "cap_feat_dim", _lumina2, tuples=["axes_dim_rope", "axes_lens"]
+    ),
+}

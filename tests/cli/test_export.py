@@ -1,0 +1,90 @@
+"""From the folder of a checkpoint, through training on two ranks, to a folder that transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+
+from bigmac_lightning import export_command
+from bigmac_lightning.models import MultimodalLM
+from tests.models import zoo
+from tests.strategy.trainers import on_ranks, pipeline_trainer
+
+STEPS = 3
+
+
+class ZooData(LightningDataModule):
+    """The same batch at every step."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        layout = self.trainer.strategy.pipeline_layout
+        batch = zoo.batch(zoo.MODELS[self.name], False, layout)
+        return DataLoader([batch] * STEPS, batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+def _train(rank: int, folder: Path, names: list[str], distributed: bool) -> dict[str, dict[str, torch.Tensor]]:
+    trained = {}
+    for name in names:
+        model = zoo.MODELS[name]
+        module = MultimodalLM.from_pretrained(str(folder / name), model.attention, learning_rate=1e-2)
+        trainer = pipeline_trainer(
+            2, {"save_distributed_checkpoint": distributed}, max_steps=STEPS, limit_val_batches=1
+        )
+        trainer.fit(module, ZooData(name))
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        trained[name] = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Runs with checkpoints of either kind: folder, and weights of each rank by family."""
+    runs = {}
+    for kind, names in (("directory", list(zoo.MODELS)), ("file", ["qwen3_vl"])):
+        folder = tmp_path_factory.mktemp(kind)
+        for name in names:
+            zoo.save(name, folder)
+            (folder / name / "preprocessor_config.json").write_text('{"kept": true}')
+        runs[kind] = folder, on_ranks(2, _train, folder, names, kind == "directory")
+    return runs
+
+
+def keys(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+@pytest.mark.parametrize(("kind", "name"), [*(("directory", name) for name in zoo.MODELS), ("file", "qwen3_vl")])
+def test_round_trip(kind: str, name: str, trained: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    folder, ranks = trained[kind]
+    assert export_command.main(["--checkpoint", str(folder / f"{name}.ckpt"), "--output", str(tmp_path / name)]) == 0
+    exported, start = zoo.load(name, tmp_path), zoo.load(name, folder)
+    found, before = dict(exported.named_parameters()), dict(start.named_parameters())
+    moved = set()
+    for full_name, weight in (pair for rank in ranks for pair in rank[name].items()):
+        short = full_name.removeprefix("llm.").removeprefix("encoders.image.")
+        short = short if short in found else exported.all_tied_weights_keys[short]
+        assert torch.equal(found[short], weight), short
+        if not torch.equal(before[short], weight):
+            moved.add(short)
+    assert len(moved) > 0.5 * len(found)
+    assert keys(tmp_path / name) == keys(folder / name)
+    assert json.loads((tmp_path / name / "preprocessor_config.json").read_text()) == {"kept": True}
+    # ... and the module's losses are those of the exported model
+    module = MultimodalLM.from_pretrained(str(tmp_path / name), zoo.MODELS[name].attention)
+    module.configure_model()
+    with torch.no_grad():
+        again = module.pipeline(zoo.batch(zoo.MODELS[name], False, zoo.PipelineLayout())).loss
+        assert torch.allclose(again, zoo.reference_loss(exported, zoo.MODELS[name], False), rtol=1e-6)

@@ -1,0 +1,223 @@
+"""Starting from the folder of a checkpoint: what is read, what is refused, what it costs."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from tests.models import table, zoo
+from tests.ranks import run_ranks
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    zoo.save("qwen3_vl", tmp_path)
+    return tmp_path / "qwen3_vl"
+
+
+def whole(folder: Path, **changes: Any) -> MultimodalLM:
+    module = MultimodalLM.from_pretrained(str(folder), **changes)
+    module.configure_model()
+    return module
+
+
+def loss_and_gradients(module: MultimodalLM, name: str = "qwen3_vl") -> tuple[float, dict[str, torch.Tensor]]:
+    loss = module.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout())).loss
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_moe", "gemma2"])
+def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
+    zoo.save(name, tmp_path)
+    attention = zoo.MODELS[name].attention
+    results, kept = [], []
+    for checkpointing in (False, True):
+        module = whole(tmp_path / name, gradient_checkpointing=checkpointing, attn_implementation=attention)
+        saved = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = module.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout())).loss
+        kept.append(saved)
+        loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
+    (loss, gradients), (again, others) = results
+    assert loss == again
+    assert gradients.keys() == others.keys()
+    assert all(torch.equal(gradients[n], others[n]) for n in gradients)
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_weights_are_read_in_the_wanted_precision(folder: Path) -> None:
+    hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert {p.dtype for p in whole(folder).parameters()} == {torch.float32}
+    assert {p.dtype for p in whole(folder, dtype="auto").parameters()} == {torch.bfloat16}
+
+
+def test_a_part_reads_its_slices_only(folder: Path) -> None:
+    """Tensors of other parts may even be missing."""
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if re.search(r"language_model\.layers\.[12]\.", name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    llm = HFDecoder(str(folder), weights=str(folder))
+    llm.materialize([1, 2], embedding=False, head=False)
+    assert {name for name, _ in llm.named_parameters()} == kept.keys()
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in llm.named_parameters())
+
+
+def _peak(rank: int, folder: Path) -> tuple[float, float]:
+    """Bytes of a loaded stage, and by how many the process grew at most while it was loaded and used."""
+
+    def resident(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+    llm = HFDecoder(str(folder), weights=str(folder))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
+    llm.materialize([2, 3, 4], embedding=False, head=False)
+    size = 0
+    for parameter in llm.parameters():
+        size += parameter.numel() * parameter.element_size()
+        parameter.sum()  # files are mapped: only what is touched is there
+    return size, resident("VmHWM") - before
+
+
+def test_memory_while_loading_a_stage(tmp_path: Path) -> None:
+    """Within 10% of the stage's own size, for a checkpoint of 400 MB."""
+    config = hf.LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, vocab_size=4000
+    )
+    hf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 400e6
+    ((size, peak),) = run_ranks(1, _peak, tmp_path)
+    assert size > 140e6
+    assert peak < 1.1 * size
+
+
+def test_images_and_videos_share_the_tower(folder: Path) -> None:
+    module = whole(folder)
+    image, video = module.encoders["image"], module.encoders["video"]
+    assert isinstance(image, HFVisionEncoder)
+    assert isinstance(video, HFVideoEncoder)
+    assert not list(video.parameters())
+    assert image.levels == video.levels == 4
+    names = [name for name, _ in module.named_parameters() if name.startswith("encoders.")]
+    assert all(name.startswith("encoders.image.model.visual.") for name in names)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps(config))
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no config.json in .*nowhere"):
+        MultimodalLM.from_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.language_model.layers.2.mlp.up_proj.weight"], tensors["model.visual.pos_embed.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    module = MultimodalLM.from_pretrained(str(folder))
+    with pytest.raises(ValueError, match=r"cannot load .* as a Qwen3VL.*visual.pos_embed.weight: missing"):
+        module.configure_model()
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight: missing"):
+        module.llm.materialize(range(5), True, True)
+    HFDecoder(str(folder), weights=str(folder)).materialize([0, 1, 3], True, False)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    model = hf.AutoModelForImageTextToText.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    whole(folder)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"cannot load .*{shards[1].name}"):
+        whole(folder)
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot load .*model.safetensors"):
+        whole(folder)
+
+
+def test_another_models_config(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    edit_config(tmp_path / "llama", intermediate_size=56)
+    with pytest.raises(ValueError, match=r"cannot load .* as a LlamaForCausalLM: .*up_proj"):
+        whole(tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.MllamaConfig(), "'mllama' cannot be cut into stages: .*cross-attention"),
+        (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: .*embeddings of the token ids"),
+        (hf.PaliGemmaConfig(), "no vision-language model of model_type 'paligemma' is known here"),
+    ],
+)
+def test_families_that_cannot_work(config: Any, message: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MultimodalLM.from_pretrained(str(tmp_path))
+
+
+def test_linear_attention_refuses_packed_rows() -> None:
+    config = hf.Qwen3NextConfig(hidden_size=32, num_hidden_layers=4, vocab_size=64, num_experts=4)
+    llm = HFDecoder(config)
+    ids = torch.ones(1, 6, dtype=torch.long)
+    llm.prepare({"input_ids": ids, "position_ids": torch.arange(6)[None]})
+    with pytest.raises(ValueError, match=r"linear-attention layers, which cannot keep packed samples apart"):
+        llm.prepare({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
+
+
+def test_two_way_images_refuse_packed_rows(tmp_path: Path) -> None:
+    zoo.save("gemma3", tmp_path)
+    batch = zoo.batch(zoo.MODELS["gemma3"], True, PipelineLayout())
+    with pytest.raises(ValueError, match=r"both ways, by a mask that cannot keep packed samples apart"):
+        whole(tmp_path / "gemma3").pipeline(batch)
+
+
+def test_an_attention_that_is_not_there(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    for attention in ("flash_attention_2", "no_such"):
+        with pytest.raises(ValueError, match=f"attn_implementation='{attention}' cannot be used"):
+            MultimodalLM.from_pretrained(str(tmp_path / "llama"), attention)
+
+
+@pytest.mark.parametrize("problem", ["missing", "short", "many"])
+def test_grids_that_do_not_fit(problem: str, folder: Path) -> None:
+    module = whole(folder)
+    batch = zoo.batch(zoo.MODELS["qwen3_vl"], False, PipelineLayout())
+    inputs = next(m.inputs for m in batch.microbatches if "image_grid_thw" in m.inputs)
+    if problem == "missing":
+        del inputs["image_grid_thw"]
+    elif problem == "short":
+        inputs["image_grid_thw"] = inputs["image_grid_thw"][:-1]
+    else:
+        inputs["image_grid_thw"] = inputs["image_grid_thw"].repeat(2, 1)
+    message = "1 items more|2 items more|3 items more|4 items more" if problem == "many" else "do not fit the grids"
+    with pytest.raises(ValueError, match=message):
+        module.pipeline(batch)
+
+
+def test_the_documented_table_is_what_is_tested() -> None:
+    assert table.PAGE.read_text() == table.page(), "run: python -m tests.models.table"

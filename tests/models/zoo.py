@@ -1,0 +1,429 @@
+"""A tiny model of every family that is supported, built from the real config classes, and batches for it.
+
+A batch is made twice: as the pipeline's microbatches, and as arguments of the library's own forward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
+
+WIDTH, VOCABULARY, LAYERS = 32, 64, 5
+IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
+
+TEXT: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.02,
+}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 2,
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+QWEN3_TOWER: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": WIDTH,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
+
+
+def mrope(*section: int) -> dict[str, Any]:
+    return {"rope_type": "default", "mrope_section": list(section), "rope_theta": 10000.0}
+
+
+@dataclass
+class Picture:
+    """A media item, for both sides.
+
+    Attributes:
+        encoder: "image" or "video".
+        data: what the pipeline's encoder gets.
+        rows: tokens that it turns into.
+        runs: how many runs of tokens these are, with others between them.
+        arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
+    """
+
+    encoder: str
+    data: Tensor
+    rows: int
+    arguments: dict[str, Tensor] = field(default_factory=dict)
+    runs: int = 1
+
+    @property
+    def token(self) -> int:
+        return VIDEO if self.encoder == "video" else IMAGE
+
+
+Draw = Callable[[Random], Picture]
+
+
+def pixels(random: Random, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(random.randrange(2**31)))
+
+
+def qwen(patch: int, frames_apart: bool) -> Draw:
+    def draw(random: Random) -> Picture:
+        video = random.random() < 0.4
+        grid = (2 if video else 1, 2 * random.randint(1, 2), 2 * random.randint(1, 2))
+        data = pixels(random, *grid, 3 * 2 * patch * patch)
+        names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+        arguments = {names[0]: data.flatten(0, 2), names[1]: torch.tensor([grid])}
+        rows = grid[0] * grid[1] * grid[2] // 4
+        return Picture("video" if video else "image", data, rows, arguments, grid[0] if frames_apart else 1)
+
+    return draw
+
+
+def square(rows: int, crops: int = 0) -> Draw:
+    def draw(random: Random) -> Picture:
+        number = random.randint(1, crops) if crops else 1
+        data = pixels(random, number, 3, 8, 8)
+        return Picture("image", data if crops else data[0], rows * number, {"pixel_values": data})
+
+    return draw
+
+
+def idefics(random: Random) -> Picture:
+    data = pixels(random, 3, 8, 8)
+    return Picture("image", data, 4, {"pixel_values": data[None]})
+
+
+def sized(random: Random) -> Picture:
+    data = pixels(random, 3, 8, 8)
+    return Picture("image", data, 4, {"pixel_values": data[None], "image_sizes": torch.tensor([[8, 8]])})
+
+
+def onevision(random: Random) -> Picture:
+    if random.random() < 0.5:
+        data = pixels(random, 2, 3, 8, 8)
+        return Picture("video", data, 2 * 4 + 1, {"pixel_values_videos": data[None]})
+    data = pixels(random, 3, 8, 8)
+    return Picture("image", data, 16 + 1, {"pixel_values": data[None], "image_sizes": torch.tensor([[8, 8]])})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A family.
+
+    Attributes:
+        config: makes its config.
+        draw: makes a media item; ``None``: text only.
+        packs: whether several samples in a row are supported.
+        attention: the implementation; sdpa where the library has it.
+    """
+
+    config: Callable[[], hf.PreTrainedConfig]
+    draw: Draw | None = None
+    packs: bool = True
+    attention: str = "sdpa"
+
+
+def save(name: str, folder: Path) -> None:
+    """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
+    config = MODELS[name].config()
+    auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
+    torch.manual_seed(2)
+    whole: Any = auto.from_config(config)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    whole.save_pretrained(folder / name)
+
+
+def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The library's own model, unsplit."""
+    auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
+    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=MODELS[name].attention)
+
+
+def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
+    return lambda: kind(**{**TEXT, **changes})
+
+
+def llm(kind: type[Any] = hf.Qwen2Config, **changes: Any) -> dict[str, Any]:
+    return kind(**{**TEXT, **changes}).to_dict()
+
+
+DECODERS: dict[str, Model] = {
+    "qwen2": Model(text(hf.Qwen2Config, tie_word_embeddings=True)),
+    "qwen3": Model(text(hf.Qwen3Config, tie_word_embeddings=True)),
+    "qwen3_moe": Model(
+        text(hf.Qwen3MoeConfig, num_experts=4, moe_intermediate_size=24, mlp_only_layers=[1], **EXPERTS)
+    ),
+    "llama": Model(text(hf.LlamaConfig)),
+    "mistral": Model(text(hf.MistralConfig, sliding_window=4)),
+    "mixtral": Model(text(hf.MixtralConfig, num_local_experts=4, **EXPERTS)),
+    "gemma2": Model(text(hf.Gemma2Config, sliding_window=4, query_pre_attn_scalar=8), attention="eager"),
+    "gemma3_text": Model(text(hf.Gemma3TextConfig, sliding_window=4, query_pre_attn_scalar=8)),
+}
+
+VISION_LANGUAGE: dict[str, Model] = {
+    "qwen2_5_vl": Model(
+        lambda: hf.Qwen2_5_VLConfig(
+            text_config=llm(hf.Qwen2_5_VLTextConfig, rope_parameters=mrope(1, 1, 2)),
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": WIDTH,
+                "patch_size": 4,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=False),
+    ),
+    "qwen3_vl": Model(
+        lambda: hf.Qwen3VLConfig(
+            text_config=llm(hf.Qwen3VLTextConfig, rope_parameters=mrope(2, 1, 1), tie_word_embeddings=True),
+            vision_config=QWEN3_TOWER,
+            tie_word_embeddings=True,
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=True),
+    ),
+    "qwen3_vl_moe": Model(
+        lambda: hf.Qwen3VLMoeConfig(
+            text_config=llm(
+                hf.Qwen3VLMoeTextConfig,
+                rope_parameters=mrope(2, 1, 1),
+                num_experts=4,
+                moe_intermediate_size=24,
+                **EXPERTS,
+            ),
+            vision_config=QWEN3_TOWER,
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=True),
+    ),
+    "llava": Model(
+        lambda: hf.LlavaConfig(
+            vision_config={"model_type": "clip_vision_model", **TOWER},
+            text_config=llm(hf.LlamaConfig),
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+        ),
+        square(16),
+    ),
+    "llava_onevision": Model(
+        lambda: hf.LlavaOnevisionConfig(
+            vision_config={"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False},
+            text_config=llm(hf.Qwen2Config),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            image_grid_pinpoints=[[8, 8], [16, 16]],
+            vision_feature_layer=-1,
+        ),
+        onevision,
+    ),
+    "internvl": Model(
+        lambda: hf.InternVLConfig(
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": [8, 8],
+                "patch_size": [2, 2],
+            },
+            text_config=llm(hf.Qwen2Config),
+            image_token_id=IMAGE,
+        ),
+        square(4, crops=3),
+    ),
+    "mistral3": Model(
+        lambda: hf.Mistral3Config(
+            vision_config={"model_type": "pixtral", **TOWER, "head_dim": 8},
+            text_config=llm(hf.MistralConfig),
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            spatial_merge_size=2,
+        ),
+        sized,
+    ),
+    "idefics3": Model(
+        lambda: hf.Idefics3Config(
+            vision_config=TOWER, text_config=llm(hf.LlamaConfig), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+        ),
+        idefics,
+    ),
+    "smolvlm": Model(
+        lambda: hf.SmolVLMConfig(
+            vision_config=TOWER, text_config=llm(hf.LlamaConfig), image_token_id=IMAGE, scale_factor=2, pad_token_id=0
+        ),
+        idefics,
+    ),
+    "gemma3": Model(
+        lambda: hf.Gemma3Config(
+            vision_config={"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False},
+            text_config=llm(hf.Gemma3TextConfig, sliding_window=4, query_pre_attn_scalar=8),
+            mm_tokens_per_image=4,
+            image_token_id=IMAGE,
+            image_token_index=IMAGE,
+        ),
+        square(4),
+        packs=False,
+    ),
+}
+
+MODELS = {**DECODERS, **VISION_LANGUAGE}
+
+
+@dataclass
+class Sequence:
+    """One sample: tokens with its items' placeholders among them."""
+
+    tokens: list[int]
+    items: list[Picture]
+
+
+def sequence(random: Random, draw: Draw | None) -> Sequence:
+    words = [random.randrange(3, 50) for _ in range(random.randint(4, 9))]
+    if draw is None:
+        return Sequence(words, [])
+    items = [draw(random) for _ in range(random.randint(1, 2))]
+    tokens = words[:2]
+    for item in items:
+        for _ in range(item.runs):
+            tokens += [VISION_START, *[item.token] * (item.rows // item.runs), VISION_END, random.randrange(3, 50)]
+    return Sequence(tokens + words[2:], items)
+
+
+def microbatch(rows: list[list[Sequence]]) -> Microbatch:
+    """Rows of samples, one after another, padded on the right; each predicts its words but the first."""
+    length = max(sum(len(sample.tokens) for sample in row) for row in rows)
+    made = Microbatch({"input_ids": torch.zeros(len(rows), length, dtype=torch.long)})
+    positions = torch.arange(length).repeat(len(rows), 1)
+    labelled, media, grids = [], [], {"image_grid_thw": [], "video_grid_thw": []}
+    for b, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            for s, token in enumerate(sample.tokens):
+                flat = b * length + start + s
+                made.inputs["input_ids"].view(-1)[flat] = token
+                positions.view(-1)[flat] = s
+                if token in (IMAGE, VIDEO):
+                    media.append(flat)
+                elif s:
+                    labelled.append(flat)
+            start += len(sample.tokens)
+            for item in sample.items:
+                made.media.append(MediaItem(item.encoder, item.rows, float(item.rows), data=item.data))
+                for name in grids.keys() & item.arguments.keys():
+                    grids[name].append(item.arguments[name])
+        positions[b, start:] = torch.arange(length - start) if len(row) > 1 else positions[b, start:]
+    made.inputs["position_ids"] = positions
+    made.inputs.update({name: torch.cat(parts) for name, parts in grids.items() if parts})
+    made.labels = made.inputs["input_ids"].view(-1)[torch.tensor(labelled)]
+    made.label_positions = torch.tensor(labelled) - 1
+    made.media_positions = torch.tensor(media, dtype=torch.long)
+    return made
+
+
+def sequences(model: Model, packed: bool) -> list[list[list[Sequence]]]:
+    """Rows of samples of each microbatch: unequal ones, one of text alone, and several samples per row if packed."""
+    random = Random(3)
+    several = 2 if packed else 1
+    draws = [model.draw, model.draw, None, model.draw]
+    return [[[sequence(random, draw) for _ in range(several)] for _ in range(2)] for draw in draws]
+
+
+def batch(model: Model, packed: bool, layout: PipelineLayout) -> Batch:
+    microbatches = [microbatch(rows) for rows in sequences(model, packed)]
+    assign_owners(microbatches, layout)
+    for given in microbatches:
+        for item in given.media:
+            item.data = item.data if item.owner == layout.rank else None
+    return Batch(microbatches, layout)
+
+
+def reference_loss(whole: Any, model: Model, packed: bool, alone: bool = False) -> Tensor:
+    """By the library's own forward, of whole microbatches, or of each sample alone."""
+    coefficient = getattr(whole.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    losses, auxiliary, labels = [], [], 0
+    for rows in sequences(model, packed):
+        for call in [[[sample]] for row in rows for sample in row] if alone else [rows]:
+            given = microbatch(call)
+            out = whole(**arguments(whole, call, given, packed and not alone))
+            logits = out.logits.flatten(0, 1)[given.label_positions]
+            losses.append(torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum"))
+            labels += len(given.labels)
+            auxiliary += [out.aux_loss] if coefficient else []
+    loss = torch.stack(losses).sum() / labels
+    return loss + coefficient * torch.stack(auxiliary).mean() if auxiliary else loss
+
+
+def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed: bool) -> dict[str, Any]:
+    """Of the library's forward, as its processor would make them."""
+    ids = given.inputs["input_ids"]
+    made: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    items = [item.arguments for row in rows for sample in row for item in sample.items]
+    for name in {name for item in items for name in item}:
+        joined = torch.cat([item[name] for item in items if name in item])
+        made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
+    kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    if "image_grid_thw" in made or "video_grid_thw" in made:
+        made["mm_token_type_ids"] = kinds
+    if packed:
+        made["position_ids"] = given.inputs["position_ids"]
+        if whole.config.model_type.startswith("qwen") and "vision_config" in whole.config.sub_configs:
+            made["position_ids"] = torch.stack([_rope(whole, row, given.shape[1]) for row in rows], dim=1)
+    if whole.config.model_type == "gemma3":
+        made["token_type_ids"] = kinds
+    if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
+        made["batch_num_images"] = [max(2, len(made["image_sizes"]))]
+    if whole.config.model_type in ("idefics3", "smolvlm") and "pixel_values" in made:
+        made["pixel_values"] = made["pixel_values"][None]
+    if whole.config.model_type == "qwen3_vl_moe":
+        made["output_router_logits"] = True  # its forward does not look into its text config
+    return made
+
+
+def _rope(whole: Any, row: list[Sequence], length: int) -> Tensor:
+    """M-RoPE positions (4, S) of a packed row: of each sample by the library's own function, text positions first."""
+    parts = []
+    for sample in row:
+        given = microbatch([[sample]])
+        ids = given.inputs["input_ids"]
+        kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        grids = {name: given.inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in given.inputs}
+        found, _ = whole.model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **grids)
+        parts.append(torch.cat([given.inputs["position_ids"][None], found])[:, 0])
+    padding = length - sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, torch.arange(padding).expand(4, -1)], dim=1)

@@ -1,0 +1,114 @@
+"""Every family in a pipeline, started from the folder of a checkpoint, against the library's unsplit model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.planning import PipelineOptions
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+from tests.models import zoo
+from tests.ranks import run_ranks
+
+CASES = [
+    (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
+]
+SIZES = (2, 3)
+EXPERTS = ("qwen3_moe", "mixtral", "qwen3_vl_moe")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in zoo.MODELS:
+        zoo.save(name, folder)
+    return folder
+
+
+def _pipelined(rank: int, size: int, folder: Path) -> dict[tuple[str, bool], Any]:
+    mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
+    results = {}
+    for name, packed in CASES:
+        module = MultimodalLM.from_pretrained(str(folder / name), zoo.MODELS[name].attention)
+        module.part = part_of(rank, split_layers(zoo.LAYERS, size), range(size))
+        module.configure_model()
+        module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+        out = module.pipeline(zoo.batch(zoo.MODELS[name], packed, module.runner.layout))
+        reduce_gradients(module.runner.places, mesh)
+        results[name, packed] = out.loss.item(), {n: p.grad for n, p in module.named_parameters()}
+    return results
+
+
+@pytest.fixture(scope="module")
+def pipelined(checkpoints: Path) -> dict[int, list[dict[tuple[str, bool], Any]]]:
+    return {size: run_ranks(size, _pipelined, size, checkpoints) for size in SIZES}
+
+
+@dataclass
+class Reference:
+    """The unsplit model's loss and gradients, and the names of tied weights.
+
+    Attributes:
+        rounding: largest error of a gradient, measured against the same model in float64 (0: experts have no float64).
+    """
+
+    loss: float
+    gradients: dict[str, torch.Tensor | None]
+    tied: dict[str, str]
+    rounding: float
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: Path) -> dict[tuple[str, bool], Reference]:
+    made = {}
+    for name, packed in CASES:
+        results = []
+        for dtype in (torch.float32,) if name in EXPERTS else (torch.float32, torch.float64):
+            whole = zoo.load(name, checkpoints, dtype)
+            loss = zoo.reference_loss(whole, zoo.MODELS[name], packed)
+            loss.backward()
+            results.append({n: p.grad for n, p in whole.named_parameters()})
+            if dtype == torch.float32:
+                made[name, packed] = Reference(loss.item(), results[0], whole.all_tied_weights_keys, 0.0)
+        made[name, packed].rounding = max(error(results[0][n], results[-1][n], results[0]) for n in results[0])
+    return made
+
+
+def error(found: torch.Tensor | None, expected: torch.Tensor | None, all_expected: dict[str, Any]) -> float:
+    """Of a gradient, relative to its norm, or to a thousandth of the largest gradient's: biases of keys have none."""
+    if expected is None or not expected.any():
+        assert found is None or found.norm() < 1e-9
+        return 0.0
+    assert found is not None
+    floor = 1e-3 * max(g.norm() for g in all_expected.values() if g is not None)
+    return float((found - expected).norm() / max(expected.norm(), floor))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("name", "packed"), CASES)
+def test_against_the_unsplit_model(name: str, packed: bool, size: int, references: Any, pipelined: Any) -> None:
+    """Within 1e-6, or within the rounding that the unsplit model itself has in single precision."""
+    reference = references[name, packed]
+    seen = set()
+    for loss, gradients in (rank[name, packed] for rank in pipelined[size]):
+        assert loss == pytest.approx(reference.loss, rel=1e-6)
+        for full_name, gradient in gradients.items():
+            short = full_name.removeprefix("llm.").removeprefix("encoders.image.")
+            short = short if short in reference.gradients else reference.tied[short]
+            seen.add(short)
+            found = error(gradient, reference.gradients[short], reference.gradients)
+            assert found <= max(1e-6, 2 * reference.rounding), f"{short}: {found:.1e}"
+    assert reference.rounding < 1e-5
+    assert seen == reference.gradients.keys()
+
+
+@pytest.mark.parametrize("name", [name for name, packed in CASES if packed and name not in EXPERTS])
+def test_packed_samples_are_apart(name: str, checkpoints: Path, references: Any) -> None:
+    """Load balancing aside, a packed batch gives the loss of its samples one by one."""
+    alone = zoo.reference_loss(zoo.load(name, checkpoints), zoo.MODELS[name], packed=True, alone=True)
+    assert references[name, True].loss == pytest.approx(alone.item(), rel=1e-6)
