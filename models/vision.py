@@ -21,8 +21,9 @@ from .initialization import allocate_and_initialize, seeded, to_config
 class VisionEncoder(Encoder):
     """SigLIP's vision transformer without its pooling head, then a linear layer or a two-layer perceptron.
 
-    An image (C, H, W) becomes (H / patch_size) * (W / patch_size) rows, top left to bottom right. Images of other
-    sizes than the config's `image_size` are encoded with interpolated position embeddings.
+    An image (C, H, W) becomes (H / patch_size) * (W / patch_size) rows, top left to bottom right; a video (T, C, H, W)
+    the rows of its frames, each encoded by itself. Images of other sizes than the config's `image_size` are encoded
+    with interpolated position embeddings.
 
     Attributes:
         tower: the vision transformer.
@@ -67,12 +68,13 @@ class VisionEncoder(Encoder):
                 self.projector = nn.Sequential(hidden, nn.GELU(), nn.Linear(projector_hidden, width))
 
     def forward(self, pixels: list[Tensor]) -> Tensor:
+        images = [image for item in pixels for image in (item if item.ndim == 4 else item[None])]
         of_size: dict[torch.Size, list[int]] = {}
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(images):
             of_size.setdefault(image.shape, []).append(i)
         rows: dict[int, Tensor] = {}
         for indices in of_size.values():
-            images_BCHW = torch.stack([pixels[i] for i in indices])
+            images_BCHW = torch.stack([images[i] for i in indices])
             patches_BTE = self.tower(pixel_values=images_BCHW, interpolate_pos_encoding=True).last_hidden_state
             rows.update(zip(indices, self.projector(patches_BTE).unbind(), strict=True))
-        return torch.cat([rows[i] for i in range(len(pixels))])
+        return torch.cat([rows[i] for i in range(len(images))])
