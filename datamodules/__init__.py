@@ -5,10 +5,13 @@ themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
+from .clips import Clips
 from .collate import Collator, Media, Sample, Target
 from .digits import DigitsDataModule
+from .easy_vqa import EasyVQA, EasyVQADataModule
 from .example import Example, ExampleError, File, Image, Message, Size, Video
 from .failures import SourceError
+from .hf_processor import HFVisual
 from .multimodal import MultimodalDataModule
 from .sampler import EpochSampler
 from .source import Source
@@ -18,13 +21,17 @@ from .visual import PatchProcessor, TargetProcessor, VisualProcessor
 
 __all__ = [
     "CaptionFolder",
+    "Clips",
     "Collator",
     "DigitsDataModule",
+    "EasyVQA",
+    "EasyVQADataModule",
     "EpochSampler",
     "Example",
     "ExampleError",
     "File",
     "HFDataset",
+    "HFVisual",
     "Image",
     "LlavaJSON",
     "Media",

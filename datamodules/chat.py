@@ -4,7 +4,8 @@ Media are planned from their sizes; nothing is decoded. Knows tokenizers and tem
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -55,7 +56,7 @@ class ChatEncoder:
         """
         example.check()
         plans = self._plans(example, sizes)
-        text, spans = self._render(example)
+        text, spans = self._render(example, plans)
         draw_id = self._draw_id() if example.target is not None else 0
         try:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -63,24 +64,27 @@ class ChatEncoder:
             raise ExampleError(f"has a text that cannot be tokenized: {type(error).__name__}: {error}") from error
         tokens: list[int] = []
         labelled: list[bool] = []
-        media: list[Media] = []
+        rows: list[list[int]] = [[] for _ in plans]  # where the rows of each item go
+        number = 0  # of the item that the next placeholder belongs to
         kinds: dict[Any, type] = {self._id(self.image_token): Image, self._id(self.video_token): Video}
         for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if token not in kinds:
+                labelled.append(bool(tokens) and any(a <= start and stop <= b for a, b in spans))
                 tokens.append(token)
-                labelled.append(bool(media or len(tokens) > 1) and any(a <= start and stop <= b for a, b in spans))
                 continue
-            number = len(media)
             if number >= len(plans) or not isinstance(example.media[number], kinds[token]):
                 raise self._miscounted(example, encoded["input_ids"])
-            plan, item = plans[number], example.media[number]
-            assert self.visual is not None, "there is a plan"
-            load = partial(_load, self.visual, item, sizes[number], plan, *self._augmentation(draw, number))
-            media.append(Media(plan.encoder, len(tokens), plan.rows, load, plan.cost, item.file.name, plan.grid))
-            tokens += [token] * plan.rows
-            labelled += [False] * plan.rows
-        if len(media) != len(plans):
+            times = plans[number].rows if plans[number].text is None else 1
+            rows[number] += range(len(tokens), len(tokens) + times)
+            labelled += [False] * times
+            tokens += [token] * times
+            number += len(rows[number]) >= plans[number].rows
+        if number < len(plans):
             raise self._miscounted(example, encoded["input_ids"])
+        media = [
+            self._media(item, size, plan, where, draw)
+            for item, size, plan, where in zip(example.media, sizes, plans, rows, strict=False)
+        ]
         targets: list[Target] = []
         if example.target is not None:
             assert self.target is not None, "checked with the plans"
@@ -108,24 +112,43 @@ class ChatEncoder:
             return []
         return [self.visual.plan(item, size) for item, size in zip(items, sizes, strict=False)]
 
-    def _augmentation(self, draw: tuple[object, ...] | None, number: int) -> tuple[Sequence[Augment], int]:
-        if draw is None or not self.augment:
-            return (), 0
-        return self.augment, _number(self.seed, "augment", *draw, number)
+    def _media(
+        self, item: Image | Video, size: Size, plan: MediaPlan, rows: list[int], draw: tuple[object, ...] | None
+    ) -> Media:
+        load = partial(self._visual.load, item, size, plan)
+        if self.augment and draw is not None:
+            seed = _number(self.seed, "augment", *draw, rows[0])
+            load = partial(_load_augmented, load, self.augment, seed)
+        together = rows[-1] - rows[0] == len(rows) - 1
+        return Media(
+            plan.encoder,
+            rows[0],
+            plan.rows,
+            load,
+            plan.cost,
+            item.file.name,
+            plan.grid,
+            () if together else tuple(rows),
+        )
+
+    @property
+    def _visual(self) -> VisualProcessor:
+        assert self.visual is not None, "checked with the plans"
+        return self.visual
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _render(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[tuple[int, int]]]:
         """The text of the conversation, and the spans of it that the model is to say."""
         turns = [self._turn(message) for message in example.messages]
         ends_with_request = example.target is not None and example.messages[-1].role != "assistant"
-        text = self._apply(turns, ends_with_request)
+        text = self._expand(self._apply(turns, ends_with_request), plans)
         spans: list[tuple[int, int]] = []
         for i, message in enumerate(example.messages):
             if message.role != "assistant":
                 continue
-            before = self._apply(turns[:i], True) if i else ""
-            after = self._apply(turns[: i + 1], False)
+            before = self._expand(self._apply(turns[:i], True), plans) if i else ""
+            after = self._expand(self._apply(turns[: i + 1], False), plans)
             if not (after.startswith(before) and text.startswith(after)):
                 raise ExampleError(
                     "has a turn that the chat template writes differently when others follow: what the assistant said "
@@ -133,6 +156,19 @@ class ChatEncoder:
                 )
             spans.append((len(before), len(after.rstrip("\n"))))
         return text, spans
+
+    def _expand(self, text: str, plans: Sequence[MediaPlan]) -> str:
+        """With the texts that stand for media, where their plans have one."""
+        if all(plan.text is None for plan in plans):
+            return text
+        left = iter(plans)
+        tokens = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
+
+        def replacement(match: re.Match[str]) -> str:
+            plan = next(left, None)
+            return match[0] if plan is None or plan.text is None else plan.text
+
+        return re.sub(tokens, replacement, text)
 
     def _turn(self, message: Message) -> dict[str, Any]:
         if not self._takes_parts:
@@ -183,15 +219,8 @@ class ChatEncoder:
         return found
 
 
-def _load(
-    visual: VisualProcessor,
-    item: Image | Video,
-    size: Size,
-    plan: MediaPlan,
-    transforms: Sequence[Augment],
-    seed: int,
-) -> Tensor:
-    return visual.load(item, size, plan, seeded_augment(transforms, seed) if transforms else None)
+def _load_augmented(load: Callable[..., Tensor], transforms: Sequence[Augment], seed: int) -> Tensor:
+    return load(seeded_augment(transforms, seed))
 
 
 def _number(*parts: object) -> int:

@@ -29,6 +29,7 @@ class Media:
         cost: encoder forward time in any unit shared by all items.
         name: what errors call it.
         grid: (t, h, w) of its patches, for models whose positions depend on it.
+        scattered: indices of its placeholder tokens, if they do not stand one after another.
     """
 
     encoder: str
@@ -38,6 +39,12 @@ class Media:
     cost: float = 1.0
     name: str = ""
     grid: tuple[int, int, int] | None = None
+    scattered: Sequence[int] = ()
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Index in the sample of each of its placeholder tokens."""
+        return self.scattered or range(self.start, self.start + self.rows)
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
         microbatch.origins.append(Origin(sample.name, first, first + len(sample.tokens)))
         labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
         for media in sample.media:
-            media_rows += range(first + media.start, first + media.start + media.rows)
+            media_rows += [first + place for place in media.places]
             microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost, origin=i))
             if media.grid is not None:
                 grids.setdefault(f"{media.encoder}_grid_thw", []).append(media.grid)

@@ -143,13 +143,16 @@ def measurements(
         workers: processes that measure.
         read_only: take what is there, as it was made a moment ago by another process of this node.
     """
-    settings = repr((FORMAT, budget, encoder.visual, encoder.target, encoder.image_token, encoder.video_token))
+    visual = encoder.visual and encoder.visual.fingerprint()
+    settings = repr((FORMAT, budget, visual, encoder.target, encoder.image_token, encoder.video_token))
     tokenizer = encoder.tokenizer.backend_tokenizer.to_str() + str(encoder.tokenizer.chat_template)
     key = hashlib.sha256("\n".join([settings, tokenizer, source.identity()]).encode()).hexdigest()[:24]
     stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
     path = folder / f"{key}-{stamp}.npz"
     if path.exists() and (read_only or source.fingerprint() is not None):
-        return Measurements.load(path)
+        known = Measurements.load(path)
+        if read_only or not known.errors:  # what was wrong may have been put right
+            return known
     log.info("measuring the %d examples of %s", len(source), source.name)
     made = Measurements.of(list(DataLoader(_Measuring(source, encoder, budget), batch_size=None, num_workers=workers)))
     made.save(path)

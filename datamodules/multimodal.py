@@ -18,6 +18,7 @@ from bigmac_lightning.batch import PipelineLayout
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .example import ExampleError
 from .failures import Agreement, OnError
+from .hf_processor import HFVisual
 from .loader import EncodedSteps, StepCollate, StepLoader
 from .measuring import Measurements, measurements
 from .source import Source
@@ -44,7 +45,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         predict: Sequence[Source] = (),
         weights: Sequence[float] | None = None,
         samples_per_epoch: int | None = None,
-        tokenizer: Any = "bytes",
+        processor: Any = "bytes",
         visual: VisualProcessor | None = None,
         target: TargetProcessor | None = None,
         token_budget: int = 4096,
@@ -68,9 +69,9 @@ class MultimodalDataModule(pl.LightningDataModule):
             train, val, test, predict: sources of each split.
             weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes.
             samples_per_epoch: of training; ``None``: as many as the training sources have together.
-            tokenizer: the folder or name of a pretrained tokenizer or processor with a chat template; or the tokenizer
-                itself; "bytes": one token per byte, for tiny models.
-            visual: makes the encoders' inputs of images and videos.
+            processor: the folder or name of a pretrained processor or tokenizer with a chat template; or one that is
+                loaded already; "bytes": one token per byte, for tiny models.
+            visual: makes the encoders' inputs of images and videos; ``None``: as the processor does, if it does.
             target: makes the generators' targets of images.
             token_budget: most tokens of a microbatch.
             microbatches: per step and replica, unless the strategy asks for another number. Training steps may differ
@@ -99,8 +100,13 @@ class MultimodalDataModule(pl.LightningDataModule):
         self.prepare_data_per_node = True
         self._given: dict[Split, Sequence[Source]] = {"train": train, "val": val, "test": test, "predict": predict}
         self.weights, self.samples_per_epoch = weights, samples_per_epoch
+        tokenizer, made = load_processor(processor)
+        if made is not None:  # a processor's own tokens and preparation, unless others are given
+            visual = visual or HFVisual(made)
+            image_token = getattr(made, "image_token", image_token)
+            video_token = getattr(made, "video_token", video_token)
         self.encoder = ChatEncoder(
-            load_tokenizer(tokenizer), visual, target, image_token, video_token, draw_token, tuple(augment), seed
+            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed
         )
         self.token_budget, self.microbatches, self.packed = token_budget, microbatches, packed
         self.window, self.ordered, self.attention_tokens = window, ordered, attention_tokens
@@ -198,26 +204,28 @@ class MultimodalDataModule(pl.LightningDataModule):
         return self.loader("predict")
 
 
-def load_tokenizer(tokenizer: Any) -> Any:
-    """A fast tokenizer with a chat template, from a folder, a name, a processor, or as it is.
+def load_processor(processor: Any) -> tuple[Any, Any]:
+    """A fast tokenizer with a chat template, and the processor around it if there is one.
+
+    Args:
+        processor: a folder or name, a processor, a tokenizer, or "bytes".
 
     Raises:
-        ValueError: it has no chat template, or is not a fast one.
+        ValueError: it has no chat template, or its tokenizer is not a fast one.
     """
-    if tokenizer == "bytes":
-        return byte_tokenizer()
-    template = None
     from transformers import AutoProcessor, ProcessorMixin
 
-    if isinstance(tokenizer, str | Path):
-        tokenizer = AutoProcessor.from_pretrained(str(tokenizer))  # of a folder without a processor, its tokenizer
-    if isinstance(tokenizer, ProcessorMixin):
-        whole: Any = tokenizer
-        tokenizer, template = whole.tokenizer, whole.chat_template
-    tokenizer.chat_template = template or tokenizer.chat_template
+    if processor == "bytes":
+        return byte_tokenizer(), None
+    if isinstance(processor, str | Path):
+        processor = AutoProcessor.from_pretrained(str(processor))  # of a folder without a processor, its tokenizer
+    whole: Any = processor if isinstance(processor, ProcessorMixin) else None
+    tokenizer: Any = processor if whole is None else whole.tokenizer
+    if whole is not None and whole.chat_template:
+        tokenizer.chat_template = whole.chat_template
     if not tokenizer.is_fast or not tokenizer.chat_template:
         raise ValueError(
             f"{type(tokenizer).__name__} must be a fast tokenizer with a chat template: save one with it, or set "
             "tokenizer.chat_template before you pass it on"
         )
-    return tokenizer
+    return tokenizer, whole

@@ -33,6 +33,8 @@ class MediaPlan:
         height, width: after resizing.
         frames: numbers of a video's frames that are used; empty for an image.
         grid: (t, h, w) of its patches, for models whose positions depend on it.
+        text: what stands for it in the conversation, if not `rows` placeholder tokens one after another: a text with
+            as many of them.
     """
 
     encoder: str
@@ -42,10 +44,15 @@ class MediaPlan:
     width: int
     frames: tuple[int, ...] = ()
     grid: tuple[int, int, int] | None = None
+    text: str | None = None
 
 
 class VisualProcessor(ABC):
     """Prepares images and videos for one model."""
+
+    def fingerprint(self) -> str:
+        """Of all that plans depend on."""
+        return repr(self)
 
     @abstractmethod
     def plan(self, item: Image | Video, size: Size) -> MediaPlan:

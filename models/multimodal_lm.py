@@ -184,7 +184,8 @@ class _Evaluation(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Each loss and "accuracy"; 0 for what never occurred. Starts anew."""
-        values = dict(zip(self.names, self.means.compute().unbind(), strict=True))
+        means = torch.atleast_1d(self.means.compute())  # torchmetrics makes a scalar of one value
+        values = dict(zip(self.names, means.unbind(), strict=True))
         values["accuracy"] = self.accuracy.compute()
         self.means.reset()
         self.accuracy.reset()
