@@ -5,15 +5,15 @@ themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
-from .clips import Clips
 from .collate import Collator, Media, Sample, Target
 from .digits import DigitsDataModule
-from .easy_vqa import EasyVQA, EasyVQADataModule
+from .easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
 from .example import Example, ExampleError, File, Image, Message, Size, Video
 from .failures import SourceError
 from .hf_processor import HFVisual
 from .multimodal import MultimodalDataModule
 from .sampler import EpochSampler
+from .small_sources import Clips, Sums
 from .source import Source
 from .sources import CaptionFolder, HFDataset, LlavaJSON, MessagesJSONL, WebDatasetTars
 from .tokenizers import byte_tokenizer
@@ -26,6 +26,7 @@ __all__ = [
     "DigitsDataModule",
     "EasyVQA",
     "EasyVQADataModule",
+    "EasyVQADrawings",
     "EpochSampler",
     "Example",
     "ExampleError",
@@ -46,6 +47,7 @@ __all__ = [
     "Size",
     "Source",
     "SourceError",
+    "Sums",
     "Target",
     "TargetProcessor",
     "Video",

@@ -20,6 +20,7 @@ TEMPLATE = (
     + "{% else %} {{ part.text }}"
     "{% endif %}{% endfor %}{% endfor %}"
 )
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 class EasyVQA(Source):
@@ -52,6 +53,38 @@ class EasyVQA(Source):
         question, answer, picture = self.questions[index]
         image = Image(File.at(self.folder / "images" / f"{picture}.png"), Size(64, 64))
         return Example([Message("user", [image, question]), Message("assistant", [answer])])
+
+
+class EasyVQADrawings(Source):
+    """``Draw a red circle.`` and the picture of one."""
+
+    def __init__(self, split: Literal["train", "test"] = "train", limit: int | None = None) -> None:
+        """
+        Args:
+            split, limit: as of `EasyVQA`; here the limit is one of pictures.
+        """
+        told: dict[int, dict[str, str]] = {}
+        source = EasyVQA(split)
+        for _, answer, picture in source.questions:
+            if answer not in ("yes", "no"):
+                told.setdefault(picture, {})["shape" if answer in SHAPES else "color"] = answer
+        whole = [(picture, facts) for picture, facts in sorted(told.items()) if len(facts) == 2]
+        self.folder, self.pictures = source.folder, whole[:limit]
+
+    @property
+    def name(self) -> str:
+        return f"easy-vqa {self.folder.name} drawings"
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def fingerprint(self) -> str:
+        return "1.0"
+
+    def __getitem__(self, index: int) -> Example:
+        picture, facts = self.pictures[index]
+        image = Image(File.at(self.folder / "images" / f"{picture}.png"), Size(64, 64))
+        return Example([Message("user", [f"Draw a {facts['color']} {facts['shape']}."])], image)
 
 
 class EasyVQADataModule(MultimodalDataModule):

@@ -4,7 +4,7 @@ Knows sources, encoders and batches; knows nothing of Lightning but its protocol
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,23 @@ from .steps import Step, StepSampler
 
 
 class EncodedSteps(Dataset):
-    """The samples of a `Step`, microbatch by microbatch, before anything is decoded."""
+    """The samples of a `Step`, microbatch by microbatch, before anything is decoded.
+
+    Args:
+        augment: whether media are augmented.
+        sampling: whether targets are to be made, so that none is to be loaded.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], measured: Sequence[Measurements], encoder: ChatEncoder, augment: bool
+        self,
+        sources: Sequence[Source],
+        measured: Sequence[Measurements],
+        encoder: ChatEncoder,
+        augment: bool,
+        sampling: bool,
     ) -> None:
-        self.sources, self.measured, self.encoder, self.augment = sources, measured, encoder, augment
+        self.sources, self.measured, self.encoder = sources, measured, encoder
+        self.augment, self.sampling = augment, sampling
 
     def __getitem__(self, step: Step) -> list[list[Sample]] | SourceError:
         try:
@@ -49,6 +60,8 @@ class EncodedSteps(Dataset):
                 f"{name} has {len(sample.tokens)} tokens, but {measured.tokens[index]} when it was measured: its "
                 "source has changed, or does not give the same example each time"
             )
+        if self.sampling:
+            return replace(sample, targets=[replace(target, load=None) for target in sample.targets])
         return sample
 
 
@@ -70,8 +83,12 @@ def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-class StepLoader(DataLoader):
-    """Batches that all ranks have agreed on, from any step on."""
+class StepLoader:
+    """Batches that all ranks have agreed on, from any step on.
+
+    Around a DataLoader and none itself: in prediction Lightning would rebuild one. The strategy may replace
+    `collate_fn` and `worker_init_fn`; Lightning tells the epoch to `sampler`.
+    """
 
     def __init__(
         self,
@@ -82,7 +99,8 @@ class StepLoader(DataLoader):
         num_workers: int,
         prefetch: int,
     ) -> None:
-        super().__init__(
+        self.dataset, self.sampler, self.agreement = dataset, sampler, agreement
+        self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
@@ -92,14 +110,34 @@ class StepLoader(DataLoader):
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-        self.steps, self.agreement = sampler, agreement
         self._position = (0, 0)  # epoch, batches given
 
-    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        steps = self.steps
+    @property
+    def collate_fn(self) -> Any:
+        """Makes a batch of what the dataset gives, in the worker."""
+        return self._loader.collate_fn
+
+    @collate_fn.setter
+    def collate_fn(self, function: Any) -> None:
+        self._loader.collate_fn = function
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """Called in each worker as it starts."""
+        return self._loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Any) -> None:
+        self._loader.worker_init_fn = function
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = self.sampler
         given = steps.start if steps.epoch == steps.start_epoch else 0
         self._position = (steps.epoch, given)
-        for batch in super().__iter__():
+        for batch in self._loader:
             agreed = self.agreement(batch)
             given += 1
             self._position = (steps.epoch, given)
@@ -112,9 +150,9 @@ class StepLoader(DataLoader):
         return {
             "epoch": epoch,
             "step": given,
-            "steps": len(self.steps),
-            "replicas": self.steps.num_replicas,
-            "order": self.steps.fingerprint(),
+            "steps": len(self.sampler),
+            "replicas": self.sampler.num_replicas,
+            "order": self.sampler.fingerprint(),
             "skipped": self.agreement.skipped,
         }
 
@@ -125,18 +163,18 @@ class StepLoader(DataLoader):
             ValueError: this one would give other samples.
         """
         within = 0 < state["step"] < state["steps"]
-        if within and state["order"] != self.steps.fingerprint():
+        if within and state["order"] != self.sampler.fingerprint():
             raise ValueError(
                 "the run was saved in the middle of an epoch over other data: sources, their weights, the tokenizer, "
                 "token_budget, microbatches, window or seed have changed, so the rest of the epoch is not known. "
                 "Restore them, or start from the weights alone"
             )
-        if within and state["replicas"] != self.steps.num_replicas:
+        if within and state["replicas"] != self.sampler.num_replicas:
             raise ValueError(
                 f"the run was saved in the middle of an epoch with data_parallel_size={state['replicas']}; with "
-                f"{self.steps.num_replicas} the steps of the epoch are others. Resume with {state['replicas']} (the "
+                f"{self.sampler.num_replicas} the steps of the epoch are others. Resume with {state['replicas']} (the "
                 "number of pipeline ranks may change), or from a checkpoint of the end of an epoch"
             )
         self.agreement.skipped = state["skipped"]
-        self.steps.start_epoch, self.steps.start = state["epoch"], state["step"] if within else 0
-        self._position = (state["epoch"], self.steps.start)
+        self.sampler.start_epoch, self.sampler.start = state["epoch"], state["step"] if within else 0
+        self._position = (state["epoch"], self.sampler.start)

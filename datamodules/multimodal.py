@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from torch import nn
 
 from bigmac_lightning.batch import PipelineLayout
 
@@ -24,7 +25,7 @@ from .measuring import Measurements, measurements
 from .source import Source
 from .steps import PackingOptions, StepSampler
 from .tokenizers import byte_tokenizer
-from .visual import Augment, TargetProcessor, VisualProcessor
+from .visual import TargetProcessor, VisualProcessor
 
 Split = str
 SHOWN_ERRORS = 10
@@ -54,7 +55,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         window: int = 1024,
         ordered: bool = False,
         attention_tokens: float = 12 * 4096,
-        augment: Sequence[Augment] = (),
+        augment: Sequence[nn.Module] = (),
         on_error: OnError = "raise",
         num_workers: int = 0,
         prefetch: int = 2,
@@ -66,7 +67,7 @@ class MultimodalDataModule(pl.LightningDataModule):
     ) -> None:
         """
         Args:
-            train, val, test, predict: sources of each split.
+            train, val, test, predict: sources of each split. In prediction, generators make their targets anew.
             weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes.
             samples_per_epoch: of training; ``None``: as many as the training sources have together.
             processor: the folder or name of a pretrained processor or tokenizer with a chat template; or one that is
@@ -133,14 +134,19 @@ class MultimodalDataModule(pl.LightningDataModule):
             ExampleError: on every rank, if an example cannot be used and `on_error` is "raise".
         """
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
-            self._measured[split] = self._measure(split, read_only=True)
-            self._report(split)
+            self._known(split)
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         return [
             measurements(source, self.encoder, self.token_budget, self.cache_dir, self.num_workers, read_only)
             for source in self.sources(split)
         ]
+
+    def _known(self, split: Split) -> list[Measurements]:
+        if split not in self._measured:
+            self._measured[split] = self._measure(split, read_only=True)
+            self._report(split)
+        return self._measured[split]
 
     def _report(self, split: Split) -> None:
         errors = [text for measured in self._measured[split] for text in measured.errors.values()]
@@ -179,11 +185,11 @@ class MultimodalDataModule(pl.LightningDataModule):
             ordered=self.ordered or not training,
             attention_tokens=self.attention_tokens,
         )
-        sources, measured = self.sources(split), self._measured[split]
+        sources, measured = self.sources(split), self._known(split)
         mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
         sampler = StepSampler(measured, options, **mixture, shuffle=training, seed=self.seed, **place)
         return StepLoader(
-            EncodedSteps(sources, measured, self.encoder, augment=training),
+            EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
             sampler,
             StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0),
             Agreement(place["rank"], self.on_error),

