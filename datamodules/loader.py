@@ -110,6 +110,7 @@ class StepLoader:
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self.batch_sampler = None  # as of a DataLoader whose sampler gives whole batches
         self._position = (0, 0)  # epoch, batches given
 
     @property
