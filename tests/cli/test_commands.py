@@ -21,7 +21,7 @@ TINY = [
     "--trainer.log_every_n_steps=1",
 ]
 
-FEW = {"easy_vqa": ["--data.train_questions=500", "--data.val_questions=50", "--data.cache_dir=cache"]}
+FEW = {"easy_vqa": ["--data.train_questions=1500", "--data.val_questions=50", "--data.cache_dir=cache"]}
 
 
 def run(command: list[str], folder: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
