@@ -33,9 +33,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-quickstart  ## measured against simulated step time; memory against the number of microbatches
+bench: $(VENV)/.installed-dev  ## measured against simulated step time; memory against the number of microbatches
 	$(BIN)/python -m benchmarks.schedule_fidelity
 	$(BIN)/python -m benchmarks.memory_vs_microbatches
+	$(BIN)/python -m benchmarks.data_loading
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ on the rank that owns the item. Knows tensors and costs; knows nothing of Lightn
 Shape suffixes: B samples of a microbatch, S tokens, L labelled positions, N rows (of features or conditions).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,6 +55,8 @@ class MediaItem:
         cost: encoder forward time in any unit shared by all items of a batch.
         owner: rank of the pipeline that decodes and encodes it.
         data: its pixels on the owner, ``None`` elsewhere.
+        origin: index of its sample in `Microbatch.origins`.
+        error: on the owner, why there is no data.
     """
 
     encoder: str
@@ -62,6 +64,8 @@ class MediaItem:
     cost: float = 1.0
     owner: int = 0
     data: Tensor | None = None
+    origin: int = 0
+    error: str | None = None
 
 
 @dataclass
@@ -76,6 +80,8 @@ class TargetItem:
         cost: generator time in any unit shared by all items of a batch.
         owner: rank of the pipeline that runs the generator on it.
         data: the target on the owner, ``None`` elsewhere (and when sampling).
+        origin: index of its sample in `Microbatch.origins`.
+        error: on the owner, why there is no data.
     """
 
     generator: str
@@ -85,6 +91,22 @@ class TargetItem:
     cost: float = 1.0
     owner: int = 0
     data: Tensor | None = None
+    origin: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a sample lies in its microbatch.
+
+    Attributes:
+        name: what errors call it.
+        start, stop: flat indices into B * S.
+    """
+
+    name: str
+    start: int
+    stop: int
 
 
 def _no_positions() -> Tensor:
@@ -103,6 +125,7 @@ class Microbatch:
         media_positions: (N,) flat indices into B * S that the feature rows replace, item after item.
         targets: generator targets in the order of their condition rows.
         target_positions: (N,) flat indices into B * S of the hidden states that condition them, item after item.
+        origins: its samples, where the DataModule tells them.
     """
 
     inputs: dict[str, Tensor]
@@ -112,6 +135,7 @@ class Microbatch:
     media_positions: Tensor = field(default_factory=_no_positions)
     targets: list[TargetItem] = field(default_factory=list)
     target_positions: Tensor = field(default_factory=_no_positions)
+    origins: list[Origin] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -138,6 +162,28 @@ class Microbatch:
             media_positions=function(self.media_positions),
             targets=[replace(item, data=optional(item.data)) for item in self.targets],
             target_positions=function(self.target_positions),
+            origins=self.origins,
+        )
+
+    def without(self, origins: Collection[int]) -> "Microbatch":
+        """A copy in which nothing is learnt or made from these samples and their media are not encoded.
+
+        Their tokens stay, so that shapes do not change.
+        """
+        gone = torch.zeros(self.inputs["input_ids"].numel(), dtype=torch.bool)
+        for i in origins:
+            gone[self.origins[i].start : self.origins[i].stop] = True
+        labelled, encoded, targeted = (
+            ~gone[positions] for positions in (self.label_positions, self.media_positions, self.target_positions)
+        )
+        return replace(
+            self,
+            label_positions=self.label_positions[labelled],
+            labels=self.labels[labelled],
+            media=[item for item in self.media if item.origin not in origins],
+            media_positions=self.media_positions[encoded],
+            targets=[item for item in self.targets if item.origin not in origins],
+            target_positions=self.target_positions[targeted],
         )
 
 
@@ -188,7 +234,7 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        return sum(microbatch.shape[0] for microbatch in self.microbatches)
+        return sum(len(microbatch.origins) or microbatch.shape[0] for microbatch in self.microbatches)
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Self
 
 import lightning.pytorch as pl
 import torch
@@ -239,6 +239,11 @@ class PipelineModule(pl.LightningModule):
         layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
         self.llm.materialize(layers, self.part.embedding, self.part.head)
         self._materialized = True
+
+    def cpu(self) -> Self:
+        """As of every module; called by Lightning's teardown even where an error came before `configure_model`, which
+        must not hide behind another about weights that are not there yet."""
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
         """Run a batch through encoders, LLM and generators.

@@ -1,21 +1,57 @@
 """LightningDataModules: samples of text, media and generator targets, as microbatches with an owner for every item.
 
-The example to copy from is digits.py; to use it, `pip install bigmac-lightning[quickstart]`.
+`MultimodalDataModule` takes `Source`s of examples and does the rest. `PipelineDataModule` is for those who make tokens
+themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .collate import Collator, Media, Sample, Target
 from .digits import DigitsDataModule
+from .easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
+from .example import Example, ExampleError, File, Image, Message, Size, Video
+from .failures import SourceError
+from .hf_processor import HFVisual
+from .multimodal import MultimodalDataModule
 from .sampler import EpochSampler
+from .small_sources import Clips, Sums
+from .source import Source
+from .sources import CaptionFolder, HFDataset, LlavaJSON, MessagesJSONL, WebDatasetTars
+from .tokenizers import byte_tokenizer
+from .visual import PatchProcessor, TargetProcessor, VisualProcessor
 
 __all__ = [
+    "CaptionFolder",
+    "Clips",
     "Collator",
     "DigitsDataModule",
+    "EasyVQA",
+    "EasyVQADataModule",
+    "EasyVQADrawings",
     "EpochSampler",
+    "Example",
+    "ExampleError",
+    "File",
+    "HFDataset",
+    "HFVisual",
+    "Image",
+    "LlavaJSON",
     "Media",
+    "Message",
+    "MessagesJSONL",
+    "MultimodalDataModule",
+    "PatchProcessor",
     "PipelineDataModule",
     "PipelineDataset",
     "Sample",
     "SampleList",
+    "Size",
+    "Source",
+    "SourceError",
+    "Sums",
     "Target",
+    "TargetProcessor",
+    "Video",
+    "VisualProcessor",
+    "WebDatasetTars",
+    "byte_tokenizer",
 ]

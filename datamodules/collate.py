@@ -7,14 +7,14 @@ Knows tokens and items; knows nothing of files, tokenizers or models.
 Shape suffixes: B samples of a microbatch, S tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.batch import Batch, MediaItem, Microbatch, Origin, PipelineLayout, TargetItem, assign_owners
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Media:
         rows: number of placeholder tokens, replaced by as many feature rows.
         load: makes the tensor that the encoder takes.
         cost: encoder forward time in any unit shared by all items.
+        name: what errors call it.
+        grid: (t, h, w) of its patches, for models whose positions depend on it.
+        scattered: indices of its placeholder tokens, if they do not stand one after another.
     """
 
     encoder: str
@@ -34,6 +37,14 @@ class Media:
     rows: int
     load: Callable[[], Tensor]
     cost: float = 1.0
+    name: str = ""
+    grid: tuple[int, int, int] | None = None
+    scattered: Sequence[int] = ()
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Index in the sample of each of its placeholder tokens."""
+        return self.scattered or range(self.start, self.start + self.rows)
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Target:
         seed: of the noise drawn for it.
         load: makes the tensor of that shape; ``None`` where there is none to learn from (sampling).
         cost: generator time in any unit shared by all items.
+        name: what errors call it.
     """
 
     generator: str
@@ -57,6 +69,7 @@ class Target:
     seed: int
     load: Callable[[], Tensor] | None = None
     cost: float = 1.0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,12 +81,14 @@ class Sample:
         labelled: for each token whether the model is to predict it from those before it.
         media: in the order of their placeholders.
         targets: in the order of their tokens.
+        name: what errors call it.
     """
 
     tokens: Sequence[int]
     labelled: Sequence[bool]
     media: Sequence[Media] = ()
     targets: Sequence[Target] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         if len(self.labelled) != len(self.tokens):
@@ -93,7 +108,7 @@ class Collator:
     """The collate function of a DataLoader.
 
     Samples are cut into microbatches in their order, as evenly as it goes; fewer samples than microbatches give fewer
-    microbatches. Each microbatch is padded on the right to its longest sample. Causal attention needs no mask for that.
+    microbatches.
 
     Attributes:
         layout: this process's place in its pipeline.
@@ -106,45 +121,81 @@ class Collator:
     padding: int = 0
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        parts = split_evenly(samples, self.microbatches)
-        microbatches = [self._describe(part) for part in parts]
-        assign_owners(microbatches, self.layout)
-        for part, microbatch in zip(parts, microbatches, strict=True):
-            self._load(microbatch.media, (media.load for sample in part for media in sample.media))
-            self._load(microbatch.targets, (target.load for sample in part for target in sample.targets))
-        return Batch(microbatches, self.layout)
+        return make_batch(split_evenly(samples, self.microbatches), self.layout, self.padding)
 
-    def _describe(self, samples: Sequence[Sample]) -> Microbatch:
-        """A microbatch with everything but the data of its items."""
-        S = max(len(sample.tokens) for sample in samples)
-        ids_BS = torch.full((len(samples), S), self.padding)
-        microbatch = Microbatch({"input_ids": ids_BS, "position_ids": torch.arange(S).repeat(len(samples), 1)})
-        labelled: list[int] = []
-        media_rows: list[int] = []
-        target_rows: list[int] = []
-        for b, sample in enumerate(samples):
-            ids_BS[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
-            first = b * S
-            labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
-            for media in sample.media:
-                media_rows += range(first + media.start, first + media.start + media.rows)
-                microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost))
-            for target in sample.targets:
-                target_rows += range(first + target.start, first + target.start + target.rows)
-                microbatch.targets.append(
-                    TargetItem(target.generator, target.rows, target.shape, target.seed, target.cost)
-                )
-        positions = torch.tensor(labelled, dtype=torch.long)
-        microbatch.labels = ids_BS.flatten()[positions]
-        microbatch.label_positions = positions - 1  # the token before predicts it
-        microbatch.media_positions = torch.tensor(media_rows, dtype=torch.long)
-        microbatch.target_positions = torch.tensor(target_rows, dtype=torch.long)
-        return microbatch
 
-    def _load(self, items: Sequence[MediaItem | TargetItem], loads: Iterable[Callable[[], Tensor] | None]) -> None:
-        for item, load in zip(items, loads, strict=True):
-            if load is not None and item.owner == self.layout.rank:
+def make_batch(
+    parts: Sequence[Sequence[Sample]],
+    layout: PipelineLayout,
+    padding: int = 0,
+    packed: bool = False,
+    failed: Callable[[Exception], str] | None = None,
+) -> Batch:
+    """A batch with a microbatch of each part, and the data of the items that this process owns.
+
+    Args:
+        packed: put the samples of a microbatch one after another into a single row; their positions start anew, by
+            which attention keeps them apart. Otherwise each has a row, padded on the right to the longest; causal
+            attention needs no mask for that.
+        failed: makes a text of an exception that loading an item raised, which is then the item's `error`; ``None``:
+            the exception is raised.
+    """
+    microbatches = [_describe(part, padding, packed) for part in parts]
+    assign_owners(microbatches, layout)
+    for part, microbatch in zip(parts, microbatches, strict=True):
+        loads = [item.load for sample in part for item in sample.media]
+        loads += [item.load for sample in part for item in sample.targets]
+        for item, load in zip([*microbatch.media, *microbatch.targets], loads, strict=True):
+            if load is None or item.owner != layout.rank:
+                continue
+            try:
                 item.data = load()
+            except Exception as error:
+                if failed is None:
+                    raise
+                item.error = failed(error)
+    return Batch(microbatches, layout)
+
+
+def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbatch:
+    """A microbatch with everything but the data of its items."""
+    lengths = [len(sample.tokens) for sample in samples]
+    if packed:
+        starts = [0, *accumulate(lengths)][:-1]
+        ids_BS = torch.tensor([token for sample in samples for token in sample.tokens])[None]
+        positions_BS = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        S = max(lengths)
+        starts = [b * S for b in range(len(samples))]
+        ids_BS = torch.full((len(samples), S), padding)
+        for b, sample in enumerate(samples):
+            ids_BS[b, : lengths[b]] = torch.tensor(sample.tokens)
+        positions_BS = torch.arange(S).repeat(len(samples), 1)
+    microbatch = Microbatch({"input_ids": ids_BS, "position_ids": positions_BS})
+    labelled: list[int] = []
+    media_rows: list[int] = []
+    target_rows: list[int] = []
+    grids: dict[str, list[tuple[int, int, int]]] = {}
+    for i, (first, sample) in enumerate(zip(starts, samples, strict=True)):
+        microbatch.origins.append(Origin(sample.name, first, first + len(sample.tokens)))
+        labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
+        for media in sample.media:
+            media_rows += [first + place for place in media.places]
+            microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost, origin=i))
+            if media.grid is not None:
+                grids.setdefault(f"{media.encoder}_grid_thw", []).append(media.grid)
+        for target in sample.targets:
+            target_rows += range(first + target.start, first + target.start + target.rows)
+            microbatch.targets.append(
+                TargetItem(target.generator, target.rows, target.shape, target.seed, target.cost, origin=i)
+            )
+    microbatch.inputs |= {name: torch.tensor(values) for name, values in grids.items()}
+    positions = torch.tensor(labelled, dtype=torch.long)
+    microbatch.labels = ids_BS.flatten()[positions]
+    microbatch.label_positions = positions - 1  # the token before predicts it
+    microbatch.media_positions = torch.tensor(media_rows, dtype=torch.long)
+    microbatch.target_positions = torch.tensor(target_rows, dtype=torch.long)
+    return microbatch
 
 
 def split_evenly(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:

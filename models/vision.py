@@ -53,8 +53,9 @@ class VisionEncoder(Encoder):
     """A vision transformer without its pooling head, then a merge of neighbouring patches if wanted, then a linear
     layer or a two-layer perceptron.
 
-    An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, top left to bottom right; images of other sizes than
-    the config's `image_size` are encoded with interpolated position embeddings. Qwen's towers take an item's patches,
+    An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, top left to bottom right; a video (T, C, H, W) the
+    rows of its frames, each encoded by itself. Images of other sizes than the config's `image_size` are encoded with
+    interpolated position embeddings. Qwen's towers take an item's patches,
     (t, h, w, values of a patch), and make t * h * w / spatial_merge_size^2 rows.
 
     Attributes:
@@ -135,15 +136,16 @@ class VisionEncoder(Encoder):
             grid = torch.tensor([item.shape[:3] for item in pixels], device=pixels[0].device)
             patches = torch.cat([item.flatten(0, 2) for item in pixels])
             return self.projector(self.tower(patches, grid_thw=grid, return_dict=True).pooler_output)
+        images = [image for item in pixels for image in (item if item.ndim == 4 else item[None])]
         of_size: dict[torch.Size, list[int]] = {}
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(images):
             of_size.setdefault(image.shape, []).append(i)
         rows: dict[int, Tensor] = {}
         for indices in of_size.values():
-            images_BCHW = torch.stack([pixels[i] for i in indices])
+            images_BCHW = torch.stack([images[i] for i in indices])
             patches_BTE = self._merged(self._encode(images_BCHW), images_BCHW.shape[-2:])
             rows.update(zip(indices, self.projector(patches_BTE).unbind(), strict=True))
-        return torch.cat([rows[i] for i in range(len(pixels))])
+        return torch.cat([rows[i] for i in range(len(images))])
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
         further = {"interpolate_pos_encoding": True} if self.kind.interpolates else {}

@@ -258,6 +258,12 @@ def test_evaluation_weighs_batches_by_what_they_hold() -> None:
     assert again == logged
 
 
+def test_a_model_with_nothing_but_text_is_evaluated() -> None:
+    (logged,) = trainer().validate(built(generators={}), loader(collate("rt", 2)), verbose=False)
+    assert set(logged) == {"val/loss", "val/text", "val/accuracy"}
+    assert logged["val/loss"] == logged["val/text"] > 0
+
+
 def test_a_trained_model_scores() -> None:
     """Learning one batch by heart raises the accuracy on it to 1, and validation sees it."""
     module = built(learning_rate=1e-2, schedule="constant")

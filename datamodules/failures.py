@@ -1,0 +1,114 @@
+"""What becomes of examples that turn out to be broken when their owner decodes them.
+
+All ranks hear of them before the first forward, and all do the same: end the run, or go on without these samples. One
+small collective per batch, on the CPU; its group is made when the first batch comes.
+Knows batches; knows nothing of plans or models.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from bigmac_lightning.batch import Batch
+
+from .example import ExampleError
+
+OnError = Literal["raise", "skip"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that cannot be used.
+
+    Attributes:
+        replica: data-parallel replica whose batch it is in.
+        microbatch, origin: where it is in that batch.
+        message: names source, sample and file, and says what is wrong.
+    """
+
+    replica: int
+    microbatch: int
+    origin: int
+    message: str
+
+
+class SourceError(RuntimeError):
+    """An example could be read when it was measured, and cannot be read now, or is another: no way to go on."""
+
+
+class Agreement:
+    """The ranks' common knowledge of what failed.
+
+    Args:
+        replica: of this process.
+        on_error: what to do.
+
+    Attributes:
+        skipped: samples left out so far, over all replicas.
+    """
+
+    def __init__(self, replica: int, on_error: OnError) -> None:
+        self.replica, self.on_error = replica, on_error
+        self.skipped = 0
+        self._group: Any = None
+
+    def __call__(self, batch: Batch | SourceError) -> Batch:
+        """The batch, without samples that failed on any rank. Collective.
+
+        Raises:
+            ExampleError: on every rank, if something failed on any and `on_error` is "raise".
+            SourceError: on every rank, if a rank could not make its batch.
+        """
+        own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
+        everyone = self._gather(own)
+        if broken := [text for text in everyone if isinstance(text, str)]:
+            raise SourceError("; ".join(dict.fromkeys(broken)))
+        assert isinstance(batch, Batch)
+        failed = [failure for some in everyone if not isinstance(some, str) for failure in some]
+        if not failed:
+            return batch
+        samples = {(f.replica, f.microbatch, f.origin): f for f in failed}
+        messages = "\n".join(f.message for f in samples.values())
+        if self.on_error == "raise":
+            raise ExampleError(f'{messages}\n(on_error="skip" goes on without such samples)')
+        self.skipped += len(samples)
+        log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
+        return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
+
+    @staticmethod
+    def _without(batch: Batch, samples: list[tuple[int, int]]) -> Batch:
+        if not samples:
+            return batch
+        gone: dict[int, set[int]] = {}
+        for m, origin in samples:
+            gone.setdefault(m, set()).add(origin)
+        microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
+        return replace(batch, microbatches=microbatches, planned=None)
+
+    def _gather(self, own: list[Failure] | str) -> list[list[Failure] | str]:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return [own]
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        flag = torch.tensor(int(bool(own)))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        if not flag:
+            return []
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
+
+
+def failures(batch: Batch, replica: int) -> list[Failure]:
+    """Of this process's own items."""
+    found: list[Failure] = []
+    for m, microbatch in enumerate(batch.microbatches):
+        for item in (*microbatch.media, *microbatch.targets):
+            if item.error is not None:
+                name = microbatch.origins[item.origin].name
+                found.append(Failure(replica, m, item.origin, f"{name}: {item.error}"))
+    return found

@@ -1,0 +1,181 @@
+"""The DataLoader of `MultimodalDataModule`: workers encode, pack and decode; the main process checks, counts, resumes.
+
+Knows sources, encoders and batches; knows nothing of Lightning but its protocol for stateful loaders.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bigmac_lightning.batch import Batch, PipelineLayout
+
+from .chat import ChatEncoder
+from .collate import Sample, make_batch
+from .failures import Agreement, SourceError
+from .measuring import Measurements, name_of
+from .source import Source
+from .steps import Step, StepSampler
+
+
+class EncodedSteps(Dataset):
+    """The samples of a `Step`, microbatch by microbatch, before anything is decoded.
+
+    Args:
+        augment: whether media are augmented.
+        sampling: whether targets are to be made, so that none is to be loaded.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        measured: Sequence[Measurements],
+        encoder: ChatEncoder,
+        augment: bool,
+        sampling: bool,
+    ) -> None:
+        self.sources, self.measured, self.encoder = sources, measured, encoder
+        self.augment, self.sampling = augment, sampling
+
+    def __getitem__(self, step: Step) -> list[list[Sample]] | SourceError:
+        try:
+            return [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
+        except SourceError as broken:  # told to all ranks before it is raised
+            return broken
+
+    def _sample(self, epoch: int, source: int, index: int) -> Sample:
+        name = name_of(self.sources[source], index)
+        measured = self.measured[source]
+        try:
+            example = self.sources[source][index]
+            name = name_of(self.sources[source], index, example)
+            draw = (epoch, source, index) if self.augment else None
+            sample = self.encoder.encode(example, measured.sizes(index), name, draw)
+        except Exception as error:
+            raise SourceError(f"{name} could be read when it was measured, and now: {error}") from error
+        if len(sample.tokens) != measured.tokens[index]:
+            raise SourceError(
+                f"{name} has {len(sample.tokens)} tokens, but {measured.tokens[index]} when it was measured: its "
+                "source has changed, or does not give the same example each time"
+            )
+        if self.sampling:
+            return replace(sample, targets=[replace(target, load=None) for target in sample.targets])
+        return sample
+
+
+@dataclass(frozen=True)
+class StepCollate:
+    """From the samples of a step to its `Batch`, with the data of the items that this process owns."""
+
+    layout: PipelineLayout
+    packed: bool
+    padding: int
+
+    def __call__(self, parts: list[list[Sample]] | SourceError) -> Batch | SourceError:
+        if isinstance(parts, SourceError):
+            return parts
+        return make_batch(parts, self.layout, self.padding, self.packed, failed=_text)
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+class StepLoader:
+    """Batches that all ranks have agreed on, from any step on.
+
+    Around a DataLoader and none itself: in prediction Lightning would rebuild one. The strategy may replace
+    `collate_fn` and `worker_init_fn`; Lightning tells the epoch to `sampler`.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedSteps,
+        sampler: StepSampler,
+        collate_fn: StepCollate,
+        agreement: Agreement,
+        num_workers: int,
+        prefetch: int,
+    ) -> None:
+        self.dataset, self.sampler, self.agreement = dataset, sampler, agreement
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=num_workers,
+            prefetch_factor=prefetch if num_workers else None,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.batch_sampler = None  # as of a DataLoader whose sampler gives whole batches
+        self._position = (0, 0)  # epoch, batches given
+
+    @property
+    def collate_fn(self) -> Any:
+        """Makes a batch of what the dataset gives, in the worker."""
+        return self._loader.collate_fn
+
+    @collate_fn.setter
+    def collate_fn(self, function: Any) -> None:
+        self._loader.collate_fn = function
+
+    @property
+    def worker_init_fn(self) -> Any:
+        """Called in each worker as it starts."""
+        return self._loader.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Any) -> None:
+        self._loader.worker_init_fn = function
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps = self.sampler
+        given = steps.start if steps.epoch == steps.start_epoch else 0
+        self._position = (steps.epoch, given)
+        for batch in self._loader:
+            agreed = self.agreement(batch)
+            given += 1
+            self._position = (steps.epoch, given)
+            yield agreed
+        steps.start = 0  # a second run through the epoch starts at its beginning
+
+    def state_dict(self) -> dict[str, Any]:
+        """Equal on all ranks, and for any number of pipeline ranks and workers."""
+        epoch, given = self._position
+        return {
+            "epoch": epoch,
+            "step": given,
+            "steps": len(self.sampler),
+            "replicas": self.sampler.num_replicas,
+            "order": self.sampler.fingerprint(),
+            "skipped": self.agreement.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was.
+
+        Raises:
+            ValueError: this one would give other samples.
+        """
+        within = 0 < state["step"] < state["steps"]
+        if within and state["order"] != self.sampler.fingerprint():
+            raise ValueError(
+                "the run was saved in the middle of an epoch over other data: sources, their weights, the tokenizer, "
+                "token_budget, microbatches, window or seed have changed, so the rest of the epoch is not known. "
+                "Restore them, or start from the weights alone"
+            )
+        if within and state["replicas"] != self.sampler.num_replicas:
+            raise ValueError(
+                f"the run was saved in the middle of an epoch with data_parallel_size={state['replicas']}; with "
+                f"{self.sampler.num_replicas} the steps of the epoch are others. Resume with {state['replicas']} (the "
+                "number of pipeline ranks may change), or from a checkpoint of the end of an epoch"
+            )
+        self.agreement.skipped = state["skipped"]
+        self.sampler.start_epoch, self.sampler.start = state["epoch"], state["step"] if within else 0
+        self._position = (state["epoch"], self.sampler.start)

@@ -1,0 +1,159 @@
+"""Measures every example of a source once: tokens, costs, sizes of media, or what is wrong with it.
+
+This is done by one process per node before training, and kept on disk: all that packing needs is then known everywhere,
+and no rank opens a media file that it does not own. Knows sources and encoders; knows nothing of ranks.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from .chat import ChatEncoder
+from .decoding import measure
+from .example import Example, ExampleError, Size
+from .source import Source
+
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one example.
+
+    Attributes:
+        tokens: of its sample, placeholders included.
+        encoder, generator: cost of its media and target.
+        sizes: of its media and its target.
+        error: why it cannot be used; empty: it can.
+    """
+
+    tokens: int = 0
+    encoder: float = 0.0
+    generator: float = 0.0
+    sizes: tuple[Size, ...] = ()
+    error: str = ""
+
+
+class Measurements:
+    """Of all examples of a source, in flat arrays that worker processes share without copies.
+
+    Attributes:
+        tokens: (n,) of each example; 0 for one that cannot be used.
+        encoder: (n,) cost of its media.
+        errors: what is wrong, by number.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self.arrays = arrays
+        self.tokens, self.encoder = arrays["tokens"], arrays["encoder"]
+        self.errors = dict(zip(arrays["bad"].tolist(), arrays["errors"].tolist(), strict=True))
+
+    @classmethod
+    def of(cls, measured: "list[Measured]") -> "Measurements":
+        bad = [i for i, m in enumerate(measured) if m.error]
+        sizes = [(s.height, s.width, s.frames, s.seconds) for m in measured for s in m.sizes]
+        return cls(
+            {
+                "tokens": np.array([m.tokens for m in measured], dtype=np.int64),
+                "encoder": np.array([m.encoder for m in measured], dtype=np.float64),
+                "generator": np.array([m.generator for m in measured], dtype=np.float64),
+                "first": np.cumsum([0, *(len(m.sizes) for m in measured)], dtype=np.int64),
+                "sizes": np.array(sizes, dtype=np.float64).reshape(-1, 4),
+                "bad": np.array(bad, dtype=np.int64),
+                "errors": np.array([measured[i].error for i in bad], dtype=np.str_),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sizes(self, index: int) -> list[Size]:
+        """Of an example's media and its target."""
+        first, last = self.arrays["first"][index : index + 2]
+        rows = self.arrays["sizes"][first:last].tolist()
+        return [Size(int(height), int(width), int(frames), seconds) for height, width, frames, seconds in rows]
+
+    def save(self, path: Path) -> None:
+        """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            np.savez(file, allow_pickle=False, **self.arrays)
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Measurements":
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(dict(arrays))
+
+
+class _Measuring(Dataset):
+    """Measures instead of encoding."""
+
+    def __init__(self, source: Source, encoder: ChatEncoder, budget: int) -> None:
+        self.source, self.encoder, self.budget = source, encoder, budget
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Measured:
+        name = name_of(self.source, index)
+        try:
+            example = self.source[index]
+            name = name_of(self.source, index, example)
+            sizes = tuple(measure(item) for item in example.media)
+            if example.target is not None:
+                sizes = (*sizes, measure(example.target))
+            sample = self.encoder.encode(example, sizes, name)
+            if len(sample.tokens) > self.budget:
+                raise ExampleError(
+                    f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
+                    f"per image or video, or raise token_budget={self.budget}"
+                )
+        except Exception as error:  # a source may raise what it likes: it is told which example did
+            reason = str(error) if isinstance(error, ExampleError) else f"{type(error).__name__}: {error}"
+            return Measured(error=f"{name} {reason}")
+        return Measured(
+            len(sample.tokens),
+            sum(item.cost for item in sample.media),
+            sum(item.cost for item in sample.targets),
+            sizes,
+        )
+
+
+def name_of(source: Source, index: int, example: Example | None = None) -> str:
+    """What errors call an example."""
+    given = f" ({example.name})" if example is not None and example.name else ""
+    return f"{source.name}, sample {index}{given}"
+
+
+def measurements(
+    source: Source, encoder: ChatEncoder, budget: int, folder: Path, workers: int = 0, read_only: bool = False
+) -> Measurements:
+    """Of a source: from disk if they are there and still right, else made and saved.
+
+    Args:
+        folder: where they are kept.
+        workers: processes that measure.
+        read_only: take what is there, as it was made a moment ago by another process of this node.
+    """
+    visual = encoder.visual and encoder.visual.fingerprint()
+    settings = repr((FORMAT, budget, visual, encoder.target, encoder.image_token, encoder.video_token))
+    tokenizer = encoder.tokenizer.backend_tokenizer.to_str() + str(encoder.tokenizer.chat_template)
+    key = hashlib.sha256("\n".join([settings, tokenizer, source.identity()]).encode()).hexdigest()[:24]
+    stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
+    path = folder / f"{key}-{stamp}.npz"
+    if path.exists() and (read_only or source.fingerprint() is not None):
+        known = Measurements.load(path)
+        if read_only or not known.errors:  # what was wrong may have been put right
+            return known
+    log.info("measuring the %d examples of %s", len(source), source.name)
+    made = Measurements.of(list(DataLoader(_Measuring(source, encoder, budget), batch_size=None, num_workers=workers)))
+    made.save(path)
+    return made

@@ -1,0 +1,237 @@
+"""MultimodalDataModule: sources of examples in, packed and balanced batches with an owner for every item out.
+
+Does all that lies between: chat template, tokens, sizes of media without decoding them, packing, microbatches,
+ownership, decoding by the owner in a worker, validation loaders, exact resume, broken files. Works under any strategy.
+Knows Lightning's DataModule; knows nothing of models or process groups.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from torch import nn
+
+from bigmac_lightning.batch import PipelineLayout
+
+from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
+from .example import ExampleError
+from .failures import Agreement, OnError
+from .hf_processor import HFVisual
+from .loader import EncodedSteps, StepCollate, StepLoader
+from .measuring import Measurements, measurements
+from .source import Source
+from .steps import PackingOptions, StepSampler
+from .tokenizers import byte_tokenizer
+from .visual import TargetProcessor, VisualProcessor
+
+Split = str
+SHOWN_ERRORS = 10
+log = logging.getLogger(__name__)
+
+
+class MultimodalDataModule(pl.LightningDataModule):
+    """Trains and evaluates on any `Source`s.
+
+    With data of your own, give it a `Source` of yours, or derive from it and override `sources`.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Source] = (),
+        val: Sequence[Source] = (),
+        test: Sequence[Source] = (),
+        predict: Sequence[Source] = (),
+        weights: Sequence[float] | None = None,
+        samples_per_epoch: int | None = None,
+        processor: Any = "bytes",
+        visual: VisualProcessor | None = None,
+        target: TargetProcessor | None = None,
+        token_budget: int = 4096,
+        microbatches: int = 8,
+        packed: bool = True,
+        window: int = 1024,
+        ordered: bool = False,
+        attention_tokens: float = 12 * 4096,
+        augment: Sequence[nn.Module] = (),
+        on_error: OnError = "raise",
+        num_workers: int = 0,
+        prefetch: int = 2,
+        seed: int = 0,
+        image_token: str = IMAGE,
+        video_token: str = VIDEO,
+        draw_token: str = DRAW,
+        cache_dir: str | Path = "~/.cache/bigmac_lightning",
+    ) -> None:
+        """
+        Args:
+            train, val, test, predict: sources of each split. In prediction, generators make their targets anew.
+            weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes.
+            samples_per_epoch: of training; ``None``: as many as the training sources have together.
+            processor: the folder or name of a pretrained processor or tokenizer with a chat template; or one that is
+                loaded already; "bytes": one token per byte, for tiny models.
+            visual: makes the encoders' inputs of images and videos; ``None``: as the processor does, if it does.
+            target: makes the generators' targets of images.
+            token_budget: most tokens of a microbatch.
+            microbatches: per step and replica, unless the strategy asks for another number. Training steps may differ
+                by one, unless the strategy has been told how many there must be.
+            packed: samples of a microbatch stand in one row, without padding, kept apart by positions that start anew.
+                ``False``: each has a row, padded to the longest.
+            window, ordered, attention_tokens: as in `PackingOptions`; evaluation keeps the order of examples always.
+            augment: torchvision v2 transforms of training images and videos, drawn anew in each epoch.
+            on_error: "raise" ends the run at the first broken example, on every rank; "skip" goes on without it.
+            num_workers: processes per rank that encode and decode.
+            prefetch: batches that each of them prepares in advance.
+            seed: of order, mixture, augmentation and generators' noise.
+            image_token, video_token: what the chat template writes for an image or a video.
+            draw_token: stands for each row that conditions a generator.
+            cache_dir: for what was measured of the sources: sizes and token counts.
+        """
+        super().__init__()
+        if token_budget < 1 or microbatches < 1 or window < 1:
+            raise ValueError(
+                f"token_budget={token_budget}, microbatches={microbatches} and window={window} must all be at least 1"
+            )
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error={on_error!r}: choose "raise" or "skip"')
+        if weights is not None and (len(weights) != len(train) or min(weights, default=1) <= 0):
+            raise ValueError(f"weights={list(weights)} for {len(train)} training sources: give a positive one for each")
+        self.prepare_data_per_node = True
+        self._given: dict[Split, Sequence[Source]] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.weights, self.samples_per_epoch = weights, samples_per_epoch
+        tokenizer, made = load_processor(processor)
+        if made is not None:  # a processor's own tokens and preparation, unless others are given
+            visual = visual or HFVisual(made)
+            image_token = getattr(made, "image_token", image_token)
+            video_token = getattr(made, "video_token", video_token)
+        self.encoder = ChatEncoder(
+            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed
+        )
+        self.token_budget, self.microbatches, self.packed = token_budget, microbatches, packed
+        self.window, self.ordered, self.attention_tokens = window, ordered, attention_tokens
+        self.on_error: OnError = on_error
+        self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
+        self.cache_dir = Path(cache_dir).expanduser()
+        self._measured: dict[Split, list[Measurements]] = {}
+        self._loaders: dict[Split, StepLoader] = {}
+
+    def sources(self, split: Split) -> Sequence[Source]:
+        """The sources of "train", "val", "test" or "predict"."""
+        return self._given[split]
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Measure all sources, on one process per node."""
+        for split in self._given:
+            self._measure(split, read_only=False)
+
+    def setup(self, stage: str) -> None:
+        """
+        Raises:
+            ExampleError: on every rank, if an example cannot be used and `on_error` is "raise".
+        """
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+            self._known(split)
+
+    def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
+        return [
+            measurements(source, self.encoder, self.token_budget, self.cache_dir, self.num_workers, read_only)
+            for source in self.sources(split)
+        ]
+
+    def _known(self, split: Split) -> list[Measurements]:
+        if split not in self._measured:
+            self._measured[split] = self._measure(split, read_only=True)
+            self._report(split)
+        return self._measured[split]
+
+    def _report(self, split: Split) -> None:
+        errors = [text for measured in self._measured[split] for text in measured.errors.values()]
+        if not errors:
+            return
+        shown = "\n".join(errors[:SHOWN_ERRORS]) + (
+            f"\n... and {len(errors) - SHOWN_ERRORS} more" * (len(errors) > SHOWN_ERRORS)
+        )
+        total = sum(len(measured) for measured in self._measured[split])
+        if self.on_error == "raise":
+            raise ExampleError(
+                f'{len(errors)} of {total} {split} examples cannot be used (on_error="skip" leaves them out):\n{shown}'
+            )
+        log.warning("left out %d of %d %s examples:\n%s", len(errors), total, split, shown)
+
+    # -- loaders -------------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> PipelineLayout:
+        """This process's place in its pipeline; a pipeline of one where the strategy runs none."""
+        if self.trainer is None:
+            return PipelineLayout()
+        return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
+
+    def loader(self, split: Split) -> StepLoader:
+        """Batches of a split."""
+        training, layout = split == "train", self.layout
+        place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None:
+            place |= self.trainer.distributed_sampler_kwargs or {}  # None on a single device
+        options = PackingOptions(
+            self.token_budget,
+            layout.microbatches or self.microbatches,
+            exact=training and layout.microbatches is not None,
+            window=self.window,
+            ordered=self.ordered or not training,
+            attention_tokens=self.attention_tokens,
+        )
+        sources, measured = self.sources(split), self._known(split)
+        mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
+        sampler = StepSampler(measured, options, **mixture, shuffle=training, seed=self.seed, **place)
+        return StepLoader(
+            EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
+            sampler,
+            StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0),
+            Agreement(place["rank"], self.on_error),
+            self.num_workers,
+            self.prefetch,
+        )
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        return self.loader("train")
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        return self.loader("val") if self.sources("val") else []
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        return self.loader("test")
+
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        return self.loader("predict")
+
+
+def load_processor(processor: Any) -> tuple[Any, Any]:
+    """A fast tokenizer with a chat template, and the processor around it if there is one.
+
+    Args:
+        processor: a folder or name, a processor, a tokenizer, or "bytes".
+
+    Raises:
+        ValueError: it has no chat template, or its tokenizer is not a fast one.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if processor == "bytes":
+        return byte_tokenizer(), None
+    if isinstance(processor, str | Path):
+        processor = AutoProcessor.from_pretrained(str(processor))  # of a folder without a processor, its tokenizer
+    whole: Any = processor if isinstance(processor, ProcessorMixin) else None
+    tokenizer: Any = processor if whole is None else whole.tokenizer
+    if whole is not None and whole.chat_template:
+        tokenizer.chat_template = whole.chat_template
+    if not tokenizer.is_fast or not tokenizer.chat_template:
+        raise ValueError(
+            f"{type(tokenizer).__name__} must be a fast tokenizer with a chat template: save one with it, or set "
+            "tokenizer.chat_template before you pass it on"
+        )
+    return tokenizer, whole

@@ -1,0 +1,50 @@
+"""What a source of examples is. To train on data of your own, derive from `Source`.
+
+Knows nothing of tokenizers, models or ranks; ready-made sources are in sources.py.
+"""
+
+import hashlib
+import pickle
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from .example import Example
+
+
+class Source(Dataset, ABC):
+    """Examples by number. Every rank of a pipeline asks for an example: reading one opens no media files."""
+
+    @property
+    def name(self) -> str:
+        """What errors and logs call it."""
+        return type(self).__name__
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example:
+        """
+        Raises:
+            ExampleError: what is there cannot be read as an example.
+        """
+
+    def fingerprint(self) -> str | None:
+        """Changes whenever the data does, so that what was measured in an earlier run can be used again.
+
+        ``None`` (the default): measure in every run.
+        """
+        return None
+
+    def identity(self) -> str:
+        """Tells sources apart on disk: its class, and all that it was made from."""
+        state = pickle.dumps((type(self).__qualname__, len(self), self.__dict__))
+        return hashlib.sha256(state).hexdigest()
+
+
+def stamp(paths: "list[str | Path]") -> str:
+    """Names, sizes and times of files, as a fingerprint."""
+    stats = [(str(path), Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -1,0 +1,365 @@
+"""Ready-made sources of the formats in use. Each gives `Example`s; none opens a media file.
+
+Paths in data files are read below a media root only; nothing is unpickled. A record that makes no sense raises
+`ExampleError` when it is asked for, so that one bad line does not hide the others.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .example import Example, ExampleError, File, Image, Message, Part, Size, Video
+from .source import Source, stamp
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class _FileSource(Source):
+    """Of one data file with media below a root."""
+
+    def __init__(self, path: str | Path, media_root: str | Path | None) -> None:
+        self.path = Path(path)
+        self.media_root = self.path.parent if media_root is None else Path(media_root)
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def fingerprint(self) -> str:
+        return stamp([self.path])
+
+    def identity(self) -> str:
+        return repr((type(self).__qualname__, str(self.path.resolve()), str(self.media_root.resolve())))
+
+    def _media(self, kind: type[Image] | type[Video], path: Any) -> Any:
+        """From ``"a.png"`` or ``{"path": "a.png", "height": 64, "width": 64}``."""
+        size = None
+        if isinstance(path, Mapping):
+            if "height" in path and "width" in path and kind is Image:
+                size = Size(int(path["height"]), int(path["width"]))
+            path = path.get("path")
+        if not isinstance(path, str):
+            raise ExampleError(f"names a file by {path!r}: give its path below {self.media_root}")
+        return kind(File.at(path, self.media_root), size)
+
+
+class MessagesJSONL(_FileSource):
+    """One JSON object per line, as ms-swift and LLaMA-Factory read them::
+
+        {"messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}],
+         "images": ["cats/1.png"], "videos": [], "target": null}
+
+    ``<image>`` and ``<video>`` stand for the next entry of `images` and `videos`, which are paths below the media root
+    or objects with "path", "height" and "width". `target`, if there, is an image that a generator learns to make.
+    """
+
+    def __init__(self, path: str | Path, media_root: str | Path | None = None) -> None:
+        """
+        Args:
+            path: of the file.
+            media_root: folder of its media; ``None``: the folder of the file.
+        """
+        super().__init__(path, media_root)
+        starts, numbers, start = [], [], 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    starts.append((start, len(line)))
+                    numbers.append(number)
+                start += len(line)
+        self._spans, self._numbers = np.array(starts, dtype=np.int64).reshape(-1, 2), np.array(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Example:
+        start, length = self._spans[index].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = file.read(length)
+        where = f"line {self._numbers[index]}"
+        try:
+            record = json.loads(line.decode("utf-8"))
+            return Example(*self._read(record), name=where)
+        except UnicodeDecodeError as error:
+            raise ExampleError(f"({where}) is not valid UTF-8: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ExampleError(f"({where}) is not JSON: {error}") from error
+        except ExampleError as error:
+            raise ExampleError(f"({where}) {error}") from error
+
+    def _read(self, record: Any) -> tuple[list[Message], Image | None]:
+        images = [self._media(Image, path) for path in _listed(record, "images")]
+        videos = [self._media(Video, path) for path in _listed(record, "videos")]
+        target = record.get("target")
+        return messages_of(record.get("messages"), images, videos), None if target is None else self._media(
+            Image, target
+        )
+
+
+class LlavaJSON(_FileSource):
+    """A JSON list of objects, as LLaVA's data come::
+
+    [{"id": "1", "image": "cats/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                           {"from": "gpt", "value": "A cat."}]}]
+    """
+
+    def __init__(self, path: str | Path, media_root: str | Path | None = None) -> None:
+        """
+        Args:
+            path: of the file.
+            media_root: folder of its media; ``None``: the folder of the file.
+        """
+        super().__init__(path, media_root)
+        records = json.loads(self.path.read_text("utf-8"))
+        if not isinstance(records, list):
+            raise ValueError(f"{self.path} must be a JSON list of objects with conversations")
+        self._records: list[Any] = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        images = [self._media(Image, path) for path in _listed(record, "image")]
+        videos = [self._media(Video, path) for path in _listed(record, "video")]
+        return Example(messages_of(record.get("conversations"), images, videos), name=str(record.get("id", "")))
+
+
+class CaptionFolder(Source):
+    """Images with a text file of the same name beside each: to be described, or to be drawn.
+
+    ``photos/1.png`` goes with ``photos/1.txt``.
+    """
+
+    def __init__(
+        self, root: str | Path, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
+    ) -> None:
+        """
+        Args:
+            root: folder, read with all that are in it.
+            prompt: the user's words; for "draw", ``{}`` stands for the caption.
+            task: "describe" learns the caption from the image; "draw" the image from the caption.
+        """
+        self.root, self.prompt, self.task = Path(root), prompt, task
+        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMAGES)
+        self.files = [str(path.relative_to(self.root)) for path in files if path.with_suffix(".txt").exists()]
+        if not self.files:
+            raise ValueError(f"{self.root} has no images with a .txt of the same name beside them")
+
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        paths = [self.root / file for file in self.files]
+        return stamp([*paths, *(path.with_suffix(".txt") for path in paths)])
+
+    def __getitem__(self, index: int) -> Example:
+        file = self.files[index]
+        image = Image(File.at(file, self.root))
+        caption = (self.root / file).with_suffix(".txt").read_text("utf-8").strip()
+        if self.task == "draw":
+            request = self.prompt.format(caption) if "{}" in self.prompt else caption
+            return Example([Message("user", [request])], image, name=file)
+        return Example([Message("user", [image, self.prompt]), Message("assistant", [caption])], name=file)
+
+
+class WebDatasetTars(Source):
+    """Uncompressed tar files whose members share a name per sample: ``000.jpg``, ``000.txt`` or ``000.json``.
+
+    A ``.json`` member may hold "messages" or "conversations" with ``<image>`` and ``<video>`` placeholders for the
+    media members in the order of their names. Else the ``.txt`` is a caption. Members are read in place: opening a
+    sample reads its own bytes and no others.
+    """
+
+    def __init__(self, paths: str | Sequence[str], prompt: str = "Describe what you see.") -> None:
+        """
+        Args:
+            paths: of tar files, or a pattern such as ``shards/*.tar``.
+            prompt: the user's words where there is only a caption.
+        """
+        if isinstance(paths, str):
+            pattern = Path(paths)
+            paths = sorted(str(path) for path in pattern.parent.glob(pattern.name))
+        if not paths:
+            raise ValueError("WebDatasetTars: there are no such tar files")
+        self.paths, self.prompt = list(paths), prompt
+        self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
+        for path in self.paths:
+            self._samples += _members(path)
+
+    @property
+    def name(self) -> str:
+        return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def fingerprint(self) -> str:
+        return stamp(list(self.paths))
+
+    def __getitem__(self, index: int) -> Example:
+        path, key, members = self._samples[index]
+        name = f"{path}: {key}"
+        images, videos, texts = [], [], {}
+        for suffix, offset, length in members:
+            file = File.inside(path, key + suffix, offset, length)
+            ending = "." + suffix.rsplit(".", 1)[-1].lower()
+            if ending in IMAGES:
+                images.append(Image(file))
+            elif ending in VIDEOS:
+                videos.append(Video(file))
+            elif ending in (".txt", ".json"):
+                texts[ending] = file.open().read()
+        try:
+            record = json.loads(texts[".json"].decode("utf-8")) if ".json" in texts else {}
+            caption = texts.get(".txt", b"").decode("utf-8").strip()
+        except ValueError as error:
+            raise ExampleError(f"({name}) has text that cannot be read: {error}") from error
+        turns = record.get("messages") or record.get("conversations")
+        if turns:
+            return Example(messages_of(turns, images, videos), name=name)
+        caption = caption or str(record.get("caption", ""))
+        if not caption:
+            raise ExampleError(f"({name}) has neither a conversation nor a caption")
+        return Example([Message("user", [*images, *videos, self.prompt]), Message("assistant", [caption])], name=name)
+
+
+class HFDataset(Source):
+    """Rows of whatever the `datasets` library reads (Parquet, Arrow, its own formats), memory-mapped.
+
+    Columns: "messages" or "conversations" with ``<image>`` placeholders, and "images" or "image" whose entries hold
+    their bytes, or paths below the media root.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        data_files: str | Sequence[str] | None = None,
+        split: str = "train",
+        media_root: str | Path = ".",
+    ) -> None:
+        """
+        Args:
+            path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
+            media_root: folder of media given by path.
+        """
+        import datasets
+
+        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+        rows: Any = datasets.load_dataset(path, data_files=files, split=split)
+        self.media_root = Path(media_root)
+        self._column = next((name for name in ("images", "image") if name in rows.column_names), None)
+        self._turns = next((name for name in ("messages", "conversations") if name in rows.column_names), None)
+        if self._turns is None:
+            raise ValueError(f"the rows have columns {rows.column_names}: one of messages, conversations is needed")
+        if self._column is not None:  # bytes stay bytes until the owner asks for them
+            feature = rows.features[self._column]
+            if isinstance(feature, datasets.Image):
+                rows = rows.cast_column(self._column, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):
+                rows = rows.cast_column(self._column, datasets.List(datasets.Image(decode=False)))
+        self._rows = rows
+        self._texts = rows.select_columns([self._turns])
+        self._label = f"{path} {data_files or ''}".strip()
+
+    @property
+    def name(self) -> str:
+        return self._label
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fingerprint(self) -> str:
+        return self._rows._fingerprint
+
+    def identity(self) -> str:
+        return repr((type(self).__qualname__, self._label, str(self.media_root.resolve())))
+
+    def __getitem__(self, index: int) -> Example:
+        turns = self._texts[index][self._turns]
+        wanted = sum(str(turn.get("content", turn.get("value"))).count("<image>") for turn in turns)
+        images = [
+            Image(File.lazy(f"{self.name}, row {index}, image {k}", partial(self._read, index, k)))
+            for k in range(wanted)
+        ]
+        return Example(messages_of(turns, images, []), name=f"row {index}")
+
+    def _read(self, index: int, number: int) -> bytes:
+        given = self._rows[index][self._column]
+        items = given if isinstance(given, list) else [given]
+        if number >= len(items):
+            raise ExampleError(f"has {len(items)} images, fewer than <image> placeholders")
+        item = items[number]
+        if isinstance(item, Mapping) and item.get("bytes"):
+            return item["bytes"]
+        path = item["path"] if isinstance(item, Mapping) else item
+        return File.at(path, self.media_root).open().read()
+
+
+def messages_of(turns: Any, images: Sequence[Image], videos: Sequence[Video]) -> list[Message]:
+    """Messages of ``[{"role", "content"}]`` or ``[{"from", "value"}]``, each placeholder the next image or video.
+
+    Raises:
+        ExampleError: the numbers do not fit, or a turn is no such object.
+    """
+    if not isinstance(turns, Iterable) or isinstance(turns, str | bytes):
+        raise ExampleError(f"has no list of messages, but {turns!r}")
+    spoken: list[tuple[str, str]] = []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise ExampleError(f"has a message that is no object: {turn!r}")
+        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(text, str):
+            raise ExampleError(f"has a message without text: {dict(turn)!r}")
+        spoken.append((SPEAKERS.get(str(role), str(role)), text))
+    for kind, items in (("image", images), ("video", videos)):
+        found = sum(text.count(f"<{kind}>") for _, text in spoken)
+        if found != len(items):
+            raise ExampleError(f"has {found} <{kind}> placeholders for {len(items)} {kind}s")
+    left: dict[str, list[Any]] = {"<image>": list(images), "<video>": list(videos)}
+    return [Message(role, _parts(text, left)) for role, text in spoken]
+
+
+def _parts(text: str, left: dict[str, list[Any]]) -> list[Part]:
+    """A text cut at its placeholders, which take the next item of their kind."""
+    pieces = re.split("(<image>|<video>)", text)
+    parts: list[Part] = [left[piece].pop(0) if piece in left else piece for piece in pieces]
+    return [part for part in parts if part != ""]
+
+
+def _listed(record: Any, key: str) -> list[Any]:
+    """What a record has under a key: a list, or one thing, or nothing."""
+    if not isinstance(record, Mapping):
+        raise ExampleError(f"is no JSON object: {record!r}")
+    value = record.get(key)
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
+    """(tar, key, [(suffix, offset, length)]) of each sample, in the order of the tar."""
+    samples: dict[str, list[tuple[str, int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                samples.setdefault(key, []).append((f".{suffix}", member.offset_data, member.size))
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
+    return [(path, key, sorted(members)) for key, members in samples.items()]

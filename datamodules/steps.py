@@ -1,0 +1,129 @@
+"""The sampler behind `MultimodalDataModule`: what each step of an epoch consists of, from any step on.
+
+Knows measurements, epochs and replicas as numbers; knows nothing of samples' contents.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+from .measuring import Measurements
+from .packing import deal, mix, pack
+
+
+@dataclass(frozen=True)
+class PackingOptions:
+    """How examples become microbatches.
+
+    Attributes:
+        token_budget: most tokens of a microbatch.
+        microbatches: of a replica in a step.
+        exact: whether steps must have exactly so many; else some may have one more.
+        window: examples packed together.
+        ordered: keep the order of examples.
+        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer: about 12
+            times its width.
+    """
+
+    token_budget: int
+    microbatches: int
+    exact: bool = False
+    window: int = 1024
+    ordered: bool = False
+    attention_tokens: float = 12 * 4096
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a replica has to do in a step.
+
+    Attributes:
+        epoch: that it belongs to.
+        bins: (source, example) pairs of each microbatch.
+    """
+
+    epoch: int
+    bins: list[list[tuple[int, int]]]
+
+
+@dataclass
+class _Order:
+    """The steps of one epoch, for all replicas."""
+
+    epoch: int
+    picks: list[tuple[int, int]]
+    steps: list[list[list[list[int]]]] = field(default_factory=list)
+
+
+class StepSampler(DistributedSampler):
+    """Yields the `Step`s of one replica. Lightning leaves a `DistributedSampler` alone and tells it the epoch.
+
+    Attributes:
+        start: first step to yield of epoch `start_epoch`.
+    """
+
+    def __init__(
+        self,
+        measured: Sequence[Measurements],
+        options: PackingOptions,
+        weights: Sequence[float] | None = None,
+        samples: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        """
+        Args:
+            measured: of each source; examples with errors are left out.
+            weights, samples: as in `packing.mix`.
+        """
+        self.usable = [np.flatnonzero(m.tokens) for m in measured]
+        if not measured or not all(map(len, self.usable)):
+            raise ValueError("a split needs sources, and each source a usable example")
+        super().__init__(range(1), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # pyright: ignore
+        self.measured, self.options, self.weights, self.samples = list(measured), options, weights, samples
+        self.start = self.start_epoch = 0
+        self._order: _Order | None = None
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        """Steps of an epoch; all epochs have as many as the first."""
+        if self._length is None:
+            self._length = len(self._plan(0, None).steps)
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self._of(self.epoch)
+        first = self.start if self.epoch == self.start_epoch else 0
+        for step in order.steps[first:]:
+            bins = [[order.picks[i] for i in b] for b in step[self.rank]]
+            yield Step(self.epoch, bins)
+
+    def fingerprint(self) -> str:
+        """Of all that the order of steps depends on, the number of replicas aside."""
+        state = hashlib.sha256(repr((self.options, self.weights, self.samples, self.shuffle, self.seed)).encode())
+        for m in self.measured:
+            state.update(m.tokens.tobytes())
+        return state.hexdigest()[:16]
+
+    def _of(self, epoch: int) -> _Order:
+        if self._order is None or self._order.epoch != epoch:
+            self._order = self._plan(epoch, len(self))
+        return self._order
+
+    def _plan(self, epoch: int, steps: int | None) -> _Order:
+        options = self.options
+        picks = mix([len(u) for u in self.usable], self.weights, self.samples, self.seed, epoch, self.shuffle)
+        picks = [(source, int(self.usable[source][index])) for source, index in picks]
+        tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
+        costs = [n + n * n / options.attention_tokens for n in tokens]
+        bins = pack(tokens, costs, options.token_budget, options.window, options.ordered)
+        if self.shuffle and not options.ordered:
+            random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
+        return _Order(epoch, picks, deal(bins, costs, self.num_replicas, options.microbatches, steps, options.exact))

@@ -1,0 +1,295 @@
+"""Broken examples, on every rank in turn: the run ends on all ranks with a name, or goes on without them on all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, SourceError
+from tests.datamodules.examples import data, model, said, write_jsonl, write_mixed
+from tests.datamodules.test_multimodal_training import Losses
+from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+
+SETTINGS = {"microbatches": 3, "token_budget": 200}
+
+
+# -- found when it is measured: before any rank has done anything
+
+
+def bomb(path: Path) -> None:
+    """A PNG of a few kilobytes that says it has 900 million pixels."""
+    PIL.Image.new("1", (8, 8)).save(path)
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = (30_000).to_bytes(4, "big") * 2
+    import zlib
+
+    raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
+    path.write_bytes(bytes(raw))
+
+
+def record(folder: Path, case: str) -> Any:
+    """A faulty record, and the file it needs."""
+    image = {"messages": said("<image>what?", "this"), "images": ["bad.png"]}
+    if case == "corrupt":
+        (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nonsense" * 20)
+    elif case == "zero bytes":
+        (folder / "bad.png").write_bytes(b"")
+    elif case == "bomb":
+        bomb(folder / "bad.png")
+    elif case == "no video":
+        (folder / "bad.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"nonsense" * 20)
+        return {"messages": said("<video>what?", "this"), "videos": ["bad.mp4"]}
+    elif case == "outside":
+        return {**image, "images": ["../../secret.png"]}
+    elif case == "absolute":
+        return {**image, "images": ["/etc/passwd"]}
+    elif case == "too few placeholders":
+        return {**image, "messages": said("what?", "this")}
+    elif case == "too many placeholders":
+        return {**image, "messages": said("<image><image>what?", "this")}
+    elif case == "smuggled placeholder":
+        return {"messages": said("what is <|image_pad|>?", "this")}
+    elif case == "too long":
+        return {"messages": said("say", "a" * 300)}
+    elif case == "empty":
+        return {"messages": []}
+    elif case == "empty text":
+        return {"messages": [{"role": "user", "content": ""}]}
+    elif case == "role":
+        return {"messages": [{"role": "robot", "content": "hello"}]}
+    elif case == "no object":
+        return [1, 2]
+    elif case == "surrogate":
+        return {"messages": said("what?", "\ud800")}
+    return image
+
+
+MEASURED = {
+    "missing": "bad.png cannot be read: FileNotFoundError",
+    "corrupt": "bad.png cannot be read",
+    "zero bytes": "bad.png cannot be read: not an image",
+    "bomb": "bad.png",
+    "no video": "bad.mp4 cannot be read",
+    "outside": "leads out of the media root",
+    "absolute": "leads out of the media root",
+    "too few placeholders": "has 0 <image> placeholders for 1 images",
+    "too many placeholders": "has 2 <image> placeholders for 1 images",
+    "smuggled placeholder": "placeholder tokens that do not fit its media: 1 <|image_pad|> for 0 images",
+    "too long": "more than a microbatch may have",
+    "empty": "is empty",
+    "empty text": "is empty",
+    "role": "role 'robot'; roles are system, user, assistant, tool",
+    "no object": "is no JSON object",
+    "surrogate": "cannot be tokenized",
+    "utf-8": "is not valid UTF-8",
+    "json": "is not JSON",
+}
+
+
+def write_faulty(folder: Path) -> Path:
+    """One file with every case, in the middle of good records."""
+    good = json.dumps({"messages": said("Say", "something nice")}).encode()
+    lines = [good] * 4
+    for case in MEASURED:
+        folder_of_case = folder / case.replace(" ", "-")
+        folder_of_case.mkdir()
+        if case == "utf-8":
+            lines.append(good.replace(b"nice", b"\xff\xfe"))
+        elif case == "json":
+            lines.append(good[:-5])
+        else:
+            bad = record(folder_of_case, case)
+            if isinstance(bad, dict):
+                for key in ("images", "videos"):
+                    if bad.get(key) and not bad[key][0].startswith(("/", "..")):
+                        bad[key] = [f"{folder_of_case.name}/{bad[key][0]}"]
+            lines.append(json.dumps(bad).encode())
+        lines += [good] * 2
+    (folder / "faulty.jsonl").write_bytes(b"\n".join(lines))
+    return folder / "faulty.jsonl"
+
+
+def _fit_measured(rank: int, path: Path, on_error: str) -> Any:
+    trainer = pipeline_trainer(2, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    losses = Losses()
+    trainer.callbacks.append(losses)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        trainer.fit(model(), data(path, on_error=on_error, token_budget=200))
+    except ExampleError as error:
+        return str(error)
+    return losses.losses
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    return write_faulty(tmp_path)
+
+
+def test_what_is_found_before_training(faulty: Path) -> None:
+    made = data(faulty, on_error="skip", token_budget=200)
+    made.setup("fit")
+    (measured,) = made._measured["train"]
+    assert len(measured) == 4 + 3 * len(MEASURED)
+    assert list(measured.errors) == [4 + 3 * i for i in range(len(MEASURED))]
+    for (index, text), (case, expected) in zip(measured.errors.items(), MEASURED.items(), strict=True):
+        assert text.startswith(f"{faulty}, sample {index} (line {index + 1})"), case
+        assert expected in text, case
+
+
+def test_a_run_over_such_data_ends_or_goes_on_on_every_rank(faulty: Path) -> None:
+    for text in on_ranks(2, _fit_measured, faulty, "raise"):
+        assert f"{len(MEASURED)} of {4 + 3 * len(MEASURED)} train examples cannot be used" in text
+        assert f"{faulty}, sample 4 (line 5)" in text
+        assert 'on_error="skip"' in text
+    one, other = on_ranks(2, _fit_measured, faulty, "skip")
+    assert one == other
+    assert len(one) == 2
+
+
+# -- found when it is decoded, by its owner alone
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: -file.stat().st_size // 3])
+
+
+def replace_by_another(file: Path) -> None:
+    PIL.Image.new("RGB", (5, 5)).save(file)
+
+
+def garble(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)
+    file.write_bytes(bytes(raw))
+
+
+DECODED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "truncated image": (".png", truncate, "cannot be decoded"),
+    "garbled image": (".png", garble, "cannot be decoded"),
+    "vanished": (".png", Path.unlink, "cannot be decoded: FileNotFoundError"),
+    "replaced": (".png", replace_by_another, "is another than was measured"),
+    "truncated video": (".mp4", truncate, ""),
+    "truncated target": ("target", truncate, "cannot be decoded"),
+}
+
+
+def owned(path: Path, kind: str, rank: int) -> tuple[Path, str, int]:
+    """A file that a rank of two decodes, its sample's name, and the seed of the run in which it does."""
+    for seed in range(20):
+        made = data(path, seed=seed, **SETTINGS)
+        layout = SimpleNamespace(pipeline_layout=PipelineLayout(2, rank, 2))
+        made.trainer = SimpleNamespace(strategy=layout, distributed_sampler_kwargs=None)  # pyright: ignore
+        made.setup("fit")
+        loader = made.loader("train")
+        for step in loader.sampler:
+            parts = loader.dataset[step]
+            batch = loader.collate_fn(parts)  # pyright: ignore
+            for part, microbatch in zip(parts, batch.microbatches, strict=True):
+                items = [*microbatch.media, *microbatch.targets]
+                given = [(s.name, m.name) for s in part for m in s.media]
+                given += [(s.name, f"{t.name}/target") for s in part for t in s.targets]
+                for item, (sample, file) in zip(items, given, strict=True):
+                    if item.owner == rank and file.endswith(kind):
+                        return Path(file.removesuffix("/target")), sample, seed
+    raise AssertionError(f"rank {rank} owns no {kind}")
+
+
+def _fit_decoded(rank: int, paths: list[tuple[Path, int]], on_error: str, workers: int) -> list[Any]:
+    results: list[Any] = []
+    for path, seed in paths:
+        trainer = pipeline_trainer(2, max_epochs=1, limit_val_batches=0)
+        results.append(_outcome(trainer, path, seed, on_error, workers))
+    return results
+
+
+def _outcome(trainer: Any, path: Path, seed: int, on_error: str, workers: int) -> Any:
+    losses = Losses()
+    trainer.callbacks.append(losses)
+    try:
+        trainer.fit(model(), data(path, seed=seed, on_error=on_error, num_workers=workers, **SETTINGS))
+    except (ExampleError, SourceError) as error:
+        return str(error)
+    return losses.losses, trainer.train_dataloader.agreement.skipped
+
+
+@pytest.mark.parametrize("faulty_rank", [0, 1])
+def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path) -> None:
+    paths, samples, files = [], [], []
+    for case, (kind, spoil, _) in DECODED.items():
+        folder = tmp_path / case.replace(" ", "-")
+        folder.mkdir()
+        path = write_mixed(folder, 20)
+        file, sample, seed = owned(path, kind, faulty_rank)
+        spoil(file)
+        paths.append((path, seed))
+        samples.append(sample)
+        files.append(file)
+    raised = on_ranks(2, _fit_decoded, paths, "raise", 1)
+    for i, (_, _, reason) in enumerate(DECODED.values()):
+        assert raised[0][i] == raised[1][i]
+        assert samples[i] in raised[0][i]
+        assert str(files[i]) in raised[0][i]
+        assert reason in raised[0][i]
+    skipped = on_ranks(2, _fit_decoded, paths, "skip", 0)
+    assert skipped[0] == skipped[1]
+    for (path, seed), (losses, left_out) in zip(paths, skipped[0], strict=True):
+        assert left_out == 1
+        alone, _ = _outcome(plain_trainer(max_epochs=1, limit_val_batches=0), path, seed, "skip", 0)
+        assert losses == pytest.approx(alone, rel=1e-5)
+        assert len(losses) >= 2
+
+
+class Fickle(MessagesJSONL):
+    """Gives another text on one rank than when it was measured."""
+
+    rank = -1
+
+    def __getitem__(self, index: int) -> Any:
+        import os
+
+        example = super().__getitem__(index)
+        if os.environ.get("RANK") == str(self.rank):
+            raise OSError("the disk is gone")
+        return example
+
+
+def _fit_fickle(rank: int, path: Path, faulty_rank: int) -> str:
+    source = Fickle(path)
+    source.rank = faulty_rank
+    made = data(path, train=[source], val=[], on_error="skip")
+    import os
+
+    place, os.environ["RANK"] = os.environ["RANK"], "none"
+    made.setup("fit")  # measures
+    os.environ["RANK"] = place
+    trainer = pipeline_trainer(2, max_epochs=1, limit_val_batches=0)
+    try:
+        trainer.fit(model(), made)
+    except SourceError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("faulty_rank", [0, 1])
+def test_a_source_that_fails_on_one_rank_ends_the_run_on_all(faulty_rank: int, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"messages": said("Say", "a" * i)} for i in range(1, 9)])
+    one, other = on_ranks(2, _fit_fickle, path, faulty_rank)
+    assert one == other
+    assert "could be read when it was measured, and now: the disk is gone" in one
+    assert str(path) in one
+
+
+def test_a_sample_that_is_the_only_one_of_its_step(tmp_path: Path) -> None:
+    """Nothing is left to learn in that step, and the run goes on."""
+    path = write_jsonl(tmp_path / "one.jsonl", [{"messages": said("<image>?", "a"), "images": ["0.png"]}])
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    data(path).prepare_data()
+    truncate(tmp_path / "0.png")
+    for losses, skipped in [results[0] for results in on_ranks(2, _fit_decoded, [(path, 0)], "skip", 0)]:
+        assert losses == [0.0]
+        assert skipped == 1

@@ -1,0 +1,141 @@
+"""Packed batches of images, videos, texts and drawings under Trainer(strategy="bigmac") against one process."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from bigmac_lightning.batch import Batch
+from bigmac_lightning.datamodules import MultimodalDataModule
+from tests.datamodules.examples import data, model, write_mixed
+from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
+
+
+class Losses(pl.Callback):
+    """Of each training step, and the shapes of its microbatches."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def fit(trainer: pl.Trainer, datamodule: Any, **arguments: Any) -> list[float]:
+    losses = Losses()
+    trainer.callbacks.append(losses)  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.fit(model(), datamodule, **arguments)
+    return losses.losses
+
+
+def _fit(rank: int, world: int, dp: int, path: Path, changes: dict[str, Any]) -> Any:
+    trainer = pipeline_trainer(world, {"data_parallel_size": dp}, max_epochs=2)
+    losses = fit(trainer, data(path, **changes))
+    return losses, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+class Joined(MultimodalDataModule):
+    """What several replicas see, for one process."""
+
+    replicas: int = 1
+
+    def train_dataloader(self) -> Any:
+        loaders = []
+        trainer = self.trainer
+        for rank in range(self.replicas):
+            place = {"num_replicas": self.replicas, "rank": rank}
+            self.trainer = SimpleNamespace(strategy=None, distributed_sampler_kwargs=place)  # pyright: ignore
+            loaders.append(self.loader("train"))
+        self.trainer = trainer
+        return _Zipped(loaders)
+
+
+class _Zipped:
+    def __init__(self, loaders: list[Any]) -> None:
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return len(self.loaders[0])
+
+    def set_epoch(self, epoch: int) -> None:
+        for loader in self.loaders:
+            loader.sampler.set_epoch(epoch)
+
+    @property
+    def sampler(self) -> "_Zipped":
+        return self
+
+    def __iter__(self) -> Any:
+        for batches in zip(*self.loaders, strict=True):
+            yield Batch([m for batch in batches for m in batch.microbatches])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dp", "changes"),
+    [((1, 2, 3), 1, {}), ((2,), 1, {"packed": False, "ordered": True}), ((4,), 2, {"num_workers": 1})],
+    ids=["P1-P2-P3", "P2-padded", "P2-dp2"],
+)
+def test_against_one_process(ranks: tuple[int, ...], dp: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    path = write_mixed(tmp_path)
+    alone = data(path, **changes)
+    alone.__class__, alone.replicas = Joined, dp  # pyright: ignore
+    trainer = plain_trainer(max_epochs=2)
+    losses = fit(trainer, alone)
+    assert len(losses) >= 4
+    for world in ranks:
+        for found, logged in on_ranks(world, _fit, world, dp, path, changes):
+            assert found == pytest.approx(losses, rel=1e-5)
+            assert logged.keys() == trainer.callback_metrics.keys()
+            if dp == 1:
+                assert logged["val/loss"] == pytest.approx(float(trainer.callback_metrics["val/loss"]), rel=1e-4)
+
+
+def test_packing_changes_neither_loss_nor_gradients(tmp_path: Path) -> None:
+    """Samples in one row do not see each other."""
+    path = write_mixed(tmp_path)
+    results = []
+    for packed in (True, False):
+        made = data(path, packed=packed)
+        made.setup("fit")
+        module = model()
+        module.configure_model()
+        batch = next(iter(made.train_dataloader()))
+        assert all((m.shape[0] == 1) == packed or len(m.origins) == 1 for m in batch.microbatches)
+        out = module.pipeline(batch)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        results.append((out.loss.detach(), gradients))
+    (loss, gradients), (other, others) = results
+    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_text_of_other_samples_in_the_row_changes_nothing(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path)
+    made = data(path)
+    made.setup("fit")
+    module = model().eval()
+    module.configure_model()
+    batch = next(iter(made.val_dataloader()))
+    microbatch = max(batch.microbatches, key=lambda m: len(m.origins))
+    first, second = microbatch.origins[:2]
+    ids = microbatch.inputs["input_ids"].clone()
+    ids[0, first.start + 1 : first.stop] = 77
+    changed = replace(microbatch, inputs={**microbatch.inputs, "input_ids": ids})
+    hidden = []
+    with torch.no_grad():
+        for m in (microbatch, changed):
+            features = torch.cat(module.encode(m.media)) if m.media else None
+            out = module.run_stage(m, range(2), None, features, "evaluate").hidden
+            assert out is not None
+            hidden.append(out[0])
+    assert torch.equal(hidden[0][second.start :], hidden[1][second.start :])
+    assert not torch.equal(hidden[0][: first.stop], hidden[1][: first.stop])
