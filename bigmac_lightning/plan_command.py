@@ -17,7 +17,7 @@ from bigmac_lightning.schedule.bound import lower_bound
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto, Case, choose
 from bigmac_lightning.schedule.draw import TerminalTimeline, picture, spans_of, table
-from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
+from bigmac_lightning.schedule.plan import Costs, Plan, PlanError, ramp_groups
 from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import Timeline
 from bigmac_lightning.schedule.verify import verify
@@ -62,6 +62,9 @@ def plan_from_options(
     max_llm_microbatches: float | None = None,
     memory: MemoryBudget = NO_MEMORY,
     layers: int | None = None,
+    ramp: bool = False,
+    pieces: int = 1,
+    stage_costs: list[list[float]] | None = None,
 ) -> Made:
     """Make a plan, or read one, and verify it.
 
@@ -84,6 +87,9 @@ def plan_from_options(
         memory: Bytes, such as 16GiB, of an encoder unit, of an LLM microbatch on a rank, and of what is always there;
             plans above the budget are refused, and `filled` uses what is left.
         layers: Layers of the LLM, which limit what auto may choose as virtual_stages.
+        ramp: Groups of 1, 1, 2, 4 .. group_size .. 2, 1, 1 microbatches: the pipeline waits for the first and the last.
+        pieces: In how many pieces `filled` may cut an encoder share.
+        stage_costs: Per stage, its times of F, B, I and W, where stages differ: [[1,2,1,1],[1.3,2.6,1.3,1.3]].
     """
     work = None if workload is None else Workload.load(workload)
     known = memory if memory != NO_MEMORY else None
@@ -95,8 +101,9 @@ def plan_from_options(
     else:
         size, microbatches = sizes(pipeline_parallel_size, microbatches, work, " (or --plan FILE)")
         if "auto" in (backbone, group_size, virtual_stages):
-            if extra_in_flight is not None:
-                raise ValueError("--extra_in_flight does not go with auto; leave it out, or name what is auto")
+            further = {"extra_in_flight": extra_in_flight, "ramp": ramp, "stage_costs": stage_costs}
+            if given := [f"--{name}" for name, value in further.items() if value]:
+                raise ValueError(f"{given[0]} does not go with auto; leave it out, or name what is auto")
             case = Case(size, microbatches, costs, work, max_encoder_units, max_llm_microbatches, known, layers)
             choice = choose(case, policy, backbone, virtual_stages, group_size)
             assert choice.best.plan is not None
@@ -113,6 +120,9 @@ def plan_from_options(
                 costs=costs,
                 virtual_stages=virtual_stages or 1,
                 extra_in_flight=extra_in_flight,
+                groups=ramp_groups(microbatches, group_size or size) if ramp else None,
+                pieces=pieces,
+                stage_costs=stage_costs,
                 workload=work,
                 max_encoder_units=max_encoder_units,
                 memory=known,
