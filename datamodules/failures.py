@@ -40,56 +40,18 @@ class SourceError(RuntimeError):
     """An example could be read when it was measured, and cannot be read now, or is another: no way to go on."""
 
 
-class Agreement:
-    """The ranks' common knowledge of what failed.
+class Ranks:
+    """All processes of the run, as far as they tell each other what failed; one process where there are no others."""
 
-    Args:
-        replica: of this process.
-        on_error: what to do.
-
-    Attributes:
-        skipped: samples left out so far, over all replicas.
-    """
-
-    def __init__(self, replica: int, on_error: OnError) -> None:
-        self.replica, self.on_error = replica, on_error
-        self.skipped = 0
+    def __init__(self) -> None:
         self._group: Any = None
 
-    def __call__(self, batch: Batch | SourceError) -> Batch:
-        """The batch, without samples that failed on any rank. Collective.
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-        Raises:
-            ExampleError: on every rank, if something failed on any and `on_error` is "raise".
-            SourceError: on every rank, if a rank could not make its batch.
-        """
-        own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        everyone = self._gather(own)
-        if broken := [text for text in everyone if isinstance(text, str)]:
-            raise SourceError("; ".join(dict.fromkeys(broken)))
-        assert isinstance(batch, Batch)
-        failed = [failure for some in everyone if not isinstance(some, str) for failure in some]
-        if not failed:
-            return batch
-        samples = {(f.replica, f.microbatch, f.origin): f for f in failed}
-        messages = "\n".join(f.message for f in samples.values())
-        if self.on_error == "raise":
-            raise ExampleError(f'{messages}\n(on_error="skip" goes on without such samples)')
-        self.skipped += len(samples)
-        log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
-        return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
-
-    @staticmethod
-    def _without(batch: Batch, samples: list[tuple[int, int]]) -> Batch:
-        if not samples:
-            return batch
-        gone: dict[int, set[int]] = {}
-        for m, origin in samples:
-            gone.setdefault(m, set()).add(origin)
-        microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
-        return replace(batch, microbatches=microbatches, planned=None)
-
-    def _gather(self, own: list[Failure] | str) -> list[list[Failure] | str]:
+    def gather(self, own: list[Failure] | str) -> list[list[Failure] | str]:
+        """What every rank says; nothing if none has anything to say. Collective."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return [own]
         if self._group is None:
@@ -101,6 +63,57 @@ class Agreement:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, own, group=self._group)
         return everyone
+
+
+class Agreement:
+    """The ranks' common knowledge of what failed.
+
+    Args:
+        ranks: all processes.
+        replica: of this process.
+        on_error: what to do.
+
+    Attributes:
+        skipped: samples left out so far, over all replicas.
+    """
+
+    def __init__(self, ranks: "Ranks", replica: int, on_error: OnError) -> None:
+        self.ranks, self.replica, self.on_error = ranks, replica, on_error
+        self.skipped = 0
+
+    def __call__(self, batch: Batch | SourceError) -> Batch:
+        """The batch, without samples that failed on any rank. Collective.
+
+        Raises:
+            ExampleError: on every rank, if something failed on any and `on_error` is "raise".
+            SourceError: on every rank, if a rank could not make its batch.
+        """
+        own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
+        everyone = self.ranks.gather(own)
+        if broken := [text for text in everyone if isinstance(text, str)]:
+            raise SourceError("; ".join(dict.fromkeys(broken)))
+        assert isinstance(batch, Batch)
+        failed = [failure for some in everyone if not isinstance(some, str) for failure in some]
+        if not failed:
+            return batch
+        samples = {(f.replica, f.microbatch, f.origin): f for f in failed}
+        messages = "\n".join(f.message for f in samples.values())
+        if self.on_error == "raise":
+            raise ExampleError(f'{messages}\n(on_error="skip" goes on without such samples)')
+        self.skipped += len(samples)
+        if self.ranks.rank == 0:
+            log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
+        return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
+
+    @staticmethod
+    def _without(batch: Batch, samples: list[tuple[int, int]]) -> Batch:
+        if not samples:
+            return batch
+        gone: dict[int, set[int]] = {}
+        for m, origin in samples:
+            gone.setdefault(m, set()).add(origin)
+        microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
+        return replace(batch, microbatches=microbatches, planned=None)
 
 
 def failures(batch: Batch, replica: int) -> list[Failure]:
