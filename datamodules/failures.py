@@ -1,18 +1,16 @@
 """What becomes of examples that turn out to be broken when their owner decodes them.
 
 All ranks hear of them before the first forward, and all do the same: end the run, or go on without these samples. One
-small collective per batch, on the CPU; its group is made when the first batch comes.
+small collective per batch, on the CPU.
 Knows batches; knows nothing of plans or models.
 """
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-import torch.distributed as dist
+from typing import Literal
 
 from bigmac_lightning.batch import Batch
+from bigmac_lightning.ranks import Ranks
 
 from .example import ExampleError
 
@@ -40,31 +38,6 @@ class SourceError(RuntimeError):
     """An example could be read when it was measured, and cannot be read now, or is another: no way to go on."""
 
 
-class Ranks:
-    """All processes of the run, as far as they tell each other what failed; one process where there are no others."""
-
-    def __init__(self) -> None:
-        self._group: Any = None
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-    def gather(self, own: list[Failure] | str) -> list[list[Failure] | str]:
-        """What every rank says; nothing if none has anything to say. Collective."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return [own]
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        flag = torch.tensor(int(bool(own)))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        if not flag:
-            return []
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own, group=self._group)
-        return everyone
-
-
 class Agreement:
     """The ranks' common knowledge of what failed.
 
@@ -77,7 +50,7 @@ class Agreement:
         skipped: samples left out so far, over all replicas.
     """
 
-    def __init__(self, ranks: "Ranks", replica: int, on_error: OnError) -> None:
+    def __init__(self, ranks: Ranks, replica: int, on_error: OnError) -> None:
         self.ranks, self.replica, self.on_error = ranks, replica, on_error
         self.skipped = 0
 

@@ -15,10 +15,11 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch import nn
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.ranks import Ranks
 
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .example import ExampleError
-from .failures import Agreement, OnError, Ranks
+from .failures import Agreement, OnError
 from .hf_processor import HFVisual
 from .loader import EncodedSteps, StepCollate, StepLoader
 from .measuring import Measurements, measurements

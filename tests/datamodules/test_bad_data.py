@@ -162,15 +162,8 @@ def replace_by_another(file: Path) -> None:
     PIL.Image.new("RGB", (5, 5)).save(file)
 
 
-def garble(file: Path) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)
-    file.write_bytes(bytes(raw))
-
-
 DECODED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated image": (".png", truncate, "cannot be decoded"),
-    "garbled image": (".png", garble, "cannot be decoded"),
     "vanished": (".png", Path.unlink, "cannot be decoded: FileNotFoundError"),
     "replaced": (".png", replace_by_another, "is another than was measured"),
     "truncated video": (".mp4", truncate, ""),
