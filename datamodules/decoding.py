@@ -5,7 +5,7 @@ Knows files; knows nothing of encoders or tokens.
 Shape suffixes: T frames, C channels, H and W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -20,6 +20,9 @@ from .example import ExampleError, File, Image, Size, Video
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Of an image, or of one frame: a small file may decompress to far more memory than there is."""
+
+SKIP = 4.0
+"""Seconds of a video from which on jumping to the keyframe before the next frame wanted beats decoding up to it."""
 
 Mode = Literal["L", "RGB"]
 
@@ -72,17 +75,11 @@ def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB
         wanted = sorted(set(frames))
         got: dict[int, Tensor] = {}
         with file.open() as stream, _open_video(stream) as container:
-            video = container.streams.video[0]
             _check_same(file, _stream_size(container), size)
-            kept = {"L": "gray", "RGB": "rgb24"}[mode]
-            seconds = [index / size.frames * size.seconds for index in wanted]
-            for number, frame in enumerate(_decoded(container, video)):
-                time = float(frame.time) if frame.time is not None else number / size.frames * size.seconds
-                while len(got) < len(wanted) and time + 0.5 * size.seconds / size.frames > seconds[len(got)]:
-                    pixels = torch.from_numpy(frame.to_ndarray(format=kept))
-                    got[wanted[len(got)]] = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-                if len(got) == len(wanted):
-                    break
+            times = [index / size.frames * size.seconds for index in wanted]
+            for index, frame in zip(wanted, _frames_at(container, times, size.seconds / size.frames), strict=False):
+                pixels = torch.from_numpy(frame.to_ndarray(format={"L": "gray", "RGB": "rgb24"}[mode]))
+                got[index] = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
     except ExampleError:
         raise
     except Exception as error:
@@ -92,9 +89,27 @@ def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB
     return torch.stack([got[index] for index in frames])
 
 
-def _decoded(container: Any, video: Any) -> Any:
+def _frames_at(container: Any, times: Sequence[float], duration: float) -> Iterator[Any]:
+    """The frame that is shown at each of these times, in seconds from the start, rising; fewer if the video breaks off.
+
+    Args:
+        duration: of a frame.
+    """
+    video = container.streams.video[0]
     video.thread_type = "SLICE"  # frame threads would decode ahead of what is wanted
-    yield from container.decode(video)
+    start = float((video.start_time or 0) * video.time_base)
+    frames, shown, at = container.decode(video), None, start
+    for time in times:
+        wanted = start + time
+        if wanted - at > SKIP:
+            container.seek(int(wanted / video.time_base), stream=video)
+            frames, shown = container.decode(video), None
+        while shown is None or at + 0.5 * duration <= wanted:
+            shown = next(frames, None)
+            if shown is None:
+                return
+            at = float(shown.time) if shown.time is not None else at + duration
+        yield shown
 
 
 def _image_size(file: File) -> Size:

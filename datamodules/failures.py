@@ -1,18 +1,16 @@
 """What becomes of examples that turn out to be broken when their owner decodes them.
 
 All ranks hear of them before the first forward, and all do the same: end the run, or go on without these samples. One
-small collective per batch, on the CPU; its group is made when the first batch comes.
+small collective per batch, on the CPU.
 Knows batches; knows nothing of plans or models.
 """
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-import torch.distributed as dist
+from typing import Literal
 
 from bigmac_lightning.batch import Batch
+from bigmac_lightning.ranks import Ranks
 
 from .example import ExampleError
 
@@ -44,6 +42,7 @@ class Agreement:
     """The ranks' common knowledge of what failed.
 
     Args:
+        ranks: all processes.
         replica: of this process.
         on_error: what to do.
 
@@ -51,10 +50,9 @@ class Agreement:
         skipped: samples left out so far, over all replicas.
     """
 
-    def __init__(self, replica: int, on_error: OnError) -> None:
-        self.replica, self.on_error = replica, on_error
+    def __init__(self, ranks: Ranks, replica: int, on_error: OnError) -> None:
+        self.ranks, self.replica, self.on_error = ranks, replica, on_error
         self.skipped = 0
-        self._group: Any = None
 
     def __call__(self, batch: Batch | SourceError) -> Batch:
         """The batch, without samples that failed on any rank. Collective.
@@ -64,7 +62,7 @@ class Agreement:
             SourceError: on every rank, if a rank could not make its batch.
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        everyone = self._gather(own)
+        everyone = self.ranks.gather(own)
         if broken := [text for text in everyone if isinstance(text, str)]:
             raise SourceError("; ".join(dict.fromkeys(broken)))
         assert isinstance(batch, Batch)
@@ -76,7 +74,8 @@ class Agreement:
         if self.on_error == "raise":
             raise ExampleError(f'{messages}\n(on_error="skip" goes on without such samples)')
         self.skipped += len(samples)
-        log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
+        if self.ranks.rank == 0:
+            log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
         return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
 
     @staticmethod
@@ -88,19 +87,6 @@ class Agreement:
             gone.setdefault(m, set()).add(origin)
         microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
         return replace(batch, microbatches=microbatches, planned=None)
-
-    def _gather(self, own: list[Failure] | str) -> list[list[Failure] | str]:
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return [own]
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        flag = torch.tensor(int(bool(own)))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        if not flag:
-            return []
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own, group=self._group)
-        return everyone
 
 
 def failures(batch: Batch, replica: int) -> list[Failure]:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch import nn
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.ranks import Ranks
 
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .example import ExampleError
@@ -79,7 +80,9 @@ class MultimodalDataModule(pl.LightningDataModule):
                 by one, unless the strategy has been told how many there must be.
             packed: samples of a microbatch stand in one row, without padding, kept apart by positions that start anew.
                 ``False``: each has a row, padded to the longest.
-            window, ordered, attention_tokens: as in `PackingOptions`; evaluation keeps the order of examples always.
+            window, attention_tokens: as in `PackingOptions`.
+            ordered: keep the order of examples, as evaluation always does: no shuffling, and a microbatch ends where
+                the next example does not fit.
             augment: torchvision v2 transforms of training images and videos, drawn anew in each epoch.
             on_error: "raise" ends the run at the first broken example, on every rank; "skip" goes on without it.
             num_workers: processes per rank that encode and decode.
@@ -115,7 +118,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         self.num_workers, self.prefetch, self.seed = num_workers, prefetch, seed
         self.cache_dir = Path(cache_dir).expanduser()
         self._measured: dict[Split, list[Measurements]] = {}
-        self._loaders: dict[Split, StepLoader] = {}
+        self._ranks = Ranks()
 
     def sources(self, split: Split) -> Sequence[Source]:
         """The sources of "train", "val", "test" or "predict"."""
@@ -187,12 +190,14 @@ class MultimodalDataModule(pl.LightningDataModule):
         )
         sources, measured = self.sources(split), self._known(split)
         mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
-        sampler = StepSampler(measured, options, **mixture, shuffle=training, seed=self.seed, **place)
+        sampler = StepSampler(
+            measured, options, **mixture, shuffle=training and not self.ordered, seed=self.seed, **place
+        )
         return StepLoader(
             EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
             sampler,
             StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0),
-            Agreement(place["rank"], self.on_error),
+            Agreement(self._ranks, place["rank"], self.on_error),
             self.num_workers,
             self.prefetch,
         )

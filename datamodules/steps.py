@@ -25,7 +25,7 @@ class PackingOptions:
         microbatches: of a replica in a step.
         exact: whether steps must have exactly so many; else some may have one more.
         window: examples packed together.
-        ordered: keep the order of examples.
+        ordered: keep the order of examples in packing.
         attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer: about 12
             times its width.
     """

@@ -162,15 +162,8 @@ def replace_by_another(file: Path) -> None:
     PIL.Image.new("RGB", (5, 5)).save(file)
 
 
-def garble(file: Path) -> None:
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2 :] = bytes(len(raw) - len(raw) // 2)
-    file.write_bytes(bytes(raw))
-
-
 DECODED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated image": (".png", truncate, "cannot be decoded"),
-    "garbled image": (".png", garble, "cannot be decoded"),
     "vanished": (".png", Path.unlink, "cannot be decoded: FileNotFoundError"),
     "replaced": (".png", replace_by_another, "is another than was measured"),
     "truncated video": (".mp4", truncate, ""),
@@ -242,6 +235,37 @@ def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path) -> None:
         alone, _ = _outcome(plain_trainer(max_epochs=1, limit_val_batches=0), path, seed, "skip", 0)
         assert losses == pytest.approx(alone, rel=1e-5)
         assert len(losses) >= 2
+
+
+def _fit_replicas(rank: int, path: Path, on_error: str, strategy: str) -> Any:
+    common: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0}
+    if strategy == "bigmac":
+        trainer = pipeline_trainer(2, {"data_parallel_size": 2}, **common)
+    else:
+        trainer = plain_trainer(devices=2, strategy="ddp_find_unused_parameters_true", **common)
+    losses = Losses()
+    trainer.callbacks.append(losses)  # pyright: ignore[reportAttributeAccessIssue]
+    made = data(path, on_error=on_error, token_budget=100, microbatches=2)
+    try:
+        trainer.fit(model(), made)
+    except ExampleError as error:
+        return str(error)
+    return float(trainer.callback_metrics["train/loss"]), len(losses.losses)
+
+
+@pytest.mark.parametrize("strategy", ["bigmac", "ddp"])
+def test_replicas_agree_too(strategy: str, tmp_path: Path) -> None:
+    """A broken file in the batch of one replica: the other hears of it, and keeps all of its own."""
+    path = write_mixed(tmp_path, 12, videos=False)
+    data(path, token_budget=100).prepare_data()
+    truncate(tmp_path / "0.png")
+    one, other = on_ranks(2, _fit_replicas, path, "raise", strategy)
+    assert one == other
+    assert "0.png cannot be decoded" in one
+    (loss, steps), again = on_ranks(2, _fit_replicas, path, "skip", strategy)
+    assert (loss, steps) == again
+    assert loss > 0
+    assert steps >= 2
 
 
 class Fickle(MessagesJSONL):

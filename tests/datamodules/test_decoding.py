@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video
+from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video, decoding
 from bigmac_lightning.datamodules.decoding import measure, read_frames, read_image
 from tests.datamodules.examples import clips
 
@@ -66,6 +66,18 @@ def test_clips(clip: Path) -> None:
         ]
         assert min(nearby) == 0
     assert read_frames(file, size, wanted[:1], "L").shape == (1, 1, size.height, size.width)
+
+
+@pytest.mark.parametrize("clip", clips(), ids=lambda path: path.stem)
+def test_jumping_ahead_finds_the_same_frames(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = File.at(clip)
+    size = measure(Video(file))
+    wanted = [3, size.frames // 2, size.frames // 2 + 1, size.frames - 3]
+    found = []
+    for skip in (0.3, 1e9):
+        monkeypatch.setattr(decoding, "SKIP", skip)
+        found.append(read_frames(file, size, wanted))
+    assert torch.equal(*found)
 
 
 def test_frames_that_a_broken_clip_lacks(tmp_path: Path) -> None:
