@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.partition import Partition
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Costs, Plan, even_groups
@@ -31,6 +32,7 @@ class PipelineOptions:
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
         virtual_stages: stages per rank.
+        partition: how the LLM's layers are cut into stages.
     """
 
     policy: str = "nested"
@@ -39,6 +41,7 @@ class PipelineOptions:
     microbatches: int | None = None
     costs: Costs = DEFAULT_COSTS
     virtual_stages: int = 1
+    partition: Partition = "even"
 
     def stage_rank(self, size: int) -> list[int]:
         """The pipeline rank of each stage."""

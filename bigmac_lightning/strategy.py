@@ -26,6 +26,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -33,7 +34,8 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.partition import describe, make_stages
+from bigmac_lightning.pipeline import PipelineRunner, part_of
 from bigmac_lightning.planning import DEFAULT_COSTS, PipelineOptions, PlanningCollate
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
@@ -57,6 +59,8 @@ class BigMacStrategy(DDPStrategy):
         backbone: the LLM's schedule, by name.
         virtual_stages: stages per rank; what is possible depends on the backbone.
         policy: how encoder and generator are placed: "nested", "filled", "upfront" or "first_stage".
+        partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
+            counted; or the number of layers of each stage.
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
@@ -80,6 +84,7 @@ class BigMacStrategy(DDPStrategy):
         backbone: str = "1f1b",
         virtual_stages: int = 1,
         policy: str = "nested",
+        partition: Literal["even", "auto"] | list[int] = "even",
         costs: Costs | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
@@ -120,7 +125,13 @@ class BigMacStrategy(DDPStrategy):
             )
         self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
         self._options = PipelineOptions(
-            policy, backbone, group_size, microbatches, costs or DEFAULT_COSTS, virtual_stages
+            policy,
+            backbone,
+            group_size,
+            microbatches,
+            costs or DEFAULT_COSTS,
+            virtual_stages,
+            tuple(partition) if isinstance(partition, list) else partition,
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
@@ -171,12 +182,15 @@ class BigMacStrategy(DDPStrategy):
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
         stage_rank = self._options.stage_rank(pp)
-        stages = split_layers(module.llm.num_layers, len(stage_rank))
+        costs = module.llm.costs()
+        stages = make_stages(costs, len(stage_rank), self._options.partition)
         super().setup_environment()
         if self._mesh is None:
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
         module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
         module._device_mesh = self.device_mesh
+        if self._options.partition != "even":
+            rank_zero_info(describe(stages, stage_rank, costs))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the

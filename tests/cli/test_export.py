@@ -16,6 +16,7 @@ from tests.models import zoo
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 
 STEPS = 3
+PARTITIONS: dict[str, Any] = {"qwen3": [1, 4], "qwen3_moe": "auto", "qwen3_vl": [4, 1]}
 
 
 class ZooData(LightningDataModule):
@@ -39,9 +40,8 @@ def _train(rank: int, folder: Path, names: list[str], distributed: bool) -> dict
     for name in names:
         model = zoo.MODELS[name]
         module = MultimodalLM.from_pretrained(str(folder / name), model.attention, learning_rate=1e-2)
-        trainer = pipeline_trainer(
-            2, {"save_distributed_checkpoint": distributed}, max_steps=STEPS, limit_val_batches=1
-        )
+        strategy = {"save_distributed_checkpoint": distributed, "partition": PARTITIONS.get(name, "even")}
+        trainer = pipeline_trainer(2, strategy, max_steps=STEPS, limit_val_batches=1)
         trainer.fit(module, ZooData(name))
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         trained[name] = {n: p.detach().clone() for n, p in module.named_parameters()}
