@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from bigmac_lightning import export_command
-from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.cli import BigMacCLI
+from bigmac_lightning.models import HFDecoder, MultimodalLM
 from tests.models import zoo
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 
@@ -59,6 +60,45 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
             (folder / name / "preprocessor_config.json").write_text('{"kept": true}')
         runs[kind] = folder, on_ranks(2, _train, folder, names, kind == "directory")
     return runs
+
+
+def test_a_config_can_start_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["bigmac"])
+    zoo.save("llama", tmp_path)
+    model = {
+        "class_path": "bigmac_lightning.models.MultimodalLM.from_pretrained",
+        "init_args": {"path": str(tmp_path / "llama"), "freeze": ["llm.model.embed_tokens"]},
+    }
+    data = {"class_path": "tests.cli.test_export.ZooData", "init_args": {"name": "llama"}}
+    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "logger": False, "enable_checkpointing": False}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
+    made = BigMacCLI(args=["--config", str(tmp_path / "config.json")], run=False).model
+    assert isinstance(made, MultimodalLM)
+    assert isinstance(made.llm, HFDecoder)
+    assert made.llm.source == str(tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere.ckpt", "--output", "out"], "there is no checkpoint at nowhere.ckpt"),
+        (["--checkpoint", "other.ckpt", "--output", "out"], "does not say which Hugging Face model it is of"),
+        (["--checkpoint", "part.ckpt", "--output", "out"], "not a whole LlamaForCausalLM: 47 tensors are missing"),
+        (["--checkpoint", "part.ckpt", "--output", "."], ". is not an empty folder: give --output a new one"),
+        (["--checkpoint", "part.ckpt", "--output", "out", "--source", "no"], "there is no folder no to copy"),
+    ],
+)
+def test_what_cannot_be_exported(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = zoo.MODELS["llama"].config().to_dict()
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, "other.ckpt")
+    noted = {"config": config, "source": None, "lora": {}}
+    torch.save({"state_dict": {"llm.model.norm.weight": torch.zeros(32)}, "hugging_face": noted}, "part.ckpt")
+    assert export_command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def keys(folder: Path) -> set[str]:
