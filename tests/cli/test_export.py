@@ -1,6 +1,7 @@
 """From the folder of a checkpoint, through training on two ranks, to a folder that transformers loads."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from bigmac_lightning import export_command
-from bigmac_lightning.cli import BigMacCLI
-from bigmac_lightning.models import HFDecoder, MultimodalLM
+from bigmac_lightning.models import MultimodalLM
+from tests.cli.test_commands import ROOT, run
 from tests.models import zoo
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 
@@ -62,20 +63,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
     return runs
 
 
-def test_a_config_can_start_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["bigmac"])
+def test_a_config_can_start_from_a_folder(tmp_path: Path) -> None:
     zoo.save("llama", tmp_path)
     model = {
         "class_path": "bigmac_lightning.models.MultimodalLM.from_pretrained",
-        "init_args": {"path": str(tmp_path / "llama"), "freeze": ["llm.model.embed_tokens"]},
+        "init_args": {"path": str(tmp_path / "llama"), "freeze": ["llm.model.embed_tokens"], "schedule": "constant"},
     }
     data = {"class_path": "tests.cli.test_export.ZooData", "init_args": {"name": "llama"}}
-    trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "logger": False, "enable_checkpointing": False}
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": "bigmac", "max_steps": 2, "logger": False}
+    trainer |= {"default_root_dir": str(tmp_path)}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
-    made = BigMacCLI(args=["--config", str(tmp_path / "config.json")], run=False).model
-    assert isinstance(made, MultimodalLM)
-    assert isinstance(made.llm, HFDecoder)
-    assert made.llm.source == str(tmp_path / "llama")
+    fit = [sys.executable, "-m", "bigmac_lightning.cli", "fit"]  # finds the tests package from where it runs
+    assert run([*fit, "--config", str(tmp_path / "config.json")], ROOT).returncode == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    export = ["bigmac", "export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    done = run(export, tmp_path)
+    assert done.returncode == 0
+    assert "a Hugging Face folder" in done.stdout
+    assert keys(tmp_path / "out") == keys(tmp_path / "llama")
 
 
 @pytest.mark.parametrize(
