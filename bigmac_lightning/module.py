@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
@@ -105,6 +106,10 @@ class LanguageModel(nn.Module, ABC):
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
         """The `auxiliary_losses` of a microbatch, scalars, from the extras that came out of the last layer."""
         return {}
+
+    def costs(self) -> LayerCosts:
+        """Estimated forward time per token of each layer and of what the first and last stage do besides."""
+        return LayerCosts((1.0,) * self.num_layers)
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Complete a microbatch's inputs by what all stages need (positions, ...); does nothing the second time."""

@@ -7,7 +7,6 @@ knows nothing of Lightning's Trainer.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput, StageOutput
+from bigmac_lightning.partition import LayerCosts, make_stages
 from bigmac_lightning.planning import PipelineOptions, PlannedBatch, Planner, Trained
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
@@ -28,18 +28,8 @@ AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
 def split_layers(layers: int, stages: int) -> list[range]:
-    """Cut `layers` into consecutive, nearly even stages; earlier ones take the remainder (the last has the head).
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    if stages > layers:
-        raise ValueError(
-            f"the LLM has {layers} layers, too few for {stages} pipeline stages: "
-            f"choose pipeline_parallel_size <= {layers} or a deeper LLM"
-        )
-    bounds = [-(-layers * s // stages) for s in range(stages + 1)]
-    return [range(a, b) for a, b in pairwise(bounds)]
+    """Consecutive, nearly even stages; see `make_stages`."""
+    return make_stages(LayerCosts((1.0,) * layers), stages)
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
@@ -70,7 +60,7 @@ class PipelineRunner:
     ) -> None:
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
-        self.stages = split_layers(module.llm.num_layers, len(self.stage_rank))
+        self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
         self.dtype = self._find_dtype()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.partition import Partition
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.budget import MemoryBudget
@@ -35,6 +36,7 @@ class PipelineOptions:
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
         virtual_stages: stages per rank; ``None``: 1.
+        partition: how the LLM's layers are cut into stages.
         max_encoder_units, max_llm_microbatches, memory: the caps of every plan; see ``make_plan``.
         ramp: whether the first and the last groups are smaller than `group_size`; see ``ramp_groups``.
         pieces: in how many pieces `filled` may cut an encoder share.
@@ -53,6 +55,7 @@ class PipelineOptions:
     microbatches: int | None = None
     costs: Costs = DEFAULT_COSTS
     virtual_stages: int | Auto | None = None
+    partition: Partition = "even"
     max_encoder_units: float | None = None
     max_llm_microbatches: float | None = None
     memory: MemoryBudget | None = None

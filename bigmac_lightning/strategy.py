@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -34,7 +34,8 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.partition import describe, make_stages
+from bigmac_lightning.pipeline import PipelineRunner, part_of
 from bigmac_lightning.planning import DEFAULT_COSTS, PipelineOptions, PlanningCollate
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
@@ -65,6 +66,8 @@ class BigMacStrategy(DDPStrategy):
             encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
             it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
             every rank still holds a replica of encoders and generators).
+        partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
+            counted; or the number of layers of each stage.
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
             within are refused, and "filled" uses the encoder units that it may.
@@ -95,6 +98,7 @@ class BigMacStrategy(DDPStrategy):
         backbone: str = "1f1b",
         virtual_stages: int | Auto | None = None,
         policy: str = "nested",
+        partition: Literal["even", "auto"] | list[int] = "even",
         costs: Costs | None = None,
         max_encoder_units: float | None = None,
         max_llm_microbatches: float | None = None,
@@ -142,6 +146,7 @@ class BigMacStrategy(DDPStrategy):
             microbatches=microbatches,
             costs=costs or DEFAULT_COSTS,
             virtual_stages=virtual_stages,
+            partition=tuple(partition) if isinstance(partition, list) else partition,
             max_encoder_units=max_encoder_units,
             max_llm_microbatches=max_llm_microbatches,
             memory=memory,
@@ -200,7 +205,8 @@ class BigMacStrategy(DDPStrategy):
         layers = module.llm.num_layers
         self._options, reason = self._options.chosen(pp, layers, bool(module.encoders), bool(module.generators))
         stage_rank = self._options.stage_rank(pp)
-        stages = split_layers(layers, len(stage_rank))
+        costs = module.llm.costs()
+        stages = make_stages(costs, len(stage_rank), self._options.partition)
         super().setup_environment()
         if reason:
             rank_zero_info(reason)
@@ -208,6 +214,8 @@ class BigMacStrategy(DDPStrategy):
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
         module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
         module._device_mesh = self.device_mesh
+        if self._options.partition != "even":
+            rank_zero_info(describe(stages, stage_rank, costs))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the

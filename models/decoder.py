@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bigmac_lightning.module import LanguageModel
+from bigmac_lightning.partition import LayerCosts
 
 from . import surgery
 from .families import family_of
@@ -42,6 +43,14 @@ def _shell(module: nn.Module, **replaced: nn.Module) -> Any:
     shell = copy.copy(module)
     shell._modules = {**module._modules, **replaced}
     return shell
+
+
+def _multiplications(layer: nn.Module, config: Any) -> float:
+    """Of a token with a layer's matrices; of stacked experts with those alone that it is routed to."""
+    matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+    stacked = [parameter for parameter in layer.parameters() if parameter.ndim == 3]
+    used = sum(parameter[0].numel() * config.num_experts_per_tok for parameter in stacked)
+    return float(sum(parameter.numel() for parameter in matrices) + used)
 
 
 class HFDecoder(LanguageModel):
@@ -104,6 +113,7 @@ class HFDecoder(LanguageModel):
             for name in ("image_token_id", "video_token_id")
             if getattr(self.config, name, None) is not None
         ]
+        self._costs = tuple(_multiplications(layer, text) for layer in decoder.layers)
         self._decoder_name = surgery.path_of(decoder, whole)
         self._shells: dict[range, nn.Module] = {}
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
@@ -200,6 +210,10 @@ class HFDecoder(LanguageModel):
         if self.family.bidirectional_images and "token_type_ids" not in inputs:
             inputs["token_type_ids"] = (ids_BS == self._placeholders[0]).long()
         return inputs
+
+    def costs(self) -> LayerCosts:
+        """Multiplications per token; attention's own, which grow with the length, are left out."""
+        return LayerCosts(self._costs, head=float(self.vocabulary * self.width))
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         ids_BS = inputs["input_ids"]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class MultimodalLM(PipelineModule):
         schedule: Literal["constant", "cosine"] = "cosine",
         optimization: dict[str, dict[str, float]] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
-    ) -> Self:
+    ) -> "MultimodalLM":  # not Self: the command line looks for this class
         """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
         becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
         it keeps.

@@ -1,6 +1,7 @@
 """From the folder of a checkpoint, through training on two ranks, to a folder that transformers loads."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch.utils.data import DataLoader
 
 from bigmac_lightning import export_command
 from bigmac_lightning.models import MultimodalLM
+from tests.cli.test_commands import ROOT, run
 from tests.models import zoo
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 
 STEPS = 3
+PARTITIONS: dict[str, Any] = {"qwen3": [1, 4], "qwen3_moe": "auto", "qwen3_vl": [4, 1]}
 
 
 class ZooData(LightningDataModule):
@@ -39,9 +42,8 @@ def _train(rank: int, folder: Path, names: list[str], distributed: bool) -> dict
     for name in names:
         model = zoo.MODELS[name]
         module = MultimodalLM.from_pretrained(str(folder / name), model.attention, learning_rate=1e-2)
-        trainer = pipeline_trainer(
-            2, {"save_distributed_checkpoint": distributed}, max_steps=STEPS, limit_val_batches=1
-        )
+        strategy = {"save_distributed_checkpoint": distributed, "partition": PARTITIONS.get(name, "even")}
+        trainer = pipeline_trainer(2, strategy, max_steps=STEPS, limit_val_batches=1)
         trainer.fit(module, ZooData(name))
         trainer.save_checkpoint(folder / f"{name}.ckpt")
         trained[name] = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -59,6 +61,49 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
             (folder / name / "preprocessor_config.json").write_text('{"kept": true}')
         runs[kind] = folder, on_ranks(2, _train, folder, names, kind == "directory")
     return runs
+
+
+def test_a_config_can_start_from_a_folder(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    model = {
+        "class_path": "bigmac_lightning.models.MultimodalLM.from_pretrained",
+        "init_args": {"path": str(tmp_path / "llama"), "freeze": ["llm.model.embed_tokens"], "schedule": "constant"},
+    }
+    data = {"class_path": "tests.cli.test_export.ZooData", "init_args": {"name": "llama"}}
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": "bigmac", "max_steps": 2, "logger": False}
+    trainer |= {"default_root_dir": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
+    fit = [sys.executable, "-m", "bigmac_lightning.cli", "fit"]  # finds the tests package from where it runs
+    assert run([*fit, "--config", str(tmp_path / "config.json")], ROOT).returncode == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    export = ["bigmac", "export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    done = run(export, tmp_path)
+    assert done.returncode == 0
+    assert "a Hugging Face folder" in done.stdout
+    assert keys(tmp_path / "out") == keys(tmp_path / "llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere.ckpt", "--output", "out"], "there is no checkpoint at nowhere.ckpt"),
+        (["--checkpoint", "other.ckpt", "--output", "out"], "does not say which Hugging Face model it is of"),
+        (["--checkpoint", "part.ckpt", "--output", "out"], "not a whole LlamaForCausalLM: 47 tensors are missing"),
+        (["--checkpoint", "part.ckpt", "--output", "."], ". is not an empty folder: give --output a new one"),
+        (["--checkpoint", "part.ckpt", "--output", "out", "--source", "no"], "there is no folder no to copy"),
+    ],
+)
+def test_what_cannot_be_exported(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = zoo.MODELS["llama"].config().to_dict()
+    torch.save({"state_dict": {"weight": torch.zeros(1)}}, "other.ckpt")
+    noted = {"config": config, "source": None, "lora": {}}
+    torch.save({"state_dict": {"llm.model.norm.weight": torch.zeros(32)}, "hugging_face": noted}, "part.ckpt")
+    assert export_command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def keys(folder: Path) -> set[str]:
