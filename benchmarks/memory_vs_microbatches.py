@@ -21,8 +21,8 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
     MultimodalLM,
     VisionEncoder,
 )
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.module import Mode, Part, PipelineModule, PipelineOutput, StageOutput
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.partition import LayerCosts, make_stages
-from bigmac_lightning.planning import PipelineOptions, PlannedBatch, Planner, Trained
+from bigmac_lightning.planning import PlannedBatch, Planner, Trained
 from bigmac_lightning.runtime.executor import Executor, Outcome
 from bigmac_lightning.runtime.gradients import ParameterPlaces
 from bigmac_lightning.runtime.lowering import Needs

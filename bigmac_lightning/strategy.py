@@ -8,7 +8,7 @@ Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoin
 
 import os
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -34,9 +34,10 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
+from bigmac_lightning.options import DEFAULT_COSTS, PipelineOptions
 from bigmac_lightning.partition import describe, make_stages
 from bigmac_lightning.pipeline import PipelineRunner, part_of
-from bigmac_lightning.planning import DEFAULT_COSTS, PipelineOptions, PlanningCollate
+from bigmac_lightning.planning import PlanningCollate
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.budget import MemoryBudget
@@ -74,8 +75,8 @@ class BigMacStrategy(DDPStrategy):
         memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
         ramp: make the first and the last groups smaller (1, 1, 2, 4, ..): the pipeline waits for them.
         pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
-        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head):
-            "filled" then gives slow ranks less encoder and generator work.
+        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head), or
+            "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -105,7 +106,7 @@ class BigMacStrategy(DDPStrategy):
         memory: MemoryBudget | None = None,
         ramp: bool = False,
         pieces: int = 1,
-        stage_factors: Sequence[float] | None = None,
+        stage_factors: list[float] | Auto | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -152,7 +153,7 @@ class BigMacStrategy(DDPStrategy):
             memory=memory,
             ramp=ramp,
             pieces=pieces,
-            stage_factors=None if stage_factors is None else tuple(stage_factors),
+            stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
@@ -207,6 +208,7 @@ class BigMacStrategy(DDPStrategy):
         stage_rank = self._options.stage_rank(pp)
         costs = module.llm.costs()
         stages = make_stages(costs, len(stage_rank), self._options.partition)
+        self._options = self._options.estimated(costs, stages)
         super().setup_environment()
         if reason:
             rank_zero_info(reason)

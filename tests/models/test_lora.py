@@ -12,8 +12,8 @@ from bigmac_lightning import export_command
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.models.lora import add_lora, fold_lora
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from tests.models import zoo

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.trace import Trace

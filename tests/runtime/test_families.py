@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from tests.models import zoo

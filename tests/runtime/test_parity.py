@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions, PlannedBatch
+from bigmac_lightning.planning import PlannedBatch
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh

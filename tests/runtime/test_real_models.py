@@ -10,8 +10,8 @@ from bigmac_lightning.datamodules.collate import Collator
 from bigmac_lightning.datamodules.digits import DigitsDataModule
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PipelineOptions
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from tests.ranks import run_ranks

@@ -8,8 +8,10 @@ import torch
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.partition import LayerCosts, make_stages
 from bigmac_lightning.pipeline import PipelineRunner, backward_share
-from bigmac_lightning.planning import PipelineOptions, Planner, Trained
+from bigmac_lightning.planning import Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
@@ -161,6 +163,16 @@ def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
     wanted = pour([3, 9], 25)
     assert wanted[1] < 0.5
     assert load[1] / sum(load) == pytest.approx(wanted[1], abs=0.05)
+
+
+def test_stage_factors_estimated_from_layers() -> None:
+    costs = LayerCosts((1.0,) * 4, head=2.0)
+    options = PipelineOptions("filled", stage_factors="auto").chosen(2, 4, encoder=True, generator=True)[0]
+    options = options.estimated(costs, make_stages(costs, 2))
+    assert options.stage_factors == pytest.approx((2 / 3, 4 / 3))
+    weights = options.layout(2, 0).weights
+    assert weights is not None
+    assert weights[0] > 0.5 > weights[1]
 
 
 def test_stage_factors_that_do_not_fit() -> None:
