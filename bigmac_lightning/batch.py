@@ -126,6 +126,7 @@ class Microbatch:
         targets: generator targets in the order of their condition rows.
         target_positions: (N,) flat indices into B * S of the hidden states that condition them, item after item.
         origins: its samples, where the DataModule tells them.
+        llm_cost: time of an LLM stage in any unit shared by all microbatches of a batch; ``None``: its tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -136,6 +137,12 @@ class Microbatch:
     targets: list[TargetItem] = field(default_factory=list)
     target_positions: Tensor = field(default_factory=_no_positions)
     origins: list[Origin] = field(default_factory=list)
+    llm_cost: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """`llm_cost`, or the number of tokens."""
+        return float(self.inputs["input_ids"].numel()) if self.llm_cost is None else self.llm_cost
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -154,7 +161,8 @@ class Microbatch:
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return Microbatch(
+        return replace(
+            self,
             inputs={name: function(tensor) for name, tensor in self.inputs.items()},
             label_positions=function(self.label_positions),
             labels=function(self.labels),
@@ -162,7 +170,6 @@ class Microbatch:
             media_positions=function(self.media_positions),
             targets=[replace(item, data=optional(item.data)) for item in self.targets],
             target_positions=function(self.target_positions),
-            origins=self.origins,
         )
 
     def without(self, origins: Collection[int]) -> "Microbatch":

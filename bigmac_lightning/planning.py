@@ -97,7 +97,7 @@ class Planner:
         """What the plan of a batch depends on."""
         return self.trained, tuple(
             (
-                microbatch.inputs["input_ids"].numel(),
+                microbatch.cost,
                 tuple((item.owner, item.cost) for item in microbatch.media),
                 tuple((item.owner, item.cost) for item in microbatch.targets),
             )
@@ -194,11 +194,11 @@ class PlanningCollate:
 
 def _workload(batch: Batch, costs: Costs) -> Workload:
     """Durations of a batch whose mean microbatch takes `costs`."""
-    tokens = [float(m.inputs["input_ids"].numel()) for m in batch.microbatches]
-    mean = sum(tokens) / len(tokens)
+    costs_of_llm = [microbatch.cost for microbatch in batch.microbatches]
+    mean = sum(costs_of_llm) / len(costs_of_llm)
     encoder = _scaled([[item.cost for item in m.media] for m in batch.microbatches], costs.EF)
     generator = _scaled([[item.cost for item in m.targets] for m in batch.microbatches], costs.G)
-    parts = zip(tokens, encoder, generator, strict=True)
+    parts = zip(costs_of_llm, encoder, generator, strict=True)
     return Workload(tuple(MicrobatchWork(llm / mean, media, targets) for llm, media, targets in parts))
 
 

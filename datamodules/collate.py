@@ -130,6 +130,7 @@ def make_batch(
     padding: int = 0,
     packed: bool = False,
     failed: Callable[[Exception], str] | None = None,
+    attention_tokens: float | None = None,
 ) -> Batch:
     """A batch with a microbatch of each part, and the data of the items that this process owns.
 
@@ -139,8 +140,15 @@ def make_batch(
             attention needs no mask for that.
         failed: makes a text of an exception that loading an item raised, which is then the item's `error`; ``None``:
             the exception is raised.
+        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer; ``None``:
+            a microbatch costs as much as it has tokens.
     """
     microbatches = [_describe(part, padding, packed) for part in parts]
+    for part, microbatch in zip(parts, microbatches, strict=True):
+        if attention_tokens is not None:
+            rows, longest = microbatch.shape
+            lengths = [len(sample.tokens) for sample in part] if packed else [longest] * rows
+            microbatch.llm_cost = sum(length + length**2 / attention_tokens for length in lengths)
     assign_owners(microbatches, layout)
     for part, microbatch in zip(parts, microbatches, strict=True):
         loads = [item.load for sample in part for item in sample.media]

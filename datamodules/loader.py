@@ -72,11 +72,12 @@ class StepCollate:
     layout: PipelineLayout
     packed: bool
     padding: int
+    attention_tokens: float | None = None
 
     def __call__(self, parts: list[list[Sample]] | SourceError) -> Batch | SourceError:
         if isinstance(parts, SourceError):
             return parts
-        return make_batch(parts, self.layout, self.padding, self.packed, failed=_text)
+        return make_batch(parts, self.layout, self.padding, self.packed, _text, self.attention_tokens)
 
 
 def _text(error: Exception) -> str:

@@ -196,7 +196,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         return StepLoader(
             EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
             sampler,
-            StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0),
+            StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens),
             Agreement(self._ranks, place["rank"], self.on_error),
             self.num_workers,
             self.prefetch,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
-from bigmac_lightning.datamodules.collate import split_evenly
+from bigmac_lightning.datamodules.collate import make_batch, split_evenly
 
 
 class Loads:
@@ -134,3 +134,14 @@ def test_split_is_even_and_in_order(samples: int, parts: int) -> None:
 def test_samples_that_make_no_sense(arguments: tuple[list[int], list[bool]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sample(*arguments)
+
+
+def test_attention_counts_in_the_cost_of_a_microbatch() -> None:
+    """Packed samples attend to themselves only; padded ones cost as the longest."""
+    samples = [Sample([1] * n, [False] * n) for n in (10, 30)]
+    layout = PipelineLayout()
+    assert make_batch([samples], layout).microbatches[0].cost == 60
+    packed = make_batch([samples], layout, packed=True, attention_tokens=100).microbatches[0]
+    assert packed.cost == 40 + 1 + 9
+    assert packed.map(lambda tensor: tensor).cost == packed.cost
+    assert make_batch([samples], layout, attention_tokens=100).microbatches[0].cost == 2 * (30 + 9)
