@@ -140,8 +140,8 @@ def make_batch(
             attention needs no mask for that.
         failed: makes a text of an exception that loading an item raised, which is then the item's `error`; ``None``:
             the exception is raised.
-        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer; ``None``:
-            a microbatch costs as much as it has tokens.
+        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer;
+            ``None``: a microbatch costs as much as it has tokens.
     """
     microbatches = [_describe(part, padding, packed) for part in parts]
     for part, microbatch in zip(parts, microbatches, strict=True):
