@@ -134,7 +134,7 @@ def test_text_of_other_samples_in_the_row_changes_nothing(tmp_path: Path) -> Non
     with torch.no_grad():
         for m in (microbatch, changed):
             features = torch.cat(module.encode(m.media)) if m.media else None
-            out = module.run_stage(m, range(2), None, features, "evaluate").hidden
+            out = module.run_stage(m, range(2), None, {}, features, "evaluate").hidden
             assert out is not None
             hidden.append(out[0])
     assert torch.equal(hidden[0][second.start :], hidden[1][second.start :])
