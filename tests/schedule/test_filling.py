@@ -87,8 +87,20 @@ def test_ramp_groups(microbatches, group_size):
     assert [m for group in groups for m in group] == list(range(microbatches))
     assert sizes[0] == sizes[-1] == 1
     assert max(sizes) <= group_size
-    if microbatches >= 2 * group_size + 2:
-        assert max(sizes) >= group_size / 2
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "group_size", "sizes"),
+    [
+        (64, 8, [1, 1, 2, 4, 8, 8, 8, 8, 8, 8, 4, 2, 1, 1]),
+        (20, 9, [1, 1, 2, 4, 4, 4, 2, 1, 1]),
+        (8, 4, [1, 1, 2, 2, 1, 1]),
+        (3, 4, [1, 1, 1]),
+        (1, 1, [1]),
+    ],
+)
+def test_ramp_groups_grow_and_shrink(microbatches, group_size, sizes):
+    assert [len(group) for group in ramp_groups(microbatches, group_size)] == sizes
 
 
 @pytest.mark.parametrize("backbone", ["1f1b", "zb1p"])
