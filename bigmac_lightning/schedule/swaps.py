@@ -1,8 +1,8 @@
 """Local search on a schedule: neighbours on a rank that lie on the critical path change places.
 
-The neighbourhood of job-shop scheduling: only the first and the last pair of each run of critical tasks can shorten the
-schedule (Nowicki & Smutnicki 1996), and the longest path through a swapped pair tells how much (Taillard 1994). What
-was swapped stays for a while, so that the search leaves local minima.
+The neighbourhood of job-shop scheduling (van Laarhoven et al. 1992): only such a swap can shorten the schedule, and
+none makes a cycle. The longest path through a swapped pair tells how much it gains (Taillard 1994). What was swapped
+stays for a while, so that the search leaves local minima.
 
 Knows tasks, their chains and needs; knows nothing of what the tasks are.
 """
@@ -25,7 +25,7 @@ def swap(tasks: Tasks, starts: Sequence[float], passes: int, floor: float = 0.0)
     if not tasks.kept_by(starts):
         return list(starts)
     search = _Swaps(tasks, starts)
-    best, shortest, rest = search.heads, search.makespan, 0
+    best, shortest = search.heads, search.makespan
     until: dict[tuple[int, int], int] = {}
     chance = Random(0)
     for step in range(passes):
@@ -43,11 +43,8 @@ def swap(tasks: Tasks, starts: Sequence[float], passes: int, floor: float = 0.0)
         pair = min(allowed)[2] if allowed else chance.choice(pairs)
         until[pair[1], pair[0]] = step + 6 + chance.randrange(8)
         search.swap(*pair)
-        rest += 1
         if search.makespan < shortest - EPS:
-            best, shortest, rest = search.heads, search.makespan, 0
-        if rest > 400:
-            break
+            best, shortest = search.heads, search.makespan
     return best
 
 
@@ -75,7 +72,7 @@ class _Swaps:
         self._update()
 
     def critical_pairs(self) -> list[tuple[int, int]]:
-        """Neighbours on a rank, first or last of a run of critical tasks, whose order no need or chain fixes."""
+        """Critical neighbours on a rank, without a pause between them, whose order no need or chain fixes."""
         lengths, heads, tails, places = self.tasks.lengths, self.heads, self.tails, self.tasks.places
         critical = [heads[task] + length + tails[task] >= self.makespan - EPS for task, length in enumerate(lengths)]
         pairs: list[tuple[int, int]] = []
@@ -116,12 +113,6 @@ class _Swaps:
         if after >= 0:
             self.before[after] = one
         self._update()
-
-    def _joined(self, one: int, other: int, critical: Sequence[bool]) -> bool:
-        """Whether two neighbours are of one run of critical tasks."""
-        if one < 0 or other < 0 or not (critical[one] and critical[other]):
-            return False
-        return self.heads[one] + self.tasks.lengths[one] >= self.heads[other] - EPS
 
     def _fixed(self, one: int, other: int) -> bool:
         return any(need == one for need, _ in self.tasks.needs[other])
