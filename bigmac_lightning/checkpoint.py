@@ -5,7 +5,6 @@ metadata file beside them. A tied output weight is stored once, under the embedd
 """
 
 import shutil
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,34 +108,6 @@ def load(
             )
         _set_optimizer(module, optimizer, state)
     return checkpoint
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole model's tensors by their canonical names, and the rest but optimizer states; in one process.
-
-    Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError: it is no checkpoint.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if not path.is_dir():
-        checkpoint: dict[str, Any] = _load(path, map_location="cpu", weights_only=True)
-        if "state_dict" not in checkpoint:
-            raise ValueError(f"{path} is no checkpoint: it has no state_dict")
-        return checkpoint.pop("state_dict"), checkpoint
-    if not (path / ".metadata").is_file():
-        raise ValueError(f"{path} is not a checkpoint directory: no such file {path / '.metadata'}")
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    tensors = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as wanted
-        dcp_load({"model": tensors}, checkpoint_id=path, no_dist=True)
-    return tensors, torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=True)
 
 
 def remove(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from bigmac_lightning import checkpoint as checkpoints
+from bigmac_lightning.stored import StoredWeights
 
 
 def export_checkpoint(checkpoint: str, output: str, source: str | None = None, dtype: str | None = None) -> list[str]:
@@ -31,8 +31,8 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     # here, because it needs transformers and the rest of the command line does not; it lies in models/ (pyproject.toml)
     from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
 
-    tensors, rest = checkpoints.read(Path(checkpoint))
-    described = rest.get("hugging_face")
+    stored = StoredWeights(checkpoint)
+    described = stored.rest().get("hugging_face")
     if described is None:
         raise ValueError(
             f"{checkpoint} does not say which Hugging Face model it is of: export works for runs of a MultimodalLM "
@@ -43,7 +43,7 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
         raise ValueError(f"there is no folder {folder} to copy the processor from: give --source")
     kind = None if dtype is None else getattr(torch, dtype)
     files = None if folder is None else Path(folder)
-    return export(tensors, described["config"], files, Path(output), kind, described["lora"])
+    return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
 
 
 def main(argv: Sequence[str]) -> int:

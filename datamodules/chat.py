@@ -172,9 +172,8 @@ class ChatEncoder:
 
     def _turn(self, message: Message) -> dict[str, Any]:
         if not self._takes_parts:
-            if not all(isinstance(part, str) for part in message.parts):
-                raise ExampleError("has images or videos, but the chat template is for text only")
-            return {"role": message.role, "content": "".join(part for part in message.parts if isinstance(part, str))}
+            texts = [part if isinstance(part, str) else self._token(part) for part in message.parts]
+            return {"role": message.role, "content": "".join(texts)}
         content: list[dict[str, str]] = []
         for part in message.parts:
             if isinstance(part, str):
@@ -183,9 +182,13 @@ class ChatEncoder:
                 content.append({"type": "image" if isinstance(part, Image) else "video"})
         return {"role": message.role, "content": content}
 
+    def _token(self, item: Image | Video) -> str:
+        return self.image_token if isinstance(item, Image) else self.video_token
+
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template writes lists of parts; others write a string, or nothing of a list."""
+        """Whether the template writes lists of parts. Others write a string, or nothing of a list: with those, the
+        tokens of images and videos stand in the text."""
         try:
             probe = self._apply([{"role": "user", "content": [{"type": "text", "text": "<probe>"}]}], False)
         except ExampleError:
@@ -201,6 +204,11 @@ class ChatEncoder:
     def _miscounted(self, example: Example, tokens: Sequence[int]) -> ExampleError:
         counts: list[str] = []
         for token, kind in ((self.image_token, Image), (self.video_token, Video)):
+            if self._id(token) is None and any(isinstance(item, kind) for item in example.media):
+                return ExampleError(
+                    f"has {kind.__name__.lower()}s, but the tokenizer has no token {token}: choose another as "
+                    f"{kind.__name__.lower()}_token, or add it"
+                )
             items = sum(isinstance(item, kind) for item in example.media)
             counts.append(f"{tokens.count(self._id(token))} {token} for {items} {kind.__name__.lower()}s")
         return ExampleError(

@@ -30,7 +30,8 @@ def check_settings(component: str, settings: Mapping[str, Any]) -> None:
 def add_lora(component: nn.Module, name: str, settings: Mapping[str, Any], seed: int = 0) -> None:
     """Put adapters into a component, in place; of its parameters they alone are trained then.
 
-    An adapter's initial weights depend on the seed and its name only, not on which part of the component is here.
+    An adapter's initial weights depend on the seed and its name only, not on which part of the component is here. It
+    is float32 also where the weights beside it, which are not trained, are bfloat16.
 
     Args:
         component: with its weights.
@@ -44,10 +45,14 @@ def add_lora(component: nn.Module, name: str, settings: Mapping[str, Any], seed:
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
+        from peft.tuners.tuners_utils import cast_adapter_dtype
     except ImportError as problem:
         raise ValueError("lora needs peft: pip install 'bigmac-lightning[lora]'") from problem
     with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(LoraConfig(**settings), component, _ADAPTER)
+        children = nn.Module()  # peft would take a component with a config for a model of transformers
+        children._modules = component._modules
+        inject_adapter_in_model(LoraConfig(**settings), children, _ADAPTER)
+        cast_adapter_dtype(component, _ADAPTER)
         for path, module in component.named_modules():
             if isinstance(module, LoraLayer):
                 with seeded(seed, f"{name}.{path}"):

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+from bigmac_lightning.stored import StoredWeights
 
 from .decoder import HFDecoder
 from .hf_vision import HFVideoEncoder, HFVisionEncoder
@@ -45,6 +46,7 @@ class MultimodalLM(PipelineModule):
         schedule: Literal["constant", "cosine"] = "cosine",
         optimization: dict[str, dict[str, float]] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
+        init_from: str | dict[str, str] | None = None,
     ) -> None:
         """
         Args:
@@ -59,6 +61,12 @@ class MultimodalLM(PipelineModule):
                 names and patterns of `freeze`; also "weight_decay". Where several match, the last one counts.
             lora: low-rank adapters by component: ``{"llm": {"r": 8, "target_modules": ["q_proj", "v_proj"]}}``, also
                 "lora_alpha", "lora_dropout", "use_rslora"; of such a component nothing else is trained.
+            init_from: a checkpoint of an earlier run to take weights from, and nothing else; of any strategy and number
+                of ranks. Or one for each component that has one: ``{"llm": PATH, "encoders.image": PATH}``. What a run
+                is resumed from, or evaluated with, comes after it and counts.
+
+        Raises:
+            ValueError: an argument names something that the model does not have.
         """
         super().__init__(llm, encoders, generators, loss_weights)
         self.freeze_patterns = list(freeze)
@@ -68,11 +76,14 @@ class MultimodalLM(PipelineModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.schedule = schedule
+        self.init_from = {"": init_from} if isinstance(init_from, str) else dict(init_from or {})
         self._check_patterns("freeze", self.freeze_patterns)
         self._check_patterns("optimization", self.optimization)
+        for argument, names in (("lora", self.lora), ("init_from", self.init_from.keys() - {""})):
+            for name in names:
+                if name not in self._components():
+                    raise ValueError(f"{argument}: {name!r} is no component; there are {self._components()}")
         for name, settings in self.lora.items():
-            if name not in self._components():
-                raise ValueError(f"lora: {name!r} is no component; there are {self._components()}")
             check_settings(name, settings)
         for pattern, settings in self.optimization.items():
             if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
@@ -114,6 +125,7 @@ class MultimodalLM(PipelineModule):
         schedule: Literal["constant", "cosine"] = "cosine",
         optimization: dict[str, dict[str, float]] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
+        init_from: str | dict[str, str] | None = None,
     ) -> "MultimodalLM":  # not Self: the command line looks for this class
         """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
         becomes the encoder "image" (and "video", if it takes videos). Weights are read later, by each process only what
@@ -123,7 +135,7 @@ class MultimodalLM(PipelineModule):
             path: folder with ``config.json`` and safetensors.
             attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
             encoders, generators: further ones, with weights of their own.
-            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora:
+            loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora, init_from:
                 as of this class.
 
         Raises:
@@ -143,18 +155,42 @@ class MultimodalLM(PipelineModule):
             image = vision["image"] = HFVisionEncoder(config, **given)
             if llm.family.video is not None:
                 vision["video"] = HFVideoEncoder(image)
-        training = (loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora)
+        optimizing = (learning_rate, weight_decay, warmup_steps, schedule, optimization)
+        training = (loss_weights, freeze, *optimizing, lora, init_from)
         return cls(llm, {**vision, **(encoders or {})}, generators, *training)
 
     def configure_model(self) -> None:
         if self._materialized:
             return
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}  # of the whole model
         super().configure_model()
+        self._load_initial_weights(shapes)
         for name, settings in self.lora.items():
             add_lora(self.get_submodule(name), name, settings)
         for name, parameter in self._named_aliases():
             if any(_matches(name, pattern) for pattern in self.freeze_patterns):
                 parameter.requires_grad_(False)
+
+    def _load_initial_weights(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Read what `init_from` has of the tensors that are here; complain, on all ranks alike, of any that do not fit.
+
+        Args:
+            shapes: of the whole model's tensors.
+        """
+        copies = {f"llm.{copy}": f"llm.{canonical}" for copy, canonical in self.llm.tied.items()}
+        expected = {name: shape for name, shape in shapes.items() if name not in copies}
+        here = {copies.get(name, name): tensor for name, tensor in self.state_dict().items()}
+        for component, path in self.init_from.items():
+            stored = StoredWeights(path)
+            if wrong := stored.mismatches(expected, component, copies):
+                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+                raise ValueError(
+                    f"init_from: {component or 'the model'} cannot start from {path}: {'; '.join(wrong[:5])}{more}. To "
+                    "start some components from a checkpoint, give it by their names; one of a run with lora serves "
+                    "after `bigmac export`, as the folder to start from"
+                )
+            inside = f"{component}." if component else ""
+            stored.read_into({name: tensor for name, tensor in here.items() if name.startswith(inside)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which Hugging Face model this is, for `bigmac export`."""

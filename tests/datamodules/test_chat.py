@@ -70,7 +70,11 @@ def test_a_target_follows_the_request() -> None:
         ([Image(NOWHERE)], {"visual": None}, "no visual processor"),
         (["<|image_pad|>"], {}, "1 <|image_pad|> for 0 images"),
         ([Image(NOWHERE), "<|video_pad|>"], {}, "1 <|video_pad|> for 0 videos"),
-        ([Image(NOWHERE)], {"image_token": "<|other|>"}, "0 <|other|> for 1 images"),
+        (
+            [Image(NOWHERE)],
+            {"image_token": "<|other|>"},
+            "has images, but the tokenizer has no token <|other|>: choose another as image_token",
+        ),
     ],
 )
 def test_text_and_media_that_do_not_fit(parts: list[Any], changes: dict[str, Any], message: str) -> None:
@@ -85,8 +89,9 @@ def test_a_template_for_text_only() -> None:
     chat.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
     sample = chat.encode(Example([Message("user", ["a", "b"]), Message("assistant", ["c"])]), [], "x")
     assert chat.tokenizer.decode(sample.tokens) == "user: ab\nassistant: c\n"
-    with pytest.raises(ExampleError, match="the chat template is for text only"):
-        chat.encode(Example([Message("user", [Image(NOWHERE)])]), [SQUARE], "x")
+    sample = chat.encode(Example([Message("user", ["a ", Image(NOWHERE), "?"])]), [SQUARE], "x")
+    assert chat.tokenizer.decode(sample.tokens) == "user: a " + 9 * "<|image_pad|>" + "?\n"
+    assert (sample.media[0].start, sample.media[0].rows) == (len("user: a "), 9)
 
 
 def test_templates_that_refuse_or_rewrite() -> None:

@@ -27,47 +27,62 @@ LORA: dict[str, dict[str, Any]] = {
 }
 
 
-def module_of(folder: Path) -> MultimodalLM:
-    return MultimodalLM.from_pretrained(str(folder / "qwen3_vl"), lora=LORA, learning_rate=1e-2, schedule="constant")
+def module_of(folder: Path, name: str, dtype: str = "float32") -> MultimodalLM:
+    settings: dict[str, Any] = {"lora": LORA, "learning_rate": 1e-2, "schedule": "constant", "dtype": dtype}
+    return MultimodalLM.from_pretrained(str(folder / name), **settings)
 
 
 def gradients(module: MultimodalLM) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def _pipelined(rank: int, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+def _pipelined(rank: int, folder: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
     mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
-    module = module_of(folder)
+    module = module_of(folder, name)
     module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
     module.configure_model()
     module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
-    out = module.pipeline(zoo.batch(zoo.MODELS["qwen3_vl"], False, module.runner.layout))
+    out = module.pipeline(zoo.batch(zoo.MODELS[name], False, module.runner.layout))
     reduce_gradients(module.runner.places, mesh)
     return out.loss.item(), gradients(module)
 
 
-def test_against_one_process(tmp_path: Path) -> None:
-    zoo.save("qwen3_vl", tmp_path)
-    whole = module_of(tmp_path)
+@pytest.mark.parametrize(("name", "tower_layers"), [("qwen3_vl", 3), ("qwen2_5_vl", 2)])
+def test_against_one_process(name: str, tower_layers: int, tmp_path: Path) -> None:
+    zoo.save(name, tmp_path)
+    whole = module_of(tmp_path, name)
     whole.configure_model()
-    out = whole.pipeline(zoo.batch(zoo.MODELS["qwen3_vl"], False, PipelineLayout()))
+    out = whole.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout()))
     out.loss.backward()
     expected = gradients(whole)
     assert expected.keys() == {name for name, _ in whole.named_parameters() if "lora_" in name}
-    assert len(expected) == 2 * (2 * zoo.LAYERS + 3)
+    assert len(expected) == 2 * (2 * zoo.LAYERS + tower_layers)
     seen = set()
-    for loss, found in run_ranks(2, _pipelined, tmp_path):
+    for loss, found in run_ranks(2, _pipelined, tmp_path, name):
         assert loss == pytest.approx(out.loss.item(), rel=1e-6)
-        for name, gradient in found.items():
-            error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
-            assert error <= 1e-6, name
-            seen.add(name)
+        for weight, gradient in found.items():
+            error = (gradient - expected[weight]).norm() / expected[weight].norm().clamp(min=1e-6)
+            assert error <= 1e-6, weight
+            seen.add(weight)
     assert seen == expected.keys()
+
+
+def test_adapters_beside_bfloat16_weights(tmp_path: Path) -> None:
+    """They are float32, and start with the values that they have beside float32 weights."""
+    zoo.save("qwen3_vl", tmp_path)
+    modules = [module_of(tmp_path, "qwen3_vl", dtype) for dtype in ("float32", "bfloat16")]
+    for module in modules:
+        module.configure_model()
+    exact, half = (dict(module.named_parameters()) for module in modules)
+    for name, parameter in half.items():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        if "lora_" in name:
+            assert torch.equal(parameter, exact[name])
 
 
 def test_export_folds_adapters(tmp_path: Path) -> None:
     zoo.save("qwen3_vl", tmp_path)
-    module = module_of(tmp_path)
+    module = module_of(tmp_path, "qwen3_vl")
     batch = zoo.batch(zoo.MODELS["qwen3_vl"], False, PipelineLayout())
     trainer = plain_trainer(max_steps=3, limit_val_batches=0)
     data = DataLoader([batch] * 3, batch_size=None)

@@ -1,0 +1,98 @@
+"""What the configs of real models name, tiny: model folders with their processors, and conversations about pictures."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+
+from bigmac_lightning.datamodules import byte_tokenizer
+from tests.datamodules.examples import pictures, said, write_jsonl
+from tests.datamodules.test_hf_processor import write_processor
+from tests.models import zoo
+
+QWEN3_TEMPLATE = (  # for text only, as such models have
+    "{% for m in messages %}{% if m.content is string %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_inputs(config: str, folder: Path) -> None:
+    """Everything below ``checkpoints/`` and ``data/`` that a config's text names, at these paths in a folder."""
+    for name in sorted(set(re.findall(r"(?:path|config|weights): checkpoints/([\w.-]+)", config))):
+        path = folder / "checkpoints" / name
+        if not path.exists():
+            (write,) = (write for prefix, write in MODELS.items() if name.startswith(prefix))
+            write(path)
+    for name in sorted(set(re.findall(r"path: data/([\w.]+)", config))):
+        write_conversations(folder / "data" / name)
+
+
+def write_conversations(path: Path, number: int = 24) -> None:
+    """About one, two or no pictures, in turn."""
+    path.parent.mkdir(exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for i, picture in enumerate(pictures(number)):
+        names = [f"{i}.png", f"{(i + 1) % number}.png"][: i % 3]
+        (path.parent / f"{i}.png").write_bytes(picture.read_bytes())
+        records.append({"messages": said("<image>" * len(names) + "What?", "x" * (1 + i % 4)), "images": names})
+    write_jsonl(path, records)
+
+
+def _save(model: Any, folder: Path) -> None:
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
+
+
+def _qwen3_vl(folder: Path) -> None:
+    write_processor(folder, "qwen3_vl")
+    config: Any = zoo.MODELS["qwen3_vl"].config()
+    config.vision_config.patch_size = 16
+    _write_qwen(hf.Qwen3VLForConditionalGeneration, config, folder)
+
+
+def _qwen2_5_vl(folder: Path) -> None:
+    write_processor(folder, "qwen2_5_vl")
+    config: Any = zoo.MODELS["qwen2_5_vl"].config()
+    config.vision_config.patch_size, config.vision_config.window_size = 14, 56
+    _write_qwen(hf.Qwen2_5_VLForConditionalGeneration, config, folder)
+
+
+def _write_qwen(kind: Any, config: Any, folder: Path) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    config.text_config.vocab_size = len(tokenizer)
+    config.update(_special(tokenizer))
+    _save(kind(config), folder)
+
+
+def _qwen3(folder: Path) -> None:
+    """As wide as the real one, which the config says."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = QWEN3_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    text = {**zoo.TEXT, "hidden_size": 2560, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    _save(hf.Qwen3ForCausalLM(hf.Qwen3Config(**text)), folder)
+
+
+def _siglip2(folder: Path) -> None:
+    tower = {**zoo.TOWER, "image_size": 64, "patch_size": 16}
+    text = {name: zoo.TOWER[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    text |= {"num_attention_heads": 2, "vocab_size": 8, "bos_token_id": 1, "eos_token_id": 2}
+    config = hf.SiglipConfig(vision_config=tower, text_config=text)
+    _save(hf.SiglipModel(config), folder)
+
+
+MODELS: dict[str, Callable[[Path], None]] = {
+    "Qwen3-VL": _qwen3_vl,
+    "Qwen2.5-VL": _qwen2_5_vl,
+    "Qwen3-4B": _qwen3,
+    "siglip2": _siglip2,
+}

@@ -1,0 +1,86 @@
+"""Every config that starts from pretrained models, as it is, but with tiny ones at the paths that it names, on two CPU
+processes instead of eight GPUs."""
+
+import json
+import os
+import sys
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bigmac_lightning import cli, export_command
+from bigmac_lightning.models import VisionEncoder
+from bigmac_lightning.stored import StoredWeights
+from tests.cli.checkpoints import write_inputs
+from tests.cli.test_commands import ALL_CONFIGS, CONFIGS, TINY
+from tests.strategy.trainers import on_ranks
+
+PRETRAINED = {path.stem: path for path in ALL_CONFIGS if path not in CONFIGS}
+FIRST, SECOND = "siglip_qwen3_projector", "siglip_qwen3"  # two stages of one recipe
+SMALL = [
+    *TINY,
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=2",
+    "--trainer.strategy.init_args.pipeline_parallel_size=2",
+    "--data.token_budget=128",
+    "--data.microbatches=2",
+    "--data.num_workers=0",
+    "--data.cache_dir=cache",
+]
+
+
+def _fit(rank: int, folder: Path, arguments: list[str]) -> None:
+    """`bigmac fit` in this process, which saves the time of starting others."""
+    os.chdir(folder)
+    sys.argv = ["bigmac", "fit", *arguments]
+    warnings.simplefilter("default")
+    with open(f"{rank}.log", "w") as log, redirect_stdout(log):
+        cli.main()
+
+
+def train(name: str, folder: Path, *more: str) -> None:
+    """A few steps and a validation, in a folder with all that the config needs."""
+    write_inputs(PRETRAINED[name].read_text(), folder)
+    on_ranks(2, _fit, folder, ["--config", str(PRETRAINED[name]), *SMALL, *more])
+    said = (folder / "0.log").read_text().replace("\n", "")
+    assert "val/accuracy" in said
+    assert "timeline.png" in said
+    (trace,) = (folder / "runs" / name).rglob("trace.json")
+    spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["tid"] for event in spans} == {0, 1}
+    assert {"EF0", "0F0", "1F0", "1B0", "0B0", "EB0"} <= {event["name"] for event in spans}
+
+
+@pytest.mark.parametrize("name", sorted(PRETRAINED.keys() - {FIRST, SECOND}))
+def test_config_trains_and_exports(name: str, tmp_path: Path) -> None:
+    train(name, tmp_path)
+    arguments = ["--checkpoint", str(tmp_path / "runs" / name / "best.ckpt"), "--output", str(tmp_path / "out")]
+    source = next((tmp_path / "checkpoints").iterdir())
+    assert export_command.main([*arguments, "--source", str(source)]) == 0
+    assert {path.name for path in source.iterdir()} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_two_stages(tmp_path: Path) -> None:
+    """The first one trains the projector alone; the second one starts from its weights and trains all."""
+    train(FIRST, tmp_path)
+    first = StoredWeights(tmp_path / "runs" / FIRST / "projector.ckpt").read()
+    folders = {folder.name: str(folder) for folder in (tmp_path / "checkpoints").iterdir()}
+    llm, tower = folders["Qwen3-4B-Instruct-2507"], folders["siglip2-so400m-patch16-512"]
+    encoder = VisionEncoder(tower, 2560, 2560, merge=2, weights=tower)
+    encoder.materialize()
+    start = {f"encoders.image.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    start |= {f"llm.{name}": tensor for name, tensor in load_file(f"{llm}/model.safetensors").items()}
+    assert first.keys() == start.keys()
+    moved = {name for name, tensor in first.items() if not torch.equal(tensor, start[name].to(tensor.dtype))}
+    assert moved == {name for name in first if ".projector." in name}
+
+    train(SECOND, tmp_path)
+    second = StoredWeights(tmp_path / "runs" / SECOND / "best.ckpt").read()
+    assert second.keys() == first.keys()
+    change = {name: float((tensor - first[name].float()).abs().max()) for name, tensor in second.items()}
+    assert max(change.values()) < 1e-5, "three steps of the warm-up"
+    assert [name for name, by in change.items() if by == 0] == []
