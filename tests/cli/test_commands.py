@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
+import PIL.Image
+import PIL.ImageChops
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigmac_lightning import compare_command, plan_command
 
@@ -54,6 +58,15 @@ def test_config_trains(config: Path, tmp_path: Path) -> None:
         (found,) = tmp_path.rglob(name)
         assert found.stat().st_size > 1000
         assert found.name in done.stdout.replace("\n", "")
+    if draws:
+        (events,) = tmp_path.rglob("events.out.tfevents.*")
+        log = EventAccumulator(str(events), {"images": 0}).Reload()
+        (drawn,) = log.Images("samples")
+        with PIL.Image.open(next(tmp_path.rglob("samples.png"))) as written:
+            assert (drawn.step, drawn.width, drawn.height) == (3, *written.size)
+            with PIL.Image.open(BytesIO(drawn.encoded_image_string)) as logged:
+                differences = PIL.ImageChops.difference(logged.convert("RGB"), written.convert("RGB")).getextrema()
+                assert all(most <= 1 for _, most in differences), "one rounds, the other cuts off"
     trace = json.loads(next(tmp_path.rglob("trace.json")).read_text())
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert {event["tid"] for event in spans} == {0, 1}
