@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from bigmac_lightning.module import LanguageModel
 from bigmac_lightning.partition import LayerCosts
 
-from . import surgery
+from . import attention, surgery
 from .families import family_of
 from .initialization import to_config
 from .multimodal_inputs import bidirectional_masks, multimodal_positions, row_is_packed
@@ -79,7 +79,8 @@ class HFDecoder(LanguageModel):
             config: ``{"model_type": "qwen3", "hidden_size": 64, ...}``, the library's defaults for what it leaves out;
                 or the folder or name of a pretrained model, of which the config alone is read; or a ready config.
             seed: of the initial weights.
-            attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+            attn_implementation: "sdpa", "eager", "flash_attention_2", "flex_attention", ..., whichever the library has
+                for this model and is installed.
             weights: folder of a Hugging Face checkpoint, of which each process reads only its part; ``None``: initial
                 weights.
             dtype: of the weights, "float32", "bfloat16", ...; "auto": as in the checkpoint.
@@ -95,6 +96,12 @@ class HFDecoder(LanguageModel):
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        self._attention = attn_implementation
+        if self.family is not None and self.family.bidirectional_images and attn_implementation not in attention.MASKED:
+            raise ValueError(
+                f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
+                f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
+            )
         decoder = whole.get_decoder()
         if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
             raise ValueError(
@@ -192,6 +199,9 @@ class HFDecoder(LanguageModel):
         inputs, ids_BS = dict(inputs), inputs["input_ids"]
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(ids_BS.shape[1], device=ids_BS.device).repeat(len(ids_BS), 1)
+        if self._attention not in attention.MASKED and not inputs.keys() & {"attention_mask", attention.STARTS}:
+            positions = inputs["position_ids"]
+            inputs[attention.STARTS] = attention.sample_starts(positions if positions.ndim == 2 else positions[0])
         layer_types = set(getattr(self.config.get_text_config(), "layer_types", None) or ())
         if "linear_attention" in layer_types and row_is_packed(inputs["position_ids"]):
             raise ValueError(
@@ -231,9 +241,12 @@ class HFDecoder(LanguageModel):
         return shapes
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
+        attention.check_device(self._attention, h_BSD.device)
         stage = self._stage(layers)
         stage.training = self.training
-        further: dict[str, Any] = {"output_router_logits": False} if self._routers else {}  # they are recorded here
+        further = attention.sample_arguments(inputs)
+        if self._routers:
+            further["output_router_logits"] = False  # they are recorded here
         features = extras.pop("features", None)
         if features is not None:
             further.update(self._deepstack(features, inputs["media_positions"], h_BSD, layers))

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from bigmac_lightning.module import Encoder
 
-from . import surgery
+from . import attention, surgery
 from .families import Encode, family_of
 from .initialization import to_config
 
@@ -61,6 +61,7 @@ class HFVisionEncoder(Encoder):
         self.gradient_checkpointing = gradient_checkpointing
         if family.deepstack:
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
+        self._attention = attn_implementation
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
         self._keep_vision(whole)
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
@@ -91,6 +92,7 @@ class HFVisionEncoder(Encoder):
 
     def encode(self, pixels: Sequence[Tensor], encode: Encode) -> Tensor:
         """Rows of all items; those that can be are encoded together."""
+        attention.check_device(self._attention, pixels[0].device)
         base = self._unregistered[0].base_model
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):

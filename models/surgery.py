@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .attention import refused_clearly
 from .initialization import allocate_and_initialize
 
 
@@ -32,15 +33,8 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
         ValueError: the attention implementation cannot be had here.
     """
     auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, attn_implementation=attn_implementation)
-    except (ImportError, ValueError) as error:
-        if "attention" not in str(error).lower() and "attn" not in str(error):
-            raise
-        raise ValueError(
-            f"attn_implementation={attn_implementation!r} cannot be used for model_type {config.model_type!r}: {error}"
-        ) from error
+    with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
+        return auto.from_config(config, attn_implementation=attn_implementation)
 
 
 def path_of(module: nn.Module, whole: nn.Module) -> str:

@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from bigmac_lightning.module import Encoder
 
-from . import surgery
+from . import attention, surgery
 from .initialization import allocate_and_initialize, seeded, to_config
 
 
@@ -81,11 +81,11 @@ class VisionEncoder(Encoder):
             projector_hidden: width of the projector's hidden layer; ``None``: a single linear layer.
             merge: side of the squares of patches whose features are joined into one row (pixel shuffle).
             seed: of the initial weights.
-            attn_implementation: "sdpa", "eager", "flash_attention_2", ...
+            attn_implementation: as of `HFDecoder`.
             weights: folder of a checkpoint for the tower; ``None``: initial weights.
 
         Raises:
-            ValueError: a tower that is not known here.
+            ValueError: a tower that is not known here, or an attention implementation that is not there.
         """
         super().__init__()
         config = to_config(config)
@@ -107,7 +107,7 @@ class VisionEncoder(Encoder):
             self.config.pos_embed_shift = self.config.pos_embed_jitter = self.config.pos_embed_rescale = None
         self.config._attn_implementation = attn_implementation
         self.seed, self.source = seed, weights
-        with torch.device("meta"):
+        with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
             self.tower: Any = AutoModel.from_config(self.config)
         if weights is None:
             allocate_and_initialize(self.tower, seed)
@@ -132,6 +132,7 @@ class VisionEncoder(Encoder):
                 (modules[unused] if unused in modules else parameters[unused]).requires_grad_(False)
 
     def forward(self, pixels: list[Tensor]) -> Tensor:
+        attention.check_device(self.config._attn_implementation, pixels[0].device)
         if self.takes_patches:
             grid = torch.tensor([item.shape[:3] for item in pixels], device=pixels[0].device)
             patches = torch.cat([item.flatten(0, 2) for item in pixels])
