@@ -92,7 +92,7 @@ class HFVisionEncoder(Encoder):
 
     def encode(self, pixels: Sequence[Tensor], encode: Encode) -> Tensor:
         """Rows of all items; those that can be are encoded together."""
-        attention.check_device(self._attention, pixels[0].device)
+        attention.check_device(self._attention, next(self.parameters()).device)
         base = self._unregistered[0].base_model
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
