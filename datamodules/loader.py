@@ -21,11 +21,28 @@ from .source import Source
 from .steps import Step, StepSampler
 
 
+def dearest_first(parts: Sequence[list[Sample]]) -> list[list[Sample]]:
+    """The microbatches of a step by their dearest media item, then by their dearest target.
+
+    Items of one kind are then encoded in the same groups, where they can be shared out evenly: a single dear item among
+    cheap ones keeps its owner busy while all others wait. Spreading the dear ones evenly over the groups is slower than
+    leaving the order to chance (benchmarks/uneven_data.py).
+    """
+
+    def dearest(part: list[Sample]) -> tuple[float, float]:
+        media = (item.cost for sample in part for item in sample.media)
+        targets = (item.cost for sample in part for item in sample.targets)
+        return max(media, default=0.0), max(targets, default=0.0)
+
+    return sorted(parts, key=dearest, reverse=True)
+
+
 class EncodedSteps(Dataset):
     """The samples of a `Step`, microbatch by microbatch, before anything is decoded.
 
     Args:
         augment: whether media are augmented.
+        ordered: whether microbatches stay in the order of the step; else `dearest_first`.
         sampling: whether targets are to be made, so that none is to be loaded.
     """
 
@@ -35,14 +52,16 @@ class EncodedSteps(Dataset):
         measured: Sequence[Measurements],
         encoder: ChatEncoder,
         augment: bool,
+        ordered: bool,
         sampling: bool,
     ) -> None:
         self.sources, self.measured, self.encoder = sources, measured, encoder
-        self.augment, self.sampling = augment, sampling
+        self.augment, self.ordered, self.sampling = augment, ordered, sampling
 
     def __getitem__(self, step: Step) -> list[list[Sample]] | SourceError:
         try:
-            return [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
+            parts = [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
+            return parts if self.ordered else dearest_first(parts)
         except SourceError as broken:  # told to all ranks before it is raised
             return broken
 

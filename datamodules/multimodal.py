@@ -197,7 +197,7 @@ class MultimodalDataModule(pl.LightningDataModule):
             measured, options, **mixture, shuffle=training and not self.ordered, seed=self.seed, **place
         )
         return StepLoader(
-            EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
+            EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict"),
             sampler,
             StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens),
             Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split)),
