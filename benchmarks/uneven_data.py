@@ -1,8 +1,10 @@
-"""Step time on uneven data, by policy and by how media items are given to ranks; simulated, with true item times.
+"""Step time on uneven data, by policy, by the order of microbatches and by how media items are given to ranks;
+simulated, with true item times.
 
-Each microbatch has 1 to 16 items whose encoder times are lognormal, scaled so that the mean microbatch's forward takes
-EF. Figures are means over seeds: makespan / ideal, where the ideal is bare 1F1B and all encoder work spread
-over the ranks; the most encoder units alive on any rank, 1 unit being the mean microbatch's work; seconds to plan.
+Each microbatch has 1 to 16 items (1 to 4 in the second table) whose encoder times are lognormal, scaled so that the
+mean microbatch's forward takes EF. Figures are means over seeds: makespan / ideal, where the ideal is bare 1F1B and all
+encoder work spread over the ranks; the most encoder units alive on any rank, 1 unit being the mean microbatch's work;
+seconds to plan.
 A limit of "3 units" is that of 3 units and the largest item together.
 
     python -m benchmarks.uneven_data
@@ -10,7 +12,7 @@ A limit of "3 units" is that of 3 units and the largest item together.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from statistics import mean
@@ -24,7 +26,7 @@ from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
-RANKS, MICROBATCHES, MOST_ITEMS, SIGMA = 8, 64, 16, 1.0
+RANKS, MICROBATCHES, SIGMA = 8, 64, 1.0
 GROUPS = even_groups(MICROBATCHES, RANKS)
 
 Rows = list[list[float]]
@@ -33,12 +35,10 @@ Owners = list[list[int]]
 """Per microbatch, the rank of each of its items."""
 
 
-def draw(seed: int, forward: float) -> Rows:
-    """Item times whose mean microbatch takes `forward`."""
+def draw(seed: int, forward: float, items: int) -> Rows:
+    """Times of 1 to `items` items whose mean microbatch takes `forward`."""
     chance = Random(seed)
-    rows = [
-        [chance.lognormvariate(0, SIGMA) for _ in range(chance.randint(1, MOST_ITEMS))] for _ in range(MICROBATCHES)
-    ]
+    rows = [[chance.lognormvariate(0, SIGMA) for _ in range(chance.randint(1, items))] for _ in range(MICROBATCHES)]
     factor = forward * MICROBATCHES / sum(map(sum, rows))
     return [[factor * cost for cost in row] for row in rows]
 
@@ -70,6 +70,19 @@ def _assign(rows: Rows, groups: Sequence[Sequence[int]]) -> Owners:
     return [[next(owner) for _ in rows[m]] for group, owner in zip(groups, rest, strict=True) for m in group]
 
 
+def dearest_first(rows: Rows) -> Rows:
+    """Microbatches by their dearest item, as the DataModule orders them."""
+    return sorted(rows, key=max, reverse=True)
+
+
+def groups_of_even_cost(rows: Rows) -> Rows:
+    """Microbatches so that all groups cost about as much: dearest first, each into the cheapest group with room."""
+    groups: list[Rows] = [[] for _ in GROUPS]
+    for row in sorted(rows, key=sum, reverse=True):
+        min((group for group in groups if len(group) < RANKS), key=_total).append(row)
+    return [row for group in groups for row in group]
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table.
@@ -79,12 +92,14 @@ class Case:
         owners: who encodes what; None: the rank of stage 0 everything.
         units: the most encoder units alive, beyond those of the largest item; None: no limit.
         error: how wrong the item times are that the plan is made with.
+        order: of the microbatches; None: as drawn.
     """
 
     policy: str
     owners: Callable[[Rows], Owners] | None
     units: float | None = None
     error: float = 0.0
+    order: Callable[[Rows], Rows] | None = None
 
 
 CASES = {
@@ -101,6 +116,16 @@ CASES = {
     "  item times wrong by 40%": Case("filled", carried_over, 4, 0.4),
 }
 
+ORDERS = {
+    "nested, any order": Case("nested", carried_over),
+    "nested, groups of even cost": Case("nested", carried_over, order=groups_of_even_cost),
+    "nested, dearest item first": Case("nested", carried_over, order=dearest_first),
+    "filled, any order": Case("filled", carried_over),
+    "filled, groups of even cost": Case("filled", carried_over, order=groups_of_even_cost),
+    "filled, dearest item first": Case("filled", carried_over, order=dearest_first),
+}
+"""The same owners, with microbatches in several orders."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -111,9 +136,11 @@ class Result:
     seconds: float
 
 
-def measure(case: Case, seed: int, forward: float) -> Result:
+def measure(case: Case, seed: int, forward: float, items: int) -> Result:
     """Plan a batch, and simulate it with true times; the encoder backward takes twice its forward."""
-    true = draw(seed, forward)
+    true = draw(seed, forward, items)
+    if case.order is not None:
+        true = case.order(true)
     believed = wrong(true, case.error, seed) if case.error else true
     owners = case.owners(believed) if case.owners else None
     units = None if case.units is None else case.units + max(map(max, believed)) * MICROBATCHES / _total(believed)
@@ -158,23 +185,28 @@ def _shares(rows: Rows, owners: Owners) -> list[list[float]]:
     return shares
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=20)
-    seeds = range(parser.parse_args().seeds)
-    table = Table(title=f"P={RANKS}, M={MICROBATCHES}, 1f1b, {len(seeds)} seeds")
-    table.add_column("policy and owners", no_wrap=True)
+def tabulate(title: str, cases: Mapping[str, Case], items: int, seeds: Sequence[int]) -> Table:
+    table = Table(title=f"P={RANKS}, M={MICROBATCHES}, 1f1b, 1 to {items} items, {len(seeds)} seeds")
+    table.add_column(title, no_wrap=True)
     for text in ("EF 1", "units", "EF 4", "units", "seconds"):
         table.add_column(text, justify="right")
-    for name, case in CASES.items():
+    for name, case in cases.items():
         cells, seconds = [name], 0.0
         for forward in (1.0, 4.0):
-            results = [measure(case, seed, forward) for seed in seeds]
+            results = [measure(case, seed, forward, items) for seed in seeds]
             cells.append(f"{mean(result.ratio for result in results):.3f}")
             cells.append(f"{mean(result.units for result in results):.1f}")
             seconds = max(seconds, mean(result.seconds for result in results))
         table.add_row(*cells, f"{seconds:.2f}")
-    Console().print(table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    seeds = range(parser.parse_args().seeds)
+    Console().print(tabulate("policy and owners", CASES, 16, seeds))
+    Console().print(tabulate("policy and order", ORDERS, 4, seeds))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Knows torch.distributed's default group; knows nothing of pipelines, data or models.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,20 +21,29 @@ class Ranks:
         """Of this process among all."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-    def gather(self, own: Any) -> list[Any]:
-        """What every rank says; nothing if all say something empty, which costs a single number. Collective.
+    def tell(self, own: Any) -> Callable[[], list[Any]]:
+        """Say something to every rank, without waiting for the others. Collective.
 
         Args:
             own: anything that can be pickled.
+
+        Returns: waits for the others, and gives what every rank says; nothing if all say something empty, which costs a
+        single number. Collective; to be called before the next `tell`.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return [own]
+            return lambda: [own]
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        flag = torch.tensor(int(bool(own)))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        if not flag:
-            return []
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own, group=self._group)
+        group, flag = self._group, torch.tensor(int(bool(own)))
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
+        assert work is not None
+
+        def everyone() -> list[Any]:
+            work.wait()
+            if not flag:
+                return []
+            told: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(told, own, group=group)
+            return told
+
         return everyone

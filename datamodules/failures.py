@@ -6,6 +6,7 @@ Knows batches; knows nothing of plans or models.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,24 +46,33 @@ class Agreement:
         ranks: all processes.
         replica: of this process.
         on_error: what to do.
+        report: called on every rank with `skipped`, when that has grown.
 
     Attributes:
         skipped: samples left out so far, over all replicas.
     """
 
-    def __init__(self, ranks: Ranks, replica: int, on_error: OnError) -> None:
-        self.ranks, self.replica, self.on_error = ranks, replica, on_error
+    def __init__(
+        self, ranks: Ranks, replica: int, on_error: OnError, report: Callable[[int], None] | None = None
+    ) -> None:
+        self.ranks, self.replica, self.on_error, self.report = ranks, replica, on_error, report
         self.skipped = 0
 
-    def __call__(self, batch: Batch | SourceError) -> Batch:
-        """The batch, without samples that failed on any rank. Collective.
+    def __call__(self, batch: Batch | SourceError) -> Callable[[], Batch]:
+        """Tell the other ranks what failed of a batch, and do not wait for them. Collective.
 
-        Raises:
+        Returns: waits for them, and gives the batch without samples that failed on any rank. Collective; to be called
+        before the next batch is told of.
+
+        Raises (what is returned does):
             ExampleError: on every rank, if something failed on any and `on_error` is "raise".
             SourceError: on every rank, if a rank could not make its batch.
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        everyone = self.ranks.gather(own)
+        told = self.ranks.tell(own)
+        return lambda: self._agree(batch, told())
+
+    def _agree(self, batch: Batch | SourceError, everyone: list[list[Failure] | str]) -> Batch:
         if broken := [text for text in everyone if isinstance(text, str)]:
             raise SourceError("; ".join(dict.fromkeys(broken)))
         assert isinstance(batch, Batch)
@@ -76,6 +86,8 @@ class Agreement:
         self.skipped += len(samples)
         if self.ranks.rank == 0:
             log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
+        if self.report is not None:
+            self.report(self.skipped)
         return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
 
     @staticmethod

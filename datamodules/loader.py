@@ -3,7 +3,7 @@
 Knows sources, encoders and batches; knows nothing of Lightning but its protocol for stateful loaders.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,25 @@ from .chat import ChatEncoder
 from .collate import Sample, make_batch
 from .failures import Agreement, SourceError
 from .measuring import Measurements, name_of
+from .parcel import Parcel, ParcelCollate
 from .source import Source
 from .steps import Step, StepSampler
+
+
+def dearest_first(parts: Sequence[list[Sample]]) -> list[list[Sample]]:
+    """The microbatches of a step by their dearest media item, then by their dearest target.
+
+    Items of one kind are then encoded in the same groups, where they can be shared out evenly: a single dear item among
+    cheap ones keeps its owner busy while all others wait. Spreading the dear ones evenly over the groups is slower than
+    leaving the order to chance (benchmarks/uneven_data.py).
+    """
+
+    def dearest(part: list[Sample]) -> tuple[float, float]:
+        media = (item.cost for sample in part for item in sample.media)
+        targets = (item.cost for sample in part for item in sample.targets)
+        return max(media, default=0.0), max(targets, default=0.0)
+
+    return sorted(parts, key=dearest, reverse=True)
 
 
 class EncodedSteps(Dataset):
@@ -25,6 +42,7 @@ class EncodedSteps(Dataset):
 
     Args:
         augment: whether media are augmented.
+        ordered: whether microbatches stay in the order of the step; else `dearest_first`.
         sampling: whether targets are to be made, so that none is to be loaded.
     """
 
@@ -34,14 +52,16 @@ class EncodedSteps(Dataset):
         measured: Sequence[Measurements],
         encoder: ChatEncoder,
         augment: bool,
+        ordered: bool,
         sampling: bool,
     ) -> None:
         self.sources, self.measured, self.encoder = sources, measured, encoder
-        self.augment, self.sampling = augment, sampling
+        self.augment, self.ordered, self.sampling = augment, ordered, sampling
 
     def __getitem__(self, step: Step) -> list[list[Sample]] | SourceError:
         try:
-            return [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
+            parts = [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
+            return parts if self.ordered else dearest_first(parts)
         except SourceError as broken:  # told to all ranks before it is raised
             return broken
 
@@ -84,6 +104,20 @@ def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
+    """Batches that all ranks have agreed on, one ahead: while a step runs, the ranks tell each other of the next one.
+
+    Args:
+        made: by workers; `Parcel`s or what is in them.
+    """
+    outcomes = (agreement(batch.open() if isinstance(batch, Parcel) else batch) for batch in made)
+    ahead = next(outcomes, None)
+    while ahead is not None:
+        batch = ahead()
+        ahead = next(outcomes, None)
+        yield batch
+
+
 class StepLoader:
     """Batches that all ranks have agreed on, from any step on.
 
@@ -105,7 +139,7 @@ class StepLoader:
             dataset,
             batch_size=None,
             sampler=sampler,
-            collate_fn=collate_fn,
+            collate_fn=ParcelCollate(collate_fn),
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
@@ -117,11 +151,12 @@ class StepLoader:
     @property
     def collate_fn(self) -> Any:
         """Makes a batch of what the dataset gives, in the worker."""
-        return self._loader.collate_fn
+        assert isinstance(self._loader.collate_fn, ParcelCollate)
+        return self._loader.collate_fn.collate
 
     @collate_fn.setter
     def collate_fn(self, function: Any) -> None:
-        self._loader.collate_fn = function
+        self._loader.collate_fn = ParcelCollate(function)
 
     @property
     def worker_init_fn(self) -> Any:
@@ -139,11 +174,10 @@ class StepLoader:
         steps = self.sampler
         given = steps.start if steps.epoch == steps.start_epoch else 0
         self._position = (steps.epoch, given)
-        for batch in self._loader:
-            agreed = self.agreement(batch)
+        for batch in agreed(self._loader, self.agreement):
             given += 1
             self._position = (steps.epoch, given)
-            yield agreed
+            yield batch
         steps.start = 0  # a second run through the epoch starts at its beginning
 
     def state_dict(self) -> dict[str, Any]:

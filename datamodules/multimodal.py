@@ -7,6 +7,7 @@ Knows Lightning's DataModule; knows nothing of models or process groups.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ class MultimodalDataModule(pl.LightningDataModule):
             ordered: keep the order of examples, as evaluation always does: no shuffling, and a microbatch ends where
                 the next example does not fit.
             augment: torchvision v2 transforms of training images and videos, drawn anew in each epoch.
-            on_error: "raise" ends the run at the first broken example, on every rank; "skip" goes on without it.
+            on_error: "raise" ends the run at the first broken example, on every rank; "skip" goes on without it, and
+                logs ``data/skipped``, how many have been skipped in training so far over all replicas
+                (``data/skipped_val`` and so on for the other splits).
             num_workers: processes per rank that encode and decode.
             prefetch: batches that each of them prepares in advance.
             seed: of order, mixture, augmentation and generators' noise.
@@ -194,13 +197,20 @@ class MultimodalDataModule(pl.LightningDataModule):
             measured, options, **mixture, shuffle=training and not self.ordered, seed=self.seed, **place
         )
         return StepLoader(
-            EncodedSteps(sources, measured, self.encoder, training, sampling=split == "predict"),
+            EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict"),
             sampler,
             StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens),
-            Agreement(self._ranks, place["rank"], self.on_error),
+            Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split)),
             self.num_workers,
             self.prefetch,
         )
+
+    def _log_skipped(self, split: Split, samples: int) -> None:
+        if self.trainer is None:
+            return
+        name = "data/skipped" if split == "train" else f"data/skipped_{split}"
+        for logger in self.trainer.loggers:  # they write on rank 0 alone
+            logger.log_metrics({name: samples}, step=self.trainer.global_step)
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         return self.loader("train")

@@ -1,5 +1,6 @@
 """Broken examples, on every rank in turn: the run ends on all ranks with a name, or goes on without them on all."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, SourceError
@@ -266,6 +268,21 @@ def test_replicas_agree_too(strategy: str, tmp_path: Path) -> None:
     assert (loss, steps) == again
     assert loss > 0
     assert steps >= 2
+
+
+def test_the_logger_is_told_how_many_were_skipped(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path, 12, videos=False)
+    data(path, **SETTINGS).prepare_data()
+    for name in ("0.png", "3.png", "5.png"):
+        truncate(tmp_path / name)
+    trainer = plain_trainer(max_epochs=1, logger=CSVLogger(tmp_path))
+    trainer.fit(model(), data(path, on_error="skip", **SETTINGS))
+    with open(Path(trainer.log_dir or "") / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("data/skipped", "data/skipped_val"):
+        counts = [float(row[name]) for row in rows if row[name]]
+        assert counts == sorted(counts)
+        assert counts[-1] == 3
 
 
 class Fickle(MessagesJSONL):

@@ -1,0 +1,59 @@
+"""The order of a step's microbatches: which samples a step has does not depend on it, its time does."""
+
+import random
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from bigmac_lightning.datamodules.collate import Media, Sample, make_batch
+from bigmac_lightning.datamodules.loader import StepLoader, dearest_first
+from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.planning import Planner, Trained
+from bigmac_lightning.runtime.lowering import Needs
+from tests.datamodules.examples import data, write_mixed
+
+RANKS, MICROBATCHES = 4, 16
+
+
+def in_order(loader: StepLoader) -> list[bool]:
+    """Of each step, whether its microbatches come by their dearest item; after a look at what samples it has."""
+    found: list[bool] = []
+    for step, batch in zip(loader.sampler, loader, strict=True):
+        given = sorted(len(m.origins) for m in batch.microbatches)
+        assert given == sorted(len(part) for part in step.bins)
+        names = [origin.name.split(" (")[0] for m in batch.microbatches for origin in m.origins]
+        numbers = [int(name.rsplit("sample ", 1)[1]) for name in names]
+        assert sorted(numbers) == sorted(index for part in step.bins for _, index in part)
+        costs = [max((item.cost for item in m.media), default=0.0) for m in batch.microbatches]
+        found.append(costs == sorted(costs, reverse=True))
+    return found
+
+
+def test_training_begins_a_step_with_its_dearest_item(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path, 40, videos=False)
+    for ordered in (False, True):
+        made = data(path, ordered=ordered)
+        made.setup("fit")
+        assert all(in_order(made.loader("train"))) != ordered
+        assert not all(in_order(made.loader("val")))
+
+
+def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
+    return planner(make_batch(parts, planner.layout)).plan.makespan
+
+
+def test_dear_items_side_by_side_take_less_time_than_in_any_order() -> None:
+    """Lognormal items, one to four in a microbatch: a single dear item in a group is what the other ranks wait for."""
+    trained = Trained(Needs((True,) * RANKS, encoder=True, generator=False), (True,) * RANKS)
+    for policy in ("nested", "filled"):
+        planner, ratios = Planner(PipelineOptions(policy), RANKS, 0, trained), []
+        for seed in range(8):
+            draw, parts = random.Random(seed), []
+            for _ in range(MICROBATCHES):
+                costs = [draw.lognormvariate(0, 1) for _ in range(draw.randint(1, 4))]
+                media = [Media("image", 8 * i, 8, partial(torch.zeros, 1), cost) for i, cost in enumerate(costs)]
+                parts.append([Sample([1] * 64, [False] * 64, media)])
+            ratios.append(makespan(planner, dearest_first(parts)) / makespan(planner, parts))
+        assert mean(ratios) < 0.985, policy
