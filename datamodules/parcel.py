@@ -53,8 +53,9 @@ class Parcel:
         return _Unpickler(io.BytesIO(self.contents), self._tensor).load()
 
     def pin_memory(self) -> Any:
-        """What was packed, in pinned memory (called by the DataLoader)."""
-        return self.open().pin_memory()
+        """What was packed, in pinned memory if it can be (called by the DataLoader)."""
+        contents = self.open()
+        return contents.pin_memory() if hasattr(contents, "pin_memory") else contents
 
     def _tensor(self, number: int) -> Tensor:
         offset, dtype, shape = self.tensors[number]
