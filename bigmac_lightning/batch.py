@@ -15,6 +15,9 @@ from torch import Tensor
 from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.plan import even_groups, ramp_groups
 
+MediaData = Tensor | dict[str, Tensor]
+"""Pixels of an item; or, with whatever else its encoder has to know of it, as "pixel_values" of a dict."""
+
 
 @dataclass(frozen=True)
 class PipelineLayout:
@@ -54,7 +57,7 @@ class MediaItem:
         rows: number of feature rows (LLM tokens) it turns into.
         cost: encoder forward time in any unit shared by all items of a batch.
         owner: rank of the pipeline that decodes and encodes it.
-        data: its pixels on the owner, ``None`` elsewhere.
+        data: what its encoder takes on the owner, ``None`` elsewhere.
         origin: index of its sample in `Microbatch.origins`.
         error: on the owner, why there is no data.
     """
@@ -63,7 +66,7 @@ class MediaItem:
     rows: int
     cost: float = 1.0
     owner: int = 0
-    data: Tensor | None = None
+    data: MediaData | None = None
     origin: int = 0
     error: str | None = None
 
@@ -161,12 +164,15 @@ class Microbatch:
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)
 
+        def media(data: MediaData | None) -> MediaData | None:
+            return {k: function(v) for k, v in data.items()} if isinstance(data, dict) else optional(data)
+
         return replace(
             self,
             inputs={name: function(tensor) for name, tensor in self.inputs.items()},
             label_positions=function(self.label_positions),
             labels=function(self.labels),
-            media=[replace(item, data=optional(item.data)) for item in self.media],
+            media=[replace(item, data=media(item.data)) for item in self.media],
             media_positions=function(self.media_positions),
             targets=[replace(item, data=optional(item.data)) for item in self.targets],
             target_positions=function(self.target_positions),

@@ -12,13 +12,13 @@ V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.token_loss import token_loss
 
@@ -39,11 +39,12 @@ class Encoder(nn.Module, ABC):
         """Give weights to what ``__init__`` left without; called once, before anything else is."""
 
     @abstractmethod
-    def forward(self, pixels: list[Tensor]) -> Tensor:
+    def forward(self, pixels: list[Any]) -> Tensor:
         """Encode items of any mix of sizes.
 
         Args:
-            pixels: one tensor per item, as the DataModule put it into `MediaItem.data`.
+            pixels: of each item what the DataModule put into `MediaItem.data`: a tensor, or a dict of tensors where
+                the encoder has to know more of it.
 
         Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows` * `levels`.
             An item's rows stand level after level.
@@ -449,7 +450,7 @@ class PipelineModule(pl.LightningModule):
         return reduced.unbind()
 
 
-def _data(item: MediaItem) -> Tensor:
+def _data(item: MediaItem) -> MediaData:
     if item.data is None:
         raise ValueError(f"a media item of encoder {item.encoder!r} has no data on its owner, rank {item.owner}")
     return item.data

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from torch import Tensor
+from bigmac_lightning.batch import MediaData
 
 from .collate import Media, Sample, Target
 from .example import Example, ExampleError, Image, Message, Size, Video
@@ -31,6 +31,9 @@ class ChatEncoder:
         draw_token: stands for each row that conditions a generator.
         augment: transforms of the pixels of images and videos in training; not of targets.
         seed: of augmentation and of generators' noise.
+        feature_tokens: those that features replace; none: image_token and video_token.
+        processor: the tokenizer's, which then applies the template; its models have all special tokens that the
+            tokenizer adds; ``None``: no token is added to those of the template.
     """
 
     tokenizer: Any
@@ -41,6 +44,8 @@ class ChatEncoder:
     draw_token: str = DRAW
     augment: Sequence[Augment] = ()
     seed: int = 0
+    feature_tokens: Sequence[str] = ()
+    processor: Any = None
 
     def encode(
         self, example: Example, sizes: Sequence[Size], name: str, draw: tuple[object, ...] | None = None
@@ -56,35 +61,35 @@ class ChatEncoder:
         """
         example.check()
         plans = self._plans(example, sizes)
-        text, spans = self._render(example, plans)
+        text, spans, order = self._render(example, plans)
         draw_id = self._draw_id() if example.target is not None else 0
         try:
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            added = self._adds_special_tokens(text)
+            encoded = self.tokenizer(text, add_special_tokens=added, return_offsets_mapping=True)
         except Exception as error:  # lone surrogates, which no tokenizer takes
             raise ExampleError(f"has a text that cannot be tokenized: {type(error).__name__}: {error}") from error
         tokens: list[int] = []
         labelled: list[bool] = []
         rows: list[list[int]] = [[] for _ in plans]  # where the rows of each item go
-        number = 0  # of the item that the next placeholder belongs to
-        kinds: dict[Any, type] = {self._id(self.image_token): Image, self._id(self.video_token): Video}
+        left = list(reversed(order))
+        features: set[Any] = {self._id(token) for token in self.feature_tokens or (self.image_token, self.video_token)}
         for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            if token not in kinds:
+            if token not in features:
                 labelled.append(bool(tokens) and any(a <= start and stop <= b for a, b in spans))
                 tokens.append(token)
                 continue
-            if number >= len(plans) or not isinstance(example.media[number], kinds[token]):
-                raise self._miscounted(example, encoded["input_ids"])
-            times = plans[number].rows if plans[number].text is None else 1
-            rows[number] += range(len(tokens), len(tokens) + times)
+            if not left:
+                raise self._miscounted(example)
+            plan, where = plans[left[-1]], rows[left[-1]]
+            times = plan.rows if plan.text is None else 1
+            where += range(len(tokens), len(tokens) + times)
             labelled += [False] * times
             tokens += [token] * times
-            number += len(rows[number]) >= plans[number].rows
-        if number < len(plans):
-            raise self._miscounted(example, encoded["input_ids"])
-        media = [
-            self._media(item, size, plan, where, draw)
-            for item, size, plan, where in zip(example.media, sizes, plans, rows, strict=False)
-        ]
+            if len(where) >= plan.rows:
+                left.pop()
+        if left:
+            raise self._miscounted(example)
+        media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
         targets: list[Target] = []
         if example.target is not None:
             assert self.target is not None, "checked with the plans"
@@ -110,7 +115,8 @@ class ChatEncoder:
             raise ExampleError("has a target image, but the DataModule was given no target processor")
         if self.visual is None:
             return []
-        return [self.visual.plan(item, size) for item, size in zip(items, sizes, strict=False)]
+        alone = sum(isinstance(item, Image) for item in items) == 1
+        return [self.visual.plan(item, size, alone) for item, size in zip(items, sizes, strict=False)]
 
     def _media(
         self, item: Image | Video, size: Size, plan: MediaPlan, rows: list[int], draw: tuple[object, ...] | None
@@ -129,6 +135,7 @@ class ChatEncoder:
             item.file.name,
             plan.grid,
             () if together else tuple(rows),
+            plan.seconds,
         )
 
     @property
@@ -138,37 +145,54 @@ class ChatEncoder:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _render(self, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of the conversation, and the spans of it that the model is to say."""
+    def _render(self, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The text of the conversation, the spans of it that the model is to say, and the numbers of the media items in
+        the order in which it has them: a template may put images first.
+        """
         turns = [self._turn(message) for message in example.messages]
         ends_with_request = example.target is not None and example.messages[-1].role != "assistant"
-        text = self._expand(self._apply(turns, ends_with_request), plans)
+        text, order = self._expand(self._apply(turns, ends_with_request), example, plans)
+        if len(order) < len(plans):
+            raise self._miscounted(example)
         spans: list[tuple[int, int]] = []
         for i, message in enumerate(example.messages):
             if message.role != "assistant":
                 continue
-            before = self._expand(self._apply(turns[:i], True), plans) if i else ""
-            after = self._expand(self._apply(turns[: i + 1], False), plans)
+            before, earlier = (
+                self._expand(self._apply(turns[:i], reply), example, plans)[0] if i else "" for reply in (True, False)
+            )
+            after, _ = self._expand(self._apply(turns[: i + 1], False), example, plans)
+            if not after.startswith(before):  # a template may write the role of a request otherwise than of a reply
+                shared = _common_start(before, after)
+                before = shared if len(shared) > len(earlier) else before
             if not (after.startswith(before) and text.startswith(after)):
                 raise ExampleError(
                     "has a turn that the chat template writes differently when others follow: what the assistant said "
                     "cannot be told apart; train on conversations with a single reply, or change the template"
                 )
             spans.append((len(before), len(after.rstrip("\n"))))
-        return text, spans
+        return text, spans, order
 
-    def _expand(self, text: str, plans: Sequence[MediaPlan]) -> str:
-        """With the texts that stand for media, where their plans have one."""
-        if all(plan.text is None for plan in plans):
-            return text
-        left = iter(plans)
-        tokens = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
+    def _expand(self, text: str, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[int]]:
+        """With the texts that stand for media, where their plans have one; and the numbers of these items."""
+        order: list[int] = []
+        left = {
+            token: [i for i, item in enumerate(example.media) if isinstance(item, kind)]
+            for token, kind in self._placeholders
+        }
 
         def replacement(match: re.Match[str]) -> str:
-            plan = next(left, None)
-            return match[0] if plan is None or plan.text is None else plan.text
+            if not left[match[0]]:
+                raise self._miscounted(example)
+            order.append(left[match[0]].pop(0))
+            plan = plans[order[-1]]
+            return match[0] if plan.text is None else plan.text
 
-        return re.sub(tokens, replacement, text)
+        return re.sub("|".join(re.escape(token) for token in left), replacement, text), order
+
+    @property
+    def _placeholders(self) -> tuple[tuple[str, type], ...]:
+        return (self.image_token, Image), (self.video_token, Video)
 
     def _turn(self, message: Message) -> dict[str, Any]:
         if not self._takes_parts:
@@ -196,25 +220,34 @@ class ChatEncoder:
         return "<probe>" in probe and "'type'" not in probe
 
     def _apply(self, turns: Sequence[dict[str, Any]], reply: bool) -> str:
+        writer = self.tokenizer if self.processor is None else self.processor
         try:
-            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply)
+            return writer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply)
         except Exception as error:  # templates raise what they like
             raise ExampleError(f"is refused by the chat template: {type(error).__name__}: {error}") from error
 
-    def _miscounted(self, example: Example, tokens: Sequence[int]) -> ExampleError:
+    def _miscounted(self, example: Example) -> ExampleError:
+        text = self._apply([self._turn(message) for message in example.messages], False)
         counts: list[str] = []
-        for token, kind in ((self.image_token, Image), (self.video_token, Video)):
+        for token, kind in self._placeholders:
             if self._id(token) is None and any(isinstance(item, kind) for item in example.media):
                 return ExampleError(
                     f"has {kind.__name__.lower()}s, but the tokenizer has no token {token}: choose another as "
                     f"{kind.__name__.lower()}_token, or add it"
                 )
             items = sum(isinstance(item, kind) for item in example.media)
-            counts.append(f"{tokens.count(self._id(token))} {token} for {items} {kind.__name__.lower()}s")
+            counts.append(f"{text.count(token)} {token} for {items} {kind.__name__.lower()}s")
+        for token in {*self.feature_tokens} - {token for token, _ in self._placeholders}:
+            counts.append(f"{text.count(token)} {token}, where none may be")
         return ExampleError(
             f"has placeholder tokens that do not fit its media: {', '.join(counts)}. Texts must not contain these "
             "tokens, and the chat template must write one for each item"
         )
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Models with processors learnt with what their tokenizers add, if the template does not write it itself."""
+        start = self.tokenizer.bos_token
+        return self.processor is not None and not (start and text.startswith(start))
 
     def _id(self, token: str) -> int | None:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -227,7 +260,12 @@ class ChatEncoder:
         return found
 
 
-def _load_augmented(load: Callable[..., Tensor], transforms: Sequence[Augment], seed: int) -> Tensor:
+def _common_start(one: str, other: str) -> str:
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _load_augmented(load: Callable[..., MediaData], transforms: Sequence[Augment], seed: int) -> MediaData:
     return load(seeded_augment(transforms, seed))
 
 

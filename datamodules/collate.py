@@ -10,11 +10,21 @@ Shape suffixes: B samples of a microbatch, S tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, Origin, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.batch import (
+    Batch,
+    MediaData,
+    MediaItem,
+    Microbatch,
+    Origin,
+    PipelineLayout,
+    TargetItem,
+    assign_owners,
+)
 
 
 @dataclass(frozen=True)
@@ -25,21 +35,23 @@ class Media:
         encoder: name of the encoder that turns it into features.
         start: index of its first placeholder token in the sample.
         rows: number of placeholder tokens, replaced by as many feature rows.
-        load: makes the tensor that the encoder takes.
+        load: makes what the encoder takes.
         cost: encoder forward time in any unit shared by all items.
         name: what errors call it.
         grid: (t, h, w) of its patches, for models whose positions depend on it.
         scattered: indices of its placeholder tokens, if they do not stand one after another.
+        seconds: that a time step of its grid lasts, for models whose positions depend on it.
     """
 
     encoder: str
     start: int
     rows: int
-    load: Callable[[], Tensor]
+    load: Callable[[], MediaData]
     cost: float = 1.0
     name: str = ""
     grid: tuple[int, int, int] | None = None
     scattered: Sequence[int] = ()
+    seconds: float | None = None
 
     @property
     def places(self) -> Sequence[int]:
@@ -151,7 +163,7 @@ def make_batch(
             microbatch.llm_cost = sum(length + length**2 / attention_tokens for length in lengths)
     assign_owners(microbatches, layout)
     for part, microbatch in zip(parts, microbatches, strict=True):
-        loads = [item.load for sample in part for item in sample.media]
+        loads: list[Callable[[], Any] | None] = [item.load for sample in part for item in sample.media]
         loads += [item.load for sample in part for item in sample.targets]
         for item, load in zip([*microbatch.media, *microbatch.targets], loads, strict=True):
             if load is None or item.owner != layout.rank:
@@ -183,7 +195,7 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
     labelled: list[int] = []
     media_rows: list[int] = []
     target_rows: list[int] = []
-    grids: dict[str, list[tuple[int, int, int]]] = {}
+    grids: dict[str, list[Any]] = {}
     for i, (first, sample) in enumerate(zip(starts, samples, strict=True)):
         microbatch.origins.append(Origin(sample.name, first, first + len(sample.tokens)))
         labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
@@ -192,6 +204,8 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
             microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost, origin=i))
             if media.grid is not None:
                 grids.setdefault(f"{media.encoder}_grid_thw", []).append(media.grid)
+            if media.seconds is not None:
+                grids.setdefault("second_per_grid_ts", []).append(media.seconds)
         for target in sample.targets:
             target_rows += range(first + target.start, first + target.start + target.rows)
             microbatch.targets.append(

@@ -19,7 +19,7 @@ from .decoding import measure
 from .example import Example, ExampleError, Size
 from .source import Source
 
-FORMAT = 1
+FORMAT = 2
 log = logging.getLogger(__name__)
 
 
@@ -144,7 +144,8 @@ def measurements(
         read_only: take what is there, as it was made a moment ago by another process of this node.
     """
     visual = encoder.visual and encoder.visual.fingerprint()
-    settings = repr((FORMAT, budget, visual, encoder.target, encoder.image_token, encoder.video_token))
+    placeholders = (encoder.image_token, encoder.video_token, encoder.feature_tokens, encoder.processor is None)
+    settings = repr((FORMAT, budget, visual, encoder.target, placeholders))
     tokenizer = encoder.tokenizer.backend_tokenizer.to_str() + str(encoder.tokenizer.chat_template)
     key = hashlib.sha256("\n".join([settings, tokenizer, source.identity()]).encode()).hexdigest()[:24]
     stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]

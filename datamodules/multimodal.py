@@ -108,12 +108,14 @@ class MultimodalDataModule(pl.LightningDataModule):
         self._given: dict[Split, Sequence[Source]] = {"train": train, "val": val, "test": test, "predict": predict}
         self.weights, self.samples_per_epoch = weights, samples_per_epoch
         tokenizer, made = load_processor(processor)
+        feature_tokens: tuple[str, ...] = ()
         if made is not None:  # a processor's own tokens and preparation, unless others are given
-            visual = visual or HFVisual(made)
+            prepared = HFVisual(made)
+            visual, feature_tokens = visual or prepared, prepared.feature_tokens
             image_token = getattr(made, "image_token", image_token)
             video_token = getattr(made, "video_token", video_token)
         self.encoder = ChatEncoder(
-            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed
+            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed, feature_tokens, made
         )
         self.token_budget, self.microbatches, self.packed = token_budget, microbatches, packed
         self.window, self.ordered, self.attention_tokens = window, ordered, attention_tokens

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from bigmac_lightning.batch import MediaData
+
 from .decoding import read_frames, read_image
 from .example import Image, Size, Video
 
@@ -30,21 +32,25 @@ class MediaPlan:
         encoder: by the model's name for it.
         rows: feature rows.
         cost: encoder forward time in a unit shared by all items.
-        height, width: after resizing.
+        height, width: after resizing, where `load` has to know.
         frames: numbers of a video's frames that are used; empty for an image.
         grid: (t, h, w) of its patches, for models whose positions depend on it.
         text: what stands for it in the conversation, if not `rows` placeholder tokens one after another: a text with
             as many of them.
+        seconds: that a time step of its grid lasts, for models whose positions depend on it.
+        alone: whether it was planned as the only image of its example.
     """
 
     encoder: str
     rows: int
     cost: float
-    height: int
-    width: int
+    height: int = 0
+    width: int = 0
     frames: tuple[int, ...] = ()
     grid: tuple[int, int, int] | None = None
     text: str | None = None
+    seconds: float | None = None
+    alone: bool = True
 
 
 class VisualProcessor(ABC):
@@ -55,12 +61,16 @@ class VisualProcessor(ABC):
         return repr(self)
 
     @abstractmethod
-    def plan(self, item: Image | Video, size: Size) -> MediaPlan:
-        """What will become of an item; cheap, and the same on every rank."""
+    def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
+        """What will become of an item; cheap, and the same on every rank.
+
+        Args:
+            alone: whether its example has no other image: some models give such a one more crops.
+        """
 
     @abstractmethod
-    def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> Tensor:
-        """Read, decode, augment, resize: the tensor of `MediaItem.data`.
+    def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
+        """Read, decode, augment, resize: what `MediaItem.data` is to be.
 
         Raises:
             ExampleError: the file is broken.
@@ -106,7 +116,7 @@ class PatchProcessor(VisualProcessor):
         if self.max_frames < 1 or self.fps <= 0 or self.max_video_rows < 1:
             raise ValueError("fps, max_frames and max_video_rows must be positive")
 
-    def plan(self, item: Image | Video, size: Size) -> MediaPlan:
+    def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
         if isinstance(item, Image):
             height, width = self._fit(size, self.min_rows, self.max_rows)
             return self._plan(self.image_encoder, height, width, ())

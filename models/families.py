@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-Encode = Callable[[Any, Sequence[Tensor]], Any]
+from bigmac_lightning.batch import MediaData
+
+Encode = Callable[[Any, Sequence[Any]], Any]
 """From the base model (tower, projector) and items to the output of its `get_*_features`."""
 
 
@@ -33,22 +35,24 @@ def _batched_crops(base: Any, items: Sequence[Tensor]) -> Any:
     return base.get_image_features(torch.stack([_with_crops(item) for item in items]), return_dict=True)
 
 
-def _sized(base: Any, items: Sequence[Tensor]) -> Any:
-    """Items of shape (C, H, W), of any size."""
-    sizes = torch.tensor([item.shape[-2:] for item in items], device=items[0].device)
-    return base.get_image_features(torch.stack(list(items)), image_sizes=sizes, return_dict=True)
+def _sized(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items of shape (C, H, W) or (1, C, H, W), of any size."""
+    pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
+    return base.get_image_features(pixels, image_sizes=_sizes(items), return_dict=True)
 
 
-def _single_crop(base: Any, items: Sequence[Tensor]) -> Any:
-    pixels = torch.stack([_with_crops(item) for item in items])
-    if pixels.shape[1] > 1:
+def _any_resolution(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items of shape (C, H, W) or (crops, C, H, W); those with several crops with the original size of the image."""
+    pixels = torch.stack([_with_crops(pixels_of(item)) for item in items])
+    whole = pixels.shape[1] == 1
+    if not whole and not all(isinstance(item, dict) for item in items):
         raise ValueError(
-            f"an image of shape {tuple(items[0].shape)} has {pixels.shape[1]} crops: putting them together needs the "
-            "picture's original size, which a media item does not carry; give one crop, as for several images"
+            f"an image has {pixels.shape[1]} crops: putting them together needs the picture's original size. Give its "
+            'data as {"pixel_values": crops, "image_sizes": (height, width)}, or one crop, as for several images'
         )
-    sizes = torch.tensor([item.shape[-2:] for item in items], device=items[0].device)
-    several = [max(2, len(items))]  # so that the model does not expect crops
-    return base.get_image_features(pixels[:, 0], sizes, batch_num_images=several, return_dict=True)
+    # the model expects crops of images that are the only one of their sample
+    samples = [max(2, len(items))] if whole else [1] * len(items)
+    return base.get_image_features(pixels, _sizes(items), batch_num_images=samples, return_dict=True)
 
 
 def _pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
@@ -58,6 +62,16 @@ def _pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
 
 def _with_crops(item: Tensor) -> Tensor:
     return item if item.ndim == 4 else item[None]
+
+
+def pixels_of(item: MediaData) -> Tensor:
+    return item if isinstance(item, Tensor) else item["pixel_values"]
+
+
+def _sizes(items: Sequence[MediaData]) -> Tensor:
+    """(items, 2): of each image, of its pixels where it does not say another."""
+    sizes = [torch.tensor(i.shape[-2:]) if isinstance(i, Tensor) else i["image_sizes"] for i in items]
+    return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ class Family:
 _QWEN2 = Family(_patches, _patches, mixes_shapes=True, multimodal_positions=True)
 _QWEN3 = replace(_QWEN2, deepstack=True)
 _IDEFICS = Family(_batched_crops)
+_SMOLVLM = Family(_batched_crops, _batched_crops)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN2,
@@ -91,11 +106,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": _QWEN3,
     "qwen3_vl_moe": _QWEN3,
     "llava": Family(_crops),
-    "llava_onevision": Family(_single_crop, _pooled_video),
+    "llava_onevision": Family(_any_resolution, _pooled_video),
     "internvl": Family(_crops, _crops),
     "mistral3": Family(_sized),
     "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS,
+    "smolvlm": _SMOLVLM,
     "gemma3": Family(_crops, bidirectional_images=True),
 }
 

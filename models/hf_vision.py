@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from bigmac_lightning.batch import MediaData
 from bigmac_lightning.module import Encoder
 
 from . import attention, surgery
-from .families import Encode, family_of
+from .families import Encode, family_of, pixels_of
 from .initialization import to_config
 
 
@@ -26,7 +27,9 @@ class HFVisionEncoder(Encoder):
     An item is what the model's processor makes of one image:
 
     - Qwen2/2.5/3-VL, images and videos: its patches, of shape (t, h, w, values of a patch) with (t, h, w) its grid;
-    - others: (C, H, W), or (crops, C, H, W) where the processor cuts images into crops.
+    - others: (C, H, W), or (crops, C, H, W) where the processor cuts images into crops;
+    - LLaVA-OneVision and Mistral 3: a dict of these, "pixel_values", and "image_sizes" of shape (2,), or pixels alone
+      where the image has their size.
 
     Attributes:
         config: the config of the whole model.
@@ -87,16 +90,16 @@ class HFVisionEncoder(Encoder):
             if part is not None and not isinstance(part, surgery.PassThrough):
                 surgery.drop(whole, surgery.path_of(part, whole))
 
-    def forward(self, pixels: list[Tensor]) -> Tensor:
+    def forward(self, pixels: list[MediaData]) -> Tensor:
         return self.encode(pixels, self.family.image)
 
-    def encode(self, pixels: Sequence[Tensor], encode: Encode) -> Tensor:
+    def encode(self, pixels: Sequence[MediaData], encode: Encode) -> Tensor:
         """Rows of all items; those that can be are encoded together."""
         attention.check_device(self._attention, next(self.parameters()).device)
         base = self._unregistered[0].base_model
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
-            of_shape.setdefault(None if self.family.mixes_shapes else item.shape, []).append(i)
+            of_shape.setdefault(None if self.family.mixes_shapes else pixels_of(item).shape, []).append(i)
         rows: dict[int, Tensor] = {}
         for indices in of_shape.values():
             out = encode(base, [pixels[i] for i in indices])
@@ -127,7 +130,7 @@ class HFVideoEncoder(Encoder):
         self._encode = vision.family.video
         self._unregistered = (vision,)  # in a tuple: its parameters are registered once
 
-    def forward(self, pixels: list[Tensor]) -> Tensor:
+    def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0].encode(pixels, self._encode)
 
 

@@ -150,9 +150,9 @@ class Model:
     attention: str = "sdpa"
 
 
-def save(name: str, folder: Path) -> None:
+def save(name: str, folder: Path, config: Any = None) -> None:
     """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
-    config = MODELS[name].config()
+    config = MODELS[name].config() if config is None else config
     auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
     torch.manual_seed(2)
     whole: Any = auto.from_config(config)
