@@ -63,6 +63,7 @@ class LanguageModel(nn.Module, ABC):
             different ranks each holds a copy and their gradients are summed.
         auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
             by name. Such a loss is a mean over microbatches.
+        refuses_packing: why a row must not hold several samples; empty: it may.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
     stage; gradients flow back through them. A model without any ignores them.
@@ -73,6 +74,7 @@ class LanguageModel(nn.Module, ABC):
     vocabulary: int = 0
     tied: dict[str, str]
     auxiliary_losses: dict[str, float] = {}
+    refuses_packing: str = ""
 
     @abstractmethod
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch import nn
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
@@ -133,6 +134,8 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Measure all sources, on one process per node."""
+        if self._refused_packing():  # which `setup` says on every rank
+            return
         for split in self._given:
             self._measure(split, read_only=False)
 
@@ -140,9 +143,19 @@ class MultimodalDataModule(pl.LightningDataModule):
         """
         Raises:
             ExampleError: on every rank, if an example cannot be used and `on_error` is "raise".
+            ValueError: on every rank, if samples are packed and the model cannot keep them apart.
         """
+        if reason := self._refused_packing():
+            raise ValueError(
+                f"{reason}: use MultimodalDataModule(..., packed=False), which gives each a row of its own"
+            )
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._known(split)
+
+    def _refused_packing(self) -> str:
+        """Why the model does not take what `packed` makes; empty: it does."""
+        module = self.trainer.lightning_module if self.packed and self.trainer is not None else None
+        return module.llm.refuses_packing if isinstance(module, PipelineModule) else ""
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         return [

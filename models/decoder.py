@@ -22,7 +22,7 @@ from bigmac_lightning.module import LanguageModel
 from bigmac_lightning.partition import LayerCosts
 
 from . import attention, surgery
-from .families import family_of
+from .families import Family, family_of
 from .initialization import to_config
 from .multimodal_inputs import bidirectional_masks, multimodal_positions, row_is_packed
 from .router import add_router_sums, experts_of_routers, load_balancing_loss, recorded_logits
@@ -51,6 +51,17 @@ def _multiplications(layer: nn.Module, config: Any) -> float:
     stacked = [parameter for parameter in layer.parameters() if parameter.ndim == 3]
     used = sum(parameter[0].numel() * config.num_experts_per_tok for parameter in stacked)
     return float(sum(parameter.numel() for parameter in matrices) + used)
+
+
+def _why_not_packed(config: PreTrainedConfig, family: Family | None) -> str:
+    if family is not None and family.bidirectional_images:
+        return (
+            f"model_type {config.model_type!r} lets tokens of an image see each other both ways, by a mask that cannot "
+            "keep packed samples apart"
+        )
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        return f"model_type {config.model_type!r} has linear-attention layers, which cannot keep packed samples apart"
+    return ""
 
 
 class HFDecoder(LanguageModel):
@@ -120,6 +131,7 @@ class HFDecoder(LanguageModel):
             for name in ("image_token_id", "video_token_id")
             if getattr(self.config, name, None) is not None
         ]
+        self.refuses_packing = _why_not_packed(self.config, self.family)
         self._costs = tuple(_multiplications(layer, text) for layer in decoder.layers)
         self._decoder_name = surgery.path_of(decoder, whole)
         self._shells: dict[range, nn.Module] = {}
@@ -202,19 +214,10 @@ class HFDecoder(LanguageModel):
         if self._attention not in attention.MASKED and not inputs.keys() & {"attention_mask", attention.STARTS}:
             positions = inputs["position_ids"]
             inputs[attention.STARTS] = attention.sample_starts(positions if positions.ndim == 2 else positions[0])
-        layer_types = set(getattr(self.config.get_text_config(), "layer_types", None) or ())
-        if "linear_attention" in layer_types and row_is_packed(inputs["position_ids"]):
-            raise ValueError(
-                f"model_type {self.config.model_type!r} has linear-attention layers, which cannot keep packed samples "
-                "apart: give each sample a row of its own (no packing)"
-            )
+        if self.refuses_packing and row_is_packed(inputs["position_ids"]):
+            raise ValueError(f"{self.refuses_packing}: give each sample a row of its own (packed=False)")
         if self.family is None:
             return inputs
-        if self.family.bidirectional_images and row_is_packed(inputs["position_ids"]):
-            raise ValueError(
-                f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask "
-                "that cannot keep packed samples apart: give each sample a row of its own (no packing)"
-            )
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
         if self.family.bidirectional_images and "token_type_ids" not in inputs:

@@ -4,26 +4,47 @@ loss and gradients against the library's own model, sample by sample."""
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import PIL.Image
 import pytest
 import torch
+import transformers
 from transformers import AutoProcessor
 
-from bigmac_lightning.batch import Batch, MediaData, Microbatch
-from bigmac_lightning.datamodules import Example, File, Image, Message, MultimodalDataModule, Source, Video
+from bigmac_lightning.batch import Batch, MediaData, Microbatch, PipelineLayout
+from bigmac_lightning.datamodules import (
+    Example,
+    ExampleError,
+    File,
+    HFVisual,
+    Image,
+    Message,
+    MultimodalDataModule,
+    Size,
+    Source,
+    Video,
+)
 from bigmac_lightning.datamodules.decoding import measure, read_frames
 from bigmac_lightning.datamodules.hf_processor import _metadata
 from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
 from tests.datamodules.examples import clips
 from tests.datamodules.processors import PROCESSORS, write_model
 from tests.models import zoo
+from tests.ranks import run_ranks
 from tests.runtime.test_families import error
+from tests.strategy.trainers import on_ranks, plain_trainer
 
 FAMILIES = [
     pytest.param(
-        name, marks=pytest.mark.skipif(name == "smolvlm" and find_spec("num2words") is None, reason="its own need")
+        name, marks=pytest.mark.skipif(name == "smolvlm" and find_spec("num2words") is None, reason="needs num2words")
     )
     for name in PROCESSORS
 ]
@@ -83,16 +104,21 @@ class Case:
     whole: list[dict[str, Any]]
 
     def datamodule(self, **changes: Any) -> MultimodalDataModule:
-        given: dict[str, Any] = {"token_budget": 900, "microbatches": 2, "cache_dir": self.folder / "cache", **changes}
-        made = MultimodalDataModule([Given(self.examples)], processor=str(self.folder), **given)
+        given: dict[str, Any] = {"token_budget": 210, "microbatches": 8, "cache_dir": self.folder / "cache", **changes}
+        source = Given(self.examples)
+        made = MultimodalDataModule([source], [source], processor=str(self.folder), **given)
         assert made.encoder.visual is not None
         object.__setattr__(made.encoder.visual, "max_frames", FRAMES)
         return made
 
-    def batches(self, packed: bool) -> list[Batch]:
-        made = self.datamodule(packed=packed)
+    def batch(self, layout: PipelineLayout | None = None, **changes: Any) -> Batch:
+        """All examples; with the data of the layout's rank."""
+        made = self.datamodule(**changes)
+        strategy = SimpleNamespace(pipeline_layout=layout or PipelineLayout())
+        made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None, lightning_module=None)  # pyright: ignore
         made.setup("fit")
-        return list(made.loader("train"))
+        (batch,) = made.loader("train")
+        return batch
 
 
 FRAMES = 3
@@ -141,16 +167,15 @@ def numbers(microbatch: Microbatch) -> list[int]:
 def test_against_the_processor(case: Case, packed: bool) -> None:
     """Tokens of each sample, and every pixel."""
     seen = set()
-    for batch in case.batches(packed):
-        for microbatch in batch.microbatches:
-            ids = microbatch.inputs["input_ids"].flatten()
-            for i, number in enumerate(numbers(microbatch)):
-                seen.add(number)
-                origin, out = microbatch.origins[i], case.whole[number]
-                assert ids[origin.start : origin.stop].tolist() == out["input_ids"][0].tolist()
-                items = [item for item in microbatch.media if item.origin == i]
-                assert len(items) == len(case.examples[number].media)
-                compare_pixels(case.name, [item.data for item in items], [item.encoder for item in items], out)
+    for microbatch in case.batch(packed=packed).microbatches:
+        ids = microbatch.inputs["input_ids"].flatten()
+        for i, number in enumerate(numbers(microbatch)):
+            seen.add(number)
+            origin, out = microbatch.origins[i], case.whole[number]
+            assert ids[origin.start : origin.stop].tolist() == out["input_ids"][0].tolist()
+            items = [item for item in microbatch.media if item.origin == i]
+            assert len(items) == len(case.examples[number].media)
+            compare_pixels(case.name, [item.data for item in items], [item.encoder for item in items], out)
     assert seen == set(range(len(case.examples)))
 
 
@@ -179,11 +204,11 @@ def compare_pixels(name: str, items: list[MediaData | None], encoders: list[str]
                 assert item["image_sizes"].tolist() == out["image_sizes"][i].tolist()
 
 
-def reference(case: Case, batches: list[Batch], dtype: torch.dtype) -> tuple[float, dict[str, Any], dict[str, str]]:
+def reference(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[float, dict[str, Any], dict[str, str]]:
     """Loss and gradients of the library's model on what its processor makes of each sample alone."""
     whole = zoo.load(case.name, case.folder.parent, dtype)
-    total, labels = 0.0, sum(len(microbatch.labels) for batch in batches for microbatch in batch.microbatches)
-    for microbatch in (microbatch for batch in batches for microbatch in batch.microbatches):
+    total, labels = 0.0, len(batch.labels)
+    for microbatch in batch.microbatches:
         for origin, number in zip(microbatch.origins, numbers(microbatch), strict=True):
             out = {
                 k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
@@ -202,17 +227,17 @@ def reference(case: Case, batches: list[Batch], dtype: torch.dtype) -> tuple[flo
 def test_against_the_model(case: Case, packed: bool) -> None:
     if packed and not zoo.MODELS[case.name].packs:
         pytest.skip("is refused")
-    batches = case.batches(packed)
-    assert any(len(m.origins) > 1 for batch in batches for m in batch.microbatches)
+    batch = case.batch(packed=packed)
+    assert any(len(m.origins) > 1 for m in batch.microbatches)
     module = MultimodalLM.from_pretrained(str(case.folder))
     module.configure_model()
-    out = module.pipeline(Batch([m for batch in batches for m in batch.microbatches]))
+    out = module.pipeline(batch)
     out.loss.backward()
-    loss, expected, tied = reference(case, batches, torch.float32)
+    loss, expected, tied = reference(case, batch, torch.float32)
     assert out.loss.item() == pytest.approx(loss, rel=1e-6)
     rounding = 0.0
     if case.name != "qwen3_vl_moe":  # experts have no float64
-        _, exact, _ = reference(case, batches, torch.float64)
+        _, exact, _ = reference(case, batch, torch.float64)
         rounding = max(error(expected[n], exact[n], expected) for n in expected)
         assert rounding < 1e-5
     seen = set()
@@ -223,3 +248,143 @@ def test_against_the_model(case: Case, packed: bool) -> None:
         found = error(parameter.grad, expected[short], expected)
         assert found <= max(1e-6, 2 * rounding), f"{short}: {found:.1e}"
     assert seen == expected.keys()
+
+
+SPLIT = ("qwen2_5_vl", "llava_onevision", "idefics3")
+"""Video times that positions depend on; crops with sizes; crops whose tokens stand apart."""
+
+
+def _pipelined(rank: int, cases: list[Case]) -> dict[str, Any]:
+    mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
+    results = {}
+    for case in cases:
+        module = MultimodalLM.from_pretrained(str(case.folder))
+        module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
+        module.configure_model()
+        module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+        batch = case.batch(module.runner.layout, token_budget=150)
+        owned = [item.owner == rank for m in batch.microbatches for item in m.media]
+        assert {True, False} == set(owned)
+        assert owned == [item.data is not None for m in batch.microbatches for item in m.media]
+        out = module.pipeline(batch)
+        reduce_gradients(module.runner.places, mesh)
+        results[case.name] = out.loss.item(), {n: p.grad for n, p in module.named_parameters()}
+    return results
+
+
+def test_in_a_pipeline(tmp_path: Path) -> None:
+    """Each rank decodes its own items alone; loss and gradients are those of one process."""
+    cases = []
+    for name in SPLIT:
+        made = examples(name, tmp_path)
+        cases.append(Case(name, write_model(name, tmp_path), made, []))
+    results = run_ranks(2, _pipelined, cases)
+    for case in cases:
+        module = MultimodalLM.from_pretrained(str(case.folder))
+        module.configure_model()
+        batch = case.batch(token_budget=150)
+        assert len(batch) > 2
+        out = module.pipeline(batch)
+        out.loss.backward()
+        expected = {name: p.grad for name, p in module.named_parameters()}
+        for loss, gradients in (rank[case.name] for rank in results):
+            assert loss == pytest.approx(out.loss.item(), rel=1e-6)
+            for name, gradient in gradients.items():
+                assert error(gradient, expected[name], expected) <= 2e-6, name
+
+
+class Losses(pl.Callback):
+    """Of each training step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def _fit(rank: int, case: Case, **where: Any) -> list[float]:
+    seen = Losses()
+    trainer = plain_trainer(max_epochs=2, callbacks=[seen], **where)
+    trainer.fit(MultimodalLM.from_pretrained(str(case.folder), learning_rate=1e-2), case.datamodule())
+    return seen.losses
+
+
+def _fit_in_a_pipeline(rank: int, case: Case) -> list[float]:
+    return _fit(rank, case, strategy="bigmac", devices=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
+def test_two_lines(tmp_path: Path) -> None:
+    """Model and processor from their folder, under the strategy's name."""
+    case = Case("internvl", write_model("internvl", tmp_path), examples("internvl", tmp_path), [])
+    losses = _fit(0, case)
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    for found in on_ranks(2, _fit_in_a_pipeline, case):
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
+def test_packing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    case = Case("gemma3", write_model("gemma3", tmp_path), examples("gemma3", tmp_path), [])
+    with pytest.raises(ValueError, match=r"'gemma3' .* cannot keep packed samples apart: .*packed=False"):
+        _fit(0, case)
+    assert not (case.folder / "cache").exists()
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS.keys() - VIDEOS))
+def test_videos_are_refused(name: str, tmp_path: Path) -> None:
+    clip = Video(File.at(clips()[2]))
+    case = Case(name, write_model(name, tmp_path), [Example(said(clip, reply="much"))], [])
+    with pytest.raises(ExampleError, match=r"sample 0 has a video, which \w+Processor cannot prepare"):
+        case.datamodule().setup("fit")
+
+
+def test_a_processor_that_has_to_see_pixels() -> None:
+    processor = PROCESSORS["llava"]()
+    processor.image_processor = transformers.CLIPImageProcessorPil()
+    with pytest.raises(ValueError, match=r"CLIPImageProcessorPil works by 'pil'.*backend=\"torchvision\""):
+        HFVisual(processor)
+
+
+def _changed(name: str, **changes: Any) -> Any:
+    processor = PROCESSORS[name]()
+    for attribute, value in changes.items():
+        setattr(processor.image_processor, attribute, value)
+    return processor
+
+
+def _pan_and_scan() -> Any:
+    processor = PROCESSORS["gemma3"]()
+    further = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
+    processor.images_kwargs = {**processor.images_kwargs, **further}
+    return processor
+
+
+SETTINGS = {
+    "one crop": lambda: _changed("internvl", max_patches=1),
+    "many crops": lambda: _changed("internvl", max_patches=12, min_patches=3),
+    "no splitting": lambda: _changed("idefics3", do_image_splitting=False),
+    "larger": lambda: _changed("idefics3", size={"longest_edge": 48}),
+    "as large as it is": lambda: _changed("mistral3", size={"longest_edge": 4096}),
+    "not cut to a square": lambda: _changed("llava", do_center_crop=False),
+    "pan and scan": _pan_and_scan,
+    **{name: PROCESSORS[name] for name in PROCESSORS if name != "smolvlm"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_plans_need_no_pixels(setting: str) -> None:
+    """For images of any size and shape, whatever a processor is told to do with them."""
+    processor = SETTINGS[setting]()
+    visual, random = HFVisual(processor), Random(5)
+    for number in (1, 2) * 15:
+        size = Size(*(int(2 ** random.uniform(4, 7.5)) for _ in range(2)))
+        plan = visual.plan(Image(File.at("nowhere")), size, number == 1)
+        picture = torch.zeros(3, size.height, size.width, dtype=torch.uint8)
+        text = " ".join([processor.image_token] * number)
+        out = processor(text=[text], images=[[picture] * number], add_special_tokens=False, return_tensors="pt")
+        found = plan.text or processor.image_token * plan.rows
+        expected = processor.tokenizer(" ".join([found] * number), add_special_tokens=False)["input_ids"]
+        assert out["input_ids"][0].tolist() == expected, size
