@@ -32,8 +32,8 @@ class ChatEncoder:
         augment: transforms of the pixels of images and videos in training; not of targets.
         seed: of augmentation and of generators' noise.
         feature_tokens: those that features replace; none: image_token and video_token.
-        processor: the tokenizer's, which then applies the template; its models have all special tokens that the
-            tokenizer adds; ``None``: no token is added to those of the template.
+        processor: around the tokenizer, if there is one. It then applies the template, and the tokenizer adds its
+            special tokens, as for its model; alone, a tokenizer adds none to those of the template.
     """
 
     tokenizer: Any
@@ -150,21 +150,22 @@ class ChatEncoder:
         the order in which it has them: a template may put images first.
         """
         turns = [self._turn(message) for message in example.messages]
+
+        def written(number: int, reply: bool) -> tuple[str, list[int]]:
+            return self._expand(self._apply(turns[:number], reply), example, plans) if number else ("", [])
+
         ends_with_request = example.target is not None and example.messages[-1].role != "assistant"
-        text, order = self._expand(self._apply(turns, ends_with_request), example, plans)
+        text, order = written(len(turns), ends_with_request)
         if len(order) < len(plans):
             raise self._miscounted(example)
         spans: list[tuple[int, int]] = []
         for i, message in enumerate(example.messages):
             if message.role != "assistant":
                 continue
-            before, earlier = (
-                self._expand(self._apply(turns[:i], reply), example, plans)[0] if i else "" for reply in (True, False)
-            )
-            after, _ = self._expand(self._apply(turns[: i + 1], False), example, plans)
-            if not after.startswith(before):  # a template may write the role of a request otherwise than of a reply
+            before, after = written(i, True)[0], written(i + 1, False)[0]
+            if not after.startswith(before):  # some templates start a reply otherwise than they ask for one
                 shared = _common_start(before, after)
-                before = shared if len(shared) > len(earlier) else before
+                before = shared if len(shared) > len(written(i, False)[0]) else before
             if not (after.startswith(before) and text.startswith(after)):
                 raise ExampleError(
                     "has a turn that the chat template writes differently when others follow: what the assistant said "
@@ -245,7 +246,7 @@ class ChatEncoder:
         )
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """Models with processors learnt with what their tokenizers add, if the template does not write it itself."""
+        """As the library does: with a processor, unless the template writes them itself."""
         start = self.tokenizer.bos_token
         return self.processor is not None and not (start and text.startswith(start))
 

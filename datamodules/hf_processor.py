@@ -61,7 +61,8 @@ class HFVisual(VisualProcessor):
         import transformers
 
         settings = (self.fps, self.max_frames, self.image_encoder, self.video_encoder, transformers.__version__)
-        return repr((settings, self.processor.to_json_string()))
+        given = [self._arguments[name] for name in ("images_kwargs", "videos_kwargs")]
+        return repr((settings, given, self.processor.to_json_string()))
 
     @cached_property
     def feature_tokens(self) -> tuple[str, ...]:

@@ -111,8 +111,9 @@ class MultimodalDataModule(pl.LightningDataModule):
         tokenizer, made = load_processor(processor)
         feature_tokens: tuple[str, ...] = ()
         if made is not None:  # a processor's own tokens and preparation, unless others are given
-            prepared = HFVisual(made)
-            visual, feature_tokens = visual or prepared, prepared.feature_tokens
+            if visual is None and getattr(made, "image_processor", None) is not None:
+                visual = HFVisual(made)
+                feature_tokens = visual.feature_tokens
             image_token = getattr(made, "image_token", image_token)
             video_token = getattr(made, "video_token", video_token)
         self.encoder = ChatEncoder(

@@ -10,7 +10,7 @@ import transformers as hf
 
 from bigmac_lightning.datamodules import byte_tokenizer
 from tests.datamodules.examples import pictures, said, write_jsonl
-from tests.datamodules.test_hf_processor import write_processor
+from tests.datamodules.processors import write_model
 from tests.models import zoo
 
 QWEN3_TEMPLATE = (  # for text only, as such models have
@@ -46,31 +46,11 @@ def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _special(tokenizer: Any) -> dict[str, int]:
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    return dict(zip(names, tokenizer.convert_tokens_to_ids(list(tokens)), strict=True))
+def _vision_language(family: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        write_model(family, folder.parent).rename(folder)
 
-
-def _qwen3_vl(folder: Path) -> None:
-    write_processor(folder, "qwen3_vl")
-    config: Any = zoo.MODELS["qwen3_vl"].config()
-    config.vision_config.patch_size = 16
-    _write_qwen(hf.Qwen3VLForConditionalGeneration, config, folder)
-
-
-def _qwen2_5_vl(folder: Path) -> None:
-    write_processor(folder, "qwen2_5_vl")
-    config: Any = zoo.MODELS["qwen2_5_vl"].config()
-    config.vision_config.patch_size, config.vision_config.window_size = 14, 56
-    _write_qwen(hf.Qwen2_5_VLForConditionalGeneration, config, folder)
-
-
-def _write_qwen(kind: Any, config: Any, folder: Path) -> None:
-    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    config.text_config.vocab_size = len(tokenizer)
-    config.update(_special(tokenizer))
-    _save(kind(config), folder)
+    return write
 
 
 def _qwen3(folder: Path) -> None:
@@ -91,8 +71,8 @@ def _siglip2(folder: Path) -> None:
 
 
 MODELS: dict[str, Callable[[Path], None]] = {
-    "Qwen3-VL": _qwen3_vl,
-    "Qwen2.5-VL": _qwen2_5_vl,
+    "Qwen3-VL": _vision_language("qwen3_vl"),
+    "Qwen2.5-VL": _vision_language("qwen2_5_vl"),
     "Qwen3-4B": _qwen3,
     "siglip2": _siglip2,
 }

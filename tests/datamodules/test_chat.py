@@ -94,6 +94,19 @@ def test_a_template_for_text_only() -> None:
     assert (sample.media[0].start, sample.media[0].rows) == (len("user: a "), 9)
 
 
+def test_a_template_that_starts_replies_otherwise_than_it_asks_for_them() -> None:
+    """As LLaVA-OneVision's: what follows the common start is learnt."""
+    chat = encoder()
+    chat.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} \n{{ m.content[0].text }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [Message("user", ["a"]), Message("assistant", ["b"])] * 2
+    sample = chat.encode(Example(turns), [], "x")
+    learnt = [token for token, labelled in zip(sample.tokens, sample.labelled, strict=True) if labelled]
+    assert chat.tokenizer.decode(learnt) == " \nb<|im_end|>" * 2
+
+
 def test_templates_that_refuse_or_rewrite() -> None:
     chat = encoder()
     chat.tokenizer.chat_template = "{{ raise_exception('system first') }}"

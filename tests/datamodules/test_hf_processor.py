@@ -1,53 +1,55 @@
-"""A real processor from a folder: tokens, patches and grids as it makes them itself, planned without pixels."""
+"""Every family from its folder: what MultimodalDataModule makes of real files against the library's own processor, and
+loss and gradients against the library's own model, sample by sample."""
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import PIL.Image
 import pytest
 import torch
 import transformers
-from transformers import AddedToken, AutoProcessor
+from transformers import AutoProcessor
 
+from bigmac_lightning.batch import Batch, MediaData, Microbatch, PipelineLayout
 from bigmac_lightning.datamodules import (
     Example,
+    ExampleError,
     File,
     HFVisual,
     Image,
     Message,
     MultimodalDataModule,
+    Size,
     Source,
     Video,
     byte_tokenizer,
 )
 from bigmac_lightning.datamodules.decoding import measure, read_frames
 from bigmac_lightning.datamodules.hf_processor import _metadata
+from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
 from tests.datamodules.examples import clips
+from tests.datamodules.processors import PROCESSORS, write_model
+from tests.models import zoo
+from tests.ranks import run_ranks
+from tests.runtime.test_families import error
+from tests.strategy.trainers import on_ranks, plain_trainer
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_processor(folder: Path, kind: str) -> Path:
-    """What a model's folder holds besides its weights."""
-    tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([AddedToken(t, special=True) for t in ("<|vision_start|>", "<|vision_end|>")])
-    limits = {"shortest_edge": 32 * 32, "longest_edge": 96 * 96}
-    whole = {"shortest_edge": 32 * 32 * 2, "longest_edge": 64 * 64 * 8}
-    if kind == "qwen3_vl":
-        image = transformers.Qwen2VLImageProcessor(patch_size=16, merge_size=2, size=limits)
-        video = transformers.Qwen3VLVideoProcessor(size=whole)
-        made = transformers.Qwen3VLProcessor(image, tokenizer, video, chat_template=CHAT)
-    else:
-        image = transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=limits)
-        video = transformers.Qwen2VLVideoProcessor(patch_size=14, size=limits)
-        made = transformers.Qwen2_5_VLProcessor(image, tokenizer, video, chat_template=CHAT)
-    made.save_pretrained(folder)
-    return folder
+FAMILIES = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(name == "smolvlm" and find_spec("num2words") is None, reason="needs num2words")
+    )
+    for name in PROCESSORS
+]
+VIDEOS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "smolvlm")
 
 
 class Given(Source):
@@ -61,72 +63,275 @@ class Given(Source):
         return self.examples[index]
 
 
-def picture(folder: Path, height: int, width: int) -> File:
+def picture(folder: Path, height: int, width: int) -> Image:
     pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(height), dtype=torch.uint8)
     PIL.Image.fromarray(pixels.numpy()).save(folder / f"{height}.png")
-    return File.at(folder / f"{height}.png")
+    return Image(File.at(folder / f"{height}.png"))
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_against_the_processor(kind: str, tmp_path: Path) -> None:
-    folder = write_processor(tmp_path / "model", kind)
-    files = [picture(tmp_path, 100, 60), picture(tmp_path, 33, 200)]
-    clip = File.at(clips()[2])
-    examples = [
-        Example([Message("user", [Image(files[0]), "what?"]), Message("assistant", ["noise"])]),
-        Example([Message("user", ["a ", Image(files[1]), " b ", Video(clip)]), Message("assistant", ["both"])]),
+def said(*parts: Any, reply: str) -> list[Message]:
+    return [Message("user", parts), Message("assistant", [reply])]
+
+
+def examples(name: str, folder: Path) -> list[Example]:
+    """Several images of odd sizes in a sample, one image, text alone, images in two turns, and videos."""
+    a, b, c, d, e = (picture(folder, *size) for size in ((37, 101), (90, 31), (8, 8), (50, 49), (23, 70)))
+    made = [
+        Example(said("first ", a, " then ", b, "?", reply="two")),
+        Example(said(c, "what is it?", reply="noise")),
+        Example([*said("only text", reply="yes"), *said("more", reply="no")]),
+        Example([*said(d, "left?", reply="up"), *said("and ", e, reply="down")]),
+        Example(said(a, reply="wide")),
     ]
-    made = MultimodalDataModule([Given(examples)], processor=str(folder), token_budget=4096, cache_dir=tmp_path / "c")
-    made.microbatches = 1
-    made.setup("fit")
-    assert isinstance(made.encoder.visual, HFVisual)
-    loader = made.loader("train")
-    (batch,) = loader
-    (microbatch,) = batch.microbatches
-
-    processor: Any = AutoProcessor.from_pretrained(folder)
-    order = [int(origin.name.split("sample ")[1]) for origin in microbatch.origins]
-    assert sorted(order) == [0, 1]
-    ids, pixels, grids = [], [], []
-    for index in order:
-        example = examples[index]
-        messages = [{"role": m.role, "content": [_part(part) for part in m.parts]} for m in example.messages]
-        arguments: dict[str, Any] = {}
-        images = [item for item in example.media if isinstance(item, Image)]
-        opened = [PIL.Image.open(item.file.name).convert("RGB") for item in images]
-        for item in example.media:
-            if isinstance(item, Video):
-                plan = made.encoder.visual.plan(item, measure(item))
-                size = measure(item)
-                arguments = {
-                    "videos": [read_frames(item.file, size, plan.frames)],
-                    "video_metadata": [_metadata(plan.frames, size)],
-                    "do_sample_frames": False,
-                }
-        text = processor.apply_chat_template(messages, tokenize=False)
-        out = processor(text=[text], images=opened, return_tensors="pt", **arguments)
-        ids.append(out["input_ids"][0])
-        for part, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-            if part in out:
-                pixels.append(out[part])
-                grids.append((grid, out[grid]))
-    assert torch.equal(microbatch.inputs["input_ids"][0], torch.cat(ids))
-    assert len(microbatch.media) == 3
-    for item, expected in zip(microbatch.media, pixels, strict=True):
-        assert item.data is not None
-        torch.testing.assert_close(item.data.flatten(0, 2), expected)
-    for name in ("image_grid_thw", "video_grid_thw"):
-        assert torch.equal(microbatch.inputs[name], torch.cat([grid for kept, grid in grids if kept == name]))
-    placeholder = {processor.image_token_id, processor.video_token_id}
-    at = microbatch.inputs["input_ids"].flatten()[microbatch.media_positions].tolist()
-    assert set(at) == placeholder
-    assert len(at) == sum(int(token in placeholder) for token in microbatch.inputs["input_ids"].flatten().tolist())
+    if name in VIDEOS:
+        clip = Video(File.at(clips()[2]))
+        made.append(Example(said(clip, "what happens?", reply="much")))
+        if name != "smolvlm":  # whose processor forgets images where there is a video
+            made.append(Example(said("a ", clip, " and ", b, reply="both")))
+    return made
 
 
-def _part(part: Any) -> dict[str, str]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {"type": "image" if isinstance(part, Image) else "video"}
+@dataclass
+class Case:
+    """A family's checkpoint, and examples.
+
+    Attributes:
+        whole: the library's own outputs of each example: what its processor makes of it.
+    """
+
+    name: str
+    folder: Path
+    examples: list[Example]
+    whole: list[dict[str, Any]]
+
+    def datamodule(self, **changes: Any) -> MultimodalDataModule:
+        given: dict[str, Any] = {"token_budget": 210, "microbatches": 8, "cache_dir": self.folder / "cache", **changes}
+        source = Given(self.examples)
+        made = MultimodalDataModule([source], [source], processor=str(self.folder), **given)
+        assert made.encoder.visual is not None
+        object.__setattr__(made.encoder.visual, "max_frames", FRAMES)
+        return made
+
+    def batch(self, layout: PipelineLayout | None = None, **changes: Any) -> Batch:
+        """All examples; with the data of the layout's rank."""
+        made = self.datamodule(**changes)
+        strategy = SimpleNamespace(pipeline_layout=layout or PipelineLayout())
+        made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None, lightning_module=None)  # pyright: ignore
+        made.setup("fit")
+        (batch,) = made.loader("train")
+        return batch
+
+
+FRAMES = 3
+
+
+def prepared(processor: Any, example: Example) -> dict[str, Any]:
+    """By the library alone: template, pixels and tokens in one call."""
+    messages: list[Any] = []
+    metadata: list[Any] = []
+    for message in example.messages:
+        parts: list[Any] = []
+        for part in message.parts:
+            if isinstance(part, str):
+                parts.append({"type": "text", "text": part})
+            elif isinstance(part, Image):
+                parts.append({"type": "image", "image": PIL.Image.open(part.file.name).convert("RGB")})
+            else:
+                size = measure(part)
+                frames = tuple(int((i + 0.5) * size.frames / FRAMES) for i in range(FRAMES))
+                parts.append({"type": "video", "video": read_frames(part.file, size, frames)})
+                metadata.append(_metadata(frames, size))
+        messages.append({"role": message.role, "content": parts})
+    further: dict[str, Any] = {"do_sample_frames": False, "video_metadata": metadata} if metadata else {}
+    return dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=further
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    made = examples(name, folder)
+    saved = write_model(name, folder)
+    processor = AutoProcessor.from_pretrained(saved)
+    return Case(name, saved, made, [prepared(processor, example) for example in made])
+
+
+def numbers(microbatch: Microbatch) -> list[int]:
+    """Of the examples in it."""
+    return [int(origin.name.split("sample ")[1]) for origin in microbatch.origins]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_against_the_processor(case: Case, packed: bool) -> None:
+    """Tokens of each sample, and every pixel."""
+    seen = set()
+    for microbatch in case.batch(packed=packed).microbatches:
+        ids = microbatch.inputs["input_ids"].flatten()
+        for i, number in enumerate(numbers(microbatch)):
+            seen.add(number)
+            origin, out = microbatch.origins[i], case.whole[number]
+            assert ids[origin.start : origin.stop].tolist() == out["input_ids"][0].tolist()
+            items = [item for item in microbatch.media if item.origin == i]
+            assert len(items) == len(case.examples[number].media)
+            compare_pixels(case.name, [item.data for item in items], [item.encoder for item in items], out)
+    assert seen == set(range(len(case.examples)))
+
+
+def compare_pixels(name: str, items: list[MediaData | None], encoders: list[str], out: dict[str, Any]) -> None:
+    left = {"image": out.get("pixel_values"), "video": out.get("pixel_values_videos", out.get("pixel_values"))}
+    if name == "internvl":  # both in one tensor, in their order
+        encoders = ["image"] * len(items)
+    for kind in ("image", "video"):
+        of_kind = [item for item, encoder in zip(items, encoders, strict=True) if encoder == kind]
+        expected: Any = left[kind]
+        for i, item in enumerate(of_kind):
+            assert item is not None
+            pixels = item if isinstance(item, torch.Tensor) else item["pixel_values"]
+            if name.startswith("qwen"):
+                pixels = pixels.flatten(0, 2)
+                found, expected = expected[: len(pixels)], expected[len(pixels) :]
+            elif name == "llava_onevision":
+                found = expected[i, : len(pixels)]
+            elif name == "mistral3":
+                found = expected[i : i + 1, :, : pixels.shape[-2], : pixels.shape[-1]]
+            else:
+                expected = expected.flatten(0, 1) if expected.ndim == 5 else expected
+                found, expected = expected[: len(pixels)], expected[len(pixels) :]
+            assert torch.equal(pixels, found)
+            if isinstance(item, dict):
+                assert item["image_sizes"].tolist() == out["image_sizes"][i].tolist()
+
+
+def reference(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[float, dict[str, Any], dict[str, str]]:
+    """Loss and gradients of the library's model on what its processor makes of each sample alone."""
+    whole = zoo.load(case.name, case.folder.parent, dtype)
+    total, labels = 0.0, len(batch.labels)
+    for microbatch in batch.microbatches:
+        for origin, number in zip(microbatch.origins, numbers(microbatch), strict=True):
+            out = {
+                k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+                for k, v in case.whole[number].items()
+            }
+            logits = whole(**out, use_cache=False).logits[0]
+            at = microbatch.label_positions
+            at = at[(at >= origin.start) & (at < origin.stop)] - origin.start
+            loss = torch.nn.functional.cross_entropy(logits[at], out["input_ids"][0, at + 1], reduction="sum") / labels
+            loss.backward()
+            total += loss.item()
+    return total, {name: p.grad for name, p in whole.named_parameters()}, whole.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_against_the_model(case: Case, packed: bool) -> None:
+    if packed and not zoo.MODELS[case.name].packs:
+        pytest.skip("is refused")
+    batch = case.batch(packed=packed)
+    assert any(len(m.origins) > 1 for m in batch.microbatches)
+    module = MultimodalLM.from_pretrained(str(case.folder))
+    module.configure_model()
+    out = module.pipeline(batch)
+    out.loss.backward()
+    loss, expected, tied = reference(case, batch, torch.float32)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-6)
+    rounding = 0.0
+    if case.name != "qwen3_vl_moe":  # experts have no float64
+        _, exact, _ = reference(case, batch, torch.float64)
+        rounding = max(error(expected[n], exact[n], expected) for n in expected)
+        assert rounding < 1e-5
+    seen = set()
+    for full_name, parameter in module.named_parameters():
+        short = full_name.removeprefix("llm.").removeprefix("encoders.image.")
+        short = short if short in expected else tied[short]
+        seen.add(short)
+        found = error(parameter.grad, expected[short], expected)
+        assert found <= max(1e-6, 2 * rounding), f"{short}: {found:.1e}"
+    assert seen == expected.keys()
+
+
+SPLIT = ("qwen2_5_vl", "llava_onevision", "idefics3")
+"""Video times that positions depend on; crops with sizes; crops whose tokens stand apart."""
+
+
+def _pipelined(rank: int, cases: list[Case]) -> dict[str, Any]:
+    mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
+    results = {}
+    for case in cases:
+        module = MultimodalLM.from_pretrained(str(case.folder))
+        module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
+        module.configure_model()
+        module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+        batch = case.batch(module.runner.layout, token_budget=150)
+        owned = [item.owner == rank for m in batch.microbatches for item in m.media]
+        assert {True, False} == set(owned)
+        assert owned == [item.data is not None for m in batch.microbatches for item in m.media]
+        out = module.pipeline(batch)
+        reduce_gradients(module.runner.places, mesh)
+        results[case.name] = out.loss.item(), {n: p.grad for n, p in module.named_parameters()}
+    return results
+
+
+def test_in_a_pipeline(tmp_path: Path) -> None:
+    """Each rank decodes its own items alone; loss and gradients are those of one process."""
+    cases = []
+    for name in SPLIT:
+        made = examples(name, tmp_path)
+        cases.append(Case(name, write_model(name, tmp_path), made, []))
+    results = run_ranks(2, _pipelined, cases)
+    for case in cases:
+        module = MultimodalLM.from_pretrained(str(case.folder))
+        module.configure_model()
+        batch = case.batch(token_budget=150)
+        assert len(batch) > 2
+        out = module.pipeline(batch)
+        out.loss.backward()
+        expected = {name: p.grad for name, p in module.named_parameters()}
+        for loss, gradients in (rank[case.name] for rank in results):
+            assert loss == pytest.approx(out.loss.item(), rel=1e-6)
+            for name, gradient in gradients.items():
+                assert error(gradient, expected[name], expected) <= 2e-6, name
+
+
+class Losses(pl.Callback):
+    """Of each training step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+def _fit(rank: int, case: Case, **where: Any) -> list[float]:
+    seen = Losses()
+    trainer = plain_trainer(max_epochs=2, callbacks=[seen], **where)
+    trainer.fit(MultimodalLM.from_pretrained(str(case.folder), learning_rate=1e-2), case.datamodule())
+    return seen.losses
+
+
+def _fit_in_a_pipeline(rank: int, case: Case) -> list[float]:
+    return _fit(rank, case, strategy="bigmac", devices=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
+def test_two_lines(tmp_path: Path) -> None:
+    """Model and processor from their folder, under the strategy's name."""
+    case = Case("internvl", write_model("internvl", tmp_path), examples("internvl", tmp_path), [])
+    losses = _fit(0, case)
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    for found in on_ranks(2, _fit_in_a_pipeline, case):
+        assert found == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
+def test_packing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    case = Case("gemma3", write_model("gemma3", tmp_path), examples("gemma3", tmp_path), [])
+    with pytest.raises(ValueError, match=r"'gemma3' .* cannot keep packed samples apart: .*packed=False"):
+        _fit(0, case)
+    assert not (case.folder / "cache").exists()
 
 
 def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
@@ -135,3 +340,72 @@ def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be a fast tokenizer with a chat template"):
         MultimodalDataModule(processor=str(tmp_path))
+
+
+def test_plans_of_other_settings_are_others(tmp_path: Path) -> None:
+    """What was measured with a processor is not taken for what another one makes."""
+    prints = set()
+    for name, size in (("idefics3", 24), ("idefics3", 16), ("internvl", 8)):
+        processor = PROCESSORS[name]()
+        processor.image_processor.size = {"longest_edge": size}
+        processor.save_pretrained(tmp_path / name)
+        prints.add(HFVisual(AutoProcessor.from_pretrained(tmp_path / name)).fingerprint())
+    prints |= {HFVisual(PROCESSORS["gemma3"]()).fingerprint(), HFVisual(_pan_and_scan()).fingerprint()}
+    assert len(prints) == 5
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS.keys() - VIDEOS))
+def test_videos_are_refused(name: str, tmp_path: Path) -> None:
+    clip = Video(File.at(clips()[2]))
+    case = Case(name, write_model(name, tmp_path), [Example(said(clip, reply="much"))], [])
+    with pytest.raises(ExampleError, match=r"sample 0 has a video, which \w+Processor cannot prepare"):
+        case.datamodule().setup("fit")
+
+
+def test_a_processor_that_has_to_see_pixels() -> None:
+    processor = PROCESSORS["llava"]()
+    processor.image_processor = transformers.CLIPImageProcessorPil()
+    with pytest.raises(ValueError, match=r"CLIPImageProcessorPil works by 'pil'.*backend=\"torchvision\""):
+        HFVisual(processor)
+
+
+def _changed(name: str, **changes: Any) -> Any:
+    processor = PROCESSORS[name]()
+    for attribute, value in changes.items():
+        setattr(processor.image_processor, attribute, value)
+    return processor
+
+
+def _pan_and_scan() -> Any:
+    processor = PROCESSORS["gemma3"]()
+    further = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
+    processor.images_kwargs = {**processor.images_kwargs, **further}
+    return processor
+
+
+SETTINGS = {
+    "one crop": lambda: _changed("internvl", max_patches=1),
+    "many crops": lambda: _changed("internvl", max_patches=12, min_patches=3),
+    "no splitting": lambda: _changed("idefics3", do_image_splitting=False),
+    "larger": lambda: _changed("idefics3", size={"longest_edge": 48}),
+    "as large as it is": lambda: _changed("mistral3", size={"longest_edge": 4096}),
+    "not cut to a square": lambda: _changed("llava", do_center_crop=False),
+    "pan and scan": _pan_and_scan,
+    **{name: PROCESSORS[name] for name in PROCESSORS if name != "smolvlm"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_plans_need_no_pixels(setting: str) -> None:
+    """For images of any size and shape, whatever a processor is told to do with them."""
+    processor = SETTINGS[setting]()
+    visual, random = HFVisual(processor), Random(5)
+    for number in (1, 2) * 15:
+        size = Size(*(int(2 ** random.uniform(4, 7.5)) for _ in range(2)))
+        plan = visual.plan(Image(File.at("nowhere")), size, number == 1)
+        picture = torch.zeros(3, size.height, size.width, dtype=torch.uint8)
+        text = " ".join([processor.image_token] * number)
+        out = processor(text=[text], images=[[picture] * number], add_special_tokens=False, return_tensors="pt")
+        found = plan.text or processor.image_token * plan.rows
+        expected = processor.tokenizer(" ".join([found] * number), add_special_tokens=False)["input_ids"]
+        assert out["input_ids"][0].tolist() == expected, size
