@@ -155,8 +155,8 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     def _refused_packing(self) -> str:
         """Why the model does not take what `packed` makes; empty: it does."""
-        module = self.trainer.lightning_module if self.packed and self.trainer is not None else None
-        return module.llm.refuses_packing if isinstance(module, PipelineModule) else ""
+        module = getattr(self.trainer, "lightning_module", None)
+        return module.llm.refuses_packing if self.packed and isinstance(module, PipelineModule) else ""
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         return [

@@ -116,7 +116,7 @@ class Case:
         """All examples; with the data of the layout's rank."""
         made = self.datamodule(**changes)
         strategy = SimpleNamespace(pipeline_layout=layout or PipelineLayout())
-        made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None, lightning_module=None)  # pyright: ignore
+        made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=None)  # pyright: ignore
         made.setup("fit")
         (batch,) = made.loader("train")
         return batch
