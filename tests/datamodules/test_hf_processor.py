@@ -251,8 +251,8 @@ def test_against_the_model(case: Case, packed: bool) -> None:
     assert seen == expected.keys()
 
 
-SPLIT = ("qwen2_5_vl", "llava_onevision", "idefics3")
-"""Video times that positions depend on; crops with sizes; crops whose tokens stand apart."""
+SPLIT = ("qwen2_5_vl", "internvl", "idefics3")
+"""Video times that positions depend on; crops, and frames as crops; crops whose tokens stand apart."""
 
 
 def _pipelined(rank: int, cases: list[Case]) -> dict[str, Any]:
@@ -288,10 +288,11 @@ def test_in_a_pipeline(tmp_path: Path) -> None:
         out = module.pipeline(batch)
         out.loss.backward()
         expected = {name: p.grad for name, p in module.named_parameters()}
+        tied = {f"llm.{head}": f"llm.{embedding}" for head, embedding in module.llm.tied.items()}
         for loss, gradients in (rank[case.name] for rank in results):
             assert loss == pytest.approx(out.loss.item(), rel=1e-6)
             for name, gradient in gradients.items():
-                assert error(gradient, expected[name], expected) <= 2e-6, name
+                assert error(gradient, expected[tied.get(name, name)], expected) <= 1e-6, name
 
 
 class Losses(pl.Callback):
@@ -307,7 +308,8 @@ class Losses(pl.Callback):
 def _fit(rank: int, case: Case, **where: Any) -> list[float]:
     seen = Losses()
     trainer = plain_trainer(max_epochs=2, callbacks=[seen], **where)
-    trainer.fit(MultimodalLM.from_pretrained(str(case.folder), learning_rate=1e-2), case.datamodule())
+    module = MultimodalLM.from_pretrained(str(case.folder), learning_rate=1e-2)
+    trainer.fit(module, case.datamodule(num_workers=trainer.num_devices - 1))
     return seen.losses
 
 
@@ -317,8 +319,9 @@ def _fit_in_a_pipeline(rank: int, case: Case) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
 def test_two_lines(tmp_path: Path) -> None:
-    """Model and processor from their folder, under the strategy's name."""
-    case = Case("internvl", write_model("internvl", tmp_path), examples("internvl", tmp_path), [])
+    """Model and processor from their folder, under the strategy's name; crops with the sizes of their images."""
+    name = "llava_onevision"
+    case = Case(name, write_model(name, tmp_path), examples(name, tmp_path), [])
     losses = _fit(0, case)
     assert len(losses) == 2
     assert losses[1] < losses[0]
