@@ -9,8 +9,9 @@ Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N
 V vocabulary.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
-from bigmac_lightning.partition import LayerCosts
+from bigmac_lightning.partition import LayerCosts, TrainedLayers
 from bigmac_lightning.token_loss import token_loss
+from bigmac_lightning.work import Work, work_of
 
 Mode = Literal["train", "evaluate", "sample"]
 
@@ -31,12 +33,18 @@ class Encoder(nn.Module, ABC):
     Attributes:
         levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
             the embedding's (see `LanguageModel.run_layers`).
+        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
     """
 
     levels: int = 1
+    gradient_checkpointing: bool = False
 
     def materialize(self) -> None:
-        """Give weights to what ``__init__`` left without; called once, before anything else is."""
+        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+
+    def work(self, rows: int) -> Work:
+        """Estimated work of the forward of an item that makes so many rows; here, each row meets every matrix."""
+        return work_of(self, rows)
 
     @abstractmethod
     def forward(self, pixels: list[Any]) -> Tensor:
@@ -64,6 +72,7 @@ class LanguageModel(nn.Module, ABC):
         auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
             by name. Such a loss is a mean over microbatches.
         refuses_packing: why a row must not hold several samples; empty: it may.
+        gradient_checkpointing: whether layers keep their inputs only and run again in the backward.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
     stage; gradients flow back through them. A model without any ignores them.
@@ -75,6 +84,7 @@ class LanguageModel(nn.Module, ABC):
     tied: dict[str, str]
     auxiliary_losses: dict[str, float] = {}
     refuses_packing: str = ""
+    gradient_checkpointing: bool = False
 
     @abstractmethod
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -110,9 +120,21 @@ class LanguageModel(nn.Module, ABC):
         """The `auxiliary_losses` of a microbatch, scalars, from the extras that came out of the last layer."""
         return {}
 
-    def costs(self) -> LayerCosts:
-        """Estimated forward time per token of each layer and of what the first and last stage do besides."""
+    def costs(self, sample_tokens: int = 0) -> LayerCosts:
+        """Estimated forward time per token of each layer and of what the first and last stage do besides.
+
+        Args:
+            sample_tokens: of a sample, which attention's part of the time grows with; 0: leave that part out.
+        """
         return LayerCosts((1.0,) * self.num_layers)
+
+    def kept(self) -> LayerCosts:
+        """Estimated numbers per token that each part keeps for the backward, without `gradient_checkpointing`."""
+        return LayerCosts((0.0,) * self.num_layers)
+
+    def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterable[nn.Parameter]:
+        """What `materialize` would keep, while nothing has been dropped yet; nothing if that is not known."""
+        return ()
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Complete a microbatch's inputs by what all stages need (positions, ...); does nothing the second time."""
@@ -124,10 +146,26 @@ class LanguageModel(nn.Module, ABC):
 
 
 class Generator(nn.Module, ABC):
-    """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device."""
+    """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device.
+
+    Attributes:
+        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
+    """
+
+    gradient_checkpointing: bool = False
 
     def materialize(self) -> None:
-        """Give weights to what ``__init__`` left without; called once, before anything else is."""
+        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+
+    def work(self, shape: tuple[int, ...], rows: int) -> Work:
+        """Estimated work of the forward on a target, the backward left out; here, each condition row and each cell of
+        the target meets every matrix.
+
+        Args:
+            shape: of the target.
+            rows: of the conditions.
+        """
+        return work_of(self, rows + math.prod(shape[1:]))
 
     @abstractmethod
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
@@ -231,6 +269,7 @@ class PipelineModule(pl.LightningModule):
         self.part = Part()
         self.runner: Callable[[Batch, Mode], PipelineOutput] | None = None
         self._materialized = False
+        self._trained_layers: TrainedLayers | None = None
 
     @property
     def loss_names(self) -> list[str]:
@@ -239,14 +278,36 @@ class PipelineModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
-        if self._materialized:
-            return
+        if not self._materialized:
+            self.materialize()
+            self.adapt()
+            self._materialized = True
+
+    def materialize(self) -> None:
+        """Give weights to the components, to the LLM those of this process's part."""
         for component in [*self.encoders.values(), *self.generators.values()]:
             assert isinstance(component, Encoder | Generator)
             component.materialize()
         layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
         self.llm.materialize(layers, self.part.embedding, self.part.head)
-        self._materialized = True
+
+    def adapt(self) -> None:
+        """Change the components once they have their weights: freeze parts, add adapters. Works on the meta device,
+        too, but `configure_model` cannot come after it."""
+
+    @property
+    def trained_layers(self) -> TrainedLayers:
+        """What of the LLM is trained, as it was known before any weights were there."""
+        if self._trained_layers is None:
+            self._trained_layers = self._find_trained_layers()
+        return self._trained_layers
+
+    def _find_trained_layers(self) -> TrainedLayers:
+        llm, layers = self.llm, range(self.llm.num_layers)
+        parts = [((), True, False), *(((k,), False, False) for k in layers), ((), False, True)]
+        shares = tuple(trained_share(llm.parameters_of(*part)) for part in parts)
+        below = any(parameter.requires_grad for parameter in self.encoders.parameters())
+        return TrainedLayers(shares, below, llm.gradient_checkpointing)
 
     def cpu(self) -> Self:
         """As of every module; called by Lightning's teardown even where an error came before `configure_model`, which
@@ -450,6 +511,13 @@ class PipelineModule(pl.LightningModule):
         reduced = self._trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced.unbind()
+
+
+def trained_share(parameters: Iterable[nn.Parameter]) -> float:
+    """The share of the weights that is trained; of none: 1."""
+    known = list(parameters)
+    whole = sum(parameter.numel() for parameter in known)
+    return sum(parameter.numel() for parameter in known if parameter.requires_grad) / whole if whole else 1.0
 
 
 def _data(item: MediaItem) -> MediaData:

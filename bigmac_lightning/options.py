@@ -35,6 +35,7 @@ class PipelineOptions:
         pieces: in how many pieces `filled` may cut an encoder share.
         stage_factors: for each stage, how many times as long as `costs` say it takes; ``None``: 1 for all; "auto":
             estimated from its layers by `estimated`.
+        sample_tokens: of a typical sample, by which attention's part of the layers' costs is estimated; 0: left out.
         own_stage_rank: the rank of each stage, where the policy leaves it open; set by `chosen`.
 
     `backbone`, `group_size` and `virtual_stages` may be "auto" until `chosen` has named them.
@@ -56,6 +57,7 @@ class PipelineOptions:
     ramp: bool = False
     pieces: int = 1
     stage_factors: tuple[float, ...] | Auto | None = None
+    sample_tokens: int = 0
     own_stage_rank: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

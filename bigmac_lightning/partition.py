@@ -5,7 +5,7 @@ Pure arithmetic on layers' costs; knows no tensors, ranks or configs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 Partition = Literal["even", "auto"] | tuple[int, ...]
@@ -14,7 +14,7 @@ Partition = Literal["even", "auto"] | tuple[int, ...]
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Estimated forward time of the LLM's parts, in any unit.
+    """What the LLM's parts take, time or memory, in any unit.
 
     Attributes:
         layers: of each layer.
@@ -31,6 +31,53 @@ class LayerCosts:
         first = self.embedding if stage.start == 0 else 0.0
         last = self.head if stage.stop == len(self.layers) else 0.0
         return sum(self.layers[stage.start : stage.stop]) + first + last
+
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """From the embedding to the head."""
+        return (self.embedding, *self.layers, self.head)
+
+    @classmethod
+    def of_parts(cls, parts: Sequence[float]) -> "LayerCosts":
+        return cls(tuple(parts[1:-1]), parts[0], parts[-1])
+
+
+@dataclass(frozen=True)
+class TrainedLayers:
+    """What of the LLM is trained, as far as it changes how long a stage takes.
+
+    Attributes:
+        shares: the share of the weights of each part (embedding, layers, head) that is trained.
+        below: whether gradients have to go all the way down: to an encoder, or to adapters in all layers.
+        recomputed: whether the backward of a layer runs its forward again.
+    """
+
+    shares: tuple[float, ...]
+    below: bool = False
+    recomputed: bool = False
+
+    @classmethod
+    def all(cls, layers: int) -> "TrainedLayers":
+        return cls((1.0,) * (layers + 2))
+
+    @property
+    def passes(self) -> tuple[bool, ...]:
+        """Whether each part has a backward: gradients go no further down than to the lowest part that is trained."""
+        return tuple(accumulate((share > 0 for share in self.shares), lambda a, b: a or b, initial=self.below))[1:]
+
+    def times(self, forward: LayerCosts) -> tuple[LayerCosts, LayerCosts, LayerCosts]:
+        """Of forward, input gradients and weight gradients, each of which takes as many multiplications as the forward;
+        what is recomputed counts with the input gradients."""
+        again = (False, *[self.recomputed] * len(forward.layers), False)
+        rows = list(zip(forward.parts, self.passes, self.shares, again, strict=True))
+        inputs = [cost * passed * (1 + recomputed) for cost, passed, _, recomputed in rows]
+        weights = [cost * share for cost, _, share, _ in rows]
+        return forward, LayerCosts.of_parts(inputs), LayerCosts.of_parts(weights)
+
+    def step(self, forward: LayerCosts) -> LayerCosts:
+        """Forward and backward together."""
+        columns = zip(*(costs.parts for costs in self.times(forward)), strict=True)
+        return LayerCosts.of_parts([sum(column) for column in columns])
 
 
 def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -> list[range]:
@@ -75,13 +122,3 @@ def _balanced(costs: LayerCosts, stages: int) -> list[range]:
             extended[end] = min(choices, key=lambda choice: choice[:2])
         best = extended
     return best[layers][2]
-
-
-def describe(stages: Sequence[range], stage_rank: Sequence[int], costs: LayerCosts) -> str:
-    """A table, one line for each stage: rank, layers, and its share of the LLM's estimated time."""
-    whole = sum(costs.of(stage) for stage in stages)
-    lines = ["stage  rank  layers      of the LLM's time"]
-    for s, (stage, rank) in enumerate(zip(stages, stage_rank, strict=True)):
-        layers = f"{stage.start}..{stage.stop - 1}"
-        lines.append(f"{s:>5}  {rank:>4}  {layers:<10}  {costs.of(stage) / whole:.1%}")
-    return "\n".join(lines)

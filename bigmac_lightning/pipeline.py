@@ -43,6 +43,24 @@ def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Pa
     )
 
 
+def settled(module: PipelineModule, options: PipelineOptions, size: int) -> tuple[PipelineOptions, list[range], str]:
+    """Options with all that is open named, the layers of each stage, and why; the same on all ranks.
+
+    Args:
+        module: before or after its weights are there.
+        size: ranks of the pipeline, P.
+
+    Raises:
+        ValueError: it cannot be cut into so many stages, or no plan is possible.
+    """
+    layers = module.llm.num_layers
+    options, reason = options.chosen(size, layers, bool(module.encoders), bool(module.generators))
+    costs = module.llm.costs(options.sample_tokens)
+    stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
+    options = replace(options, partition=tuple(len(stage) for stage in stages))
+    return options.estimated(costs, stages), stages, reason
+
+
 class PipelineRunner:
     """A PipelineModule on one rank of a pipeline. Calling it runs a batch; training leaves summed gradients of this
     rank's work in ``.grad`` (reduce them with `runtime.gradients`, using `places`).

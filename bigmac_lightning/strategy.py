@@ -35,9 +35,9 @@ from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
 from bigmac_lightning.options import DEFAULT_COSTS, PipelineOptions
-from bigmac_lightning.partition import describe, make_stages
-from bigmac_lightning.pipeline import PipelineRunner, part_of
+from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
 from bigmac_lightning.planning import PlanningCollate
+from bigmac_lightning.report import as_text, partition_table, ranks_of
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.budget import MemoryBudget
@@ -68,7 +68,7 @@ class BigMacStrategy(DDPStrategy):
             it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
             every rank still holds a replica of encoders and generators).
         partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
-            counted; or the number of layers of each stage.
+            counted, and what is frozen; or the number of layers of each stage.
         costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
         max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
             within are refused, and "filled" uses the encoder units that it may.
@@ -77,6 +77,8 @@ class BigMacStrategy(DDPStrategy):
         pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
         stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head), or
             "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
+        sample_tokens: of a typical sample, by which attention's part of a layer's cost is estimated for `partition` and
+            `stage_factors`; 0: it is left out.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -107,6 +109,7 @@ class BigMacStrategy(DDPStrategy):
         ramp: bool = False,
         pieces: int = 1,
         stage_factors: list[float] | Auto | None = None,
+        sample_tokens: int = 0,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -139,8 +142,8 @@ class BigMacStrategy(DDPStrategy):
             chosen_later = value == "auto" and name not in ("microbatches", "pieces")
             if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        self._sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self._options = PipelineOptions(
+        self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
+        self.options = self._options = PipelineOptions(
             policy=policy,
             backbone=backbone,
             group_size=group_size,
@@ -154,6 +157,7 @@ class BigMacStrategy(DDPStrategy):
             ramp=ramp,
             pieces=pieces,
             stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
+            sample_tokens=sample_tokens,
         )
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._checkpoint_weights_only = checkpoint_weights_only
@@ -202,13 +206,9 @@ class BigMacStrategy(DDPStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
             )
-        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self._sizes)
-        layers = module.llm.num_layers
-        self._options, reason = self._options.chosen(pp, layers, bool(module.encoders), bool(module.generators))
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes)
+        self._options, stages, reason = settled(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
-        costs = module.llm.costs()
-        stages = make_stages(costs, len(stage_rank), self._options.partition)
-        self._options = self._options.estimated(costs, stages)
         super().setup_environment()
         if reason:
             rank_zero_info(reason)
@@ -216,8 +216,8 @@ class BigMacStrategy(DDPStrategy):
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
         module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
         module._device_mesh = self.device_mesh
-        if self._options.partition != "even":
-            rank_zero_info(describe(stages, stage_rank, costs))
+        if self.options.partition != "even" and not module._materialized:
+            rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the

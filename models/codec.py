@@ -44,8 +44,8 @@ class LatentCodec(nn.Module):
         if name not in _CLASSES:
             raise ValueError(f"a latent codec needs _class_name {' or '.join(_CLASSES)} in its config, not {name!r}")
         self._class = _CLASSES[name]
-        device = "meta" if self.source is not None else "cpu"
-        with seeded(seed, "codec"), torch.device(device):
+        self._arguments, self.seed = given, seed
+        with torch.device("meta"):
             self.autoencoder: Any = self._class.from_config(given)
         config_of = self.autoencoder.config
         self.channels = config_of.latent_channels
@@ -55,12 +55,16 @@ class LatentCodec(nn.Module):
         self.requires_grad_(False).eval()
 
     def materialize(self) -> None:
-        """Read the weights, if they are to come from a folder."""
-        if self.source is not None and next(self.autoencoder.parameters()).is_meta:
-            self.autoencoder = self._class.from_pretrained(
-                self.source, torch_dtype=torch.float32, local_files_only=True
-            )
-            self.requires_grad_(False).eval()
+        """Read or draw the weights."""
+        if not next(self.autoencoder.parameters()).is_meta:
+            return
+        if self.source is None:
+            with seeded(self.seed, "codec"):
+                self.autoencoder = self._class.from_config(self._arguments)
+        else:
+            load = self._class.from_pretrained
+            self.autoencoder = load(self.source, torch_dtype=torch.float32, local_files_only=True)
+        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode."""

@@ -9,7 +9,8 @@ Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary
 """
 
 import copy
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bigmac_lightning.module import LanguageModel
 from bigmac_lightning.partition import LayerCosts
+from bigmac_lightning.work import Work, attention_work
 
 from . import attention, surgery
 from .families import Family, family_of
@@ -45,12 +47,14 @@ def _shell(module: nn.Module, **replaced: nn.Module) -> Any:
     return shell
 
 
-def _multiplications(layer: nn.Module, config: Any) -> float:
+def _work(layer: nn.Module, config: Any) -> Work:
     """Of a token with a layer's matrices; of stacked experts with those alone that it is routed to."""
-    matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
-    stacked = [parameter for parameter in layer.parameters() if parameter.ndim == 3]
-    used = sum(parameter[0].numel() * config.num_experts_per_tok for parameter in stacked)
-    return float(sum(parameter.numel() for parameter in matrices) + used)
+    used = Work()
+    for parameter in layer.parameters():
+        if parameter.ndim > 1:
+            times = config.num_experts_per_tok if parameter.ndim == 3 else 1
+            used += Work(math.prod(parameter.shape[-2:]), sum(parameter.shape[-2:])) * times
+    return used
 
 
 def _why_not_packed(config: PreTrainedConfig, family: Family | None) -> str:
@@ -113,6 +117,8 @@ class HFDecoder(LanguageModel):
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
+        if self.dtype is not None:
+            whole.to(self.dtype)
         decoder = whole.get_decoder()
         if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
             raise ValueError(
@@ -132,7 +138,7 @@ class HFDecoder(LanguageModel):
             if getattr(self.config, name, None) is not None
         ]
         self.refuses_packing = _why_not_packed(self.config, self.family)
-        self._costs = tuple(_multiplications(layer, text) for layer in decoder.layers)
+        self._work = [_work(layer, text) for layer in decoder.layers]
         self._decoder_name = surgery.path_of(decoder, whole)
         self._shells: dict[range, nn.Module] = {}
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
@@ -224,9 +230,30 @@ class HFDecoder(LanguageModel):
             inputs["token_type_ids"] = (ids_BS == self._placeholders[0]).long()
         return inputs
 
-    def costs(self) -> LayerCosts:
-        """Multiplications per token; attention's own, which grow with the length, are left out."""
-        return LayerCosts(self._costs, head=float(self.vocabulary * self.width))
+    def costs(self, sample_tokens: int = 0) -> LayerCosts:
+        """Multiplications per token."""
+        layers = tuple(work.multiplications + self._attended(k, sample_tokens) for k, work in enumerate(self._work))
+        return LayerCosts(layers, head=float(self.vocabulary * self.width))
+
+    def _attended(self, layer: int, sample_tokens: int) -> float:
+        """Multiplications of the mean token of a sample with keys and values before it, as far as the layer looks."""
+        text: Any = self.config.get_text_config()
+        heads = text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+        types, seen = getattr(text, "layer_types", None), sample_tokens / 2
+        if types is not None and types[layer] == "sliding_attention":
+            seen = min(seen, text.sliding_window)
+        return attention_work(width, 1, seen).multiplications
+
+    def kept(self) -> LayerCosts:
+        return LayerCosts(tuple(work.kept for work in self._work), head=2.0 * self.width)
+
+    def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterator[nn.Parameter]:
+        decoder, output = self._decoder, self._whole.get_output_embeddings()
+        parts = [decoder.layers[k] for k in sorted(layers)]
+        parts += [decoder.embed_tokens] * embedding + [decoder.norm, output] * head
+        found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
+        yield from found.values()
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         ids_BS = inputs["input_ids"]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from bigmac_lightning.batch import TargetItem
 from bigmac_lightning.module import Generator
+from bigmac_lightning.work import Work, work_of
 
 from .codec import LatentCodec
-from .initialization import seeded
+from .initialization import frozen_as, seeded
 from .velocity import TRANSFORMERS
 
 
@@ -48,6 +49,7 @@ class FlowGenerator(Generator):
         weights: str | None = None,
         codec: LatentCodec | None = None,
         queries: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """
         Args:
@@ -66,6 +68,7 @@ class FlowGenerator(Generator):
             codec: makes latents of targets and pictures of samples.
             queries: learnable queries that gather the conditions, so that any number of rows becomes this many;
                 ``None``: a linear layer, row by row.
+            gradient_checkpointing: keep only each block's input for the backward and run the block again.
 
         Raises:
             ValueError: arguments that do not go together.
@@ -76,30 +79,49 @@ class FlowGenerator(Generator):
         if transformer not in TRANSFORMERS:
             raise ValueError(f"transformer={transformer!r} is not known; choose one of {', '.join(TRANSFORMERS)}")
         self.kind, self.source, self.codec = TRANSFORMERS[transformer], weights, codec
+        self.gradient_checkpointing, self.patch_size = gradient_checkpointing, patch_size
         self.steps, self.shift = steps, shift
         self.condition_dropout, self.guidance_scale = condition_dropout, guidance_scale
         channels = channels if codec is None else codec.channels
         if weights is None:
-            arguments = self.kind.arguments(width, channels, patch_size, config or {})
+            self._arguments = self.kind.arguments(width, channels, patch_size, config or {})
         elif config is None:
-            arguments = dict(self.kind.model.load_config(weights))
+            self._arguments = dict(self.kind.model.load_config(weights))
         else:
             raise ValueError("give config or weights: the folder of pretrained weights has a config of its own")
-        condition_width = arguments[self.kind.condition_width]
-        with seeded(seed, "generator"):
-            linear = nn.Linear(width, condition_width)
-            self.connector = linear if queries is None else QueryConnector(linear, queries)
-            with torch.device("cpu" if weights is None else "meta"):
-                self.transformer: Any = self.kind.model.from_config(arguments)
+        self.seed, self.width, self.queries = seed, width, queries
+        with torch.device("meta"):
+            self.connector = self._new_connector()
+            self.transformer: Any = self.kind.model.from_config(self._arguments)
         self._freeze_unused()
+
+    def _new_connector(self) -> nn.Module:
+        linear = nn.Linear(self.width, self._arguments[self.kind.condition_width])
+        return linear if self.queries is None else QueryConnector(linear, self.queries)
 
     def materialize(self) -> None:
         if self.codec is not None:
             self.codec.materialize()
-        if self.source is not None and next(self.transformer.parameters()).is_meta:
+        if not next(self.transformer.parameters()).is_meta:
+            return
+        with seeded(self.seed, "generator"):
+            self.connector = frozen_as(self.connector, self._new_connector())
+            transformer = self.kind.model.from_config(self._arguments) if self.source is None else None
+        if transformer is None:
             load = self.kind.model.from_pretrained
-            self.transformer = load(self.source, torch_dtype=torch.float32, local_files_only=True).train()
-            self._freeze_unused()
+            transformer = load(self.source, torch_dtype=torch.float32, local_files_only=True).train()
+        self.transformer = frozen_as(self.transformer, transformer)
+        if self.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+
+    def work(self, shape: tuple[int, ...], rows: int) -> Work:
+        """The codec's, which is small and has no backward, is left out."""
+        *_, height, width = shape if self.codec is None else self.codec.latent_shape(shape)
+        patches, conditions = height * width // self.patch_size**2, self.queries or rows
+        work = self.kind.work(self.transformer, patches, conditions)
+        if self.gradient_checkpointing:
+            work = work.checkpointed(*self.kind.depth_and_width(self.transformer), patches + conditions)
+        return work_of(self.connector, rows) + work
 
     def _freeze_unused(self) -> None:
         """What the last block makes of the conditions goes nowhere; ddp wants a gradient for every trained weight."""

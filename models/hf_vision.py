@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from bigmac_lightning.batch import MediaData
 from bigmac_lightning.module import Encoder
+from bigmac_lightning.work import Work, attention_work, work_of
 
 from . import attention, surgery
 from .families import Encode, family_of, pixels_of
@@ -69,6 +70,14 @@ class HFVisionEncoder(Encoder):
         self._keep_vision(whole)
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._register_children()
+
+    def work(self, rows: int) -> Work:
+        """Of one picture; every patch sees all others, and meets the projector, too."""
+        vision: Any = self.config.vision_config
+        patches = rows * _patches_per_row(self.config)
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        work = work_of(self, patches) + attention_work(vision.hidden_size, patches, patches) * depth
+        return work.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else work
 
     def _register_children(self) -> None:
         for name, child in self._unregistered[0].named_children():
@@ -132,6 +141,16 @@ class HFVideoEncoder(Encoder):
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0].encode(pixels, self._encode)
+
+
+def _patches_per_row(config: Any) -> int:
+    """How many patches a model joins to one row of features."""
+    vision: Any = config.vision_config
+    side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    side = side or getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1))
+    if rows := getattr(config, "mm_tokens_per_image", None):
+        return (vision.image_size // vision.patch_size) ** 2 // rows
+    return side**2
 
 
 def _by_item(level: Any, items: int) -> list[Tensor]:

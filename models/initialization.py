@@ -8,10 +8,20 @@ Knows torch's random state and what all Hugging Face models share; knows nothing
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def frozen_as(other: nn.Module, module: AnyModule) -> AnyModule:
+    """The module, which takes the place of another without weights, with all parameters frozen that are there."""
+    for name, parameter in other.named_parameters():
+        module.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return module
 
 
 @contextmanager

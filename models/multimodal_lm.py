@@ -7,6 +7,7 @@ under any strategy; knows nothing of ranks. Every rank logs the same keys whatev
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+from bigmac_lightning.partition import TrainedLayers
 from bigmac_lightning.stored import StoredWeights
 
 from .decoder import HFDecoder
@@ -90,6 +92,9 @@ class MultimodalLM(PipelineModule):
                 raise ValueError(
                     f"optimization: {pattern!r} has {sorted(unknown)}; there are learning_rate and weight_decay"
                 )
+        for name in self.lora:
+            self.get_submodule(name).requires_grad_(False)  # of such a component only the adapters are trained
+        self._freeze()
         self.evaluations = nn.ModuleDict({stage: _Evaluation(self.loss_names) for stage in ("val", "test")})
 
     def _check_patterns(self, argument: str, patterns: Iterable[str]) -> None:
@@ -159,17 +164,24 @@ class MultimodalLM(PipelineModule):
         training = (loss_weights, freeze, *optimizing, lora, init_from)
         return cls(llm, {**vision, **(encoders or {})}, generators, *training)
 
-    def configure_model(self) -> None:
-        if self._materialized:
-            return
+    def materialize(self) -> None:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}  # of the whole model
-        super().configure_model()
+        super().materialize()
         self._load_initial_weights(shapes)
+
+    def adapt(self) -> None:
         for name, settings in self.lora.items():
             add_lora(self.get_submodule(name), name, settings)
+        self._freeze()
+
+    def _freeze(self) -> None:
         for name, parameter in self._named_aliases():
             if any(_matches(name, pattern) for pattern in self.freeze_patterns):
                 parameter.requires_grad_(False)
+
+    def _find_trained_layers(self) -> TrainedLayers:
+        found = super()._find_trained_layers()
+        return replace(found, below=found.below or any(not name.startswith("generators.") for name in self.lora))
 
     def _load_initial_weights(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Read what `init_from` has of the tensors that are here; complain, on all ranks alike, of any that do not fit.

@@ -7,6 +7,7 @@ Shape suffixes: B items, C channels, H and W pixels (or latent cells), T patches
 conditions.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
+
+from bigmac_lightning.work import Work, attention_work, work_of
 
 Velocity = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(transformer, x_BCHW, s_B in [0, 1], conditions_BNE) -> velocity_BCHW"""
@@ -33,6 +36,8 @@ class DiffusionTransformer:
         channels: arguments of its class that follow from channels and patch size.
         unused: modules of the last block whose outputs go nowhere; they would never get a gradient.
         tuples: arguments that must be tuples.
+        joint: modules that meet patches and conditions as one sequence, by the beginning of their names.
+        attended: multiplications of attention by config, patches and conditions; ``None``: all blocks attend to both.
     """
 
     model: type[Any]
@@ -44,6 +49,8 @@ class DiffusionTransformer:
     }
     unused: Sequence[str] = ()
     tuples: Sequence[str] = ()
+    joint: str = "-"
+    attended: Callable[[Any, int, int], float] | None = None
 
     def arguments(self, width: int, channels: int, patch_size: int, config: dict[str, Any]) -> dict[str, Any]:
         """Of the class: those given, and those that follow from the target and the LLM's width."""
@@ -53,6 +60,34 @@ class DiffusionTransformer:
             heads = config.get("num_attention_heads", 18) * config.get("attention_head_dim", 64)
             config = {"caption_projection_dim": heads, **config, "pooled_projection_dim": config[self.condition_width]}
         return {"patch_size": patch_size, **self.channels(channels, patch_size), **config}
+
+    def work(self, transformer: Any, patches: int, conditions: int) -> Work:
+        """Of the forward on an item."""
+
+        def rows(name: str) -> int:
+            if _PER_ITEM.search(name):
+                return 1
+            if name.startswith(self.joint):
+                return patches + conditions
+            return conditions if _OF_CONDITIONS.search(name) else patches
+
+        depth, width = self.depth_and_width(transformer)
+        if self.attended is not None:
+            seen = Work(self.attended(transformer.config, patches, conditions))
+        else:
+            seen = attention_work(width, patches + conditions, patches + conditions) * depth
+        return work_of(transformer, rows) + seen
+
+    @staticmethod
+    def depth_and_width(transformer: Any) -> tuple[int, int]:
+        """Blocks, and width of a patch inside."""
+        config = transformer.config
+        width = config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
+        return config.num_layers, width
+
+
+_PER_ITEM = re.compile(r"time|_mod\.|norm\w*\.linear|adaln")
+_OF_CONDITIONS = re.compile(r"add_|txt_|context|caption|attn2\.to_[kv]")
 
 
 def _qwen_image(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
@@ -88,6 +123,13 @@ def _sana(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor)
     ).sample
 
 
+def _sana_attention(config: Any, patches: int, conditions: int) -> float:
+    """Linear attention between patches, and ordinary attention to the conditions."""
+    linear = 2 * config.num_attention_heads * config.attention_head_dim**2 * patches
+    crossed = 2 * config.num_cross_attention_heads * config.cross_attention_head_dim * patches * conditions
+    return config.num_layers * (linear + crossed)
+
+
 def _lumina2(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
     mask_BN = torch.ones(conditions_BNE.shape[:2], dtype=torch.bool, device=conditions_BNE.device)
     out = transformer(
@@ -111,8 +153,8 @@ TRANSFORMERS = {
     "sd3": DiffusionTransformer(
         SD3Transformer2DModel, "joint_attention_dim", _sd3, unused=["attn.add_q_proj", "attn.norm_added_q"]
     ),
-    "sana": DiffusionTransformer(SanaTransformer2DModel, "caption_channels", _sana),
+    "sana": DiffusionTransformer(SanaTransformer2DModel, "caption_channels", _sana, attended=_sana_attention),
     "lumina2": DiffusionTransformer(
-        Lumina2Transformer2DModel, "cap_feat_dim", _lumina2, tuples=["axes_dim_rope", "axes_lens"]
+        Lumina2Transformer2DModel, "cap_feat_dim", _lumina2, tuples=["axes_dim_rope", "axes_lens"], joint="layers."
     ),
 }

@@ -9,6 +9,7 @@ N rows of all images.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from bigmac_lightning.module import Encoder
+from bigmac_lightning.work import Work, attention_work, work_of
 
 from . import attention, surgery
-from .initialization import allocate_and_initialize, seeded, to_config
+from .initialization import frozen_as, seeded, to_config
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class VisionEncoder(Encoder):
         seed: int = 0,
         attn_implementation: str = "sdpa",
         weights: str | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """
         Args:
@@ -83,6 +86,7 @@ class VisionEncoder(Encoder):
             seed: of the initial weights.
             attn_implementation: as of `HFDecoder`.
             weights: folder of a checkpoint for the tower; ``None``: initial weights.
+            gradient_checkpointing: keep only each layer's input for the backward and run the layer again.
 
         Raises:
             ValueError: a tower that is not known here, or an attention implementation that is not there.
@@ -106,24 +110,36 @@ class VisionEncoder(Encoder):
         if kind == "dinov3_vit":  # jitter of positions in training: results would depend on who encodes what
             self.config.pos_embed_shift = self.config.pos_embed_jitter = self.config.pos_embed_rescale = None
         self.config._attn_implementation = attn_implementation
-        self.seed, self.source = seed, weights
+        self.seed, self.source, self.gradient_checkpointing = seed, weights, gradient_checkpointing
+        tower_width = (self.config.out_hidden_size if self.takes_patches else self.config.hidden_size) * merge**2
+        self._widths = (tower_width, *([] if projector_hidden is None else [projector_hidden]), width)
         with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
             self.tower: Any = AutoModel.from_config(self.config)
-        if weights is None:
-            allocate_and_initialize(self.tower, seed)
-            self._freeze_unused()
-        tower_width = (self.config.out_hidden_size if self.takes_patches else self.config.hidden_size) * merge**2
-        with seeded(seed, "projector"):
-            if projector_hidden is None:
-                self.projector: nn.Module = nn.Linear(tower_width, width)
-            else:
-                hidden = nn.Linear(tower_width, projector_hidden)
-                self.projector = nn.Sequential(hidden, nn.GELU(), nn.Linear(projector_hidden, width))
+            self.projector = self._new_projector()
+        self._freeze_unused()
+
+    def _new_projector(self) -> nn.Module:
+        first, *others = (nn.Linear(a, b) for a, b in pairwise(self._widths))
+        return nn.Sequential(first, nn.GELU(), *others) if others else first
 
     def materialize(self) -> None:
-        if self.source is not None and next(self.tower.parameters()).is_meta:
-            self.tower = surgery.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
-            self._freeze_unused()
+        if next(self.tower.parameters()).is_meta:
+            tower = surgery.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
+            self.tower = frozen_as(self.tower, tower)
+            if self.gradient_checkpointing:
+                tower.activation_checkpointing_enable({"use_reentrant": False})
+            with seeded(self.seed, "projector"):
+                self.projector = frozen_as(self.projector, self._new_projector())
+
+    def work(self, rows: int) -> Work:
+        """Of one picture; every patch sees all others."""
+        config = self.config
+        side = config.spatial_merge_size if self.takes_patches else self.merge
+        patches, depth = rows * side**2, config.depth if self.takes_patches else config.num_hidden_layers
+        tower = work_of(self.tower, patches) + attention_work(config.hidden_size, patches, patches) * depth
+        if self.gradient_checkpointing:
+            tower = tower.checkpointed(depth, config.hidden_size, patches)
+        return tower + work_of(self.projector, rows)
 
     def _freeze_unused(self) -> None:
         modules, parameters = dict(self.tower.named_modules()), dict(self.tower.named_parameters())

@@ -1,13 +1,14 @@
 """Tiny components, and batches of unequal microbatches with random content."""
 
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
-from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
+from bigmac_lightning.models import FlowGenerator, HFDecoder, LatentCodec, MultimodalLM, VisionEncoder
+from bigmac_lightning.module import Encoder, Generator
 
 WIDTH, VOCABULARY, LAYERS = 32, 40, 5
 
@@ -40,10 +41,19 @@ def decoder_config(model_type: str = "qwen3", **changes: Any) -> dict[str, Any]:
     }
 
 
+AnyComponent = TypeVar("AnyComponent", bound=Encoder | Generator | LatentCodec)
+
+
+def ready(component: AnyComponent) -> AnyComponent:
+    """With weights, as a module gives them to its components."""
+    component.materialize()
+    return component
+
+
 def flow(**changes: Any) -> FlowGenerator:
     config = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
     arguments: dict[str, Any] = {"width": WIDTH, "channels": 1, "config": config, "steps": 4, **changes}
-    return FlowGenerator(**arguments)
+    return ready(FlowGenerator(**arguments))
 
 
 def model(**changes: Any) -> MultimodalLM:

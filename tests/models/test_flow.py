@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigmac_lightning.batch import TargetItem
 from bigmac_lightning.models import FlowGenerator, LatentCodec
-from tests.models.parts import WIDTH, flow, image
+from tests.models.parts import WIDTH, flow, image, ready
 
 
 def given(count: int = 6) -> tuple[list[Tensor], list[TargetItem]]:
@@ -226,14 +226,14 @@ CODECS: dict[str, dict[str, Any]] = {
 
 
 def codec(kind: str) -> LatentCodec:
-    return LatentCodec({"_class_name": kind, **CODECS[kind]})
+    return ready(LatentCodec({"_class_name": kind, **CODECS[kind]}))
 
 
 @pytest.mark.parametrize("queries", [None, 5])
 @pytest.mark.parametrize("kind", DIFFUSION)
 def test_every_transformer_learns_with_every_weight(kind: str, queries: int | None) -> None:
     torch.manual_seed(0)
-    generator = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, queries=queries, steps=3)
+    generator = ready(FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, queries=queries, steps=3))
     conditions, items = given(3)
     conditions = [c.requires_grad_() for c in conditions]
     for _, parameter in generator.named_parameters():
@@ -252,7 +252,7 @@ def test_every_transformer_learns_with_every_weight(kind: str, queries: int | No
 def test_every_transformer_learns_a_picture(kind: str) -> None:
     """The direction of time and the sign of the velocity: what has been learnt is what is drawn."""
     torch.manual_seed(0)
-    generator = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, steps=10)
+    generator = ready(FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, steps=10))
     condition, picture = torch.randn(2, WIDTH), torch.ones(1, 8, 8)
     optimizer = torch.optim.Adam([p for p in generator.parameters() if p.requires_grad], 3e-3)
     for step in range(0, 240, 4):
@@ -266,7 +266,7 @@ def test_every_transformer_learns_a_picture(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CODECS)
 def test_latents(kind: str, tmp_path: Path) -> None:
-    generator = FlowGenerator(WIDTH, config=DIFFUSION["qwen_image"], codec=codec(kind), steps=2)
+    generator = ready(FlowGenerator(WIDTH, config=DIFFUSION["qwen_image"], codec=codec(kind), steps=2))
     conditions, items = given(3)
     generator.train()
     loss = generator(conditions, items)
@@ -287,7 +287,7 @@ def test_latents(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", DIFFUSION)
 def test_pretrained_transformers(kind: str, tmp_path: Path) -> None:
-    one = FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind)
+    one = ready(FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind))
     one.transformer.save_pretrained(tmp_path)
     two = FlowGenerator(WIDTH, 1, transformer=kind, weights=str(tmp_path), seed=7)
     two.materialize()

@@ -6,13 +6,13 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from bigmac_lightning.models import VisionEncoder
-from tests.models.parts import TOWER, image
+from tests.models.parts import TOWER, image, ready
 
 WIDTH = 20
 
 
 def test_rows_of_mixed_sizes_keep_their_order() -> None:
-    encoder = VisionEncoder(TOWER, WIDTH)
+    encoder = ready(VisionEncoder(TOWER, WIDTH))
     images = [image(0, 8, 8), image(1, 4, 8), image(2, 8, 8), image(3, 8, 4), image(4, 4, 8)]
     together = encoder(images)
     assert together.shape == (16 + 8 + 16 + 8 + 8, WIDTH)
@@ -22,7 +22,7 @@ def test_rows_of_mixed_sizes_keep_their_order() -> None:
 
 @pytest.mark.parametrize("projector_hidden", [None, 28])
 def test_every_weight_learns(projector_hidden: int | None) -> None:
-    encoder = VisionEncoder(TOWER, WIDTH, projector_hidden)
+    encoder = ready(VisionEncoder(TOWER, WIDTH, projector_hidden))
     encoder([image(0, 8, 8)]).square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert {name.split(".")[0] for name, _ in encoder.named_parameters()} == {"tower", "projector"}
@@ -30,22 +30,22 @@ def test_every_weight_learns(projector_hidden: int | None) -> None:
 
 def test_weights_depend_on_the_seed_only() -> None:
     torch.manual_seed(1)
-    one = VisionEncoder(TOWER, WIDTH, 28, seed=2).state_dict()
+    one = ready(VisionEncoder(TOWER, WIDTH, 28, seed=2)).state_dict()
     before = torch.get_rng_state()
     torch.rand(3)
-    two = VisionEncoder(TOWER, WIDTH, 28, seed=2).state_dict()
+    two = ready(VisionEncoder(TOWER, WIDTH, 28, seed=2)).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    other = VisionEncoder(TOWER, WIDTH, 28, seed=3).state_dict()
+    other = ready(VisionEncoder(TOWER, WIDTH, 28, seed=3)).state_dict()
     assert not torch.equal(one["projector.0.weight"], other["projector.0.weight"])
     assert not torch.equal(one["tower.encoder.layers.0.mlp.fc1.weight"], other["tower.encoder.layers.0.mlp.fc1.weight"])
     torch.set_rng_state(before)
-    VisionEncoder(TOWER, WIDTH)
+    ready(VisionEncoder(TOWER, WIDTH))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_are_as_hugging_face_draws_them() -> None:
     """A module may draw the weights of its children anew: parents come last."""
-    biases = VisionEncoder(TOWER, WIDTH).tower.encoder.layers[0].mlp.fc1.bias
+    biases = ready(VisionEncoder(TOWER, WIDTH)).tower.encoder.layers[0].mlp.fc1.bias
     assert 0 < biases.abs().max() < 1e-5
 
 
@@ -95,7 +95,7 @@ def picture(seed: int, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("merge", [1, 2])
 @pytest.mark.parametrize("kind", TOWERS)
 def test_towers_of_images(kind: str, merge: int) -> None:
-    encoder = VisionEncoder({"model_type": kind, **TOWERS[kind]}, WIDTH, 28, merge)
+    encoder = ready(VisionEncoder({"model_type": kind, **TOWERS[kind]}, WIDTH, 28, merge))
     images = [picture(0, 3, 8, 8), picture(1, 3, 8, 16), picture(2, 3, 8, 8)]
     together = encoder(images)
     assert together.shape == (64 // merge**2, WIDTH)
@@ -108,7 +108,7 @@ def test_towers_of_images(kind: str, merge: int) -> None:
 
 @pytest.mark.parametrize("kind", GRIDS)
 def test_towers_of_patches(kind: str) -> None:
-    encoder = VisionEncoder({"model_type": kind, **GRIDS[kind]}, WIDTH)
+    encoder = ready(VisionEncoder({"model_type": kind, **GRIDS[kind]}, WIDTH))
     items = [picture(0, 1, 4, 4, 96), picture(1, 2, 2, 4, 96)]
     together = encoder(items)
     assert together.shape == (4 + 4, WIDTH)
@@ -118,7 +118,7 @@ def test_towers_of_patches(kind: str) -> None:
 
 
 def test_merging_joins_squares_of_patches() -> None:
-    encoder = VisionEncoder(TOWER, WIDTH, merge=2)
+    encoder = ready(VisionEncoder(TOWER, WIDTH, merge=2))
     numbers = torch.arange(8.0).view(1, 8, 1)  # patches of a picture two high and four wide
     merged = encoder._merged(numbers, torch.Size((4, 8)))
     assert merged.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
@@ -132,8 +132,7 @@ def test_a_pretrained_tower(kind: str, tmp_path: Path) -> None:
                                   **(SMALL if kind == "dinov2" else {}))  # fmt: skip
     whole = AutoModel.from_config(config)
     whole.save_pretrained(tmp_path)
-    encoder = VisionEncoder(str(tmp_path), WIDTH, weights=str(tmp_path))
-    encoder.materialize()
+    encoder = ready(VisionEncoder(str(tmp_path), WIDTH, weights=str(tmp_path)))
     image = picture(0, 3, 8, 8)
     tower = whole if kind == "dinov2" else whole.vision_model
     prefix = 0 if kind == "siglip" else 1
@@ -149,6 +148,6 @@ def test_another_tower() -> None:
 
 
 def test_sizes_that_do_not_merge() -> None:
-    encoder = VisionEncoder(TOWER, WIDTH, merge=2)
+    encoder = ready(VisionEncoder(TOWER, WIDTH, merge=2))
     with pytest.raises(ValueError, match=r"3 \* 4 patches, which merge=2 does not divide: resize .* multiples of 4"):
         encoder([image(0, 6, 8)])

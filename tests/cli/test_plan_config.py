@@ -1,0 +1,86 @@
+"""`bigmac plan --config`: what a run will need, at full size, without its data and weights."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bigmac_lightning.plan_config_command import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls it
+PAPER = ["--config", str(CONFIGS / "qwen3_moe_vit_mmdit.yaml")]
+DIGITS = ["--config", str(CONFIGS / "digits.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "220")
+    monkeypatch.chdir(tmp_path)  # the files of the configs do not exist here
+
+
+def test_the_papers_workload_at_full_size(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    assert main(PAPER) == 0
+    assert time.perf_counter() - begin < 60
+    shown = capsys.readouterr().out
+    for text in ("llm: 30.53 B", "encoders.image: 1.31 B", "generators.image: 20.52 B"):
+        assert text in shown
+    rows = re.findall(r"│ +(\d+) │ +(\d+)\.\.(\d+) │ +([\d.]+ [BM]) │ +21.83 B │ .* ([\d.]+) GiB │", shown)
+    assert [int(rank) for rank, *_ in rows] == list(range(16))
+    assert [int(first) for _, first, *_ in rows] == [0, *(int(last) + 1 for _, _, last, *_ in rows[:-1])]
+    assert rows[-1][2] == "47"
+    parameters = [float(count[:-2]) * (1 if count.endswith("B") else 1e-3) for *_, count, _ in rows]
+    assert sum(parameters) == pytest.approx(30.53, abs=0.05)
+    assert 180 < float(rows[1][-1]) < 200  # weights, gradients and moments of what is replicated: 162 GiB of it
+    assert "1 pipelines of 16 ranks; 64 microbatches of 8192 tokens, 2048 of them of media" in shown
+    assert "nested on 1f1b: 16 ranks, 64 microbatches" in shown
+    assert "rank 15" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = "--trainer.strategy.init_args"
+    options = [f"{strategy}.policy=upfront", f"{strategy}.costs.EF=2", "--microbatches=6", "--microbatch.tokens=96"]
+    assert main([*DIGITS, *options, "--trainer.devices=4", f"{strategy}.partition=[1,3]"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 pipelines of 2 ranks; 6 microbatches of 96 tokens, 24 of them of media, 24 each, 1 targets" in shown
+    assert "upfront on 1f1b: 2 ranks, 6 microbatches" in shown
+    assert "as the config says: {F: 1, B: 2, I: 1, W: 1, EF: 2, EB: 2}" in shown
+    assert "1..3" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.devices=3"], "3 processes cannot form pipelines: pipeline_parallel_size=2"),
+        (["--trainer.devices=auto"], "trainer.devices is 'auto'; a plan needs their number"),
+        (["--trainer.strategy=ddp"], "trainer.strategy is 'ddp'; plans are made for bigmac"),
+        (["--trainer.strategy.init_args.polcy=nested"], "'polcy' is not accepted"),
+        (["--trainer.colour=red"], "unrecognized arguments: --trainer.colour=red"),
+        (
+            ["--trainer.devices=8", "--trainer.strategy.init_args.pipeline_parallel_size=8"],
+            "the LLM has 4 layers, too few for 8 pipeline stages",
+        ),
+        (["--trainer.strategy.init_args.max_encoder_units=0.1"], "live encoder units"),
+        (["--microbatch.tokens=0"], "microbatch.tokens is 0; expected at least 1"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*DIGITS, *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(r"bigmac plan: error: .*\n", shown.err)
+    assert message in shown.err
+
+
+def test_all_commands_are_listed() -> None:
+    done = subprocess.run([sys.executable, "-m", "bigmac_lightning.cli"], capture_output=True, text=True, check=True)
+    for command in ("fit", "validate", "test", "predict", "plan", "compare", "export"):
+        assert re.search(rf"\b{command}\b", done.stdout), command
