@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ def write_inputs(config: str, folder: Path) -> None:
     for name in sorted(set(re.findall(r"(?:path|config|weights): checkpoints/([\w.-]+)", config))):
         path = folder / "checkpoints" / name
         if not path.exists():
+            path.parent.mkdir(exist_ok=True)
             (write,) = (write for prefix, write in MODELS.items() if name.startswith(prefix))
             write(path)
     for name in sorted(set(re.findall(r"path: data/([\w.]+)", config))):
         write_conversations(folder / "data" / name)
 
 
-def write_conversations(path: Path, number: int = 24) -> None:
+def write_conversations(path: Path, number: int = 40) -> None:
     """About one, two or no pictures, in turn."""
     path.parent.mkdir(exist_ok=True)
     records: list[dict[str, Any]] = []
@@ -46,11 +48,8 @@ def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _vision_language(family: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        write_model(family, folder.parent).rename(folder)
-
-    return write
+def _vision_language(family: str, folder: Path) -> None:
+    write_model(family, folder.parent).rename(folder)
 
 
 def _qwen3(folder: Path) -> None:
@@ -71,8 +70,9 @@ def _siglip2(folder: Path) -> None:
 
 
 MODELS: dict[str, Callable[[Path], None]] = {
-    "Qwen3-VL": _vision_language("qwen3_vl"),
-    "Qwen2.5-VL": _vision_language("qwen2_5_vl"),
+    "Qwen3-VL": partial(_vision_language, "qwen3_vl"),
+    "Qwen2.5-VL": partial(_vision_language, "qwen2_5_vl"),
+    "llava-onevision": partial(_vision_language, "llava_onevision"),
     "Qwen3-4B": _qwen3,
     "siglip2": _siglip2,
 }
