@@ -4,7 +4,8 @@ Importing this package registers ``Trainer(strategy="bigmac")``.
 """
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
-from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule, PipelineOutput
+from bigmac_lightning.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.module import PipelineModule, PipelineOutput
 from bigmac_lightning.strategy import BigMacStrategy, register
 
 register()

@@ -1,184 +1,27 @@
-"""The LightningModule contract: encoders, a language model, generators, and one `pipeline(batch)` over them.
+"""The LightningModule contract: components, and one `pipeline(batch)` over them.
 
-Components are single-device code. Here stands what every path shares (how a microbatch goes through a stage, what is
-counted, how sums become losses) and the plain path: one process, one autograd graph, any Lightning strategy. Under
-strategy="bigmac" the strategy hands in a runner, and the same functions are called from the pipeline instead.
-Knows nothing of ranks, schedules or process groups.
+Here stands what every path shares (how a microbatch goes through a stage, what is counted, how sums become losses) and
+the plain path: one process, one autograd graph, any Lightning strategy. Under strategy="bigmac" the strategy hands in a
+runner, and the same functions are called from the pipeline instead. Knows nothing of ranks, schedules or process groups.
 
 Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions,
 V vocabulary.
 """
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
-from bigmac_lightning.partition import LayerCosts, TrainedLayers
+from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
+from bigmac_lightning.partition import TrainedLayers
 from bigmac_lightning.token_loss import token_loss
-from bigmac_lightning.work import Work, work_of
 
 Mode = Literal["train", "evaluate", "sample"]
-
-
-class Encoder(nn.Module, ABC):
-    """Turns media into features of the LLM's width. Single-device; items are independent of one another.
-
-    Attributes:
-        levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
-            the embedding's (see `LanguageModel.run_layers`).
-        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
-    """
-
-    levels: int = 1
-    gradient_checkpointing: bool = False
-
-    def materialize(self) -> None:
-        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
-
-    def work(self, rows: int) -> Work:
-        """Estimated work of the forward of an item that makes so many rows; here, each row meets every matrix."""
-        return work_of(self, rows)
-
-    @abstractmethod
-    def forward(self, pixels: list[Any]) -> Tensor:
-        """Encode items of any mix of sizes.
-
-        Args:
-            pixels: of each item what the DataModule put into `MediaItem.data`: a tensor, or a dict of tensors where
-                the encoder has to know more of it.
-
-        Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows` * `levels`.
-            An item's rows stand level after level.
-        """
-
-
-class LanguageModel(nn.Module, ABC):
-    """A decoder that can be cut between layers. Built without weights; `materialize` fills the part that is kept.
-
-    Attributes:
-        num_layers: number of layers that can be spread over stages.
-        width: D.
-        vocabulary: V, by which the loss bounds how many logits it holds at once; 0: never too many.
-        tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` where the output weight is the embedding, by names
-            inside this module; empty where nothing is tied. In one process it is one parameter; where the two lie on
-            different ranks each holds a copy and their gradients are summed.
-        auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
-            by name. Such a loss is a mean over microbatches.
-        refuses_packing: why a row must not hold several samples; empty: it may.
-        gradient_checkpointing: whether layers keep their inputs only and run again in the backward.
-
-    *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
-    stage; gradients flow back through them. A model without any ignores them.
-    """
-
-    num_layers: int
-    width: int
-    vocabulary: int = 0
-    tied: dict[str, str]
-    auxiliary_losses: dict[str, float] = {}
-    refuses_packing: str = ""
-    gradient_checkpointing: bool = False
-
-    @abstractmethod
-    def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
-        """Allocate and initialise these layers, the embedding and the head (final norm, output weight); drop the rest.
-
-        Weights depend on the seed and the parameter's name only. Names stay those of the whole model.
-        """
-
-    @abstractmethod
-    def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """h_BSD from `inputs["input_ids"]`."""
-
-    @abstractmethod
-    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
-        """h_BSD after these consecutive layers; after the last one the final norm is applied as well.
-
-        Args:
-            extras: what came with the hidden states; changed in place to what goes on with them. Layer 0 gets
-                "features" of shape (levels - 1, N, D), whose rows belong to the tokens at `inputs["media_positions"]`,
-                if encoders give more than one level.
-        """
-
-    def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the extras that go into `layer` > 0, in a fixed order.
-
-        Args:
-            media_rows: N, tokens of the microbatch that features replace.
-            levels: of those features; 1 if there are none.
-        """
-        return {}
-
-    def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The `auxiliary_losses` of a microbatch, scalars, from the extras that came out of the last layer."""
-        return {}
-
-    def costs(self, sample_tokens: int = 0) -> LayerCosts:
-        """Estimated forward time per token of each layer and of what the first and last stage do besides.
-
-        Args:
-            sample_tokens: of a sample, which attention's part of the time grows with; 0: leave that part out.
-        """
-        return LayerCosts((1.0,) * self.num_layers)
-
-    def kept(self) -> LayerCosts:
-        """Estimated numbers per token that each part keeps for the backward, without `gradient_checkpointing`."""
-        return LayerCosts((0.0,) * self.num_layers)
-
-    def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterable[nn.Parameter]:
-        """What `materialize` would keep, while nothing has been dropped yet; nothing if that is not known."""
-        return ()
-
-    def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Complete a microbatch's inputs by what all stages need (positions, ...); does nothing the second time."""
-        return inputs
-
-    @abstractmethod
-    def logits(self, h_LD: Tensor) -> Tensor:
-        """logits_LV of normed hidden states."""
-
-
-class Generator(nn.Module, ABC):
-    """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device.
-
-    Attributes:
-        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
-    """
-
-    gradient_checkpointing: bool = False
-
-    def materialize(self) -> None:
-        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
-
-    def work(self, shape: tuple[int, ...], rows: int) -> Work:
-        """Estimated work of the forward on a target, the backward left out; here, each condition row and each cell of
-        the target meets every matrix.
-
-        Args:
-            shape: of the target.
-            rows: of the conditions.
-        """
-        return work_of(self, rows + math.prod(shape[1:]))
-
-    @abstractmethod
-    def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
-        """The sum over items of each item's mean loss, a scalar.
-
-        Args:
-            conditions: condition_ND per item, N = `item.rows`.
-            items: the items, with `data`; draw noise from a `torch.Generator` seeded by `item.seed`.
-        """
-
-    @abstractmethod
-    def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
-        """Make one thing of shape `item.shape` per item; `item.data` is not read."""
 
 
 @dataclass
@@ -511,13 +354,6 @@ class PipelineModule(pl.LightningModule):
         reduced = self._trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced.unbind()
-
-
-def trained_share(parameters: Iterable[nn.Parameter]) -> float:
-    """The share of the weights that is trained; of none: 1."""
-    known = list(parameters)
-    whole = sum(parameter.numel() for parameter in known)
-    return sum(parameter.numel() for parameter in known if parameter.requires_grad) / whole if whole else 1.0
 
 
 def _data(item: MediaItem) -> MediaData:

@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem, assign_owners
-from bigmac_lightning.module import Encoder, Generator, PipelineModule, trained_share
+from bigmac_lightning.components import Encoder, Generator, trained_share
+from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import backward_share, part_of
 from bigmac_lightning.planning import Planner, Trained

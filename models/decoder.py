@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from bigmac_lightning.module import LanguageModel
+from bigmac_lightning.components import LanguageModel
 from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.work import Work, attention_work
 

@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import TargetItem
-from bigmac_lightning.module import Generator
+from bigmac_lightning.components import Generator
 from bigmac_lightning.work import Work, work_of
 
 from .codec import LatentCodec

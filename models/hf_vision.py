@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from bigmac_lightning.batch import MediaData
-from bigmac_lightning.module import Encoder
+from bigmac_lightning.components import Encoder
 from bigmac_lightning.work import Work, attention_work, work_of
 
 from . import attention, surgery

@@ -18,7 +18,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from bigmac_lightning.batch import Batch
-from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+from bigmac_lightning.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.partition import TrainedLayers
 from bigmac_lightning.stored import StoredWeights
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
-from bigmac_lightning.module import Encoder
+from bigmac_lightning.components import Encoder
 from bigmac_lightning.work import Work, attention_work, work_of
 
 from . import attention, surgery

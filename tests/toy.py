@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
-from bigmac_lightning.module import Encoder, Generator, LanguageModel, PipelineModule
+from bigmac_lightning.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.module import PipelineModule
 
 VOCABULARY = 29
 WIDTH = 12

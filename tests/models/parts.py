@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import torch
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.components import Encoder, Generator
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
 from bigmac_lightning.models import FlowGenerator, HFDecoder, LatentCodec, MultimodalLM, VisionEncoder
-from bigmac_lightning.module import Encoder, Generator
 
 WIDTH, VOCABULARY, LAYERS = 32, 40, 5
 

@@ -12,9 +12,9 @@ from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.models.attention import sample_starts
-from bigmac_lightning.module import Encoder
 from tests.models import zoo
 from tests.models.parts import TOWER
 
