@@ -2,7 +2,7 @@
 
 Here stands what every path shares (how a microbatch goes through a stage, what is counted, how sums become losses) and
 the plain path: one process, one autograd graph, any Lightning strategy. Under strategy="bigmac" the strategy hands in a
-runner, and the same functions are called from the pipeline instead. Knows nothing of ranks, schedules or process groups.
+runner, and the same functions are called from the pipeline instead. Knows nothing of ranks, schedules or groups.
 
 Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions,
 V vocabulary.

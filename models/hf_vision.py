@@ -95,8 +95,10 @@ class HFVisionEncoder(Encoder):
     @staticmethod
     def _keep_vision(whole: Any) -> None:
         whole.all_tied_weights_keys = {}
-        for part in (whole.get_decoder(), whole.get_output_embeddings()):
-            if part is not None and not isinstance(part, surgery.PassThrough):
+        if isinstance(whole.get_decoder(), surgery.PassThrough):
+            return  # once is enough, and some models could not be asked a second time
+        for part in (whole.get_output_embeddings(), whole.get_decoder()):
+            if part is not None:
                 surgery.drop(whole, surgery.path_of(part, whole))
 
     def forward(self, pixels: list[MediaData]) -> Tensor:

@@ -49,6 +49,9 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
         around = owners[name.rpartition(".")[0]] if name else model
         owners[name] = module if isinstance(module, PreTrainedModel) else around
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
+        own = module._parameters.values()
+        if own and all(parameter is None for parameter in own):
+            continue  # they were dropped, which its rules do not expect
         with seeded(seed, name), torch.no_grad():
             owners[name]._init_weights(module)
 

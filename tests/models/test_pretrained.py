@@ -117,6 +117,30 @@ def test_images_and_videos_share_the_tower(folder: Path) -> None:
     assert all(name.startswith("encoders.image.model.visual.") for name in names)
 
 
+def initial_decoder(name: str, layers: range) -> HFDecoder:
+    decoder = HFDecoder(zoo.MODELS[name].config(), seed=3)
+    decoder.materialize(layers, layers.start == 0, layers.stop == zoo.LAYERS)
+    return decoder
+
+
+@pytest.mark.parametrize("name", zoo.VISION_LANGUAGE)
+def test_initial_weights_of_a_config_alone(name: str) -> None:
+    """Those of a part are those of the whole; decoder and encoder have all that the library's model has."""
+    config = zoo.MODELS[name].config()
+    encoder = HFVisionEncoder(config, seed=3)
+    encoder.materialize()
+    decoder = initial_decoder(name, range(zoo.LAYERS))
+    known = {**decoder.state_dict(), **encoder.state_dict()}
+    assert known.keys() == hf.AutoModelForImageTextToText.from_config(config).state_dict().keys()
+    assert all(tensor.isfinite().all() for tensor in known.values())
+    seen: set[str] = set()
+    for layers in (range(2), range(2, zoo.LAYERS)):
+        part = initial_decoder(name, layers).state_dict()
+        assert all(torch.equal(tensor, known[weight]) for weight, tensor in part.items())
+        seen |= part.keys()
+    assert seen == decoder.state_dict().keys()
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
