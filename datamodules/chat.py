@@ -231,7 +231,8 @@ class ChatEncoder:
         text = self._apply([self._turn(message) for message in example.messages], False)
         counts: list[str] = []
         for token, kind in self._placeholders:
-            if self._id(token) is None and any(isinstance(item, kind) for item in example.media):
+            unknown = not self.feature_tokens and self._id(token) is None
+            if unknown and any(isinstance(item, kind) for item in example.media):
                 return ExampleError(
                     f"has {kind.__name__.lower()}s, but the tokenizer has no token {token}: choose another as "
                     f"{kind.__name__.lower()}_token, or add it"

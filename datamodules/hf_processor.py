@@ -8,6 +8,7 @@ Shape suffixes: T frames, C channels, H and W pixels, E values of a patch.
 """
 
 import copy
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,8 @@ from .decoding import read_frames, read_image
 from .example import ExampleError, Image, Size, Video
 from .visual import Augment, MediaPlan, VisualProcessor
 
-KEPT = 1024
-"""Plans that are kept, of the sizes that came last."""
+KEPT = 16384
+"""Plans of images that are kept, of the sizes that came last."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ class HFVisual(VisualProcessor):
         return tuple(found)
 
     def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
-        key = (type(item), size, alone)
+        if isinstance(item, Video):  # hardly two are alike
+            return self._planned(size, True, is_video=True)
+        alone = alone or "batch_num_images" not in self.processor.image_processor.model_input_names
+        key = (size, alone)
         if key not in self._plans:
             if len(self._plans) >= KEPT:
                 self._plans.clear()
-            self._plans[key] = self._planned(size, alone, isinstance(item, Video))
+            self._plans[key] = self._planned(size, alone, is_video=False)
         return self._plans[key]
 
     def _planned(self, size: Size, alone: bool, is_video: bool) -> MediaPlan:
@@ -100,7 +104,7 @@ class HFVisual(VisualProcessor):
             float(_pixels(made).numel()),
             frames=frames,
             grid=grid,
-            text=None if text == placeholder * self._rows(text) else text,
+            text=None if text == placeholder * self._rows(text) else sys.intern(text),
             seconds=made["second_per_grid_ts"][0] if "second_per_grid_ts" in made else None,
             alone=alone,
         )
@@ -136,7 +140,7 @@ class HFVisual(VisualProcessor):
             made, texts = processor._process_videos([pixels], video_metadata=[_metadata(frames, size)], **given)
             return made, texts[0]
         images = [pixels]
-        if not alone and "batch_num_images" in processor.image_processor.model_input_names:
+        if not alone:
             images.append(pixels[:, :1, :1])  # by a second one, of one pixel, it sees that the image is not alone
         made, texts = processor._process_images([images], **self._arguments["images_kwargs"])
         return made, texts[0]

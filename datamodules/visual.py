@@ -36,9 +36,9 @@ class MediaPlan:
         frames: numbers of a video's frames that are used; empty for an image.
         grid: (t, h, w) of its patches, for models whose positions depend on it.
         text: what stands for it in the conversation, if not `rows` placeholder tokens one after another: a text with
-            as many of them.
+            as many tokens that features replace.
         seconds: that a time step of its grid lasts, for models whose positions depend on it.
-        alone: whether it was planned as the only image of its example.
+        alone: whether it is prepared as the only image of its example.
     """
 
     encoder: str

@@ -70,6 +70,7 @@ def test_a_target_follows_the_request() -> None:
         ([Image(NOWHERE)], {"visual": None}, "no visual processor"),
         (["<|image_pad|>"], {}, "1 <|image_pad|> for 0 images"),
         ([Image(NOWHERE), "<|video_pad|>"], {}, "1 <|video_pad|> for 0 videos"),
+        (["<|draw|>"], {"feature_tokens": ("<|image_pad|>", "<|draw|>")}, "1 <|draw|>, where none may be"),
         (
             [Image(NOWHERE)],
             {"image_token": "<|other|>"},

@@ -4,7 +4,6 @@ loss and gradients against the library's own model, sample by sample."""
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,6 @@ import lightning.pytorch as pl
 import PIL.Image
 import pytest
 import torch
-import transformers
 from transformers import AutoProcessor
 
 from bigmac_lightning.batch import Batch, MediaData, Microbatch, PipelineLayout
@@ -20,11 +18,9 @@ from bigmac_lightning.datamodules import (
     Example,
     ExampleError,
     File,
-    HFVisual,
     Image,
     Message,
     MultimodalDataModule,
-    Size,
     Source,
     Video,
     byte_tokenizer,
@@ -345,70 +341,9 @@ def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
         MultimodalDataModule(processor=str(tmp_path))
 
 
-def test_plans_of_other_settings_are_others(tmp_path: Path) -> None:
-    """What was measured with a processor is not taken for what another one makes."""
-    prints = set()
-    for name, size in (("idefics3", 24), ("idefics3", 16), ("internvl", 8)):
-        processor = PROCESSORS[name]()
-        processor.image_processor.size = {"longest_edge": size}
-        processor.save_pretrained(tmp_path / name)
-        prints.add(HFVisual(AutoProcessor.from_pretrained(tmp_path / name)).fingerprint())
-    prints |= {HFVisual(PROCESSORS["gemma3"]()).fingerprint(), HFVisual(_pan_and_scan()).fingerprint()}
-    assert len(prints) == 5
-
-
 @pytest.mark.parametrize("name", sorted(PROCESSORS.keys() - VIDEOS))
 def test_videos_are_refused(name: str, tmp_path: Path) -> None:
     clip = Video(File.at(clips()[2]))
     case = Case(name, write_model(name, tmp_path), [Example(said(clip, reply="much"))], [])
     with pytest.raises(ExampleError, match=r"sample 0 has a video, which \w+Processor cannot prepare"):
         case.datamodule().setup("fit")
-
-
-def test_a_processor_that_has_to_see_pixels() -> None:
-    processor = PROCESSORS["llava"]()
-    processor.image_processor = transformers.CLIPImageProcessorPil()
-    with pytest.raises(ValueError, match=r"CLIPImageProcessorPil works by 'pil'.*backend=\"torchvision\""):
-        HFVisual(processor)
-
-
-def _changed(name: str, **changes: Any) -> Any:
-    processor = PROCESSORS[name]()
-    for attribute, value in changes.items():
-        setattr(processor.image_processor, attribute, value)
-    return processor
-
-
-def _pan_and_scan() -> Any:
-    processor = PROCESSORS["gemma3"]()
-    further = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
-    processor.images_kwargs = {**processor.images_kwargs, **further}
-    return processor
-
-
-SETTINGS = {
-    "one crop": lambda: _changed("internvl", max_patches=1),
-    "many crops": lambda: _changed("internvl", max_patches=12, min_patches=3),
-    "no splitting": lambda: _changed("idefics3", do_image_splitting=False),
-    "larger": lambda: _changed("idefics3", size={"longest_edge": 48}),
-    "as large as it is": lambda: _changed("mistral3", size={"longest_edge": 4096}),
-    "not cut to a square": lambda: _changed("llava", do_center_crop=False),
-    "pan and scan": _pan_and_scan,
-    **{name: PROCESSORS[name] for name in PROCESSORS if name != "smolvlm"},
-}
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_plans_need_no_pixels(setting: str) -> None:
-    """For images of any size and shape, whatever a processor is told to do with them."""
-    processor = SETTINGS[setting]()
-    visual, random = HFVisual(processor), Random(5)
-    for number in (1, 2) * 15:
-        size = Size(*(int(2 ** random.uniform(4, 7.5)) for _ in range(2)))
-        plan = visual.plan(Image(File.at("nowhere")), size, number == 1)
-        picture = torch.zeros(3, size.height, size.width, dtype=torch.uint8)
-        text = " ".join([processor.image_token] * number)
-        out = processor(text=[text], images=[[picture] * number], add_special_tokens=False, return_tensors="pt")
-        found = plan.text or processor.image_token * plan.rows
-        expected = processor.tokenizer(" ".join([found] * number), add_special_tokens=False)["input_ids"]
-        assert out["input_ids"][0].tolist() == expected, size
