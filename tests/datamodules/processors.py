@@ -87,6 +87,11 @@ def tokenizer(chat: str, named: dict[str, str], others: tuple[str, ...] = (), bo
     )
 
 
+def _qwen2() -> Any:
+    whole = _qwen2_5()
+    return hf.Qwen2VLProcessor(whole.image_processor, whole.tokenizer, whole.video_processor, chat_template=QWEN_CHAT)
+
+
 def _qwen2_5() -> Any:
     image = hf.Qwen2VLImageProcessor(patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 32 * 32})
     video = hf.Qwen2VLVideoProcessor(patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 16 * 24})
@@ -174,6 +179,7 @@ def _gemma3() -> Any:
 
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
+    "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
     "qwen3_vl_moe": _qwen3,

@@ -45,7 +45,7 @@ FAMILIES = [
     )
     for name in PROCESSORS
 ]
-VIDEOS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "smolvlm")
+VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "smolvlm")
 
 
 class Given(Source):

@@ -190,6 +190,21 @@ DECODERS: dict[str, Model] = {
 }
 
 VISION_LANGUAGE: dict[str, Model] = {
+    "qwen2_vl": Model(
+        lambda: hf.Qwen2VLConfig(
+            text_config=llm(hf.Qwen2VLTextConfig, rope_parameters=mrope(1, 1, 2)),
+            vision_config={
+                "depth": 2,
+                "embed_dim": 16,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "hidden_size": WIDTH,
+                "patch_size": 4,
+            },
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=False),
+    ),
     "qwen2_5_vl": Model(
         lambda: hf.Qwen2_5_VLConfig(
             text_config=llm(hf.Qwen2_5_VLTextConfig, rope_parameters=mrope(1, 1, 2)),
