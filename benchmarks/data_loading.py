@@ -13,9 +13,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import PIL.Image
 import torch
@@ -27,9 +29,14 @@ from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.batch import Batch, PipelineLayout, assign_owners
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]  (lies in datamodules/)
     EasyVQA,
+    HFStream,
     MessagesJSONL,
     MultimodalDataModule,
     PatchProcessor,
+)
+from bigmac_lightning.datamodules.windows import (  # pyright: ignore[reportMissingImports]
+    StreamLoader,
+    StreamStep,
 )
 from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/)
     HFDecoder,
@@ -66,7 +73,7 @@ def write_mix(folder: Path) -> Path:
     return folder / "mix.jsonl"
 
 
-def datamodule(path: Path, **changes: Any) -> MultimodalDataModule:
+def datamodule(path: Path, train: Sequence[Any] | None = None, **changes: Any) -> MultimodalDataModule:
     visual = PatchProcessor(patch_size=16, max_rows=784)
     arguments: dict[str, Any] = {
         "token_budget": 2048,
@@ -74,7 +81,7 @@ def datamodule(path: Path, **changes: Any) -> MultimodalDataModule:
         "cache_dir": path.parent / "measured",
         **changes,
     }
-    return MultimodalDataModule([MessagesJSONL(path)], visual=visual, **arguments)
+    return MultimodalDataModule(train or [MessagesJSONL(path)], visual=visual, **arguments)
 
 
 def unevenness(loads: Sequence[float]) -> float:
@@ -124,6 +131,26 @@ def loading(path: Path) -> tuple[dict[str, str], list[Batch]]:
         "padding, packed": f"{1 - real / tokens:.1%}",
         "tokens of the budget that are used": f"{tokens / (2048 * sum(map(len, batches))):.1%}",
     }, batches
+
+
+def streamed(path: Path) -> float:
+    """Examples/s that one process reads from a Parquet file with images in it, tokenizes and packs, before decoding."""
+    datasets.disable_progress_bars()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows: dict[str, list[Any]] = {"messages": [record["messages"] for record in records]}
+    rows["images"] = [[(path.parent / name).read_bytes() for name in record.get("images", [])] for record in records]
+    rows["images"] = [[{"bytes": image, "path": None} for image in images] for images in rows["images"]]
+    datasets.Dataset.from_dict(rows).to_parquet(str(path.with_suffix(".parquet")))
+    made = datamodule(path, [HFStream("parquet", str(path.with_suffix(".parquet")))], steps_per_epoch=1, window=256)
+    made.setup("fit")
+    loader, samples, start = made.loader("train"), 0, time.perf_counter()
+    assert isinstance(loader, StreamLoader)
+    with closing(iter(loader.windows)) as steps:
+        while samples < 3 * SAMPLES:
+            step = next(steps)
+            assert isinstance(step, StreamStep)
+            samples += sum(map(len, step.parts))
+    return samples / (time.perf_counter() - start)
 
 
 def padded(path: Path) -> float:
@@ -212,6 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_mix(Path(folder))
         rows, batches = loading(path)
+        rows["examples/s of a stream, before decoding"] = f"{streamed(path):,.0f}"
         rows["padding, a row per sample"] = f"{padded(path):.1%}"
         rows["encoder max/mean in a group of 4 ranks, in turn"] = f"{encoder_imbalance(batches, owners_in_turn):.3f}"
         rows["encoder max/mean in a group of 4 ranks, balanced"] = f"{encoder_imbalance(batches, assign_owners):.3f}"

@@ -206,11 +206,13 @@ class Batch:
 
     Attributes:
         planned: a `planning.PlannedBatch`, where one was made together with the batch.
+        progress: what the DataModule notes about it for itself.
     """
 
     microbatches: list[Microbatch]
     layout: PipelineLayout = field(default_factory=PipelineLayout)
     planned: object = None
+    progress: object = None
 
     def __len__(self) -> int:
         return len(self.microbatches)

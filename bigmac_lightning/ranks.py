@@ -21,29 +21,31 @@ class Ranks:
         """Of this process among all."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-    def tell(self, own: Any) -> Callable[[], list[Any]]:
+    def tell(self, own: Any, check: int = 0) -> Callable[[], tuple[list[Any], bool]]:
         """Say something to every rank, without waiting for the others. Collective.
 
         Args:
             own: anything that can be pickled.
+            check: a number that should be the same on all ranks.
 
-        Returns: waits for the others, and gives what every rank says; nothing if all say something empty, which costs a
-        single number. Collective; to be called before the next `tell`.
+        Returns: waits for the others, and gives what every rank says and whether they have the same number. It says
+        nothing if all say something empty, which costs three numbers. Collective; to be called before the next `tell`.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return lambda: [own]
+            return lambda: ([own], True)
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        group, flag = self._group, torch.tensor(int(bool(own)))
-        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True)
+        group, numbers = self._group, torch.tensor([int(bool(own)), check, -check])
+        work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
 
-        def everyone() -> list[Any]:
+        def everyone() -> tuple[list[Any], bool]:
             work.wait()
-            if not flag:
-                return []
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, own, group=group)
-            return told
+            said, most, least = numbers.tolist()
+            told: list[Any] = []
+            if said:
+                told = [None] * dist.get_world_size()
+                dist.all_gather_object(told, own, group=group)
+            return told, most == -least
 
         return everyone

@@ -16,6 +16,7 @@ from .sampler import EpochSampler
 from .small_sources import Clips, Sums
 from .source import Source
 from .sources import CaptionFolder, HFDataset, LlavaJSON, MessagesJSONL, WebDatasetTars
+from .stream import HFStream, SourceStream, Stream, Taken
 from .tokenizers import byte_tokenizer
 from .visual import PatchProcessor, TargetProcessor, VisualProcessor
 
@@ -32,6 +33,7 @@ __all__ = [
     "ExampleError",
     "File",
     "HFDataset",
+    "HFStream",
     "HFVisual",
     "Image",
     "LlavaJSON",
@@ -47,7 +49,10 @@ __all__ = [
     "Size",
     "Source",
     "SourceError",
+    "SourceStream",
+    "Stream",
     "Sums",
+    "Taken",
     "Target",
     "TargetProcessor",
     "Video",

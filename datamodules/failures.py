@@ -6,7 +6,7 @@ Knows batches; knows nothing of plans or models.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -58,37 +58,55 @@ class Agreement:
         self.ranks, self.replica, self.on_error, self.report = ranks, replica, on_error, report
         self.skipped = 0
 
-    def __call__(self, batch: Batch | SourceError) -> Callable[[], Batch]:
+    def __call__(self, batch: Batch | SourceError, check: int = 0) -> Callable[[], Batch]:
         """Tell the other ranks what failed of a batch, and do not wait for them. Collective.
+
+        Args:
+            check: a number that is the same on all ranks, if they have read the same.
 
         Returns: waits for them, and gives the batch without samples that failed on any rank. Collective; to be called
         before the next batch is told of.
 
         Raises (what is returned does):
             ExampleError: on every rank, if something failed on any and `on_error` is "raise".
-            SourceError: on every rank, if a rank could not make its batch.
+            SourceError: on every rank, if a rank could not make its batch, or they have read different examples.
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        told = self.ranks.tell(own)
-        return lambda: self._agree(batch, told())
+        told = self.ranks.tell(own, check)
+        return lambda: self._agree(batch, *told())
 
-    def _agree(self, batch: Batch | SourceError, everyone: list[list[Failure] | str]) -> Batch:
+    def _agree(self, batch: Batch | SourceError, everyone: list[list[Failure] | str], same: bool) -> Batch:
         if broken := [text for text in everyone if isinstance(text, str)]:
             raise SourceError("; ".join(dict.fromkeys(broken)))
+        if not same:
+            raise SourceError(
+                "the ranks have read different examples from the streams: each must read all of them, in one order: "
+                "do not split a stream by rank, node or worker, and let its order depend on the turn alone"
+            )
         assert isinstance(batch, Batch)
         failed = [failure for some in everyone if not isinstance(some, str) for failure in some]
         if not failed:
             return batch
         samples = {(f.replica, f.microbatch, f.origin): f for f in failed}
-        messages = "\n".join(f.message for f in samples.values())
+        self.leave_out([f.message for f in samples.values()])
+        return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
+
+    def leave_out(self, messages: Sequence[str]) -> None:
+        """Do what is to be done about broken samples that every rank knows of.
+
+        Raises:
+            ExampleError: `on_error` is "raise", and there are any.
+        """
+        if not messages:
+            return
+        text = "\n".join(messages)
         if self.on_error == "raise":
-            raise ExampleError(f'{messages}\n(on_error="skip" goes on without such samples)')
-        self.skipped += len(samples)
+            raise ExampleError(f'{text}\n(on_error="skip" goes on without such samples)')
+        self.skipped += len(messages)
         if self.ranks.rank == 0:
-            log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, messages)
+            log.warning("skipped %d broken samples so far; now:\n%s", self.skipped, text)
         if self.report is not None:
             self.report(self.skipped)
-        return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
 
     @staticmethod
     def _without(batch: Batch, samples: list[tuple[int, int]]) -> Batch:

@@ -3,7 +3,7 @@
 Knows sources, encoders and batches; knows nothing of Lightning but its protocol for stateful loaders.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,13 +104,40 @@ def _text(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+Position = dict[str, Any]
+"""{"streams": of each its name, its turn, its place and how many examples of it were drawn, all at the start of a
+window; "window": its number; "step": steps of it that have been given}"""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What comes with a batch of streams.
+
+    Attributes:
+        position: where to go on behind it.
+        left_out: what was wrong with examples of the window that begins with it.
+        check: the same number on all ranks, if they have read the same.
+    """
+
+    position: Position
+    left_out: tuple[str, ...] = ()
+    check: int = 0
+
+
 def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
     """Batches that all ranks have agreed on, one ahead: while a step runs, the ranks tell each other of the next one.
 
     Args:
         made: by workers; `Parcel`s or what is in them.
     """
-    outcomes = (agreement(batch.open() if isinstance(batch, Parcel) else batch) for batch in made)
+
+    def told() -> Iterator[Callable[[], Batch]]:
+        for given in made:
+            batch = given.open() if isinstance(given, Parcel) else given
+            progress = batch.progress if isinstance(batch, Batch) else None
+            yield agreement(batch, progress.check if isinstance(progress, Progress) else 0)
+
+    outcomes = told()
     ahead = next(outcomes, None)
     while ahead is not None:
         batch = ahead()
@@ -118,8 +145,8 @@ def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
         yield batch
 
 
-class StepLoader:
-    """Batches that all ranks have agreed on, from any step on.
+class AgreedLoader:
+    """What the loaders of sources and of streams share.
 
     Around a DataLoader and none itself: in prediction Lightning would rebuild one. The strategy may replace
     `collate_fn` and `worker_init_fn`; Lightning tells the epoch to `sampler`.
@@ -127,14 +154,14 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: EncodedSteps,
-        sampler: StepSampler,
-        collate_fn: StepCollate,
+        dataset: Dataset,
+        sampler: StepSampler | None,
+        collate_fn: Callable[[Any], Any],
         agreement: Agreement,
         num_workers: int,
         prefetch: int,
     ) -> None:
-        self.dataset, self.sampler, self.agreement = dataset, sampler, agreement
+        self.agreement = agreement
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=None,
@@ -142,11 +169,10 @@ class StepLoader:
             collate_fn=ParcelCollate(collate_fn),
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
-            persistent_workers=num_workers > 0,
+            persistent_workers=num_workers > 0 and sampler is not None,  # they would not hear of another position
             pin_memory=torch.cuda.is_available(),
         )
         self.batch_sampler = None  # as of a DataLoader whose sampler gives whole batches
-        self._position = (0, 0)  # epoch, batches given
 
     @property
     def collate_fn(self) -> Any:
@@ -166,6 +192,23 @@ class StepLoader:
     @worker_init_fn.setter
     def worker_init_fn(self, function: Any) -> None:
         self._loader.worker_init_fn = function
+
+
+class StepLoader(AgreedLoader):
+    """Batches that all ranks have agreed on, from any step on."""
+
+    def __init__(
+        self,
+        dataset: EncodedSteps,
+        sampler: StepSampler,
+        collate_fn: StepCollate,
+        agreement: Agreement,
+        num_workers: int,
+        prefetch: int,
+    ) -> None:
+        super().__init__(dataset, sampler, collate_fn, agreement, num_workers, prefetch)
+        self.dataset, self.sampler = dataset, sampler
+        self._position = (0, 0)  # epoch, batches given
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -198,6 +241,10 @@ class StepLoader:
         Raises:
             ValueError: this one would give other samples.
         """
+        if "position" in state:
+            raise ValueError(
+                "the run was saved while it read streams, and now its sources are none: start from the weights alone"
+            )
         within = 0 < state["step"] < state["steps"]
         if within and state["order"] != self.sampler.fingerprint():
             raise ValueError(

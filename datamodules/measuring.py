@@ -15,9 +15,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from .chat import ChatEncoder
+from .collate import Sample
 from .decoding import measure
 from .example import Example, ExampleError, Size
 from .source import Source
+from .stream import Stream
 
 FORMAT = 2
 log = logging.getLogger(__name__)
@@ -107,18 +109,9 @@ class _Measuring(Dataset):
         try:
             example = self.source[index]
             name = name_of(self.source, index, example)
-            sizes = tuple(measure(item) for item in example.media)
-            if example.target is not None:
-                sizes = (*sizes, measure(example.target))
-            sample = self.encoder.encode(example, sizes, name)
-            if len(sample.tokens) > self.budget:
-                raise ExampleError(
-                    f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
-                    f"per image or video, or raise token_budget={self.budget}"
-                )
+            sample, sizes = encoded(example, self.encoder, self.budget, name)
         except Exception as error:  # a source may raise what it likes: it is told which example did
-            reason = str(error) if isinstance(error, ExampleError) else f"{type(error).__name__}: {error}"
-            return Measured(error=f"{name} {reason}")
+            return Measured(error=f"{name} {reason_of(error)}")
         return Measured(
             len(sample.tokens),
             sum(item.cost for item in sample.media),
@@ -127,7 +120,34 @@ class _Measuring(Dataset):
         )
 
 
-def name_of(source: Source, index: int, example: Example | None = None) -> str:
+def encoded(
+    example: Example, encoder: ChatEncoder, budget: int, name: str, draw: tuple[object, ...] | None = None
+) -> tuple[Sample, tuple[Size, ...]]:
+    """The sample of an example, and the sizes of its media and target, read from their headers.
+
+    Args:
+        draw: what augmentation depends on; ``None``: there is none.
+
+    Raises:
+        ExampleError: it cannot be used.
+    """
+    items = example.media if example.target is None else [*example.media, example.target]
+    sizes = tuple(measure(item) for item in items)
+    sample = encoder.encode(example, sizes, name, draw)
+    if len(sample.tokens) > budget:
+        raise ExampleError(
+            f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
+            f"per image or video, or raise token_budget={budget}"
+        )
+    return sample, sizes
+
+
+def reason_of(error: Exception) -> str:
+    """What a message about an example says of any exception: sources may raise what they like."""
+    return str(error) if isinstance(error, ExampleError) else f"{type(error).__name__}: {error}"
+
+
+def name_of(source: Source | Stream, index: int, example: Example | None = None) -> str:
     """What errors call an example."""
     given = f" ({example.name})" if example is not None and example.name else ""
     return f"{source.name}, sample {index}{given}"

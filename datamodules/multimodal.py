@@ -27,8 +27,10 @@ from .loader import EncodedSteps, StepCollate, StepLoader
 from .measuring import Measurements, measurements
 from .source import Source
 from .steps import PackingOptions, StepSampler
+from .stream import SourceStream, Stream
 from .tokenizers import byte_tokenizer
 from .visual import TargetProcessor, VisualProcessor
+from .windows import StreamCollate, StreamLoader, StreamSteps
 
 Split = str
 SHOWN_ERRORS = 10
@@ -43,12 +45,13 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Sequence[Source] = (),
+        train: Sequence[Source | Stream] = (),
         val: Sequence[Source] = (),
         test: Sequence[Source] = (),
         predict: Sequence[Source] = (),
         weights: Sequence[float] | None = None,
         samples_per_epoch: int | None = None,
+        steps_per_epoch: int | None = None,
         processor: Any = "bytes",
         visual: VisualProcessor | None = None,
         target: TargetProcessor | None = None,
@@ -70,9 +73,12 @@ class MultimodalDataModule(pl.LightningDataModule):
     ) -> None:
         """
         Args:
-            train, val, test, predict: sources of each split. In prediction, generators make their targets anew.
-            weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes.
+            train, val, test, predict: sources of each split. In prediction, generators make their targets anew. In
+                training there may be streams among them.
+            weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes, or equal ones
+                if there are streams among them.
             samples_per_epoch: of training; ``None``: as many as the training sources have together.
+            steps_per_epoch: an epoch's length if there are streams among the training sources. They go on in the next.
             processor: the folder or name of a pretrained processor or tokenizer with a chat template; or one that is
                 loaded already; "bytes": one token per byte, for tiny models.
             visual: makes the encoders' inputs of images and videos; ``None``: as the processor does, if it does.
@@ -106,8 +112,13 @@ class MultimodalDataModule(pl.LightningDataModule):
         if weights is not None and (len(weights) != len(train) or min(weights, default=1) <= 0):
             raise ValueError(f"weights={list(weights)} for {len(train)} training sources: give a positive one for each")
         self.prepare_data_per_node = True
-        self._given: dict[Split, Sequence[Source]] = {"train": train, "val": val, "test": test, "predict": predict}
-        self.weights, self.samples_per_epoch = weights, samples_per_epoch
+        self._given: dict[Split, Sequence[Source | Stream]] = {
+            "train": train,
+            "val": val,
+            "test": test,
+            "predict": predict,
+        }
+        self.weights, self.samples_per_epoch, self.steps_per_epoch = weights, samples_per_epoch, steps_per_epoch
         tokenizer, made = load_processor(processor)
         feature_tokens: tuple[str, ...] = ()
         if made is not None:  # a processor's own tokens and preparation, unless others are given
@@ -127,9 +138,27 @@ class MultimodalDataModule(pl.LightningDataModule):
         self._measured: dict[Split, list[Measurements]] = {}
         self._ranks = Ranks()
 
-    def sources(self, split: Split) -> Sequence[Source]:
+    def sources(self, split: Split) -> Sequence[Source | Stream]:
         """The sources of "train", "val", "test" or "predict"."""
         return self._given[split]
+
+    def _streams(self, split: Split) -> list[Stream]:
+        """The sources of a split as streams, if there is a stream among them; else none.
+
+        Raises:
+            ValueError: streams are not for this split, or the length of an epoch is not given.
+        """
+        sources = self.sources(split)
+        if not any(isinstance(source, Stream) for source in sources):
+            return []
+        if split != "train":
+            raise ValueError(
+                f"{split} has streams, which are for training; give the start of one as a source: Taken(stream, 500)"
+            )
+        if self.steps_per_epoch is None or self.samples_per_epoch is not None:
+            raise ValueError("with streams, whose lengths are not known, an epoch is given by steps_per_epoch alone")
+        shuffle = not self.ordered
+        return [s if isinstance(s, Stream) else SourceStream(s, self.seed, shuffle) for s in sources]
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -159,9 +188,12 @@ class MultimodalDataModule(pl.LightningDataModule):
         return module.llm.refuses_packing if self.packed and isinstance(module, PipelineModule) else ""
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
+        if self._streams(split):
+            return []  # each example is measured when it comes
         return [
             measurements(source, self.encoder, self.token_budget, self.cache_dir, self.num_workers, read_only)
             for source in self.sources(split)
+            if isinstance(source, Source)
         ]
 
     def _known(self, split: Split) -> list[Measurements]:
@@ -193,7 +225,7 @@ class MultimodalDataModule(pl.LightningDataModule):
             return PipelineLayout()
         return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
 
-    def loader(self, split: Split) -> StepLoader:
+    def loader(self, split: Split) -> StepLoader | StreamLoader:
         """Batches of a split."""
         training, layout = split == "train", self.layout
         place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
@@ -207,19 +239,23 @@ class MultimodalDataModule(pl.LightningDataModule):
             ordered=self.ordered or not training,
             attention_tokens=self.attention_tokens,
         )
-        sources, measured = self.sources(split), self._known(split)
+        collate = StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens)
+        agreement = Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split))
+        if streams := self._streams(split):
+            assert self.steps_per_epoch is not None
+            weights = self.weights or [1.0] * len(streams)
+            replicas, replica = place["num_replicas"], place["rank"]
+            windows = StreamSteps(streams, weights, self.encoder, options, self.seed, replicas, replica)
+            return StreamLoader(
+                windows, StreamCollate(collate), agreement, self.num_workers, self.prefetch, self.steps_per_epoch
+            )
+        sources, measured = [s for s in self.sources(split) if isinstance(s, Source)], self._known(split)
         mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
         sampler = StepSampler(
             measured, options, **mixture, shuffle=training and not self.ordered, seed=self.seed, **place
         )
-        return StepLoader(
-            EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict"),
-            sampler,
-            StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens),
-            Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split)),
-            self.num_workers,
-            self.prefetch,
-        )
+        steps = EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict")
+        return StepLoader(steps, sampler, collate, agreement, self.num_workers, self.prefetch)
 
     def _log_skipped(self, split: Split, samples: int) -> None:
         if self.trainer is None:

@@ -265,13 +265,7 @@ class HFDataset(Source):
         self._turns = next((name for name in ("messages", "conversations") if name in rows.column_names), None)
         if self._turns is None:
             raise ValueError(f"the rows have columns {rows.column_names}: one of messages, conversations is needed")
-        if self._column is not None:  # bytes stay bytes until the owner asks for them
-            feature = rows.features[self._column]
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(self._column, datasets.Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                rows = rows.cast_column(self._column, datasets.List(datasets.Image(decode=False)))
-        self._rows = rows
+        self._rows = rows = undecoded(rows)
         self._texts = rows.select_columns([self._turns])
         self._label = f"{path} {data_files or ''}".strip()
 
@@ -302,11 +296,30 @@ class HFDataset(Source):
         items = given if isinstance(given, list) else [given]
         if number >= len(items):
             raise ExampleError(f"has {len(items)} images, fewer than <image> placeholders")
-        item = items[number]
-        if isinstance(item, Mapping) and item.get("bytes"):
-            return item["bytes"]
-        path = item["path"] if isinstance(item, Mapping) else item
-        return File.at(path, self.media_root).open().read()
+        return content_of(items[number], self.media_root)
+
+
+def undecoded(rows: Any) -> Any:
+    """A dataset of the `datasets` library whose images stay bytes until their owner asks for them."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            rows = rows.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return rows
+
+
+def content_of(item: Any, media_root: Path) -> bytes:
+    """The bytes of an image of such a dataset: its own, or those of a file below the media root."""
+    if isinstance(item, Mapping) and item.get("bytes"):
+        return item["bytes"]
+    path = item.get("path") if isinstance(item, Mapping) else item
+    if not isinstance(path, str):
+        raise ExampleError(f"has neither bytes nor a path, but {type(item).__name__}")
+    with File.at(path, media_root).open() as file:
+        return file.read()
 
 
 def messages_of(turns: Any, images: Sequence[Image], videos: Sequence[Video]) -> list[Message]:

@@ -1,5 +1,7 @@
-"""The example of docs/data.md, as it stands there."""
+"""The examples of docs/data.md, as they stand there."""
 
+import base64
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,32 @@ from tests.strategy.trainers import plain_trainer
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
+def run(number: int) -> MultimodalDataModule:
+    """The DataModule of an example."""
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[number]
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(code.replace("patch_size=16", "patch_size=8"), names)
+    datamodule = names["datamodule"]
+    assert isinstance(datamodule, MultimodalDataModule)
+    return datamodule
+
+
+def test_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "photos.jsonl", "w") as file:
+        for picture in pictures(12):
+            image = base64.b64encode(picture.read_bytes()).decode()
+            file.write(json.dumps({"name": picture.name, "label": picture.stem, "image": image}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    datamodule = run(1)
+    trainer = plain_trainer(max_epochs=2)
+    trainer.fit(model(generators={}), datamodule)
+    assert trainer.global_step == 8
+    assert len(datamodule.train_dataloader()) == 4
+    labels = [t for batch in datamodule.val_dataloader() for m in batch.microbatches for t in m.labels.tolist()]
+    assert datamodule.encoder.tokenizer.decode(labels).replace("<|im_end|>", " ").split() == ["0", "1", "2"]
+
+
 def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, picture in enumerate(pictures(10)):
         file = tmp_path / "photos" / ("train" if i < 7 else "val") / ("odd" if i % 2 else "even") / picture.name
@@ -20,11 +48,7 @@ def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.Monk
         file.write_bytes(picture.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(code.replace("patch_size=16", "patch_size=8"), names)
-    datamodule = names["datamodule"]
-    assert isinstance(datamodule, MultimodalDataModule)
+    datamodule = run(0)
     trainer = plain_trainer(max_epochs=1)
     trainer.fit(model(generators={}), datamodule)
     assert trainer.global_step == 1

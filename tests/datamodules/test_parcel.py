@@ -48,14 +48,14 @@ def test_batches_travel_in_one_block_from_a_worker_only() -> None:
             assert_same(made.open() if isinstance(made, Parcel) else made, contents())
 
 
-def _tell(rank: int) -> list[list[Any]]:
+def _tell(rank: int) -> list[tuple[list[Any], bool]]:
     ranks, ready = Ranks(), torch.zeros(1)
-    assert ranks.tell(None)() == []  # makes the group, which is collective
-    heard: list[list[Any]] = []
-    for own in (None, f"rank {rank}", "" if rank else "rank 0 alone"):
+    assert ranks.tell(None)() == ([], True)  # makes the group, which is collective
+    heard: list[tuple[list[Any], bool]] = []
+    for own, check in ((None, 5), (f"rank {rank}", -5), ("" if rank else "rank 0 alone", 2**55 + rank)):
         if rank == 1:
             dist.recv(ready, 0)
-        told = ranks.tell(own)
+        told = ranks.tell(own, check)
         if rank == 0:
             dist.send(ready, 1)  # would never come if `tell` waited for rank 1
         heard.append(told())
@@ -63,5 +63,5 @@ def _tell(rank: int) -> list[list[Any]]:
 
 
 def test_telling_does_not_wait_for_the_others() -> None:
-    expected = [[], ["rank 0", "rank 1"], ["rank 0 alone", ""]]
+    expected = [([], True), (["rank 0", "rank 1"], True), (["rank 0 alone", ""], False)]
     assert run_ranks(2, _tell, timeout=60) == [expected, expected]

@@ -1,0 +1,318 @@
+"""Streams: the same samples per step for any number of ranks, replicas and workers, exact resuming, broken examples."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+
+from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.datamodules import (
+    Example,
+    ExampleError,
+    File,
+    HFStream,
+    Image,
+    Message,
+    MessagesJSONL,
+    SourceError,
+    Stream,
+    Taken,
+)
+from bigmac_lightning.datamodules.stream import SourceStream
+from tests.datamodules.examples import data, model, said, write_jsonl
+from tests.datamodules.test_multimodal_training import Losses
+from tests.datamodules.test_resume import Stop, names, pixels
+from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+
+FILES, ROWS = 3, 12
+
+
+def png(height: int, width: int, color: int) -> bytes:
+    made = io.BytesIO()
+    PIL.Image.new("RGB", (width, height), (color, 2 * color % 256, 77)).save(made, "PNG")
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Parquet files with images in them, and texts in a JSONL file."""
+    made = tmp_path_factory.mktemp("streamed")
+    for f in range(FILES):
+        rows: dict[str, list[Any]] = {"messages": [], "images": []}
+        for i in range(ROWS):
+            number = f * ROWS + i
+            rows["messages"].append(said("<image>?" if i % 4 else "?", "n" * (number % 7 + 1)))
+            rows["images"].append([{"bytes": png(16 + 8 * (i % 3), 16 + 8 * f, number), "path": None}] if i % 4 else [])
+        features = {
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+            "images": datasets.List(datasets.Image()),
+        }
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        table.to_parquet(str(made / f"{f}.parquet"))
+    write_jsonl(made / "texts.jsonl", [{"messages": said("Say", "a" * i)} for i in range(1, 9)])
+    return made
+
+
+def streams(folder: Path) -> list[Any]:
+    return [HFStream("parquet", str(folder / "*.parquet")), MessagesJSONL(folder / "texts.jsonl")]
+
+
+def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    defaults = {"train": streams(folder), "val": [], "weights": [3, 1], "steps_per_epoch": 5, "target": None}
+    return {**defaults, "token_budget": 100, "microbatches": 2, "window": 10, **changes}
+
+
+def loader(folder: Path, replicas: int = 1, replica: int = 0, size: int = 1, rank: int = 0, **changes: Any) -> Any:
+    made = data(folder / "texts.jsonl", **arguments(folder, **changes))
+    strategy = SimpleNamespace(pipeline_layout=PipelineLayout(size, rank, size))
+    place = {"num_replicas": replicas, "rank": replica}
+    made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=place, loggers=[])  # pyright: ignore
+    made.setup("fit")
+    return made.loader("train")
+
+
+def samples(batch: Batch) -> list[str]:
+    return sorted(name for microbatch in names(batch) for name in microbatch)
+
+
+def test_the_same_samples_per_step_for_any_ranks_replicas_and_workers(folder: Path) -> None:
+    alone = list(loader(folder, microbatches=4))
+    expected = [samples(batch) for batch in alone]
+    shown = [sum(len(m.media) for m in batch.microbatches) for batch in alone]
+    total = [pixels(batch) for batch in alone]
+    for workers in (0, 2):
+        for replicas, microbatches in ((1, 4), (2, 2)):
+            got: list[list[str]] = [[] for _ in alone]
+            decoded, seen = [0] * len(alone), [0.0] * len(alone)
+            for replica in range(replicas):
+                ranks = []
+                for rank in range(2):
+                    place = (replicas, replica, 2, rank)
+                    ranks.append(list(loader(folder, *place, microbatches=microbatches, num_workers=workers)))
+                for step, pair in enumerate(zip(*ranks, strict=True)):
+                    assert names(pair[0]) == names(pair[1])
+                    assert len(pair[0]) == microbatches
+                    got[step] += samples(pair[0])
+                    for rank, batch in enumerate(pair):
+                        items = [item for m in batch.microbatches for item in m.media]
+                        assert all((item.data is not None) == (item.owner == rank) for item in items)
+                        mine = [item.data for item in items if item.data is not None]
+                        decoded[step] += len(mine)
+                        seen[step] += sum(float(image.double().sum()) for image in mine)
+            assert [sorted(step) for step in got] == expected
+            assert decoded == shown
+            assert seen == pytest.approx(total, rel=1e-9)
+
+
+def test_every_example_once_in_a_turn_by_shares_and_packed(folder: Path) -> None:
+    made = loader(folder, steps_per_epoch=20)
+    batches = list(made)
+    counts = Counter(name for batch in batches for name in samples(batch))
+    assert max(counts.values()) == 1, "names have the number of the draw"
+    parquet = sum("parquet" in name for name in counts)
+    assert parquet / len(counts) == pytest.approx(0.75, abs=0.05)
+    assert all(len(batch) == 2 for batch in batches)
+    assert sum(batch.tokens for batch in batches) / (20 * 2 * 100) > 0.85
+    assert all(m.shape[1] <= 100 for batch in batches for m in batch.microbatches)
+    assert made.state_dict()["position"]["streams"][1]["turn"] >= 1, "texts have begun anew"
+    first = [samples(batch) for batch in batches]
+    assert first == [samples(batch) for batch in loader(folder, steps_per_epoch=20)]
+    assert first != [samples(batch) for batch in loader(folder, steps_per_epoch=20, seed=1)]
+    kept = [
+        names(batch)
+        for batch in loader(
+            folder, ordered=True, train=[HFStream("parquet", str(folder / "*.parquet"), shuffle=False)], weights=None
+        )
+    ]
+    numbers = [int(name.split("sample ")[1].split()[0]) for step in kept for part in step for name in part]
+    assert numbers == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7, 12])
+def test_a_loader_goes_on_where_another_was(folder: Path, stop: int, tmp_path: Path) -> None:
+    """In the middle of windows, over several epochs and turns, with other workers and ranks."""
+    whole = loader(folder)
+    expected = []
+    for epoch in range(4):
+        whole.set_epoch(epoch)
+        expected += [(names(batch), pixels(batch)) for batch in whole]
+    assert len(expected) == 20
+    first = loader(folder, num_workers=2)
+    for epoch in range(stop // 5 + 1):
+        first.set_epoch(epoch)
+        batches = iter(first)
+        for _ in range(min(5, stop - 5 * epoch)):
+            next(batches)
+    torch.save(first.state_dict(), tmp_path / "state")
+    second = loader(folder, size=2, rank=0, num_workers=stop % 3)
+    for _ in range(2):  # and the same loader again
+        second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        rest = []
+        for epoch in range(stop // 5, 4):
+            second.set_epoch(epoch)
+            rest += [names(batch) for batch in second]
+        assert rest == [step for step, _ in expected[stop:]]
+
+
+def test_what_can_be_resumed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = loader(folder)
+    batches = iter(made)
+    first = samples(next(batches))
+    state = made.state_dict()
+    assert state["position"]["step"] == 1
+    with pytest.raises(ValueError, match=r"was saved while it read \['parquet .* now it reads .*texts.jsonl"):
+        loader(folder, train=streams(folder)[::-1]).load_state_dict(state)
+    other = loader(folder, microbatches=1)
+    other.load_state_dict(state)
+    assert "of which 1 steps come once more" in caplog.text
+    again = [name for batch in other for name in samples(batch)]
+    assert set(first) & set(again)
+    source = data(folder / "texts.jsonl", target=None)
+    source.setup("fit")
+    with pytest.raises(ValueError, match="saved while it read streams"):
+        source.loader("train").load_state_dict(state)
+    with pytest.raises(ValueError, match="sources that are no streams"):
+        loader(folder).load_state_dict(source.loader("train").state_dict())
+
+
+def _fit(rank: int, folder: Path, workers: int) -> list[float]:
+    losses = Losses()
+    trainer = pipeline_trainer(4, {"data_parallel_size": 2}, max_epochs=2, limit_val_batches=0, callbacks=[losses])
+    trainer.fit(model(generators={}), data(folder / "texts.jsonl", **arguments(folder, num_workers=workers)))
+    return losses.losses
+
+
+def test_training_against_one_process_and_after_a_stop(folder: Path, tmp_path: Path) -> None:
+    def alone(**changes: Any) -> list[float]:
+        losses, stop = Losses(), changes.pop("stop", [])
+        trainer = plain_trainer(max_epochs=2, limit_val_batches=0, callbacks=[losses, *stop])
+        settings = arguments(folder, microbatches=4)
+        try:
+            trainer.fit(model(generators={}), data(folder / "texts.jsonl", **settings), **changes)
+        except SystemExit:
+            assert stop
+        return losses.losses
+
+    expected = alone()
+    assert len(expected) == 10
+    for losses in on_ranks(4, _fit, folder, 1):
+        assert losses == pytest.approx(expected, rel=1e-5)
+    alone(stop=[Stop(tmp_path, 7)])
+    assert alone(ckpt_path=tmp_path / "middle.ckpt") == expected[7:]
+
+
+class Numbers(Stream):
+    """Numbers with pictures of them, some of which are broken."""
+
+    def __init__(self, broken: dict[int, str], end: int = 20) -> None:
+        self.broken, self.end = broken, end
+
+    def read(self, turn: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
+        for i in range(place or 0, self.end):
+            yield self.example(i), i + 1
+
+    def example(self, i: int) -> Example | ExampleError:
+        broken, content = self.broken.get(i), png(16, 16, i)
+        if broken == "record":
+            return ExampleError("is no record")
+        if broken == "header":
+            content = b"nonsense"
+        if broken == "pixels":
+            content = content[:-30]
+        if broken == "stream":
+            raise OSError("the line is cut")
+        image = Image(File.lazy(f"{i}.png", lambda: content))
+        return Example([Message("user", [image]), Message("assistant", [str(i)])])
+
+
+BROKEN = {3: "record", 5: "header", 8: "pixels"}
+WRONG = {3: "sample 3 is no record", 5: "5.png cannot be read: not an image", 8: "8.png cannot be decoded"}
+
+
+def test_broken_examples(folder: Path) -> None:
+    for number, kind in BROKEN.items():
+        with pytest.raises(ExampleError, match=rf"Numbers, sample {number}.*{WRONG[number].split(' ', 2)[-1]}"):
+            list(loader(folder, train=[Numbers({number: kind})], weights=None))
+    made = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip", steps_per_epoch=3)
+    batches = list(made)
+    assert made.agreement.skipped >= 3
+    assert not {"Numbers, sample 3", "Numbers, sample 5"} & {name for batch in batches for name in samples(batch)}
+    resumed = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip")
+    resumed.load_state_dict(made.state_dict())
+    assert resumed.agreement.skipped == made.agreement.skipped
+    with pytest.raises(SourceError, match="Numbers cannot be read: OSError: the line is cut"):
+        list(loader(folder, train=[Numbers({9: "stream"})], weights=None, num_workers=1))
+    with pytest.raises(SourceError, match="Numbers has no examples"):
+        list(loader(folder, train=[Numbers({}, end=0)], weights=None))
+    with pytest.raises(SourceError, match=r"11 examples in a row cannot be used; the last: Numbers, sample 10 is no"):
+        list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], weights=None, on_error="skip"))
+
+
+class Split(Stream):
+    """Gives every rank other examples, as a stream must not."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def read(self, turn: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
+        for i in range(place or 0, 40):
+            yield Example([Message("user", [str(2 * i + self.rank)]), Message("assistant", ["yes"])]), i + 1
+
+
+def _fit_split(rank: int, folder: Path) -> str:
+    made = data(folder / "texts.jsonl", **arguments(folder, train=[Split(rank)], weights=None))
+    try:
+        pipeline_trainer(2, max_epochs=1, limit_val_batches=0).fit(model(generators={}), made)
+    except SourceError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_read_different_examples_end_together(folder: Path) -> None:
+    for text in on_ranks(2, _fit_split, folder):
+        assert "the ranks have read different examples from the streams" in text
+
+
+def test_where_streams_go(folder: Path) -> None:
+    stream = HFStream("parquet", str(folder / "*.parquet"))
+    with pytest.raises(ValueError, match=r"val has streams, .* Taken\(stream, 500\)"):
+        data(folder / "texts.jsonl", val=[stream], target=None).setup("fit")
+    with pytest.raises(ValueError, match="given by steps_per_epoch alone"):
+        data(folder / "texts.jsonl", train=[stream], target=None).setup("fit")
+    taken = Taken(stream, 5)
+    made = data(folder / "texts.jsonl", train=[], val=[taken], target=None)
+    made.setup("validate")
+    (batch,) = list(made.val_dataloader())
+    assert batch.samples == 5
+
+
+def test_a_stream_of_files_changes_their_order_with_the_turn_and_goes_on_anywhere(folder: Path) -> None:
+    for stream in (
+        HFStream("parquet", str(folder / "*.parquet")),
+        HFStream(datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", streaming=True)),
+        SourceStream(MessagesJSONL(folder / "texts.jsonl")),
+    ):
+        orders = []
+        for turn in range(4):
+            found = list(stream.read(turn))
+            texts = [
+                repr([message.parts[-1] for message in example.messages])
+                for example, _ in found
+                if isinstance(example, Example)
+            ]
+            for stop in (0, len(found) // 2, len(found) - 1):
+                rest = list(stream.read(turn, found[stop][1]))
+                told = [
+                    repr([m.parts[-1] for m in example.messages]) for example, _ in rest if isinstance(example, Example)
+                ]
+                assert told == texts[stop + 1 :]
+            orders.append(texts)
+        assert len({tuple(order) for order in orders}) > 1
+        assert len({tuple(sorted(order)) for order in orders}) == 1
