@@ -157,7 +157,8 @@ class SampleImages(pl.Callback):
             return
         from torchvision.utils import make_grid, save_image
 
-        enlarged = [image.repeat_interleave(8, -1).repeat_interleave(8, -2) for image in drawn]
+        times = max(1, 64 // min(drawn[0].shape[-2:]))  # so that small pictures can be seen
+        enlarged = [image.repeat_interleave(times, -1).repeat_interleave(times, -2) for image in drawn]
         low, high = self.value_range
         enlarged = [((image - low) / (high - low)).clamp(0, 1) for image in enlarged]
         grid = make_grid(enlarged, self.columns, padding=4, pad_value=0.5)
