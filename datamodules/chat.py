@@ -62,7 +62,29 @@ class ChatEncoder:
         example.check()
         plans = self._plans(example, sizes)
         text, spans, order = self._render(example, plans)
-        draw_id = self._draw_id() if example.target is not None else 0
+        tokens, labelled, rows = self._tokens(example, plans, text, spans, order)
+        media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
+        targets: list[Target] = []
+        if example.target is not None:
+            target, draw_id = self._target(example.target, sizes[-1], len(tokens), draw or (name,)), self._draw_id()
+            targets.append(target)
+            tokens += [draw_id] * target.rows
+            labelled += [False] * target.rows
+        return Sample(tokens, labelled, media, targets, name)
+
+    def _tokens(
+        self,
+        example: Example,
+        plans: Sequence[MediaPlan],
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        order: Sequence[int],
+    ) -> tuple[list[int], list[bool], list[list[int]]]:
+        """Token ids, whether each is to be learnt, and for each media item the places of its rows.
+
+        Args:
+            text, spans, order: as of `_render`.
+        """
         try:
             added = self._adds_special_tokens(text)
             encoded = self.tokenizer(text, add_special_tokens=added, return_offsets_mapping=True)
@@ -70,7 +92,7 @@ class ChatEncoder:
             raise ExampleError(f"has a text that cannot be tokenized: {type(error).__name__}: {error}") from error
         tokens: list[int] = []
         labelled: list[bool] = []
-        rows: list[list[int]] = [[] for _ in plans]  # where the rows of each item go
+        rows: list[list[int]] = [[] for _ in plans]
         left = list(reversed(order))
         features: set[Any] = {self._id(token) for token in self.feature_tokens or (self.image_token, self.video_token)}
         for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -89,22 +111,13 @@ class ChatEncoder:
                 left.pop()
         if left:
             raise self._miscounted(example)
-        media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
-        targets: list[Target] = []
-        if example.target is not None:
-            assert self.target is not None, "checked with the plans"
-            processor, image = self.target, example.target
-            load = partial(processor.load, image, sizes[-1])
-            noise = _number(self.seed, "noise", *(draw or (name,)))
-            targets.append(
-                Target(
-                    processor.generator, len(tokens), processor.rows, processor.shape, noise, load,
-                    processor.cost, image.file.name,
-                )
-            )  # fmt: skip
-            tokens += [draw_id] * processor.rows
-            labelled += [False] * processor.rows
-        return Sample(tokens, labelled, media, targets, name)
+        return tokens, labelled, rows
+
+    def _target(self, image: Image, size: Size, start: int, draw: tuple[object, ...]) -> Target:
+        assert self.target is not None, "checked with the plans"
+        load, noise = partial(self.target.load, image, size), _number(self.seed, "noise", *draw)
+        given = (self.target.generator, start, self.target.rows, self.target.shape, noise, load, self.target.cost)
+        return Target(*given, name=image.file.name)
 
     def _plans(self, example: Example, sizes: Sequence[Size]) -> list[MediaPlan]:
         items = example.media
