@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem, assign_owners
-from bigmac_lightning.components import Encoder, Generator, trained_share
+from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import backward_share, part_of
@@ -79,9 +79,10 @@ class Precision:
         size = 2 if "16" in text or "transformer-engine" in text else 8 if "64" in text else None
         return cls(size if text.endswith("-true") or text == "64" else None, size)
 
-    def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Of these weights."""
-        return sum(p.numel() * (self.weights or p.element_size()) for p in parameters)
+    def static(self, component: Encoder | LanguageModel | Generator, parameters: Iterable[nn.Parameter]) -> int:
+        """Of these weights of a component, with the gradients and AdamW's two moments of those that are trained."""
+        made = self.weights or (component.dtype.itemsize if component.dtype else None)
+        return sum(p.numel() * (made or p.element_size()) * (4 if p.requires_grad else 1) for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,17 @@ def ranks_of(
         size: ranks of the pipeline, P.
     """
     stage_rank, made = options.stage_rank(size), list[RankReport]()
-    replicated = [*module.encoders.parameters(), *module.generators.parameters()]
+    replicated = {component: list(component.parameters()) for component in _replicated(module)}
+    count = sum(map(_count, replicated.values()))
+    static = sum(precision.static(component, parameters) for component, parameters in replicated.items())
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
         part = part_of(rank, stages, stage_rank)
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
-        trained = [p for p in [*own, *replicated] if p.requires_grad]
-        static = precision.bytes([*own, *replicated]) + 3 * precision.bytes(trained)
         share = sum(times.of(stage) for stage in layers) / whole
-        made.append(RankReport(layers, _count(own), _count(replicated), share, static))
+        made.append(RankReport(layers, _count(own), count, share, static + precision.static(module.llm, own)))
     return made
 
 
@@ -172,8 +173,7 @@ class StepEstimate:
         """
         self.module, self.options, self.stages, self.size = module, options, stages, size
         self.microbatch, self.precision = microbatch, precision
-        llm = next(iter(module.llm.parameters()), None)
-        self._number = precision.activations or (4 if llm is None else llm.element_size())
+        self._number = precision.activations or (module.llm.dtype or torch.float32).itemsize
         self._encoder = self._encoder_work()
         self._target = _mean(g.work(microbatch.target_shape, microbatch.target_rows) for g in _generators(module))
         estimated = self._costs()
@@ -340,6 +340,11 @@ def count_text(count: float) -> str:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _replicated(module: PipelineModule) -> list[Encoder | Generator]:
+    found = [*module.encoders.values(), *module.generators.values()]
+    return [component for component in found if isinstance(component, Encoder | Generator)]
 
 
 def _generators(module: PipelineModule) -> list[Generator]:
