@@ -16,6 +16,7 @@ from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem, ass
 from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.pipeline import backward_share, part_of
 from bigmac_lightning.planning import Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
@@ -276,18 +277,20 @@ class StepEstimate:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _activations(self, rank: int, held: RankReport) -> dict[str, float]:
-        """Peak bytes by component."""
-        given, llm, number = self.microbatch, self.module.llm, self._number
-        kept = llm.kept()
+        """Peak bytes by component: of what has a backward, as if all of its weights were trained."""
+        given, llm, number, passes = self.microbatch, self.module.llm, self._number, self.module.trained_layers.passes
+        kept = LayerCosts.of_parts([size * there for size, there in zip(llm.kept().parts, passes, strict=True)])
+        at_once = 0.0
         if llm.gradient_checkpointing:
             at_once = max((kept.layers[k] for stage in held.layers for k in stage), default=0.0)
-            alive = sum(llm.width * len(stage) for stage in held.layers)
-        else:
-            at_once, alive = 0.0, sum(kept.of(stage) for stage in held.layers)
+            kept = replace(kept, layers=tuple(llm.width * there for there in passes[1:-1]))
+        alive = sum(kept.of(stage) for stage in held.layers)
         microbatches = self.timeline.llm_microbatches[rank]
         found = {"LLM": given.tokens * number * (alive * microbatches + at_once)}
         if self._encoder.kept:
-            found["encoder"] = self.timeline.encoder_units[rank] * self._encoder.kept * number
+            trained = self._trained()
+            unit = self._encoder.kept * trained.encoder_backward if trained.needs.encoder else 0.0
+            found["encoder"] = self.timeline.encoder_units[rank] * unit * number
         if self._target.kept:
             targets = max(_of_rank(self.plan.generator_shares, self.plan, rank), default=0.0) * given.targets
             found["generator"] = targets * self._target.kept * number
