@@ -88,7 +88,8 @@ class HFVisionEncoder(Encoder):
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
             return
-        whole = surgery.materialize(self._unregistered[0], self._keep_vision, self.source, self.seed, self.dtype)
+        keep = self._keep_vision if self.source is not None else lambda whole: None  # this one has been cut already
+        whole = surgery.materialize(self._unregistered[0], keep, self.source, self.seed, self.dtype)
         if self.gradient_checkpointing:
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)

@@ -1,12 +1,14 @@
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from bigmac_lightning.models import VisionEncoder
+from bigmac_lightning.models import HFVideoEncoder, HFVisionEncoder, VisionEncoder
 from bigmac_lightning.runtime.memory import MemoryTracker
+from tests.models import zoo
 from tests.models.parts import TOWER, counting, image, ready
 
 WIDTH = 20
@@ -125,6 +127,18 @@ def test_work_against_counted_operations(kind: str) -> None:
     with counting() as counted:
         rows = encoder([item])
     assert encoder.work(len(rows)).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("name", zoo.VISION_LANGUAGE)
+def test_work_of_vision_language_models(name: str) -> None:
+    model = zoo.MODELS[name]
+    encoder = ready(HFVisionEncoder(model.config(), attn_implementation=model.attention))
+    assert model.draw is not None
+    drawn = model.draw(Random(0))
+    with counting() as counted:
+        features = (HFVideoEncoder(encoder) if drawn.encoder == "video" else encoder)([drawn.data])
+    work = encoder.work(len(features) // encoder.levels)
+    assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.2)
 
 
 @pytest.mark.parametrize("kind", ["siglip_vision_model", "qwen3_vl_vision"])
