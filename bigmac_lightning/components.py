@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import TargetItem
@@ -25,10 +26,12 @@ class Encoder(nn.Module, ABC):
         levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
             the embedding's (see `LanguageModel.run_layers`).
         gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
+        dtype: of the weights, where `materialize` changes it.
     """
 
     levels: int = 1
     gradient_checkpointing: bool = False
+    dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
         """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
@@ -64,6 +67,7 @@ class LanguageModel(nn.Module, ABC):
             by name. Such a loss is a mean over microbatches.
         refuses_packing: why a row must not hold several samples; empty: it may.
         gradient_checkpointing: whether layers keep their inputs only and run again in the backward.
+        dtype: of the weights, where `materialize` changes it.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
     stage; gradients flow back through them. A model without any ignores them.
@@ -76,6 +80,7 @@ class LanguageModel(nn.Module, ABC):
     auxiliary_losses: dict[str, float] = {}
     refuses_packing: str = ""
     gradient_checkpointing: bool = False
+    dtype: torch.dtype | None = None
 
     @abstractmethod
     def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -141,9 +146,11 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
+        dtype: of the weights, where `materialize` changes it.
     """
 
     gradient_checkpointing: bool = False
+    dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
         """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""

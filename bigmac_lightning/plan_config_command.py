@@ -176,7 +176,8 @@ def _assumptions(run: ConfigReader, microbatch: TypicalMicrobatch, microbatches:
     media = f", {microbatch.media_rows} of them of media, {microbatch.item_rows} each" if microbatch.media_rows else ""
     targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
     return (
-        f"{dp} pipelines of {size} ranks; {microbatches} microbatches of {microbatch.tokens} tokens{media}{targets}.\n"
+        f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks; {microbatches} microbatches of {microbatch.tokens} tokens"
+        f"{media}{targets}.\n"
         f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments; "
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "
         f"allocator, and codecs at work. Attention {seen}."

@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, TargetItem, assign_owners
-from bigmac_lightning.components import Encoder, Generator, trained_share
+from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.pipeline import backward_share, part_of
 from bigmac_lightning.planning import Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
@@ -79,9 +80,10 @@ class Precision:
         size = 2 if "16" in text or "transformer-engine" in text else 8 if "64" in text else None
         return cls(size if text.endswith("-true") or text == "64" else None, size)
 
-    def bytes(self, parameters: Iterable[nn.Parameter]) -> int:
-        """Of these weights."""
-        return sum(p.numel() * (self.weights or p.element_size()) for p in parameters)
+    def static(self, component: Encoder | LanguageModel | Generator, parameters: Iterable[nn.Parameter]) -> int:
+        """Of these weights of a component, with the gradients and AdamW's two moments of those that are trained."""
+        made = self.weights or (component.dtype.itemsize if component.dtype else None)
+        return sum(p.numel() * (made or p.element_size()) * (4 if p.requires_grad else 1) for p in parameters)
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,17 @@ def ranks_of(
         size: ranks of the pipeline, P.
     """
     stage_rank, made = options.stage_rank(size), list[RankReport]()
-    replicated = [*module.encoders.parameters(), *module.generators.parameters()]
+    replicated = {component: list(component.parameters()) for component in _replicated(module)}
+    count = sum(map(_count, replicated.values()))
+    static = sum(precision.static(component, parameters) for component, parameters in replicated.items())
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
         part = part_of(rank, stages, stage_rank)
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
-        trained = [p for p in [*own, *replicated] if p.requires_grad]
-        static = precision.bytes([*own, *replicated]) + 3 * precision.bytes(trained)
         share = sum(times.of(stage) for stage in layers) / whole
-        made.append(RankReport(layers, _count(own), _count(replicated), share, static))
+        made.append(RankReport(layers, _count(own), count, share, static + precision.static(module.llm, own)))
     return made
 
 
@@ -172,8 +174,7 @@ class StepEstimate:
         """
         self.module, self.options, self.stages, self.size = module, options, stages, size
         self.microbatch, self.precision = microbatch, precision
-        llm = next(iter(module.llm.parameters()), None)
-        self._number = precision.activations or (4 if llm is None else llm.element_size())
+        self._number = precision.activations or (module.llm.dtype or torch.float32).itemsize
         self._encoder = self._encoder_work()
         self._target = _mean(g.work(microbatch.target_shape, microbatch.target_rows) for g in _generators(module))
         estimated = self._costs()
@@ -276,18 +277,20 @@ class StepEstimate:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _activations(self, rank: int, held: RankReport) -> dict[str, float]:
-        """Peak bytes by component."""
-        given, llm, number = self.microbatch, self.module.llm, self._number
-        kept = llm.kept()
+        """Peak bytes by component: of what has a backward, as if all of its weights were trained."""
+        given, llm, number, passes = self.microbatch, self.module.llm, self._number, self.module.trained_layers.passes
+        kept = LayerCosts.of_parts([size * there for size, there in zip(llm.kept().parts, passes, strict=True)])
+        at_once = 0.0
         if llm.gradient_checkpointing:
             at_once = max((kept.layers[k] for stage in held.layers for k in stage), default=0.0)
-            alive = sum(llm.width * len(stage) for stage in held.layers)
-        else:
-            at_once, alive = 0.0, sum(kept.of(stage) for stage in held.layers)
+            kept = replace(kept, layers=tuple(llm.width * there for there in passes[1:-1]))
+        alive = sum(kept.of(stage) for stage in held.layers)
         microbatches = self.timeline.llm_microbatches[rank]
         found = {"LLM": given.tokens * number * (alive * microbatches + at_once)}
         if self._encoder.kept:
-            found["encoder"] = self.timeline.encoder_units[rank] * self._encoder.kept * number
+            trained = self._trained()
+            unit = self._encoder.kept * trained.encoder_backward if trained.needs.encoder else 0.0
+            found["encoder"] = self.timeline.encoder_units[rank] * unit * number
         if self._target.kept:
             targets = max(_of_rank(self.plan.generator_shares, self.plan, rank), default=0.0) * given.targets
             found["generator"] = targets * self._target.kept * number
@@ -340,6 +343,11 @@ def count_text(count: float) -> str:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _replicated(module: PipelineModule) -> list[Encoder | Generator]:
+    found = [*module.encoders.values(), *module.generators.values()]
+    return [component for component in found if isinstance(component, Encoder | Generator)]
 
 
 def _generators(module: PipelineModule) -> list[Generator]:

@@ -117,8 +117,6 @@ class HFDecoder(LanguageModel):
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
-        if self.dtype is not None:
-            whole.to(self.dtype)
         decoder = whole.get_decoder()
         if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
             raise ValueError(

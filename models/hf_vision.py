@@ -6,6 +6,7 @@ Knows images and videos as the model's processor makes them; knows nothing of to
 Shape suffixes: N rows of an item, D width of the LLM.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,11 +73,12 @@ class HFVisionEncoder(Encoder):
         self._register_children()
 
     def work(self, rows: int) -> Work:
-        """Of one picture; every patch sees all others, and meets the projector, too."""
+        """Of one picture; every patch sees all others."""
         vision: Any = self.config.vision_config
         patches = rows * _patches_per_row(self.config)
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
-        work = work_of(self, patches) + attention_work(vision.hidden_size, patches, patches) * depth
+        work = work_of(self, lambda name: rows if _OF_ROWS.search(name) else patches)
+        work += attention_work(vision.hidden_size, patches, patches) * depth
         return work.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else work
 
     def _register_children(self) -> None:
@@ -86,7 +88,8 @@ class HFVisionEncoder(Encoder):
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
             return
-        whole = surgery.materialize(self._unregistered[0], self._keep_vision, self.source, self.seed, self.dtype)
+        keep = self._keep_vision if self.source is not None else lambda whole: None  # this one has been cut already
+        whole = surgery.materialize(self._unregistered[0], keep, self.source, self.seed, self.dtype)
         if self.gradient_checkpointing:
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
@@ -143,6 +146,10 @@ class HFVideoEncoder(Encoder):
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0].encode(pixels, self._encode)
+
+
+_OF_ROWS = re.compile("merger|projector|connector")
+"""Modules that patches have been joined for."""
 
 
 def _patches_per_row(config: Any) -> int:

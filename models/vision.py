@@ -135,8 +135,10 @@ class VisionEncoder(Encoder):
         """Of one picture; every patch sees all others."""
         config = self.config
         side = config.spatial_merge_size if self.takes_patches else self.merge
-        patches, depth = rows * side**2, config.depth if self.takes_patches else config.num_hidden_layers
-        tower = work_of(self.tower, patches) + attention_work(config.hidden_size, patches, patches) * depth
+        patches = rows * side**2 + self.kind.prefix(config)
+        depth = config.depth if self.takes_patches else config.num_hidden_layers
+        tower = work_of(self.tower, lambda name: rows if "merger" in name else patches)
+        tower += attention_work(config.hidden_size, patches, patches) * depth
         if self.gradient_checkpointing:
             tower = tower.checkpointed(depth, config.hidden_size, patches)
         return tower + work_of(self.projector, rows)

@@ -1,14 +1,10 @@
 """What is told of a run before it runs, against what the run itself has and measures."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
@@ -18,6 +14,7 @@ from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
 from bigmac_lightning.report import Precision, StepEstimate, TypicalMicrobatch, as_text, partition_table, ranks_of
 from bigmac_lightning.runtime.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
+from tests.models.parts import counting
 from tests.ranks import run_ranks
 
 TOKENS, WIDTH = 128, 64
@@ -46,11 +43,13 @@ TOWER = {
 }
 
 
-def built(checkpointing: bool = False, freeze: Any = (), lora: Any = None, **decoder: Any) -> MultimodalLM:
+def built(
+    checkpointing: bool = False, freeze: Any = (), lora: Any = None, dtype: str = "float32", **decoder: Any
+) -> MultimodalLM:
     mmdit = {"num_layers": 3, "num_attention_heads": 4, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
     again = {"gradient_checkpointing": checkpointing}
     return MultimodalLM(
-        HFDecoder({**DECODER, **decoder}, **again),
+        HFDecoder({**DECODER, **decoder}, dtype=dtype, **again),
         {"image": VisionEncoder(TOWER, WIDTH, **again)},
         {"image": FlowGenerator(WIDTH, channels=1, config=mmdit, **again)},
         freeze=freeze,
@@ -72,8 +71,9 @@ def estimated(module: MultimodalLM, size: int = 2, microbatches: int = 8, **opti
         ({"backbone": "zbv", "virtual_stages": 2}, {"tie_word_embeddings": True}),
         ({}, {"freeze": ["encoders.image.tower", "llm.model.layers.0"]}),
         ({}, {"lora": {"llm": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}}),
+        ({}, {"dtype": "bfloat16"}),
     ],
-    ids=["tied", "experts", "V-shaped", "frozen", "lora"],
+    ids=["tied", "experts", "V-shaped", "frozen", "lora", "bfloat16"],
 )
 def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, Any], model: dict[str, Any]) -> None:
     """Weights, gradients and AdamW's moments of every rank, to the byte."""
@@ -115,7 +115,12 @@ def batch(layout: PipelineLayout, microbatches: int) -> Batch:
     return Batch(made, layout)
 
 
-MEASURED: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "checkpointed": {"checkpointing": True}}
+MEASURED: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": EXPERTS,
+    "checkpointed": {"checkpointing": True},
+    "frozen": {"freeze": ["encoders", "llm.model.embed_tokens", *(f"llm.model.layers.{k}" for k in range(3))]},
+}
 
 
 def _measured(rank: int) -> list[dict[str, int]]:
@@ -141,7 +146,7 @@ def test_activations_are_near_those_measured() -> None:
             told = estimated(built(**model)).ranks[rank].activations
             told["llm"] = told.pop("LLM") + told.pop("logits")
             for kind, size in peak.items():
-                close = 0.6 < told[kind] / size < 1.3
+                close = 0.6 * size <= told[kind] <= 1.3 * size
                 assert close or (name == "checkpointed" and size < told[kind] < 4 * size), (name, kind, rank)
 
 
@@ -174,25 +179,11 @@ def test_frozen_parts_take_no_time() -> None:
     assert pytest.approx(1.5 * estimated(built()).costs.B) == again.costs.B
 
 
-@contextmanager
-def counting() -> Iterator[FlopCounterMode]:
-    """Fused attention is not counted on the CPU."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
-
-
-def test_work_of_components_against_counted_operations() -> None:
+def test_costs_of_layers_against_counted_operations() -> None:
     """Multiplications against those that torch counts in a real forward."""
     module = built()
     module.configure_model()
     given = batch(PipelineLayout(), 1).microbatches[0]
-    encoder, generator = module.encoders["image"], module.generators["image"]
-    with counting() as counted:
-        module.encode(given.media[:1])
-    assert encoder.work(32).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
-    with counting() as counted:
-        generator([torch.randn(4, WIDTH)], given.targets[:1])
-    assert generator.work((1, 16, 16), 4).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
     hidden = torch.randn(1, TOKENS, WIDTH)
     inputs = module.llm.prepare(given.inputs)
     with counting() as counted:

@@ -36,7 +36,7 @@ def test_the_papers_workload_at_full_size(capsys: pytest.CaptureFixture[str], tm
     parameters = [float(count[:-2]) * (1 if count.endswith("B") else 1e-3) for *_, count, _ in rows]
     assert sum(parameters) == pytest.approx(30.53, abs=0.05)
     assert 180 < float(rows[1][-1]) < 200  # weights, gradients and moments of what is replicated: 162 GiB of it
-    assert "1 pipelines of 16 ranks; 64 microbatches of 8192 tokens, 2048 of them of media" in shown
+    assert "1 pipeline of 16 ranks; 64 microbatches of 8192 tokens, 2048 of them of media" in shown
     assert "nested on 1f1b: 16 ranks, 64 microbatches" in shown
     assert "rank 15" in shown
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,13 @@
 """Tiny components, and batches of unequal microbatches with random content."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.components import Encoder, Generator
@@ -42,6 +46,13 @@ def decoder_config(model_type: str = "qwen3", **changes: Any) -> dict[str, Any]:
 
 
 AnyComponent = TypeVar("AnyComponent", bound=Encoder | Generator | LatentCodec)
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Counts operations; those of fused attention would not be on the CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def ready(component: AnyComponent) -> AnyComponent:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bigmac_lightning.batch import TargetItem
 from bigmac_lightning.models import FlowGenerator, LatentCodec
-from tests.models.parts import WIDTH, flow, image, ready
+from bigmac_lightning.runtime.memory import MemoryTracker
+from tests.models.parts import WIDTH, counting, flow, image, ready
 
 
 def given(count: int = 6) -> tuple[list[Tensor], list[TargetItem]]:
@@ -225,8 +226,12 @@ CODECS: dict[str, dict[str, Any]] = {
 }
 
 
+def codec_config(kind: str = "AutoencoderKL") -> dict[str, Any]:
+    return {"_class_name": kind, **CODECS[kind]}
+
+
 def codec(kind: str) -> LatentCodec:
-    return ready(LatentCodec({"_class_name": kind, **CODECS[kind]}))
+    return ready(LatentCodec(codec_config(kind)))
 
 
 @pytest.mark.parametrize("queries", [None, 5])
@@ -246,6 +251,43 @@ def test_every_transformer_learns_with_every_weight(kind: str, queries: int | No
     assert [name for name, gradient in trained.items() if gradient is None or not gradient.any()] == []
     assert all(c.grad is not None and c.grad.any() for c in conditions)
     assert [tuple(made.shape) for made in generator.sample(conditions, items)] == [item.shape for item in items]
+
+
+@pytest.mark.parametrize("queries", [None, 5])
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_work_against_counted_operations(kind: str, queries: int | None) -> None:
+    generator = ready(FlowGenerator(WIDTH, 1, config=DIFFUSION[kind], transformer=kind, queries=queries))
+    conditions, items = given(1)
+    with counting() as counted:
+        generator([conditions[0].requires_grad_()], items)
+    work = generator.work(items[0].shape, items[0].rows)
+    assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", DIFFUSION)
+def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
+    settings: dict[str, Any] = {"config": DIFFUSION[kind], "transformer": kind}
+    generators = [ready(FlowGenerator(WIDTH, 1, gradient_checkpointing=again, **settings)) for again in (False, True)]
+    saved: list[int] = []
+    for generator in generators:
+        memory = MemoryTracker(generator.parameters())
+        with memory.component("generator"):
+            loss = generator.train()(*given(2))
+        saved.append(memory.live["generator"])
+        loss.backward()
+    for one, other in zip(*(generator.parameters() for generator in generators), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert saved[1] < 0.7 * saved[0]
+
+
+def test_no_weights_before_they_are_wanted() -> None:
+    generator = FlowGenerator(WIDTH, config=DIFFUSION["qwen_image"], codec=LatentCodec(codec_config()))
+    assert all(parameter.is_meta for parameter in generator.parameters())
+    generator.connector.requires_grad_(False)
+    frozen = [name for name, parameter in generator.named_parameters() if not parameter.requires_grad]
+    generator.materialize()
+    assert not any(parameter.is_meta for parameter in generator.parameters())
+    assert frozen == [name for name, parameter in generator.named_parameters() if not parameter.requires_grad]
 
 
 @pytest.mark.parametrize("kind", DIFFUSION)

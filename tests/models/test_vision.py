@@ -1,12 +1,15 @@
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from bigmac_lightning.models import VisionEncoder
-from tests.models.parts import TOWER, image, ready
+from bigmac_lightning.models import HFVideoEncoder, HFVisionEncoder, VisionEncoder
+from bigmac_lightning.runtime.memory import MemoryTracker
+from tests.models import zoo
+from tests.models.parts import TOWER, counting, image, ready
 
 WIDTH = 20
 
@@ -115,6 +118,59 @@ def test_towers_of_patches(kind: str) -> None:
     torch.testing.assert_close(together, torch.cat([encoder([one]) for one in items]), rtol=1e-5, atol=1e-6)
     together.square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [*TOWERS, *GRIDS])
+def test_work_against_counted_operations(kind: str) -> None:
+    encoder = ready(VisionEncoder({"model_type": kind, **{**TOWERS, **GRIDS}[kind]}, WIDTH, 28))
+    item = picture(0, 1, 4, 4, 96) if kind in GRIDS else picture(0, 3, 8, 16)
+    with counting() as counted:
+        rows = encoder([item])
+    assert encoder.work(len(rows)).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("name", zoo.VISION_LANGUAGE)
+def test_work_of_vision_language_models(name: str) -> None:
+    model = zoo.MODELS[name]
+    encoder = ready(HFVisionEncoder(model.config(), attn_implementation=model.attention))
+    assert model.draw is not None
+    drawn = model.draw(Random(0))
+    with counting() as counted:
+        features = (HFVideoEncoder(encoder) if drawn.encoder == "video" else encoder)([drawn.data])
+    work = encoder.work(len(features) // encoder.levels)
+    assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["siglip_vision_model", "qwen3_vl_vision"])
+def test_gradient_checkpointing_changes_no_gradient(kind: str) -> None:
+    item = picture(0, 1, 4, 4, 96) if kind in GRIDS else picture(0, 3, 8, 16)
+    encoders = [
+        ready(VisionEncoder({"model_type": kind, **{**TOWERS, **GRIDS}[kind]}, WIDTH, gradient_checkpointing=again))
+        for again in (False, True)
+    ]
+    saved: list[int] = []
+    for encoder in encoders:
+        memory = MemoryTracker(encoder.parameters())
+        with memory.component("encoder"):
+            loss = encoder.train()([item]).square().sum()
+        saved.append(memory.live["encoder"])
+        loss.backward()
+    for one, other in zip(*(encoder.parameters() for encoder in encoders), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+    assert saved[1] < 0.6 * saved[0]
+
+
+def test_no_weights_before_they_are_wanted() -> None:
+    encoder = VisionEncoder(TOWER, WIDTH, 28)
+    assert all(parameter.is_meta for parameter in encoder.parameters())
+    encoder.tower.requires_grad_(False)
+    encoder.projector[0].requires_grad_(False)
+    frozen = [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    encoder.materialize()
+    assert frozen == [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad]
+    before = {name: parameter.clone() for name, parameter in encoder.named_parameters()}
+    encoder.materialize()  # once more does nothing
+    assert all(torch.equal(before[name], parameter) for name, parameter in encoder.named_parameters())
 
 
 def test_merging_joins_squares_of_patches() -> None:

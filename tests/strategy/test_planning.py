@@ -1,6 +1,7 @@
 """Plans made by the DataLoader's workers, for each batch's own work, and for what is trained."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.datamodules import Collator
+from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.partition import LayerCosts, make_stages
 from bigmac_lightning.pipeline import PipelineRunner, backward_share
@@ -17,6 +20,7 @@ from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.pouring import pour
+from tests.models import parts
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
 
@@ -180,3 +184,27 @@ def test_stage_factors_that_do_not_fit() -> None:
         PipelineOptions(stage_factors=(1.0,)).chosen(2, 4, encoder=True, generator=True)
     with pytest.raises(ValueError, match=r"stage_factors=.* does not go with policy='disaggregated'"):
         PipelineOptions("disaggregated", stage_factors=(1.0,)).chosen(3, 4, encoder=True, generator=True)
+
+
+def _balanced(rank: int) -> list[list[range]]:
+    freeze = ["encoders", "llm.model.embed_tokens", *(f"llm.model.layers.{k}" for k in range(3))]
+    module = parts.model(llm=HFDecoder(parts.decoder_config(tie_word_embeddings=False)), freeze=freeze)
+    trainer = pipeline_trainer(2, {"partition": "auto"}, max_epochs=1, limit_val_batches=1)
+    assert isinstance(trainer.strategy, BigMacStrategy)
+    strategy, found = trainer.strategy, list[list[range]]()
+
+    def collate(indices: list[int]) -> Any:
+        return Collator(strategy.pipeline_layout, 4)(parts.samples("rdtrdr"))
+
+    loader = torch.utils.data.DataLoader([0, 1], collate_fn=collate)
+    for run in (partial(trainer.fit, module, loader, loader), partial(trainer.validate, module, loader)):
+        run()
+        found.append(strategy.pipeline.stages)
+    assert len(list(module.llm.parameters())) > 0
+    return found
+
+
+def test_stages_are_balanced_by_what_is_trained() -> None:
+    """Three frozen layers at the bottom take 1 each, two trained ones 3; and the same once there are weights."""
+    for found in on_ranks(2, _balanced):
+        assert found == [[range(4), range(4, 5)]] * 2
