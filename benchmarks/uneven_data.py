@@ -26,7 +26,7 @@ from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
-RANKS, MICROBATCHES, SIGMA = 8, 64, 1.0
+RANKS, MICROBATCHES, MOST_ITEMS, SIGMA = 8, 64, 16, 1.0
 GROUPS = even_groups(MICROBATCHES, RANKS)
 
 Rows = list[list[float]]
@@ -35,7 +35,7 @@ Owners = list[list[int]]
 """Per microbatch, the rank of each of its items."""
 
 
-def draw(seed: int, forward: float, items: int) -> Rows:
+def draw(seed: int, forward: float, items: int = MOST_ITEMS) -> Rows:
     """Times of 1 to `items` items whose mean microbatch takes `forward`."""
     chance = Random(seed)
     rows = [[chance.lognormvariate(0, SIGMA) for _ in range(chance.randint(1, items))] for _ in range(MICROBATCHES)]
@@ -136,7 +136,7 @@ class Result:
     seconds: float
 
 
-def measure(case: Case, seed: int, forward: float, items: int) -> Result:
+def measure(case: Case, seed: int, forward: float, items: int = MOST_ITEMS) -> Result:
     """Plan a batch, and simulate it with true times; the encoder backward takes twice its forward."""
     true = draw(seed, forward, items)
     if case.order is not None:
@@ -205,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     seeds = range(parser.parse_args().seeds)
-    Console().print(tabulate("policy and owners", CASES, 16, seeds))
+    Console().print(tabulate("policy and owners", CASES, MOST_ITEMS, seeds))
     Console().print(tabulate("policy and order", ORDERS, 4, seeds))
 
 

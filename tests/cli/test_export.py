@@ -1,7 +1,6 @@
 """From the folder of a checkpoint, through training on two ranks, to a folder that transformers loads."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from bigmac_lightning import export_command
 from bigmac_lightning.models import MultimodalLM
-from tests.cli.test_commands import ROOT, run
+from tests.cli.commands import bigmac, run
 from tests.models import zoo
 from tests.strategy.trainers import on_ranks, pipeline_trainer
 
@@ -73,8 +72,7 @@ def test_a_config_can_start_from_a_folder(tmp_path: Path) -> None:
     trainer = {"accelerator": "cpu", "devices": 2, "strategy": "bigmac", "max_steps": 2, "logger": False}
     trainer |= {"default_root_dir": str(tmp_path)}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
-    fit = [sys.executable, "-m", "bigmac_lightning.cli", "fit"]  # finds the tests package from where it runs
-    assert run([*fit, "--config", str(tmp_path / "config.json")], ROOT).returncode == 0
+    bigmac(2, tmp_path, "fit", "--config", str(tmp_path / "config.json"))
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     export = ["bigmac", "export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     done = run(export, tmp_path)

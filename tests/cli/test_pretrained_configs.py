@@ -2,22 +2,18 @@
 processes instead of eight GPUs."""
 
 import json
-import os
-import sys
-import warnings
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigmac_lightning import cli, export_command
+from bigmac_lightning import export_command
 from bigmac_lightning.models import VisionEncoder
 from bigmac_lightning.stored import StoredWeights
 from tests.cli.checkpoints import write_inputs
+from tests.cli.commands import bigmac
 from tests.cli.test_commands import ALL_CONFIGS, CONFIGS, TINY
-from tests.strategy.trainers import on_ranks
 
 PRETRAINED = {path.stem: path for path in ALL_CONFIGS if path not in CONFIGS}
 FIRST, SECOND = "siglip_qwen3_projector", "siglip_qwen3"  # two stages of one recipe
@@ -33,20 +29,10 @@ SMALL = [
 ]
 
 
-def _fit(rank: int, folder: Path, arguments: list[str]) -> None:
-    """`bigmac fit` in this process, which saves the time of starting others."""
-    os.chdir(folder)
-    sys.argv = ["bigmac", "fit", *arguments]
-    warnings.simplefilter("default")
-    with open(f"{rank}.log", "w") as log, redirect_stdout(log):
-        cli.main()
-
-
 def train(name: str, folder: Path, *more: str) -> None:
     """A few steps and a validation, in a folder with all that the config needs."""
     write_inputs(PRETRAINED[name].read_text(), folder)
-    on_ranks(2, _fit, folder, ["--config", str(PRETRAINED[name]), *SMALL, *more])
-    said = (folder / "0.log").read_text().replace("\n", "")
+    said = bigmac(2, folder, "fit", "--config", str(PRETRAINED[name]), *SMALL, *more)
     assert "val/accuracy" in said
     assert "timeline.png" in said
     (trace,) = (folder / "runs" / name).rglob("trace.json")
