@@ -140,6 +140,11 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, h_LD: Tensor) -> Tensor:
         """logits_LV of normed hidden states."""
 
+    def fused_weight(self) -> Tensor | None:
+        """weight_VD by which alone logits are made of normed hidden states, if the training loss is to be fused with
+        its gradients; see `fused_token_loss`."""
+        return None
+
 
 class Generator(nn.Module, ABC):
     """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device.

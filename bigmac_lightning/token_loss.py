@@ -1,14 +1,17 @@
 """Cross-entropy of labelled tokens without holding all their logits at once.
 
-Knows hidden states, labels and a function from one to logits of the other; knows nothing of microbatches or models.
+Knows hidden states, labels and a function, or an output weight, from one to logits of the other; knows nothing of
+microbatches or models.
 
 Shape suffixes: L labelled positions, D width of the LLM, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**26
@@ -58,3 +61,59 @@ def token_loss(
         if predicted is not None:
             predictions.append(predicted)
     return torch.stack(losses).sum(), torch.cat(predictions) if predict else None
+
+
+def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """The sum of the token losses, whose gradients are made together with it: logits are never made twice.
+
+    Until the backward it holds the gradient of the output weight, in fp32 while it is summed up. Cannot be
+    differentiated twice.
+
+    Args:
+        h_LD: hidden states at labelled positions, L > 0.
+        weight_VD: logits are h_LD @ weight_VD.T, in the types that autocast gives them.
+        labels: (L,) token ids.
+        chunk_elements: largest number of logits to hold.
+
+    Raises:
+        ValueError: logits are float16.
+    """
+    return _FusedTokenLoss.apply(h_LD, weight_VD, labels, max(1, chunk_elements // len(weight_VD)))
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_LD: Tensor, weight_VD: Tensor, labels: Tensor, positions: int) -> Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), device=h_LD.device)
+        hidden: list[Tensor] = []
+        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+        for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
+            logits = h @ weight_VD.T
+            if logits.dtype == torch.float16:
+                raise ValueError("fused_loss: in float16 small gradients vanish before they are scaled: use bfloat16")
+            logarithms = logits.float().log_softmax(-1)
+            loss -= logarithms.gather(1, wanted[:, None]).sum()
+            by_logits = logarithms.exp_()
+            by_logits.scatter_add_(1, wanted[:, None], by_logits.new_full((len(h), 1), -1.0))
+            by_logits = by_logits.to(logits.dtype)
+            if of_hidden:
+                hidden.append((by_logits @ weight_VD).to(h_LD.dtype))
+            if gradient_VD is not None:
+                gradient_VD += by_logits.T @ h
+        none = h_LD.new_empty(0)
+        whole = none if gradient_VD is None else gradient_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(torch.cat(hidden) if of_hidden else none, whole)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore
+        by_hidden, by_weight = ctx.saved_tensors
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        return (
+            by_hidden * scale.to(by_hidden.dtype) if of_hidden else None,
+            by_weight * scale.to(by_weight.dtype) if of_weight else None,
+            None,
+            None,
+        )

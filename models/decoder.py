@@ -88,6 +88,7 @@ class HFDecoder(LanguageModel):
         weights: str | None = None,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        fused_loss: bool = False,
     ) -> None:
         """
         Args:
@@ -100,6 +101,8 @@ class HFDecoder(LanguageModel):
                 weights.
             dtype: of the weights, "float32", "bfloat16", ...; "auto": as in the checkpoint.
             gradient_checkpointing: keep only each layer's input for the backward and run the layer again.
+            fused_loss: make the gradients of the text loss together with it, which spares making the logits again where
+                they are too many to be kept; holds the output weight's gradient until the backward.
 
         Raises:
             ValueError: a model that cannot be cut into stages, or an attention implementation that is not there.
@@ -109,7 +112,7 @@ class HFDecoder(LanguageModel):
         self.family = family_of(self.config)
         self.seed, self.source = seed, weights
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
         self._attention = attn_implementation
         if self.family is not None and self.family.bidirectional_images and attn_implementation not in attention.MASKED:
@@ -175,6 +178,23 @@ class HFDecoder(LanguageModel):
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
         self._register_children()
+        if head and self.fused_loss:
+            self._check_fused_loss()
+
+    def _check_fused_loss(self) -> None:
+        """
+        Raises:
+            ValueError: logits are more than hidden states times the output weight.
+        """
+        output = self._whole.get_output_embeddings()
+        with torch.no_grad():
+            h_LD = torch.linspace(-9, 9, self.width, dtype=output.weight.dtype)[None]
+            if output.bias is None and torch.equal(self.logits(h_LD), output(h_LD)):
+                return
+        raise ValueError(
+            f"fused_loss=True: the logits of model_type {self.config.model_type!r} are not those of its output weight "
+            "alone (a soft cap, a scale, a bias): leave it out"
+        )
 
     def _keep_language_model(self, whole: Any, layers: Collection[int], embedding: bool, head: bool) -> None:
         """Drop all but these parts of the decoder, whatever else there is (a vision tower, a projector)."""
@@ -316,6 +336,14 @@ class HFDecoder(LanguageModel):
             return self._whole.get_output_embeddings()(h_LD)
         head = _shell(self._whole, **{self._decoder_name: _Normed()})  # with soft-capping, scaling, ... if it has any
         return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
+
+    def fused_weight(self) -> Tensor | None:
+        if not self.fused_loss:
+            return None
+        output = self._whole.get_output_embeddings()
+        if type(output) is not nn.Linear:
+            raise ValueError(f"fused_loss=True needs a plain output layer, not a {type(output).__name__} (of lora?)")
+        return output.weight
 
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
         return {ROUTER_LOSS: load_balancing_loss(extras[ROUTER_LOSS], len(self._routers))} if self._routers else {}

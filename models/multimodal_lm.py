@@ -121,6 +121,7 @@ class MultimodalLM(PipelineModule):
         attn_implementation: str = "sdpa",
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        fused_loss: bool = False,
         encoders: dict[str, Encoder] | None = None,
         generators: dict[str, Generator] | None = None,
         loss_weights: dict[str, float] | None = None,
@@ -140,6 +141,7 @@ class MultimodalLM(PipelineModule):
         Args:
             path: folder with ``config.json`` and safetensors.
             attn_implementation, dtype, gradient_checkpointing: as of `HFDecoder`, for LLM and encoder.
+            fused_loss: as of `HFDecoder`.
             encoders, generators: further ones, with weights of their own.
             loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora, init_from:
                 as of this class.
@@ -156,7 +158,7 @@ class MultimodalLM(PipelineModule):
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        llm, vision = HFDecoder(config, **given), dict[str, Encoder]()
+        llm, vision = HFDecoder(config, fused_loss=fused_loss, **given), dict[str, Encoder]()
         if llm.family is not None:
             image = vision["image"] = HFVisionEncoder(config, **given)
             if llm.family.video is not None:

@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,3 +178,18 @@ def test_misuse() -> None:
         decoder.materialize([0, 1], True, False)
     with pytest.raises(ValueError, match=r"needs layers \[2\]"):
         decoder.run_layers(torch.zeros(1, 2, WIDTH), {}, range(1, 3), {})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gemma2", "attn_logit_softcapping": None}, "'gemma2' are not those of its output weight"),
+        ({"model_type": "granite", "logits_scaling": 4.0}, "'granite' are not those of its output weight"),
+    ],
+)
+def test_logits_that_cannot_be_fused(config: dict[str, Any], message: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
+    decoder = HFDecoder({**sizes, **config}, fused_loss=True, attn_implementation="eager")
+    with pytest.raises(ValueError, match=message):
+        decoder.materialize(range(2), True, True)

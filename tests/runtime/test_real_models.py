@@ -20,7 +20,7 @@ LAYERS = 5
 MICROBATCHES = 7
 
 
-def build(family: str, tied: bool) -> MultimodalLM:
+def build(family: str, tied: bool, fused: bool = False) -> MultimodalLM:
     decoder: dict[str, Any] = {
         "model_type": family,
         "hidden_size": 32,
@@ -43,7 +43,7 @@ def build(family: str, tied: bool) -> MultimodalLM:
     }
     mmdit = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
     return MultimodalLM(
-        HFDecoder(decoder | ({"head_dim": 8} if family == "qwen3" else {})),
+        HFDecoder(decoder | ({"head_dim": 8} if family == "qwen3" else {}), fused_loss=fused),
         {"image": VisionEncoder(tower, width=32)},
         {"image": FlowGenerator(32, channels=1, config=mmdit)},
     )
@@ -61,12 +61,12 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
 
 
 def _pipelined(
-    rank: int, size: int, family: str, tied: bool, policy: str
+    rank: int, size: int, family: str, tied: bool, policy: str, backbone: str, fused: bool
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
-    options = PipelineOptions(policy, group_size=2).chosen(size, 4, encoder=True, generator=True)[0]
+    options = PipelineOptions(policy, backbone, group_size=2).chosen(size, 4, encoder=True, generator=True)[0]
     stage_rank = options.stage_rank(size)
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
-    module = build(family, tied)
+    module = build(family, tied, fused)
     module.part = part_of(rank, split_layers(LAYERS, len(stage_rank)), stage_rank)
     module.configure_model()
     runner = PipelineRunner(module, mesh, options)
@@ -76,16 +76,19 @@ def _pipelined(
 
 
 @pytest.mark.parametrize(
-    ("size", "family", "tied", "policy"),
+    ("size", "family", "tied", "policy", "backbone", "fused"),
     [
-        (2, "qwen3", True, "nested"),
-        (3, "qwen3", False, "nested"),
-        (2, "llama", False, "recompute"),
-        (5, "llama", True, "nested"),
-        (4, "qwen3", True, "disaggregated"),
+        (2, "qwen3", True, "nested", "1f1b", False),
+        (3, "qwen3", False, "nested", "1f1b", False),
+        (2, "llama", False, "recompute", "1f1b", False),
+        (5, "llama", True, "nested", "1f1b", False),
+        (4, "qwen3", True, "disaggregated", "1f1b", False),
+        (2, "qwen3", True, "nested", "1f1b", True),
+        (2, "llama", False, "nested", "zb1p", True),
     ],
 )
-def test_against_one_process(size: int, family: str, tied: bool, policy: str) -> None:
+def test_against_one_process(size: int, family: str, tied: bool, policy: str, backbone: str, fused: bool) -> None:
+    """One process whose loss is not fused."""
     whole = build(family, tied)
     whole.configure_model()
     given = batch(PipelineLayout())
@@ -95,7 +98,7 @@ def test_against_one_process(size: int, family: str, tied: bool, policy: str) ->
     expected = gradients(whole)
     assert sum(g is not None for g in expected.values()) > 40
     seen = set()
-    for loss, found in run_ranks(size, _pipelined, size, family, tied, policy):
+    for loss, found in run_ranks(size, _pipelined, size, family, tied, policy, backbone, fused):
         assert loss == pytest.approx(out.loss.item(), rel=1e-6)
         for name, gradient in found.items():
             reference = expected[name if name in expected else "llm.model.embed_tokens.weight"]
