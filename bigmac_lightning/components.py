@@ -140,9 +140,9 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, h_LD: Tensor) -> Tensor:
         """logits_LV of normed hidden states."""
 
-    def fused_weight(self) -> Tensor | None:
-        """weight_VD by which alone logits are made of normed hidden states, if the training loss is to be fused with
-        its gradients; see `fused_token_loss`."""
+    def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
+        """The sum of the token losses of normed hidden states, made together with its gradients; see
+        `fused_token_loss`. ``None``: it is to be made of `logits`."""
         return None
 
 

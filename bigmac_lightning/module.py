@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.partition import TrainedLayers
-from bigmac_lightning.token_loss import fused_token_loss, token_loss
+from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
 
@@ -256,13 +256,13 @@ class PipelineModule(pl.LightningModule):
         flat = hidden.flatten(0, 1)
         if len(microbatch.labels):
             h_LD, labels = flat[microbatch.label_positions], microbatch.labels
-            weight = llm.fused_weight() if mode == "train" else None
-            if weight is None:
+            fused = llm.fused_loss(h_LD, labels) if mode == "train" else None
+            if fused is None:
                 out.losses["text"], out.predictions = token_loss(
                     llm.logits, h_LD, labels, llm.vocabulary, predict=mode != "train"
                 )
             else:
-                out.losses["text"] = fused_token_loss(h_LD, weight, labels)
+                out.losses["text"] = fused
         if microbatch.targets:
             out.conditions = flat[microbatch.target_positions]
         return out

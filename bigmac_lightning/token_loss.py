@@ -63,57 +63,62 @@ def token_loss(
     return torch.stack(losses).sum(), torch.cat(predictions) if predict else None
 
 
-def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+Gradients = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]
+"""(h_LD, weight_VD, labels, whether the weight's gradient is wanted) -> the sum of the token losses, and its gradients
+by hidden states and weight."""
+
+
+def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients: Gradients) -> Tensor:
     """The sum of the token losses, whose gradients are made together with it: logits are never made twice.
 
-    Until the backward it holds the gradient of the output weight, in fp32 while it is summed up. Cannot be
-    differentiated twice.
+    Until the backward it holds the gradient of the output weight. Cannot be differentiated twice.
 
     Args:
         h_LD: hidden states at labelled positions, L > 0.
         weight_VD: logits are h_LD @ weight_VD.T, in the types that autocast gives them.
         labels: (L,) token ids.
-        chunk_elements: largest number of logits to hold.
+        gradients: makes loss and gradients, such as `chunked_gradients`.
 
     Raises:
         ValueError: logits are float16.
     """
-    return _FusedTokenLoss.apply(h_LD, weight_VD, labels, max(1, chunk_elements // len(weight_VD)))
+    return _FusedTokenLoss.apply(h_LD, weight_VD, labels, gradients)
+
+
+def chunked_gradients(
+    h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool, chunk_elements: int = CHUNK_ELEMENTS
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """By plain PyTorch, with at most `chunk_elements` logits at once; the weight's gradient is summed up in fp32."""
+    loss, hidden = torch.zeros((), device=h_LD.device), list[Tensor]()
+    gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+    positions = max(1, chunk_elements // len(weight_VD))
+    for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
+        logits = h @ weight_VD.T
+        logarithms = logits.float().log_softmax(-1)
+        loss -= logarithms.gather(1, wanted[:, None]).sum()
+        by_logits = logarithms.exp_()
+        by_logits.scatter_add_(1, wanted[:, None], by_logits.new_full((len(h), 1), -1.0))
+        by_logits = by_logits.to(logits.dtype)
+        hidden.append((by_logits @ weight_VD).to(h_LD.dtype))
+        if gradient_VD is not None:
+            gradient_VD += by_logits.T @ h
+    return loss, torch.cat(hidden), None if gradient_VD is None else gradient_VD.to(weight_VD.dtype)
 
 
 class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_LD: Tensor, weight_VD: Tensor, labels: Tensor, positions: int) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        loss = torch.zeros((), device=h_LD.device)
-        hidden: list[Tensor] = []
-        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
-        for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
-            logits = h @ weight_VD.T
-            if logits.dtype == torch.float16:
-                raise ValueError("fused_loss: in float16 small gradients vanish before they are scaled: use bfloat16")
-            logarithms = logits.float().log_softmax(-1)
-            loss -= logarithms.gather(1, wanted[:, None]).sum()
-            by_logits = logarithms.exp_()
-            by_logits.scatter_add_(1, wanted[:, None], by_logits.new_full((len(h), 1), -1.0))
-            by_logits = by_logits.to(logits.dtype)
-            if of_hidden:
-                hidden.append((by_logits @ weight_VD).to(h_LD.dtype))
-            if gradient_VD is not None:
-                gradient_VD += by_logits.T @ h
-        none = h_LD.new_empty(0)
-        whole = none if gradient_VD is None else gradient_VD.to(weight_VD.dtype)
-        ctx.save_for_backward(torch.cat(hidden) if of_hidden else none, whole)
+    def forward(ctx: Any, h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients: Gradients) -> Tensor:
+        device = h_LD.device.type
+        if (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_LD.dtype) == torch.float16:
+            raise ValueError("fused_loss: in float16 small gradients vanish before they are scaled: use bfloat16")
+        loss, by_hidden, by_weight = gradients(h_LD, weight_VD, labels, ctx.needs_input_grad[1])
+        ctx.save_for_backward(by_hidden, by_weight)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore
+        """Not in place: some backbones ask for the two gradients one after the other."""
         by_hidden, by_weight = ctx.saved_tensors
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        return (
-            by_hidden * scale.to(by_hidden.dtype) if of_hidden else None,
-            by_weight * scale.to(by_weight.dtype) if of_weight else None,
-            None,
-            None,
-        )
+        scaled = None if by_weight is None else by_weight * scale.to(by_weight.dtype)
+        return by_hidden * scale.to(by_hidden.dtype), scaled, None, None

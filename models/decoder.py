@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bigmac_lightning.components import LanguageModel
 from bigmac_lightning.partition import LayerCosts
+from bigmac_lightning.token_loss import chunked_gradients, fused_token_loss
 from bigmac_lightning.work import Work, attention_work
 
-from . import attention, surgery
+from . import attention, liger, surgery
 from .families import Family, family_of
 from .initialization import to_config
 from .multimodal_inputs import bidirectional_masks, multimodal_positions, row_is_packed
@@ -88,7 +89,7 @@ class HFDecoder(LanguageModel):
         weights: str | None = None,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
-        fused_loss: bool = False,
+        fused_loss: bool | Literal["liger"] = False,
     ) -> None:
         """
         Args:
@@ -102,7 +103,8 @@ class HFDecoder(LanguageModel):
             dtype: of the weights, "float32", "bfloat16", ...; "auto": as in the checkpoint.
             gradient_checkpointing: keep only each layer's input for the backward and run the layer again.
             fused_loss: make the gradients of the text loss together with it, which spares making the logits again where
-                they are too many to be kept; holds the output weight's gradient until the backward.
+                they are too many to be kept; holds the output weight's gradient until the backward. "liger": by the
+                Liger kernels, on GPUs.
 
         Raises:
             ValueError: a model that cannot be cut into stages, or an attention implementation that is not there.
@@ -112,7 +114,9 @@ class HFDecoder(LanguageModel):
         self.family = family_of(self.config)
         self.seed, self.source = seed, weights
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
-        self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
+        self.gradient_checkpointing, self._fused = gradient_checkpointing, fused_loss
+        if fused_loss == "liger":
+            liger.check_installed()
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
         self._attention = attn_implementation
         if self.family is not None and self.family.bidirectional_images and attn_implementation not in attention.MASKED:
@@ -178,7 +182,7 @@ class HFDecoder(LanguageModel):
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
         self._register_children()
-        if head and self.fused_loss:
+        if head and self._fused:
             self._check_fused_loss()
 
     def _check_fused_loss(self) -> None:
@@ -192,7 +196,7 @@ class HFDecoder(LanguageModel):
             if output.bias is None and torch.equal(self.logits(h_LD), output(h_LD)):
                 return
         raise ValueError(
-            f"fused_loss=True: the logits of model_type {self.config.model_type!r} are not those of its output weight "
+            f"fused_loss: the logits of model_type {self.config.model_type!r} are not those of its output weight "
             "alone (a soft cap, a scale, a bias): leave it out"
         )
 
@@ -337,13 +341,14 @@ class HFDecoder(LanguageModel):
         head = _shell(self._whole, **{self._decoder_name: _Normed()})  # with soft-capping, scaling, ... if it has any
         return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
-    def fused_weight(self) -> Tensor | None:
-        if not self.fused_loss:
+    def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
+        if not self._fused:
             return None
         output = self._whole.get_output_embeddings()
         if type(output) is not nn.Linear:
-            raise ValueError(f"fused_loss=True needs a plain output layer, not a {type(output).__name__} (of lora?)")
-        return output.weight
+            raise ValueError(f"fused_loss needs a plain output layer, not a {type(output).__name__} (of lora?)")
+        gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
+        return fused_token_loss(h_LD, output.weight, labels, gradients)
 
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
         return {ROUTER_LOSS: load_balancing_loss(extras[ROUTER_LOSS], len(self._routers))} if self._routers else {}

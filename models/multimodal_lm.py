@@ -121,7 +121,7 @@ class MultimodalLM(PipelineModule):
         attn_implementation: str = "sdpa",
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
-        fused_loss: bool = False,
+        fused_loss: bool | Literal["liger"] = False,
         encoders: dict[str, Encoder] | None = None,
         generators: dict[str, Generator] | None = None,
         loss_weights: dict[str, float] | None = None,

@@ -1,11 +1,13 @@
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bigmac_lightning.token_loss import fused_token_loss, token_loss
+from bigmac_lightning.models.liger import liger_gradients
+from bigmac_lightning.token_loss import Gradients, chunked_gradients, fused_token_loss, token_loss
 
 
 class Watched(nn.Linear):
@@ -50,6 +52,10 @@ def test_without_gradients() -> None:
 @pytest.mark.parametrize("chunk_elements", [1, 70, 10**6])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "autocast"])
 def test_fused_against_not_fused(kind: str, chunk_elements: int) -> None:
+    compare(kind, partial(chunked_gradients, chunk_elements=chunk_elements))
+
+
+def compare(kind: str, gradients: Gradients) -> None:
     """In single precision the same; in bfloat16 no further from the truth than a plain backward is."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -57,7 +63,7 @@ def test_fused_against_not_fused(kind: str, chunk_elements: int) -> None:
     hidden = torch.randn(13, 5).to(dtype).requires_grad_()
     weight, labels = nn.Parameter(torch.randn(11, 5).to(dtype)), torch.randint(0, 11, (13,))
     with around:
-        loss = fused_token_loss(hidden, weight, labels, chunk_elements)
+        loss = fused_token_loss(hidden, weight, labels, gradients)
         plain, _ = token_loss(lambda h: h @ weight.T, hidden, labels, 11, False)
     found = torch.autograd.grad(0.5 * loss, [hidden], retain_graph=True)  # in two halves, as some backbones do it
     found += torch.autograd.grad(0.5 * loss, [weight])
@@ -73,10 +79,16 @@ def test_fused_against_not_fused(kind: str, chunk_elements: int) -> None:
         assert (mine.double() - true).norm() / true.norm() <= max(1e-6, 2 * float(rounding))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs there")
+def test_the_liger_kernels_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="fused_loss='liger' needs a GPU"):
+        compare("float32", liger_gradients)
+
+
 def test_fused_with_a_frozen_weight() -> None:
     hidden, weight = torch.randn(3, 5, requires_grad=True), torch.randn(11, 5)
     labels = torch.tensor([1, 2, 3])
-    (found,) = torch.autograd.grad(fused_token_loss(hidden, weight, labels, 22), [hidden])
+    (found,) = torch.autograd.grad(fused_token_loss(hidden, weight, labels, chunked_gradients), [hidden])
     (wanted,) = torch.autograd.grad(nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum"), [hidden])
     torch.testing.assert_close(found, wanted)
 
@@ -84,4 +96,4 @@ def test_fused_with_a_frozen_weight() -> None:
 def test_fused_in_half_precision() -> None:
     hidden, weight = torch.randn(3, 5).half().requires_grad_(), torch.randn(11, 5).half()
     with pytest.raises(ValueError, match="use bfloat16"):
-        fused_token_loss(hidden, weight, torch.tensor([1, 2, 3]))
+        fused_token_loss(hidden, weight, torch.tensor([1, 2, 3]), chunked_gradients)

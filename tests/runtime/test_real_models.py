@@ -1,5 +1,9 @@
 """The parts that ship (Hugging Face decoder and vision tower, diffusers transformer) in a pipeline, on real digits."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +24,7 @@ LAYERS = 5
 MICROBATCHES = 7
 
 
-def build(family: str, tied: bool, fused: bool = False) -> MultimodalLM:
+def build(family: str, tied: bool, fused: Any = False) -> MultimodalLM:
     decoder: dict[str, Any] = {
         "model_type": family,
         "hidden_size": 32,
@@ -61,7 +65,7 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
 
 
 def _pipelined(
-    rank: int, size: int, family: str, tied: bool, policy: str, backbone: str, fused: bool
+    rank: int, size: int, family: str, tied: bool, policy: str, backbone: str, fused: Any
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
     options = PipelineOptions(policy, backbone, group_size=2).chosen(size, 4, encoder=True, generator=True)[0]
     stage_rank = options.stage_rank(size)
@@ -87,7 +91,7 @@ def _pipelined(
         (2, "llama", False, "nested", "zb1p", True),
     ],
 )
-def test_against_one_process(size: int, family: str, tied: bool, policy: str, backbone: str, fused: bool) -> None:
+def test_against_one_process(size: int, family: str, tied: bool, policy: str, backbone: str, fused: Any) -> None:
     """One process whose loss is not fused."""
     whole = build(family, tied)
     whole.configure_model()
@@ -110,3 +114,23 @@ def test_against_one_process(size: int, family: str, tied: bool, policy: str, ba
             error = (gradient - reference).norm() / reference.norm()
             assert error <= 1e-6 or (gradient - reference).abs().max() < 1e-9, f"{name}: {error:.1e}"
     assert seen >= expected.keys()
+
+
+LIGER = """
+from bigmac_lightning.models.liger import liger_gradients
+from tests.runtime.test_real_models import test_against_one_process
+from tests.test_token_loss import compare
+compare("float32", liger_gradients)
+compare("bfloat16", liger_gradients)
+test_against_one_process(2, "llama", False, "nested", "zb1p", "liger")
+"""
+
+
+def test_the_loss_by_liger_kernels() -> None:
+    """Interpreted on the CPU, which has to be said before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
