@@ -71,7 +71,8 @@ by hidden states and weight."""
 def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients: Gradients) -> Tensor:
     """The sum of the token losses, whose gradients are made together with it: logits are never made twice.
 
-    Until the backward it holds the gradient of the output weight. Cannot be differentiated twice.
+    Until the backward it holds the gradient of the output weight: for few microbatches in flight. Cannot be
+    differentiated twice.
 
     Args:
         h_LD: hidden states at labelled positions, L > 0.
