@@ -45,7 +45,6 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
 )
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.planning import Planner, Trained
-from bigmac_lightning.runtime.lowering import Needs
 
 RANKS = 4
 SAMPLES = 600
@@ -166,10 +165,7 @@ def simulated(path: Path) -> tuple[float, float, float, float]:
     order, and as the DataModule orders them."""
     made = datamodule(path, microbatches=16, samples_per_epoch=4 * SAMPLES)
     made.setup("fit")
-    options, trained = (
-        PipelineOptions(),
-        Trained(Needs((True,) * RANKS, encoder=True, generator=False), (True,) * RANKS),
-    )
+    options, trained = PipelineOptions(), Trained((True,) * RANKS, frozenset({"image"}))
     planner, draw, found = Planner(options, RANKS, 0, trained), random.Random(0), []
     for batch in made.loader("train"):
         row: list[float] = []

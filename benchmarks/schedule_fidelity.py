@@ -174,7 +174,7 @@ def measure(rank: int, plans: list[Plan], unit: float, repeats: int) -> list[tup
         stage_rank = tuple(plan.stage_rank)
         if stage_rank not in meshes:
             meshes[stage_rank] = build_mesh(torch.device("cpu"), 1, size, stage_rank)
-        needs = Needs((True,) * plan.stages, encoder=True, generator=True)
+        needs = Needs((True,) * plan.stages, (True,) * plan.microbatches, generator=True)
         program = lower(plan, verify(plan).order, needs)[rank]
         executor = Executor(meshes[stage_rank], stage_rank)
         seconds, peak = [], 0

@@ -6,8 +6,10 @@ on the rank that owns the item. Knows tensors and costs; knows nothing of Lightn
 Shape suffixes: B samples of a microbatch, S tokens, L labelled positions, N rows (of features or conditions).
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,22 +202,35 @@ class Microbatch:
         )
 
 
-@dataclass
 class Batch:
     """All microbatches of one step of one pipeline, with the layout that its owners were chosen for.
+
+    Lightning and its precision plugins leave its contents alone: the components say what type their inputs are to have.
 
     Attributes:
         planned: a `planning.PlannedBatch`, where one was made together with the batch.
         progress: what the DataModule notes about it for itself.
     """
 
-    microbatches: list[Microbatch]
-    layout: PipelineLayout = field(default_factory=PipelineLayout)
-    planned: object = None
-    progress: object = None
+    def __init__(
+        self,
+        microbatches: list[Microbatch],
+        layout: PipelineLayout | None = None,
+        planned: object = None,
+        progress: object = None,
+    ) -> None:
+        self.microbatches, self.layout = microbatches, layout or PipelineLayout()
+        self.planned, self.progress = planned, progress
+
+    def replace(self, **changes: Any) -> "Batch":
+        """A copy with other attributes."""
+        return Batch(**{**vars(self), **changes})
 
     def __len__(self) -> int:
         return len(self.microbatches)
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return iter(self.microbatches)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """A copy on `device` (called by Lightning)."""
@@ -226,21 +241,32 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(self, microbatches=[microbatch.map(function) for microbatch in self.microbatches])
+        return self.replace(microbatches=[microbatch.map(function) for microbatch in self.microbatches])
 
     def useful(self) -> "Batch":
         """Without the microbatches that have neither labels nor targets: nothing can be learnt or made from them."""
         return Batch([m for m in self.microbatches if m.is_useful], self.layout)
 
-    def is_owned(self) -> bool:
-        """Whether every item's owner is a rank of the layout."""
-        items = (item for microbatch in self.microbatches for item in [*microbatch.media, *microbatch.targets])
-        return all(0 <= item.owner < self.layout.size for item in items)
+    def problem(self, size: int) -> str:
+        """Why no plan can be made for a pipeline of `size` ranks; empty: one can."""
+        for m, microbatch in enumerate(self.microbatches):
+            if not (isfinite(microbatch.cost) and microbatch.cost > 0):
+                return f"microbatch {m} has the LLM cost {microbatch.cost}: it must be a finite number above 0"
+            for what, items in (("media", microbatch.media), ("target", microbatch.targets)):
+                for item in items:
+                    if not 0 <= item.owner < size:
+                        return f"microbatch {m}: a {what} item has owner {item.owner}, not a pipeline rank"
+                    if not (isfinite(item.cost) and item.cost >= 0):
+                        return (
+                            f"microbatch {m}: a {what} item has the cost {item.cost}: it must be a finite number >= 0"
+                        )
+        return ""
 
     @property
     def labels(self) -> Tensor:
         """(sum of L,) labels of all microbatches, in the order of ``PipelineOutput.predictions``."""
-        return torch.cat([microbatch.labels for microbatch in self.microbatches])
+        labels = [microbatch.labels for microbatch in self.microbatches]
+        return torch.cat(labels) if labels else _no_positions()
 
     @property
     def targets(self) -> list[TargetItem]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bigmac_lightning.batch import TargetItem
 from bigmac_lightning.partition import LayerCosts
+from bigmac_lightning.precision import weight_dtype
 from bigmac_lightning.work import Work, work_of
 
 
@@ -23,18 +24,24 @@ class Encoder(nn.Module, ABC):
     """Turns media into features of the LLM's width. Single-device; items are independent of one another.
 
     Attributes:
+        width: of the features, D; 0: not known before it runs.
         levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
             the embedding's (see `LanguageModel.run_layers`).
         gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
         dtype: of the weights, where `materialize` changes it.
     """
 
+    width: int = 0
     levels: int = 1
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
         """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+
+    def input_dtype(self) -> torch.dtype | None:
+        """What floating-point data of an item are turned into: the type of the weights; ``None``: they stay."""
+        return weight_dtype(self)
 
     def work(self, rows: int) -> Work:
         """Estimated work of the forward of an item that makes so many rows; here, each row meets every matrix."""
@@ -46,7 +53,7 @@ class Encoder(nn.Module, ABC):
 
         Args:
             pixels: of each item what the DataModule put into `MediaItem.data`: a tensor, or a dict of tensors where
-                the encoder has to know more of it.
+                the encoder has to know more of it. Floating-point ones have the `input_dtype`.
 
         Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows` * `levels`.
             An item's rows stand level after level.
@@ -150,15 +157,21 @@ class Generator(nn.Module, ABC):
     """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device.
 
     Attributes:
+        width: of the conditions, D; 0: any.
         gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
         dtype: of the weights, where `materialize` changes it.
     """
 
+    width: int = 0
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
         """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+
+    def input_dtype(self) -> torch.dtype | None:
+        """What conditions and targets are turned into: the type of the weights; ``None``: they stay."""
+        return weight_dtype(self)
 
     def work(self, shape: tuple[int, ...], rows: int) -> Work:
         """Estimated work of the forward on a target, the backward left out; here, each condition row and each cell of

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.partition import TrainedLayers
+from bigmac_lightning.precision import converted
 from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
@@ -26,10 +27,11 @@ Mode = Literal["train", "evaluate", "sample"]
 
 @dataclass
 class PipelineOutput:
-    """What `pipeline(batch)` returns, equal on every rank.
+    """What `pipeline(batch)` returns, equal on every rank of a pipeline.
 
     Attributes:
-        loss: scalar, the weighted loss over the whole step (all data-parallel replicas). Return it from training_step.
+        loss: scalar, the weighted loss over the whole step: in training of all data-parallel replicas, in evaluation,
+            where they may have different numbers of batches, of this one. Return it from training_step.
         metrics: detached scalars ready for `log_dict`: "loss", and each part by name ("text", each generator).
         predictions: (sum of L,) most likely token at each labelled position, in the order of `batch.labels`;
             ``None`` while training.
@@ -115,6 +117,11 @@ class PipelineModule(pl.LightningModule):
         self._trained_layers: TrainedLayers | None = None
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """What losses are summed up in; the same on all ranks."""
+        return torch.float64 if torch.float64 in (self.dtype, self.llm.dtype) else torch.float32
+
+    @property
     def loss_names(self) -> list[str]:
         """The order in which loss sums and counts travel."""
         return ["text", *self.llm.auxiliary_losses, *self.generators]
@@ -166,7 +173,8 @@ class PipelineModule(pl.LightningModule):
             batch: as a DataModule's collate function made it.
             sample: let the generators make things instead of computing their loss.
         """
-        mode: Mode = "sample" if sample else "train" if self.training and torch.is_grad_enabled() else "evaluate"
+        learning = self.training or (self._trainer is not None and self._trainer.training)  # a frozen model is in eval
+        mode: Mode = "sample" if sample else "train" if learning and torch.is_grad_enabled() else "evaluate"
         run = self.runner or self._run_plain
         if isinstance(batch, Batch):  # others are refused
             batch = self.prepare(batch)
@@ -175,7 +183,7 @@ class PipelineModule(pl.LightningModule):
     def prepare(self, batch: Batch) -> Batch:
         """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
         before, on the CPU."""
-        return replace(batch, microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
+        return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
 
     # -- shared by the plain path and the pipeline ---------------------------------------------------------------
 
@@ -183,19 +191,18 @@ class PipelineModule(pl.LightningModule):
         """features_ND of each item; items of one encoder are encoded together."""
         features: list[Tensor | None] = [None] * len(items)
         for name, encoder in self.encoders.items():
+            assert isinstance(encoder, Encoder)
             mine = [i for i, item in enumerate(items) if item.encoder == name]
             if mine:
-                encoded, expected = (
-                    encoder([_data(items[i]) for i in mine]),
-                    [self.feature_rows(items[i]) for i in mine],
-                )
-                if len(encoded) != sum(expected):
+                dtype, expected = encoder.input_dtype(), [self.feature_rows(items[i]) for i in mine]
+                encoded = encoder([_data(converted(items[i], dtype)) for i in mine])
+                if encoded.shape != (sum(expected), self.llm.width):
                     raise ValueError(
-                        f"encoder {name!r} made {len(encoded)} feature rows of items with {expected} rows: "
-                        "the DataModule's MediaItem.rows must say what the encoder makes of each item"
+                        f"encoder {name!r} made features of shape {tuple(encoded.shape)} of items with {expected} "
+                        f"rows, but they must be of shape ({sum(expected)}, {self.llm.width}): the DataModule's "
+                        "MediaItem.rows must say how many rows an item makes, and their width is that of the LLM"
                     )
-                rows = encoded.split(expected)
-                for i, row in zip(mine, rows, strict=True):
+                for i, row in zip(mine, encoded.split(expected), strict=True):
                     features[i] = row
         for item, feature in zip(items, features, strict=True):
             if feature is None:
@@ -284,7 +291,7 @@ class PipelineModule(pl.LightningModule):
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
             if mine:
-                sums[name] = generator([conditions[i] for i in mine], [items[i] for i in mine])
+                sums[name] = generator(*self._generator_inputs(generator, conditions, items, mine))
         return sums
 
     def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
@@ -294,10 +301,19 @@ class PipelineModule(pl.LightningModule):
             mine = [i for i, item in enumerate(items) if item.generator == name]
             if mine:
                 assert isinstance(generator, Generator)
-                results = generator.sample([conditions[i] for i in mine], [items[i] for i in mine])
+                results = generator.sample(*self._generator_inputs(generator, conditions, items, mine))
                 for i, result in zip(mine, results, strict=True):
                     made[i] = result
         return [thing for thing in made if thing is not None]
+
+    @staticmethod
+    def _generator_inputs(
+        generator: nn.Module, conditions: list[Tensor], items: Sequence[TargetItem], mine: list[int]
+    ) -> tuple[list[Tensor], list[TargetItem]]:
+        assert isinstance(generator, Generator)
+        dtype = generator.input_dtype()
+        given = [conditions[i] if dtype is None else conditions[i].to(dtype) for i in mine]
+        return given, [converted(items[i], dtype) for i in mine]
 
     def counts(self, batch: Batch) -> list[float]:
         """What each loss sum of `loss_names` is divided by: labelled tokens, microbatches, targets."""
@@ -309,8 +325,7 @@ class PipelineModule(pl.LightningModule):
 
     def scales(self, counts: Tensor) -> Tensor:
         """Factor of each loss sum: weight / count over the whole step (count 0 gives a harmless weight / 1)."""
-        weights = torch.tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names], device=counts.device)
-        return weights / counts.clamp(min=1.0)
+        return counts.new_tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names]) / counts.clamp(min=1.0)
 
     def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Named scalars from the step's loss sums and counts."""
@@ -320,7 +335,7 @@ class PipelineModule(pl.LightningModule):
     # -- the plain path --------------------------------------------------------------------------------------------
 
     def _run_plain(self, batch: Batch, mode: Mode) -> PipelineOutput:
-        sums = dict.fromkeys(self.loss_names, torch.zeros((), device=self.device))
+        sums = dict.fromkeys(self.loss_names, torch.zeros((), dtype=self.sum_dtype, device=self.device))
         predictions: list[Tensor] = []
         samples: list[Tensor] = []
         for microbatch in batch.microbatches:
@@ -338,10 +353,13 @@ class PipelineModule(pl.LightningModule):
             else:
                 for name, loss in self.generate(conditions, microbatch.targets).items():
                     sums[name] = sums[name] + loss
-        local = torch.stack([sums[name].float() for name in self.loss_names])
-        counts, total = self._over_replicas(torch.tensor(self.counts(batch), device=self.device), local.detach())
-        # data-parallel strategies average gradients over their world: undo that, the counts are global already
-        world = self._trainer.world_size if self._trainer is not None else 1
+        local = torch.stack([sums[name].to(self.sum_dtype) for name in self.loss_names])
+        counts, total = torch.tensor(self.counts(batch), dtype=self.sum_dtype, device=self.device), local.detach()
+        world = 1
+        if mode == "train" and self._trainer is not None and self._trainer.world_size > 1:
+            counts, total = self._over_replicas(counts, total)
+            # data-parallel strategies average gradients over their world: undo that, the counts are global already
+            world = self._trainer.world_size
         loss = (local * self.scales(counts)).sum() * world
         if mode == "train" and not loss.requires_grad:
             loss.requires_grad_()  # a batch without anything to learn from: its backward does nothing
@@ -353,8 +371,7 @@ class PipelineModule(pl.LightningModule):
         )
 
     def _over_replicas(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self._trainer is None or self._trainer.world_size == 1:
-            return tensors
+        assert self._trainer is not None
         reduced = self._trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced.unbind()

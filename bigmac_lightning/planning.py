@@ -4,11 +4,13 @@ the DataLoader while the step before still runs.
 Knows batches, costs and plans; knows no tensors' values, no modules and no process groups.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bigmac_lightning.batch import Batch
+import torch
+
+from bigmac_lightning.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
 from bigmac_lightning.schedule.plan import Costs, Plan
@@ -19,47 +21,60 @@ from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 CACHED_PLANS = 16
 """Batches of one shape share a plan, and so do a step's few shapes; uneven batches never meet theirs again."""
 
+NEGLIGIBLE = 1e-6
+"""The time of work that is said to cost nothing, as a fraction of other work."""
+
+
+OwnedCost = tuple[int, float]
+"""An item's owner and cost."""
+
 
 @dataclass(frozen=True)
 class Trained:
     """What is trained, as far as it changes what a plan has to do.
 
     Attributes:
-        needs: where gradients flow.
         weights: per stage, whether it has trained weights; where not, a backward gives input gradients only.
+        encoders: names of the encoders that are trained, at least in part.
+        generator: whether any generator is trained.
         encoder_backward: the share of a whole encoder backward that is needed: below 1 if its lower part is frozen.
     """
 
-    needs: Needs
     weights: tuple[bool, ...]
+    encoders: frozenset[str] = frozenset()
+    generator: bool = False
     encoder_backward: float = 1.0
 
     @classmethod
     def nothing(cls, stages: int) -> "Trained":
-        return cls(Needs.nothing(stages), (False,) * stages)
+        return cls((False,) * stages)
 
-    def costs(self, costs: Costs, encoder: bool, generator: bool) -> tuple[Costs, list[list[float]] | None]:
-        """The costs of what is to be done, and those of each stage where stages differ."""
-        trained = self.needs.stages[-1]
-        costs = replace(
-            costs,
-            B=costs.B if trained else 0,
-            I=costs.I if trained else 0,
-            W=costs.W if trained else 0,
-            EF=costs.EF if encoder else 0,
-            EB=costs.EB * self.encoder_backward if encoder and self.needs.encoder else 0,
-            G=costs.G if generator else 0,
-        )
-        if not trained or all(self.weights):
+    def needs(self, batch: Batch) -> Needs:
+        """Where gradients are needed in a step on this batch."""
+        encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)
+        return Needs(self.weights, tuple(encoded), self.generator)
+
+    def costs(self, costs: Costs, needs: Needs, media: bool, targets: bool) -> tuple[Costs, list[list[float]] | None]:
+        """The costs of what is to be done, and those of each stage where stages differ.
+
+        Args:
+            media, targets: whether the batch has any.
+        """
+        passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
+        occurs = {"EF": media, "EB": needs.encoder, "G": targets, **dict.fromkeys("BIW", passed[-1])}
+        costs = replace(costs, EB=costs.EB * self.encoder_backward)
+        least = NEGLIGIBLE * costs.F  # what costs nothing would not occur in a plan
+        costs = replace(costs, **{kind: max(getattr(costs, kind), least) * there for kind, there in occurs.items()})
+        if not passed[-1] or all(self.weights):
             return costs, None
         through = costs.B * costs.I / (costs.I + costs.W) if costs.I + costs.W else costs.B
         rows = [
             [costs.F, costs.B, costs.I, costs.W]
             if weights
             else [costs.F, through, costs.I, 0.0]
-            if passed
+            if has_backward
             else [costs.F, 0.0, 0.0, 0.0]
-            for weights, passed in zip(self.weights, self.needs.stages, strict=True)
+            for weights, has_backward in zip(self.weights, passed, strict=True)
         ]
         return costs, rows
 
@@ -72,32 +87,78 @@ class PlannedBatch:
         key: the metadata it was made from; batches with the same key have the same plan.
         plan: of all ranks.
         program: of this rank.
+        needs: where gradients flow.
     """
 
     key: object
     plan: Plan
     program: list[Instruction]
+    needs: Needs
+
+
+class _SharedTrained:
+    """A `Trained` that workers of a DataLoader read from memory that they share with the process that changes it."""
+
+    def __init__(self, encoders: Iterable[str], trained: Trained) -> None:
+        self._encoders, self._stages = sorted(encoders), len(trained.weights)
+        self._numbers = torch.zeros(self._stages + len(self._encoders) + 2, dtype=torch.float64).share_memory_()
+        self.set(trained)
+
+    def set(self, trained: Trained) -> None:
+        numbers = [*trained.weights, *(name in trained.encoders for name in self._encoders)]
+        self._numbers.copy_(torch.tensor([*numbers, trained.generator, trained.encoder_backward], dtype=torch.float64))
+
+    def get(self) -> Trained:
+        *flags, encoder_backward = self._numbers.tolist()
+        weights, encoders, generator = flags[: self._stages], flags[self._stages : -1], flags[-1]
+        names = frozenset(name for name, flag in zip(self._encoders, encoders, strict=True) if flag)
+        return Trained(tuple(map(bool, weights)), names, bool(generator), encoder_backward)
 
 
 class Planner:
     """Plans batches for one rank; remembers the `CACHED_PLANS` plans that were used last.
 
-    All ranks see the same metadata and make the same plan.
+    All ranks see the same metadata and make the same plan. Copies in workers learn of a change in what is trained.
 
     Attributes:
         known: what it remembers, by key; used last, stands last.
     """
 
-    def __init__(self, options: PipelineOptions, size: int, rank: int, trained: Trained) -> None:
-        self.options, self.size, self.rank, self.trained = options, size, rank, trained
+    def __init__(
+        self, options: PipelineOptions, size: int, rank: int, trained: Trained, encoders: Iterable[str] = ()
+    ) -> None:
+        """
+        Args:
+            options: all that was "auto" chosen.
+            size, rank: of the pipeline.
+            trained: what is trained now.
+            encoders: names of all encoders of the model.
+        """
+        self.options, self.size, self.rank = options, size, rank
         self.layout = options.layout(size, rank)
         self.known: dict[object, PlannedBatch] = {}
+        self._trained = _SharedTrained(encoders, trained)
 
-    def key(self, batch: Batch) -> object:
-        """What the plan of a batch depends on."""
-        return self.trained, tuple(
+    @property
+    def trained(self) -> Trained:
+        """What is trained."""
+        return self._trained.get()
+
+    @trained.setter
+    def trained(self, trained: Trained) -> None:
+        self._trained.set(trained)
+
+    def key(self, batch: Batch, trained: Trained | None = None) -> object:
+        """What the plan of a batch depends on.
+
+        Args:
+            trained: what is trained, if not what is trained now.
+        """
+        trained = self.trained if trained is None else trained
+        return trained, tuple(
             (
                 microbatch.cost,
+                any(item.encoder in trained.encoders for item in microbatch.media),
                 tuple((item.owner, item.cost) for item in microbatch.media),
                 tuple((item.owner, item.cost) for item in microbatch.targets),
             )
@@ -106,31 +167,32 @@ class Planner:
 
     def __call__(self, batch: Batch) -> PlannedBatch:
         """The plan of a batch whose microbatches are all useful."""
-        key = self.key(batch)
+        trained = self.trained
+        key = self.key(batch, trained)
         planned = self.known.pop(key, None)
         if planned is None:
             if len(self.known) >= CACHED_PLANS:
                 self.known.pop(next(iter(self.known)))
-            plan, work = self._plan(batch)
+            needs = trained.needs(batch)
+            plan, work = self._plan(batch, trained, needs)
             order = simulate(plan, work).order  # make_plan has verified it
-            planned = PlannedBatch(key, plan, lower(plan, order, self.trained.needs)[self.rank])
+            planned = PlannedBatch(key, plan, lower(plan, order, needs)[self.rank], needs)
         self.known[key] = planned
         return planned
 
-    def _plan(self, batch: Batch) -> tuple[Plan, Workload]:
+    def _plan(self, batch: Batch, trained: Trained, needs: Needs) -> tuple[Plan, Workload]:
         groups = self.layout.groups(len(batch))
-        media = [[(item.owner, item.cost) for item in m.media] for m in batch.microbatches]
-        targets = [[(item.owner, item.cost) for item in m.targets] for m in batch.microbatches]
+        media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
-        costs, stage_costs = self.trained.costs(
-            self.options.costs.per_stage(self.options.stages_per_rank), _any(encoder), _any(generator)
+        costs, stage_costs = trained.costs(
+            self.options.costs.per_stage(self.options.stages_per_rank), needs, _any(encoder), _any(generator)
         )
         if self.options.stage_factors:
             assert self.options.stage_factors != "auto", "not estimated yet"
             rows = stage_costs or [[costs.F, costs.B, costs.I, costs.W]] * len(self.options.stage_factors)
             pairs = zip(rows, self.options.stage_factors, strict=True)
             stage_costs = [[time * factor for time in row] for row, factor in pairs]
-        work = _workload(batch, costs)
+        work = _workload([m.cost for m in batch.microbatches], media, targets, costs)
         plan = make_plan(
             policy=self.options.policy,
             backbone=self.options.backbone,
@@ -151,7 +213,7 @@ class Planner:
         )
         return plan, work
 
-    def _pieces(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[int]]:
+    def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
         """In how many pieces each rank's share of each group may be cut: no more than it has items."""
         return [
             [
@@ -161,7 +223,7 @@ class Planner:
             for group in groups
         ]
 
-    def _shares(self, items: list[list[tuple[int, float]]], groups: list[list[int]]) -> list[list[float]]:
+    def _shares(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
         """Each rank's fraction of each group's cost."""
         rows: list[list[float]] = []
         for group in groups:
@@ -187,26 +249,31 @@ class PlanningCollate:
         batch = self.collate(samples)
         if isinstance(batch, Batch) and batch.layout == self.planner.layout:
             useful = batch.useful()
-            if useful.microbatches and useful.is_owned():
+            if useful.microbatches and not useful.problem(self.planner.size):
                 batch.planned = self.planner(useful)
         return batch
 
 
-def _workload(batch: Batch, costs: Costs) -> Workload:
+def _owned(items: Sequence[Sequence[MediaItem | TargetItem]]) -> list[list[OwnedCost]]:
+    """Owner and cost of each microbatch's items; an item that costs nothing is still to be done by its owner."""
+    least = NEGLIGIBLE * max((item.cost for row in items for item in row), default=0.0) or 1.0
+    return [[(item.owner, max(item.cost, least)) for item in row] for row in items]
+
+
+def _workload(
+    llm: Sequence[float], media: Sequence[Sequence[OwnedCost]], targets: Sequence[Sequence[OwnedCost]], costs: Costs
+) -> Workload:
     """Durations of a batch whose mean microbatch takes `costs`."""
-    costs_of_llm = [microbatch.cost for microbatch in batch.microbatches]
-    mean = sum(costs_of_llm) / len(costs_of_llm)
-    encoder = _scaled([[item.cost for item in m.media] for m in batch.microbatches], costs.EF)
-    generator = _scaled([[item.cost for item in m.targets] for m in batch.microbatches], costs.G)
-    parts = zip(costs_of_llm, encoder, generator, strict=True)
-    return Workload(tuple(MicrobatchWork(llm / mean, media, targets) for llm, media, targets in parts))
+    mean = sum(llm) / len(llm)
+    parts = zip(llm, _scaled(media, costs.EF), _scaled(targets, costs.G), strict=True)
+    return Workload(tuple(MicrobatchWork(time / mean, encoder, generator) for time, encoder, generator in parts))
 
 
-def _scaled(items: Sequence[Sequence[float]], cost: float) -> list[tuple[float, ...]]:
+def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[float, ...]]:
     """Item costs as times, so that the mean microbatch takes `cost`."""
-    total = sum(map(sum, items))
+    total = sum(cost for row in items for _, cost in row)
     factor = cost * len(items) / total if total else 0.0
-    return [tuple(item * factor for item in row) for row in items]
+    return [tuple(cost * factor for _, cost in row) for row in items]
 
 
 def _any(rows: list[list[float]]) -> bool:

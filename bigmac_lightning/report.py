@@ -17,14 +17,14 @@ from bigmac_lightning.components import Encoder, Generator, LanguageModel, train
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.partition import LayerCosts
-from bigmac_lightning.pipeline import backward_share, part_of
+from bigmac_lightning.pipeline import part_of
 from bigmac_lightning.planning import Planner, Trained
-from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.schedule.budget import size_text
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import POLICIES
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.token_loss import CHUNK_ELEMENTS
+from bigmac_lightning.trained import backward_share
 from bigmac_lightning.work import Work
 
 TERA = 1e12
@@ -233,15 +233,14 @@ class StepEstimate:
         """As the pipeline will find it."""
         module, trained = self.module, self.module.trained_layers
         last = len(self.stages) - 1
-        weights, passes = list[bool](), list[bool]()
+        encoders = frozenset(n for n, e in module.encoders.items() if any(p.requires_grad for p in e.parameters()))
+        adapters = trained.below and not encoders  # what else would gradients go all the way down for?
+        weights = list[bool]()
         for s, stage in enumerate(self.stages):
             parts = range(stage.start + (s > 0), stage.stop + 1 + (s == last))
-            weights.append(any(trained.shares[part] > 0 for part in parts))
-            passes.append(trained.passes[parts.stop - 1])
-        encoder = any(p.requires_grad for p in module.encoders.parameters())
+            weights.append(adapters or any(trained.shares[part] > 0 for part in parts))
         generator = any(p.requires_grad for p in module.generators.parameters())
-        needs = Needs(tuple(passes), encoder, generator)
-        return Trained(needs, tuple(weights), backward_share(module.encoders.values()))
+        return Trained(tuple(weights), encoders, generator, backward_share(module.encoders.values()))
 
     def _batch(self, microbatches: int) -> Batch:
         """A batch of typical microbatches, without any contents."""
@@ -269,7 +268,7 @@ class StepEstimate:
         plan, trained = self.plan, self._trained()
         times = self.module.trained_layers.step(self.module.llm.costs(self.options.sample_tokens))
         llm = 2 * self.microbatch.tokens / TERA * sum(times.of(stage) for stage in held.layers)
-        backward = costs.EB * trained.encoder_backward if trained.needs.encoder else 0.0
+        backward = costs.EB * trained.encoder_backward if trained.encoders else 0.0
         unit = costs.EF * (1 + plan.recomputes) + backward
         encoder = sum(_of_rank(plan.encoder_shares, plan, rank)) * unit
         return llm * plan.microbatches + encoder + sum(_of_rank(plan.generator_shares, plan, rank)) * costs.G
@@ -289,7 +288,7 @@ class StepEstimate:
         found = {"LLM": given.tokens * number * (alive * microbatches + at_once)}
         if self._encoder.kept:
             trained = self._trained()
-            unit = self._encoder.kept * trained.encoder_backward if trained.needs.encoder else 0.0
+            unit = self._encoder.kept * trained.encoder_backward if trained.encoders else 0.0
             found["encoder"] = self.timeline.encoder_units[rank] * unit * number
         if self._target.kept:
             targets = max(_of_rank(self.plan.generator_shares, self.plan, rank), default=0.0) * given.targets

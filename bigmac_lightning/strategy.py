@@ -1,9 +1,7 @@
 """BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
 
-Sets up processes, mesh and module, runs the pipeline inside training_step, and gives Lightning the gradients in
-`backward`, so that zero_grad, accumulation, clipping, precision plugins, schedulers and hooks behave as in plain
-training.
-Planning and execution are in pipeline.py and runtime/; checkpoints in checkpoint.py.
+Sets up processes, mesh and module. Batches of Lightning's loop are in lightning_steps.py, planning and execution in
+pipeline.py and runtime/, checkpoints in checkpoint.py.
 """
 
 import os
@@ -27,18 +25,18 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from bigmac_lightning import checkpoint as checkpoints
-from bigmac_lightning.batch import Batch, PipelineLayout
-from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.lightning_steps import LightningSteps
+from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import DEFAULT_COSTS, PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
 from bigmac_lightning.planning import PlanningCollate
 from bigmac_lightning.report import as_text, partition_table, ranks_of
-from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto
@@ -79,6 +77,9 @@ class BigMacStrategy(DDPStrategy):
             "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
         sample_tokens: of a typical sample, by which attention's part of a layer's cost is estimated for `partition` and
             `stage_factors`; 0: it is left out.
+        float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
+            trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
+            those of more than 8 microbatches.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -110,6 +111,7 @@ class BigMacStrategy(DDPStrategy):
         pieces: int = 1,
         stage_factors: list[float] | Auto | None = None,
         sample_tokens: int = 0,
+        float32_gradients: bool | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -163,9 +165,8 @@ class BigMacStrategy(DDPStrategy):
         self._checkpoint_weights_only = checkpoint_weights_only
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
-        self._loss: Tensor | None = None
-        self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
-        self._first_of_window = True
+        self._float32_gradients = float32_gradients
+        self._steps: LightningSteps | None = None
         self._synchronize = True
 
     # -- processes -----------------------------------------------------------------------------------------------------
@@ -250,7 +251,8 @@ class BigMacStrategy(DDPStrategy):
         self.model_to_device()
         self._synchronize_initial_state(module)
         self._runner = PipelineRunner(module, self.mesh, self._options, self.precision_plugin.forward_context)
-        module.runner = self._run_pipeline
+        self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
+        module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._reset_optimizers_and_schedulers()
@@ -288,8 +290,7 @@ class BigMacStrategy(DDPStrategy):
 
     def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(self.pipeline.places, self.mesh)
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.pipeline.gradient_norm())
 
     def teardown(self) -> None:
         module = self.lightning_module
@@ -307,11 +308,15 @@ class BigMacStrategy(DDPStrategy):
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> LightningSteps:
+        """What runs the batches of Lightning's loop on this rank."""
+        assert self._steps is not None, "a step before setup"
+        return self._steps
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
-        self._first_of_window = batch_idx % self.lightning_module.trainer.accumulate_grad_batches == 0
-        if batch_idx == 0:
-            self.pipeline.refresh()  # a callback may have frozen or unfrozen something
+        self.steps.start(self.lightning_module.trainer, batch_idx)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -323,15 +328,8 @@ class BigMacStrategy(DDPStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        self._loss = self._stash = None
         output = self.lightning_module.training_step(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, dict) else output
-        if self._loss is None or loss is not self._loss:
-            raise ValueError(
-                f"{type(self.lightning_module).__name__}.training_step must return the loss of self.pipeline(batch) "
-                "as it is (out.loss): the pipeline has already computed its gradients, so a changed loss would be "
-                "ignored. Weights of loss parts go into the module's loss_weights."
-            )
+        self.steps.check(output)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -346,38 +344,10 @@ class BigMacStrategy(DDPStrategy):
         assert self.lightning_module is not None
         return self.lightning_module.predict_step(*args, **kwargs)
 
-    def _run_pipeline(self, batch: Batch, mode: Mode) -> PipelineOutput:
-        """Run a batch. In training the gradients are set aside until `backward`: Lightning zeroes them in between."""
-        if mode != "train":
-            return self.pipeline(batch, mode)
-        if self._stash is not None:
-            raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
-        module = self.lightning_module
-        assert module is not None
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if self._first_of_window:
-            for parameter in parameters:
-                parameter.grad = None
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        one = torch.ones((), device=self.root_device)
-        scale = one if scaler is None else scaler.scale(one)
-        self.pipeline.gradient_scale = scale / module.trainer.accumulate_grad_batches
-        output = self.pipeline(batch, mode)
-        self._stash = [(parameter, parameter.grad) for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        self._loss = output.loss
-        return output
-
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
-        assert self._stash is not None, "backward without a pipeline run"
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        for parameter, gradient in self._stash:
-            parameter.grad = gradient
-        self._stash = None
-        if self._synchronize:
-            reduce_gradients(self.pipeline.places, self.mesh)
+        self.steps.give_back(last_of_window=self._synchronize)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------

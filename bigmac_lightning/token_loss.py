@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from bigmac_lightning.precision import widened
+
 CHUNK_ELEMENTS = 2**26
 """Logits held at once (256 MiB of fp32)."""
 
@@ -44,7 +46,7 @@ def token_loss(
 
     def of_chunk(h_LD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         logits_LV = logits(h_LD)
-        loss = nn.functional.cross_entropy(logits_LV.float(), labels, reduction="sum")
+        loss = nn.functional.cross_entropy(widened(logits_LV), labels, reduction="sum")
         return loss, logits_LV.argmax(-1) if predict else None
 
     positions = max(1, chunk_elements // max(1, vocabulary))
@@ -90,12 +92,13 @@ def chunked_gradients(
     h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool, chunk_elements: int = CHUNK_ELEMENTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """By plain PyTorch, with at most `chunk_elements` logits at once; the weight's gradient is summed up in fp32."""
-    loss, hidden = torch.zeros((), device=h_LD.device), list[Tensor]()
-    gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
+    sums = torch.promote_types(h_LD.dtype, torch.float32)
+    loss, hidden = torch.zeros((), dtype=sums, device=h_LD.device), list[Tensor]()
+    gradient_VD = torch.zeros_like(weight_VD, dtype=sums) if of_weight else None
     positions = max(1, chunk_elements // len(weight_VD))
     for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
         logits = h @ weight_VD.T
-        logarithms = logits.float().log_softmax(-1)
+        logarithms = widened(logits).log_softmax(-1)
         loss -= logarithms.gather(1, wanted[:, None]).sum()
         by_logits = logarithms.exp_()
         by_logits.scatter_add_(1, wanted[:, None], by_logits.new_full((len(h), 1), -1.0))

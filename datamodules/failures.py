@@ -7,7 +7,7 @@ Knows batches; knows nothing of plans or models.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from bigmac_lightning.batch import Batch
@@ -116,7 +116,7 @@ class Agreement:
         for m, origin in samples:
             gone.setdefault(m, set()).add(origin)
         microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
-        return replace(batch, microbatches=microbatches, planned=None)
+        return batch.replace(microbatches=microbatches, planned=None)
 
 
 def failures(batch: Batch, replica: int) -> list[Failure]:

@@ -10,7 +10,7 @@ import logging
 import random
 from bisect import bisect_left, insort
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -243,7 +243,7 @@ class StreamCollate:
         if isinstance(step, SourceError):
             return step
         batch = self.collate(step.parts)
-        return replace(batch, progress=step.progress) if isinstance(batch, Batch) else batch
+        return batch.replace(progress=step.progress) if isinstance(batch, Batch) else batch
 
 
 class StreamLoader(AgreedLoader):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import profiler
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
@@ -69,18 +70,20 @@ class Work(Protocol):
         """The scaled loss of a piece, which has items; ``None`` where there is nothing to learn from."""
         ...
 
-    def split_weights(self, stage: int) -> Sequence[nn.Parameter]:
-        """Trained parameters whose gradients may wait for W; empty: this stage's backward is not to be split."""
-        ...
-
 
 @dataclass
 class _Graph:
-    """Kept from a stage's forward on a microbatch to its backward."""
+    """Kept from a stage's forward on a microbatch to its backward: the leaves it starts from, and where it ends. No
+    output is kept: whoever needs its memory, to save it for the backward, holds it."""
 
     hidden: Tensor | None
     features: Tensor | None
-    outcome: Outcome
+    outputs: dict[str, GradientEdge]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The leaves that need gradients."""
+        return [x for x in (self.hidden, self.features) if x is not None and x.requires_grad]
 
 
 class Executor:
@@ -102,7 +105,7 @@ class Executor:
     ) -> None:
         self.mesh, self.stage_rank = mesh, tuple(stage_rank)
         self.memory, self.trace = memory, trace
-        self.splittable: dict[int, bool] = {}  # by stage, found at its first split backward
+        self.splits: split_backward.Splits = {}
 
     def run(self, program: Sequence[Instruction], work: Work, needs: Needs, recompute: bool = False) -> None:
         """Run one step. Gradients are added to the parameters' ``.grad``.
@@ -133,7 +136,7 @@ class _Step:
         self.transport = Transport(executor.mesh)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
-        self.encoded: dict[tuple[int, int], Tensor | RandomState] = {}  # by group and piece
+        self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}  # by group and piece
         self.arriving: dict[tuple[str, int], _Pieces] = {}  # features and conditions_grad, by group
         self.leaving: dict[tuple[str, int], _Rows] = {}  # conditions and features_grad, by group
         self.handlers: dict[str, Callable[[Action], Mapping[str, Tensor]]] = {
@@ -199,18 +202,18 @@ class _Step:
         with self.computing(action, "encoder", self.needs.encoder and not self.recompute):
             rows = self._encode(action)
         if self.needs.encoder:
-            self.encoded[action.index, action.piece] = rows if state is None else state
+            self.encoded[action.index, action.piece] = _edge(rows) if state is None else state
         return {"features": rows.detach()}
 
     def encode_backward(self, action: Action) -> Mapping[str, Tensor]:
         gradient = self.transport.take(Message("features_grad", action.index, self.rank, action.piece))
-        rows = self.encoded.pop((action.index, action.piece))
+        output = self.encoded.pop((action.index, action.piece))
         with self.computing(action, "encoder", grad=True):
-            if isinstance(rows, RandomState):
-                with rows.restored():
-                    rows = self._encode(action)
-            if rows.requires_grad:  # a piece may hold only items of a frozen encoder, or none
-                torch.autograd.backward(rows, gradient)
+            if isinstance(output, RandomState):
+                with output.restored():
+                    output = _edge(self._encode(action))
+            if output is not None:  # a piece may hold only items of a frozen encoder, or none
+                split_backward.backward([output], [gradient])
         return {}
 
     def _encode(self, action: Action) -> Tensor:
@@ -222,86 +225,90 @@ class _Step:
 
     def forward(self, action: Action) -> Mapping[str, Tensor]:
         stage, microbatch = _stage(action), action.index
-        grad = self.needs.stages[stage]
+        grad = self.needs.through(stage, microbatch)
         hidden = features = None
         if stage > 0:
             hidden = self.transport.take(Message("hidden", microbatch, stage))
-            hidden.requires_grad_(self.needs.stages[stage - 1])
+            hidden.requires_grad_(self.needs.through(stage - 1, microbatch))
         elif self.work.features.has_items(microbatch):
             features = self._gather("features", self.work.features, microbatch)
-            features.requires_grad_(self.needs.encoder)
+            features.requires_grad_(self.needs.encoded[microbatch])
         with self.computing(action, "llm", grad):
             outcome = self.work.forward(stage, microbatch, hidden, features)
         if grad:
-            self.graphs[stage, microbatch] = _Graph(hidden, features, outcome)
+            outputs = {"hidden": outcome.hidden, "loss": outcome.loss, "conditions": outcome.conditions}
+            edges = {name: _edge(output) for name, output in outputs.items() if output is not None}
+            ends = {name: edge for name, edge in edges.items() if edge is not None}
+            self.graphs[stage, microbatch] = _Graph(hidden, features, ends)
         if outcome.conditions is not None:
             self._collect("conditions", self.work.conditions, microbatch, outcome.conditions.detach())
         return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
 
     def backward(self, action: Action) -> Mapping[str, Tensor]:
-        stage = _stage(action)
-        if not self.needs.stages[stage]:
-            return {}
-        graph, roots, gradients = self._roots(stage, action.index)
+        graph, edges, gradients = self._start(action)
         with self.computing(action, "llm", grad=True):
-            if roots:
-                torch.autograd.backward(roots, gradients)
-        return self._input_gradients(graph, action.index)
+            split_backward.backward(edges, gradients)
+        return self._input_gradients(action, graph)
 
     def backward_input(self, action: Action) -> Mapping[str, Tensor]:
-        stage = _stage(action)
-        if not self.needs.stages[stage]:
-            return {}
-        graph, roots, gradients = self._roots(stage, action.index)
-        inputs = [x for x in (graph.hidden, graph.features) if x is not None and x.requires_grad]
+        graph, edges, gradients = self._start(action)
+        inputs = [] if graph is None else graph.inputs
+        stage, splits = _stage(action), self.executor.splits
         with self.computing(action, "llm", grad=True):
-            weights = self.work.split_weights(stage)
-            splittable = self.executor.splittable
-            if stage not in splittable:
-                splittable[stage] = split_backward.can_split(roots, weights)
-            deferred = split_backward.backward_input(roots, gradients, inputs, weights if splittable[stage] else [])
+            deferred = split_backward.backward_input(edges, gradients, inputs, splits, stage)
         if deferred is not None:
             self.deferred[stage, action.index] = deferred
-        return self._input_gradients(graph, action.index)
+        return self._input_gradients(action, graph)
 
     def backward_weight(self, action: Action) -> Mapping[str, Tensor]:
-        stage = _stage(action)
-        deferred = self.deferred.pop((stage, action.index), None)
+        deferred = self.deferred.pop((_stage(action), action.index), None)
         with self.computing(action, "llm", grad=True):
             if deferred is not None:
-                split_backward.backward_weight(deferred, self.work.split_weights(stage))
+                split_backward.backward_weight(deferred)
         return {}
 
-    def _roots(self, stage: int, microbatch: int) -> tuple[_Graph, list[Tensor], list[Tensor | None]]:
-        """Where the backward of a stage on a microbatch starts: outputs, and their gradients."""
-        graph = self.graphs.pop((stage, microbatch))
-        roots: list[Tensor] = []
-        gradients: list[Tensor | None] = []
-        if graph.outcome.hidden is not None:
-            roots.append(graph.outcome.hidden)
-            gradients.append(self.transport.take(Message("hidden_grad", microbatch, stage)))
-        if graph.outcome.loss is not None:
-            roots.append(graph.outcome.loss)
-            gradients.append(None)
-        if graph.outcome.conditions is not None:
-            roots.append(graph.outcome.conditions)
-            gradients.append(self._gather("conditions_grad", self.work.conditions, microbatch))
-        return graph, roots, gradients
+    def _start(self, action: Action) -> tuple[_Graph | None, list[GradientEdge], list[Tensor | None]]:
+        """Where the backward of a stage on a microbatch starts, and the gradients there. What comes for an output that
+        nothing trained has led to is dropped."""
+        stage, microbatch = _stage(action), action.index
+        graph = self.graphs.pop((stage, microbatch), None)
+        arrived: dict[str, Tensor | None] = {"loss": None}
+        if graph is not None and stage < self.last:
+            arrived["hidden"] = self.transport.take(Message("hidden_grad", microbatch, stage))
+        if (
+            stage == self.last
+            and self.work.conditions.has_items(microbatch)
+            and self._are_conditions_learnt(microbatch)
+        ):
+            arrived["conditions"] = self._gather("conditions_grad", self.work.conditions, microbatch)
+        outputs = {} if graph is None else graph.outputs
+        return graph, list(outputs.values()), [arrived[name] for name in outputs]
 
-    def _input_gradients(self, graph: _Graph, microbatch: int) -> Mapping[str, Tensor]:
+    def _input_gradients(self, action: Action, graph: _Graph | None) -> Mapping[str, Tensor]:
         """What a backward gives to the stage before, or to the encoders."""
-        results: dict[str, Tensor] = {}
-        if graph.hidden is not None and graph.hidden.requires_grad:
-            results["hidden_grad"] = _gradient(graph.hidden)
-        if graph.features is not None and graph.features.requires_grad:
-            self._collect("features_grad", self.work.features, microbatch, _gradient(graph.features))
-        return results
+        stage, microbatch = _stage(action), action.index
+        if stage == 0 and self.needs.encoder and self.work.features.has_items(microbatch):
+            features = None if graph is None else graph.features
+            rows = self.work.features.rows_of(microbatch)
+            given = self._no_rows(rows) if features is None or not features.requires_grad else _gradient(features)
+            self._collect("features_grad", self.work.features, microbatch, given)
+        if graph is not None and graph.hidden is not None and graph.hidden.requires_grad:
+            return {"hidden_grad": _gradient(graph.hidden)}
+        return {}
+
+    def _are_conditions_learnt(self, microbatch: int) -> bool:
+        """Whether gradients come back from the generators for the microbatch's group."""
+        group = self.work.conditions.groups[self.work.conditions.group_of[microbatch]]
+        return any(self.needs.through(self.last, m) for m in group)
+
+    def _no_rows(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self.work.width, dtype=self.work.dtype, device=self.executor.mesh.device)
 
     # -- generator -------------------------------------------------------------------------------------------------
 
     def generate(self, action: Action) -> Mapping[str, Tensor]:
         conditions = self.transport.take(Message("conditions", action.index, self.rank, action.piece))
-        back = self.needs.stages[-1]
+        back = any(self.needs.through(self.last, m) for m in self.work.conditions.groups[action.index])
         conditions.requires_grad_(back)
         with self.computing(action, "generator", back or self.needs.generator):
             has_items = self.work.conditions.items(action.index, (self.rank, action.piece))
@@ -350,6 +357,11 @@ class _Rows:
 def _stage(action: Action) -> int:
     assert action.stage is not None
     return action.stage
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """The end of the graph that made a tensor, without the tensor; ``None`` if nothing trained has led to it."""
+    return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _gradient(tensor: Tensor) -> Tensor:

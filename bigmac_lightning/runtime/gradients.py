@@ -4,7 +4,7 @@ Losses are divided by the step's global counts before the backward, so gradients
 A parameter that no rank used keeps ``grad=None``, as in one process: its optimizer then leaves it alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bigmac_lightning.runtime.mesh import PipelineMesh
+
+HALF = (torch.bfloat16, torch.float16)
 
 BUCKET_ELEMENTS = 8 * 2**20
 """Gradients are reduced in flat buckets of about this many elements."""
@@ -51,7 +53,7 @@ def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None,
     for parameter, somewhere in zip(parameters, used.tolist(), strict=True):
         if somewhere:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -90,3 +92,23 @@ def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
     return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float32).square()
+
+
+def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:
+    """Let the gradients of parameters in half precision be summed up in `dtype`; ``None``: in the parameter's own.
+
+    Parameters that have a gradient go on as before.
+    """
+    for parameter in parameters:
+        if parameter.grad is None and parameter.dtype in HALF:
+            parameter.grad_dtype = dtype or parameter.dtype
+
+
+def round_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give gradients that were summed up in a wider type their parameter's type, which optimizers expect."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.dtype != parameter.dtype:
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
+            parameter.grad = gradient.to(parameter.dtype)

@@ -68,21 +68,31 @@ Instruction = Compute | Send | Receive
 
 @dataclass(frozen=True)
 class Needs:
-    """Where gradients are needed, so that no useless backward runs and no useless gradient travels.
+    """Where gradients are needed in a step, so that no useless backward runs and no useless gradient travels.
 
     Attributes:
-        stages: per stage, whether gradients flow through it: it, an earlier stage or an encoder is trained.
-        encoder: whether any encoder is trained.
+        weights: per stage, whether it has trained weights.
+        encoded: per microbatch, whether it has features of a trained encoder.
         generator: whether any generator is trained.
     """
 
-    stages: tuple[bool, ...]
-    encoder: bool
+    weights: tuple[bool, ...]
+    encoded: tuple[bool, ...]
     generator: bool
 
     @classmethod
-    def nothing(cls, stages: int) -> "Needs":
-        return cls((False,) * stages, encoder=False, generator=False)
+    def nothing(cls, stages: int, microbatches: int) -> "Needs":
+        return cls((False,) * stages, (False,) * microbatches, generator=False)
+
+    @property
+    def encoder(self) -> bool:
+        """Whether any encoder has something to learn from the step."""
+        return any(self.encoded)
+
+    def through(self, stage: int, microbatch: int) -> bool:
+        """Whether a microbatch's gradients flow through a stage: it or an earlier one is trained, or an encoder whose
+        features the microbatch has."""
+        return self.encoded[microbatch] or any(self.weights[: stage + 1])
 
 
 def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[Instruction]]:
@@ -126,15 +136,16 @@ class _Routes:
         stage_rank, index, stage = self.plan.stage_rank, action.index, action.stage
         if action.kind == "EF":
             return [(Message("features", index, rank, action.piece), stage_rank[0])]
-        if action.kind == "G" and self.needs.stages[-1]:
-            return [(Message("conditions_grad", index, rank, action.piece), stage_rank[-1])]
+        if action.kind == "G":
+            needed = any(self.needs.through(self.last, m) for m in self.plan.groups[index])
+            return [(Message("conditions_grad", index, rank, action.piece), stage_rank[-1])] if needed else []
         if action.kind == "F" and stage is not None:
             if stage < self.last:
                 return [(Message("hidden", index, stage + 1), stage_rank[stage + 1])]
             return self._for_group(self.forwards_left, "G", "conditions", index)
         if action.kind in ("B", "I") and stage is not None:
             if stage > 0:
-                needed = self.needs.stages[stage - 1]
+                needed = self.needs.through(stage - 1, index)
                 return [(Message("hidden_grad", index, stage - 1), stage_rank[stage - 1])] if needed else []
             return self._for_group(self.backwards_left, "EB", "features_grad", index)
         return []

@@ -25,6 +25,7 @@ class PipelineMesh:
         channels: one process group per kind of message and direction (whether it goes to a higher rank), so that none
             waits behind another (empty if P = 1).
         tied_group: the ranks of the first and the last stage of all replicas; ``None`` on other ranks or if P = 1.
+        host_group: this pipeline's ranks, for what they tell each other on the CPU; ``None`` if P = 1.
     """
 
     device: torch.device
@@ -32,6 +33,7 @@ class PipelineMesh:
     pp_ranks: tuple[int, ...]
     channels: dict[tuple[MessageKind, bool], Group]
     tied_group: Group | None
+    host_group: Group | None = None
 
     @property
     def pp_size(self) -> int:
@@ -91,9 +93,11 @@ def build_mesh(
     pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
     stage_rank = list(stage_rank)
     channels: dict[tuple[MessageKind, bool], Group] = {}
-    tied_group = None
+    tied_group = host_group = None
     if pp > 1:
         for pipeline in pipelines:
+            group = dist.new_group(list(pipeline), timeout=timeout, backend="gloo")
+            host_group = group if isinstance(group, Group) else host_group
             for kind, upwards in itertools.product(MESSAGE_KINDS, (True, False)):
                 if not _used(kind, upwards, stage_rank, pp):
                     continue
@@ -103,7 +107,7 @@ def build_mesh(
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
         group = dist.new_group(owners, timeout=timeout)
         tied_group = group if isinstance(group, Group) else None
-    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group)
+    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group, host_group)
 
 
 def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int], pp: int) -> bool:

@@ -81,6 +81,10 @@ class Routing:
     def has_items(self, microbatch: int) -> bool:
         return bool(self._slices[microbatch])
 
+    def rows_of(self, microbatch: int) -> int:
+        """Rows of a microbatch's items together."""
+        return sum(rows for *_, rows in self._slices[microbatch])
+
     def gather(self, microbatch: int, buffers: Mapping[Place, Tensor]) -> Tensor:
         """A microbatch's rows, from the buffers of all pieces."""
         return _joined([buffers[place][start : start + rows] for place, start, _, rows in self._slices[microbatch]])

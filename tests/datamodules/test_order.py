@@ -11,7 +11,6 @@ from bigmac_lightning.datamodules.collate import Media, Sample, make_batch
 from bigmac_lightning.datamodules.loader import StepLoader, dearest_first
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.planning import Planner, Trained
-from bigmac_lightning.runtime.lowering import Needs
 from tests.datamodules.examples import data, write_mixed
 
 RANKS, MICROBATCHES = 4, 16
@@ -46,7 +45,7 @@ def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
 
 def test_dear_items_side_by_side_take_less_time_than_in_any_order() -> None:
     """Lognormal items, one to four in a microbatch: a single dear item in a group is what the other ranks wait for."""
-    trained = Trained(Needs((True,) * RANKS, encoder=True, generator=False), (True,) * RANKS)
+    trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):
         planner, ratios = Planner(PipelineOptions(policy), RANKS, 0, trained), []
         for seed in range(8):

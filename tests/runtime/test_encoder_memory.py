@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ def _run(rank: int, policy: str, pieces: int, dropout: float) -> tuple[dict[str,
     if pieces > 1:
         batch.planned = planned_in_pieces(runner, batch, pieces)
     torch.manual_seed(rank)
-    runner(replace(batch), "train")
+    runner(batch.replace(), "train")
     gradients = [parameter.grad for parameter in module.parameters()]
     return trace.alive, memory.peak["encoder"], [*gradients, torch.get_rng_state()]
 

@@ -173,7 +173,7 @@ def reference(case: Case) -> tuple[float, float, dict[str, torch.Tensor | None]]
     module = ToyModule(case.layers, case.tied, case.freeze, checkpointed=case.checkpointed)
     module.configure_model()
     batches = [whole(case, replica) for replica in range(case.dp)]
-    batch = replace(batches[0], microbatches=[m for b in batches for m in b.microbatches])
+    batch = batches[0].replace(microbatches=[m for b in batches for m in b.microbatches])
     module.pipeline(batch).loss.backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
     norm = torch.nn.utils.get_total_norm([g for g in gradients.values() if g is not None]).item()
@@ -225,10 +225,16 @@ def pipelined(
             raise
         reduce_gradients(runner.places, mesh)
         gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-        results.append(
-            (out.loss.item(), global_norm(runner.places, mesh).item(), gradients, runner.executor.splittable)
-        )
+        results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients, splits_by_stage(runner)))
     return results
+
+
+def splits_by_stage(runner: PipelineRunner) -> dict[int, bool]:
+    """Whether the stages of this rank have been split: all of their graphs, or none."""
+    found: dict[int, set[bool]] = defaultdict(set)
+    for (stage, _), split in runner.executor.splits.items():
+        found[stage].add(split)
+    return {stage: min(answers) for stage, answers in found.items()}
 
 
 def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> PlannedBatch:
@@ -236,8 +242,8 @@ def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> Planne
     planner = runner.planner
     planned = planner(batch)
     plan = in_pieces(planned.plan, pieces)
-    program = lower(plan, verify(plan).order, planner.trained.needs)[planner.rank]
-    return PlannedBatch(planned.key, plan, program)
+    program = lower(plan, verify(plan).order, planned.needs)[planner.rank]
+    return PlannedBatch(planned.key, plan, program, planned.needs)
 
 
 def in_pieces(plan: Plan, most: int) -> Plan:

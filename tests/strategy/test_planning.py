@@ -13,16 +13,19 @@ from bigmac_lightning.datamodules import Collator
 from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.partition import LayerCosts, make_stages
-from bigmac_lightning.pipeline import PipelineRunner, backward_share
+from bigmac_lightning.pipeline import PipelineRunner
 from bigmac_lightning.planning import Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.pouring import pour
+from bigmac_lightning.trained import backward_share
 from tests.models import parts
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
+
+ENCODERS = frozenset({"image", "audio"})
 
 
 class _InWorkers(ToyData):
@@ -55,7 +58,7 @@ def test_workers_plan_what_the_pipeline_runs() -> None:
 
 
 def _plan(trained: Trained, backbone: str = "1f1b", rank: int = 0, media: bool = True) -> Counter[str]:
-    planner = Planner(PipelineOptions(backbone=backbone), 2, rank, trained)
+    planner = Planner(PipelineOptions(backbone=backbone), 2, rank, trained, ENCODERS)
     batch = toy_batch(5, PipelineLayout(2, rank, 2), media=media).useful()
     planned = planner(batch)
     assert planner(batch) is planned  # remembered
@@ -67,18 +70,18 @@ def _plan(trained: Trained, backbone: str = "1f1b", rank: int = 0, media: bool =
 
 
 def test_plans_have_no_useless_backward() -> None:
-    everything = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    everything = Trained((True, True), ENCODERS, generator=True)
     assert {"EB", "0B", "1B", "G"} <= _plan(everything).keys()
-    frozen_encoder = Trained(Needs((True, True), encoder=False, generator=True), (True, True))
+    frozen_encoder = Trained((True, True), generator=True)
     assert "EB" not in _plan(frozen_encoder)
-    frozen_llm = Trained(Needs((True, True), encoder=True, generator=True), (False, False))
+    frozen_llm = Trained((False, False), ENCODERS, generator=True)
     split = _plan(frozen_llm, "zb1p")
     assert {"0I", "1I", "EB"} <= split.keys()
     assert not {"0W", "1W"} & split.keys()
-    frozen_below = Trained(Needs((False, True), encoder=False, generator=True), (False, True))
+    frozen_below = Trained((False, True), generator=True)
     assert {"0B", "0I", "EB"}.isdisjoint(_plan(frozen_below))
     assert "1B" in _plan(frozen_below)
-    only_generator = Trained(Needs((False, False), encoder=False, generator=True), (False, False))
+    only_generator = Trained((False, False), generator=True)
     assert _plan(only_generator).keys() == {"EF", "0F", "1F", "G"}
 
 
@@ -88,19 +91,21 @@ def test_a_projector_alone_has_a_short_backward() -> None:
     share = backward_share(module.encoders.values())
     whole = sum(p.numel() for p in module.encoders.parameters())
     assert share == 1 - sum(p.numel() for e in module.encoders.values() for p in e.tower.parameters()) / whole
-    costs, _ = Trained(Needs((True,), True, True), (True,), share).costs(PipelineOptions().costs, True, True)
+    costs, _ = Trained((True,), ENCODERS, True, share).costs(
+        PipelineOptions().costs, Needs((True,), (True,), True), True, True
+    )
     assert 2 * share == costs.EB
 
 
 def test_plans_follow_the_work_of_each_microbatch() -> None:
     """A microbatch with much media and many tokens takes longer in the plan, in which ranks own different shares."""
-    trained = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    trained = Trained((True, True), ENCODERS, generator=True)
     batch = toy_batch(6, PipelineLayout(2, 0, 2), text_only=(4, 5)).useful()
-    plan = Planner(PipelineOptions(), 2, 0, trained)(batch).plan
+    plan = Planner(PipelineOptions(), 2, 0, trained, ENCODERS)(batch).plan
     assert plan.encoder_shares[-1] == [0.0, 0.0]
     cost = {r: sum(i.cost for m in batch.microbatches[:2] for i in m.media if i.owner == r) for r in (0, 1)}
     assert plan.encoder_shares[0] == [cost[0] / sum(cost.values()), cost[1] / sum(cost.values())]
-    even = Planner(PipelineOptions(), 2, 0, trained)
+    even = Planner(PipelineOptions(), 2, 0, trained, ENCODERS)
     for microbatch in batch.microbatches:
         ids = microbatch.inputs["input_ids"]
         microbatch.inputs["input_ids"] = ids.new_zeros(1, 10)
@@ -141,7 +146,7 @@ def test_the_strategy_runs_what_auto_has_named() -> None:
 
 def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
     """As the options say; a rank whose stage is slow does less of the encoders' work, and no item is cut."""
-    trained = Trained(Needs((True, True), encoder=True, generator=True), (True, True))
+    trained = Trained((True, True), ENCODERS, generator=True)
     options = PipelineOptions(
         "filled", ramp=True, pieces=4, costs=Costs(EF=8, EB=16, G=1), stage_factors=(1.0, 3.0), max_encoder_units=8
     )
