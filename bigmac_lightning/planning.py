@@ -132,12 +132,12 @@ class Planner:
             options: all that was "auto" chosen.
             size, rank: of the pipeline.
             trained: what is trained now.
-            encoders: names of all encoders of the model.
+            encoders: names of those that may be trained later.
         """
         self.options, self.size, self.rank = options, size, rank
         self.layout = options.layout(size, rank)
         self.known: dict[object, PlannedBatch] = {}
-        self._trained = _SharedTrained(encoders, trained)
+        self._trained = _SharedTrained({*encoders, *trained.encoders}, trained)
 
     @property
     def trained(self) -> Trained:
