@@ -86,7 +86,7 @@ class PipelineOptions:
         Raises:
             ValueError: if nothing fits, with the reason of each candidate.
         """
-        costs = replace(self.costs, EF=self.costs.EF if encoder else 0, G=self.costs.G if generator else 0)
+        costs = self.costs.occurring(EF=encoder, G=generator)
         if self.stage_factors is not None and POLICIES[self.policy].own_ranks:
             raise ValueError(f"stage_factors={self.stage_factors} does not go with policy={self.policy!r}")
         named, reason = self, ""

@@ -13,6 +13,7 @@ import torch
 from bigmac_lightning.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import simulate
@@ -20,9 +21,6 @@ from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
 CACHED_PLANS = 16
 """Batches of one shape share a plan, and so do a step's few shapes; uneven batches never meet theirs again."""
-
-NEGLIGIBLE = 1e-6
-"""The time of work that is said to cost nothing, as a fraction of other work."""
 
 
 OwnedCost = tuple[int, float]
@@ -61,10 +59,8 @@ class Trained:
             media, targets: whether the batch has any.
         """
         passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
-        occurs = {"EF": media, "EB": needs.encoder, "G": targets, **dict.fromkeys("BIW", passed[-1])}
         costs = replace(costs, EB=costs.EB * self.encoder_backward)
-        least = NEGLIGIBLE * costs.F  # what costs nothing would not occur in a plan
-        costs = replace(costs, **{kind: max(getattr(costs, kind), least) * there for kind, there in occurs.items()})
+        costs = costs.occurring(EF=media, EB=needs.encoder, G=targets, **dict.fromkeys("BIW", passed[-1]))
         if not passed[-1] or all(self.weights):
             return costs, None
         through = costs.B * costs.I / (costs.I + costs.W) if costs.I + costs.W else costs.B

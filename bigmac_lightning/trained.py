@@ -39,14 +39,17 @@ class TrainedParts:
             for name, parameter in module.llm.named_parameters()
             if apart and name in copies
         }
-        self._tied_trained = [True] * len(module.llm.tied)
 
     def refresh(self) -> bool:
-        """Look again, and tell whether anything has changed on any rank. Collective over the pipeline."""
+        """Look again, and tell whether anything has changed on any rank. Collective over the pipeline.
+
+        Raises:
+            ValueError: one copy of a tied parameter is trained and the other is not. On all ranks.
+        """
         changed = self._flags != self._own_flags()
         if self._agree([changed]) == [False]:
             return False
-        self._agree_on_tied()
+        self._check_tied()
         self._flags = self._own_flags()
         self.now, self.places = self._find(), self._find_places()
         return True
@@ -62,17 +65,19 @@ class TrainedParts:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._mesh.host_group)
         return [bool(number) for number in numbers.tolist()]
 
-    def _agree_on_tied(self) -> None:
-        """Two copies that lie apart are one parameter: what is done to one of them is done to both."""
-        if not self._module.llm.tied:
-            return
-        turned = [False] * len(self._tied_trained)
+    def _check_tied(self) -> None:
+        """Two copies that lie apart are one parameter, so both are trained or none."""
+        pairs = list(self._module.llm.tied.items())
+        flags = [[False, False] for _ in pairs]
         for pair, parameter in self._tied.values():
-            turned[pair] |= parameter.requires_grad != self._tied_trained[pair]
-        turned = self._agree(turned)
-        self._tied_trained = [is_trained != turn for is_trained, turn in zip(self._tied_trained, turned, strict=True)]
-        for pair, parameter in self._tied.values():
-            parameter.requires_grad_(self._tied_trained[pair])
+            flags[pair][parameter.requires_grad] = True
+        said = self._agree([flag for row in flags for flag in row])
+        for (copy, canonical), frozen, trained in zip(pairs, said[::2], said[1::2], strict=True):
+            if frozen and trained:
+                raise ValueError(
+                    f"llm.{copy} and llm.{canonical} are one tied parameter, of which the first and the last stage "
+                    "hold copies: one is trained and the other is frozen. Freeze or unfreeze both names"
+                )
 
     def _find(self) -> Trained:
         own = self._trained_stages()

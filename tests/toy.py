@@ -178,10 +178,12 @@ def toy_batch(
     media: bool = True,
     targets: bool = True,
     dtype: torch.dtype = torch.float32,
+    costs: bool = False,
 ) -> Batch:
     """Microbatches of different size and length, 0..3 items of two encoders, 0..2 targets of two generators.
 
-    `text_only` microbatches have neither. Data stays only with the owner, as a DataModule leaves it.
+    `text_only` microbatches have neither. Data stays only with the owner, as a DataModule leaves it. With `costs`,
+    items and microbatches have costs of their own, some of which are 0.
     """
     random = torch.Generator().manual_seed(1000 * seed + 7)
 
@@ -217,6 +219,10 @@ def toy_batch(
         microbatch.media_positions = torch.randperm(total, generator=random)[:used]
         read = sum(item.rows for item in microbatch.targets)
         microbatch.target_positions = torch.randperm(total, generator=random)[:read]
+        if costs:
+            microbatch.llm_cost = integer(1, 9) / 3
+            for item in [*microbatch.media, *microbatch.targets]:
+                item.cost = float(integer(0, 3))
         made.append(microbatch)
     assign_owners(made, layout)
     for microbatch in made:

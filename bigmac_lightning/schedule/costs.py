@@ -9,6 +9,9 @@ from functools import cached_property
 
 from bigmac_lightning.schedule.action import Kind
 
+NEGLIGIBLE = 1e-6
+"""The time of work that is said to cost nothing, as a fraction of other work."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -58,6 +61,14 @@ class Costs:
         if self.G:
             kinds.append("G")
         return frozenset(kinds)
+
+    def occurring(self, **kinds: bool) -> "Costs":
+        """With some kinds that occur or do not, whatever their costs are: what is said to cost nothing, and is done
+        nevertheless, costs next to nothing."""
+        least = NEGLIGIBLE * self.F
+        return replace(
+            self, **{kind: max(getattr(self, kind), least) if there else 0.0 for kind, there in kinds.items()}
+        )
 
     def per_stage(self, virtual_stages: int) -> "Costs":
         """The costs of one stage, where F, B, I and W are those of all the `virtual_stages` stages of a rank."""
