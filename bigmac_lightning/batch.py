@@ -210,6 +210,7 @@ class Batch:
     Attributes:
         planned: a `planning.PlannedBatch`, where one was made together with the batch.
         progress: what the DataModule notes about it for itself.
+        window: what the losses of its optimizer step are divided by, where that is more than this batch and known.
     """
 
     def __init__(
@@ -218,9 +219,10 @@ class Batch:
         layout: PipelineLayout | None = None,
         planned: object = None,
         progress: object = None,
+        window: Sequence[float] | None = None,
     ) -> None:
         self.microbatches, self.layout = microbatches, layout or PipelineLayout()
-        self.planned, self.progress = planned, progress
+        self.planned, self.progress, self.window = planned, progress, window
 
     def replace(self, **changes: Any) -> "Batch":
         """A copy with other attributes."""

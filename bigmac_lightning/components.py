@@ -8,7 +8,7 @@ V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class LanguageModel(nn.Module, ABC):
     Attributes:
         num_layers: number of layers that can be spread over stages.
         width: D.
-        vocabulary: V, by which the loss bounds how many logits it holds at once; 0: never too many.
+        vocabulary: V, which token ids must lie below, and by which the loss bounds how many logits it holds at once; 0:
+            not known.
+        placeholders: token ids that features replace; they need not lie in the vocabulary.
         tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` where the output weight is the embedding, by names
             inside this module; empty where nothing is tied. In one process it is one parameter; where the two lie on
             different ranks each holds a copy and their gradients are summed.
@@ -83,6 +85,7 @@ class LanguageModel(nn.Module, ABC):
     num_layers: int
     width: int
     vocabulary: int = 0
+    placeholders: Sequence[int] = ()
     tied: dict[str, str]
     auxiliary_losses: dict[str, float] = {}
     refuses_packing: str = ""

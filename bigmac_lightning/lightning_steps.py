@@ -6,6 +6,7 @@ precision plugins, schedulers and hooks then behave as in plain training.
 Knows Lightning's loop and a runner; knows nothing of plans or processes.
 """
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,14 @@ from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import Mode, PipelineModule, PipelineOutput
 from bigmac_lightning.pipeline import PipelineRunner
 from bigmac_lightning.runtime import hooks
+from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients
+from bigmac_lightning.schedule.simulate import simulate
+
+log = logging.getLogger(__name__)
+
+MANY_BUBBLES = 1 / 3
+"""The share of idle time above which the user is told."""
 
 MANY_MICROBATCHES = 8
 """Sums of more gradients than these are taken in float32 by default."""
@@ -41,6 +49,10 @@ class LightningSteps:
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
         self._first_of_window = True
         self._batches = 1  # of an optimizer step
+        self._warned = dist.get_rank() > 0
+        mesh = runner.mesh
+        self._buffers = [ReplicatedBuffers([module.encoders, module.generators], None)] * (dist.get_world_size() > 1)
+        self._buffers += [ReplicatedBuffers([module.llm], mesh.dp_group)] * (mesh.dp_size > 1)
 
     def gradient_norm(self) -> Tensor:
         """See `PipelineModule.gradient_norm`."""
@@ -56,7 +68,7 @@ class LightningSteps:
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
         """Run a batch; in training, set its gradients aside."""
-        if mode != "train":
+        if mode != "train" or not isinstance(batch, Batch):  # others are refused
             return self._runner(batch, mode)
         if self._stash is not None:
             raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
@@ -68,13 +80,17 @@ class LightningSteps:
             accumulate_in(torch.float32 if wide else None, parameters)
         scaler = getattr(self._precision, "scaler", None)
         one = torch.ones((), device=self._runner.mesh.device)
-        self._runner.gradient_scale = (one if scaler is None else scaler.scale(one)) / self._batches
+        scale = one if scaler is None else scaler.scale(one)
+        self._runner.gradient_scale = scale if batch.window else scale / self._batches
         with hooks.silenced(parameters):
             output = self._runner(batch, mode)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         self._loss = output.loss
+        if not self._warned:
+            self._warned = True
+            self._warn_of_waste()
         return output
 
     def check(self, output: Any) -> None:
@@ -103,9 +119,25 @@ class LightningSteps:
         self._stash = None
         if last_of_window:
             reduce_gradients(self._runner.places, self._runner.mesh)
+            for buffers in self._buffers:
+                buffers.synchronize()
             parameters = self._trained()
             round_gradients(parameters)
             hooks.call(parameters)
+
+    def _warn_of_waste(self) -> None:
+        """Of a plan, the first batch's, in which ranks have little to do."""
+        plan = self._runner.last_plan
+        if plan is None:
+            return
+        size, bubbles = plan.pipeline_parallel_size, simulate(plan).bubble_share
+        if plan.microbatches < size or bubbles > MANY_BUBBLES:
+            log.warning(
+                "The first batch has %d microbatches for a pipeline of %d ranks, which are idle for about %.0f%% of "
+                "the step. Give it more microbatches, or choose another backbone: "
+                "bigmac compare --pipeline_parallel_size %d --microbatches %d",
+                *(plan.microbatches, size, 100 * bubbles, size, plan.microbatches),
+            )
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]

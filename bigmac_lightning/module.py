@@ -8,9 +8,9 @@ Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N
 V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import lightning.pytorch as pl
 import torch
@@ -77,6 +77,18 @@ class Part:
     head: bool = True
 
 
+class Runner(Protocol):
+    """Runs a module in a pipeline."""
+
+    def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
+        """See `PipelineModule.pipeline`."""
+        ...
+
+    def gradient_norm(self) -> Tensor:
+        """See `PipelineModule.gradient_norm`."""
+        ...
+
+
 class PipelineModule(pl.LightningModule):
     """Base class of everything that strategy="bigmac" can train.
 
@@ -105,6 +117,7 @@ class PipelineModule(pl.LightningModule):
         loss_weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
+        _check_components(llm, encoders or {}, generators or {})
         self.llm = llm
         self.encoders = nn.ModuleDict(dict(encoders or {}))
         self.generators = nn.ModuleDict(dict(generators or {}))
@@ -112,7 +125,7 @@ class PipelineModule(pl.LightningModule):
         if unknown := self.loss_weights.keys() - self.loss_names:
             raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
         self.part = Part()
-        self.runner: Callable[[Batch, Mode], PipelineOutput] | None = None
+        self.runner: Runner | None = None
         self._materialized = False
         self._trained_layers: TrainedLayers | None = None
 
@@ -179,6 +192,18 @@ class PipelineModule(pl.LightningModule):
         if isinstance(batch, Batch):  # others are refused
             batch = self.prepare(batch)
         return run(batch, mode)
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients of the model, each parameter counted once; the same scalar on every rank.
+
+        For hooks between the backward and the optimizer's step, such as `on_before_optimizer_step`; all ranks call it.
+        Norms over ``self.parameters()`` see one rank's part of the model under strategy="bigmac".
+        """
+        if self.runner is not None:
+            return self.runner.gradient_norm()
+        return nn.utils.get_total_norm(
+            [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        )
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
@@ -375,6 +400,24 @@ class PipelineModule(pl.LightningModule):
         reduced = self._trainer.strategy.reduce(torch.stack(tensors), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return reduced.unbind()
+
+
+def _check_components(llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]) -> None:
+    """
+    Raises:
+        TypeError: a component of another kind.
+        ValueError: a component of another width than the LLM's.
+    """
+    named = [("llm", llm, LanguageModel)]
+    named += [(f"encoders[{name!r}]", encoder, Encoder) for name, encoder in encoders.items()]
+    named += [(f"generators[{name!r}]", generator, Generator) for name, generator in generators.items()]
+    for name, component, kind in named:
+        if not isinstance(component, kind):
+            raise TypeError(
+                f"{name} must be a bigmac_lightning.{kind.__name__}, but it is a {type(component).__name__}"
+            )
+        if component.width and component.width != llm.width:
+            raise ValueError(f"{name} has the width {component.width}, but the LLM has {llm.width}: they must be equal")
 
 
 def _data(item: MediaItem) -> MediaData:

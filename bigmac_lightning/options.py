@@ -28,7 +28,7 @@ class PipelineOptions:
         microbatches: how many a training batch must have; ``None``: any number.
         costs: relative durations the planner assumes for the mean microbatch of a batch; F, B, I and W are those of all
             the stages of a rank together.
-        virtual_stages: stages per rank; ``None``: 1.
+        virtual_stages: stages per rank; ``None``: as few as the backbone allows.
         partition: how the LLM's layers are cut into stages.
         max_encoder_units, max_llm_microbatches, memory: the caps of every plan; see ``make_plan``.
         ramp: whether the first and the last groups are smaller than `group_size`; see ``ramp_groups``.
@@ -127,7 +127,7 @@ class PipelineOptions:
     def stages_per_rank(self) -> int:
         """The virtual stages, once named."""
         assert self.virtual_stages != "auto", "not chosen yet"
-        return self.virtual_stages or 1
+        return self.virtual_stages or get_backbone(self.backbone).virtual_stages[0]
 
     def stage_rank(self, size: int) -> list[int]:
         """The pipeline rank of each stage."""

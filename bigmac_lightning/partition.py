@@ -90,7 +90,7 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
     if stages > layers:
         raise ValueError(
             f"the LLM has {layers} layers, too few for {stages} pipeline stages: "
-            f"choose pipeline_parallel_size <= {layers} or a deeper LLM"
+            f"choose pipeline_parallel_size * virtual_stages <= {layers}, or a deeper LLM"
         )
     if partition == "auto":
         return _balanced(costs, stages)

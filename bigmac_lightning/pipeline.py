@@ -91,6 +91,7 @@ class PipelineRunner:
         self.gradient_scale: Tensor | float = 1.0
         self.seed, self.step = torch.initial_seed(), 0
         self._evaluated = 0
+        self._seen: set[Mode] = set()
         self.trained = TrainedParts(module, mesh, self.stage_rank)
         nothing, place = Trained.nothing(len(self.stages)), (mesh.pp_size, mesh.pp_rank)
         self.planner = Planner(options, *place, nothing, module.encoders)
@@ -119,9 +120,11 @@ class PipelineRunner:
         replicas are evaluated on any number of batches."""
         self.check(batch, mode)
         module, training = self.module, mode == "train"
-        counts = torch.tensor(module.counts(batch), dtype=module.sum_dtype, device=self.mesh.device)
+        own = module.counts(batch)
+        known = torch.tensor([own, batch.window or own], dtype=module.sum_dtype, device=self.mesh.device)
         if training and self.mesh.dp_size > 1:
-            dist.all_reduce(counts, group=self.mesh.dp_group)
+            dist.all_reduce(known, group=self.mesh.dp_group)
+        counts, window = known  # of the batch, and of all those whose gradients are accumulated
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
         batch = batch.useful()
         sums = torch.zeros_like(counts)
@@ -130,7 +133,7 @@ class PipelineRunner:
         if batch.microbatches:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
-            scales = module.scales(counts) * self.gradient_scale
+            scales = module.scales(window) * self.gradient_scale
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
                 work = BatchWork(
@@ -170,6 +173,9 @@ class PipelineRunner:
             raise ValueError("the batch has no microbatches")
         if problem := batch.problem(self.mesh.pp_size):
             raise ValueError(problem)
+        if mode not in self._seen:  # once, as the device is asked
+            self._check_ids(batch)
+            self._seen.add(mode)
         wanted = self.options.microbatches
         if mode == "train" and wanted is not None and len(batch) != wanted:
             raise ValueError(
@@ -187,6 +193,18 @@ class PipelineRunner:
                     name = item.encoder if isinstance(item, MediaItem) else item.generator
                     if name not in known:
                         raise ValueError(f"microbatch {m}: no {what} component {name!r}; the model has {list(known)}")
+
+    def _check_ids(self, batch: Batch) -> None:
+        vocabulary = self.module.llm.vocabulary
+        known = torch.tensor(list(self.module.llm.placeholders), device=self.mesh.device)
+        for m, microbatch in enumerate(batch.microbatches if vocabulary else ()):
+            ids = microbatch.inputs["input_ids"].flatten()
+            for what, given in (("token", ids[~torch.isin(ids, known)]), ("label", microbatch.labels)):
+                if len(given) and not 0 <= int(given.min()) <= int(given.max()) < vocabulary:
+                    raise ValueError(
+                        f"microbatch {m} has {what} ids from {int(given.min())} to {int(given.max())}, but the LLM's "
+                        f"vocabulary has {vocabulary}: use the tokenizer that belongs to the model, or set vocab_size"
+                    )
 
     def _find_dtype(self) -> torch.dtype:
         """Of the LLM, also on ranks that hold nothing of it."""

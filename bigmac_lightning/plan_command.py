@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.bound import lower_bound
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto, Case, choose
@@ -76,7 +77,7 @@ def plan_from_options(
         policy: How encoder and generator work is placed: nested, upfront, first_stage, filled, recompute,
             disaggregated.
         group_size: Microbatches per group; by default the number of ranks. auto: that, half or twice of it.
-        virtual_stages: Stages per rank; by default 1, or what is fastest where the backbone is auto.
+        virtual_stages: Stages per rank; by default as few as the backbone allows, or the fastest where it is auto.
         extra_in_flight: Microbatches in flight beyond those of the backbone.
         costs: Times of the actions, F, B, I and W of one stage (where something is auto: of all stages of a rank
             together). A kind whose cost is 0 does not occur.
@@ -118,7 +119,7 @@ def plan_from_options(
                 microbatches=microbatches,
                 group_size=group_size,
                 costs=costs,
-                virtual_stages=virtual_stages or 1,
+                virtual_stages=virtual_stages or get_backbone(backbone).virtual_stages[0],
                 extra_in_flight=extra_in_flight,
                 groups=ramp_groups(microbatches, group_size or size) if ramp else None,
                 pieces=pieces,

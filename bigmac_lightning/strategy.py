@@ -30,9 +30,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from bigmac_lightning import checkpoint as checkpoints
+from bigmac_lightning import refusals
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.lightning_steps import LightningSteps
 from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.optimizers import accepting_nothing
 from bigmac_lightning.options import DEFAULT_COSTS, PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
 from bigmac_lightning.planning import PlanningCollate
@@ -41,6 +43,7 @@ from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.windowed_loader import windowed
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -60,7 +63,7 @@ class BigMacStrategy(DDPStrategy):
         backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
             (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
         virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
-            is "auto": the fastest; ``None`` otherwise: 1.
+            is "auto": the fastest; ``None`` otherwise: as few as the backbone allows, which is 1 or 2.
         policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
             encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
             it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
@@ -80,6 +83,9 @@ class BigMacStrategy(DDPStrategy):
         float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
             trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
             those of more than 8 microbatches.
+        accumulate: what gradients accumulated over batches are a mean of: "batches", as in Lightning, where a token of
+            a batch with few of them counts more than others; "tokens", as in one large batch (each loss by its own:
+            targets of a generator count alike, too), for which batches are read ahead.
         process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
         timeout: of every process group; a rank that hangs ends the run after it.
         save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
@@ -112,6 +118,7 @@ class BigMacStrategy(DDPStrategy):
         stage_factors: list[float] | Auto | None = None,
         sample_tokens: int = 0,
         float32_gradients: bool | None = None,
+        accumulate: Literal["batches", "tokens"] = "batches",
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -165,7 +172,9 @@ class BigMacStrategy(DDPStrategy):
         self._checkpoint_weights_only = checkpoint_weights_only
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
-        self._float32_gradients = float32_gradients
+        if accumulate not in ("batches", "tokens"):
+            raise ValueError(f'accumulate={accumulate!r}: choose "batches" or "tokens"')
+        self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
         self._synchronize = True
 
@@ -233,6 +242,9 @@ class BigMacStrategy(DDPStrategy):
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
+        module = self.lightning_module
+        if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
+            return windowed(dataloader, module.trainer, module.counts)
         return dataloader
 
     # -- model and optimizers ------------------------------------------------------------------------------------------
@@ -241,8 +253,9 @@ class BigMacStrategy(DDPStrategy):
         assert self.accelerator is not None
         module = self.lightning_module
         assert isinstance(module, PipelineModule)
-        if not module.automatic_optimization:
-            raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
+        refusals.check_settings(trainer, module, self.precision_plugin, self._layer_sync)
+        if self.mesh.pp_size > 1:
+            refusals.check_norms(trainer, module)
         # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
         notifier = partial(_note_sigterm, trainer)
         trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
@@ -255,8 +268,12 @@ class BigMacStrategy(DDPStrategy):
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
+            self._runner.trained.check_any()
             self._reset_optimizers_and_schedulers()
-            self.setup_optimizers(trainer)
+            with accepting_nothing():
+                self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                refusals.check_optimizer(optimizer)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)

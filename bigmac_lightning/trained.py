@@ -54,6 +54,14 @@ class TrainedParts:
         self.now, self.places = self._find(), self._find_places()
         return True
 
+    def check_any(self) -> None:
+        """
+        Raises:
+            ValueError: nothing is trained on any rank. On all ranks.
+        """
+        if not (any(self.now.weights) or self.now.encoders or self.now.generator):
+            raise ValueError("nothing is left to train: every parameter of the model is frozen")
+
     def _own_flags(self) -> list[bool]:
         return [parameter.requires_grad for parameter in self._module.parameters()]
 

@@ -137,7 +137,7 @@ class HFDecoder(LanguageModel):
         self.tied = dict(whole.all_tied_weights_keys) if whole.config.tie_word_embeddings else {}
         self._routers = experts_of_routers(decoder) if getattr(text, "output_router_logits", False) else []
         self.auxiliary_losses = {ROUTER_LOSS: text.router_aux_loss_coef} if self._routers else {}
-        self._placeholders = [
+        self.placeholders = [
             getattr(self.config, name)
             for name in ("image_token_id", "video_token_id")
             if getattr(self.config, name, None) is not None
@@ -249,7 +249,7 @@ class HFDecoder(LanguageModel):
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
         if self.family.bidirectional_images and "token_type_ids" not in inputs:
-            inputs["token_type_ids"] = (ids_BS == self._placeholders[0]).long()
+            inputs["token_type_ids"] = (ids_BS == self.placeholders[0]).long()
         return inputs
 
     def costs(self, sample_tokens: int = 0) -> LayerCosts:
@@ -279,7 +279,7 @@ class HFDecoder(LanguageModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         ids_BS = inputs["input_ids"]
-        for placeholder in self._placeholders:
+        for placeholder in self.placeholders:
             if placeholder >= self.vocabulary:  # features go there
                 ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
         return self._decoder.embed_tokens(ids_BS)

@@ -268,7 +268,7 @@ class MultimodalLM(PipelineModule):
     # -- optimization ----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        if not any(parameter.requires_grad for parameter in self.parameters()):
+        if self.runner is None and not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"nothing is left to train: freeze={self.freeze_patterns} covers every parameter")
         defaults = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         groups: list[dict[str, Any]] = []  # two for each entry of `optimization`: the same on all ranks

@@ -139,14 +139,15 @@ def choose(
         case: what plans are made for.
         policy: by name.
         backbone: by name, or "auto": all that are built in.
-        virtual_stages: stages per rank, or "auto"; ``None``: "auto" if the backbone is, and otherwise 1.
+        virtual_stages: stages per rank, or "auto"; ``None``: "auto" if the backbone is, and otherwise as few
+            as it allows.
         group_size: microbatches per group, or "auto"; ``None``: P.
 
     Raises:
         ValueError: if there is no plan within the caps, with the reason of each candidate; or a name is unknown.
     """
     if virtual_stages is None:
-        virtual_stages = "auto" if backbone == "auto" else 1
+        virtual_stages = "auto" if backbone == "auto" else get_backbone(backbone).virtual_stages[0]
     numbers: Auto | list[int] = [virtual_stages] if isinstance(virtual_stages, int) else "auto"
     tried = candidates(case, [policy], list(BACKBONES) if backbone == "auto" else [backbone], numbers, group_size)
     if tried[0].plan is None:

@@ -48,7 +48,7 @@ def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Se
         bound: what ``lower_bound`` gave for it, told below.
         memory: the peak bytes of each rank, a column of its own.
     """
-    share, ratio = _bubble_share(timeline), timeline.makespan / plan.ideal if plan.ideal else float("nan")
+    share, ratio = timeline.bubble_share, timeline.makespan / plan.ideal if plan.ideal else float("nan")
     title = (
         f"{plan.policy} on {plan.backbone}: {plan.pipeline_parallel_size} ranks, {plan.microbatches} microbatches, "
         f"{len(plan.groups)} groups\n"
@@ -74,11 +74,6 @@ def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Se
             *([size_text(memory[rank])] if memory is not None else []),
         )
     return result
-
-
-def _bubble_share(timeline: Timeline) -> float:
-    whole = timeline.makespan * len(timeline.bubbles)
-    return sum(timeline.bubbles) / whole if whole else 0.0
 
 
 class TerminalTimeline:
@@ -157,7 +152,7 @@ def picture(
     title = (
         f"{plan.policy} on {plan.backbone}{stages}, {plan.pipeline_parallel_size} ranks, "
         f"{plan.microbatches} microbatches: makespan {timeline.makespan:g}{ratio}, "
-        f"bubbles {_bubble_share(timeline):.1%}"
+        f"bubbles {timeline.bubble_share:.1%}"
     )
     panels: dict[str, list[list[tuple[float, float]]]] = {}
     if plan.encoder_shares:

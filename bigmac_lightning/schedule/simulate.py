@@ -39,6 +39,12 @@ class Timeline:
     llm_microbatches: list[float]
     order: list[tuple[int, int]]
 
+    @property
+    def bubble_share(self) -> float:
+        """Idle time of all ranks, as a fraction of their time."""
+        whole = self.makespan * len(self.bubbles)
+        return sum(self.bubbles) / whole if whole else 0.0
+
 
 def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
     """Per rank, the time of each action.

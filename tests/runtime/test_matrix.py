@@ -1,0 +1,26 @@
+"""A few of the random combinations of `matrix`, which runs as many as one likes by hand."""
+
+import pytest
+
+from tests.runtime import matrix
+
+CASES = matrix.cases(60)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, list[str]]:
+    return matrix.run(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.seed}-P{case.pp}-dp{case.dp}")
+def test_against_one_process(case: matrix.Case, found: dict[int, list[str]]) -> None:
+    assert not found[case.seed], case
+
+
+def test_cases_cover_what_they_name() -> None:
+    assert {case.options.backbone for case in CASES} == set(matrix.BACKBONES)
+    assert {case.options.policy for case in CASES} == set(matrix.POLICIES)
+    kinds = {kind for case in CASES for step in case.kinds for replica in step for kind in replica}
+    assert kinds == set(matrix.KINDS)
+    assert any(case.tied for case in CASES)
+    assert any(case.checkpointed for case in CASES)

@@ -1,0 +1,228 @@
+"""Every precision that Lightning offers for ordinary layers, on several ranks and in one process."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.options import PipelineOptions
+from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.runtime.autocast import _keeps_graphs
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+from tests.ranks import run_ranks
+from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.toy import ToyData, ToyModule, toy_batch
+
+TOLERANCES = {
+    "32-true": 2e-6,
+    "64-true": 1e-13,
+    "16-mixed": 2e-3,
+    "bf16-mixed": 2e-3,
+    "bf16-true": 5e-2,
+    "16-true": 5e-3,
+}
+
+
+def _arguments(precision: str) -> dict[str, Any]:
+    """Lightning turns 16-mixed into bf16 on the CPU, unless it is given the plugin."""
+    if precision != "16-mixed":
+        return {"precision": precision}
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))]}
+
+
+def _fit(trainer: Any) -> tuple[dict[str, torch.Tensor], list[float], dict[str, float]]:
+    module = ToyModule(optimizer="sgd", lr=0.05)
+    data = ToyData(steps=6, microbatches=5, text_only=(1, 3))
+    trainer.fit(module, data)
+    trained = weights(module)
+    (validated,) = trainer.validate(module, data, verbose=False)
+    assert all(torch.isfinite(sample).all() for batch in trainer.predict(module, data) for sample in batch)
+    return trained, module.losses, validated
+
+
+def _fit_on_rank(rank: int, world: int, precision: str, strategy: dict[str, Any]) -> Any:
+    return _fit(pipeline_trainer(world, strategy, max_epochs=1, **_arguments(precision)))
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize(
+    ("world", "strategy"),
+    [(1, {}), (2, {"policy": "recompute"}), (3, {"backbone": "zb1p"}), (2, {"backbone": "gpipe", "policy": "upfront"})],
+)
+def test_against_auto(precision: str, world: int, strategy: dict[str, Any]) -> None:
+    tolerance = TOLERANCES[precision]
+    expected, losses, validated = _fit(plain_trainer(max_epochs=1, **_arguments(precision)))
+    for found, found_losses, found_validated in on_ranks(world, _fit_on_rank, world, precision, strategy):
+        assert {value.dtype for value in found.values()} <= {value.dtype for value in expected.values()}
+        assert found_losses == pytest.approx(losses, rel=max(tolerance, 1e-13))
+        assert_close({k: v.double() for k, v in found.items()}, {k: v.double() for k, v in expected.items()}, tolerance)
+        assert found_validated == pytest.approx(validated, rel=10 * tolerance, abs=0.1 * (tolerance > 1e-3))
+
+
+def test_double_precision_is_double() -> None:
+    """No step of the way is single: the loss against a run in float64 by hand."""
+    module = ToyModule()
+    module.configure_model()
+    module.double()
+    batch = toy_batch(3, PipelineLayout())
+    single = ToyModule()
+    single.configure_model()
+    assert module.sum_dtype == torch.float64
+    loss = module.pipeline(batch).loss
+    assert loss.dtype == torch.float64
+    assert float(loss) != float(single.pipeline(batch).loss)
+    assert float(loss) == pytest.approx(float(single.pipeline(batch).loss), rel=1e-6)
+
+
+def _half(rank: int, size: int, microbatches: int, float32: bool | None) -> dict[str, torch.Tensor]:
+    trainer = pipeline_trainer(
+        size, {"float32_gradients": float32}, max_epochs=1, precision="bf16-true", gradient_clip_val=None
+    )
+    module, found = _Records(), {}
+    module.found = found
+    trainer.fit(module, ToyData(steps=1, microbatches=microbatches, targets=False))
+    return found
+
+
+class _Records(ToyModule):
+    """Keeps its gradients as the optimizer gets them."""
+
+    found: dict[str, torch.Tensor]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert all(p.grad is None or p.grad.dtype == p.dtype for p in self.parameters())
+        self.found.update({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
+
+
+def _true_gradients(microbatches: int) -> dict[str, torch.Tensor]:
+    """Of the model with the weights that bfloat16 makes of them, in float64."""
+    module, found = _Records(), dict[str, torch.Tensor]()
+    module.found = found
+
+    class Rounded(_Records):
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.to(torch.bfloat16)
+            self.to(torch.float64)
+
+    module = Rounded()
+    module.found = found
+    plain_trainer(max_epochs=1, precision="64-true").fit(
+        module, ToyData(steps=1, microbatches=microbatches, targets=False)
+    )
+    return found
+
+
+def _error(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor], name: str) -> float:
+    return float((found[name].double() - true[name]).norm() / true[name].norm())
+
+
+def test_many_gradients_are_summed_up_in_float32() -> None:
+    """By default, so that a sum of 64 parts is as good as its parts; in bfloat16 their last digits get lost."""
+    true, name = _true_gradients(64), "llm.head.weight"
+    by_default, forced, without = (_merged(on_ranks(2, _half, 2, 64, wanted)) for wanted in (None, True, False))
+    assert torch.equal(by_default[name], forced[name])
+    assert _error(by_default, true, name) < 4e-3
+    assert _error(without, true, name) > 2 * _error(by_default, true, name)
+    few = [_merged(on_ranks(2, _half, 2, 4, wanted)) for wanted in (None, False)]
+    assert torch.equal(few[0][name], few[1][name])
+
+
+def _merged(by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: value for rank in by_rank for name, value in rank.items()}
+
+
+class _Casts(TorchDispatchMode):
+    """Counts casts of tensors of a shape to bfloat16."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += tuple(args[0].shape) == self.shape
+        return func(*args, **kwargs)
+
+
+def _autocast(rank: int, policy: str, backbone: str) -> tuple[dict[str, torch.Tensor], int]:
+    mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
+    module = ToyModule()
+    module.part = part_of(rank, split_layers(4, 2), range(2))
+    module.configure_model()
+    context = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    runner = PipelineRunner(module, mesh, PipelineOptions(policy, backbone), context)
+    with _Casts((36, 12)) as casts:  # of the first matrix of a layer's MLP
+        runner(toy_batch(6, runner.layout, text_only=(1, 2)), "train")
+    reduce_gradients(runner.places, mesh)
+    return {n: p.grad for n, p in module.named_parameters() if p.grad is not None}, casts.count
+
+
+@pytest.mark.parametrize(("policy", "backbone"), [("nested", "1f1b"), ("recompute", "gpipe"), ("upfront", "zb1p")])
+def test_autocast_casts_a_weight_once_in_a_step(policy: str, backbone: str) -> None:
+    """And gradients are those of one process, where the cache lives as long."""
+    module = ToyModule()
+    module.configure_model()
+    batch = toy_batch(6, PipelineLayout(), text_only=(1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = module.pipeline(batch).loss
+    loss.backward()
+    for gradients, casts in run_ranks(2, _autocast, policy, backbone):
+        assert casts == 2  # layers
+        for name, gradient in gradients.items():
+            expected = module.get_parameter(name).grad
+            assert expected is not None
+            assert (gradient - expected).norm() <= 2e-2 * expected.norm(), name
+
+
+def test_casts_without_gradients_lead_to_the_weight() -> None:
+    """What the cache over a step relies on, and asks this version of torch about."""
+    assert _keeps_graphs("cpu")
+
+
+class _OwnAutocast(ToyModule):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().training_step(batch, batch_idx)
+
+
+def _fit_own(trainer: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+    module = _OwnAutocast(optimizer="sgd")
+    trainer.fit(module, ToyData(steps=3))
+    return weights(module), module.losses
+
+
+def _fit_own_on_rank(rank: int) -> Any:
+    return _fit_own(pipeline_trainer(2, max_epochs=1))
+
+
+def test_autocast_in_the_users_step() -> None:
+    """It is on in forwards and off in backwards, as in one process."""
+    expected, losses = _fit_own(plain_trainer(max_epochs=1))
+    exact = ToyModule(optimizer="sgd")
+    plain_trainer(max_epochs=1).fit(exact, ToyData(steps=3))
+    assert losses != pytest.approx(exact.losses, rel=1e-5)
+    for found, found_losses in on_ranks(2, _fit_own_on_rank):
+        assert found_losses == pytest.approx(losses, rel=1e-4)
+        assert_close(found, expected, 1e-4)
+
+
+def _refuse(rank: int) -> str:
+    plugin = object.__new__(BitsandbytesPrecision)  # its library is not installed
+    trainer = pipeline_trainer(1, max_epochs=1, plugins=[plugin])
+    try:
+        trainer.fit(ToyModule(), ToyData())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_precision_that_replaces_layers_is_refused() -> None:
+    (message,) = on_ranks(1, _refuse)
+    assert "BitsandbytesPrecision replaces layers" in message
