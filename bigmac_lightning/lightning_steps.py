@@ -79,7 +79,7 @@ class LightningSteps:
             wide = self._sums_in_float32(batch)
             accumulate_in(torch.float32 if wide else None, parameters)
         scaler = getattr(self._precision, "scaler", None)
-        one = torch.ones((), device=self._runner.mesh.device)
+        one = torch.ones((), dtype=torch.float32, device=self._runner.mesh.device)
         scale = one if scaler is None else scaler.scale(one)
         self._runner.gradient_scale = scale if batch.window else scale / self._batches
         with hooks.silenced(parameters):

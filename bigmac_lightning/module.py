@@ -35,7 +35,7 @@ class PipelineOutput:
         metrics: detached scalars ready for `log_dict`: "loss", and each part by name ("text", each generator).
         predictions: (sum of L,) most likely token at each labelled position, in the order of `batch.labels`;
             ``None`` while training.
-        samples: one tensor per item of `batch.targets` in mode "sample", else ``None``.
+        samples: one tensor per item of `batch.targets` in mode "sample", float32; else ``None``.
     """
 
     loss: Tensor
@@ -320,7 +320,7 @@ class PipelineModule(pl.LightningModule):
         return sums
 
     def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
-        """One made thing per item."""
+        """One made thing per item, float32."""
         made: list[Tensor | None] = [None] * len(items)
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
@@ -328,7 +328,7 @@ class PipelineModule(pl.LightningModule):
                 assert isinstance(generator, Generator)
                 results = generator.sample(*self._generator_inputs(generator, conditions, items, mine))
                 for i, result in zip(mine, results, strict=True):
-                    made[i] = result
+                    made[i] = result.float()
         return [thing for thing in made if thing is not None]
 
     @staticmethod

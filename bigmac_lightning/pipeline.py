@@ -240,7 +240,9 @@ class PipelineRunner:
         places = [(m, i, item) for m, mb in enumerate(batch.microbatches) for i, item in enumerate(mb.targets)]
         results = []
         for m, i, item in places:
-            sample = made[m, i].float() if (m, i) in made else torch.empty(item.shape, device=self.mesh.device)
+            sample = made.get((m, i))
+            if sample is None:
+                sample = torch.empty(item.shape, dtype=torch.float32, device=self.mesh.device)
             if self.mesh.pp_size > 1:
                 sample = sample.contiguous()
                 dist.broadcast(sample, self.mesh.pp_ranks[item.owner], group=self.mesh.pp_group)

@@ -7,7 +7,7 @@ pipeline.py and runtime/, checkpoints in checkpoint.py.
 import os
 import signal
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -345,21 +345,31 @@ class BigMacStrategy(DDPStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        output = self.lightning_module.training_step(*args, **kwargs)
+        with self._step_context():
+            output = self.lightning_module.training_step(*args, **kwargs)
         self.steps.check(output)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        return self.lightning_module.validation_step(*args, **kwargs)
+        with self._step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        return self.lightning_module.test_step(*args, **kwargs)
+        with self._step_context():
+            return self.lightning_module.test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        return self.lightning_module.predict_step(*args, **kwargs)
+        with self._step_context():
+            return self.lightning_module.predict_step(*args, **kwargs)
+
+    def _step_context(self) -> AbstractContextManager[None]:
+        """Around a user's step: the default type of new tensors, as in plain training. Autocast, which must not be on
+        in a backward, is entered around each forward."""
+        plugin = self.precision_plugin
+        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None

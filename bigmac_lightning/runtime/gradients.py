@@ -90,8 +90,8 @@ def global_norm(places: ParameterPlaces, mesh: PipelineMesh) -> Tensor:
 def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
-        return torch.zeros((), device=device)
-    return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float32).square()
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float64).square()
 
 
 def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:
