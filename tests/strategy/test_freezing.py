@@ -83,7 +83,7 @@ def _fit_on_rank(rank: int, world: int, strategy: dict[str, Any], run: dict[str,
 def test_freezing_in_the_middle_of_an_epoch(name: str, world: int, strategy: dict[str, Any]) -> None:
     run = RUNS[name]
     expected, losses = _fit(plain_trainer(max_epochs=1), run, replicas=strategy.get("data_parallel_size", 1))
-    start = _AllOptimized()
+    start = _AllOptimized(tied=run.get("tied", False))
     start.configure_model()
     moved = [n for n, p in start.named_parameters() if not torch.equal(p, expected[n])]
     assert any(n.startswith(prefix) for _, prefix, trained in run["turns"] if trained for n in moved)
@@ -132,6 +132,8 @@ class _RealData(pl.LightningDataModule):
         collate = parts.Collator(layout or parts.PipelineLayout(), 4)
         return torch.utils.data.DataLoader(parts.samples("rtdtrdtt" * 3), batch_size=8, collate_fn=collate)
 
+    val_dataloader = train_dataloader
+
 
 RECIPES = {
     "projector": ["llm", "generators", "encoders.image.tower"],
@@ -147,7 +149,7 @@ RECIPES = {
 
 def _fit_recipe(rank: int, world: int, freeze: list[str], strategy: dict[str, Any]) -> Any:
     module = _real(freeze)
-    pipeline_trainer(world, strategy, max_epochs=1).fit(module, _RealData())
+    pipeline_trainer(world, strategy, max_epochs=1, limit_val_batches=0).fit(module, _RealData())
     return weights(module)
 
 
@@ -156,7 +158,7 @@ def _fit_recipe(rank: int, world: int, freeze: list[str], strategy: dict[str, An
 def test_recipes(name: str, backbone: str) -> None:
     """Ranks that have nothing to train, and microbatches of text alone below a trained projector."""
     module = _real(RECIPES[name])
-    plain_trainer(max_epochs=1).fit(module, _RealData())
+    plain_trainer(max_epochs=1, limit_val_batches=0).fit(module, _RealData())
     expected = weights(module)
     for found in on_ranks(3, _fit_recipe, 3, RECIPES[name], {"backbone": backbone}):
         for weight, value in found.items():
@@ -214,7 +216,7 @@ def test_refused_on_all_ranks(tied: bool, freeze: Sequence[str], turns: Any, mes
 
 def test_nothing_to_train_without_a_pipeline() -> None:
     with pytest.raises(ValueError, match="nothing is left to train"):
-        plain_trainer(max_epochs=1).fit(_real(["llm", "encoders", "generators"]), _RealData())
+        plain_trainer(max_epochs=1, limit_val_batches=0).fit(_real(["llm", "encoders", "generators"]), _RealData())
 
 
 def _fit_in_eval(trainer: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
