@@ -103,10 +103,11 @@ def _groups(
     edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits, stage: int
 ) -> "list[_Group] | None":
     """The weights of a graph by the node on the way to the inputs that they hang on; ``None``: not to be split."""
-    reverse = construct_reverse_graph([edge.node for edge in edges])
+    roots = [edge.node for edge in edges]
+    reverse = construct_reverse_graph(roots)  # by node, where it is come from
     key = stage, len(reverse)
     if key not in splits:
-        splits[key] = not any(map(_keeps_together, reverse))
+        splits[key] = not any(map(_keeps_together, {*roots, *reverse}))
     if not splits[key]:
         return None
     leaves = [get_gradient_edge(leaf).node for leaf in inputs]

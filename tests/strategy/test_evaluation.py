@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from bigmac_lightning.batch import Batch
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
 
@@ -69,3 +71,79 @@ def test_one_trainer_for_everything() -> None:
     for found_tested, found_losses in on_ranks(2, _fit_test_fit_on_rank):
         assert found_tested == pytest.approx(tested, rel=1e-5)
         assert found_losses == pytest.approx(losses, rel=1e-5)
+
+
+class _Unlabelled(ToyData):
+    """Batches of which nothing can be learnt or made, as of prompts alone."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        nothing = torch.empty(0, dtype=torch.long)
+        for microbatch in batch:
+            microbatch.labels = microbatch.label_positions = microbatch.target_positions = nothing
+            microbatch.targets = []
+        return batch
+
+
+def _evaluate_unlabelled(trainer: Any) -> tuple[list[int], list[Any], float]:
+    module, data, shapes = ToyModule(), _Unlabelled(), list[int]()
+
+    class Watch(pl.Callback):
+        def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *rest: Any) -> None:
+            out = pl_module.pipeline(batch)
+            shapes.append(len(out.predictions))
+
+    trainer.callbacks.append(Watch())
+    trainer.test(_NoAccuracy(), data, verbose=False)
+    return shapes, trainer.predict(module, data), float(trainer.callback_metrics.get("val/loss", 0.0))
+
+
+class _NoAccuracy(ToyModule):
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        out = self.pipeline(batch)
+        assert out.predictions is not None
+        self.log("val/loss", out.loss, batch_size=1, sync_dist=True)
+
+
+def _evaluate_unlabelled_on_rank(rank: int) -> Any:
+    return _evaluate_unlabelled(pipeline_trainer(2))
+
+
+def test_batches_without_labels_and_targets() -> None:
+    for found in [_evaluate_unlabelled(plain_trainer()), *on_ranks(2, _evaluate_unlabelled_on_rank)]:
+        assert found == ([0, 0, 0], [[], []], 0.0)
+
+
+class _Ragged(ToyData):
+    """The first replica validates on one batch, the second on three."""
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer is not None
+        replica = self.trainer.strategy.pipeline_layout and self.trainer.strategy.mesh.dp_rank  # type: ignore[attr-defined]
+        return self.loader(1 + 2 * replica, first=1000)
+
+
+class _Means(ToyModule):
+    """Weighs each batch by what is in it, and reduces at the end alone, as torchmetrics do."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        out = self.pipeline(batch)
+        labels = len(batch.labels)
+        self.sums += torch.tensor([float(out.metrics["text"]) * labels, labels])
+
+
+def _validate_ragged(rank: int, start: type[ToyModule]) -> list[float]:
+    module = start()
+    pipeline_trainer(4, {"data_parallel_size": 2}).validate(module, _Ragged(), verbose=False)
+    return module.sums.tolist()  # type: ignore[union-attr]
+
+
+def test_replicas_with_different_numbers_of_batches() -> None:
+    """Nothing waits for a batch that another replica does not have."""
+    ranks = on_ranks(4, _validate_ragged, _Means, timeout=60)
+    assert ranks[0] == ranks[1]
+    assert ranks[2] == ranks[3]
+    assert ranks[0][1] < ranks[2][1]
