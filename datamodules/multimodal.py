@@ -173,14 +173,29 @@ class MultimodalDataModule(pl.LightningDataModule):
         """
         Raises:
             ExampleError: on every rank, if an example cannot be used and `on_error` is "raise".
-            ValueError: on every rank, if samples are packed and the model cannot keep them apart.
+            ValueError: on every rank, if samples are packed and the model cannot keep them apart, or if the model does
+                not know all tokens.
         """
         if reason := self._refused_packing():
             raise ValueError(
                 f"{reason}: use MultimodalDataModule(..., packed=False), which gives each a row of its own"
             )
+        self._check_vocabulary()
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._known(split)
+
+    def _check_vocabulary(self) -> None:
+        module = getattr(self.trainer, "lightning_module", None)
+        if not isinstance(module, PipelineModule) or not module.llm.vocabulary:
+            return
+        llm, ids = module.llm, self.encoder.tokenizer.get_vocab()
+        beyond = sorted(token for token, i in ids.items() if i >= llm.vocabulary and i not in llm.placeholders)
+        if beyond:
+            raise ValueError(
+                f"{len(beyond)} tokens of the tokenizer, such as {beyond[0]!r} with the id {ids[beyond[0]]}, lie "
+                f"beyond the LLM's vocabulary of {llm.vocabulary}: give MultimodalDataModule the processor that "
+                "belongs to the model, or the model a larger vocab_size"
+            )
 
     def _refused_packing(self) -> str:
         """Why the model does not take what `packed` makes; empty: it does."""

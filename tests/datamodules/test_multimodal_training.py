@@ -11,7 +11,9 @@ import torch
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.datamodules import MultimodalDataModule
-from tests.datamodules.examples import data, model, write_mixed
+from bigmac_lightning.models import HFDecoder, MultimodalLM
+from tests.datamodules.examples import VOCABULARY, data, model, write_mixed
+from tests.models.parts import decoder_config
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
@@ -139,3 +141,10 @@ def test_text_of_other_samples_in_the_row_changes_nothing(tmp_path: Path) -> Non
             hidden.append(out[0])
     assert torch.equal(hidden[0][second.start :], hidden[1][second.start :])
     assert not torch.equal(hidden[0][: first.stop], hidden[1][: first.stop])
+
+
+def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
+    """Before anything is measured or trained: on a GPU a token id that is too large ends the process without a word."""
+    small = MultimodalLM(HFDecoder(decoder_config(vocab_size=VOCABULARY - 2)))
+    with pytest.raises(ValueError, match="2 tokens of the tokenizer, .* lie beyond the LLM's vocabulary of 260"):
+        plain_trainer(max_epochs=1).fit(small, data(write_mixed(tmp_path)))

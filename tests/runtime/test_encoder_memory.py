@@ -1,5 +1,6 @@
 """When encoder activations are alive, measured: pieces are freed one by one, and `recompute` keeps none."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,3 +88,43 @@ def test_recompute_draws_the_same_dropout(pieces: int) -> None:
         torch.testing.assert_close(one[2], other[2], rtol=0, atol=0)
     without = run_ranks(SIZE, _run, "upfront", pieces, 0.0)
     assert any(not torch.equal(a, b) for a, b in zip(without[1][2][:-1], one[2][:-1], strict=True) if a is not None)
+
+
+def _outputs(rank: int, backbone: str) -> tuple[int, int]:
+    """How many hidden states a rank has made for another one, and how many of them are alive when their backward
+    starts."""
+    stage_rank = PipelineOptions(backbone=backbone).stage_rank(SIZE)
+    mesh = build_mesh(torch.device("cpu"), 1, SIZE, stage_rank)
+    module = ToyModule()
+    module.part = part_of(rank, split_layers(4, SIZE), stage_rank)
+    module.configure_model()
+    runner = PipelineRunner(module, mesh, PipelineOptions(backbone=backbone))
+    made, alive = list[weakref.ref[torch.Tensor]](), [0]
+    run_stage = module.run_stage
+
+    def watched(*args: Any) -> Any:
+        out = run_stage(*args)
+        if out.hidden is not None:
+            made.append(weakref.ref(out.hidden))
+        return out
+
+    class Count(Trace):
+        @contextmanager
+        def action(self, action: Action) -> Iterator[None]:
+            if action.kind in ("B", "I"):
+                reference = made[action.index] if made else None
+                alive[0] += reference is not None and reference() is not None
+            yield
+
+    module.run_stage = watched  # type: ignore[method-assign]
+    runner.executor.trace = Count(torch.device("cpu"))
+    runner(toy_batch(MICROBATCHES, runner.layout), "train")
+    return len(made), alive[0]
+
+
+@pytest.mark.parametrize("backbone", ["gpipe", "zb1p"])
+def test_outputs_of_stages_are_not_kept(backbone: str) -> None:
+    """Their backward needs the way to them only."""
+    (made, alive), _ = run_ranks(SIZE, _outputs, backbone)
+    assert made > SIZE
+    assert alive == 0

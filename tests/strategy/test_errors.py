@@ -1,10 +1,12 @@
 """Bad input: a clear error before training, on all ranks, with nothing hanging; a lost rank ends the run on all."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+import unittest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
 from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.strategy.trainers import on_ranks, pipeline_trainer
-from tests.toy import ToyData, ToyModule
+from tests.toy import VOCABULARY, ToyData, ToyModule
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,34 @@ class _MissingData(ToyData):
         return batch
 
 
+class _Costs(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        for item in batch.microbatches[1].media:
+            item.cost = float("nan")
+        return batch
+
+
+class _NegativeCost(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        batch.microbatches[2].llm_cost = -1.0
+        return batch
+
+
+class _OtherTokenizer(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        batch.microbatches[1].inputs["input_ids"][0, 3] = 31_999
+        return batch
+
+
+class _Vocabulary(ToyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.llm.vocabulary = VOCABULARY
+
+
 class _UnknownEncoder(ToyData):
     def collate(self, indices: list[int]) -> Batch:
         batch = super().collate(indices)
@@ -134,12 +164,64 @@ def _fit_wrong(rank: int, strategy: dict[str, Any], module: pl.LightningModule, 
         ({}, ToyModule, _Tensors, "the pipeline got a Tensor"),
         ({}, ToyModule, _OtherLayout, "the DataModule made this batch for PipelineLayout"),
         ({}, ToyModule, _UnknownEncoder, "microbatch 1: no media component 'smell'; the model has"),
+        ({}, ToyModule, _Costs, "microbatch 1: a media item has the cost nan: it must be a finite number >= 0"),
+        ({}, ToyModule, _NegativeCost, "microbatch 2 has the LLM cost -1.0: it must be a finite number above 0"),
+        ({}, _Vocabulary, _OtherTokenizer, "31999, but the LLM's vocabulary has 29: use the tokenizer that belongs to"),
+        (
+            {"backbone": "interleaved_1f1b", "virtual_stages": 3},
+            ToyModule,
+            ToyData,
+            "too few for 6 pipeline stages: choose pipeline_parallel_size * virtual_stages <= 4, or a deeper LLM",
+        ),
     ],
 )
 def test_refused_on_all_ranks(strategy: dict[str, Any], module: Any, data: Any, message: str) -> None:
     for found in on_ranks(2, _fit_wrong, strategy, module(), data(), timeout=60):
         assert message in found
         assert found.endswith(" 0"), "not before training"
+
+
+class _Narrow(ToyModule):
+    """Its encoder makes features of another width than it says, on whichever rank encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders["audio"].projector = torch.nn.Linear(7, 5)
+
+
+def _fit_narrow(rank: int) -> None:
+    pipeline_trainer(2, max_epochs=1).fit(_Narrow(), ToyData())
+
+
+def test_features_of_another_width_are_named() -> None:
+    """They must not be taken for a shorter message on another rank."""
+    with pytest.raises(AssertionError) as failure:
+        on_ranks(2, _fit_narrow, timeout=60)
+    assert "encoder 'audio' made features of shape" in str(failure.value)
+    assert "their width is that of the LLM" in str(failure.value)
+    assert "hung []" in str(failure.value)
+
+
+def _fit_idle(rank: int) -> str:
+    with unittest.TestCase().assertLogs("bigmac_lightning") as logs:
+        pipeline_trainer(3, {"backbone": "gpipe"}, max_epochs=1).fit(ToyModule(), ToyData(microbatches=2, steps=2))
+        logging.getLogger("bigmac_lightning").warning("the end")
+    return logs.output[0]
+
+
+def test_idle_ranks_are_warned_of() -> None:
+    first, *others = on_ranks(3, _fit_idle)
+    assert "has 2 microbatches for a pipeline of 3 ranks, which are idle for about" in first
+    assert "bigmac compare --pipeline_parallel_size 3 --microbatches 2" in first
+    assert all("the end" in other for other in others), "rank 0 alone"
+
+
+def test_backbones_say_how_many_stages_they_need() -> None:
+    """A backbone that needs two stages per rank has two where nothing else is said."""
+    assert BigMacStrategy(backbone="zbv").options.stages_per_rank == 2
+    assert BigMacStrategy(backbone="1f1b").options.stages_per_rank == 1
+    with pytest.raises(ValueError, match="virtual_stages=3 does not go with backbone='zbv'"):
+        BigMacStrategy(backbone="zbv", virtual_stages=3)
 
 
 def test_an_owner_without_data_is_named() -> None:
@@ -172,7 +254,7 @@ SCRIPT = """
 import os, sys
 import lightning.pytorch as pl
 import bigmac_lightning
-from tests.toy import ToyData, ToyModule
+from tests.toy import VOCABULARY, ToyData, ToyModule
 
 class Dies(ToyModule):
     def training_step(self, batch, batch_idx):
