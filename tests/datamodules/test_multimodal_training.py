@@ -146,5 +146,5 @@ def test_text_of_other_samples_in_the_row_changes_nothing(tmp_path: Path) -> Non
 def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
     """Before anything is measured or trained: on a GPU a token id that is too large ends the process without a word."""
     small = MultimodalLM(HFDecoder(decoder_config(vocab_size=VOCABULARY - 2)))
-    with pytest.raises(ValueError, match="2 tokens of the tokenizer, .* lie beyond the LLM's vocabulary of 260"):
+    with pytest.raises(ValueError, match=r"2 tokens of the tokenizer, .* lie beyond the LLM's vocabulary of 260"):
         plain_trainer(max_epochs=1).fit(small, data(write_mixed(tmp_path)))
