@@ -289,8 +289,7 @@ class _Step:
         stage, microbatch = _stage(action), action.index
         if stage == 0 and self.needs.encoder and self.work.features.has_items(microbatch):
             features = None if graph is None else graph.features
-            rows = self.work.features.rows_of(microbatch)
-            given = self._no_rows(rows) if features is None or not features.requires_grad else _gradient(features)
+            given = self._no_rows(microbatch) if features is None else _gradient(features)
             self._collect("features_grad", self.work.features, microbatch, given)
         if graph is not None and graph.hidden is not None and graph.hidden.requires_grad:
             return {"hidden_grad": _gradient(graph.hidden)}
@@ -301,7 +300,9 @@ class _Step:
         group = self.work.conditions.groups[self.work.conditions.group_of[microbatch]]
         return any(self.needs.through(self.last, m) for m in group)
 
-    def _no_rows(self, rows: int) -> Tensor:
+    def _no_rows(self, microbatch: int) -> Tensor:
+        """The gradient of features that nothing is learnt from."""
+        rows = self.work.features.rows_of(microbatch)
         return torch.zeros(rows, self.work.width, dtype=self.work.dtype, device=self.executor.mesh.device)
 
     # -- generator -------------------------------------------------------------------------------------------------

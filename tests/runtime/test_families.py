@@ -1,12 +1,15 @@
 """Every family in a pipeline, started from the folder of a checkpoint, against the library's unsplit model."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
+from bigmac_lightning.batch import Batch, PipelineLayout, assign_owners
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
@@ -112,3 +115,40 @@ def test_packed_samples_are_apart(name: str, checkpoints: Path, references: Any)
     """Load balancing aside, a packed batch gives the loss of its samples one by one."""
     alone = zoo.reference_loss(zoo.load(name, checkpoints), zoo.MODELS[name], packed=True, alone=True)
     assert references[name, True].loss == pytest.approx(alone.item(), rel=1e-6)
+
+
+def _videos(layout: PipelineLayout) -> Batch:
+    """Microbatches of videos alone."""
+
+    def video(random: Random) -> zoo.Picture:
+        draw = zoo.MODELS["qwen2_5_vl"].draw
+        assert draw is not None
+        return next(item for item in iter(partial(draw, random), None) if item.encoder == "video")
+
+    made = [zoo.microbatch([[zoo.sequence(Random(seed), video)]]) for seed in range(3)]
+    assign_owners(made, layout)
+    return Batch(made, layout)
+
+
+def _frozen_llm(rank: int, folder: Path) -> dict[str, Any]:
+    mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
+    module = MultimodalLM.from_pretrained(str(folder / "qwen2_5_vl"), freeze=["llm"])
+    module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
+    module.configure_model()
+    module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    module.pipeline(_videos(module.runner.layout))
+    reduce_gradients(module.runner.places, mesh)
+    return {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+
+
+def test_videos_train_the_tower_of_images(checkpoints: Path) -> None:
+    """Their encoder has no parameters of its own: below a frozen LLM they are all there is to learn from."""
+    module = MultimodalLM.from_pretrained(str(checkpoints / "qwen2_5_vl"), freeze=["llm"])
+    module.configure_model()
+    module.pipeline(_videos(PipelineLayout())).loss.backward()
+    expected = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+    assert any(gradient is not None and gradient.any() for gradient in expected.values())
+    for gradients in run_ranks(2, _frozen_llm, checkpoints):
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert error(gradient, expected[name], expected) <= 2e-6, name

@@ -15,7 +15,7 @@ from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.partition import LayerCosts, make_stages
 from bigmac_lightning.pipeline import PipelineRunner
 from bigmac_lightning.planning import Planner, Trained
-from bigmac_lightning.runtime.lowering import Needs
+from bigmac_lightning.runtime.lowering import Needs, Send
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.plan import Costs
@@ -83,6 +83,32 @@ def test_plans_have_no_useless_backward() -> None:
     assert "1B" in _plan(frozen_below)
     only_generator = Trained((False, False), generator=True)
     assert _plan(only_generator).keys() == {"EF", "0F", "1F", "G"}
+
+
+def test_gradients_travel_for_microbatches_that_need_them() -> None:
+    """Below a trained projector, in a frozen LLM, those with features of it alone."""
+    trained, layout = Trained((False, False), frozenset({"image"})), PipelineLayout(2, 1, 2)
+    batch = toy_batch(6, layout, text_only=(1, 4), targets=False).useful()
+    encoded = [any(item.encoder == "image" for item in m.media) for m in batch]
+    assert {True, False} == set(encoded)
+    program = Planner(PipelineOptions(), 2, 1, trained)(batch).program
+    sent = {i.message.index for i in program if isinstance(i, Send) and i.message.kind == "hidden_grad"}
+    assert sent == {m for m, is_encoded in enumerate(encoded) if is_encoded}
+
+
+def test_a_plan_belongs_to_what_it_is_trained_for() -> None:
+    """Two batches alike in costs and owners, with items of a trained and of a frozen encoder."""
+    planner = Planner(PipelineOptions(), 2, 0, Trained((False, False), frozenset({"image"})))
+    one, other = (toy_batch(4, PipelineLayout(2, 0, 2)).useful() for _ in range(2))
+    for microbatch in one:
+        for item in microbatch.media:
+            item.encoder = "image"
+    for microbatch in other:
+        for item in microbatch.media:
+            item.encoder = "audio"
+    assert planner(one).needs.encoder
+    assert not planner(other).needs.encoder
+    assert planner(one) is planner(one)
 
 
 def test_a_projector_alone_has_a_short_backward() -> None:

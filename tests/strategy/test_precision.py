@@ -9,7 +9,7 @@ from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.batch import Batch, PipelineLayout
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.precision import converted
@@ -82,12 +82,23 @@ def test_double_precision_is_double() -> None:
     assert float(loss) == pytest.approx(float(rounded), rel=1e-6)
 
 
-def _half(rank: int, size: int, microbatches: int, float32: bool | None) -> dict[str, torch.Tensor]:
+def _half(
+    rank: int, size: int, microbatches: int, float32: bool | None, text_only: tuple[int, ...] = ()
+) -> dict[str, torch.Tensor]:
     trainer = pipeline_trainer(size, {"float32_gradients": float32}, max_epochs=1, precision="bf16-true")
     module, found = _Records(), dict[str, torch.Tensor]()
     module.found = found
-    trainer.fit(module, ToyData(steps=1, microbatches=microbatches, targets=False))
+    trainer.fit(module, _Same(steps=1, microbatches=microbatches, targets=False, text_only=text_only))
     return found
+
+
+class _Same(ToyData):
+    """`text_only` in all batches."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        assert self.trainer is not None
+        layout = self.layout
+        return toy_batch(self.microbatches, layout, seed=indices[0], text_only=self.text_only, **self.kwargs)
 
 
 class _Records(ToyModule):
@@ -129,6 +140,16 @@ def test_many_gradients_are_summed_up_in_float32() -> None:
     assert _error(without, true, name) > 2 * _error(by_default, true, name)
     few = [_merged(on_ranks(2, _half, 2, 4, wanted)) for wanted in (None, False)]
     assert torch.equal(few[0][name], few[1][name])
+
+
+def test_a_rank_without_items_takes_part_in_float32() -> None:
+    """One microbatch has media, and few enough for some ranks to have none."""
+    one, *others = on_ranks(3, _half, 3, 9, None, tuple(range(8)))
+    used = [name for name in one if name.startswith("encoders")]
+    assert used
+    for other in others:
+        assert all(torch.equal(one[name], other[name]) for name in used)
+    assert any(one[name].any() for name in used)
 
 
 def _merged(by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
