@@ -8,7 +8,6 @@ parameter names stay those of the whole model. Knows nothing of ranks.
 Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary, N media tokens, E experts.
 """
 
-import copy
 import math
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -29,6 +28,7 @@ from .families import Family, family_of
 from .initialization import to_config
 from .multimodal_inputs import bidirectional_masks, multimodal_positions, row_is_packed
 from .router import add_router_sums, experts_of_routers, load_balancing_loss, recorded_logits
+from .stage import Stage, shell_of
 from .surgery import PassThrough
 
 ROUTER_LOSS = "router"
@@ -39,13 +39,6 @@ class _Normed(nn.Module):
 
     def forward(self, *, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=cast(Any, inputs_embeds))
-
-
-def _shell(module: nn.Module, **replaced: nn.Module) -> Any:
-    """A shallow copy that shares all submodules but those replaced."""
-    shell = copy.copy(module)
-    shell._modules = {**module._modules, **replaced}
-    return shell
 
 
 def _work(layer: nn.Module, config: Any) -> Work:
@@ -145,7 +138,7 @@ class HFDecoder(LanguageModel):
         self.refuses_packing = _why_not_packed(self.config, self.family)
         self._work = [_work(layer, text) for layer in decoder.layers]
         self._decoder_name = surgery.path_of(decoder, whole)
-        self._shells: dict[range, nn.Module] = {}
+        self._stages: dict[range, Stage] = {}
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._keep_language_model(whole, range(self.num_layers), embedding=True, head=True)
         self._drop_vision_parameters(whole)
@@ -210,9 +203,10 @@ class HFDecoder(LanguageModel):
                 if other != name:
                     surgery.drop(parent, other)
         for k in set(range(self.num_layers)) - set(layers):
-            decoder.layers[k] = PassThrough()
+            decoder.layers[k] = PassThrough(decoder.layers[k])
         if not head:
-            decoder.norm = PassThrough()
+            if any(True for _ in decoder.norm.parameters()):  # one without weights may be used elsewhere, too
+                decoder.norm = PassThrough()
             surgery.drop(whole, surgery.path_of(whole.get_output_embeddings(), whole))
         if not embedding:
             decoder.embed_tokens = PassThrough()
@@ -294,8 +288,6 @@ class HFDecoder(LanguageModel):
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         attention.check_device(self._attention, h_BSD.device)
-        stage = self._stage(layers)
-        stage.training = self.training
         further = attention.sample_arguments(inputs)
         if self._routers:
             further["output_router_logits"] = False  # they are recorded here
@@ -309,12 +301,12 @@ class HFDecoder(LanguageModel):
             mask = bidirectional_masks(self.config, h_BSD, inputs)
         positions = inputs.get("position_ids")
         with recorded_logits(self._decoder, layers if self._routers else range(0)) as router_logits:
-            out = stage(inputs_embeds=h_BSD, position_ids=positions, attention_mask=mask, use_cache=False, **further)
+            out = self._stage(layers)(h_BSD, position_ids=positions, attention_mask=mask, **further)
         if self._routers:
             top_k = self.config.get_text_config().num_experts_per_tok
             before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers[0], device=h_BSD.device))
             extras[ROUTER_LOSS] = add_router_sums(before, router_logits, top_k, inputs.get("attention_mask"))
-        return out.last_hidden_state
+        return out
 
     def _deepstack(self, features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
         """The arguments by which Qwen3-VL adds features after its first layers; nothing for layers of other stages."""
@@ -324,21 +316,20 @@ class HFDecoder(LanguageModel):
         nothing = torch.zeros_like(features[0])
         return {"visual_pos_masks": mask_BS, "deepstack_visual_embeds": [*[nothing] * layers.start, *features]}
 
-    def _stage(self, layers: range) -> nn.Module:
-        """The decoder with these layers alone; the final norm belongs to the last one."""
-        if layers not in self._shells:
+    def _stage(self, layers: range) -> Stage:
+        if layers not in self._stages:
             decoder = self._decoder
-            kept = [decoder.layers[k] if k in layers else PassThrough() for k in range(self.num_layers)]
-            if absent := [k for k in layers if isinstance(kept[k], PassThrough)]:
+            if absent := [k for k in layers if isinstance(decoder.layers[k], PassThrough)]:
                 raise ValueError(f"run_layers({layers}) needs layers {absent}, which were not materialized here")
-            norm = decoder.norm if layers.stop == self.num_layers else PassThrough()
-            self._shells[layers] = _shell(decoder, layers=nn.ModuleList(kept), norm=norm)
-        return self._shells[layers]
+            self._stages[layers] = Stage(decoder, layers)
+        stage = self._stages[layers]
+        stage.shell.training = self.training
+        return stage
 
     def logits(self, h_LD: Tensor) -> Tensor:
         if self.family is not None:
             return self._whole.get_output_embeddings()(h_LD)
-        head = _shell(self._whole, **{self._decoder_name: _Normed()})  # with soft-capping, scaling, ... if it has any
+        head = shell_of(self._whole, **{self._decoder_name: _Normed()})  # with soft-capping, scaling, ... if it has any
         return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:

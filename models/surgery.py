@@ -20,10 +20,16 @@ from .initialization import allocate_and_initialize
 
 
 class PassThrough(nn.Module):
-    """Stands where a module was that this process does not keep."""
+    """Stands where a module was that this process does not keep, with the settings that others may ask it for."""
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden
+    def __init__(self, instead_of: nn.Module | None = None) -> None:
+        super().__init__()
+        for name, value in vars(instead_of).items() if instead_of is not None else ():
+            if not name.startswith("_") and name != "training" and isinstance(value, str | int | float):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:

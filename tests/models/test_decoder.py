@@ -11,16 +11,23 @@ from bigmac_lightning.models import HFDecoder
 from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
 
 FAMILIES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("mistral", True)]
-SPECIAL = {
-    "gemma2": {"attn_implementation": "eager"},  # soft-capped logits, sliding layers, scaled embedding
-    "granite": {},  # scaled logits
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma2": {},  # soft-capped logits, sliding layers, scaled embedding
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "nanochat": {},  # a norm before the layers, the same as after them
+    "starcoder2": {},
 }
+EAGER = ("gemma2",)
 SPLITS = [range(2), range(2, 3), range(3, LAYERS)]
 
 
 def build(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
-    arguments = SPECIAL.get(family, {})
-    return HFDecoder(decoder_config(family, tie_word_embeddings=tied, **changes), seed=5, **arguments)
+    changes = {**SPECIAL.get(family, {}), **changes}
+    return HFDecoder(decoder_config(family, tie_word_embeddings=tied, **changes), 5, attention(family))
+
+
+def attention(family: str) -> str:
+    return "eager" if family in EAGER else "sdpa"
 
 
 def whole(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
@@ -44,7 +51,7 @@ def run(decoder: HFDecoder, inputs: dict[str, Tensor], splits: list[range]) -> T
 def test_against_hugging_face(family: str, tied: bool) -> None:
     """Logits and gradients of a staged decoder equal those of the library's model with the same weights."""
     decoder = whole(family, tied)
-    reference = AutoModelForCausalLM.from_config(copy.deepcopy(decoder.config), **SPECIAL.get(family, {}))
+    reference = AutoModelForCausalLM.from_config(copy.deepcopy(decoder.config), attn_implementation=attention(family))
     assert list(decoder.state_dict()) == list(reference.state_dict())
     reference.load_state_dict(decoder.state_dict())
     expected = reference(input_ids=ids()).logits
@@ -151,7 +158,7 @@ def test_stages_learn_the_mode() -> None:
     for training in (True, False):
         decoder.train(training)
         run(decoder, {"input_ids": ids()}, SPLITS)
-        assert {decoder._stage(layers).training for layers in SPLITS} == {training}
+        assert {decoder._stage(layers).shell.training for layers in SPLITS} == {training}
 
 
 def test_config_objects_and_folders(tmp_path: Path) -> None:
