@@ -8,58 +8,45 @@ parameter names stay those of the whole model. Knows nothing of ranks.
 Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary, N media tokens, E experts.
 """
 
-import math
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from bigmac_lightning.components import LanguageModel
 from bigmac_lightning.partition import LayerCosts
 from bigmac_lightning.token_loss import chunked_gradients, fused_token_loss
-from bigmac_lightning.work import Work, attention_work
 
-from . import attention, liger, surgery
-from .families import Family, family_of
+from . import attention, liger, probe, surgery
+from .decoder_work import attended, layer_work
+from .families import family_of
+from .head import logits_of
 from .initialization import to_config
-from .multimodal_inputs import bidirectional_masks, multimodal_positions, row_is_packed
-from .router import add_router_sums, experts_of_routers, load_balancing_loss, recorded_logits
-from .stage import Stage, shell_of
+from .multimodal_inputs import bidirectional_masks, multimodal_positions
+from .router import recorded_logits, routers_of
+from .stage import Stage
 from .surgery import PassThrough
 
 ROUTER_LOSS = "router"
 
 
-class _Normed(nn.Module):
-    """Stands for the decoder in front of the output weight: the hidden states are final already."""
+def _text_positions(positions: Tensor) -> Tensor:
+    """(B, S) of (B, S), or of (4, B, S), where text positions are the first.
 
-    def forward(self, *, inputs_embeds: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=cast(Any, inputs_embeds))
-
-
-def _work(layer: nn.Module, config: Any) -> Work:
-    """Of a token with a layer's matrices; of stacked experts with those alone that it is routed to."""
-    used = Work()
-    for parameter in layer.parameters():
-        if parameter.ndim > 1:
-            times = config.num_experts_per_tok if parameter.ndim == 3 else 1
-            used += Work(math.prod(parameter.shape[-2:]), sum(parameter.shape[-2:])) * times
-    return used
-
-
-def _why_not_packed(config: PreTrainedConfig, family: Family | None) -> str:
-    if family is not None and family.bidirectional_images:
-        return (
-            f"model_type {config.model_type!r} lets tokens of an image see each other both ways, by a mask that cannot "
-            "keep packed samples apart"
-        )
-    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        return f"model_type {config.model_type!r} has linear-attention layers, which cannot keep packed samples apart"
-    return ""
+    Raises:
+        ValueError: they have another shape.
+    """
+    if positions.ndim == 2:
+        return positions
+    if positions.ndim == 3 and len(positions) == 4:
+        return positions[0]
+    raise ValueError(
+        f"inputs['position_ids'] has shape {tuple(positions.shape)}: give (B, S), starting anew at each sample of "
+        "a row, or (4, B, S): these, then temporal, height and width positions"
+    )
 
 
 class HFDecoder(LanguageModel):
@@ -110,39 +97,54 @@ class HFDecoder(LanguageModel):
         self.gradient_checkpointing, self._fused = gradient_checkpointing, fused_loss
         if fused_loss == "liger":
             liger.check_installed()
-        whole: Any = surgery.build_on_meta(self.config, attn_implementation)
         self._attention = attn_implementation
         if self.family is not None and self.family.bidirectional_images and attn_implementation not in attention.MASKED:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
-        decoder = whole.get_decoder()
-        if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
-            raise ValueError(
-                f"{type(whole).__name__} (model_type {self.config.model_type!r}) cannot be cut into stages: "
-                f"its decoder has no {sorted(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
-            )
-        text = self.config.get_text_config()
+        whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        decoder, self._decoder_name = surgery.decoder_of(whole)
+        text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
         self.width = decoder.embed_tokens.embedding_dim
-        self.vocabulary = text.vocab_size
-        self.tied = dict(whole.all_tied_weights_keys) if whole.config.tie_word_embeddings else {}
-        self._routers = experts_of_routers(decoder) if getattr(text, "output_router_logits", False) else []
-        self.auxiliary_losses = {ROUTER_LOSS: text.router_aux_loss_coef} if self._routers else {}
+        self.vocabulary = decoder.embed_tokens.num_embeddings
+        self.tied = surgery.tied_output(whole, decoder)
+        if reason := probe.why_not_cut(decoder, self.width):
+            raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")
+        self.refuses_packing, self._gives_masks = self._look_at_packing(decoder)
+        wanted = getattr(text, "output_router_logits", False)
+        self._routers = routers_of(whole, decoder, text) if wanted else None
+        self.auxiliary_losses = {ROUTER_LOSS: self._routers.coefficient} if self._routers is not None else {}
         self._placeholders = [
             getattr(self.config, name)
             for name in ("image_token_id", "video_token_id")
             if getattr(self.config, name, None) is not None
         ]
-        self.refuses_packing = _why_not_packed(self.config, self.family)
-        self._work = [_work(layer, text) for layer in decoder.layers]
-        self._decoder_name = surgery.path_of(decoder, whole)
+        self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
+        self._work = [layer_work(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._keep_language_model(whole, range(self.num_layers), embedding=True, head=True)
         self._drop_vision_parameters(whole)
         self._register_children()
+
+    def _look_at_packing(self, decoder: Any) -> tuple[str, bool]:
+        """Why rows must not hold several samples, and whether the decoder has to be given masks for them."""
+        kind, rows = f"model_type {self.config.model_type!r}", 1
+        if self.family is not None and self.family.bidirectional_images:
+            return (
+                f"{kind} lets tokens of an image see each other both ways, by a mask that cannot keep packed samples "
+                "apart",
+                False,
+            )
+        if self.family is not None and self.family.multimodal_positions:
+            rows = 4
+        if not (reason := probe.why_not_packed(decoder, self.width, rows)):
+            return "", False
+        if not probe.why_not_packed(decoder, self.width, rows, attention.packed_masks):
+            return "", True
+        return f"{kind}: {reason}", False
 
     @property
     def _whole(self) -> Any:
@@ -233,10 +235,10 @@ class HFDecoder(LanguageModel):
         inputs, ids_BS = dict(inputs), inputs["input_ids"]
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(ids_BS.shape[1], device=ids_BS.device).repeat(len(ids_BS), 1)
+        text_BS = _text_positions(inputs["position_ids"])
         if self._attention not in attention.MASKED and not inputs.keys() & {"attention_mask", attention.STARTS}:
-            positions = inputs["position_ids"]
-            inputs[attention.STARTS] = attention.sample_starts(positions if positions.ndim == 2 else positions[0])
-        if self.refuses_packing and row_is_packed(inputs["position_ids"]):
+            inputs[attention.STARTS] = attention.sample_starts(text_BS)
+        if self.refuses_packing and attention.is_packed(text_BS):
             raise ValueError(f"{self.refuses_packing}: give each sample a row of its own (packed=False)")
         if self.family is None:
             return inputs
@@ -248,18 +250,12 @@ class HFDecoder(LanguageModel):
 
     def costs(self, sample_tokens: int = 0) -> LayerCosts:
         """Multiplications per token."""
-        layers = tuple(work.multiplications + self._attended(k, sample_tokens) for k, work in enumerate(self._work))
+        types = getattr(self.config.get_text_config(), "layer_types", None) or [None] * self.num_layers
+        layers = tuple(
+            work.multiplications + attended(config, kind, sample_tokens)
+            for work, config, kind in zip(self._work, self._layer_configs, types, strict=True)
+        )
         return LayerCosts(layers, head=float(self.vocabulary * self.width))
-
-    def _attended(self, layer: int, sample_tokens: int) -> float:
-        """Multiplications of the mean token of a sample with keys and values before it, as far as the layer looks."""
-        text: Any = self.config.get_text_config()
-        heads = text.num_attention_heads
-        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-        types, seen = getattr(text, "layer_types", None), sample_tokens / 2
-        if types is not None and types[layer] == "sliding_attention":
-            seen = min(seen, text.sliding_window)
-        return attention_work(width, 1, seen).multiplications
 
     def kept(self) -> LayerCosts:
         return LayerCosts(tuple(work.kept for work in self._work), head=2.0 * self.width)
@@ -282,15 +278,13 @@ class HFDecoder(LanguageModel):
         shapes: dict[str, tuple[int, ...]] = {}
         if media_rows and levels - 1 > layer:
             shapes["features"] = (levels - 1 - layer, media_rows, self.width)
-        if self._routers:
-            shapes[ROUTER_LOSS] = (2, self._routers[0])
+        if self._routers is not None:
+            shapes[ROUTER_LOSS] = (2, self._routers.experts)
         return shapes
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         attention.check_device(self._attention, h_BSD.device)
         further = attention.sample_arguments(inputs)
-        if self._routers:
-            further["output_router_logits"] = False  # they are recorded here
         features = extras.pop("features", None)
         if features is not None:
             further.update(self._deepstack(features, inputs["media_positions"], h_BSD, layers))
@@ -298,14 +292,16 @@ class HFDecoder(LanguageModel):
                 extras["features"] = features[len(layers) :]
         mask: Any = inputs.get("attention_mask")
         if "token_type_ids" in inputs and self.family is not None and self.family.bidirectional_images:
-            mask = bidirectional_masks(self.config, h_BSD, inputs)
+            mask = bidirectional_masks(self._decoder.config, h_BSD, inputs)
         positions = inputs.get("position_ids")
-        with recorded_logits(self._decoder, layers if self._routers else range(0)) as router_logits:
+        if mask is None and self._gives_masks and positions is not None:
+            mask = attention.packed_masks(self._decoder.config, h_BSD, _text_positions(positions))
+        with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
             out = self._stage(layers)(h_BSD, position_ids=positions, attention_mask=mask, **further)
-        if self._routers:
-            top_k = self.config.get_text_config().num_experts_per_tok
-            before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers[0], device=h_BSD.device))
-            extras[ROUTER_LOSS] = add_router_sums(before, router_logits, top_k, inputs.get("attention_mask"))
+        if self._routers is not None:
+            before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
+            counted = inputs.get("attention_mask", inputs.get(attention.TOKENS))
+            extras[ROUTER_LOSS] = self._routers.add(before, router_logits, counted)
         return out
 
     def _deepstack(self, features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
@@ -327,10 +323,7 @@ class HFDecoder(LanguageModel):
         return stage
 
     def logits(self, h_LD: Tensor) -> Tensor:
-        if self.family is not None:
-            return self._whole.get_output_embeddings()(h_LD)
-        head = shell_of(self._whole, **{self._decoder_name: _Normed()})  # with soft-capping, scaling, ... if it has any
-        return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
+        return logits_of(self._whole, self._decoder_name, h_LD)
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         if not self._fused:
@@ -342,4 +335,4 @@ class HFDecoder(LanguageModel):
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {ROUTER_LOSS: load_balancing_loss(extras[ROUTER_LOSS], len(self._routers))} if self._routers else {}
+        return {} if self._routers is None else {ROUTER_LOSS: self._routers.loss(extras[ROUTER_LOSS])}

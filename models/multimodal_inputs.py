@@ -5,8 +5,6 @@ Everything is computed from what all ranks have: token ids, text positions and t
 Shape suffixes: B samples, S tokens, D width of the LLM.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,12 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.gemma3 import modeling_gemma3
 
+from .attention import sample_bounds
+
 GRIDS = ("image_grid_thw", "video_grid_thw")
-
-
-def row_is_packed(position_ids_BS: Tensor) -> bool:
-    """Whether any row holds several samples: its positions start anew."""
-    return bool((position_ids_BS.diff(dim=-1) < 0).any())
 
 
 def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -41,7 +36,7 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return positions
     queues = [_Grids(name, inputs.get(name), config.vision_config.spatial_merge_size) for name in GRIDS]
     seconds = inputs.get("second_per_grid_ts")
-    for b, start, stop in _samples(text_BS):
+    for b, start, stop in ((b, *bounds) for b, row in enumerate(text_BS) for bounds in sample_bounds(row)):
         kinds_S = kinds_BS[b, start:stop]
         given = {queue.name: queue.take(int((kinds_S == kind).sum())) for kind, queue in enumerate(queues, 1)}
         if seconds is not None:
@@ -67,14 +62,6 @@ def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[st
         inputs.get("position_ids"),
         block_sequence_ids=blocks,
     )
-
-
-def _samples(text_BS: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(row, first token, token after the last) of each sample: positions start anew with one."""
-    for b, row in enumerate(text_BS):
-        starts = [0, *((row.diff() < 0).nonzero().flatten() + 1).tolist(), len(row)]
-        for start, stop in pairwise(starts):
-            yield b, start, stop
 
 
 class _Grids:

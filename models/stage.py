@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .rope import stateless_ropes
 from .surgery import PassThrough
 
 
@@ -69,7 +70,7 @@ class Stage:
             kept[layers.start - 1] = self._entrance
         if self._exit is not None:
             kept[layers.stop] = self._exit
-        self.shell = shell_of(decoder, layers=nn.ModuleList(kept))
+        self.shell = shell_of(decoder, layers=nn.ModuleList(kept), **stateless_ropes(decoder))
 
     def __call__(self, h_BSD: Tensor, **arguments: Any) -> Tensor:
         """

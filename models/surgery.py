@@ -4,6 +4,7 @@ Modules that go are replaced by pass-throughs, so that everything that stays kee
 Knows what all models of the library share; knows nothing of stages, families or ranks.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .attention import refused_clearly
+from .attention import AttentionNotThereError, refused_clearly
 from .initialization import allocate_and_initialize
 
 
@@ -33,14 +34,57 @@ class PassThrough(nn.Module):
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
-    """The whole model without weights: with a language model head, and vision where the config has any.
+    """The whole model without weights: with a language model head, and vision where the config has any. It has a
+    config of its own, without what would change what its forward returns.
 
     Raises:
-        ValueError: the attention implementation cannot be had here.
+        ValueError: the library cannot build it, or the attention implementation cannot be had here.
     """
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the config (model_type {config.model_type!r}) has a quantization_config: quantized weights cannot be "
+            "trained. Load the model with transformers, dequantized, save it, and start from that folder"
+        )
     auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
-    with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
-        return auto.from_config(config, attn_implementation=attn_implementation)
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            if getattr(part, name, False):
+                setattr(part, name, False)
+    try:
+        with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
+            whole = auto.from_config(config, attn_implementation=attn_implementation)
+    except AttentionNotThereError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"transformers cannot build a model of model_type {config.model_type!r} of this config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return whole.to("meta")  # some draw weights on the CPU
+
+
+def decoder_of(whole: Any) -> tuple[Any, str]:
+    """A model's decoder, with embedding, layers and final norm, and its name.
+
+    Raises:
+        ValueError: it has none that is made of these.
+    """
+    decoder = whole.get_decoder()
+    if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
+        raise ValueError(
+            f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: "
+            f"its decoder has no {sorted(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
+        )
+    return decoder, path_of(decoder, whole)
+
+
+def tied_output(whole: Any, decoder: Any) -> dict[str, str]:
+    """The name of the output weight and that of the embedding's, if they are one; else nothing."""
+    output = whole.get_output_embeddings()
+    if output.weight is not decoder.embed_tokens.weight:
+        return {}
+    return {f"{path_of(output, whole)}.weight": f"{path_of(decoder, whole)}.embed_tokens.weight"}
 
 
 def path_of(module: nn.Module, whole: nn.Module) -> str:

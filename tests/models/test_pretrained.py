@@ -209,7 +209,7 @@ def test_linear_attention_refuses_packed_rows() -> None:
     llm = HFDecoder(config)
     ids = torch.ones(1, 6, dtype=torch.long)
     llm.prepare({"input_ids": ids, "position_ids": torch.arange(6)[None]})
-    with pytest.raises(ValueError, match=r"linear-attention layers, which cannot keep packed samples apart"):
+    with pytest.raises(ValueError, match=r"'qwen3_next': layer 0 has a Conv1d, which cannot keep packed samples apart"):
         llm.prepare({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
 
 
