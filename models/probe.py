@@ -178,8 +178,9 @@ class _Twin:
 
     def shorten(self) -> None:
         """Make what changes at some length change at a few tokens."""
-        if getattr(self.config, "attention_chunk_size", None):
-            self.config.attention_chunk_size = SHORT
+        for name in ("attention_chunk_size", "original_max_position_embeddings"):
+            if getattr(self.config, name, None):
+                setattr(self.config, name, SHORT)
         for module in self.shell.modules():
             if hasattr(module, "original_max_seq_len"):
                 module.original_max_seq_len = module.max_seq_len_cached = SHORT
@@ -249,7 +250,9 @@ def _about_layers(twin: _Twin, width: int) -> str:
     if not _same(run.out, again.out):
         return "what it makes at its end depends on more than what comes out of its last layer"
     twin.shorten()
-    before, _, after = (twin.run(one[:, :length], torch.arange(length)[None]) for length in (SHORT, LENGTHS[0], SHORT))
+    before, _, after = (
+        twin.run(one[:, :length], torch.arange(length)[None]) for length in (SHORT + 1, LENGTHS[0], SHORT + 1)
+    )
     for k, others in enumerate(before.others):
         for name, value in others.items():
             if not _same(value, after.others[k].get(name)):
