@@ -110,6 +110,12 @@ class HFDecoder(LanguageModel):
         self.width = decoder.embed_tokens.embedding_dim
         self.vocabulary = decoder.embed_tokens.num_embeddings
         self.tied = surgery.tied_output(whole, decoder)
+        if self.family is None and (others := surgery.weights_beside(whole, decoder)):
+            raise ValueError(
+                f"model_type {self.config.model_type!r} has weights beside its decoder and output layer ({others[0]}, "
+                "...), which no component here knows; its decoder alone can be trained: HFDecoder("
+                "config.get_text_config())"
+            )
         if reason := probe.why_not_cut(decoder, self.width):
             raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")
         self.refuses_packing, self._gives_masks = self._look_at_packing(decoder)
@@ -194,6 +200,25 @@ class HFDecoder(LanguageModel):
             f"fused_loss: the logits of model_type {self.config.model_type!r} are not those of its output weight "
             "alone (a soft cap, a scale, a bias): leave it out"
         )
+
+    def check_adapters(self, targets: Collection[str]) -> None:
+        """
+        Args:
+            targets: linear layers that get low-rank adapters, by their names here.
+
+        Raises:
+            ValueError: the output layer is one of them, and cannot be.
+        """
+        output = surgery.path_of(self._whole.get_output_embeddings(), self._whole)
+        if output not in targets:
+            return
+        if self.tied:
+            raise ValueError(
+                f"lora: {output} is tied to the embedding, which its adapter would not change: leave it out of "
+                "target_modules, or set tie_word_embeddings to false in the config"
+            )
+        if self._fused:
+            raise ValueError(f"lora: fused_loss needs {output} without an adapter: leave out one of the two")
 
     def _keep_language_model(self, whole: Any, layers: Collection[int], embedding: bool, head: bool) -> None:
         """Drop all but these parts of the decoder, whatever else there is (a vision tower, a projector)."""
@@ -329,8 +354,6 @@ class HFDecoder(LanguageModel):
         if not self._fused:
             return None
         output = self._whole.get_output_embeddings()
-        if type(output) is not nn.Linear:
-            raise ValueError(f"fused_loss needs a plain output layer, not a {type(output).__name__} (of lora?)")
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 

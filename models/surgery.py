@@ -79,6 +79,12 @@ def decoder_of(whole: Any) -> tuple[Any, str]:
     return decoder, path_of(decoder, whole)
 
 
+def weights_beside(whole: Any, decoder: Any) -> list[str]:
+    """Names of a model's weights that are neither its decoder's nor its output layer's."""
+    known = {id(p) for part in (decoder, whole.get_output_embeddings()) for p in part.parameters()}
+    return [name for name, parameter in whole.named_parameters() if id(parameter) not in known]
+
+
 def tied_output(whole: Any, decoder: Any) -> dict[str, str]:
     """The name of the output weight and that of the embedding's, if they are one; else nothing."""
     output = whole.get_output_embeddings()

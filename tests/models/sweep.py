@@ -1,11 +1,17 @@
 """Every decoder that the installed `transformers` has, cut after every layer, against the library's unsplit model.
 
 For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
-compared, of rows that are padded and of rows that hold several samples, the latter against each sample alone; single
-precision, within 1e-6 or within twice the rounding that the unsplit model has itself (measured in double precision).
+compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
+the load balancing loss. Single precision, within 1e-6, or within twice the rounding that the unsplit model has itself.
+
+``python -m tests.models.sweep [TYPE ...]`` prints the verdicts.
 """
 
-from collections.abc import Iterator
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +19,15 @@ import torch
 import transformers as hf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bigmac_lightning.models import HFDecoder
 from tests.models import tiny
 
-LENGTHS = (9, 6, 11)
-ATTENTION = "sdpa"
+TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+LENGTHS = (9, 6, 11)  # of samples
+Gradients = dict[str, Tensor | None]
 
 
 @dataclass
@@ -27,50 +36,108 @@ class Verdict:
 
     Attributes:
         refused: why it cannot be cut; empty: it can.
-        refuses_packing: why rows must not hold several samples; empty: they may.
-        errors: largest error of each comparison.
-        rounding: the unsplit model's own.
-        failed: what is neither exact nor refused by name.
+        packing: why a row must not hold several samples; empty: it may.
+        router: why it has no load balancing loss; empty: it has one, or no routers.
+        attention: the implementation that was compared.
+        errors: the largest of each comparison, relative to what is compared.
+        rounding: the unsplit model's own error.
     """
 
     refused: str = ""
-    refuses_packing: str = ""
+    packing: str = ""
+    router: str = ""
+    attention: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     rounding: float = 0.0
-    failed: str = ""
-    router_loss: str = ""
 
     @property
-    def exact(self) -> bool:
-        return (
-            not self.refused
-            and not self.failed
-            and all(e <= max(1e-6, 2 * self.rounding) for e in self.errors.values())
-        )
+    def wrong(self) -> dict[str, float]:
+        return {name: error for name, error in self.errors.items() if not error <= max(1e-6, 2 * self.rounding)}
 
 
-def samples() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+def check(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), **changes: Any) -> Verdict:
+    """The verdict on a type, with the first of these attention implementations that it has.
+
+    Raises:
+        Exception: what is neither exact nor refused by name.
+    """
+    config = buildable(model_type, **changes)
+    verdict = Verdict()
+    for attention in attentions:
+        try:
+            decoder = HFDecoder(config, attn_implementation=attention)
+        except ValueError as problem:
+            verdict.refused = str(problem)
+            if "attn_implementation" not in verdict.refused:
+                break
+        else:
+            verdict = Verdict(packing=decoder.refuses_packing, attention=attention)
+            break
+    if "output_router_logits" in verdict.refused and "output_router_logits" not in changes:
+        without = check(model_type, attentions, **changes, output_router_logits=False)
+        without.router = verdict.refused
+        return without
+    if not verdict.refused and "vision_config" not in decoder.config.sub_configs:  # else see tests/models/zoo.py
+        _compare(decoder, verdict)
+    return verdict
 
 
-def padded() -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both (B, S)."""
-    ids = torch.nn.utils.rnn.pad_sequence(samples(), batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in samples()], batch_first=True)
-    return ids, mask
+def buildable(model_type: str, **changes: Any) -> Any:
+    """A tiny config of which the library can build a model; else the type alone, for its own defaults."""
+    try:
+        config = tiny.tiny_config(model_type, **changes)
+        with torch.device("meta"):
+            hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception:
+        return {"model_type": model_type, **changes}
+    return config
+
+
+def _compare(decoder: HFDecoder, verdict: Verdict) -> None:
+    whole = unsplit(decoder.config, verdict.attention)
+    parts = Parts(decoder, whole.state_dict(), verdict.attention)
+    logits, loss = _alone(whole)
+    loss.backward()
+    expected = _taken(whole)
+    double = unsplit(decoder.config, verdict.attention, experts_implementation="eager").double()
+    exact, double_loss = _alone(double)
+    double_loss.backward()
+    verdict.rounding = max(_largest(expected, _taken(double)), _error(logits, exact))
+
+    def note(name: str, found: Tensor, found_loss: Tensor) -> None:
+        found_loss.backward()
+        verdict.errors[f"{name}: logits"] = _error(found, logits)
+        verdict.errors[f"{name}: loss"] = _error(found_loss.detach(), loss.detach())
+        verdict.errors[f"{name}: gradients"] = _largest(parts.gradients(), expected)
+
+    rows = pad_sequence(samples(), batch_first=True)
+    mask = pad_sequence([torch.ones_like(sample) for sample in samples()], batch_first=True)
+    for name, given in (("padded", {}), ("masked", {"attention_mask": mask})):
+        found, _ = parts.run({"input_ids": rows, **given})
+        note(name, found[mask.bool()], _loss(found, rows, mask))
+    if not verdict.packing:
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])
+        found, _ = parts.run({"input_ids": torch.cat(samples())[None], "position_ids": positions[None]})
+        unpacked = pad_sequence(list(found[0].split(list(LENGTHS))), batch_first=True)
+        note("packed", found[0], _loss(unpacked, rows, mask))
+    if coefficient := decoder.auxiliary_losses.get("router"):
+        out = whole(input_ids=rows, attention_mask=mask, use_cache=False, output_router_logits=True)
+        (_loss(out.logits, rows, mask) + coefficient * out.aux_loss).backward()
+        found, losses = parts.run({"input_ids": rows, "token_mask": mask})
+        (_loss(found, rows, mask) + coefficient * losses["router"]).backward()
+        verdict.errors["router: loss"] = _error(losses["router"].detach(), out.aux_loss.detach())
+        verdict.errors["router: gradients"] = _largest(parts.gradients(), _taken(whole))
 
 
 class Parts:
-    """A decoder in as many parts as it has layers."""
+    """A decoder in as many parts as it has layers, each with nothing but its own."""
 
-    def __init__(self, config: Any, weights: dict[str, Tensor], attention: str = ATTENTION) -> None:
-        self.parts: list[HFDecoder] = []
-        for k in range(len_layers(config, attention)):
-            part = HFDecoder(config, attn_implementation=attention)
-            part.materialize([k], embedding=k == 0, head=k == part.num_layers - 1)
+    def __init__(self, decoder: HFDecoder, weights: dict[str, Tensor], attention: str) -> None:
+        last = decoder.num_layers - 1
+        self.parts = [HFDecoder(decoder.config, attn_implementation=attention) for _ in range(last + 1)]
+        for k, part in enumerate(self.parts):
+            part.materialize([k], embedding=k == 0, head=k == last)
             part.load_state_dict({name: weights[name] for name in part.state_dict()})
-            self.parts.append(part.train())
 
     def run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits (B, S, V) and auxiliary losses."""
@@ -81,23 +148,18 @@ class Parts:
             h = part.run_layers(h, inputs, range(k, k + 1), extras)
         return last.logits(h.flatten(0, 1)).unflatten(0, h.shape[:2]), last.auxiliary(extras)
 
-    def gradients(self) -> dict[str, Tensor | None]:
-        """By the names that the unsplit model has; copies of tied weights are summed."""
-        found: dict[str, Tensor | None] = {}
+    def gradients(self) -> Gradients:
+        """By the names that the unsplit model has, the copies of tied weights summed; they are taken away."""
+        found: Gradients = {}
         for part in self.parts:
-            for name, parameter in part.named_parameters():
+            for name, gradient in _taken(part).items():
                 name = part.tied.get(name, name)
-                both = [g for g in (found.get(name), parameter.grad) if g is not None]
+                both = [g for g in (found.get(name), gradient) if g is not None]
                 found[name] = torch.stack(both).sum(0) if both else None
-                parameter.grad = None
         return found
 
 
-def len_layers(config: Any, attention: str) -> int:
-    return HFDecoder(config, attn_implementation=attention).num_layers
-
-
-def randomized(config: Any, attention: str = ATTENTION, **more: Any) -> Any:
+def unsplit(config: Any, attention: str, **more: Any) -> Any:
     """The library's model with random weights, also of those that start as zeros or ones."""
     torch.manual_seed(2)
     whole: Any = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **more).float()
@@ -107,151 +169,65 @@ def randomized(config: Any, attention: str = ATTENTION, **more: Any) -> Any:
     return whole.train()
 
 
-def loss_of(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def _alone(whole: Any) -> tuple[Tensor, Tensor]:
+    """Logits of all samples' tokens, each sample for itself, and the loss."""
+    logits = [whole(input_ids=sample[None], use_cache=False).logits for sample in samples()]
+    losses = [
+        _loss(row, sample[None], torch.ones_like(sample[None])) for row, sample in zip(logits, samples(), strict=True)
+    ]
+    return torch.cat(logits, 1)[0], torch.stack(losses).sum()
+
+
+def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     labelled = mask[:, 1:].bool()
     return cross_entropy(logits[:, :-1][labelled], ids[:, 1:][labelled], reduction="sum")
 
 
-def error(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> float:
+def _taken(module: torch.nn.Module) -> Gradients:
+    """Gradients, which are not there any more then."""
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def _error(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> float:
     if expected is None or not expected.any():
         return 0.0 if found is None or found.norm() < 1e-9 else float("inf")
     if found is None:
         return float("inf")
-    return float((found.double() - expected.double()).norm() / max(expected.double().norm(), floor))
+    return float((found.double() - expected.double()).norm() / max(float(expected.double().norm()), floor))
 
 
-def largest(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
-    floor = 1e-3 * max(float(g.norm()) for g in expected.values() if g is not None)
-    assert found.keys() >= expected.keys(), expected.keys() - found.keys()
-    return max(error(found[name], g, floor) for name, g in expected.items())
+def _largest(found: Gradients, expected: Gradients) -> float:
+    """Relative to each gradient's norm, or to a thousandth of the largest one's: biases of keys have none."""
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values() if gradient is not None)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(_error(found[name], gradient, floor) for name, gradient in expected.items())
 
 
-def gradients_of(whole: Any) -> dict[str, Tensor | None]:
-    found = {name: parameter.grad for name, parameter in whole.named_parameters()}
-    for parameter in whole.parameters():
-        parameter.grad = None
-    return found
-
-
-def alone(whole: Any) -> tuple[list[Tensor], Tensor]:
-    logits, loss = [], torch.zeros((), dtype=whole.dtype)
-    for sample in samples():
-        out = whole(input_ids=sample[None], use_cache=False).logits
-        logits.append(out[0])
-        loss = loss + loss_of(out, sample[None], torch.ones_like(sample[None]))
-    return logits, loss
-
-
-def compare(config: Any, verdict: Verdict, attention: str = ATTENTION) -> None:
-    whole = randomized(config, attention)
-    ids, mask = padded()
-    parts = Parts(config, whole.state_dict(), attention)
-
-    logits, loss = alone(whole)
-    loss.backward()
-    expected = gradients_of(whole)
-    try:
-        double = randomized(config, attention, experts_implementation="eager").double()
-        double_logits, double_loss = alone(double)
-        double_loss.backward()
-        verdict.rounding = max(
-            largest(expected, gradients_of(double)), error(torch.cat(logits), torch.cat(double_logits))
-        )
-    except (RuntimeError, NotImplementedError):
-        pass
-
-    def note(name: str, found: list[Tensor], found_loss: Tensor) -> None:
-        found_loss.backward()
-        verdict.errors[f"{name} logits"] = error(torch.cat(found), torch.cat(logits))
-        verdict.errors[f"{name} loss"] = error(found_loss.detach(), loss.detach())
-        verdict.errors[f"{name} gradients"] = largest(parts.gradients(), expected)
-
-    rows = [(b, length) for b, length in enumerate(LENGTHS)]
-    for name, inputs in (("padded", {"input_ids": ids}), ("masked", {"input_ids": ids, "attention_mask": mask})):
-        found, _ = parts.run(inputs)
-        note(name, [found[b, :length] for b, length in rows], loss_of(found, ids, mask))
-    if auxiliary := parts.parts[0].auxiliary_losses:
-        out = whole(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
-        coefficient = auxiliary["router"]
-        (loss_of(out.logits, ids, mask) + coefficient * out.aux_loss).backward()
-        with_router = gradients_of(whole)
-        found, losses = parts.run({"input_ids": ids, "token_mask": mask})
-        (loss_of(found, ids, mask) + coefficient * losses["router"]).backward()
-        verdict.errors["router loss"] = error(losses["router"].detach(), out.aux_loss.detach())
-        verdict.errors["router gradients"] = largest(parts.gradients(), with_router)
-        verdict.router_loss = "exact"
-    verdict.refuses_packing = parts.parts[0].refuses_packing
-    if not verdict.refuses_packing:
-        row = torch.cat(samples())[None]
-        positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-        found, _ = parts.run({"input_ids": row, "position_ids": positions})
-        pieces = list(found[0].split(list(LENGTHS)))
-        losses = [loss_of(p[None], s[None], torch.ones_like(s[None])) for p, s in zip(pieces, samples(), strict=True)]
-        note("packed", pieces, torch.stack(losses).sum())
-
-
-def check(model_type: str, attention: str = ATTENTION, **changes: Any) -> Verdict:
-    verdict = Verdict()
-    try:
-        config = tiny.tiny_config(model_type, **changes)
-    except Exception:  # the class's own default must be refused then
-        config = {"model_type": model_type}
-    try:
+def main() -> None:
+    warnings.simplefilter("ignore")
+    hf.utils.logging.set_verbosity_error()
+    counts = dict.fromkeys(("exact", "refused", "WRONG"), 0)
+    for name in sys.argv[1:] or TYPES:
+        start = time.perf_counter()
         try:
-            HFDecoder(config, attn_implementation=attention)
-        except ValueError as problem:
-            if "use eager" not in str(problem):
-                raise
-            attention = "eager"
-            HFDecoder(config, attn_implementation=attention)
-    except ValueError as problem:
-        if "output_router_logits" in str(problem) and "output_router_logits" not in changes:
-            made = check(model_type, attention, output_router_logits=False, **changes)
-            made.router_loss = str(problem)
-            return made
-        verdict.refused = str(problem)
-        return verdict
-    try:
-        compare(config, verdict, attention)
-    except Exception as problem:
-        import traceback
-
-        verdict.failed = f"{type(problem).__name__}: {problem} " + "|".join(
-            traceback.format_exc().strip().split("\n")[-4:-1]
+            verdict = check(name)
+            kind = "refused" if verdict.refused else "WRONG" if verdict.wrong else "exact"
+            said = [verdict.refused, str(verdict.wrong or ""), verdict.packing, verdict.router]
+        except Exception as problem:
+            kind, said = "WRONG", [f"{type(problem).__name__}: {problem}"]
+        counts[kind] += 1
+        print(
+            f"{kind:8}{name:26}{time.perf_counter() - start:5.1f} s ", " | ".join(filter(None, said))[:300], flush=True
         )
-    return verdict
-
-
-def types() -> Iterator[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    yield from MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    print(counts)
 
 
 if __name__ == "__main__":
-    import sys
-    import time
-    import warnings
-
-    warnings.simplefilter("ignore")
-    hf.utils.logging.set_verbosity_error()
-    for name in sys.argv[1:] or types():
-        start = time.perf_counter()
-        try:
-            v = check(name)
-        except Exception as problem:
-            print("CRASH", name, type(problem).__name__, str(problem)[:200], flush=True)
-            continue
-        state = "refused" if v.refused else "FAILED" if v.failed else "exact" if v.exact else "WRONG"
-        detail = (
-            v.refused
-            or v.failed
-            or " ".join(f"{n}={e:.0e}" for n, e in v.errors.items() if e > max(1e-6, 2 * v.rounding))
-        )
-        print(
-            f"{state:8} {name:24} {time.perf_counter() - start:4.1f}s rounding={v.rounding:.0e}",
-            "PACKS" if not v.refuses_packing and not v.refused else v.refuses_packing[-60:],
-            "|",
-            detail[:400].replace("\n", " "),
-            flush=True,
-        )
+    main()
