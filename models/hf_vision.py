@@ -156,7 +156,8 @@ def _patches_per_row(config: Any) -> int:
     """How many patches a model joins to one row of features."""
     vision: Any = config.vision_config
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
-    side = side or getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1))
+    side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
+    side = side or round(1 / getattr(config, "downsample_ratio", 1))
     if rows := getattr(config, "mm_tokens_per_image", None):
         return (vision.image_size // vision.patch_size) ** 2 // rows
     return side**2
