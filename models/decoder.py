@@ -61,6 +61,8 @@ class HFDecoder(LanguageModel):
         source: the folder that its weights come from; ``None``: they are drawn.
     """
 
+    exact_extras = (ROUTER_LOSS,)
+
     def __init__(
         self,
         config: dict[str, Any] | str | PreTrainedConfig,
