@@ -163,8 +163,8 @@ class HFDecoder(LanguageModel):
         return self._whole.get_submodule(self._decoder_name)
 
     def _register_children(self) -> None:
-        for name, child in self._whole.named_children():
-            self.add_module(name, child)
+        """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
+        self._modules = self._whole._modules
 
     # -- weights -----------------------------------------------------------------------------------------------------
 

@@ -82,8 +82,8 @@ class HFVisionEncoder(Encoder):
         return work.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else work
 
     def _register_children(self) -> None:
-        for name, child in self._unregistered[0].named_children():
-            self.add_module(name, child)
+        """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
+        self._modules = self._unregistered[0]._modules
 
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):

@@ -85,7 +85,8 @@ def add_lora(
     except ImportError as problem:
         raise ValueError("lora needs peft: pip install 'bigmac-lightning[lora]'") from problem
     component.requires_grad_(False)
-    if not (here := [path for path, _ in component.named_modules() if path in targets]):
+    here = [path for path, module in component.named_modules() if path in targets and isinstance(module, nn.Linear)]
+    if not here:  # they are all on other ranks
         return
     config = LoraConfig(**{**settings, "target_modules": "|".join(map(re.escape, here))})
     with torch.random.fork_rng(devices=[]):
