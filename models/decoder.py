@@ -106,19 +106,19 @@ class HFDecoder(LanguageModel):
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
-        decoder, self._decoder_name = surgery.decoder_of(whole)
+        self._names = surgery.names_of(whole)
+        decoder = whole.get_submodule(self._names.decoder)
         text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
-        self.width = decoder.embed_tokens.embedding_dim
-        self.vocabulary = decoder.embed_tokens.num_embeddings
-        self.tied = surgery.tied_output(whole, decoder)
+        self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
+        self.tied = surgery.tied_output(whole)
         if self.family is None and (others := surgery.weights_beside(whole, decoder)):
             raise ValueError(
                 f"model_type {self.config.model_type!r} has weights beside its decoder and output layer ({others[0]}, "
                 "...), which no component here knows; its decoder alone can be trained: HFDecoder("
                 "config.get_text_config())"
             )
-        if reason := probe.why_not_cut(decoder, self.width):
+        if reason := probe.why_not_cut(decoder, self._names, self.width):
             raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")
         self.refuses_packing, self._gives_masks = self._look_at_packing(decoder)
         wanted = getattr(text, "output_router_logits", False)
@@ -148,9 +148,9 @@ class HFDecoder(LanguageModel):
             )
         if self.family is not None and self.family.multimodal_positions:
             rows = 4
-        if not (reason := probe.why_not_packed(decoder, self.width, rows)):
+        if not (reason := probe.why_not_packed(decoder, self._names, self.width, rows)):
             return "", False
-        if not probe.why_not_packed(decoder, self.width, rows, attention.packed_masks):
+        if not probe.why_not_packed(decoder, self._names, self.width, rows, attention.packed_masks):
             return "", True
         return f"{kind}: {reason}", False
 
@@ -160,7 +160,7 @@ class HFDecoder(LanguageModel):
 
     @property
     def _decoder(self) -> Any:
-        return self._whole.get_submodule(self._decoder_name)
+        return self._whole.get_submodule(self._names.decoder)
 
     def _register_children(self) -> None:
         """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
@@ -177,10 +177,10 @@ class HFDecoder(LanguageModel):
         keep = partial(self._keep_language_model, layers=layers, embedding=embedding or tie, head=head)
         whole = surgery.materialize(self._whole, keep, self.source, self.seed, self.dtype)
         if tie:
-            whole.get_output_embeddings().weight = whole.get_submodule(self._decoder_name).embed_tokens.weight
+            whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
         self._drop_vision_parameters(whole)
         if not embedding:  # the tied head, if it is here, starts from the embedding's weights
-            surgery.drop(whole, f"{self._decoder_name}.embed_tokens")
+            surgery.drop(whole, f"{self._names.decoder}.{self._names.embedding}")
         if self.gradient_checkpointing:
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
@@ -224,8 +224,8 @@ class HFDecoder(LanguageModel):
 
     def _keep_language_model(self, whole: Any, layers: Collection[int], embedding: bool, head: bool) -> None:
         """Drop all but these parts of the decoder, whatever else there is (a vision tower, a projector)."""
-        decoder = whole.get_submodule(self._decoder_name)
-        around, _, name = self._decoder_name.rpartition(".")
+        decoder = whole.get_submodule(self._names.decoder)
+        around, _, name = self._names.decoder.rpartition(".")
         if around:
             parent = whole.get_submodule(around)
             for other, _ in list(parent.named_children()):
@@ -234,17 +234,17 @@ class HFDecoder(LanguageModel):
         for k in set(range(self.num_layers)) - set(layers):
             decoder.layers[k] = PassThrough(decoder.layers[k])
         if not head:
-            if any(True for _ in decoder.norm.parameters()):  # one without weights may be used elsewhere, too
-                decoder.norm = PassThrough()
+            if any(True for _ in decoder.get_submodule(self._names.norm).parameters()):  # others may be used elsewhere
+                surgery.drop(decoder, self._names.norm)
             surgery.drop(whole, surgery.path_of(whole.get_output_embeddings(), whole))
         if not embedding:
-            decoder.embed_tokens = PassThrough()
+            surgery.drop(decoder, self._names.embedding)
         if not (embedding and head):
             whole.all_tied_weights_keys = {}
 
     def _drop_vision_parameters(self, whole: Any) -> None:
         """What lies beside the decoder as a bare parameter (a separator of images) is the encoder's."""
-        around = self._decoder_name.rpartition(".")[0]
+        around = self._names.decoder.rpartition(".")[0]
         if around:
             parent = whole.get_submodule(around)
             parent._parameters.update(dict.fromkeys(parent._parameters))
@@ -290,7 +290,8 @@ class HFDecoder(LanguageModel):
     def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterator[nn.Parameter]:
         decoder, output = self._decoder, self._whole.get_output_embeddings()
         parts = [decoder.layers[k] for k in sorted(layers)]
-        parts += [decoder.embed_tokens] * embedding + [decoder.norm, output] * head
+        parts += [decoder.get_submodule(self._names.embedding)] * embedding
+        parts += [decoder.get_submodule(self._names.norm), output] * head
         found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
         yield from found.values()
 
@@ -299,7 +300,7 @@ class HFDecoder(LanguageModel):
         for placeholder in self._placeholders:
             if placeholder >= self.vocabulary:  # features go there
                 ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
-        return self._decoder.embed_tokens(ids_BS)
+        return self._decoder.get_submodule(self._names.embedding)(ids_BS)
 
     def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -350,7 +351,7 @@ class HFDecoder(LanguageModel):
         return stage
 
     def logits(self, h_LD: Tensor) -> Tensor:
-        return logits_of(self._whole, self._decoder_name, h_LD)
+        return logits_of(self._whole, self._names.decoder, h_LD)
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         if not self._fused:

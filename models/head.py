@@ -56,5 +56,5 @@ class _Below(nn.Module):
         super().__init__()
         self.router_logits = router_logits
 
-    def forward(self, *, inputs_embeds: Tensor, **kwargs: Any) -> _Final:
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Final:
         return _Final(last_hidden_state=inputs_embeds, router_logits=self.router_logits)

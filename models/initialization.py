@@ -73,5 +73,5 @@ def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConf
     except Exception as error:
         raise ValueError(
             f"transformers takes no such config of model_type {config['model_type']!r} "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error

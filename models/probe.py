@@ -9,7 +9,7 @@ layer twice, nor change hidden states between two of them, nor give a layer what
 depends on the embeddings or the token ids. And in a packed row a layer must get for each sample what it gets for the
 sample alone (`why_not_packed`): positions, and a mask by which its tokens see no other sample's.
 
-Knows decoders with `embed_tokens`, `layers` and `norm`; knows nothing of stages, families or ranks. What happens inside
+Knows decoders with `layers`, an embedding and a norm; knows nothing of stages, families or ranks. What happens inside
 a layer is not looked at, but for which modules it has.
 
 Shape suffixes: B samples, S tokens, D width.
@@ -28,7 +28,7 @@ from transformers import Cache
 from .initialization import allocate_and_initialize
 from .rope import changes_with_length, stateless_ropes
 from .stage import hidden_of, shell_of
-from .surgery import PassThrough
+from .surgery import Names, PassThrough
 
 LENGTHS = (11, 12)  # tokens of two samples
 SHORT = 4
@@ -40,21 +40,23 @@ MasksOf = Callable[[Any, Tensor, Tensor], Any]
 """From config, embeddings and positions to what the decoder takes as its attention mask."""
 
 
-def why_not_cut(decoder: Any, width: int) -> str:
+def why_not_cut(decoder: Any, names: Names, width: int) -> str:
     """Why a decoder cannot be cut between its layers; empty: it can.
 
     Args:
         decoder: whole, on the meta device.
+        names: of its parts.
         width: D.
     """
-    return _about_weights(decoder) or _looked_at(_about_layers, decoder, width)
+    return _about_weights(decoder, names) or _looked_at(_about_layers, decoder, names, width)
 
 
-def why_not_packed(decoder: Any, width: int, position_rows: int = 1, masks: MasksOf | None = None) -> str:
+def why_not_packed(decoder: Any, names: Names, width: int, position_rows: int = 1, masks: MasksOf | None = None) -> str:
     """Why a row must not hold several samples; empty: it may, with positions that start anew at each.
 
     Args:
         decoder: whole, on the meta device; one that can be cut.
+        names: of its parts.
         width: D.
         position_rows: 1, or 4 where positions are text, temporal, height and width.
         masks: makes the attention mask; ``None``: the decoder does.
@@ -66,29 +68,29 @@ def why_not_packed(decoder: Any, width: int, position_rows: int = 1, masks: Mask
         if kind not in TYPES:
             return f"layer {k} is of the type {kind}, of which it is not known whether it keeps packed samples apart"
     for attention in MASKED:
-        if reason := _looked_at(_about_packing, decoder, width, attention, position_rows, masks):
+        if reason := _looked_at(_about_packing, decoder, names, width, attention, position_rows, masks):
             return reason
     return ""
 
 
-def _looked_at(look: Callable[..., str], decoder: Any, *arguments: Any) -> str:
+def _looked_at(look: Callable[..., str], decoder: Any, names: Names, *arguments: Any) -> str:
     with torch.no_grad(), torch.device("cpu"):
         try:
-            return look(_Twin(decoder), *arguments)
+            return look(_Twin(decoder, names), *arguments)
         except Exception as problem:  # whatever it does with what a layer is not expected to return
             return f"its layers hand on or need more than hidden states ({type(problem).__name__}: {problem})"
 
 
-def _about_weights(decoder: Any) -> str:
-    owners = {id(p): "embed_tokens" for p in decoder.embed_tokens.parameters()}
-    owners |= {id(p): "norm" for p in decoder.norm.parameters()}
+def _about_weights(decoder: Any, names: Names) -> str:
+    around = (names.embedding, names.norm)
+    owners = {id(p): part for part in around for p in decoder.get_submodule(part).parameters()}
     for k, layer in enumerate(decoder.layers):
         for name, parameter in layer.named_parameters():
             if owners.setdefault(id(parameter), f"layer {k}") != f"layer {k}":
                 return f"layer {k} shares the weight {name} with {owners[id(parameter)]}, which may be on another rank"
     if others := [name for name, parameter in decoder.named_parameters() if id(parameter) not in owners]:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        return f"its decoder has weights beside embed_tokens, layers and norm ({others[0]}{more})"
+        return f"its decoder has weights beside embedding, layers and final norm ({others[0]}{more})"
     for k, layer in enumerate(decoder.layers):
         if any(map(changes_with_length, layer.modules())):
             return f"layer {k} has a rotary embedding of its own, which may remember how long rows were before"
@@ -166,15 +168,16 @@ class _Run:
 class _Twin:
     """A decoder on the CPU, with stand-ins for its layers."""
 
-    def __init__(self, decoder: Any) -> None:
-        order = list[Any]()
+    def __init__(self, decoder: Any, names: Names) -> None:
+        order, norm = list[Any](), decoder.get_submodule(names.norm)
         layers = nn.ModuleList(_StandIn(layer, k, order) for k, layer in enumerate(decoder.layers))
-        replaced = {"layers": layers, "embed_tokens": _Embedding(), **stateless_ropes(decoder)}
-        if any(True for _ in decoder.norm.parameters()):
-            replaced["norm"] = _StandIn(decoder.norm, "norm", order)
+        replaced = {"layers": layers, names.embedding: _Embedding(), **stateless_ropes(decoder)}
+        if any(True for _ in norm.parameters()):
+            replaced[names.norm] = _StandIn(norm, "norm", order)
         self.shell: Any = copy.deepcopy(shell_of(decoder, **replaced)).eval()
         allocate_and_initialize(self.shell, seed=0)
         self.config: Any = self.shell.config
+        self.embedding: Any = self.shell.get_submodule(names.embedding)
 
     def shorten(self) -> None:
         """Make what changes at some length change at a few tokens."""
@@ -211,7 +214,7 @@ class _Twin:
         for k, layer in enumerate(layers):
             layer.calls.clear()
             layer.result = None if results is None else h_BSD.new_tensor(results[k]).expand(h_BSD.shape)
-        self.shell.embed_tokens.result = h_BSD
+        self.embedding.result = h_BSD
         ids = torch.zeros(h_BSD.shape[:2], dtype=torch.long)
         given = {"input_ids": ids} if by_ids else {"inputs_embeds": h_BSD}
         out = self.shell(**given, position_ids=positions, attention_mask=mask, use_cache=False)[0]

@@ -7,6 +7,7 @@ Knows what all models of the library share; knows nothing of stages, families or
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from transformers.utils import logging
 
 from .attention import AttentionNotThereError, refused_clearly
 from .initialization import allocate_and_initialize
+
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f", "ln_f")
+"""What decoders call their final norm."""
 
 
 class PassThrough(nn.Module):
@@ -59,24 +63,42 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"transformers cannot build a model of model_type {config.model_type!r} of this config "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from error
     return whole.to("meta")  # some draw weights on the CPU
 
 
-def decoder_of(whole: Any) -> tuple[Any, str]:
-    """A model's decoder, with embedding, layers and final norm, and its name.
+@dataclass(frozen=True)
+class Names:
+    """Of the parts of a decoder, beside its `layers`.
 
+    Attributes:
+        decoder: in the whole model.
+        embedding, norm: in the decoder: what comes before the layers and what comes after them.
+    """
+
+    decoder: str
+    embedding: str
+    norm: str
+
+
+def names_of(whole: Any) -> Names:
+    """
     Raises:
-        ValueError: it has none that is made of these.
+        ValueError: the model's decoder is not made of an embedding, layers and a norm.
     """
     decoder = whole.get_decoder()
-    if missing := {"embed_tokens", "layers", "norm"} - dict(decoder.named_children()).keys():
+    children = dict(decoder.named_children())
+    embedding = whole.get_input_embeddings()
+    embeddings = [name for name, child in children.items() if child is embedding]
+    norms = [name for name in NORMS if name in children]
+    found = {"embedding": embeddings, "layers": [name for name in children if name == "layers"], "final norm": norms}
+    if missing := [part for part, names in found.items() if not names]:
         raise ValueError(
-            f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: "
-            f"its decoder has no {sorted(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
+            f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: its decoder "
+            f"has no {', '.join(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
         )
-    return decoder, path_of(decoder, whole)
+    return Names(path_of(decoder, whole), embeddings[0], norms[0])
 
 
 def weights_beside(whole: Any, decoder: Any) -> list[str]:
@@ -85,12 +107,12 @@ def weights_beside(whole: Any, decoder: Any) -> list[str]:
     return [name for name, parameter in whole.named_parameters() if id(parameter) not in known]
 
 
-def tied_output(whole: Any, decoder: Any) -> dict[str, str]:
+def tied_output(whole: Any) -> dict[str, str]:
     """The name of the output weight and that of the embedding's, if they are one; else nothing."""
-    output = whole.get_output_embeddings()
-    if output.weight is not decoder.embed_tokens.weight:
+    output, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    if output.weight is not embedding.weight:
         return {}
-    return {f"{path_of(output, whole)}.weight": f"{path_of(decoder, whole)}.embed_tokens.weight"}
+    return {f"{path_of(output, whole)}.weight": f"{path_of(embedding, whole)}.weight"}
 
 
 def path_of(module: nn.Module, whole: nn.Module) -> str:

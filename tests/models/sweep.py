@@ -1,18 +1,20 @@
-"""Every decoder that the installed `transformers` has, cut after every layer, against the library's unsplit model.
+"""Every decoder and vision-language model that the installed `transformers` has, cut after every layer, against the
+library's unsplit model.
 
 For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
 compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
 the load balancing loss. Single precision, within 1e-6, or within twice the rounding that the unsplit model has itself.
 
-``python -m tests.models.sweep [TYPE ...]`` prints the verdicts.
+``python -m tests.models.sweep [--attention NAME] [TYPE ...]`` prints the verdicts.
 """
 
+import argparse
 import copy
-import sys
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,12 +22,20 @@ import transformers as hf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
-from bigmac_lightning.models import HFDecoder
-from tests.models import tiny
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.components import Encoder
+from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models.families import FAMILIES
+from tests.models import tiny, zoo
 
-TYPES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+VISION_LANGUAGE = list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+OTHER_LLMS = {  # what families other than those of the zoo may have inside
+    "llava with granite": zoo.with_llm("llava", hf.GraniteConfig, embedding_multiplier=3.0, logits_scaling=2.0),
+    "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
+}
 LENGTHS = (9, 6, 11)  # of samples
 Gradients = dict[str, Tensor | None]
 
@@ -37,7 +47,7 @@ class Verdict:
     Attributes:
         refused: why it cannot be cut; empty: it can.
         packing: why a row must not hold several samples; empty: it may.
-        router: why it has no load balancing loss; empty: it has one, or no routers.
+        router: why it has no load balancing loss; empty: it has one, or has no routers.
         attention: the implementation that was compared.
         errors: the largest of each comparison, relative to what is compared.
         rounding: the unsplit model's own error.
@@ -55,34 +65,39 @@ class Verdict:
         return {name: error for name, error in self.errors.items() if not error <= max(1e-6, 2 * self.rounding)}
 
 
-def check(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), **changes: Any) -> Verdict:
-    """The verdict on a type, with the first of these attention implementations that it has.
+# -- decoders ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), router_loss: bool = True) -> Verdict:
+    """The verdict on a decoder, with the first of these attention implementations that it has.
 
     Raises:
         Exception: what is neither exact nor refused by name.
     """
-    config = buildable(model_type, **changes)
-    verdict = Verdict()
+    config, verdict = _buildable(model_type, {} if router_loss else {"output_router_logits": False}), Verdict()
+    made = None
     for attention in attentions:
         try:
-            decoder = HFDecoder(config, attn_implementation=attention)
+            made = HFDecoder(config, attn_implementation=attention)
         except ValueError as problem:
             verdict.refused = str(problem)
             if "attn_implementation" not in verdict.refused:
                 break
         else:
-            verdict = Verdict(packing=decoder.refuses_packing, attention=attention)
+            verdict = Verdict(packing=made.refuses_packing, attention=attention)
             break
-    if "output_router_logits" in verdict.refused and "output_router_logits" not in changes:
-        without = check(model_type, attentions, **changes, output_router_logits=False)
+    if "output_router_logits" in verdict.refused and router_loss:
+        without = decoder(model_type, attentions, router_loss=False)
         without.router = verdict.refused
         return without
-    if not verdict.refused and "vision_config" not in decoder.config.sub_configs:  # else see tests/models/zoo.py
-        _compare(decoder, verdict)
+    if made is not None and made.family is None:  # else see `vision_language`
+        assert not isinstance(config, dict), "it is not refused, and needs settings in tests/models/tiny.py"
+        _compare(made, verdict)
     return verdict
 
 
-def buildable(model_type: str, **changes: Any) -> Any:
+def _buildable(model_type: str, changes: dict[str, Any]) -> Any:
     """A tiny config of which the library can build a model; else the type alone, for its own defaults."""
     try:
         config = tiny.tiny_config(model_type, **changes)
@@ -93,13 +108,14 @@ def buildable(model_type: str, **changes: Any) -> Any:
     return config
 
 
-def _compare(decoder: HFDecoder, verdict: Verdict) -> None:
-    whole = unsplit(decoder.config, verdict.attention)
-    parts = Parts(decoder, whole.state_dict(), verdict.attention)
+def _compare(made: HFDecoder, verdict: Verdict) -> None:
+    attention = "sdpa" if verdict.attention == "by_starts" else verdict.attention
+    whole = _randomized(hf.AutoModelForCausalLM, made.config, attention)
+    parts = Parts(made, whole.state_dict())
     logits, loss = _alone(whole)
     loss.backward()
     expected = _taken(whole)
-    double = unsplit(decoder.config, verdict.attention, experts_implementation="eager").double()
+    double = _randomized(hf.AutoModelForCausalLM, made.config, attention, experts_implementation="eager").double()
     exact, double_loss = _alone(double)
     double_loss.backward()
     verdict.rounding = max(_largest(expected, _taken(double)), _error(logits, exact))
@@ -113,14 +129,15 @@ def _compare(decoder: HFDecoder, verdict: Verdict) -> None:
     rows = pad_sequence(samples(), batch_first=True)
     mask = pad_sequence([torch.ones_like(sample) for sample in samples()], batch_first=True)
     for name, given in (("padded", {}), ("masked", {"attention_mask": mask})):
-        found, _ = parts.run({"input_ids": rows, **given})
-        note(name, found[mask.bool()], _loss(found, rows, mask))
+        if name == "padded" or verdict.attention == attention:
+            found, _ = parts.run({"input_ids": rows, **given})
+            note(name, found[mask.bool()], _loss(found, rows, mask))
     if not verdict.packing:
         positions = torch.cat([torch.arange(length) for length in LENGTHS])
         found, _ = parts.run({"input_ids": torch.cat(samples())[None], "position_ids": positions[None]})
         unpacked = pad_sequence(list(found[0].split(list(LENGTHS))), batch_first=True)
         note("packed", found[0], _loss(unpacked, rows, mask))
-    if coefficient := decoder.auxiliary_losses.get("router"):
+    if coefficient := made.auxiliary_losses.get("router"):
         out = whole(input_ids=rows, attention_mask=mask, use_cache=False, output_router_logits=True)
         (_loss(out.logits, rows, mask) + coefficient * out.aux_loss).backward()
         found, losses = parts.run({"input_ids": rows, "token_mask": mask})
@@ -132,9 +149,9 @@ def _compare(decoder: HFDecoder, verdict: Verdict) -> None:
 class Parts:
     """A decoder in as many parts as it has layers, each with nothing but its own."""
 
-    def __init__(self, decoder: HFDecoder, weights: dict[str, Tensor], attention: str) -> None:
-        last = decoder.num_layers - 1
-        self.parts = [HFDecoder(decoder.config, attn_implementation=attention) for _ in range(last + 1)]
+    def __init__(self, made: HFDecoder, weights: dict[str, Tensor]) -> None:
+        last = made.num_layers - 1
+        self.parts = [copy.deepcopy(made) for _ in range(last + 1)]
         for k, part in enumerate(self.parts):
             part.materialize([k], embedding=k == 0, head=k == last)
             part.load_state_dict({name: weights[name] for name in part.state_dict()})
@@ -159,16 +176,6 @@ class Parts:
         return found
 
 
-def unsplit(config: Any, attention: str, **more: Any) -> Any:
-    """The library's model with random weights, also of those that start as zeros or ones."""
-    torch.manual_seed(2)
-    whole: Any = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **more).float()
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return whole.train()
-
-
 def samples() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator) for length in LENGTHS]
@@ -177,15 +184,87 @@ def samples() -> list[Tensor]:
 def _alone(whole: Any) -> tuple[Tensor, Tensor]:
     """Logits of all samples' tokens, each sample for itself, and the loss."""
     logits = [whole(input_ids=sample[None], use_cache=False).logits for sample in samples()]
-    losses = [
-        _loss(row, sample[None], torch.ones_like(sample[None])) for row, sample in zip(logits, samples(), strict=True)
-    ]
+    losses = [_loss(row, s[None], torch.ones_like(s[None])) for row, s in zip(logits, samples(), strict=True)]
     return torch.cat(logits, 1)[0], torch.stack(losses).sum()
 
 
 def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     labelled = mask[:, 1:].bool()
     return cross_entropy(logits[:, :-1][labelled], ids[:, 1:][labelled], reduction="sum")
+
+
+# -- vision-language models --------------------------------------------------------------------------------------------
+
+
+@cache
+def vision_language(name: str) -> Verdict:
+    """The verdict on a vision-language model, from pictures to the loss.
+
+    Raises:
+        Exception: what is neither exact nor refused by name.
+    """
+    if name not in FAMILIES and name not in OTHER_LLMS:
+        reasons = []
+        for component in (HFDecoder, HFVisionEncoder):
+            try:
+                component({"model_type": name})
+            except ValueError as problem:
+                reasons.append(str(problem))
+        return Verdict(refused=reasons[0]) if len(reasons) == 2 else Verdict(errors={"text alone": 0.0})
+    model = {**zoo.VISION_LANGUAGE, **OTHER_LLMS}[name]
+    config, attention = model.config(), model.attention
+    whole = _randomized(hf.AutoModelForImageTextToText, config, attention)
+    double = _randomized(hf.AutoModelForImageTextToText, config, attention, experts_implementation="eager").double()
+    made = HFDecoder(config, attn_implementation=attention)
+    verdict = Verdict(packing=made.refuses_packing, attention=attention)
+    parts = Parts(made, whole.state_dict())
+    image = HFVisionEncoder(config, attn_implementation=attention)
+    image.materialize()
+    image.load_state_dict({weight: whole.state_dict()[weight] for weight in image.state_dict()})
+    encoders: dict[str, Encoder] = {"image": image}
+    if image.family.video is not None:
+        encoders["video"] = HFVideoEncoder(image)
+    for packed in (False,) if verdict.packing else (False, True):
+        alone = packed and not made.auxiliary_losses  # which is a mean over microbatches
+        loss = zoo.reference_loss(whole, model, packed, alone)
+        loss.backward()
+        expected = _taken(whole)
+        zoo.reference_loss(double, model, packed, alone).backward()
+        verdict.rounding = max(verdict.rounding, _largest(expected, _taken(double)))
+        found = _stage_by_stage([MultimodalLM(part, encoders) for part in parts.parts], model, packed)
+        found.backward()
+        kind = "packed" if packed else "padded"
+        verdict.errors[f"{kind}: loss"] = _error(found.detach(), loss.detach())
+        verdict.errors[f"{kind}: gradients"] = _largest({**parts.gradients(), **_taken(image)}, expected)
+    return verdict
+
+
+def _stage_by_stage(stages: list[MultimodalLM], model: zoo.Model, packed: bool) -> Tensor:
+    """The loss of the zoo's batch."""
+    given = stages[0].prepare(zoo.batch(model, packed, PipelineLayout()))
+    sums = {name: torch.zeros(()) for name in stages[0].loss_names}
+    for microbatch in given.microbatches:
+        features = torch.cat(stages[0].encode(microbatch.media)) if microbatch.media else None
+        hidden, extras, losses = None, dict[str, Tensor](), dict[str, Tensor]()
+        for k, stage in enumerate(stages):
+            out = stage.run_stage(microbatch, range(k, k + 1), hidden, extras, features, "train")
+            hidden, extras, losses, features = out.hidden, out.extras, out.losses, None
+        sums = {name: total + losses.get(name, torch.zeros(())) for name, total in sums.items()}
+    scales = stages[0].scales(torch.tensor(stages[0].counts(given)))
+    return (torch.stack(list(sums.values())) * scales).sum()
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
+    """The library's model with random weights, also of those that start as zeros or ones."""
+    torch.manual_seed(2)
+    whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=attention, **more).float()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return whole.train()
 
 
 def _taken(module: torch.nn.Module) -> Gradients:
@@ -213,19 +292,24 @@ def _largest(found: Gradients, expected: Gradients) -> float:
 def main() -> None:
     warnings.simplefilter("ignore")
     hf.utils.logging.set_verbosity_error()
-    counts = dict.fromkeys(("exact", "refused", "WRONG"), 0)
-    for name in sys.argv[1:] or TYPES:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--attention", nargs="*", default=["sdpa", "eager"])
+    parser.add_argument("types", nargs="*")
+    options, counts = parser.parse_args(), dict.fromkeys(("exact", "refused", "WRONG"), 0)
+    both = [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in VISION_LANGUAGE)]
+    for look, name in [*both, *((vision_language, name) for name in OTHER_LLMS)]:
+        if options.types and name not in options.types:
+            continue
         start = time.perf_counter()
         try:
-            verdict = check(name)
+            verdict = look(name, tuple(options.attention)) if look is decoder else look(name)
             kind = "refused" if verdict.refused else "WRONG" if verdict.wrong else "exact"
             said = [verdict.refused, str(verdict.wrong or ""), verdict.packing, verdict.router]
         except Exception as problem:
             kind, said = "WRONG", [f"{type(problem).__name__}: {problem}"]
         counts[kind] += 1
-        print(
-            f"{kind:8}{name:26}{time.perf_counter() - start:5.1f} s ", " | ".join(filter(None, said))[:300], flush=True
-        )
+        taken = time.perf_counter() - start
+        print(f"{kind:8}{name:26}{taken:5.1f} s ", " | ".join(filter(None, said))[:300], flush=True)
     print(counts)
 
 

@@ -4,7 +4,7 @@ A batch is made twice: as the pipeline's microbatches, and as arguments of the l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -391,6 +391,16 @@ VISION_LANGUAGE: dict[str, Model] = {
 MODELS = {**DECODERS, **VISION_LANGUAGE}
 
 
+def with_llm(name: str, kind: type[Any], attention: str = "sdpa", **changes: Any) -> Model:
+    """A family with another LLM inside."""
+
+    def config() -> Any:
+        made = MODELS[name].config().to_dict()
+        return hf.AutoConfig.for_model(**{**made, "text_config": llm(kind, **changes)})
+
+    return replace(MODELS[name], config=config, attention=attention)
+
+
 @dataclass
 class Sequence:
     """One sample: tokens with its items' placeholders among them."""
@@ -461,7 +471,8 @@ def batch(model: Model, packed: bool, layout: PipelineLayout) -> Batch:
 
 def reference_loss(whole: Any, model: Model, packed: bool, alone: bool = False) -> Tensor:
     """By the library's own forward, of whole microbatches, or of each sample alone."""
-    coefficient = getattr(whole.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    text = whole.config.get_text_config()
+    coefficient = text.router_aux_loss_coef if getattr(text, "output_router_logits", False) else 0.0
     losses, auxiliary, labels = [], [], 0
     for rows in sequences(model, packed):
         for call in [[[sample]] for row in rows for sample in row] if alone else [rows]:
