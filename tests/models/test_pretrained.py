@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
-from tests.models import table, zoo
+from tests.models import zoo
 from tests.ranks import run_ranks
 
 
@@ -241,7 +241,3 @@ def test_grids_that_do_not_fit(problem: str, folder: Path) -> None:
     message = "1 items more|2 items more|3 items more|4 items more" if problem == "many" else "do not fit the grids"
     with pytest.raises(ValueError, match=message):
         module.pipeline(batch)
-
-
-def test_the_documented_table_is_what_is_tested() -> None:
-    assert table.PAGE.read_text() == table.page(), "run: python -m tests.models.table"
