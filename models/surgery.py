@@ -5,6 +5,7 @@ Knows what all models of the library share; knows nothing of stages, families or
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,8 +144,22 @@ def materialize(
     if source is None:
         keep(whole)
         allocate_and_initialize(whole, seed)
-        return whole if dtype is None else nn.Module.to(whole, dtype)
+        if dtype is not None:
+            _convert(whole, dtype)
+        return whole
     return _load(type(whole), keep, source, whole.config, dtype)
+
+
+def _convert(whole: Any, dtype: torch.dtype) -> None:
+    """As if the weights had been loaded in this type: what the library computes with in float32 stays so, such as the
+    frequencies of rotary embeddings and some routers."""
+    with torch.device("meta"):
+        made = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype).state_dict()
+    exact = [re.compile(pattern.replace("*", ".*")) for pattern in whole._get_dtype_plan(dtype)]
+    for name, tensor in whole.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            kept = any(pattern.search(name) for pattern in exact)
+            tensor.data = tensor.data.to(torch.float32 if kept else made[name].dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
-from tests.models import zoo
+from tests.models import tiny, zoo
 from tests.ranks import run_ranks
 
 
@@ -64,6 +64,22 @@ def test_weights_are_read_in_the_wanted_precision(folder: Path) -> None:
     hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert {p.dtype for p in whole(folder).parameters()} == {torch.float32}
     assert {p.dtype for p in whole(folder, dtype="auto").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_5_moe", "deepseek_v3", "granitemoehybrid", "mimo_v2_flash"])
+def test_types_are_those_of_the_library(name: str, tmp_path: Path) -> None:
+    """In bfloat16 some weights and the rotary frequencies stay float32, whether weights are drawn or read."""
+    config = zoo.MODELS[name].config() if name in zoo.MODELS else tiny.tiny_config(name, output_router_logits=False)
+    auto = hf.AutoModelForImageTextToText if name in zoo.VISION_LANGUAGE else hf.AutoModelForCausalLM
+    auto.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    reference = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = {n: t.dtype for n, t in [*reference.named_parameters(), *reference.named_buffers()]}
+    assert torch.bfloat16 in expected.values()
+    for source, weights in ((config, None), (str(tmp_path), str(tmp_path))):
+        llm = HFDecoder(source, dtype="bfloat16", attn_implementation="eager", weights=weights)
+        llm.materialize(range(llm.num_layers), True, True)
+        for n, tensor in [*llm.named_parameters(), *llm.named_buffers()]:
+            assert tensor.dtype == expected[n], (n, weights)
 
 
 def test_a_part_reads_its_slices_only(folder: Path) -> None:
