@@ -154,12 +154,12 @@ def _convert(whole: Any, dtype: torch.dtype) -> None:
     """As if the weights had been loaded in this type: what the library computes with in float32 stays so, such as the
     frequencies of rotary embeddings and some routers."""
     with torch.device("meta"):
-        made = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype).state_dict()
+        model = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype)
+        made = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     exact = [re.compile(pattern.replace("*", ".*")) for pattern in whole._get_dtype_plan(dtype)]
-    for name, tensor in whole.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            kept = any(pattern.search(name) for pattern in exact)
-            tensor.data = tensor.data.to(torch.float32 if kept else made[name].dtype)
+    for name, tensor in [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]:
+        kept = any(pattern.search(name) for pattern in exact)
+        tensor.data = tensor.data.to(torch.float32 if kept else made[name].dtype)
 
 
 @contextmanager
