@@ -34,8 +34,10 @@ def loss_and_gradients(module: MultimodalLM, name: str = "qwen3_vl") -> tuple[fl
     return loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_moe", "gemma2"])
-def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "packed"), [("qwen3_vl_moe", True), ("qwen3_vl", False), ("qwen3_moe", True), ("gemma2", False)]
+)
+def test_gradient_checkpointing_changes_nothing(name: str, packed: bool, tmp_path: Path) -> None:
     zoo.save(name, tmp_path)
     attention = zoo.MODELS[name].attention
     results, kept = [], []
@@ -49,7 +51,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = module.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout())).loss
+            loss = module.pipeline(zoo.batch(zoo.MODELS[name], packed, PipelineLayout())).loss
         kept.append(saved)
         loss.backward()
         results.append((loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
