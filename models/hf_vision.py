@@ -36,6 +36,7 @@ class HFVisionEncoder(Encoder):
     Attributes:
         config: the config of the whole model.
         source: the folder that its weights come from; ``None``: they are drawn.
+        width: D, of the features: that of the model's own LLM.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class HFVisionEncoder(Encoder):
         if family is None:
             raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
         self.family = family
+        self.width: int = self.config.get_text_config().hidden_size
         self.seed, self.source = seed, weights
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
@@ -127,6 +129,9 @@ class HFVideoEncoder(Encoder):
     """Videos through the tower and projector of an `HFVisionEncoder`; has no parameters of its own.
 
     An item is of shape (t, h, w, values of a patch) for Qwen's models, else (frames, C, H, W).
+
+    Attributes:
+        width: D, of the features.
     """
 
     def __init__(self, vision: HFVisionEncoder) -> None:
@@ -140,7 +145,7 @@ class HFVideoEncoder(Encoder):
         super().__init__()
         if vision.family.video is None:
             raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
-        self.levels = vision.levels
+        self.levels, self.width = vision.levels, vision.width
         self._encode = vision.family.video
         self._unregistered = (vision,)  # in a tuple: its parameters are registered once
 

@@ -131,6 +131,7 @@ def test_images_and_videos_share_the_tower(folder: Path) -> None:
     assert isinstance(video, HFVideoEncoder)
     assert not list(video.parameters())
     assert image.levels == video.levels == 4
+    assert image.width == video.width == module.llm.width
     names = [name for name, _ in module.named_parameters() if name.startswith("encoders.")]
     assert all(name.startswith("encoders.image.model.visual.") for name in names)
 
