@@ -62,9 +62,16 @@ def check_device(implementation: str, device: torch.device) -> None:
         raise ValueError(f"attn_implementation={implementation!r} needs a GPU: use sdpa or eager on the CPU")
 
 
-def is_packed(positions_BS: Tensor) -> bool:
-    """Whether any row holds several samples: its positions do not go on one by one, as for the library's masks."""
-    return bool((positions_BS.diff(dim=-1) != 1).any())
+def is_packed(positions_BS: Tensor, mask_BS: Tensor | None = None) -> bool:
+    """Whether any row holds several samples: its positions do not go on one by one, as for the library's masks.
+
+    Args:
+        mask_BS: 0 where there is padding, whose positions do not count.
+    """
+    breaks_BS = positions_BS.diff(dim=-1) != 1
+    if mask_BS is not None:
+        breaks_BS = breaks_BS & (mask_BS[:, 1:] > 0) & (mask_BS[:, :-1] > 0)
+    return bool(breaks_BS.any())
 
 
 def sample_starts(positions_BS: Tensor) -> Tensor:

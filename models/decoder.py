@@ -265,8 +265,14 @@ class HFDecoder(LanguageModel):
         text_BS = _text_positions(inputs["position_ids"])
         if self._attention not in attention.MASKED and not inputs.keys() & {"attention_mask", attention.STARTS}:
             inputs[attention.STARTS] = attention.sample_starts(text_BS)
-        if self.refuses_packing and attention.is_packed(text_BS):
-            raise ValueError(f"{self.refuses_packing}: give each sample a row of its own (packed=False)")
+        mask_BS = inputs.get("attention_mask")
+        if mask_BS is not None and mask_BS.shape != ids_BS.shape:
+            raise ValueError(
+                f"inputs['attention_mask'] has shape {tuple(mask_BS.shape)}, but input_ids {tuple(ids_BS.shape)}"
+            )
+        if (mask_BS is not None or self.refuses_packing) and attention.is_packed(text_BS, mask_BS):
+            reason = self.refuses_packing or "with an attention_mask, transformers takes a packed row for one sample"
+            raise ValueError(f"{reason}: give each sample a row of its own (packed=False)")
         if self.family is None:
             return inputs
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
@@ -322,7 +328,7 @@ class HFDecoder(LanguageModel):
         if "token_type_ids" in inputs and self.family is not None and self.family.bidirectional_images:
             mask = bidirectional_masks(self._decoder.config, h_BSD, inputs)
         positions = inputs.get("position_ids")
-        if mask is None and self._gives_masks and positions is not None:
+        if mask is None and self._gives_masks and self._attention in attention.MASKED and positions is not None:
             mask = attention.packed_masks(self._decoder.config, h_BSD, _text_positions(positions))
         with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
             out = self._stage(layers)(h_BSD, position_ids=positions, attention_mask=mask, **further)

@@ -21,6 +21,12 @@ from transformers.utils import logging
 from .attention import AttentionNotThereError, refused_clearly
 from .initialization import allocate_and_initialize
 
+_RETURNED = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f", "ln_f")
 """What decoders call their final norm."""
 
@@ -52,10 +58,10 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
         )
     auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
     config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
-            if getattr(part, name, False):
-                setattr(part, name, False)
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
+        for name, value in _RETURNED.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
     try:
         with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
             whole = auto.from_config(config, attn_implementation=attn_implementation)

@@ -140,6 +140,34 @@ def test_packed_rows_and_masks_reach_the_layers() -> None:
     )
 
 
+def test_inputs_that_would_be_taken_for_something_else() -> None:
+    decoder = whole("llama")
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="with an attention_mask, transformers takes a packed row for one sample"):
+        decoder.prepare({"input_ids": ids(1, 5), "position_ids": packed, "attention_mask": torch.ones(1, 5)})
+    with pytest.raises(ValueError, match=r"'attention_mask'\] has shape \(1, 1, 5, 5\), but input_ids \(1, 5\)"):
+        decoder.prepare({"input_ids": ids(1, 5), "attention_mask": torch.ones(1, 1, 5, 5)})
+    with pytest.raises(ValueError, match=r"'position_ids'\] has shape \(3, 1, 5\): give \(B, S\)"):
+        decoder.prepare({"input_ids": ids(1, 5), "position_ids": packed.expand(3, 1, 5)})
+    left = {"position_ids": torch.tensor([[1, 1, 0, 1, 2]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    decoder.prepare({"input_ids": ids(1, 5), **left})
+
+
+def test_what_a_forward_returns_does_not_change_stages() -> None:
+    """Settings of the config that only say what else the library is to return."""
+    told = {"output_hidden_states": True, "return_dict": False, "use_cache": True, "num_labels": 7}
+    expected = run(whole("llama"), {"input_ids": ids()}, SPLITS)
+    assert torch.equal(run(whole("llama", **told), {"input_ids": ids()}, SPLITS), expected)
+    decoder = build("llama", output_attentions=True, attn_implementation="eager", **told)
+    decoder.materialize(range(LAYERS), True, True)
+    assert torch.allclose(run(decoder, {"input_ids": ids()}, SPLITS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="has a quantization_config: quantized weights cannot be trained"):
+        build("llama", quantization_config={"quant_method": "fp8"})
+
+
 def test_a_copy_is_independent() -> None:
     decoder = whole()
     inputs = {"input_ids": ids()}
