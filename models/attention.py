@@ -87,13 +87,14 @@ def sample_bounds(positions_S: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(sample_starts(positions_S[None]).tolist()))
 
 
-def sample_arguments(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the layers pass on to an implementation without masks; the longest sample may be given too long, which
-    spares the device from being asked."""
-    if STARTS not in inputs:
-        return {}
-    longest = inputs["input_ids"].shape[-1]
-    given = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), inputs[STARTS])
+def sample_arguments(starts: Tensor, longest: int) -> dict[str, Any]:
+    """What the layers pass on to an implementation without masks.
+
+    Args:
+        starts: as of `sample_starts`.
+        longest: of the samples; it may be given too long, which spares the device from being asked.
+    """
+    given = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
     return {**given, "max_length_q": longest, "max_length_k": longest}
 
 

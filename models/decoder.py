@@ -148,11 +148,12 @@ class HFDecoder(LanguageModel):
             )
         if self.family is not None and self.family.multimodal_positions:
             rows = 4
-        if not (reason := probe.why_not_packed(decoder, self._names, self.width, rows)):
-            return "", False
-        if not probe.why_not_packed(decoder, self._names, self.width, rows, attention.packed_masks):
-            return "", True
-        return f"{kind}: {reason}", False
+        gives = False
+        if reason := probe.why_not_packed(decoder, self._names, self.width, rows):
+            gives = not probe.why_not_packed(decoder, self._names, self.width, rows, attention.packed_masks)
+        if (not reason or gives) and self._attention not in attention.MASKED:
+            reason, gives = probe.why_not_told(decoder, self._names, self.width, rows), False
+        return (f"{kind}: {reason}" if reason and not gives else ""), gives
 
     @property
     def _whole(self) -> Any:
@@ -263,7 +264,8 @@ class HFDecoder(LanguageModel):
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(ids_BS.shape[1], device=ids_BS.device).repeat(len(ids_BS), 1)
         text_BS = _text_positions(inputs["position_ids"])
-        if self._attention not in attention.MASKED and not inputs.keys() & {"attention_mask", attention.STARTS}:
+        known = inputs.keys() & {"attention_mask", attention.STARTS}
+        if self._attention not in attention.MASKED and not self.refuses_packing and not known:
             inputs[attention.STARTS] = attention.sample_starts(text_BS)
         mask_BS = inputs.get("attention_mask")
         if mask_BS is not None and mask_BS.shape != ids_BS.shape:
@@ -318,7 +320,9 @@ class HFDecoder(LanguageModel):
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         attention.check_device(self._attention, h_BSD.device)
-        further = attention.sample_arguments(inputs)
+        further: dict[str, Any] = {}
+        if attention.STARTS in inputs:
+            further = attention.sample_arguments(inputs[attention.STARTS], inputs["input_ids"].shape[-1])
         features = extras.pop("features", None)
         if features is not None:
             further.update(self._deepstack(features, inputs["media_positions"], h_BSD, layers))
@@ -328,7 +332,7 @@ class HFDecoder(LanguageModel):
         if "token_type_ids" in inputs and self.family is not None and self.family.bidirectional_images:
             mask = bidirectional_masks(self._decoder.config, h_BSD, inputs)
         positions = inputs.get("position_ids")
-        if mask is None and self._gives_masks and self._attention in attention.MASKED and positions is not None:
+        if mask is None and self._gives_masks and positions is not None:
             mask = attention.packed_masks(self._decoder.config, h_BSD, _text_positions(positions))
         with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
             out = self._stage(layers)(h_BSD, position_ids=positions, attention_mask=mask, **further)

@@ -7,31 +7,31 @@ the same answer on every rank, and is asked when a model is built, before anythi
 A stage passes on hidden states alone. So between its layers a decoder may do nothing else (`why_not_cut`): not run a
 layer twice, nor change hidden states between two of them, nor give a layer what an earlier one has made, or what
 depends on the embeddings or the token ids. And in a packed row a layer must get for each sample what it gets for the
-sample alone (`why_not_packed`): positions, and a mask by which its tokens see no other sample's.
+sample alone (`why_not_packed`): positions, and a mask by which its tokens see no other sample's; or its attention must
+be told where samples start (`why_not_told`).
 
 Knows decoders with `layers`, an embedding and a norm; knows nothing of stages, families or ranks. What happens inside
-a layer is not looked at, but for which modules it has.
+a layer is not looked at, but for which modules it has and what its attention is told.
 
 Shape suffixes: B samples, S tokens, D width.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from torch.utils._pytree import tree_map_only
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .initialization import allocate_and_initialize
-from .rope import changes_with_length, stateless_ropes
-from .stage import hidden_of, shell_of
-from .surgery import Names, PassThrough
+from .attention import sample_arguments
+from .rope import changes_with_length
+from .surgery import Names
+from .twin import SHORT, STATE, Run, Twin
 
 LENGTHS = (11, 12)  # tokens of two samples
-SHORT = 4
 MASKED = ("eager", "sdpa")  # attention implementations whose masks can be looked at here
 MIXERS = (nn.Conv1d,)  # modules by which tokens see each other, whatever a mask says
 TYPES = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
@@ -73,10 +73,19 @@ def why_not_packed(decoder: Any, names: Names, width: int, position_rows: int = 
     return ""
 
 
+def why_not_told(decoder: Any, names: Names, width: int, position_rows: int = 1) -> str:
+    """Why a row must not hold several samples where attention takes no mask, but is told where samples start.
+
+    Args:
+        decoder, names, width, position_rows: as of `why_not_packed`.
+    """
+    return _looked_at(_about_telling, decoder, names, width, position_rows, decoder)
+
+
 def _looked_at(look: Callable[..., str], decoder: Any, names: Names, *arguments: Any) -> str:
     with torch.no_grad(), torch.device("cpu"):
         try:
-            return look(_Twin(decoder, names), *arguments)
+            return look(Twin(decoder, names), *arguments)
         except Exception as problem:  # whatever it does with what a layer is not expected to return
             return f"its layers hand on or need more than hidden states ({type(problem).__name__}: {problem})"
 
@@ -99,130 +108,7 @@ def _about_weights(decoder: Any, names: Names) -> str:
     return ""
 
 
-class _StandIn(PassThrough):
-    """Stands for a layer, or for the norm.
-
-    Attributes:
-        result: what it returns; ``None``: what it gets.
-        calls: hidden states, and all other arguments by name.
-        order: of all calls, also of others.
-    """
-
-    def __init__(self, instead_of: nn.Module, place: Any, order: list[Any]) -> None:
-        super().__init__(instead_of)
-        self.place, self.order = place, order
-        self.result: Tensor | None = None
-        self.calls: list[tuple[Any, dict[str, Any]]] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = hidden_of(args, kwargs)
-        others = {f"argument {i}": value for i, value in enumerate(args) if i}
-        others |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        self.order.append(self.place)
-        self.calls.append((hidden, dict(_leaves(others))))
-        return hidden if self.result is None else self.result
-
-
-class _Embedding(nn.Module):
-    """Stands for the embedding: returns what it was told to."""
-
-    result: Tensor | None = None
-
-    def forward(self, ids: Tensor) -> Tensor | None:
-        return self.result
-
-
-_STATE = object()
-"""Stands for an argument by which layers could tell one another something."""
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is inside nested containers, each with a name."""
-    if isinstance(value, Cache) or (isinstance(value, Mapping | list) and not value and name):
-        yield name, _STATE
-    elif isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in items:
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-@dataclass
-class _Run:
-    """What a forward did.
-
-    Attributes:
-        order: layers, and the norm, as they were called.
-        hidden: what went into each layer.
-        others: its other arguments by name.
-        out: what came out at the end.
-    """
-
-    order: list[Any]
-    hidden: list[Any]
-    others: list[dict[str, Any]]
-    out: Any
-
-
-class _Twin:
-    """A decoder on the CPU, with stand-ins for its layers."""
-
-    def __init__(self, decoder: Any, names: Names) -> None:
-        order, norm = list[Any](), decoder.get_submodule(names.norm)
-        layers = nn.ModuleList(_StandIn(layer, k, order) for k, layer in enumerate(decoder.layers))
-        replaced = {"layers": layers, names.embedding: _Embedding(), **stateless_ropes(decoder)}
-        if any(True for _ in norm.parameters()):
-            replaced[names.norm] = _StandIn(norm, "norm", order)
-        self.shell: Any = copy.deepcopy(shell_of(decoder, **replaced)).eval()
-        allocate_and_initialize(self.shell, seed=0)
-        self.config: Any = self.shell.config
-        self.embedding: Any = self.shell.get_submodule(names.embedding)
-
-    def shorten(self) -> None:
-        """Make what changes at some length change at a few tokens."""
-        for name in ("attention_chunk_size", "original_max_position_embeddings"):
-            if getattr(self.config, name, None):
-                setattr(self.config, name, SHORT)
-        for module in self.shell.modules():
-            if hasattr(module, "original_max_seq_len"):
-                module.original_max_seq_len = module.max_seq_len_cached = SHORT
-        ropes = getattr(self.config, "rope_parameters", None) or {}
-        for rope in (ropes, *ropes.values()):
-            if isinstance(rope, dict) and "original_max_position_embeddings" in rope:
-                rope["original_max_position_embeddings"] = SHORT
-
-    def run(
-        self,
-        h_BSD: Tensor,
-        positions: Tensor,
-        results: list[float] | None = None,
-        by_ids: bool = False,
-        mask: Any = None,
-    ) -> _Run:
-        """
-        Args:
-            h_BSD: embeddings.
-            positions: position ids.
-            results: what each layer returns, in all of its elements; ``None``: what it gets.
-            by_ids: let the decoder embed token ids itself.
-            mask: attention mask.
-        """
-        layers = self.shell.layers
-        order = layers[0].order
-        order.clear()
-        for k, layer in enumerate(layers):
-            layer.calls.clear()
-            layer.result = None if results is None else h_BSD.new_tensor(results[k]).expand(h_BSD.shape)
-        self.embedding.result = h_BSD
-        ids = torch.zeros(h_BSD.shape[:2], dtype=torch.long)
-        given = {"input_ids": ids} if by_ids else {"inputs_embeds": h_BSD}
-        out = self.shell(**given, position_ids=positions, attention_mask=mask, use_cache=False)[0]
-        calls = [layer.calls[0] if layer.calls else (None, {}) for layer in layers]
-        return _Run(list(order), [hidden for hidden, _ in calls], [others for _, others in calls], out)
-
-
-def _about_layers(twin: _Twin, width: int) -> str:
+def _about_layers(twin: Twin, width: int) -> str:
     last = len(twin.shell.layers) - 1
     positions = torch.arange(LENGTHS[0])[None]
     one, other = torch.randn(2, 1, LENGTHS[0], width, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
@@ -242,7 +128,7 @@ def _about_layers(twin: _Twin, width: int) -> str:
     by_ids = twin.run(one, positions, results=[2.0 + k for k in range(last)] + [1.5], by_ids=True)
     for k, others in enumerate(run.others):
         for name, value in others.items():
-            if value is _STATE:
+            if value is STATE:
                 return f"layer {k} gets {name}, by which layers can hand on more than hidden states"
             if not _same(value, again.others[k].get(name)):
                 return f"layer {k} gets {name}, which depends on hidden states or embeddings"
@@ -263,11 +149,11 @@ def _about_layers(twin: _Twin, width: int) -> str:
     return ""
 
 
-def _about_packing(twin: _Twin, width: int, attention: str, position_rows: int, masks: MasksOf | None) -> str:
+def _about_packing(twin: Twin, width: int, attention: str, position_rows: int, masks: MasksOf | None) -> str:
     twin.config._attn_implementation = attention
     twin.shorten()
 
-    def run(*lengths: int) -> _Run:
+    def run(*lengths: int) -> Run:
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         h_BSD = torch.zeros(1, sum(lengths), width)
         mask = None if masks is None else masks(twin.config, h_BSD, positions)
@@ -317,3 +203,32 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor)
+
+
+def _about_telling(twin: Twin, width: int, position_rows: int, decoder: Any) -> str:
+    """Runs the real layers on the meta device, with what they get from the decoder."""
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None].expand(position_rows, 1, -1)
+    h_BSD = torch.zeros(1, sum(LENGTHS), width)
+    told: list[bool] = []
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs.get("cu_seq_lens_q") is not None)
+        return query.new_empty(*query.transpose(1, 2).shape[:-1], value.shape[-1]), None
+
+    before, name = decoder.config._attn_implementation, "looked_at"
+    ALL_ATTENTION_FUNCTIONS[name] = attention
+    try:
+        twin.config._attn_implementation = decoder.config._attn_implementation = name
+        starts = sample_arguments(torch.tensor([0, *accumulate(LENGTHS)]).int(), max(LENGTHS))
+        twin.run(h_BSD, positions[0] if position_rows == 1 else positions, **starts)
+        for k, (layer, stand_in) in enumerate(zip(decoder.layers, twin.shell.layers, strict=True)):
+            told.clear()
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), stand_in.given)
+            with suppress(Exception):  # after attention, experts may need what is not there without values
+                layer(*args, **kwargs)
+            if not told or not all(told):
+                return f"the attention of layer {k} is not told where samples start"
+    finally:
+        decoder.config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[name]
+    return ""

@@ -37,9 +37,9 @@ def by_starts(
 ) -> tuple[Tensor, None]:
     """Causal attention as flash attention does it: without a mask, told where samples start in the flattened rows."""
     assert attention_mask is None
-    assert cu_seq_lens_q is not None, "what keeps samples apart did not arrive"
-    starts = cu_seq_lens_q.tolist()
-    assert max(b - a for a, b in pairwise(starts)) <= max_length_q
+    rows, length = query.shape[0], query.shape[2]
+    starts = [row * length for row in range(rows + 1)] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    assert cu_seq_lens_q is None or max(b - a for a, b in pairwise(starts)) <= max_length_q
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = []
@@ -52,7 +52,7 @@ def by_starts(
         seen = (distance >= 0) & (distance < (sliding_window or stop))
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         out.append((weights @ v_HLD.repeat_interleave(repeats, 0)).transpose(0, 1))
-    return torch.cat(out).view(query.shape[0], query.shape[2], *q.shape[1:]), None
+    return torch.cat(out).view(query.shape[0], query.shape[2], q.shape[1], -1), None
 
 
 AttentionInterface.register("by_starts", by_starts)

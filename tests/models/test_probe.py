@@ -10,7 +10,9 @@ from transformers.masking_utils import create_causal_mask
 
 from bigmac_lightning.models import HFDecoder, probe, surgery
 from bigmac_lightning.models.attention import packed_masks
-from tests.models import tiny, zoo
+from tests.models import test_attention, tiny, zoo
+
+assert test_attention.by_starts  # an implementation that takes no mask
 
 
 def built(config: Any = None, decoder: type[Any] | None = None) -> Any:
@@ -163,6 +165,16 @@ def test_chunks_that_start_anywhere() -> None:
 def test_layers_that_mix_samples(name: str, reason: str) -> None:
     llm = HFDecoder(tiny.tiny_config(name, output_router_logits=False))
     assert reason in llm.refuses_packing
+
+
+@pytest.mark.parametrize(("name", "told"), [("llama", True), ("nemotron", False), ("stablelm", False)])
+def test_attention_that_is_not_told_where_samples_start(name: str, told: bool) -> None:
+    """It may take a mask, but not go without."""
+    config = tiny.tiny_config(name)
+    assert not HFDecoder(config, attn_implementation="eager").refuses_packing
+    llm = HFDecoder(config, attn_implementation="by_starts")
+    assert ("the attention of layer 0 is not told where samples start" in llm.refuses_packing) is not told
+    assert llm._decoder.config._attn_implementation == "by_starts"
 
 
 def test_large_models_cost_no_more() -> None:
