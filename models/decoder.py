@@ -23,30 +23,14 @@ from bigmac_lightning.token_loss import chunked_gradients, fused_token_loss
 from . import attention, liger, probe, surgery
 from .decoder_work import attended, layer_work
 from .families import family_of
-from .head import logits_of
+from .head import check_plain, logits_of
 from .initialization import to_config
-from .multimodal_inputs import bidirectional_masks, multimodal_positions
+from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .surgery import PassThrough
 
 ROUTER_LOSS = "router"
-
-
-def _text_positions(positions: Tensor) -> Tensor:
-    """(B, S) of (B, S), or of (4, B, S), where text positions are the first.
-
-    Raises:
-        ValueError: they have another shape.
-    """
-    if positions.ndim == 2:
-        return positions
-    if positions.ndim == 3 and len(positions) == 4:
-        return positions[0]
-    raise ValueError(
-        f"inputs['position_ids'] has shape {tuple(positions.shape)}: give (B, S), starting anew at each sample of "
-        "a row, or (4, B, S): these, then temporal, height and width positions"
-    )
 
 
 class HFDecoder(LanguageModel):
@@ -89,7 +73,8 @@ class HFDecoder(LanguageModel):
                 Liger kernels, on GPUs.
 
         Raises:
-            ValueError: a model that cannot be cut into stages, or an attention implementation that is not there.
+            ValueError: a model that cannot be cut into stages, or whose losses cannot be made, with the reason; or an
+                attention implementation that is not there.
         """
         super().__init__()
         self.config = to_config(config)
@@ -120,6 +105,9 @@ class HFDecoder(LanguageModel):
             )
         if reason := probe.why_not_cut(decoder, self._names, self.width):
             raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")
+        self._output = surgery.path_of(whole.get_output_embeddings(), whole)
+        if fused_loss:
+            check_plain(whole, self._names.decoder, self._output)
         self.refuses_packing, self._gives_masks = self._look_at_packing(decoder)
         wanted = getattr(text, "output_router_logits", False)
         self._routers = routers_of(whole, decoder, text) if wanted else None
@@ -148,12 +136,9 @@ class HFDecoder(LanguageModel):
             )
         if self.family is not None and self.family.multimodal_positions:
             rows = 4
-        gives = False
-        if reason := probe.why_not_packed(decoder, self._names, self.width, rows):
-            gives = not probe.why_not_packed(decoder, self._names, self.width, rows, attention.packed_masks)
-        if (not reason or gives) and self._attention not in attention.MASKED:
-            reason, gives = probe.why_not_told(decoder, self._names, self.width, rows), False
-        return (f"{kind}: {reason}" if reason and not gives else ""), gives
+        takes_masks = self._attention in attention.MASKED
+        reason, gives = probe.packing(decoder, self._names, self.width, rows, takes_masks)
+        return reason and f"{kind}: {reason}", gives
 
     @property
     def _whole(self) -> Any:
@@ -186,23 +171,6 @@ class HFDecoder(LanguageModel):
             whole.activation_checkpointing_enable({"use_reentrant": False})
         self._unregistered = (whole,)
         self._register_children()
-        if head and self._fused:
-            self._check_fused_loss()
-
-    def _check_fused_loss(self) -> None:
-        """
-        Raises:
-            ValueError: logits are more than hidden states times the output weight.
-        """
-        output = self._whole.get_output_embeddings()
-        with torch.no_grad():
-            h_LD = torch.linspace(-9, 9, self.width, dtype=output.weight.dtype)[None]
-            if output.bias is None and torch.equal(self.logits(h_LD), output(h_LD)):
-                return
-        raise ValueError(
-            f"fused_loss: the logits of model_type {self.config.model_type!r} are not those of its output weight "
-            "alone (a soft cap, a scale, a bias): leave it out"
-        )
 
     def check_adapters(self, targets: Collection[str]) -> None:
         """
@@ -212,16 +180,15 @@ class HFDecoder(LanguageModel):
         Raises:
             ValueError: the output layer is one of them, and cannot be.
         """
-        output = surgery.path_of(self._whole.get_output_embeddings(), self._whole)
-        if output not in targets:
+        if self._output not in targets:
             return
         if self.tied:
             raise ValueError(
-                f"lora: {output} is tied to the embedding, which its adapter would not change: leave it out of "
+                f"lora: {self._output} is tied to the embedding, which its adapter would not change: leave it out of "
                 "target_modules, or set tie_word_embeddings to false in the config"
             )
         if self._fused:
-            raise ValueError(f"lora: fused_loss needs {output} without an adapter: leave out one of the two")
+            raise ValueError(f"lora: fused_loss needs {self._output} without an adapter: leave out one of the two")
 
     def _keep_language_model(self, whole: Any, layers: Collection[int], embedding: bool, head: bool) -> None:
         """Drop all but these parts of the decoder, whatever else there is (a vision tower, a projector)."""
@@ -237,7 +204,7 @@ class HFDecoder(LanguageModel):
         if not head:
             if any(True for _ in decoder.get_submodule(self._names.norm).parameters()):  # others may be used elsewhere
                 surgery.drop(decoder, self._names.norm)
-            surgery.drop(whole, surgery.path_of(whole.get_output_embeddings(), whole))
+            surgery.drop(whole, self._output)
         if not embedding:
             surgery.drop(decoder, self._names.embedding)
         if not (embedding and head):
@@ -263,7 +230,7 @@ class HFDecoder(LanguageModel):
         inputs, ids_BS = dict(inputs), inputs["input_ids"]
         if "position_ids" not in inputs:
             inputs["position_ids"] = torch.arange(ids_BS.shape[1], device=ids_BS.device).repeat(len(ids_BS), 1)
-        text_BS = _text_positions(inputs["position_ids"])
+        text_BS = text_positions(inputs["position_ids"])
         known = inputs.keys() & {"attention_mask", attention.STARTS}
         if self._attention not in attention.MASKED and not self.refuses_packing and not known:
             inputs[attention.STARTS] = attention.sample_starts(text_BS)
@@ -325,7 +292,7 @@ class HFDecoder(LanguageModel):
             further = attention.sample_arguments(inputs[attention.STARTS], inputs["input_ids"].shape[-1])
         features = extras.pop("features", None)
         if features is not None:
-            further.update(self._deepstack(features, inputs["media_positions"], h_BSD, layers))
+            further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
             if len(features) > len(layers):
                 extras["features"] = features[len(layers) :]
         mask: Any = inputs.get("attention_mask")
@@ -333,7 +300,7 @@ class HFDecoder(LanguageModel):
             mask = bidirectional_masks(self._decoder.config, h_BSD, inputs)
         positions = inputs.get("position_ids")
         if mask is None and self._gives_masks and positions is not None:
-            mask = attention.packed_masks(self._decoder.config, h_BSD, _text_positions(positions))
+            mask = attention.packed_masks(self._decoder.config, h_BSD, text_positions(positions))
         with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
             out = self._stage(layers)(h_BSD, position_ids=positions, attention_mask=mask, **further)
         if self._routers is not None:
@@ -341,14 +308,6 @@ class HFDecoder(LanguageModel):
             counted = inputs.get("attention_mask", inputs.get(attention.TOKENS))
             extras[ROUTER_LOSS] = self._routers.add(before, router_logits, counted)
         return out
-
-    def _deepstack(self, features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
-        """The arguments by which Qwen3-VL adds features after its first layers; nothing for layers of other stages."""
-        mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
-        mask_BS.view(-1)[positions_N] = True
-        features = features[: len(layers), positions_N.argsort()]
-        nothing = torch.zeros_like(features[0])
-        return {"visual_pos_masks": mask_BS, "deepstack_visual_embeds": [*[nothing] * layers.start, *features]}
 
     def _stage(self, layers: range) -> Stage:
         if layers not in self._stages:

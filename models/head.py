@@ -21,6 +21,26 @@ def logits_of(whole: Any, decoder_name: str, h_LD: Tensor) -> Tensor:
     return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
 
+def check_plain(whole: Any, decoder_name: str, output_name: str) -> None:
+    """
+    Args:
+        whole: a model, with or without weights.
+        decoder_name, output_name: of its decoder and of its output layer.
+
+    Raises:
+        ValueError: logits are more than hidden states times the output weight.
+    """
+    with torch.no_grad(), torch.device("cpu"):
+        h_LD = torch.linspace(-9, 9, 8)[None]
+        bare = shell_of(whole, **{output_name: nn.Identity()})
+        if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, decoder_name, h_LD), h_LD):
+            return
+    raise ValueError(
+        f"fused_loss: the logits of model_type {whole.config.model_type!r} are not those of its output weight "
+        "alone (a soft cap, a scale, a bias): leave it out"
+    )
+
+
 def library_router_loss(
     whole: Any, decoder_name: str, output_name: str, logits_TE: Sequence[Tensor], mask: Tensor
 ) -> Tensor | None:

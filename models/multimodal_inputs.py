@@ -1,4 +1,4 @@
-"""Positions and masks of LLMs that treat image tokens in a way of their own: M-RoPE, and Gemma 3's two-way images.
+"""What LLMs get that treat image tokens in a way of their own: M-RoPE, Gemma 3's two-way images, deepstack features.
 
 Everything is computed from what all ranks have: token ids, text positions and the grids of the media items.
 
@@ -62,6 +62,37 @@ def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[st
         inputs.get("position_ids"),
         block_sequence_ids=blocks,
     )
+
+
+def text_positions(positions: Tensor) -> Tensor:
+    """(B, S) of (B, S), or of (4, B, S), where text positions are the first.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    if positions.ndim == 2:
+        return positions
+    if positions.ndim == 3 and len(positions) == 4:
+        return positions[0]
+    raise ValueError(
+        f"inputs['position_ids'] has shape {tuple(positions.shape)}: give (B, S), starting anew at each sample of "
+        "a row, or (4, B, S): these, then temporal, height and width positions"
+    )
+
+
+def deepstack_arguments(features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
+    """By which Qwen3-VL adds features after its first layers; nothing for layers of other stages.
+
+    Args:
+        features: of the levels that are still to be added, (levels, N, D).
+        positions_N: the tokens that they belong to, flat indices into B * S.
+        layers: of the stage.
+    """
+    mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+    mask_BS.view(-1)[positions_N] = True
+    features = features[: len(layers), positions_N.argsort()]
+    nothing = torch.zeros_like(features[0])
+    return {"visual_pos_masks": mask_BS, "deepstack_visual_embeds": [*[nothing] * layers.start, *features]}
 
 
 class _Grids:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import sample_arguments
+from .attention import packed_masks, sample_arguments
 from .rope import changes_with_length
 from .surgery import Names
 from .twin import SHORT, STATE, Run, Twin
@@ -49,6 +49,21 @@ def why_not_cut(decoder: Any, names: Names, width: int) -> str:
         width: D.
     """
     return _about_weights(decoder, names) or _looked_at(_about_layers, decoder, names, width)
+
+
+def packing(decoder: Any, names: Names, width: int, position_rows: int, takes_masks: bool) -> tuple[str, bool]:
+    """Why a row must not hold several samples, and whether it may because the decoder is given masks for them.
+
+    Args:
+        decoder, names, width, position_rows: as of `why_not_packed`.
+        takes_masks: whether its attention implementation does.
+    """
+    given = False
+    if reason := why_not_packed(decoder, names, width, position_rows):
+        given = not why_not_packed(decoder, names, width, position_rows, packed_masks)
+    if reason and not given:
+        return reason, False
+    return ("", given) if takes_masks else (why_not_told(decoder, names, width, position_rows), False)
 
 
 def why_not_packed(decoder: Any, names: Names, width: int, position_rows: int = 1, masks: MasksOf | None = None) -> str:
