@@ -100,8 +100,8 @@ class HFDecoder(LanguageModel):
         if self.family is None and (others := surgery.weights_beside(whole, decoder)):
             raise ValueError(
                 f"model_type {self.config.model_type!r} has weights beside its decoder and output layer ({others[0]}, "
-                "...), which no component here knows; its decoder alone can be trained: HFDecoder("
-                "config.get_text_config())"
+                "...), which no component here knows; its decoder alone may be one that can be trained: "
+                "HFDecoder(config.get_text_config())"
             )
         if reason := probe.why_not_cut(decoder, self._names, self.width):
             raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")

@@ -140,6 +140,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     if kind not in FAMILIES:
         raise ValueError(
             f"no vision-language model of model_type {kind!r} is known here; there are {sorted(FAMILIES)}. "
-            "Its decoder alone can be trained as an HFDecoder (config.get_text_config()) with an Encoder of your own"
+            "Its decoder alone may be one that can be trained, as HFDecoder(config.get_text_config()), with an Encoder "
+            "of your own"
         )
     return FAMILIES[kind]
