@@ -91,6 +91,8 @@ class HFDecoder(LanguageModel):
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        if gradient_checkpointing:
+            surgery.check_checkpointing(whole)
         self._names = surgery.names_of(whole)
         decoder = whole.get_submodule(self._names.decoder)
         text: Any = self.config.get_text_config()

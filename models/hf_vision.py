@@ -70,6 +70,8 @@ class HFVisionEncoder(Encoder):
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
         self._attention = attn_implementation
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        if gradient_checkpointing:
+            surgery.check_checkpointing(whole)
         self._keep_vision(whole)
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._register_children()

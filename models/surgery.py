@@ -132,6 +132,15 @@ def drop(whole: nn.Module, name: str) -> None:
     whole.set_submodule(name, PassThrough())
 
 
+def check_checkpointing(whole: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: its layers cannot run again in the backward.
+    """
+    if not whole.supports_gradient_checkpointing:
+        raise ValueError(f"transformers has no gradient checkpointing for {type(whole).__name__}: leave it out")
+
+
 def materialize(
     whole: PreTrainedModel, keep: Callable[[Any], None], source: str | None, seed: int, dtype: torch.dtype | None
 ) -> Any:

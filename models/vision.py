@@ -118,6 +118,8 @@ class VisionEncoder(Encoder):
         with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
             self.tower: Any = AutoModel.from_config(self.config)
             self.projector = self._new_projector()
+        if gradient_checkpointing:
+            surgery.check_checkpointing(self.tower)
         self._freeze_unused()
 
     def _new_projector(self) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bigmac_lightning.models import HFDecoder
+from tests.models import tiny
 from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
 
 FAMILIES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("mistral", True)]
@@ -161,6 +162,12 @@ def test_what_a_forward_returns_does_not_change_stages() -> None:
     decoder = build("llama", output_attentions=True, attn_implementation="eager", **told)
     decoder.materialize(range(LAYERS), True, True)
     assert torch.allclose(run(decoder, {"input_ids": ids()}, SPLITS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_checkpointing() -> None:
+    config = tiny.tiny_config("jetmoe", output_router_logits=False)
+    with pytest.raises(ValueError, match="has no gradient checkpointing for JetMoeForCausalLM"):
+        HFDecoder(config, gradient_checkpointing=True)
 
 
 def test_quantized_weights_are_refused() -> None:
