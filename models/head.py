@@ -31,7 +31,7 @@ def check_plain(whole: Any, decoder_name: str, output_name: str) -> None:
         ValueError: logits are more than hidden states times the output weight.
     """
     with torch.no_grad(), torch.device("cpu"):
-        h_LD = torch.linspace(-9, 9, 8)[None]
+        h_LD = torch.linspace(-9, 9, 8, dtype=torch.float32)[None]
         bare = shell_of(whole, **{output_name: nn.Identity()})
         if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, decoder_name, h_LD), h_LD):
             return
@@ -53,7 +53,7 @@ def library_router_loss(
     """
     below = _Below(tuple(logits_TE))
     shell = shell_of(whole, **{decoder_name.partition(".")[0]: below, output_name: nn.Identity()})
-    h_1TD = torch.zeros(*mask.shape, 1)
+    h_1TD = torch.zeros(*mask.shape, 1, dtype=torch.float32)
     out = shell(inputs_embeds=h_1TD, attention_mask=mask, use_cache=False, output_router_logits=True)
     return getattr(out, "aux_loss", None)
 

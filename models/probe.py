@@ -16,14 +16,14 @@ a layer is not looked at, but for which modules it has and what its attention is
 Shape suffixes: B samples, S tokens, D width.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import packed_masks, sample_arguments
@@ -48,7 +48,11 @@ def why_not_cut(decoder: Any, names: Names, width: int) -> str:
         names: of its parts.
         width: D.
     """
-    return _about_weights(decoder, names) or _looked_at(_about_layers, decoder, names, width)
+    return (
+        _about_weights(decoder, names)
+        or _looked_at(_about_layers, decoder, names, width)
+        or _looked_at(_about_results, decoder, names, width, decoder)
+    )
 
 
 def packing(decoder: Any, names: Names, width: int, position_rows: int, takes_masks: bool) -> tuple[str, bool]:
@@ -164,6 +168,38 @@ def _about_layers(twin: Twin, width: int) -> str:
     return ""
 
 
+def _about_results(twin: Twin, width: int, decoder: Any) -> str:
+    """Runs one real layer of each kind on the meta device, in bfloat16."""
+    twin.config._attn_implementation = "eager"
+    h_BSD = torch.zeros(1, LENGTHS[0], width, dtype=torch.bfloat16)
+    twin.run(h_BSD, torch.arange(LENGTHS[0])[None])
+    kinds = {tuple(map(type, layer.modules())): k for k, layer in enumerate(decoder.layers)}
+    with _attention(decoder, "eager"):
+        for k in kinds.values():
+            with suppress(Exception):  # experts may need what is not there without values
+                args, kwargs = twin.given_on_meta(k)
+                result = copy.deepcopy(decoder.layers[k]).to(torch.bfloat16)(*args, **kwargs)
+                if not isinstance(result, Tensor) or result.shape != h_BSD.shape:
+                    return f"layer {k} returns more than hidden states"
+                if result.dtype != h_BSD.dtype:
+                    return (
+                        f"layer {k} returns {result.dtype} where weights are {h_BSD.dtype}, which would be rounded "
+                        "between stages; if the config has residual_in_fp32, set it to false"
+                    )
+    return ""
+
+
+@contextmanager
+def _attention(decoder: Any, name: str) -> Iterator[None]:
+    """With another attention implementation."""
+    before = decoder.config._attn_implementation
+    decoder.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+
+
 def _about_packing(twin: Twin, width: int, attention: str, position_rows: int, masks: MasksOf | None) -> str:
     twin.config._attn_implementation = attention
     twin.shorten()
@@ -230,20 +266,20 @@ def _about_telling(twin: Twin, width: int, position_rows: int, decoder: Any) -> 
         told.append(kwargs.get("cu_seq_lens_q") is not None)
         return query.new_empty(*query.transpose(1, 2).shape[:-1], value.shape[-1]), None
 
-    before, name = decoder.config._attn_implementation, "looked_at"
+    name = "looked_at"
     ALL_ATTENTION_FUNCTIONS[name] = attention
     try:
-        twin.config._attn_implementation = decoder.config._attn_implementation = name
-        starts = sample_arguments(torch.tensor([0, *accumulate(LENGTHS)]).int(), max(LENGTHS))
-        twin.run(h_BSD, positions[0] if position_rows == 1 else positions, **starts)
-        for k, (layer, stand_in) in enumerate(zip(decoder.layers, twin.shell.layers, strict=True)):
-            told.clear()
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), stand_in.given)
-            with suppress(Exception):  # after attention, experts may need what is not there without values
-                layer(*args, **kwargs)
-            if not told or not all(told):
-                return f"the attention of layer {k} is not told where samples start"
+        with _attention(decoder, name):
+            twin.config._attn_implementation = name
+            starts = sample_arguments(torch.tensor([0, *accumulate(LENGTHS)]).int(), max(LENGTHS))
+            twin.run(h_BSD, positions[0] if position_rows == 1 else positions, **starts)
+            for k, layer in enumerate(decoder.layers):
+                told.clear()
+                with suppress(Exception):  # as above, after attention
+                    args, kwargs = twin.given_on_meta(k)
+                    layer(*args, **kwargs)
+                if not told or not all(told):
+                    return f"the attention of layer {k} is not told where samples start"
     finally:
-        decoder.config._attn_implementation = before
         del ALL_ATTENTION_FUNCTIONS[name]
     return ""

@@ -90,12 +90,12 @@ def routers_of(whole: Any, decoder: PreTrainedModel, config: Any) -> Routers:
         routers = Routers(number, experts, routed(config), coefficient)
         with torch.no_grad(), torch.device("cpu"):
             generator = torch.Generator().manual_seed(0)
-            logits = [torch.randn(6, experts, generator=generator) for _ in range(number)]
+            logits = [torch.randn(6, experts, generator=generator, dtype=torch.float32) for _ in range(number)]
             mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
             names = path_of(decoder, whole), path_of(whole.get_output_embeddings(), whole)
             expected = library_router_loss(whole, *names, logits, mask)
             if expected is not None and torch.is_tensor(expected):
-                found = routers.loss(routers.add(torch.zeros(2, experts), logits, mask))
+                found = routers.loss(routers.add(torch.zeros(2, experts, dtype=torch.float32), logits, mask))
                 if torch.allclose(found, expected, rtol=1e-5):
                     return routers
                 problem = "has another load balancing loss in transformers than is known here"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
 from .initialization import allocate_and_initialize
@@ -149,3 +150,7 @@ class Twin:
         out = self.shell(**given, position_ids=positions, attention_mask=mask, use_cache=False, **further)[0]
         calls = [layer.calls[0] if layer.calls else (None, {}) for layer in layers]
         return Run(list(order), [hidden for hidden, _ in calls], [others for _, others in calls], out)
+
+    def given_on_meta(self, layer: int) -> Any:
+        """The arguments of a layer in the last run, to run a real layer without values."""
+        return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.shell.layers[layer].given)

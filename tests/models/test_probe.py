@@ -122,6 +122,15 @@ def test_real_decoders(name: str, reason: str) -> None:
     assert reason in str(error.value)
 
 
+def test_hidden_states_of_another_type() -> None:
+    """Which a message between ranks would round, in bfloat16."""
+    with pytest.raises(
+        ValueError, match=r"layer 0 returns torch.float32 where weights are torch.bfloat16.*residual_in"
+    ):
+        HFDecoder(tiny.tiny_config("mamba"), attn_implementation="eager")
+    HFDecoder(tiny.tiny_config("mamba", residual_in_fp32=False), attn_implementation="eager")
+
+
 def test_shared_and_left_out_layers() -> None:
     whole = built()
     whole.model.layers[3].mlp = whole.model.layers[1].mlp
