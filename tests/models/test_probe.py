@@ -125,7 +125,7 @@ def test_real_decoders(name: str, reason: str) -> None:
 def test_hidden_states_of_another_type() -> None:
     """Which a message between ranks would round, in bfloat16."""
     with pytest.raises(
-        ValueError, match=r"layer 0 returns torch.float32 where weights are torch.bfloat16.*residual_in"
+        ValueError, match=r"layer 3 returns torch.float32 where weights are torch.bfloat16.*residual_in"
     ):
         HFDecoder(tiny.tiny_config("mamba"), attn_implementation="eager")
     HFDecoder(tiny.tiny_config("mamba", residual_in_fp32=False), attn_implementation="eager")
