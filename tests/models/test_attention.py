@@ -130,6 +130,14 @@ def test_what_is_not_there(attention: str, message: str) -> None:
             make()
 
 
+def test_components_of_one_config_have_implementations_of_their_own() -> None:
+    config = zoo.MODELS["llava"].config()
+    llm = HFDecoder(config, attn_implementation="eager")
+    encoder = HFVisionEncoder(config, attn_implementation="sdpa")
+    wholes = (llm._whole, encoder._unregistered[0])
+    assert [whole.config.text_config._attn_implementation for whole in wholes] == ["eager", "sdpa"]
+
+
 def test_what_a_model_cannot_use() -> None:
     with pytest.raises(ValueError, match="'sdpa' cannot be used for model_type 'gemma2': use eager"):
         HFDecoder(zoo.MODELS["gemma2"].config())
