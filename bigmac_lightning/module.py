@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.partition import TrainedLayers
+from bigmac_lightning.resumable import ResumableModule
 from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
@@ -75,7 +75,7 @@ class Part:
     head: bool = True
 
 
-class PipelineModule(pl.LightningModule):
+class PipelineModule(ResumableModule):
     """Base class of everything that strategy="bigmac" can train.
 
     Set `encoders`, `llm` and `generators` in ``__init__`` and write ordinary steps around ``self.pipeline(batch)``::
@@ -119,8 +119,13 @@ class PipelineModule(pl.LightningModule):
         """The order in which loss sums and counts travel."""
         return ["text", *self.llm.auxiliary_losses, *self.generators]
 
+    @property
+    def tied_copies(self) -> dict[str, str]:
+        return {f"llm.{copy}": f"llm.{original}" for copy, original in self.llm.tied.items()}
+
     def configure_model(self) -> None:
         """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
+        super().configure_model()
         if not self._materialized:
             self.materialize()
             self.adapt()
