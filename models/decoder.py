@@ -185,6 +185,11 @@ class HFDecoder(LanguageModel):
         if head and self._fused:
             self._check_fused_loss()
 
+    def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        self._keep_language_model(self._whole, layers, embedding, head)
+        self._shells.clear()
+        self._register_children()
+
     def _check_fused_loss(self) -> None:
         """
         Raises:
