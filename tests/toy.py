@@ -63,6 +63,14 @@ class ToyLLM(LanguageModel):
             if self.tied:
                 self.head.weight = weights.weight
 
+    def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        for i in set(range(self.num_layers)) - set(layers):
+            del self.layers[str(i)]
+        if not embedding:
+            del self.embedding
+        if not head:
+            del self.norm, self.head
+
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.embedding(inputs["input_ids"])
 
