@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from bigmac_lightning import files
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
+from bigmac_lightning.stored import alone
 
 
 def names_of(module: PipelineModule) -> Names:
@@ -43,7 +44,8 @@ def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> 
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
     place = on_first_rank(lambda: files.unfinished(path))
-    dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
+    with alone():
+        dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
     on_first_rank(lambda: torch.save(rest, place / _METADATA_FILENAME))
     on_first_rank(lambda: files.put(place, path))
 
@@ -98,7 +100,8 @@ def load_directory(
         else:
             room[place] = _room(entry, own.get(name) if kind == MODEL else None)
     tree = nested(room)
-    dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with alone():
+        dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
     rest = names.kept(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
     return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
 

@@ -47,7 +47,7 @@ class ResumableModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lets the checkpoint stand where the last optimizer step was."""
-        stand_at_last_step(checkpoint, self.trainer)
+        stand_at_last_step(checkpoint, self._trainer)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -95,10 +95,14 @@ def repeats_batches(trainer: object) -> bool:
     return batches > 0
 
 
-def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Let a checkpoint's loops stand where the last optimizer step was, as the states of `ResumableLoader`s do."""
-    back = uncounted(trainer)
-    if not back or "loops" not in checkpoint:
+def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -> None:
+    """Let a checkpoint's loops stand where the last optimizer step was, as the states of `ResumableLoader`s do.
+
+    Args:
+        trainer: that is saving it; ``None``: the training was in other processes.
+    """
+    back = 0 if trainer is None else uncounted(trainer)
+    if trainer is None or not back or "loops" not in checkpoint:
         return
     now = trainer.fit_loop.epoch_loop.batch_progress
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

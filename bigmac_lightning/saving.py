@@ -93,7 +93,7 @@ class SavingStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the checkpoint of all ranks. Collective."""
-        stand_at_last_step(checkpoint, self._module.trainer)
+        stand_at_last_step(checkpoint, self._module._trainer)
         self._save(checkpoint, filepath, storage_options)
         if not self._running:
             holding.close(self._module)

@@ -5,7 +5,8 @@ file, they are paged in. Knows nothing of modules or ranks.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,7 @@ class StoredWeights:
                 for name, tensor in tensors.items():
                     tensor.copy_(self._file["state_dict"][name])
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, unavailable, ...: as wanted
+        with alone():
             dcp_load({"model": dict(tensors)}, checkpoint_id=self.path, no_dist=True)
 
     def read(self) -> dict[str, Tensor]:
@@ -109,6 +109,14 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Without DCP's warnings about a process that reads or writes alone, as it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, unavailable, ...
+        yield
+
+
 def read_directory(path: Path) -> dict[str, Any]:
     """All of a checkpoint directory, as Lightning would have saved it in one process, but optimizer states by name.
 
@@ -116,8 +124,7 @@ def read_directory(path: Path) -> dict[str, Any]:
         ValueError: it is no checkpoint.
     """
     _check_directory(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")
+    with alone():
         return as_checkpoint(_load_distributed_checkpoint(path), str(path))
 
 
