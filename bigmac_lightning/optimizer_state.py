@@ -8,11 +8,30 @@ the optimizer itself, which knows what becomes of each entry. Knows modules and 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Settings = dict[str, Any]
+
+
+def check(optimizer: Optimizer) -> None:
+    """Refuse optimizers that would be wrong where each rank steps parameters of its own.
+
+    Raises:
+        ValueError: names it.
+    """
+    optimizer = bare(optimizer)
+    reason = ""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        reason = "looks at all parameters at once, of which each rank holds some"
+    if hasattr(optimizer, "consolidate_state_dict"):  # as Lightning tells them
+        reason = "deals parameters out to ranks that all have the same, which pipeline ranks have not"
+    if reason:
+        raise ValueError(
+            f"{type(optimizer).__name__} {reason}: use an optimizer that steps every parameter by itself, such as AdamW"
+        )
 
 
 def named_state(module: nn.Module, copies: Mapping[str, str], optimizer: Optimizer) -> dict[str, Any]:
@@ -49,12 +68,12 @@ def numbered_state(
     if wrong:
         raise ValueError("; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
     names = {id(parameter): name for _, parameter, name in _named(module, copies, optimizer)}
+    alike = len(state["groups"]) == len(optimizer.param_groups)
     groups: list[Settings] = []
     for i, group in enumerate(optimizer.param_groups):
         own = [names[id(parameter)] for parameter in group["params"]]
-        groups.append(
-            {**_settings_of(own, stored, state["groups"][i : i + 1], group), "params": [numbers[n] for n in own]}
-        )
+        settings = _settings_of(own, stored, state["groups"][i] if alike else _settings(group))
+        groups.append({**settings, "params": [numbers[name] for name in own]})
     return {"state": {numbers[name]: entries for name, entries in state["state"].items()}, "param_groups": groups}
 
 
@@ -63,12 +82,10 @@ def bare(optimizer: Optimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _settings_of(
-    names: list[str], stored: Mapping[str, Settings], fallback: list[Settings], group: Settings
-) -> Settings:
+def _settings_of(names: list[str], stored: Mapping[str, Settings], fallback: Settings) -> Settings:
     """Of a group with these parameters."""
     if not names:
-        return (fallback or [_settings(group)])[0]
+        return fallback
     for name in names[1:]:
         if not _equal(stored[name], stored[names[0]]):
             raise ValueError(

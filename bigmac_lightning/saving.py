@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning import files, holding
 from bigmac_lightning.module import PipelineModule
-from bigmac_lightning.optimizer_state import bare, named_state, numbered_state
+from bigmac_lightning.optimizer_state import bare, check, named_state, numbered_state
 from bigmac_lightning.resuming import stand_at_last_step
 from bigmac_lightning.stored import DirectoryCheckpointIO, as_checkpoint
 
@@ -74,6 +74,16 @@ class SavingStrategy(DDPStrategy):
             )
         for callback in trainer.checkpoint_callbacks:
             self._refuse_remote(str(getattr(callback, "dirpath", None) or ""))
+
+    def check_optimizers(self) -> None:
+        """Refuse, before training, those that would be wrong where ranks have different parameters.
+
+        Raises:
+            ValueError: names it.
+        """
+        if self.world_size > 1:
+            for optimizer in self.optimizers:
+                check(optimizer)
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
