@@ -127,7 +127,11 @@ class PipelineModule(ResumableModule):
         """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
         super().configure_model()
         if not self._materialized:
+            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
             self.materialize()
+            for name, parameter in self.named_parameters():
+                if name in frozen:  # by whoever had the module before it got its weights
+                    parameter.requires_grad_(False)
             self.adapt()
             self._materialized = True
 
