@@ -76,10 +76,10 @@ class Names:
         return bool(items) and all(isinstance(item, str) and self.of_model(item) == item for item in items)
 
     def _kept_names(self, items: Sequence[str]) -> list[str]:
-        kept = [name for name in items if name in self.own]
-        return kept + [
-            c for c, original in self.copies.items() if c in self.own and original in items and c not in kept
-        ]
+        """A tied weight that lies here with its original is one parameter, by the original's name."""
+        here = {copy: original for copy, original in self.copies.items() if copy in self.own and original in items}
+        apart = [copy for copy, original in here.items() if original not in self.own]
+        return list(dict.fromkeys([*(name for name in items if name in self.own and name not in here), *apart]))
 
 
 def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from bigmac_lightning import files
 from bigmac_lightning.optimizer_state import numbered_state
+from bigmac_lightning.refused import check_callbacks
 from bigmac_lightning.resuming import go_on, stand_at_last_step
 from bigmac_lightning.stored import DirectoryCheckpointIO, read_directory
 
@@ -31,10 +32,16 @@ class ResumableModule(pl.LightningModule):
         return {}
 
     def configure_model(self) -> None:
-        """Lets the strategy read directories, if it reads files."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        if strategy is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = DirectoryCheckpointIO()
+        """Lets the strategy read directories, if it reads files, and refuses callbacks that cannot work.
+
+        Raises:
+            ValueError: names such a callback.
+        """
+        if self._trainer is None:
+            return
+        check_callbacks(self._trainer)
+        if type(self._trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self._trainer.strategy.checkpoint_io = DirectoryCheckpointIO()
 
     def on_fit_start(self) -> None:
         """Lets optimizers load states that go by names."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 
@@ -126,8 +127,21 @@ def go_on(trainer: pl.Trainer) -> None:
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
         _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]
+    _complete_callbacks(trainer)
     if loop._combined_loader is not None:
         _resume_loaders(loop)
+
+
+def _complete_callbacks(trainer: pl.Trainer) -> None:
+    """What Lightning's callbacks leave undone when a run is resumed."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        if isinstance(callback, BaseFinetuning):  # optimizers have what it had unfrozen, which is frozen again
+            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+            for parameter in (parameter for group in groups for parameter in group["params"]):
+                parameter.requires_grad_(True)
+        if isinstance(callback, GradientAccumulationScheduler):  # it would begin with the next epoch
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
 
 
 def _resume_loaders(loop: Any) -> None:

@@ -4,16 +4,19 @@ Hooks of modules and callbacks see this rank's part of `checkpoint["state_dict"]
 loaded, and may change it as in one process. Knows Lightning's protocol; files and formats are in checkpoint.py.
 """
 
+import logging
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
 from bigmac_lightning import checkpoint as checkpoints
@@ -22,6 +25,11 @@ from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.optimizer_state import bare, check, named_state, numbered_state
 from bigmac_lightning.resuming import stand_at_last_step
 from bigmac_lightning.stored import DirectoryCheckpointIO, as_checkpoint
+
+log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(minutes=1)
+"""How long a rank that was stopped by an error waits for the others to be stopped, too, before it saves nothing."""
 
 LIGHTNINGS_OWN = (TorchCheckpointIO, DirectoryCheckpointIO)
 """Plugins for files that are there if the user gives none."""
@@ -38,6 +46,8 @@ class SavingStrategy(DDPStrategy):
         self._checkpoint_weights_only = checkpoint_weights_only
         self._loaded_from = ""
         self._running = False
+        self._meeting: Any = None
+        self._left = False  # after an error that the other ranks do not share: they will not come to a collective
 
     @property
     def replica(self) -> int:
@@ -50,8 +60,10 @@ class SavingStrategy(DDPStrategy):
         return self.lightning_module
 
     def open_module(self) -> None:
-        """Allow what `holding.close` forbids, until `close_module`."""
+        """Allow what `holding.close` forbids, until `close_module`. Collective."""
         self._running = True
+        if self._meeting is None and dist.is_initialized():
+            self._meeting = dist.new_group(backend="gloo", timeout=self._timeout)
         holding.open_again(self._module)
 
     def close_module(self) -> None:
@@ -102,8 +114,20 @@ class SavingStrategy(DDPStrategy):
         return named_state(self._module, self._module.tied_copies, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint of all ranks. Collective."""
-        stand_at_last_step(checkpoint, self._module._trainer)
+        """Write the checkpoint of all ranks. Collective.
+
+        After an error, there is none to write unless all ranks come here, after the same step.
+        """
+        trainer = self._module._trainer
+        if (
+            trainer is not None
+            and trainer.state.status == TrainerStatus.INTERRUPTED
+            and not self._all_stop_here(trainer)
+        ):
+            log.error("no checkpoint was saved at %s: other ranks are not where this one was stopped", filepath)
+            self._left = True
+            return
+        stand_at_last_step(checkpoint, trainer)
         self._save(checkpoint, filepath, storage_options)
         if not self._running:
             holding.close(self._module)
@@ -118,6 +142,27 @@ class SavingStrategy(DDPStrategy):
             return
         whole = checkpoints.gathered(checkpoint, names, self.replica)
         checkpoints.on_first_rank(lambda: self._write_file(whole, path, storage_options))
+
+    def _all_stop_here(self, trainer: pl.Trainer) -> bool:
+        """Whether every rank was stopped, and after the same step. Collective, if it is so."""
+        if self._meeting is None or any(parameter.is_meta for parameter in self._module.parameters()):
+            return False
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        place = (trainer.global_step, progress.ready, progress.processed)
+        places: list[Any] = [None] * self.world_size
+        try:
+            dist.monitored_barrier(self._meeting, PATIENCE)
+            dist.all_gather_object(places, place, group=self._meeting)
+        except RuntimeError:
+            return False
+        return len(set(places)) == 1
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._left:
+            super().barrier(*args, **kwargs)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._left else super().reduce_boolean_decision(decision, all)
 
     def _write_file(self, checkpoint: dict[str, Any], path: str, storage_options: Any) -> None:
         if type(self.checkpoint_io) not in LIGHTNINGS_OWN or not _is_local_file_protocol(path):

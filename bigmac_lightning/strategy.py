@@ -325,6 +325,7 @@ class BigMacStrategy(SavingStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
+        self.pipeline.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
 
     def on_exception(self, exception: BaseException) -> None:
         """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""

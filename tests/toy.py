@@ -148,7 +148,8 @@ class ToyModule(PipelineModule):
         with torch.random.fork_rng(devices=[]):
             super().configure_model()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not name.startswith(self.freeze_names or "-"))
+            if name.startswith(self.freeze_names or "-"):
+                parameter.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.pipeline(batch)
