@@ -6,7 +6,7 @@ rank gets those that it holds, and whatever has another name. Knows nested dicts
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,9 @@ class Names:
 
     def _kept_names(self, items: Sequence[str]) -> list[str]:
         """A tied weight that lies here with its original is one parameter, by the original's name."""
-        here = {copy: original for copy, original in self.copies.items() if copy in self.own and original in items}
-        apart = [copy for copy, original in here.items() if original not in self.own]
-        return list(dict.fromkeys([*(name for name in items if name in self.own and name not in here), *apart]))
+        copies = {copy: original for copy, original in self.copies.items() if copy in self.own and original in items}
+        apart = [copy for copy, original in copies.items() if original not in self.own and copy not in items]
+        return [name for name in items if name in self.own and copies.get(name) not in self.own] + apart
 
 
 def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:
@@ -114,11 +114,13 @@ def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
     """
     first = trees[0]
     if all(isinstance(tree, dict) for tree in trees):
-        keys = dict.fromkeys(key for tree in trees for key in tree)
-        return _like(first, {k: joined([t[k] for t in trees if k in t], names, f"{where}[{k!r}]") for k in keys})
+        return _like(
+            first,
+            {k: joined([t[k] for t in trees if k in t], names, f"{where}[{k!r}]") for k in _in_order(trees)},
+        )
     if all(isinstance(tree, list) for tree in trees):
         if names.are_names([item for tree in trees for item in tree]):
-            return list(dict.fromkeys(item for tree in trees for item in tree))
+            return _in_order(trees)
         if len({len(tree) for tree in trees}) == 1:
             return [joined(items, names, f"{where}[{i}]") for i, items in enumerate(zip(*trees, strict=True))]
         if not any(isinstance(item, Tensor) for tree in trees for item in tree):
@@ -160,6 +162,20 @@ def overlaid(tree: Tree, other: Tree) -> Tree:
     """A nested dict with the entries of another."""
     both = {k: overlaid(tree[k], v) for k, v in other.items() if isinstance(v, dict) and isinstance(tree.get(k), dict)}
     return _like(tree, {**tree, **other, **both})
+
+
+def _in_order(parts: Sequence[Iterable[Any]]) -> list[Any]:
+    """All items, each once, in an order that each part has them in: what is new stands before what it stood before."""
+    order: list[Any] = []
+    for items in parts:
+        known, before, new = set(order), dict[Any, list[Any]](), list[Any]()
+        for item in dict.fromkeys(items):
+            if item in known:
+                before[item], new = new, []
+            else:
+                new.append(item)
+        order = [item for old in order for item in (*before.get(old, ()), old)] + new
+    return order
 
 
 def _like(tree: Tree, entries: Mapping[Any, Any]) -> Tree:

@@ -63,7 +63,7 @@ class SavingStrategy(DDPStrategy):
         """Allow what `holding.close` forbids, until `close_module`. Collective."""
         self._running = True
         if self._meeting is None and dist.is_initialized():
-            self._meeting = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
         holding.open_again(self._module)
 
     def close_module(self) -> None:
@@ -145,13 +145,12 @@ class SavingStrategy(DDPStrategy):
 
     def _all_stop_here(self, trainer: pl.Trainer) -> bool:
         """Whether every rank was stopped, and after the same step. Collective, if it is so."""
-        if self._meeting is None or any(parameter.is_meta for parameter in self._module.parameters()):
+        if self._left or self._meeting is None or any(parameter.is_meta for parameter in self._module.parameters()):
             return False
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         place = (trainer.global_step, progress.ready, progress.processed)
         places: list[Any] = [None] * self.world_size
         try:
-            dist.monitored_barrier(self._meeting, PATIENCE)
             dist.all_gather_object(places, place, group=self._meeting)
         except RuntimeError:
             return False

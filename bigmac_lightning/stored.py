@@ -101,12 +101,12 @@ class StoredWeights:
 
 
 class DirectoryCheckpointIO(TorchCheckpointIO):
-    """Lets a strategy that writes files read directories, too."""
+    """Lets a strategy that writes files read directories, too, and what `consolidate_checkpoint` has made of them."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if files.is_directory(path):
             return read_directory(files.present(Path(path)))
-        return super().load_checkpoint(path, *args, **kwargs)
+        return as_checkpoint(super().load_checkpoint(path, *args, **kwargs), str(path))
 
 
 @contextmanager

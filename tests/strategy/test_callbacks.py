@@ -178,7 +178,7 @@ RESUMED += ["GradientAccumulationScheduler"]
 
 
 def _resume(make_trainer: Callable[..., pl.Trainer], name: str, folder: Path, resume: bool) -> Any:
-    """The whole run, with a checkpoint of each epoch, or the rest of it after the second one; and a test of that one."""
+    """The whole run, with a checkpoint of each epoch, or the rest of it after the second one; then a test of that."""
     saver = of_lightning.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     options = {"max_epochs": EPOCHS, "callbacks": [WORKING[name](folder), saver], "enable_checkpointing": True}
     trainer, module = make_trainer(**options), _Module()

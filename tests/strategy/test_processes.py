@@ -38,7 +38,7 @@ class _Timeouts(pl.Callback):
 def _timeouts(rank: int, world: int, dp: int) -> dict[str, timedelta]:
     dist.destroy_process_group()  # the test's own; Lightning makes another
     timeouts = _Timeouts()
-    strategy = {"data_parallel_size": dp, "timeout": timedelta(seconds=77)}
+    strategy = {"data_parallel_size": dp, "timeout": timedelta(seconds=47)}
     trainer = pipeline_trainer(world, strategy, max_steps=1, callbacks=[timeouts], limit_val_batches=0)
     trainer.fit(ToyModule(tied=True), ToyData())
     return timeouts.found
@@ -48,7 +48,7 @@ def _timeouts(rank: int, world: int, dp: int) -> dict[str, timedelta]:
 def test_every_group_has_the_timeout_of_the_strategy(world: int, dp: int) -> None:
     for found in on_ranks(world, _timeouts, world, dp):
         assert len(found) >= 4
-        assert set(found.values()) == {timedelta(seconds=77)}, found
+        assert set(found.values()) == {timedelta(seconds=47)}, found
 
 
 # -- one process starts the others, and has the whole model afterwards -------------------------------------------------
