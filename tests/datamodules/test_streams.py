@@ -42,8 +42,11 @@ def png(height: int, width: int, color: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_streamed(tmp_path_factory.mktemp("streamed"))
+
+
+def write_streamed(made: Path) -> Path:
     """Parquet files with images in them, and texts in a JSONL file."""
-    made = tmp_path_factory.mktemp("streamed")
     for f in range(FILES):
         rows: dict[str, list[Any]] = {"messages": [], "images": []}
         for i in range(ROWS):
