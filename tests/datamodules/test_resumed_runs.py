@@ -4,14 +4,18 @@ Every schedule, kind of data and point at which to stop, under every strategy: `
 """
 
 import json
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from torch.utils.data import DataLoader
 
 from bigmac_lightning.datamodules import DigitsDataModule
 from tests.datamodules.examples import TARGET, data, model, write_mixed
@@ -19,6 +23,7 @@ from tests.datamodules.test_resume import names
 from tests.datamodules.test_streams import arguments, write_streamed
 from tests.models import parts
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.toy import ToyData, ToyModule
 
 STOPS = ["batch 2", "batch 5", "epoch 1", "validation 1", "validation 2", "inside 3"]
 """After a batch, an epoch or a validation; or within a batch, which has to run again."""
@@ -58,8 +63,7 @@ FEW = [
     Run(kind="source", trainer="max-steps", stops=("epoch 1", "validation 1")),
     Run(kind="source", schedule="constant", workers=2, trainer="validations", stops=("batch 5", "validation 1")),
     Run(kind="stream", trainer="reload", stops=("batch 5", "epoch 1")),
-    Run(kind="digits", trainer="plain", stops=("batch 2", "epoch 1")),
-    Run(kind="digits", trainer="limit", stops=("inside 3",)),
+    Run(kind="digits", trainer="limit", stops=("epoch 1", "inside 3")),
     Run("bigmac", "source", trainer="accumulate", stops=("batch 5", "validation 1")),
     Run("bigmac-file", "mix", "constant", workers=2, stops=("batch 2", "epoch 1")),
     Run("ddp", "mix", stops=("batch 2", "epoch 1")),
@@ -91,8 +95,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         tokens = [microbatch.inputs["input_ids"].tolist() for microbatch in batch.microbatches]
-        shown = names(batch) if batch.microbatches[0].origins else tokens
-        self.seen.batches.append((trainer.current_epoch, batch_idx, json.dumps(shown)))
+        self.seen.batches.append((trainer.current_epoch, batch_idx, json.dumps([names(batch), tokens])))
         self.seen.losses.append(float(outputs["loss"]))
         self.seen.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
@@ -201,3 +204,94 @@ def test_resumed_runs(run: Run, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("run", ALL, ids=str)
 def test_all_resumed_runs(run: Run, folder: Path, tmp_path: Path) -> None:
     check(run, folder, tmp_path)
+
+
+# -- loaders that are not ours -----------------------------------------------------------------------------------------
+
+
+class Places(DataLoader[Any]):
+    """A stateful loader as others make them: an iterator looks at the state as soon as it is made."""
+
+    start = given = 0
+
+    def __iter__(self) -> Any:
+        self.given, self.start = self.start, 0
+        return self._rest(self.given)
+
+    def _rest(self, first: int) -> Iterator[Any]:
+        for batch in islice(super().__iter__(), first, None):
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start = state["given"]
+
+
+class Toys(ToyData):
+    def __init__(self, loaders: str) -> None:
+        super().__init__(steps=4)
+        self.loaders = loaders
+
+    def train_dataloader(self) -> Any:
+        made = {
+            "p": lambda: Places(range(4), batch_size=1, collate_fn=self.collate),
+            "d": lambda: self.loader(4),
+        }
+        loaders = [made[letter]() for letter in self.loaders]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+
+class Estimates(ToyModule):
+    """Asks for the number of steps, as a schedule does, by which Lightning makes the loaders early."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0] if isinstance(batch, list) else batch, batch_idx)
+
+
+def _fit_toys(rank: int, strategy: str, saved: str, resumed: str, path: Path) -> Any:
+    def fit(loaders: str, stop: str | None = None, ckpt: Path | None = None) -> list[float]:
+        options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
+        callbacks = [] if stop is None else [Stop(stop, path)]
+        make: Any = plain_trainer if strategy == "auto" else partial(pipeline_trainer, 2)
+        module = Estimates()
+        with suppress(SystemExit):
+            make(**options, callbacks=callbacks).fit(module, Toys(loaders), ckpt_path=ckpt)
+        return module.losses
+
+    whole = fit(saved)
+    fit(saved, "batch 3")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            return whole, fit(resumed, ckpt=path), " ".join(str(warning.message) for warning in caught)
+        except ValueError as error:
+            return whole, None, str(error)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "bigmac"])
+def test_loaders_of_others(strategy: str, tmp_path: Path) -> None:
+    """Those with a state go on; where one has none, that is said; where a state has no loader, nothing goes on."""
+
+    def results(saved: str, resumed: str) -> list[Any]:
+        arguments = (strategy, saved, resumed, tmp_path / f"{saved}{resumed}.ckpt")
+        return [_fit_toys(0, *arguments)] if strategy == "auto" else on_ranks(2, _fit_toys, *arguments)
+
+    for whole, rest, _ in results("p", "p"):
+        assert rest == whole[3:]
+    for rank, (whole, rest, said) in enumerate(results("d", "d")):
+        assert rest[0] != whole[3]
+        assert ("saved after 3 batches of an epoch, but the training loader cannot go on" in said) == (rank == 0)
+    for saved, resumed, text in (
+        ("p", "d", "each of 1 loaders stood, but 0 of"),
+        ("pp", "p", "2 loaders stood, but 1"),
+    ):
+        for _, rest, error in results(saved, resumed):
+            assert rest is None
+            assert text in error
