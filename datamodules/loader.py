@@ -188,6 +188,15 @@ class AgreedLoader(ResumableLoader):
         self._loader.collate_fn = ParcelCollate(function)
 
     @property
+    def _iterator(self) -> Any:
+        """By this name Lightning ends the workers when a run is over, and drops it."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
+    @property
     def worker_init_fn(self) -> Any:
         """Called in each worker as it starts."""
         return self._loader.worker_init_fn

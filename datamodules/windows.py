@@ -269,7 +269,7 @@ class StreamLoader(AgreedLoader):
         super().__init__(windows, None, collate_fn, agreement, num_workers, prefetch, uncounted)
         self.windows, self.steps, self.same = windows, steps, same
         self.epoch = 0
-        self._iterator: Iterator[Batch] | None = None  # Lightning drops it at the end, by this name
+        self._batches: Iterator[Batch] | None = None
         self._start = {"epoch": 0, "step": 0, "skipped": 0, "position": windows.position}
         self.stands = [self._start]
 
@@ -280,6 +280,14 @@ class StreamLoader(AgreedLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    @property
+    def _iterator(self) -> Any:
+        return self._batches
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._batches = iterator  # its workers end with it
 
     def follow(self, other: "StreamLoader") -> None:
         """Take the place of a loader that has finished an epoch."""
@@ -292,12 +300,12 @@ class StreamLoader(AgreedLoader):
     def __iter__(self) -> Iterator[Batch]:
         stand, epoch = self.stands[-1], self.epoch
         given = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
-        if self.resumes or self.same or self._iterator is None:
+        if self.resumes or self.same or self._batches is None:
             self.windows.position = self._start["position"] if self.same and not given else stand["position"]
-            self._iterator = agreed(self._loader, self.agreement)
+            self._batches = agreed(self._loader, self.agreement)
         self.resumes = False
         while given < self.steps:
-            batch = next(self._iterator)
+            batch = next(self._batches)
             progress = batch.progress
             assert isinstance(progress, Progress)
             self.agreement.leave_out(progress.left_out)

@@ -1,5 +1,6 @@
 """Options and callbacks of a Trainer that ask for loaders again, or change what they give."""
 
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,15 @@ def test_looking_for_a_learning_rate_uses_no_data_up(kind: str, folder: Path) ->
     trained = found.batches[-len(whole.batches) :]
     assert trained == whole.batches
     assert found.losses[-len(whole.losses) :] == whole.losses
+
+
+@pytest.mark.parametrize("kind", ["source", "mix"])
+def test_workers_end_with_the_run(kind: str, folder: Path) -> None:
+    before = set(active_children())
+    watch = Watch()
+    trainer = plain_trainer(max_epochs=1, limit_val_batches=1, callbacks=[watch])
+    data = _data(Run(kind=kind, workers=1), folder)
+    trainer.fit(model(schedule="constant"), data)
+    assert watch.seen.batches
+    assert set(active_children()) <= before
+    assert trainer.fit_loop._combined_loader is not None, "the loader is there still"
