@@ -93,6 +93,7 @@ class PipelineModule(ResumableModule):
             the language model says of its own.
         part: the part of the LLM to hold; set by the strategy before `configure_model`.
         runner: runs a batch through the pipeline; set by the strategy. ``None``: the plain path.
+        last_metrics: of the last batch that `pipeline` has run.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class PipelineModule(ResumableModule):
             raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
         self.part = Part()
         self.runner: Callable[[Batch, Mode], PipelineOutput] | None = None
+        self.last_metrics: dict[str, Tensor] = {}
         self._materialized = False
         self._trained_layers: TrainedLayers | None = None
 
@@ -179,7 +181,9 @@ class PipelineModule(ResumableModule):
         run = self.runner or self._run_plain
         if isinstance(batch, Batch):  # others are refused
             batch = self.prepare(batch)
-        return run(batch, mode)
+        out = run(batch, mode)
+        self.last_metrics = out.metrics
+        return out
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
