@@ -61,6 +61,8 @@ class _Refusal:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(self.text)
 
+    gradient_norm = __call__
+
 
 def _same(module: PipelineModule, part: Part) -> bool:
     if is_whole(module, module.part) or is_whole(module, part):
