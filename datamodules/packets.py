@@ -14,19 +14,26 @@ from .opening import MAX_PIXELS
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
 """By FFmpeg's names; "mov" is MP4, too. Others it could open are playlists, which have it open further files."""
 
+SEEKABLE = ("mov", "matroska", "avi", "mpegts")
+"""Containers that tell the time of each packet; in others FFmpeg reckons it from that of the packets before."""
+
 
 @contextmanager
 def opened_container(stream: BinaryIO) -> Iterator[Any]:
     import av
     import av.error
 
-    options = {"format_whitelist": ",".join(CONTAINERS)}
     try:
-        container = av.open(stream, metadata_errors="ignore", options=options)
-    except av.error.ArgumentError as error:
-        raise ValueError(f"it is no video, or none of the containers that are read: {', '.join(CONTAINERS)}") from error
-    with container:
-        yield container
+        container = av.open(stream, metadata_errors="ignore", options={"format_whitelist": ",".join(CONTAINERS)})
+    except (av.error.ArgumentError, av.error.InvalidDataError, av.error.EOFError) as error:
+        raise ValueError(
+            f"it is no video, or broken from its first bytes on; containers that are read: {', '.join(CONTAINERS)}"
+        ) from error
+    try:
+        with container:
+            yield container
+    except av.error.FFmpegError as error:
+        raise ValueError(f"it is damaged, or of a kind that there is no decoder for: {error.strerror}") from error
 
 
 class VideoStream:
@@ -35,6 +42,7 @@ class VideoStream:
     Attributes:
         counted: whether a frame's time is told by its place among the others alone: AVI has no presentation times, and
             those that FFmpeg makes up are wrong where frames are not stored in the order in which they are shown.
+        seekable: whether packets have the same times wherever reading starts.
         time_base: seconds, in which all times are counted.
         end: of the last frame whose packet was read.
     """
@@ -58,6 +66,7 @@ class VideoStream:
         context.thread_type = "SLICE"  # frame threads would decode ahead of what is wanted
         self.codec = context.codec.canonical_name
         self.counted = container.format.name == "avi" and context.has_b_frames
+        self.seekable = container.format.name.startswith(SEEKABLE) and not self.counted
         self.time_base = self.stream.time_base
         self.end = 0
 

@@ -165,14 +165,26 @@ def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB
         ExampleError: the file is missing or broken, or another than was measured.
     """
     assert list(frames) == sorted(frames)
+    with opened(file, "decoded") as stream:
+        with opened_container(stream) as container:
+            shown = _Shown(VideoStream(container), size.seconds / size.frames, skip=SKIP)
+            try:
+                return _pixels(file, size, frames, mode, shown)
+            except ValueError:
+                if not shown.jumped:
+                    raise
+        stream.seek(0)
+        with opened_container(stream) as container:  # some files tell wrong times behind a jump: do without
+            shown = _Shown(VideoStream(container), size.seconds / size.frames, skip=math.inf)
+            return _pixels(file, size, frames, mode, shown)
+
+
+def _pixels(file: File, size: Size, frames: Sequence[int], mode: Mode, shown: "_Shown") -> Tensor:
     video_TCHW = torch.empty((len(frames), 3 if mode == "RGB" else 1, size.height, size.width), dtype=torch.uint8)
-    length = size.seconds / size.frames
-    with opened(file, "decoded") as stream, opened_container(stream) as container:
-        shown = _Shown(VideoStream(container), length)
-        for t, slot in enumerate(frames):
-            pixels_CHW = _displayed(shown.at((slot + 0.5) * length), mode)
-            check_same(file, "{1} x {2}".format(*pixels_CHW.shape), f"{size.height} x {size.width}")
-            video_TCHW[t] = pixels_CHW
+    for t, slot in enumerate(frames):
+        pixels_CHW = _displayed(shown.at((slot + 0.5) * size.seconds / size.frames), mode)
+        check_same(file, "{1} x {2}".format(*pixels_CHW.shape), f"{size.height} x {size.width}")
+        video_TCHW[t] = pixels_CHW
     return video_TCHW
 
 
@@ -181,20 +193,23 @@ class _Shown:
 
     Args:
         length: seconds that the last frame is shown, if nothing says how long.
+        skip: from how many seconds on it jumps.
+
+    Attributes:
+        jumped: whether it has.
     """
 
-    def __init__(self, video: VideoStream, length: float) -> None:
+    def __init__(self, video: VideoStream, length: float, skip: float) -> None:
         self.video, self.length = video, length
-        self.skip = math.inf if video.counted else SKIP
+        self.skip, self.jumped = skip if video.seekable else math.inf, False
         self._go_on_from_here()
+        if self.now is None:
+            raise ValueError("none of its frames can be decoded")
         self.start = self.now[0]
 
     def _go_on_from_here(self) -> None:
         self.frames = self.video.frames(self.video.packets())
-        self.next = next(self.frames, None)
-        if self.next is None:
-            raise ValueError("none of its frames can be decoded")
-        self.now = self.next
+        self.now = self.next = next(self.frames, None)
 
     def at(self, seconds: float) -> Any:
         """The frame that is shown.
@@ -206,25 +221,25 @@ class _Shown:
             ValueError: it is damaged, or ends before.
         """
         time = self.start + math.floor(seconds / self.video.time_base + 1e-6)
+        assert self.now is not None
         if (time - self.now[0]) * self.video.time_base > self.skip:
-            self._jump(time)
+            self._jump(time, self.now[0])
         while self.next is not None and self.next[0] <= time:
             self.now, self.next = self.next, next(self.frames, None)
         if self.next is None and time > max(self.video.end, self.now[0] + self.length / self.video.time_base):
             raise ValueError(f"it breaks off at {self.video.seconds(self.video.end)}")
         return self.now[1]
 
-    def _jump(self, time: int) -> None:
+    def _jump(self, time: int, reached: int) -> None:
         """To the last keyframe before a time, if one lies ahead."""
-        reached = self.now[0]
-        for earlier in EARLIER:
-            self.video.seek(max(self.start, time - int(earlier / self.video.time_base)))
+        self.jumped = True
+        for earlier in (*EARLIER, math.inf):
+            self.video.seek(self.start if earlier == math.inf else time - int(earlier / self.video.time_base))
             self._go_on_from_here()
-            if self.now[0] <= time:
+            if self.now is not None and self.now[0] <= time:
                 break
         else:
-            self.video.seek(self.start)
-            self._go_on_from_here()
+            raise ValueError(f"its frames before {self.video.seconds(time)} are not found")
         if self.now[0] <= reached:  # decoded once more: do not make a habit of it where keyframes are rare
             self.skip *= 2
 

@@ -254,7 +254,7 @@ PICTURES = [
     Picture("WEBP", "alpha", saved("RGBA", "WEBP", lossless=True), ON_WHITE),
     Picture("WEBP", "animated: the first frame", several("RGB", "WEBP", lossless=True)),
     *(Picture("WEBP", f"EXIF orientation {o}", turned("RGB", "WEBP", o)) for o in (1, 3, 6)),
-    Picture("WEBP", "broken off", cut(saved("RGB", "WEBP"), 0.7), refused="not an image"),
+    Picture("WEBP", "broken off", cut(saved("RGB", "WEBP"), 0.7), refused="could not create decoder"),
     Picture("AVIF", "RGB", saved("RGB", "AVIF")),
     Picture("AVIF", "alpha", saved("RGBA", "AVIF"), ON_WHITE),
     *(Picture("AVIF", f"orientation {o}", turned("RGB", "AVIF", o)) for o in (1, 4, 7)),

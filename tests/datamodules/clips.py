@@ -1,0 +1,272 @@
+"""Video files of all kinds that people bring, made here by PyAV, and what is to be read of each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+
+H, W, FRAMES, RATE = 48, 64, 24, 10
+PLAIN = "frames and times of its packets"
+B_FRAMES = "x264-params", "bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0:open-gop="
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file.
+
+    Attributes:
+        format, kind: what documentation calls it.
+        make: writes it.
+        frames: that can be decoded; ``None``: what FFmpeg decodes.
+        seconds: that they last.
+        turn: of (T, H, W, C) as stored to as displayed.
+        reading: what documentation says is read of it.
+        refused: what is said of it, if it cannot be read.
+        when: it is found to be broken.
+    """
+
+    format: str
+    kind: str
+    make: Callable[[Path], None]
+    frames: int | None = FRAMES
+    seconds: float | None = FRAMES / RATE
+    turn: Callable[[np.ndarray], np.ndarray] = field(default=lambda pixels: pixels)
+    reading: str = PLAIN
+    refused: str = ""
+    when: Literal["measured", "decoded"] = "measured"
+
+    @property
+    def id(self) -> str:
+        return f"{self.format}: {self.kind}"
+
+    def write(self, folder: Path) -> Path:
+        path = folder / f"clip.{self.format.lower()}"
+        self.make(path)
+        return path
+
+
+def picture(i: int, height: int, width: int) -> np.ndarray:
+    """Noise that moves: no two frames are alike, and each refers to others."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.roll(noise, (2 * i, 3 * i), (0, 1))
+
+
+def encoded(
+    codec: str = "libx264",
+    pixels: str = "yuv420p",
+    frames: int = FRAMES,
+    height: int = H,
+    width: int = W,
+    times: Sequence[int] | None = None,
+    sound: float = 0,
+    rotation: tuple[float, bool] | None = None,
+    container: dict[str, str] | None = None,
+    setup: Callable[[Any], None] | None = None,
+    **options: str,
+) -> Callable[[Path], None]:
+    """
+    Args:
+        times: of the frames, in tenths of seconds.
+        sound: seconds of it.
+        rotation: counter-clockwise in degrees, and whether it is mirrored then.
+        container, options: of the muxer, and of the encoder.
+        setup: of the stream.
+    """
+
+    def make(path: Path) -> None:
+        with av.open(str(path), "w", options=container or {}) as file:
+            video: Any = file.add_stream(codec, rate=RATE, options={"threads": "1", **options})
+            video.width, video.height, video.pix_fmt = width, height, pixels
+            if rotation is not None:
+                video.set_display_rotation(rotation[0], hflip=rotation[1])
+            if setup is not None:
+                setup(video)
+            audio: Any = file.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
+            for i in range(frames):
+                frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24")
+                frame.pts, frame.time_base = (i if times is None else times[i]), Fraction(1, RATE)
+                file.mux(video.encode(frame))
+            file.mux(video.encode())
+            for i in range(round(sound * 10)):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+                silence.sample_rate, silence.pts = 8000, 800 * i
+                file.mux(audio.encode(silence))
+            if audio is not None:
+                file.mux(audio.encode())
+
+    return make
+
+
+def changed(make: Callable[[Path], None], change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def made(path: Path) -> None:
+        make(path)
+        path.write_bytes(change(path.read_bytes()))
+
+    return made
+
+
+def remuxed(make: Callable[[Path], None], suffix: str) -> Callable[[Path], None]:
+    """Packets as one container has them in another."""
+
+    def made(path: Path) -> None:
+        source = path.with_suffix(suffix)
+        make(source)
+        with av.open(str(source)) as old, av.open(str(path), "w") as new:
+            stream = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    new.mux(packet)
+
+    return made
+
+
+def half_of_ts(content: bytes) -> bytes:
+    """From a packet in the middle on: as a receiver records it."""
+    return content[len(content) // 188 // 2 * 188 :]
+
+
+def hide(path: Path) -> None:
+    """A VP8 clip one of whose frames is only there for others to refer to."""
+    encoded("libvpx")(path)
+    with av.open(str(path)) as file:
+        packet = [packet for packet in file.demux(video=0) if packet.size][5]
+        found = bytes(packet)
+    content = path.read_bytes()
+    assert content.count(found) == 1
+    path.write_bytes(content.replace(found, bytes([found[0] & ~0x10]) + found[1:]))
+
+
+def with_cover(path: Path) -> None:
+    """A song with the picture of its cover."""
+    with av.open(str(path), "w") as file:
+        audio: Any = file.add_stream("aac", rate=8000, layout="mono")
+        cover: Any = file.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = W, H, "yuvj420p"
+        cover.disposition = cover.disposition.attached_pic
+        frame = av.VideoFrame.from_ndarray(picture(0, H, W), format="rgb24")
+        file.mux(cover.encode(frame.reformat(format="yuvj420p")))
+        file.mux(cover.encode())
+        _sing(file, audio)
+
+
+def only_sound(path: Path) -> None:
+    with av.open(str(path), "w") as file:
+        _sing(file, file.add_stream("aac", rate=8000, layout="mono"))
+
+
+def _sing(file: Any, audio: Any) -> None:
+    for i in range(10):
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate, silence.pts = 8000, 1024 * i
+        file.mux(audio.encode(silence))
+    file.mux(audio.encode())
+
+
+def growing(path: Path) -> None:
+    """Frames that become larger in the middle."""
+    with av.open(str(path), "w") as file:
+        stream: Any = file.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = W, H, "yuv420p"
+        for start, scale in ((0, 1), (12, 2)):
+            encoder: Any = av.CodecContext.create("libx264", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = W * scale, H * scale, "yuv420p"
+            encoder.time_base, encoder.framerate = Fraction(1, RATE), Fraction(RATE)
+            for i in (*range(12), None):
+                frame = None
+                if i is not None:
+                    frame = av.VideoFrame.from_ndarray(picture(i, H * scale, W * scale), format="rgb24")
+                    frame.pts, frame.time_base = start + i, Fraction(1, RATE)
+                for packet in encoder.encode(frame):
+                    packet.stream = stream
+                    file.mux(packet)
+
+
+def playlist(path: Path) -> None:
+    encoded()(path.with_suffix(".ts"))
+    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2,\n{path.with_suffix('.ts')}\n#EXT-X-ENDLIST\n")
+
+
+def square_pixels_not(video: Any) -> None:
+    video.sample_aspect_ratio = Fraction(4, 3)
+
+
+def full_range(video: Any) -> None:
+    video.codec_context.color_range = 2
+
+
+UNEVEN = [0, 1, 2, 3, 20, 21, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 66, 90]
+LONG = 130  # frames, more than SKIP
+OPEN, CLOSED = {B_FRAMES[0]: B_FRAMES[1] + "1"}, {B_FRAMES[0]: B_FRAMES[1] + "0"}
+HEVC = {"x265-params": "log-level=none:pools=1:frame-threads=1:keyint=12:bframes=3"}
+CLIPS = [
+    Clip("MP4", "H.264", encoded()),
+    Clip("MP4", "H.264 with B-frames", encoded(**CLOSED)),
+    Clip("MP4", "H.264 with open groups", encoded(**OPEN, frames=LONG), LONG, LONG / RATE),
+    Clip("MP4", "H.264, one keyframe", encoded(g="1000", frames=LONG), LONG, LONG / RATE),
+    Clip("MP4", "H.264 of 10 bits", encoded(pixels="yuv420p10le")),
+    Clip("MP4", "H.264 of full range", encoded(setup=full_range)),
+    Clip("MP4", "H.264, interlaced", encoded(flags="+ildct+ilme"), reading="not deinterlaced, as in the library"),
+    Clip("MP4", "pixels that are not square", encoded(setup=square_pixels_not), reading="as stored, as in the library"),
+    Clip("MP4", "odd sizes", encoded(pixels="yuv444p", height=47, width=63)),
+    Clip("MP4", "H.265 of 10 bits", encoded("libx265", "yuv420p10le", **HEVC)),
+    Clip("MP4", "AV1", encoded("libsvtav1", preset="12")),
+    Clip("MP4", "variable frame rate", encoded(times=UNEVEN), seconds=9.1),
+    Clip("MP4", "variable frame rate, B-frames", encoded(times=UNEVEN, **CLOSED), seconds=9.1),
+    Clip("MP4", "first frame later than 0", encoded(times=range(50, 50 + FRAMES))),
+    Clip("MP4", "edit list", encoded(times=range(-7, FRAMES - 7), container={"avoid_negative_ts": "disabled"}),
+         FRAMES - 7, 1.7),
+    Clip("MP4", "fragments", encoded(container={"movflags": "frag_keyframe+empty_moov"}, g="6")),
+    Clip("MP4", "one frame", encoded(frames=1), 1, 0.1),
+    *(Clip("MP4", f"to be turned by {angle} degrees", encoded(rotation=(angle, False)), turn=turn, reading="as displayed")
+      for angle, turn in ((0, lambda p: p), (90, lambda p: np.rot90(p, 1, (1, 2))),
+                          (180, lambda p: p[:, ::-1, ::-1]), (270, lambda p: np.rot90(p, -1, (1, 2))))),
+    Clip("MP4", "mirrored", encoded(rotation=(0, True)), turn=lambda p: p[:, :, ::-1], reading="as displayed"),
+    Clip("MP4", "turned and mirrored", encoded(rotation=(90, True)),
+         turn=lambda p: np.rot90(p, 1, (1, 2))[:, :, ::-1], reading="as displayed"),
+    Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)), refused="other than 90, 180 or 270 degrees"),
+    Clip("MP4", "broken off, its header first", changed(encoded(container={"movflags": "faststart"}), lambda b: b[:-500]),
+         refused="it breaks off: its header lists frames up to byte"),
+    Clip("MP4", "broken off, its header last", changed(encoded(), lambda b: b[:-500]), refused="broken from its first bytes on"),
+    Clip("MP4", "sound alone", only_sound, refused="it has sound, but no video"),
+    Clip("MP4", "a song and its cover", with_cover, refused="it has sound, but no video"),
+    Clip("MOV", "ProRes", encoded("prores_ks", "yuv422p10le")),
+    Clip("MOV", "ProRes with alpha", encoded("prores_ks", "yuva444p10le"), reading="on white"),
+    Clip("MOV", "PNG with alpha", encoded("png", "rgba"), reading="on white"),
+    Clip("MOV", "sound longer than the video", encoded(sound=5)),
+    Clip("MKV", "H.264 with B-frames", encoded(**CLOSED)),
+    Clip("MKV", "H.264 with open groups", encoded(**OPEN, frames=LONG), LONG, LONG / RATE),
+    Clip("MKV", "sound longer than the video", encoded(sound=5)),
+    Clip("MKV", "sound shorter than the video", encoded(sound=1)),
+    Clip("MKV", "variable frame rate", encoded(times=UNEVEN), seconds=9.1),
+    Clip("MKV", "first frame later than 0", encoded(times=range(50, 50 + FRAMES))),
+    Clip("MKV", "no duration", encoded(container={"live": "1"})),
+    Clip("MKV", "one frame", encoded(frames=1), 1, 0.1),
+    Clip("MKV", "to be turned by 90 degrees", remuxed(encoded(rotation=(90, False)), ".mp4"),
+         turn=lambda p: np.rot90(p, 1, (1, 2)), reading="as displayed"),
+    Clip("MKV", "broken off: what there is", changed(encoded(**CLOSED, g="12"), lambda b: b[: len(b) * 2 // 3]), None, None),
+    Clip("MKV", "lossless with alpha", encoded("ffv1", "bgra"), reading="on white"),
+    Clip("WEBM", "VP8", encoded("libvpx")),
+    Clip("WEBM", "VP8 with a frame that is not shown", hide, FRAMES - 1),
+    Clip("WEBM", "VP9, odd sizes", encoded("libvpx-vp9", height=47, width=63)),
+    Clip("WEBM", "VP9 with frames that are not shown", encoded("libvpx-vp9", **{"lag-in-frames": "16", "auto-alt-ref": "1"})),
+    Clip("AVI", "MPEG-4", encoded("mpeg4")),
+    Clip("AVI", "MPEG-4 with B-frames", encoded("mpeg4", bf="2", g="12")),
+    Clip("AVI", "H.264 with B-frames", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
+    Clip("AVI", "Motion JPEG", encoded("mjpeg", "yuvj420p")),
+    Clip("AVI", "one frame", encoded("mpeg4", frames=1), 1, 0.1),
+    Clip("AVI", "broken off", changed(encoded("mpeg4"), lambda b: b[: len(b) // 2]), refused="it is damaged or breaks off at"),
+    Clip("TS", "H.264 with B-frames", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
+    Clip("TS", "cut in the middle of a group", changed(encoded(**OPEN, frames=LONG), half_of_ts), None, None),
+    Clip("TS", "frames of two sizes", growing, refused="the size of its frames changes at 1.40 s", when="decoded"),
+    Clip("MPG", "MPEG-2", encoded("mpeg2video", bf="2", g="12")),
+    Clip("FLV", "H.264", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
+    Clip("WMV", "WMV 2", encoded("wmv2")),
+    Clip("GIF", "animated", encoded("gif", "rgb8"), reading="on white"),
+    Clip("M3U8", "a playlist", playlist, refused="containers that are read: mov"),
+    Clip("TXT", "any", lambda path: path.write_text("not a video"), refused="containers that are read: mov"),
+]  # fmt: skip
