@@ -59,4 +59,6 @@ def _reason(error: Exception) -> str:
         return "not an image, or broken from its first bytes on"
     if type(error) is ValueError:
         return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}"
     return f"{type(error).__name__}: {error}"

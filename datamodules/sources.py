@@ -7,27 +7,28 @@ Paths in data files are read below a media root only; nothing is unpickled. A re
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .example import Example, ExampleError, File, Image, Message, Part, Size, Video
+from .example import Example, ExampleError, File, Image, Message, Part, Roots, Size, Video, roots_of
 from .source import Source, stamp
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+IMAGES += (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".ts", ".wmv")
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class _FileSource(Source):
-    """Of one data file with media below a root."""
+    """Of one data file with media below a root, or several."""
 
-    def __init__(self, path: str | Path, media_root: str | Path | None) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None) -> None:
         self.path = Path(path)
-        self.media_root = self.path.parent if media_root is None else Path(media_root)
+        self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
 
     @property
     def name(self) -> str:
@@ -37,7 +38,7 @@ class _FileSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, str(self.path.resolve()), str(self.media_root.resolve())))
+        return repr((type(self).__qualname__, str(self.path.resolve()), resolved(self.media_roots)))
 
     def _media(self, kind: type[Image] | type[Video], path: Any) -> Any:
         """From ``"a.png"`` or ``{"path": "a.png", "height": 64, "width": 64}``."""
@@ -47,8 +48,8 @@ class _FileSource(Source):
                 size = Size(int(path["height"]), int(path["width"]))
             path = path.get("path")
         if not isinstance(path, str):
-            raise ExampleError(f"names a file by {path!r}: give its path below {self.media_root}")
-        return kind(File.at(path, self.media_root), size)
+            raise ExampleError(f"names a file by {path!r}: give its path below {self.media_roots[0]}")
+        return kind(File.at(path, self.media_roots), size)
 
 
 class MessagesJSONL(_FileSource):
@@ -61,11 +62,11 @@ class MessagesJSONL(_FileSource):
     or objects with "path", "height" and "width". `target`, if there, is an image that a generator learns to make.
     """
 
-    def __init__(self, path: str | Path, media_root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None) -> None:
         """
         Args:
             path: of the file.
-            media_root: folder of its media; ``None``: the folder of the file.
+            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
         """
         super().__init__(path, media_root)
         starts, numbers, start = [], [], 0
@@ -112,11 +113,11 @@ class LlavaJSON(_FileSource):
                                                            {"from": "gpt", "value": "A cat."}]}]
     """
 
-    def __init__(self, path: str | Path, media_root: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None) -> None:
         """
         Args:
             path: of the file.
-            media_root: folder of its media; ``None``: the folder of the file.
+            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
         """
         super().__init__(path, media_root)
         records = json.loads(self.path.read_text("utf-8"))
@@ -141,16 +142,18 @@ class CaptionFolder(Source):
     """
 
     def __init__(
-        self, root: str | Path, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
+        self, root: Roots, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
     ) -> None:
         """
         Args:
-            root: folder, read with all that are in it.
+            root: folder, read with all that are in it; or several: the first is read, and links in it may lead into
+                the others.
             prompt: the user's words; for "draw", ``{}`` stands for the caption.
             task: "describe" learns the caption from the image; "draw" the image from the caption.
         """
-        self.root, self.prompt, self.task = Path(root), prompt, task
-        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMAGES)
+        self.roots, self.prompt, self.task = roots_of(root), prompt, task
+        self.root = self.roots[0]
+        files = sorted(path for path in _files(self.root) if path.suffix.lower() in IMAGES)
         self.files = [str(path.relative_to(self.root)) for path in files if path.with_suffix(".txt").exists()]
         if not self.files:
             raise ValueError(f"{self.root} has no images with a .txt of the same name beside them")
@@ -168,7 +171,7 @@ class CaptionFolder(Source):
 
     def __getitem__(self, index: int) -> Example:
         file = self.files[index]
-        image = Image(File.at(file, self.root))
+        image = Image(File.at(file, self.roots))
         caption = (self.root / file).with_suffix(".txt").read_text("utf-8").strip()
         if self.task == "draw":
             request = self.prompt.format(caption) if "{}" in self.prompt else caption
@@ -249,18 +252,18 @@ class HFDataset(Source):
         path: str,
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
-        media_root: str | Path = ".",
+        media_root: Roots = ".",
     ) -> None:
         """
         Args:
             path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
-            media_root: folder of media given by path.
+            media_root: folder of media given by path, or several, as of `Roots`.
         """
         import datasets
 
         files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
         rows: Any = datasets.load_dataset(path, data_files=files, split=split)
-        self.media_root = Path(media_root)
+        self.media_roots = roots_of(media_root)
         self._column = next((name for name in ("images", "image") if name in rows.column_names), None)
         self._turns = next((name for name in ("messages", "conversations") if name in rows.column_names), None)
         if self._turns is None:
@@ -280,7 +283,7 @@ class HFDataset(Source):
         return self._rows._fingerprint
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, self._label, str(self.media_root.resolve())))
+        return repr((type(self).__qualname__, self._label, resolved(self.media_roots)))
 
     def __getitem__(self, index: int) -> Example:
         turns = self._texts[index][self._turns]
@@ -296,7 +299,7 @@ class HFDataset(Source):
         items = given if isinstance(given, list) else [given]
         if number >= len(items):
             raise ExampleError(f"has {len(items)} images, fewer than <image> placeholders")
-        return content_of(items[number], self.media_root)
+        return content_of(items[number], self.media_roots)
 
 
 def undecoded(rows: Any) -> Any:
@@ -311,7 +314,12 @@ def undecoded(rows: Any) -> Any:
     return rows
 
 
-def content_of(item: Any, media_root: Path) -> bytes:
+def resolved(roots: Sequence[Path]) -> list[str]:
+    """What tells them apart from others on disk."""
+    return [str(folder.resolve()) for folder in roots]
+
+
+def content_of(item: Any, media_root: Roots) -> bytes:
     """The bytes of an image of such a dataset: its own, or those of a file below the media root."""
     if isinstance(item, Mapping) and item.get("bytes"):
         return item["bytes"]
@@ -359,6 +367,18 @@ def _listed(record: Any, key: str) -> list[Any]:
         raise ExampleError(f"is no JSON object: {record!r}")
     value = record.get(key)
     return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """In a folder and in those in it, linked ones as well."""
+    place = folder.resolve()
+    if place in above or not folder.is_dir():  # a link back, or nothing
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, (*above, place))
+        else:
+            yield path
 
 
 def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 H, W, FRAMES, RATE = 48, 64, 24, 10
 PLAIN = "frames and times of its packets"
+DISPLAYED = "as displayed"
 B_FRAMES = "x264-params", "bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0:open-gop="
 
 
@@ -125,6 +126,10 @@ def remuxed(make: Callable[[Path], None], suffix: str) -> Callable[[Path], None]
     return made
 
 
+def cut(share: float) -> Callable[[bytes], bytes]:
+    return lambda content: content[: int(len(content) * share)]
+
+
 def half_of_ts(content: bytes) -> bytes:
     """From a packet in the middle on: as a receiver records it."""
     return content[len(content) // 188 // 2 * 188 :]
@@ -202,6 +207,7 @@ def full_range(video: Any) -> None:
 UNEVEN = [0, 1, 2, 3, 20, 21, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63, 64, 65, 66, 90]
 LONG = 130  # frames, more than SKIP
 OPEN, CLOSED = {B_FRAMES[0]: B_FRAMES[1] + "1"}, {B_FRAMES[0]: B_FRAMES[1] + "0"}
+HIDDEN = {"lag-in-frames": "16", "auto-alt-ref": "1"}
 HEVC = {"x265-params": "log-level=none:pools=1:frame-threads=1:keyint=12:bframes=3"}
 CLIPS = [
     Clip("MP4", "H.264", encoded()),
@@ -222,16 +228,16 @@ CLIPS = [
          FRAMES - 7, 1.7),
     Clip("MP4", "fragments", encoded(container={"movflags": "frag_keyframe+empty_moov"}, g="6")),
     Clip("MP4", "one frame", encoded(frames=1), 1, 0.1),
-    *(Clip("MP4", f"to be turned by {angle} degrees", encoded(rotation=(angle, False)), turn=turn, reading="as displayed")
+    *(Clip("MP4", f"to be turned by {angle} degrees", encoded(rotation=(angle, False)), turn=turn, reading=DISPLAYED)
       for angle, turn in ((0, lambda p: p), (90, lambda p: np.rot90(p, 1, (1, 2))),
                           (180, lambda p: p[:, ::-1, ::-1]), (270, lambda p: np.rot90(p, -1, (1, 2))))),
-    Clip("MP4", "mirrored", encoded(rotation=(0, True)), turn=lambda p: p[:, :, ::-1], reading="as displayed"),
+    Clip("MP4", "mirrored", encoded(rotation=(0, True)), turn=lambda p: p[:, :, ::-1], reading=DISPLAYED),
     Clip("MP4", "turned and mirrored", encoded(rotation=(90, True)),
-         turn=lambda p: np.rot90(p, 1, (1, 2))[:, :, ::-1], reading="as displayed"),
-    Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)), refused="other than 90, 180 or 270 degrees"),
-    Clip("MP4", "broken off, its header first", changed(encoded(container={"movflags": "faststart"}), lambda b: b[:-500]),
+         turn=lambda p: np.rot90(p, 1, (1, 2))[:, :, ::-1], reading=DISPLAYED),
+    Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)), refused="other than 90, 180 or 270"),
+    Clip("MP4", "broken off, its header first", changed(encoded(container={"movflags": "faststart"}), cut(0.9)),
          refused="it breaks off: its header lists frames up to byte"),
-    Clip("MP4", "broken off, its header last", changed(encoded(), lambda b: b[:-500]), refused="broken from its first bytes on"),
+    Clip("MP4", "broken off, its header last", changed(encoded(), cut(0.9)), refused="broken from its first bytes on"),
     Clip("MP4", "sound alone", only_sound, refused="it has sound, but no video"),
     Clip("MP4", "a song and its cover", with_cover, refused="it has sound, but no video"),
     Clip("MOV", "ProRes", encoded("prores_ks", "yuv422p10le")),
@@ -247,19 +253,19 @@ CLIPS = [
     Clip("MKV", "no duration", encoded(container={"live": "1"})),
     Clip("MKV", "one frame", encoded(frames=1), 1, 0.1),
     Clip("MKV", "to be turned by 90 degrees", remuxed(encoded(rotation=(90, False)), ".mp4"),
-         turn=lambda p: np.rot90(p, 1, (1, 2)), reading="as displayed"),
-    Clip("MKV", "broken off: what there is", changed(encoded(**CLOSED, g="12"), lambda b: b[: len(b) * 2 // 3]), None, None),
+         turn=lambda p: np.rot90(p, 1, (1, 2)), reading=DISPLAYED),
+    Clip("MKV", "broken off: what there is", changed(encoded(**CLOSED), cut(0.6)), None, None),
     Clip("MKV", "lossless with alpha", encoded("ffv1", "bgra"), reading="on white"),
     Clip("WEBM", "VP8", encoded("libvpx")),
     Clip("WEBM", "VP8 with a frame that is not shown", hide, FRAMES - 1),
     Clip("WEBM", "VP9, odd sizes", encoded("libvpx-vp9", height=47, width=63)),
-    Clip("WEBM", "VP9 with frames that are not shown", encoded("libvpx-vp9", **{"lag-in-frames": "16", "auto-alt-ref": "1"})),
+    Clip("WEBM", "VP9 with frames that are not shown", encoded("libvpx-vp9", **HIDDEN)),
     Clip("AVI", "MPEG-4", encoded("mpeg4")),
     Clip("AVI", "MPEG-4 with B-frames", encoded("mpeg4", bf="2", g="12")),
     Clip("AVI", "H.264 with B-frames", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
     Clip("AVI", "Motion JPEG", encoded("mjpeg", "yuvj420p")),
     Clip("AVI", "one frame", encoded("mpeg4", frames=1), 1, 0.1),
-    Clip("AVI", "broken off", changed(encoded("mpeg4"), lambda b: b[: len(b) // 2]), refused="it is damaged or breaks off at"),
+    Clip("AVI", "broken off", changed(encoded("mpeg4"), cut(0.5)), refused="it is damaged or breaks off"),
     Clip("TS", "H.264 with B-frames", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
     Clip("TS", "cut in the middle of a group", changed(encoded(**OPEN, frames=LONG), half_of_ts), None, None),
     Clip("TS", "frames of two sizes", growing, refused="the size of its frames changes at 1.40 s", when="decoded"),

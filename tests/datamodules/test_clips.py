@@ -26,7 +26,7 @@ def quiet() -> None:
 
 
 def decoded(path: Path) -> tuple[list[float], list[Any]]:
-    """Seconds from the first frame on at which each frame is shown, by its packet, and the frames: all, by FFmpeg alone."""
+    """Seconds from the first frame on at which each is shown, by its packet, and the frames: all, by FFmpeg alone."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
         time_base = stream.time_base
