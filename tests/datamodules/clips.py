@@ -11,7 +11,8 @@ import numpy as np
 
 H, W, FRAMES, RATE = 48, 64, 24, 10
 PLAIN = "frames and times of its packets"
-DISPLAYED = "as displayed"
+DISPLAYED = "as displayed (the library: as stored)"
+ON_WHITE = "on white (the library: without its alpha)"
 B_FRAMES = "x264-params", "bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0:open-gop="
 
 
@@ -64,6 +65,7 @@ def encoded(
     width: int = W,
     times: Sequence[int] | None = None,
     sound: float = 0,
+    sound_codec: str = "pcm_s16le",
     rotation: tuple[float, bool] | None = None,
     container: dict[str, str] | None = None,
     setup: Callable[[Any], None] | None = None,
@@ -72,7 +74,7 @@ def encoded(
     """
     Args:
         times: of the frames, in tenths of seconds.
-        sound: seconds of it.
+        sound, sound_codec: seconds of it, and what it is encoded by.
         rotation: counter-clockwise in degrees, and whether it is mirrored then.
         container, options: of the muxer, and of the encoder.
         setup: of the stream.
@@ -86,7 +88,7 @@ def encoded(
                 video.set_display_rotation(rotation[0], hflip=rotation[1])
             if setup is not None:
                 setup(video)
-            audio: Any = file.add_stream("pcm_s16le", rate=8000, layout="mono") if sound else None
+            audio: Any = file.add_stream(sound_codec, rate=8000, layout="mono") if sound else None
             for i in range(frames):
                 frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24")
                 frame.pts, frame.time_base = (i if times is None else times[i]), Fraction(1, RATE)
@@ -209,8 +211,57 @@ LONG = 130  # frames, more than SKIP
 OPEN, CLOSED = {B_FRAMES[0]: B_FRAMES[1] + "1"}, {B_FRAMES[0]: B_FRAMES[1] + "0"}
 HIDDEN = {"lag-in-frames": "16", "auto-alt-ref": "1"}
 HEVC = {"x265-params": "log-level=none:pools=1:frame-threads=1:keyint=12:bframes=3"}
+CODECS = {
+    "MP4": ("libx264", "aac"),
+    "MOV": ("libx264", "pcm_s16le"),
+    "MKV": ("libx264", "pcm_s16le"),
+    "WEBM": ("libvpx-vp9", "libopus"),
+}
+
+
+def in_each(
+    kind: str, skip: Sequence[str] = (), frames: int = FRAMES, seconds: float = FRAMES / RATE, **how: Any
+) -> list[Clip]:
+    """One kind of clip in all of these containers but some."""
+    made = []
+    for name, (codec, sound_codec) in CODECS.items():
+        if name not in skip:
+            made.append(
+                Clip(name, kind, encoded(codec, sound_codec=sound_codec, frames=frames, **how), frames, seconds)
+            )
+    return made
+
+
+TURNS: list[tuple[str, tuple[float, bool], Callable[[np.ndarray], np.ndarray]]] = [
+    ("to be turned by 0 degrees", (0, False), lambda p: p),
+    ("to be turned by 90 degrees", (90, False), lambda p: np.rot90(p, 1, (1, 2))),
+    ("to be turned by 180 degrees", (180, False), lambda p: p[:, ::-1, ::-1]),
+    ("to be turned by 270 degrees", (270, False), lambda p: np.rot90(p, -1, (1, 2))),
+    ("mirrored", (0, True), lambda p: p[:, :, ::-1]),
+    ("turned and mirrored", (90, True), lambda p: np.rot90(p, 1, (1, 2))[:, :, ::-1]),
+]
+
+
+def turned(name: str) -> list[Clip]:
+    """In a container, each way. Into MKV it comes from an MP4: PyAV does not write it into MKV by itself."""
+    made = []
+    for kind, rotation, turn in TURNS:
+        make = encoded(rotation=rotation)
+        make = make if name in ("MP4", "MOV") else remuxed(make, ".mp4")
+        made.append(Clip(name, kind, make, turn=turn, reading=DISPLAYED))
+    return made
+
+
 CLIPS = [
-    Clip("MP4", "H.264", encoded()),
+    *in_each("no sound"),
+    *in_each("odd sizes", pixels="yuv444p", height=47, width=63),
+    *in_each("variable frame rate", seconds=9.1, times=UNEVEN),
+    *in_each("first frame later than 0", times=range(50, 50 + FRAMES)),
+    *in_each("sound longer than the video", sound=5),
+    *in_each("sound shorter than the video", sound=1),
+    *in_each("one frame", frames=1, seconds=0.1),
+    *in_each("no duration", skip=("MP4", "MOV"), container={"live": "1"}),
+    *(clip for name in ("MP4", "MOV", "MKV") for clip in turned(name)),
     Clip("MP4", "H.264 with B-frames", encoded(**CLOSED)),
     Clip("MP4", "H.264 with open groups", encoded(**OPEN, frames=LONG), LONG, LONG / RATE),
     Clip("MP4", "H.264, one keyframe", encoded(g="1000", frames=LONG), LONG, LONG / RATE),
@@ -218,22 +269,12 @@ CLIPS = [
     Clip("MP4", "H.264 of full range", encoded(setup=full_range)),
     Clip("MP4", "H.264, interlaced", encoded(flags="+ildct+ilme"), reading="not deinterlaced, as in the library"),
     Clip("MP4", "pixels that are not square", encoded(setup=square_pixels_not), reading="as stored, as in the library"),
-    Clip("MP4", "odd sizes", encoded(pixels="yuv444p", height=47, width=63)),
     Clip("MP4", "H.265 of 10 bits", encoded("libx265", "yuv420p10le", **HEVC)),
     Clip("MP4", "AV1", encoded("libsvtav1", preset="12")),
-    Clip("MP4", "variable frame rate", encoded(times=UNEVEN), seconds=9.1),
     Clip("MP4", "variable frame rate, B-frames", encoded(times=UNEVEN, **CLOSED), seconds=9.1),
-    Clip("MP4", "first frame later than 0", encoded(times=range(50, 50 + FRAMES))),
     Clip("MP4", "edit list", encoded(times=range(-7, FRAMES - 7), container={"avoid_negative_ts": "disabled"}),
          FRAMES - 7, 1.7),
     Clip("MP4", "fragments", encoded(container={"movflags": "frag_keyframe+empty_moov"}, g="6")),
-    Clip("MP4", "one frame", encoded(frames=1), 1, 0.1),
-    *(Clip("MP4", f"to be turned by {angle} degrees", encoded(rotation=(angle, False)), turn=turn, reading=DISPLAYED)
-      for angle, turn in ((0, lambda p: p), (90, lambda p: np.rot90(p, 1, (1, 2))),
-                          (180, lambda p: p[:, ::-1, ::-1]), (270, lambda p: np.rot90(p, -1, (1, 2))))),
-    Clip("MP4", "mirrored", encoded(rotation=(0, True)), turn=lambda p: p[:, :, ::-1], reading=DISPLAYED),
-    Clip("MP4", "turned and mirrored", encoded(rotation=(90, True)),
-         turn=lambda p: np.rot90(p, 1, (1, 2))[:, :, ::-1], reading=DISPLAYED),
     Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)), refused="other than 90, 180 or 270"),
     Clip("MP4", "broken off, its header first", changed(encoded(container={"movflags": "faststart"}), cut(0.9)),
          refused="it breaks off: its header lists frames up to byte"),
@@ -241,24 +282,14 @@ CLIPS = [
     Clip("MP4", "sound alone", only_sound, refused="it has sound, but no video"),
     Clip("MP4", "a song and its cover", with_cover, refused="it has sound, but no video"),
     Clip("MOV", "ProRes", encoded("prores_ks", "yuv422p10le")),
-    Clip("MOV", "ProRes with alpha", encoded("prores_ks", "yuva444p10le"), reading="on white"),
-    Clip("MOV", "PNG with alpha", encoded("png", "rgba"), reading="on white"),
-    Clip("MOV", "sound longer than the video", encoded(sound=5)),
+    Clip("MOV", "ProRes with alpha", encoded("prores_ks", "yuva444p10le"), reading=ON_WHITE),
+    Clip("MOV", "PNG with alpha", encoded("png", "rgba"), reading=ON_WHITE),
     Clip("MKV", "H.264 with B-frames", encoded(**CLOSED)),
     Clip("MKV", "H.264 with open groups", encoded(**OPEN, frames=LONG), LONG, LONG / RATE),
-    Clip("MKV", "sound longer than the video", encoded(sound=5)),
-    Clip("MKV", "sound shorter than the video", encoded(sound=1)),
-    Clip("MKV", "variable frame rate", encoded(times=UNEVEN), seconds=9.1),
-    Clip("MKV", "first frame later than 0", encoded(times=range(50, 50 + FRAMES))),
-    Clip("MKV", "no duration", encoded(container={"live": "1"})),
-    Clip("MKV", "one frame", encoded(frames=1), 1, 0.1),
-    Clip("MKV", "to be turned by 90 degrees", remuxed(encoded(rotation=(90, False)), ".mp4"),
-         turn=lambda p: np.rot90(p, 1, (1, 2)), reading=DISPLAYED),
     Clip("MKV", "broken off: what there is", changed(encoded(**CLOSED), cut(0.6)), None, None),
-    Clip("MKV", "lossless with alpha", encoded("ffv1", "bgra"), reading="on white"),
+    Clip("MKV", "lossless with alpha", encoded("ffv1", "bgra"), reading=ON_WHITE),
     Clip("WEBM", "VP8", encoded("libvpx")),
     Clip("WEBM", "VP8 with a frame that is not shown", hide, FRAMES - 1),
-    Clip("WEBM", "VP9, odd sizes", encoded("libvpx-vp9", height=47, width=63)),
     Clip("WEBM", "VP9 with frames that are not shown", encoded("libvpx-vp9", **HIDDEN)),
     Clip("AVI", "MPEG-4", encoded("mpeg4")),
     Clip("AVI", "MPEG-4 with B-frames", encoded("mpeg4", bf="2", g="12")),
@@ -272,7 +303,7 @@ CLIPS = [
     Clip("MPG", "MPEG-2", encoded("mpeg2video", bf="2", g="12")),
     Clip("FLV", "H.264", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
     Clip("WMV", "WMV 2", encoded("wmv2")),
-    Clip("GIF", "animated", encoded("gif", "rgb8"), reading="on white"),
+    Clip("GIF", "animated", encoded("gif", "rgb8"), reading=ON_WHITE),
     Clip("M3U8", "a playlist", playlist, refused="containers that are read: mov"),
     Clip("TXT", "any", lambda path: path.write_text("not a video"), refused="containers that are read: mov"),
 ]  # fmt: skip

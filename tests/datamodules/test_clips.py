@@ -15,7 +15,7 @@ from transformers.video_utils import load_video
 from bigmac_lightning.datamodules import ExampleError, File, PatchProcessor, Size, Video, packets, videos
 from bigmac_lightning.datamodules.decoding import measure, read_frames
 from bigmac_lightning.datamodules.packets import VideoStream
-from tests.datamodules.clips import CLIPS, PLAIN, RATE, Clip, H, W, encoded, growing
+from tests.datamodules.clips import CLIPS, ON_WHITE, PLAIN, RATE, Clip, H, W, encoded, growing
 
 READ = [clip for clip in CLIPS if not clip.refused]
 
@@ -53,7 +53,8 @@ def rgb(frame: Any) -> np.ndarray:
 def test_measured_and_decoded(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = clip.write(tmp_path)
     times, frames = decoded(path)
-    pixels = clip.turn(np.stack([rgb(frame) for frame in frames]))
+    stored = np.stack([rgb(frame) for frame in frames])
+    pixels = clip.turn(stored)
     size = measure(Video(File.at(path)))
     assert (size.height, size.width, size.frames) == (*pixels.shape[1:3], len(times))
     assert clip.frames in (None, size.frames)
@@ -62,10 +63,9 @@ def test_measured_and_decoded(clip: Clip, tmp_path: Path, monkeypatch: pytest.Mo
     shown = [max(k for k, time in enumerate(times) if time <= (i + 0.5) * size.seconds / size.frames) for i in slots]
     expected = torch.from_numpy(pixels[shown].copy()).permute(0, 3, 1, 2)
     assert torch.equal(read_frames(File.at(path), size, slots), expected)
-    with av.open(str(path)) as file:
-        told = file.streams.video[0].frames
-    if told == len(frames) and clip.reading == PLAIN and path.suffix != ".gif":
-        assert np.array_equal(load_video(str(path))[0], pixels)
+    if clip.reading != ON_WHITE:  # told how many, as the library counts wrong or not at all where no header says it
+        everything = load_video(str(path), sample_indices_fn=lambda metadata, **_: list(range(len(frames))))
+        assert np.array_equal(everything[0], stored)
     gray = [frames[k].to_ndarray(format="gray") for k in shown]
     if pixels.shape[1:3] == gray[0].shape and clip.reading == PLAIN:
         assert torch.equal(read_frames(File.at(path), size, slots, "L")[:, 0], torch.from_numpy(np.stack(gray)))
