@@ -13,6 +13,7 @@ H, W, FRAMES, RATE = 48, 64, 24, 10
 PLAIN = "frames and times of its packets"
 DISPLAYED = "as displayed (the library: as stored)"
 ON_WHITE = "on white (the library: without its alpha)"
+NO_VIDEO = "it is no video, or broken from its first bytes on"
 B_FRAMES = "x264-params", "bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0:open-gop="
 
 
@@ -275,10 +276,11 @@ CLIPS = [
     Clip("MP4", "edit list", encoded(times=range(-7, FRAMES - 7), container={"avoid_negative_ts": "disabled"}),
          FRAMES - 7, 1.7),
     Clip("MP4", "fragments", encoded(container={"movflags": "frag_keyframe+empty_moov"}, g="6")),
-    Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)), refused="other than 90, 180 or 270"),
+    Clip("MP4", "to be turned by 45 degrees", encoded(rotation=(45, False)),
+         refused="by an angle other than 90, 180 or 270 degrees"),
     Clip("MP4", "broken off, its header first", changed(encoded(container={"movflags": "faststart"}), cut(0.9)),
          refused="it breaks off: its header lists frames up to byte"),
-    Clip("MP4", "broken off, its header last", changed(encoded(), cut(0.9)), refused="broken from its first bytes on"),
+    Clip("MP4", "broken off, its header last", changed(encoded(), cut(0.9)), refused=NO_VIDEO),
     Clip("MP4", "sound alone", only_sound, refused="it has sound, but no video"),
     Clip("MP4", "a song and its cover", with_cover, refused="it has sound, but no video"),
     Clip("MOV", "ProRes", encoded("prores_ks", "yuv422p10le")),
@@ -304,6 +306,6 @@ CLIPS = [
     Clip("FLV", "H.264", encoded(**CLOSED, frames=LONG), LONG, LONG / RATE),
     Clip("WMV", "WMV 2", encoded("wmv2")),
     Clip("GIF", "animated", encoded("gif", "rgb8"), reading=ON_WHITE),
-    Clip("M3U8", "a playlist", playlist, refused="containers that are read: mov"),
-    Clip("TXT", "any", lambda path: path.write_text("not a video"), refused="containers that are read: mov"),
+    Clip("M3U8", "a playlist", playlist, refused=NO_VIDEO),
+    Clip("TXT", "any", lambda path: path.write_text("not a video"), refused=NO_VIDEO),
 ]  # fmt: skip

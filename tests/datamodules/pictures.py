@@ -232,6 +232,8 @@ PICTURES = [
     Picture("PNG", "palette with alpha", saved("P", "PNG", transparency=bytes(range(0, 256, 2))), ON_WHITE),
     Picture("PNG", "RGB with a transparent colour", saved("RGB", "PNG", transparency=one("RGB")), ON_WHITE),
     Picture("PNG", "gray with a transparent value", saved("L", "PNG", transparency=one("L")), ON_WHITE),
+    Picture("PNG", "black and white with a transparent value", png(1, 0, GRAY2 % 2, chunk(b"tRNS", bytes(2))),
+            ON_WHITE),
     Picture("PNG", "gray of 2 bits with a transparent value", png(2, 0, GRAY2, chunk(b"tRNS", b"\0\1")),
             "on white (the library: transparency is lost)", transparent_gray2()),
     Picture("PNG", "gray of 16 bits", saved("I;16", "PNG"), UPPER, DEEP >> 8),

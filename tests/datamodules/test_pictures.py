@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import PIL.Image
 import PIL.ImageOps
 import pytest
@@ -72,8 +73,7 @@ def test_heic_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_heic_with_the_package(orientation: int, tmp_path: Path) -> None:
-    heif = pytest.importorskip("pillow_heif")
-    heif.register_heif_opener()
+    pillow_heif.register_heif_opener()
     path = tmp_path / "a.heic"
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
