@@ -5,9 +5,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pillow_heif
 import PIL.Image
 import PIL.ImageOps
+import pillow_heif
 import pytest
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
