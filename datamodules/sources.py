@@ -5,6 +5,7 @@ Paths in data files are read below a media root only; nothing is unpickled. A re
 """
 
 import json
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,9 @@ from .source import Source, stamp
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGES += (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".ts", ".wmv")
+MAX_LINKS = 40
+"""That lead from one to the next."""
+
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -40,16 +44,8 @@ class _FileSource(Source):
     def identity(self) -> str:
         return repr((type(self).__qualname__, str(self.path.resolve()), resolved(self.media_roots)))
 
-    def _media(self, kind: type[Image] | type[Video], path: Any) -> Any:
-        """From ``"a.png"`` or ``{"path": "a.png", "height": 64, "width": 64}``."""
-        size = None
-        if isinstance(path, Mapping):
-            if "height" in path and "width" in path and kind is Image:
-                size = Size(int(path["height"]), int(path["width"]))
-            path = path.get("path")
-        if not isinstance(path, str):
-            raise ExampleError(f"names a file by {path!r}: give its path below {self.media_roots[0]}")
-        return kind(File.at(path, self.media_roots), size)
+    def _media(self, kind: type[Image] | type[Video], given: Any) -> Any:
+        return media_at(kind, given, self.media_roots)
 
 
 class MessagesJSONL(_FileSource):
@@ -172,7 +168,8 @@ class CaptionFolder(Source):
     def __getitem__(self, index: int) -> Example:
         file = self.files[index]
         image = Image(File.at(file, self.roots))
-        caption = (self.root / file).with_suffix(".txt").read_text("utf-8").strip()
+        with File.at(str(Path(file).with_suffix(".txt")), self.roots).open() as text:
+            caption = text.read().decode("utf-8-sig").strip()
         if self.task == "draw":
             request = self.prompt.format(caption) if "{}" in self.prompt else caption
             return Example([Message("user", [request])], image, name=file)
@@ -218,6 +215,8 @@ class WebDatasetTars(Source):
         name = f"{path}: {key}"
         images, videos, texts = [], [], {}
         for suffix, offset, length in members:
+            if offset < 0:
+                raise ExampleError(f"({name}) has {suffix} that is no file, and no link to one of this tar")
             file = File.inside(path, key + suffix, offset, length)
             ending = "." + suffix.rsplit(".", 1)[-1].lower()
             if ending in IMAGES:
@@ -300,6 +299,29 @@ class HFDataset(Source):
         if number >= len(items):
             raise ExampleError(f"has {len(items)} images, fewer than <image> placeholders")
         return content_of(items[number], self.media_roots)
+
+
+def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots) -> Any:
+    """An image or video below the media roots.
+
+    Args:
+        given: its path, or ``{"path": "a.png", "height": 64, "width": 64}``; of a video, the path alone.
+
+    Raises:
+        ExampleError: it is neither; or the path leads elsewhere.
+    """
+    path, size = given, None
+    if isinstance(given, Mapping):
+        path = given.get("path")
+        told = {key: value for key, value in given.items() if key != "path" and value is not None}
+        if kind is Image and told.keys() == {"height", "width"} and all(type(side) is int for side in told.values()):
+            size = Size(**told)
+        elif told:
+            most = 'only its "path", "height" and "width", two integers' if kind is Image else 'only its "path"'
+            raise ExampleError(f"tells {told} of the {kind.__name__.lower()} {path!r}: {most} can be given")
+    if not isinstance(path, str):
+        raise ExampleError(f"names a file by {given!r}: give its path below {roots_of(roots)[0]}")
+    return kind(File.at(path, roots), size)
 
 
 def undecoded(rows: Any) -> Any:
@@ -386,13 +408,24 @@ def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
     samples: dict[str, list[tuple[str, int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
+            files = {posixpath.normpath(member.name): member for member in tar}
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, []).append((f".{suffix}", member.offset_data, member.size))
+                if not member.isdir():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
     except tarfile.ReadError as error:
         raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
     return [(path, key, sorted(members)) for key, members in samples.items()]
+
+
+def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
+    """Offset and length of a member, or of the one that it is a link to; (-1, 0): it is no file of this tar."""
+    file: tarfile.TarInfo | None = member
+    for _ in range(MAX_LINKS):
+        if file is None or not (file.issym() or file.islnk()):
+            break
+        folder = posixpath.dirname(file.name) if file.issym() else ""
+        file = files.get(posixpath.normpath(posixpath.join(folder, file.linkname)))
+    return (file.offset_data, file.size) if file is not None and file.isreg() and not file.issparse() else (-1, 0)

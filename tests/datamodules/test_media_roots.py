@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bigmac_lightning.datamodules import (
     LlavaJSON,
     MessagesJSONL,
     Source,
+    WebDatasetTars,
 )
 from bigmac_lightning.datamodules.decoding import measure
 from tests.datamodules.examples import said, write_jsonl
@@ -136,6 +138,75 @@ def test_a_folder_of_captions_with_linked_folders(tmp_path: Path) -> None:
     assert [measure(allowed[i].media[0]).width for i in range(2)] == [9, 9]
     with pytest.raises(ExampleError, match=r"'linked/1\.png' leads out of the media root"):
         CaptionFolder(tmp_path / "photos")[1]
+
+
+def test_captions_out_of_the_root_and_pictures_that_lead_nowhere(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    picture(folder / "1.png")
+    (folder / "2.png").symlink_to("gone.png")
+    (tmp_path / "secret").write_text("a secret")
+    (folder / "1.txt").symlink_to("../secret")
+    (folder / "2.txt").write_text("a caption")
+    source = CaptionFolder(folder)
+    assert source.fingerprint()
+    with pytest.raises(ExampleError, match=r"'1\.txt' leads out of the media root: it is .*/secret"):
+        source[0]
+    with pytest.raises(ExampleError, match=r"2\.png cannot be read: FileNotFoundError"):
+        measure(source[1].media[0])
+    assert CaptionFolder([folder, tmp_path])[0].messages[1].parts == ["a secret"]
+
+
+def link(tar: tarfile.TarFile, name: str, target: str, kind: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    tar.addfile(member)
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_links_in_a_tar(prefix: str, tmp_path: Path) -> None:
+    """As tar writes files that have two names, and links: each sample has its picture, or is refused."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(picture(tmp_path / "cat.png"), f"{prefix}a/0.png")
+        link(tar, f"{prefix}a/1.png", f"{prefix}a/0.png", tarfile.LNKTYPE)
+        link(tar, f"{prefix}a/2.png", "../b/x.png", tarfile.SYMTYPE)
+        link(tar, f"{prefix}b/x.png", "../a/1.png", tarfile.SYMTYPE)
+        link(tar, f"{prefix}a/3.png", "/etc/passwd", tarfile.SYMTYPE)
+        link(tar, f"{prefix}a/4.png", "4.png", tarfile.SYMTYPE)
+        link(tar, f"{prefix}a/5.png", "", tarfile.FIFOTYPE)
+        for i in range(6):
+            (tmp_path / "text").write_text(f"number {i}")
+            tar.add(tmp_path / "text", f"{prefix}a/{i}.txt")
+    source = WebDatasetTars(str(tmp_path / "a.tar"))
+    names = [source._samples[i][1] for i in range(len(source))]
+    assert [name.removeprefix("./") for name in names] == ["a/0", "a/1", "a/2", "b/x", "a/3", "a/4", "a/5"]
+    for i in range(3):
+        (image,) = source[i].media
+        assert measure(image).width == 9
+        assert source[i].messages[1].parts == [f"number {i}"]
+    for i in (4, 5, 6):
+        with pytest.raises(ExampleError, match=r"a/\d\) has \.png that is no file, and no link to one of this tar"):
+            source[i]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            {"images": [{"path": "a.png", "height": 7}]},
+            r"tells \{'height': 7\} of the image 'a\.png': only its \"path\"",
+        ),
+        ({"images": [{"path": "a.png", "height": "7", "width": "9"}]}, ".*two integers can be given"),
+        ({"images": [{"path": "a.png", "crop": [0, 0, 1, 1]}]}, "tells {'crop': .*} of the image"),
+        ({"images": [{"url": "a.png"}]}, "tells {'url': 'a.png'} of the image None"),
+        ({"images": [7]}, "names a file by 7: give its path below"),
+        ({"videos": [{"path": "a.mp4", "fps": 2}]}, r"tells {'fps': 2} of the video 'a\.mp4': only its \"path\" can"),
+    ],
+)
+def test_what_is_told_of_a_file_is_heeded_or_refused(given: Any, reason: str, tmp_path: Path) -> None:
+    kind = "<image>" if "images" in given else "<video>"
+    source = MessagesJSONL(write_jsonl(tmp_path / "d.jsonl", [{"messages": said(kind, "x"), **given}]))
+    with pytest.raises(ExampleError, match=rf"\(line 1\) {reason}"):
+        source[0]
 
 
 @pytest.mark.parametrize("given", ["photos", ["photos", "blobs"]])
