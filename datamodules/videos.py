@@ -261,7 +261,10 @@ def _turn(frame: Any) -> tuple[bool, list[int]]:
     Raises:
         ValueError: it is to be turned by other than right angles.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    from av.sidedata.sidedata import SideDataContainer
+
+    # not frame.side_data: the two would hold each other and outlive the reading, with threads that a fork lacks
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, []
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).astype(float)  # x' = ax + cy, y' = bx + dy

@@ -1,6 +1,8 @@
 """Videos of every kind in the table: measured as they decode, and at each time the frame that FFmpeg's packets say."""
 
+import gc
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,22 @@ def test_refused(clip: Clip, tmp_path: Path) -> None:
         with pytest.raises(ExampleError, match=rf"clip\.\w+ cannot be decoded: .*{clip.refused}"):
             read_frames(file, size, [0, size.frames - 1])
         assert read_frames(file, size, [0]).shape[0] == 1
+
+
+def test_nothing_outlives_the_reading_of_a_video(tmp_path: Path) -> None:
+    """A frame has threads that convert it: a process that is forked off lacks them, and waits for them to end."""
+    path = tmp_path / "a.mp4"
+    encoded(rotation=(90, False))(path)
+    gc.collect()
+    gc.disable()
+    try:
+        threads = len(os.listdir("/proc/self/task"))
+        size = measure(Video(File.at(path)))
+        read_frames(File.at(path), size, range(size.frames))
+        assert [found for found in gc.get_objects() if type(found) is av.VideoFrame] == []
+        assert len(os.listdir("/proc/self/task")) == threads
+    finally:
+        gc.enable()
 
 
 def test_listed_and_counted_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
