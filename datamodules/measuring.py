@@ -21,7 +21,7 @@ from .example import Example, ExampleError, Size
 from .source import Source
 from .stream import Stream
 
-FORMAT = 2
+FORMAT = 3
 log = logging.getLogger(__name__)
 
 

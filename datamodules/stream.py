@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from .example import Example, ExampleError, File, Image
+from .example import Example, ExampleError, File, Image, Roots, roots_of
 from .source import Source
 from .sources import content_of, messages_of, undecoded
 
@@ -48,14 +47,14 @@ class HFStream(Stream):
         path: Any,
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
-        media_root: str | Path = ".",
+        media_root: Roots = ".",
         shuffle: bool = True,
     ) -> None:
         """
         Args:
             path, data_files, split: as of `datasets.load_dataset`; or `path` is a `datasets.IterableDataset`. Without
                 a `shuffle` of its own, in which no place can be told: the DataModule shuffles within its window.
-            media_root: folder of media given by path.
+            media_root: folder of media given by path, or several, as of `Roots`.
             shuffle: the order of the files.
         """
         import datasets
@@ -65,7 +64,7 @@ class HFStream(Stream):
         if not isinstance(path, datasets.IterableDataset):
             rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
         self._rows = undecoded(rows)
-        self.media_root, self.shuffle = Path(media_root), shuffle
+        self.media_roots, self.shuffle = roots_of(media_root), shuffle
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
     @property
@@ -89,7 +88,7 @@ class HFStream(Stream):
         given = row.get("images", row.get("image"))
         items = [] if given is None else given if isinstance(given, list) else [given]
         images = [
-            Image(File.lazy(f"{self.name}, image {k}", partial(content_of, item, self.media_root)))
+            Image(File.lazy(f"{self.name}, image {k}", partial(content_of, item, self.media_roots)))
             for k, item in enumerate(items)
         ]
         return Example(messages_of(turns, images, []))

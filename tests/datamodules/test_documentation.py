@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import MultimodalDataModule
+from tests.datamodules import media_table
 from tests.datamodules.examples import model, pictures
 from tests.strategy.trainers import plain_trainer
 
@@ -55,3 +56,7 @@ def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     labels = [t for batch in datamodule.val_dataloader() for m in batch.microbatches for t in m.labels.tolist()]
     text = datamodule.encoder.tokenizer.decode(labels)
     assert sorted(text.replace("<|im_end|>", " ").split()) == ["even", "odd", "odd"]
+
+
+def test_the_documented_media_are_those_that_are_tested() -> None:
+    assert PAGE.read_text() == media_table.page(), "run: python -m tests.datamodules.media_table"
