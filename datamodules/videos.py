@@ -264,7 +264,8 @@ def _turn(frame: Any) -> tuple[bool, list[int]]:
     from av.sidedata.sidedata import SideDataContainer
 
     # not frame.side_data: the two would hold each other and outlive the reading, with threads that a fork lacks
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")
+    side_data: Any = SideDataContainer
+    matrix = side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return False, []
     a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).astype(float)  # x' = ax + cy, y' = bx + dy
