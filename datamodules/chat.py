@@ -21,7 +21,7 @@ from .marks import alternatives
 from .replies import Learn, Replies, plain_text
 from .special import InText, SpecialTokens
 from .template import ChatTemplate
-from .text import Edit, Text
+from .text import Edit, Text, strings_in
 from .visual import Augment, MediaPlan, TargetProcessor, VisualProcessor, seeded_augment
 
 IMAGE, VIDEO, DRAW = "<|image_pad|>", "<|video_pad|>", "<|draw|>"
@@ -75,11 +75,9 @@ class ChatEncoder:
             self._template.check_variables(self.chat_template_kwargs)
         except ExampleError as error:
             raise ValueError(f"MultimodalDataModule {error}") from error
-        found = self._special.pattern.search(
-            json.dumps(dict(self.chat_template_kwargs), ensure_ascii=False, default=str)
-        )
-        if found:
-            raise ValueError(f"chat_template_kwargs has the special token {found[0]}: name it in allowed_special")
+        for text in strings_in(self.chat_template_kwargs):
+            if found := self._special.pattern.search(text):
+                raise ValueError(f"chat_template_kwargs has the special token {found[0]}: name it in allowed_special")
         if self.end_of_reply and not self._special.pattern.search(self.end_of_reply):
             raise ValueError(
                 f"end_of_reply={self.end_of_reply!r} has no special token of the tokenizer; a model stops only at one"

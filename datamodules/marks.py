@@ -64,8 +64,9 @@ class Marker:
 
     Args:
         text: what the template makes of them without marks.
-        cuts: strings in texts that are left as they are, since the template looks for them; with one group.
-        closers: of `cuts`, those that end what the assistant thinks.
+        cuts: strings in texts that are left as they are, since the template looks for them; with one group. First
+            those in what the assistant says, then those in all else.
+        closers: of the first, those that end what the assistant thinks.
         speakers: numbers of the messages of the assistant.
 
     Attributes:
@@ -73,7 +74,7 @@ class Marker:
     """
 
     text: str
-    cuts: re.Pattern[str] | None
+    cuts: tuple[re.Pattern[str], re.Pattern[str]]
     closers: frozenset[str]
     speakers: frozenset[int]
     pieces: list[Piece] = field(default_factory=list)
@@ -86,10 +87,12 @@ class Marker:
         self._first, self._marks = PLANES[free[0]], re.compile(f"([{ranges[free[0]]}])")
 
     def __call__(self, text: str, message: int, kind: str) -> str:
-        if self.cuts is None or not (parts := self.cuts.split(text))[1:]:
+        speaks = message in self.speakers
+        parts = self.cuts[0 if speaks else 1].split(text)
+        if len(parts) == 1:
             return self._mark(text, message, kind)
         thought = -1
-        if kind == "content" and message in self.speakers:
+        if kind == "content" and speaks:
             thought = max((i for i, part in enumerate(parts) if part in self.closers), default=-1)
         marked = [
             part if i % 2 else self._mark(part, message, "reasoning" if i < thought else kind)
@@ -136,5 +139,5 @@ def common_start(one: str, other: str) -> int:
 
 
 def alternatives(texts: Sequence[str]) -> str:
-    """A pattern for any of them, the longest first."""
-    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+    """A pattern for any of them, the longest first; for none it finds nothing."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"

@@ -4,7 +4,7 @@ A text that contains ``<|im_end|>`` must not end a turn. Knows tokenizers; knows
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -13,9 +13,12 @@ from typing import Any, Literal
 from .example import ExampleError
 from .marks import alternatives
 from .template import ChatTemplate
-from .text import Run, Text
+from .text import Run, Text, overlaps
 
 InText = Literal["text", "refuse"]
+
+TAG = re.compile(r"[^\w\s]")
+"""What tells tokens that structure a conversation from words that were added to a vocabulary."""
 
 Token = tuple[int, int, int]
 """Its id, and the run of characters that it stands for."""
@@ -28,11 +31,13 @@ class SpecialTokens:
     Attributes:
         tokenizer: a fast one.
         control: contents of the tokens that only the template may write.
+        spoken: those of them that the assistant may say, as the template looks for them there: ``<think>``.
         in_text: "text": such a text is encoded as the characters that it consists of; "refuse": it is an error.
     """
 
     tokenizer: Any
     control: frozenset[str]
+    spoken: frozenset[str] = frozenset()
     in_text: InText = "text"
 
     @classmethod
@@ -40,7 +45,7 @@ class SpecialTokens:
         cls, template: ChatTemplate, placeholders: Sequence[str], in_text: InText, allowed: Sequence[str]
     ) -> "SpecialTokens":
         """Control tokens are the special ones of the tokenizer, those that it lists as `chat_control_tokens`, and those
-        that the template writes around turns; but not what the template looks for in texts, such as ``</think>``.
+        that the template writes around turns, whatever the tokenizer calls them.
 
         Args:
             placeholders: tokens that stand for media.
@@ -55,18 +60,25 @@ class SpecialTokens:
             )
         control = {token for token, special in added.items() if special} | ({*placeholders} & added.keys())
         control |= {*(tokenizer.chat_control_tokens or ())}
-        control |= {token for token in added if re.search(r"[^\w\s]", token) and token in template.ordinary}
-        spoken = {*template.looked_for} - {*tokenizer.special_tokens_map.values(), *placeholders}
-        return cls(tokenizer, frozenset(control - spoken - {*allowed}), in_text)
+        control |= {token for token in added if TAG.search(token) and token in template.ordinary} - _pairs(added)
+        control -= {*allowed}
+        spoken = control & {*template.looked_for} - {*tokenizer.special_tokens_map.values(), *placeholders}
+        return cls(tokenizer, frozenset(control), frozenset(spoken), in_text)
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Any control token."""
-        return re.compile(alternatives([*self.control]) or "(?!)")
+        return re.compile(alternatives([*self.control]))
 
     @cached_property
-    def _ids(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.convert_tokens_to_ids(token) for token in self.control)
+    def unspoken(self) -> re.Pattern[str]:
+        """Any control token that the assistant does not say."""
+        return re.compile(alternatives([*self.control - self.spoken]))
+
+    @cached_property
+    def _ids(self) -> dict[int, bool]:
+        """Of each control token, with whether the assistant may say it."""
+        return {self.tokenizer.convert_tokens_to_ids(token): token in self.spoken for token in self.control}
 
     def encode(self, text: Text, own: bool) -> list[Token]:
         """
@@ -101,7 +113,7 @@ class SpecialTokens:
             if token in self._ids and text.is_given(start, stop):
                 match = self.pattern.search(text.text, start, stop)  # tokens may take in blanks around them
                 run = (start, stop) if match is None else match.span()
-                if text.is_given(*run):
+                if text.is_given(*run) and not (self._ids[token] and overlaps(text.said, *run)):
                     found.append(run)
         return found
 
@@ -151,3 +163,10 @@ class SpecialTokens:
         newline = [token for token, _, _ in self._encoded("\n", False)]
         tokens = spelled("\n" + text)
         return tokens[len(newline) :] if tokens[: len(newline)] == newline else spelled(text)
+
+
+def _pairs(tokens: Iterable[str]) -> set[str]:
+    """Tokens that open and close something, as ``<think>`` and ``</think>``: they stand within turns, not around them."""
+    closing = {token for token in tokens if token.startswith("</")}
+    opening = {token for token in tokens if token.replace("<", "</", 1) in closing}
+    return opening | {token.replace("<", "</", 1) for token in opening}

@@ -24,9 +24,8 @@ PROBE = "probe7probe"
 SERIALIZED = re.compile(r"""\\?['"]type\\?['"]\s*:""")
 """What is in a list of parts that was written as JSON or by Python."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-SEARCH = re.compile(
-    r"""(?:startswith|endswith|split|replace)\(\s*(?:'([^'\n]+)'|"([^"\n]+)")|(?:'([^'\n]+)'|"([^"\n]+)")\s+(?:not\s+)?in\b"""
-)
+SEARCH = re.compile(r"""(?:startswith|endswith|split|partition)\(\s*(?:'([^'\n]{2,})'|"([^"\n]{2,})")""")
+"""A string by which a template takes texts apart."""
 
 
 def _unmarked(text: str, number: int, kind: str) -> str:
@@ -205,7 +204,7 @@ class ChatTemplate:
 
     @cached_property
     def looked_for(self) -> tuple[str, ...]:
-        """What the template looks for in texts, such as ``</think>``; longest first."""
+        """What the template looks for at the ends of texts or cuts them at, such as ``</think>``; longest first."""
         found: set[str] = set()
         for match in SEARCH.finditer(self.source() + self.source(True)):
             text = next(group for group in match.groups() if group).replace("\\n", "\n")

@@ -4,7 +4,7 @@ Knows texts; knows nothing of templates, tokenizers or media.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,12 +22,14 @@ class Text:
         text: all of it.
         given: runs that come from the example, in their order; what lies between them the template has written.
         learnt: runs that the model is to say, in their order.
+        said: of `given`, those that the assistant says.
         whole: whether nothing surrounds it, as a template does: the tokenizer's own special tokens belong to it.
     """
 
     text: str
     given: Sequence[Run]
     learnt: Sequence[Run]
+    said: Sequence[Run] = ()
     whole: bool = False
 
     def is_given(self, start: int, stop: int) -> bool:
@@ -56,11 +58,32 @@ class Text:
         def before(place: int) -> int:
             return place + grown[bisect_left(starts, place)]
 
-        given = [(behind(start), before(stop)) for start, stop in self.given]
-        return Text("".join(pieces), given, [(behind(a), behind(b)) for a, b in self.learnt], self.whole)
+        given, said = ([(behind(a), before(b)) for a, b in runs] for runs in (self.given, self.said))
+        return Text("".join(pieces), given, [(behind(a), behind(b)) for a, b in self.learnt], said, self.whole)
 
 
 def overlaps(runs: Sequence[Run], start: int, stop: int) -> bool:
     """Whether one of the runs, which stand in their order, has a character of another."""
     i = bisect_right(runs, start, key=lambda run: run[1])
     return i < len(runs) and runs[i][0] < stop and start < stop
+
+
+def strings_in(value: object) -> Iterator[str]:
+    """All texts in JSON data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from strings_in([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings_in(item)
+
+
+def keys_in(value: object) -> Iterator[str]:
+    """All keys in JSON data."""
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from keys_in([*value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from keys_in(item)

@@ -236,9 +236,7 @@ def of_processor(name: str) -> ChatEncoder:
     processor = PROCESSORS[name]()
     visual = HFVisual(processor)
     given = {"image_token": processor.image_token, "feature_tokens": visual.feature_tokens, "processor": processor}
-    return ChatEncoder(
-        processor.tokenizer, visual, end_of_reply="</s>" if name == "llava" else None, **given
-    )
+    return ChatEncoder(processor.tokenizer, visual, end_of_reply="</s>" if name == "llava" else None, **given)
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,11 @@ def marked(encoder: ChatEncoder, source: str, example: Example) -> Labels:
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
             ]
         turn = {"role": message.role, "content": content, "reasoning_content": message.reasoning_content}
-        turn |= {"tool_calls": [*message.tool_calls] or None, "name": message.name, "tool_call_id": message.tool_call_id}
+        turn |= {
+            "tool_calls": [*message.tool_calls] or None,
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+        }
         turns.append({key: value for key, value in turn.items() if value is not None})
     out = encoder.tokenizer.apply_chat_template(
         turns,
@@ -307,7 +309,10 @@ def without_what_is_asked(reference: Labels, tokenizer: Any, asked: Sequence[str
     learnt = list(reference.learnt)
     for run in reference.runs():
         text = tokenizer.decode([reference.tokens[i] for i in run])
-        start = next((text for text in asked if text and tokenizer.decode([reference.tokens[i] for i in run]).startswith(text)), "")
+        start = next(
+            (text for text in asked if text and tokenizer.decode([reference.tokens[i] for i in run]).startswith(text)),
+            "",
+        )
         while start:
             first = tokenizer.decode([reference.tokens[run[0]]])
             assert start.startswith(first)
@@ -339,7 +344,9 @@ def cell(name: str, made: ChatEncoder, source: str, case: str) -> str:
         if reference.tokens == found.tokens:
             asked = named({"": (), **ASKED}, name)
             reference = without_what_is_asked(reference, made.tokenizer, asked)
-            assert found == reference, f"{name}, {case}: {found.texts(made.tokenizer)}, {reference.texts(made.tokenizer)}"
+            assert found == reference, (
+                f"{name}, {case}: {found.texts(made.tokenizer)}, {reference.texts(made.tokenizer)}"
+            )
             return "= twin"
     texts = found.texts(made.tokenizer)
     cases = EXPECTED.get(ALIKE.get(name, name))
@@ -362,18 +369,25 @@ def rows() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     import traceback
+
     for name, source in sources().items():
         made = encoder(name, source)
         row = []
         for case in CASES:
-            try: row.append(cell(name, made, source, case))
-            except AssertionError as e: row.append("XX"); print("XX", e)
+            try:
+                row.append(cell(name, made, source, case))
+            except AssertionError as e:
+                row.append("XX")
+                print("XX", e)
         print(name, row)
     for family in PROCESSORS:
         name = f"processor {family}"
         made = of_processor(family)
         row = []
         for case in CASES:
-            try: row.append(cell(name, made, "", case))
-            except AssertionError as e: row.append("XX"); print("XX", e)
+            try:
+                row.append(cell(name, made, "", case))
+            except AssertionError as e:
+                row.append("XX")
+                print("XX", e)
         print(name, row)
