@@ -166,7 +166,7 @@ class SpecialTokens:
 
 
 def _pairs(tokens: Iterable[str]) -> set[str]:
-    """Tokens that open and close something, as ``<think>`` and ``</think>``: they stand within turns, not around them."""
+    """Tokens that open and close something, as ``<think>`` and ``</think>``: within turns, not around them."""
     closing = {token for token in tokens if token.startswith("</")}
     opening = {token for token in tokens if token.replace("<", "</", 1) in closing}
     return opening | {token.replace("<", "</", 1) for token in opening}

@@ -178,7 +178,7 @@ def test_rows_of_the_datasets_library(typed: bool, tmp_path: Path, monkeypatch: 
         ("hello", "no list of messages"),
         (None, "no list of messages"),
         (["hello"], "a message that is no object"),
-        ([{"role": "user"}], "a message without text"),
+        ([{"role": "user"}], "message 1 without content"),
         ([{"role": "user", "content": "<video>"}], "1 <video> placeholders for 0 videos"),
     ],
 )
