@@ -45,10 +45,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """A text and the places of pieces in it, in their order; a piece that the text does not have has none."""
+    """A text and the places of pieces in it, in their order; a piece that the text does not have has none.
+
+    Attributes:
+        repeated: places of pieces that have one already.
+    """
 
     text: str
     places: list[Place]
+    repeated: list[Place]
 
     def behind(self) -> tuple[int | None, str]:
         """The last piece, and the text behind it."""
@@ -117,6 +122,7 @@ class Marker:
         texts: list[str] = []
         opened: dict[int, int] = {}
         places: dict[int, Place] = {}
+        repeated: list[Place] = []
         at = 0
         for i, part in enumerate(self._marks.split(marked)):
             if i % 2 == 0:
@@ -125,10 +131,12 @@ class Marker:
                 continue
             piece, closes = divmod(ord(part) - self._first, 2)
             if not closes:
-                opened.setdefault(piece, at)
-            elif piece in opened and piece not in places:
-                places[piece] = Place(piece, opened[piece], at)
-        return Found("".join(texts), sorted(places.values(), key=lambda place: place.start))
+                opened[piece] = at
+            elif piece in opened:
+                place = Place(piece, opened.pop(piece), at)
+                if places.setdefault(piece, place) is not place:
+                    repeated.append(place)
+        return Found("".join(texts), sorted(places.values(), key=lambda place: place.start), repeated)
 
 
 def common_start(one: str, other: str) -> int:

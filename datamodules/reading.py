@@ -24,6 +24,7 @@ class Reading:
         text: what the template makes of the conversation.
         generation: runs of it that the template marks by ``{% generation %}``; ``None``: it marks none.
         places: of all pieces of the messages that the text has.
+        repeated: places at which it has them once more.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Reading:
         # a target is made where the assistant would reply
         self._asks = example.target is not None and self._messages[-1].role != "assistant"
         self.text, self.generation = template.marked_generation(template.turns(self._messages), self._asks, example)
+        template.check_tools(template.turns(self._messages), self._asks, example)
         speakers = frozenset(i for i, message in enumerate(self._messages) if message.role == "assistant")
         closers = frozenset(text for text in template.looked_for if text.startswith(("</", "[/")))
         self._marker = Marker(self.text, cuts, closers, speakers)
@@ -58,7 +60,7 @@ class Reading:
                 "conversation is whose: give what belongs to the template (tags, control words) as reasoning_content, "
                 "tool_calls or messages of role tool, or use another chat_template"
             )
-        self.places = found.places
+        self.places, self.repeated = found.places, found.repeated
         self._check_left_out()
 
     # -- places --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from .example import Example, ExampleError, Image, Message, arguments_of
 from .marks import alternatives
@@ -66,10 +66,9 @@ class Replies:
                 be told what the assistant says.
         """
         self.template.check_variables(example.chat_template_kwargs)
-        self.template.check_tools(example)
         self._check_names(example)
         messages = example.messages
-        reading = Reading(self.template, self.special.pattern, example, self._cuts)
+        reading = Reading(self.template, self.special.written, example, self._cuts)
         spoken = [i for i, wanted in enumerate(self.wanted(messages)) if wanted and reading.of(i)]
         for i, message in enumerate(messages):
             if message.learn and i not in spoken:
@@ -91,7 +90,7 @@ class Replies:
                 elif self.end:
                     stop += len(self.end)
             learnt += [*own[:-1], (own[-1][0], stop)]
-        given = [(place.start, place.stop) for place in reading.places]
+        given = sorted((place.start, place.stop) for place in (*reading.places, *reading.repeated))
         said = [(p.start, p.stop) for p in reading.places if messages[reading.message(p)].role == "assistant"]
         return Text(reading.text, given, learnt, said).edited(edits)
 
@@ -113,10 +112,13 @@ class Replies:
 
     def _check_names(self, example: Example) -> None:
         """Refuse control tokens where there are no texts to be encoded, but names and schemas."""
-        names = [message.name for message in example.messages if message.name]
-        calls = [arguments_of(call) for message in example.messages for call in message.tool_calls]
-        names += [text for name, arguments in calls for text in (name, *keys_in(arguments))]
-        for text in (*names, *strings_in([example.tools, example.chat_template_kwargs])):
+        names: list[Any] = [example.tools, example.chat_template_kwargs]
+        for message in example.messages:
+            names += [message.name, message.tool_call_id]
+            for call in message.tool_calls:
+                function = {key: value for key, value in call["function"].items() if key != "arguments"}
+                names += [{**call, "function": function}, *keys_in(arguments_of(call)[1])]
+        for text in strings_in(names):
             if found := self.special.pattern.search(text):
                 raise ExampleError(
                     f"has the special token {found[0]} in a schema, a name or a variable: take it out, or name it in "
@@ -137,7 +139,7 @@ class Replies:
         """Where what the template marks as the i-th message ends, and whether by a control token; if not, behind its
         last word."""
         last, stop = max(place.stop for place in reading.of(i)), runs[-1][1]
-        ended = self.special.pattern.search(reading.text, last, stop) is not None
+        ended = self.special.written.search(reading.text, last, stop) is not None
         return (stop, True) if ended else (min(last, stop), False)
 
 

@@ -32,12 +32,14 @@ class SpecialTokens:
         tokenizer: a fast one.
         control: contents of the tokens that only the template may write.
         spoken: those of them that the assistant may say, as the template looks for them there: ``<think>``.
+        allowed: contents of further such tokens, which texts may have, too.
         in_text: "text": such a text is encoded as the characters that it consists of; "refuse": it is an error.
     """
 
     tokenizer: Any
     control: frozenset[str]
     spoken: frozenset[str] = frozenset()
+    allowed: frozenset[str] = frozenset()
     in_text: InText = "text"
 
     @classmethod
@@ -63,12 +65,17 @@ class SpecialTokens:
         control |= {token for token in added if TAG.search(token) and token in template.ordinary} - _pairs(added)
         control -= {*allowed}
         spoken = control & {*template.looked_for} - {*tokenizer.special_tokens_map.values(), *placeholders}
-        return cls(tokenizer, frozenset(control), frozenset(spoken), in_text)
+        return cls(tokenizer, frozenset(control), frozenset(spoken), frozenset(allowed), in_text)
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         """Any control token."""
         return re.compile(alternatives([*self.control]))
+
+    @cached_property
+    def written(self) -> re.Pattern[str]:
+        """Any token that the template writes around what is said."""
+        return re.compile(alternatives([*self.control, *self.allowed]))
 
     @cached_property
     def unspoken(self) -> re.Pattern[str]:

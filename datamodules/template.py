@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -184,15 +184,19 @@ class ChatTemplate:
                     f"has chat_template_kwargs with {name!r}, but the chat template has no such variable"
                 )
 
-    def check_tools(self, example: Example) -> None:
-        """
+    def check_tools(self, turns: Sequence[Turn], reply: bool, example: Example) -> None:
+        """Try other names for the tools, which nothing else in the conversation has.
+
+        Args:
+            turns, reply: as of `render`.
+
         Raises:
-            ExampleError: the template does not write the tools.
+            ExampleError: the template does not write all tools.
         """
         if not example.tools:
             return
-        text = self.render([{"role": "user", "content": self._text(PROBE)}], False, example)
-        left_out = [name for name in map(tool_name, example.tools) if name not in text]
+        text = self.render(turns, reply, replace(example, tools=[_renamed(*tool) for tool in enumerate(example.tools)]))
+        left_out = [tool_name(tool) for i, tool in enumerate(example.tools) if f"{PROBE}{i}x" not in text]
         if left_out:
             raise ExampleError(f"has tools, and the chat template leaves them out: {', '.join(left_out)}")
 
@@ -272,6 +276,11 @@ def read_template(given: str | Path) -> str:
     if not path.is_file():
         raise ValueError(f"chat_template={str(given)!r} is neither a template nor the path of a file with one")
     return path.read_text("utf-8")
+
+
+def _renamed(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:
+    name = f"{PROBE}{number}x"
+    return {**tool, "function": {**tool["function"], "name": name}} if "function" in tool else {**tool, "name": name}
 
 
 def _refused(error: Exception) -> ExampleError:
