@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import MultimodalDataModule
+from tests.datamodules import chat_table
 from tests.datamodules.examples import model, pictures
 from tests.strategy.trainers import plain_trainer
 
@@ -55,3 +56,8 @@ def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     labels = [t for batch in datamodule.val_dataloader() for m in batch.microbatches for t in m.labels.tolist()]
     text = datamodule.encoder.tokenizer.decode(labels)
     assert sorted(text.replace("<|im_end|>", " ").split()) == ["even", "odd", "odd"]
+
+
+def test_the_table_of_chat_templates() -> None:
+    """Labels of every template and conversation; ``python -m tests.datamodules.chat_table`` writes it anew."""
+    assert chat_table.written() == chat_table.table()
