@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.batch import Batch, MediaItem, TargetItem
+from bigmac_lightning.exact import apart, parts_of, together
 from bigmac_lightning.module import Mode, PipelineModule, StageOutput
 from bigmac_lightning.precision import widened
 from bigmac_lightning.runtime.executor import Outcome
@@ -57,7 +58,7 @@ class BatchWork:
 
     def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
         shape, extras = self._shapes(microbatch, stage)
-        return (shape.numel() + sum(extra.numel() for extra in extras.values()),) if extras else shape
+        return (shape.numel() + sum(self._sizes(extras)),) if extras else shape
 
     def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
         """Of the hidden states, and of the extras, that go into a stage."""
@@ -65,14 +66,21 @@ class BatchWork:
         extras = self.module.extra_shapes(given, self.stages[stage].start)
         return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
 
+    def _sizes(self, extras: dict[str, torch.Size]) -> list[int]:
+        """Of each extra in a message."""
+        exact = self.module.llm.exact_extras
+        return [extra.numel() * (parts_of(self.dtype) if name in exact else 1) for name, extra in extras.items()]
+
     def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states and extras travel as one flat tensor where there are extras."""
         shape, extras = self._shapes(microbatch, stage)
         if not extras:
             return message, {}
-        hidden, *others = message.split([shape.numel(), *(extra.numel() for extra in extras.values())])
-        named = zip(extras.items(), others, strict=True)
-        return hidden.view(shape), {name: part.view(extra) for (name, extra), part in named}
+        hidden, *others = message.split([shape.numel(), *self._sizes(extras)])
+        exact, made = self.module.llm.exact_extras, dict[str, Tensor]()
+        for (name, extra), part in zip(extras.items(), others, strict=True):
+            made[name] = (together(part) if name in exact else part).view(extra)
+        return hidden.view(shape), made
 
     def _pack(self, out: StageOutput, microbatch: int, stage: int) -> Tensor | None:
         if out.hidden is None:
@@ -81,8 +89,11 @@ class BatchWork:
         assert extras.keys() == out.extras.keys(), (extras.keys(), out.extras.keys())
         if not extras:
             return out.hidden.to(self.dtype)
-        parts = [out.hidden, *(out.extras[name] for name in extras)]
-        return torch.cat([part.to(self.dtype).flatten() for part in parts])
+        exact, parts = self.module.llm.exact_extras, [out.hidden.to(self.dtype).flatten()]
+        for name in extras:
+            extra = out.extras[name]
+            parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())
+        return torch.cat(parts)
 
     def encode(self, group: int, piece: int) -> Tensor:
         places = self.features.items(group, (self.rank, piece))

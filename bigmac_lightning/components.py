@@ -74,6 +74,7 @@ class LanguageModel(nn.Module, ABC):
             different ranks each holds a copy and their gradients are summed.
         auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
             by name. Such a loss is a mean over microbatches.
+        exact_extras: names of extras (see below) that travel in float32 whatever the type of the weights.
         refuses_packing: why a row must not hold several samples; empty: it may.
         gradient_checkpointing: whether layers keep their inputs only and run again in the backward.
         dtype: of the weights, where `materialize` changes it.
@@ -88,6 +89,7 @@ class LanguageModel(nn.Module, ABC):
     placeholders: Sequence[int] = ()
     tied: dict[str, str]
     auxiliary_losses: dict[str, float] = {}
+    exact_extras: Collection[str] = ()
     refuses_packing: str = ""
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None

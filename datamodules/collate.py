@@ -192,6 +192,8 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
             ids_BS[b, : lengths[b]] = torch.tensor(sample.tokens)
         positions_BS = torch.arange(S).repeat(len(samples), 1)
     microbatch = Microbatch({"input_ids": ids_BS, "position_ids": positions_BS})
+    if not packed and min(lengths) < max(lengths):  # for what counts tokens; causal attention needs no mask
+        microbatch.inputs["token_mask"] = (positions_BS < torch.tensor(lengths)[:, None]).long()
     labelled: list[int] = []
     media_rows: list[int] = []
     target_rows: list[int] = []

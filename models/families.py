@@ -105,6 +105,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": _QWEN2,
     "qwen3_vl": _QWEN3,
     "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN2,
+    "qwen3_5_moe": _QWEN2,
+    "glm4v": replace(_QWEN2, video=None),
+    "aya_vision": Family(_crops),
+    "cohere2_vision": Family(_crops),
     "llava": Family(_crops),
     "llava_onevision": Family(_any_resolution, _pooled_video),
     "internvl": Family(_crops, _crops),
@@ -128,14 +133,14 @@ def family_of(config: PreTrainedConfig) -> Family | None:
         ValueError: it cannot be trained in a pipeline, with the reason.
     """
     kind = config.model_type
-    for prefix, reason in REFUSED.items():
-        if kind.startswith(prefix):
-            raise ValueError(f"model_type {kind!r} cannot be cut into stages: {reason}")
+    if kind in REFUSED:
+        raise ValueError(f"model_type {kind!r} cannot be cut into stages: {REFUSED[kind]}")
     if "vision_config" not in config.sub_configs:
         return None
     if kind not in FAMILIES:
         raise ValueError(
             f"no vision-language model of model_type {kind!r} is known here; there are {sorted(FAMILIES)}. "
-            "Its decoder alone can be trained as an HFDecoder (config.get_text_config()) with an Encoder of your own"
+            "Its decoder alone may be one that can be trained, as HFDecoder(config.get_text_config()), with an Encoder "
+            "of your own"
         )
     return FAMILIES[kind]

@@ -36,6 +36,7 @@ class HFVisionEncoder(Encoder):
     Attributes:
         config: the config of the whole model.
         source: the folder that its weights come from; ``None``: they are drawn.
+        width: D, of the features: that of the model's own LLM.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class HFVisionEncoder(Encoder):
         if family is None:
             raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
         self.family = family
+        self.width: int = self.config.get_text_config().hidden_size
         self.seed, self.source = seed, weights
         self.dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
@@ -68,6 +70,8 @@ class HFVisionEncoder(Encoder):
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
         self._attention = attn_implementation
         whole: Any = surgery.build_on_meta(self.config, attn_implementation)
+        if gradient_checkpointing:
+            surgery.check_checkpointing(whole)
         self._keep_vision(whole)
         self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._register_children()
@@ -82,8 +86,8 @@ class HFVisionEncoder(Encoder):
         return work.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else work
 
     def _register_children(self) -> None:
-        for name, child in self._unregistered[0].named_children():
-            self.add_module(name, child)
+        """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
+        self._modules = self._unregistered[0]._modules
 
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
@@ -127,6 +131,9 @@ class HFVideoEncoder(Encoder):
     """Videos through the tower and projector of an `HFVisionEncoder`; has no parameters of its own.
 
     An item is of shape (t, h, w, values of a patch) for Qwen's models, else (frames, C, H, W).
+
+    Attributes:
+        width: D, of the features.
     """
 
     def __init__(self, vision: HFVisionEncoder) -> None:
@@ -140,7 +147,7 @@ class HFVideoEncoder(Encoder):
         super().__init__()
         if vision.family.video is None:
             raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
-        self.levels = vision.levels
+        self.levels, self.width = vision.levels, vision.width
         self._encode = vision.family.video
         self._unregistered = (vision,)  # in a tuple: its parameters are registered once
 
@@ -156,7 +163,8 @@ def _patches_per_row(config: Any) -> int:
     """How many patches a model joins to one row of features."""
     vision: Any = config.vision_config
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
-    side = side or getattr(config, "scale_factor", None) or round(1 / getattr(config, "downsample_ratio", 1))
+    side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
+    side = side or round(1 / getattr(config, "downsample_ratio", 1))
     if rows := getattr(config, "mm_tokens_per_image", None):
         return (vision.image_size // vision.patch_size) ** 2 // rows
     return side**2

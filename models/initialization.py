@@ -57,11 +57,21 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
 
 
 def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:
-    """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model."""
+    """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model.
+
+    Raises:
+        ValueError: the library has no such model, or does not take such a config.
+    """
     if isinstance(config, PreTrainedConfig):
         return config
     if isinstance(config, str):
         return AutoConfig.from_pretrained(config)
     if "model_type" not in config:
         raise ValueError('the config needs a "model_type", for example {"model_type": "qwen3", "hidden_size": 64}')
-    return AutoConfig.for_model(**config)
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:
+        raise ValueError(
+            f"transformers takes no such config of model_type {config['model_type']!r} "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error

@@ -1,9 +1,11 @@
 """Low-rank adapters (LoRA) in a component, through peft; and folding them into the weights that they belong to.
 
-Needs `pip install bigmac-lightning[lora]`. Knows modules and tensors by name; knows nothing of components' kinds.
+Which layers get adapters is decided on the whole component, before any process keeps its part alone. Needs
+`pip install bigmac-lightning[lora]`. Knows modules and tensors by name; knows nothing of components' kinds.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,20 +17,53 @@ SETTINGS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora")
 _ADAPTER = "default"
 
 
-def check_settings(component: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what could not be exported.
+def targets_of(component: nn.Module, name: str, settings: Mapping[str, Any]) -> frozenset[str]:
+    """The linear layers of a component that get adapters, by their names in it.
+
+    Args:
+        component: the whole of it, with or without weights.
+        name: of the component in the model.
+        settings: see `add_lora`.
 
     Raises:
-        ValueError: a setting that is missing or not known.
+        ValueError: a setting is missing or not known, or names no layer, or one that cannot have an adapter.
     """
     if unknown := settings.keys() - set(SETTINGS):
-        raise ValueError(f"lora: {component!r} has {sorted(unknown)}; there are {list(SETTINGS)}")
+        raise ValueError(f"lora: {name!r} has {sorted(unknown)}; there are {list(SETTINGS)}")
     if missing := {"r", "target_modules"} - settings.keys():
-        raise ValueError(f"lora: {component!r} needs {sorted(missing)}")
+        raise ValueError(f"lora: {name!r} needs {sorted(missing)}")
+    wanted, found = settings["target_modules"], set[str]()
+    modules, parameters = dict(component.named_modules()), dict(component.named_parameters())
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        meant = [path for path in (*modules, *parameters) if _is_meant(path, target, isinstance(wanted, str))]
+        names = {path for path in meant if type(modules.get(path)) is nn.Linear}
+        for path in meant:
+            if path not in names and path.rpartition(".")[0] not in names:
+                kind = type(modules[path]).__name__ if path in modules else "weight of experts or the like"
+                raise ValueError(
+                    f"lora: {target!r} of {name!r} means {path}, too, a {kind}: only linear layers can have adapters. "
+                    f"Name them more closely; there are {_ends(modules)}"
+                )
+        if not names:
+            raise ValueError(f"lora: {name!r} has no layer {target!r}; there are {_ends(modules)}")
+        found.update(names)
+    return frozenset(found)
 
 
-def add_lora(component: nn.Module, name: str, settings: Mapping[str, Any], seed: int = 0) -> None:
-    """Put adapters into a component, in place; of its parameters they alone are trained then.
+def _is_meant(path: str, target: str, is_pattern: bool) -> bool:
+    """As peft has it: a pattern of whole names, or the end of a name."""
+    return bool(re.fullmatch(target, path)) if is_pattern else f".{path}".endswith(f".{target}")
+
+
+def _ends(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The last parts of linear layers' names."""
+    return sorted({path.rpartition(".")[2] for path, module in modules.items() if type(module) is nn.Linear})
+
+
+def add_lora(
+    component: nn.Module, name: str, settings: Mapping[str, Any], targets: Collection[str], seed: int = 0
+) -> None:
+    """Put adapters into what a process keeps of a component, in place; of its parameters they alone are trained then.
 
     An adapter's initial weights depend on the seed and its name only, not on which part of the component is here. It
     is float32 also where the weights beside it, which are not trained, are bfloat16.
@@ -37,10 +72,11 @@ def add_lora(component: nn.Module, name: str, settings: Mapping[str, Any], seed:
         component: with its weights.
         name: of the component in the model.
         settings: of peft's `LoraConfig`: "r", "target_modules" (ends of module names, or a pattern), "lora_alpha", ...
+        targets: of the whole component, as `targets_of` gives them.
         seed: of the initial weights.
 
     Raises:
-        ValueError: no module has such a name, or peft is not installed.
+        ValueError: peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -48,10 +84,15 @@ def add_lora(component: nn.Module, name: str, settings: Mapping[str, Any], seed:
         from peft.tuners.tuners_utils import cast_adapter_dtype
     except ImportError as problem:
         raise ValueError("lora needs peft: pip install 'bigmac-lightning[lora]'") from problem
+    component.requires_grad_(False)
+    here = [path for path, module in component.named_modules() if path in targets and isinstance(module, nn.Linear)]
+    if not here:  # they are all on other ranks
+        return
+    config = LoraConfig(**{**settings, "target_modules": "|".join(map(re.escape, here))})
     with torch.random.fork_rng(devices=[]):
         children = nn.Module()  # peft would take a component with a config for a model of transformers
         children._modules = component._modules
-        inject_adapter_in_model(LoraConfig(**settings), children, _ADAPTER)
+        inject_adapter_in_model(config, children, _ADAPTER)
         cast_adapter_dtype(component, _ADAPTER)
         for path, module in component.named_modules():
             if isinstance(module, LoraLayer):
@@ -72,8 +113,9 @@ def fold_lora(tensors: Mapping[str, Tensor], settings: Mapping[str, Mapping[str,
             (chosen,) = (s for component, s in settings.items() if name.startswith(f"{component}."))
             rank = chosen["r"]
             scale = chosen.get("lora_alpha", 8) / (rank**0.5 if chosen.get("use_rslora") else rank)
-            up, down = (tensors[f"{before}.lora_{side}.{_ADAPTER}.weight"].float() for side in "BA")
-            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
+            exact = torch.promote_types(tensor.dtype, torch.float32)
+            up, down = (tensors[f"{before}.lora_{side}.{_ADAPTER}.weight"].to(exact) for side in "BA")
+            tensor = (tensor.to(exact) + scale * (up @ down)).to(tensor.dtype)
         if ".lora_A." not in name and ".lora_B." not in name:
             folded[f"{before}.{after}" if base else name] = tensor
     return folded

@@ -1,12 +1,10 @@
-"""Positions and masks of LLMs that treat image tokens in a way of their own: M-RoPE, and Gemma 3's two-way images.
+"""What LLMs get that treat image tokens in a way of their own: M-RoPE, Gemma 3's two-way images, deepstack features.
 
 Everything is computed from what all ranks have: token ids, text positions and the grids of the media items.
 
 Shape suffixes: B samples, S tokens, D width of the LLM.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,12 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.gemma3 import modeling_gemma3
 
+from .attention import sample_bounds
+
 GRIDS = ("image_grid_thw", "video_grid_thw")
-
-
-def row_is_packed(position_ids_BS: Tensor) -> bool:
-    """Whether any row holds several samples: its positions start anew."""
-    return bool((position_ids_BS.diff(dim=-1) < 0).any())
 
 
 def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -41,7 +36,7 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return positions
     queues = [_Grids(name, inputs.get(name), config.vision_config.spatial_merge_size) for name in GRIDS]
     seconds = inputs.get("second_per_grid_ts")
-    for b, start, stop in _samples(text_BS):
+    for b, start, stop in ((b, *bounds) for b, row in enumerate(text_BS) for bounds in sample_bounds(row)):
         kinds_S = kinds_BS[b, start:stop]
         given = {queue.name: queue.take(int((kinds_S == kind).sum())) for kind, queue in enumerate(queues, 1)}
         if seconds is not None:
@@ -69,12 +64,35 @@ def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[st
     )
 
 
-def _samples(text_BS: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(row, first token, token after the last) of each sample: positions start anew with one."""
-    for b, row in enumerate(text_BS):
-        starts = [0, *((row.diff() < 0).nonzero().flatten() + 1).tolist(), len(row)]
-        for start, stop in pairwise(starts):
-            yield b, start, stop
+def text_positions(positions: Tensor) -> Tensor:
+    """(B, S) of (B, S), or of (4, B, S), where text positions are the first.
+
+    Raises:
+        ValueError: they have another shape.
+    """
+    if positions.ndim == 2:
+        return positions
+    if positions.ndim == 3 and len(positions) == 4:
+        return positions[0]
+    raise ValueError(
+        f"inputs['position_ids'] has shape {tuple(positions.shape)}: give (B, S), starting anew at each sample of "
+        "a row, or (4, B, S): these, then temporal, height and width positions"
+    )
+
+
+def deepstack_arguments(features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
+    """By which Qwen3-VL adds features after its first layers; nothing for layers of other stages.
+
+    Args:
+        features: of the levels that are still to be added, (levels, N, D).
+        positions_N: the tokens that they belong to, flat indices into B * S.
+        layers: of the stage.
+    """
+    mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+    mask_BS.view(-1)[positions_N] = True
+    features = features[: len(layers), positions_N.argsort()]
+    nothing = torch.zeros_like(features[0])
+    return {"visual_pos_masks": mask_BS, "deepstack_visual_embeds": [*[nothing] * layers.start, *features]}
 
 
 class _Grids:

@@ -26,7 +26,7 @@ from bigmac_lightning.stored import StoredWeights
 from .decoder import HFDecoder
 from .hf_vision import HFVideoEncoder, HFVisionEncoder
 from .initialization import to_config
-from .lora import add_lora, check_settings
+from .lora import add_lora, targets_of
 
 
 class MultimodalLM(PipelineModule):
@@ -86,8 +86,9 @@ class MultimodalLM(PipelineModule):
             for name in names:
                 if name not in self._components():
                     raise ValueError(f"{argument}: {name!r} is no component; there are {self._components()}")
-        for name, settings in self.lora.items():
-            check_settings(name, settings)
+        self._lora_targets = {name: targets_of(self.get_submodule(name), name, s) for name, s in self.lora.items()}
+        if isinstance(self.llm, HFDecoder):
+            self.llm.check_adapters(self._lora_targets.get("llm", ()))
         for pattern, settings in self.optimization.items():
             if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
                 raise ValueError(
@@ -174,7 +175,7 @@ class MultimodalLM(PipelineModule):
 
     def adapt(self) -> None:
         for name, settings in self.lora.items():
-            add_lora(self.get_submodule(name), name, settings)
+            add_lora(self.get_submodule(name), name, settings, self._lora_targets[name])
         self._freeze()
 
     def _freeze(self) -> None:

@@ -63,6 +63,7 @@ class VisionEncoder(Encoder):
     Attributes:
         tower: the vision transformer: SigLIP (1 and 2), CLIP, DINOv2, DINOv3, or that of Qwen2.5-VL or Qwen3-VL.
         projector: from its width to the LLM's. To train it alone, freeze "encoders.<name>.tower".
+        width: D, of the features.
     """
 
     def __init__(
@@ -112,10 +113,13 @@ class VisionEncoder(Encoder):
         self.config._attn_implementation = attn_implementation
         self.seed, self.source, self.gradient_checkpointing = seed, weights, gradient_checkpointing
         tower_width = (self.config.out_hidden_size if self.takes_patches else self.config.hidden_size) * merge**2
+        self.width = width
         self._widths = (tower_width, *([] if projector_hidden is None else [projector_hidden]), width)
         with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
             self.tower: Any = AutoModel.from_config(self.config)
             self.projector = self._new_projector()
+        if gradient_checkpointing:
+            surgery.check_checkpointing(self.tower)
         self._freeze_unused()
 
     def _new_projector(self) -> nn.Module:

@@ -37,9 +37,9 @@ def by_starts(
 ) -> tuple[Tensor, None]:
     """Causal attention as flash attention does it: without a mask, told where samples start in the flattened rows."""
     assert attention_mask is None
-    assert cu_seq_lens_q is not None, "what keeps samples apart did not arrive"
-    starts = cu_seq_lens_q.tolist()
-    assert max(b - a for a, b in pairwise(starts)) <= max_length_q
+    rows, length = query.shape[0], query.shape[2]
+    starts = [row * length for row in range(rows + 1)] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    assert cu_seq_lens_q is None or max(b - a for a, b in pairwise(starts)) <= max_length_q
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     out = []
@@ -52,7 +52,7 @@ def by_starts(
         seen = (distance >= 0) & (distance < (sliding_window or stop))
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         out.append((weights @ v_HLD.repeat_interleave(repeats, 0)).transpose(0, 1))
-    return torch.cat(out).view(query.shape[0], query.shape[2], *q.shape[1:]), None
+    return torch.cat(out).view(query.shape[0], query.shape[2], q.shape[1], -1), None
 
 
 AttentionInterface.register("by_starts", by_starts)
@@ -103,7 +103,7 @@ def test_samples_stay_apart_on_a_gpu(attention: str, tmp_path: Path) -> None:
 
 def test_where_samples_start() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 1, 0, 1]])
-    assert sample_starts(positions).tolist() == [0, 3, 5, 10, 13, 15]
+    assert sample_starts(positions).tolist() == [0, 3, 5, 10, 11, 13, 15], "a sample may have a single token"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,14 @@ def test_what_is_not_there(attention: str, message: str) -> None:
     for kind, make in makers:
         with pytest.raises(ValueError, match=message.format(kind)):
             make()
+
+
+def test_components_of_one_config_have_implementations_of_their_own() -> None:
+    config = zoo.MODELS["llava"].config()
+    llm = HFDecoder(config, attn_implementation="eager")
+    encoder = HFVisionEncoder(config, attn_implementation="sdpa")
+    wholes = (llm._whole, encoder._unregistered[0])
+    assert [whole.config.text_config._attn_implementation for whole in wholes] == ["eager", "sdpa"]
 
 
 def test_what_a_model_cannot_use() -> None:

@@ -8,19 +8,27 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bigmac_lightning.models import HFDecoder
+from tests.models import tiny
 from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
 
 FAMILIES = [("qwen3", True), ("qwen3", False), ("llama", True), ("llama", False), ("qwen2", False), ("mistral", True)]
-SPECIAL = {
-    "gemma2": {"attn_implementation": "eager"},  # soft-capped logits, sliding layers, scaled embedding
-    "granite": {},  # scaled logits
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma2": {},  # soft-capped logits, sliding layers, scaled embedding
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.3, "logits_scaling": 4.0},
+    "nanochat": {},  # a norm before the layers, the same as after them
+    "starcoder2": {},
 }
+EAGER = ("gemma2",)
 SPLITS = [range(2), range(2, 3), range(3, LAYERS)]
 
 
 def build(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
-    arguments = SPECIAL.get(family, {})
-    return HFDecoder(decoder_config(family, tie_word_embeddings=tied, **changes), seed=5, **arguments)
+    changes = {**SPECIAL.get(family, {}), **changes}
+    return HFDecoder(decoder_config(family, tie_word_embeddings=tied, **changes), 5, attention(family))
+
+
+def attention(family: str) -> str:
+    return "eager" if family in EAGER else "sdpa"
 
 
 def whole(family: str = "qwen3", tied: bool = True, **changes: object) -> HFDecoder:
@@ -44,7 +52,7 @@ def run(decoder: HFDecoder, inputs: dict[str, Tensor], splits: list[range]) -> T
 def test_against_hugging_face(family: str, tied: bool) -> None:
     """Logits and gradients of a staged decoder equal those of the library's model with the same weights."""
     decoder = whole(family, tied)
-    reference = AutoModelForCausalLM.from_config(copy.deepcopy(decoder.config), **SPECIAL.get(family, {}))
+    reference = AutoModelForCausalLM.from_config(copy.deepcopy(decoder.config), attn_implementation=attention(family))
     assert list(decoder.state_dict()) == list(reference.state_dict())
     reference.load_state_dict(decoder.state_dict())
     expected = reference(input_ids=ids()).logits
@@ -133,6 +141,40 @@ def test_packed_rows_and_masks_reach_the_layers() -> None:
     )
 
 
+def test_inputs_that_would_be_taken_for_something_else() -> None:
+    decoder = whole("llama")
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="with an attention_mask, transformers takes a packed row for one sample"):
+        decoder.prepare({"input_ids": ids(1, 5), "position_ids": packed, "attention_mask": torch.ones(1, 5)})
+    with pytest.raises(ValueError, match=r"'attention_mask'\] has shape \(1, 1, 5, 5\), but input_ids \(1, 5\)"):
+        decoder.prepare({"input_ids": ids(1, 5), "attention_mask": torch.ones(1, 1, 5, 5)})
+    with pytest.raises(ValueError, match=r"'position_ids'\] has shape \(3, 1, 5\): give \(B, S\)"):
+        decoder.prepare({"input_ids": ids(1, 5), "position_ids": packed.expand(3, 1, 5)})
+    left = {"position_ids": torch.tensor([[1, 1, 0, 1, 2]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    decoder.prepare({"input_ids": ids(1, 5), **left})
+
+
+def test_what_a_forward_returns_does_not_change_stages() -> None:
+    """Settings of the config that only say what else the library is to return."""
+    told = {"output_hidden_states": True, "return_dict": False, "use_cache": True, "num_labels": 7}
+    expected = run(whole("llama"), {"input_ids": ids()}, SPLITS)
+    assert torch.equal(run(whole("llama", **told), {"input_ids": ids()}, SPLITS), expected)
+    decoder = build("llama", output_attentions=True, attn_implementation="eager", **told)
+    decoder.materialize(range(LAYERS), True, True)
+    assert torch.allclose(run(decoder, {"input_ids": ids()}, SPLITS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_checkpointing() -> None:
+    config = tiny.tiny_config("jetmoe", output_router_logits=False)
+    with pytest.raises(ValueError, match="has no gradient checkpointing for JetMoeForCausalLM"):
+        HFDecoder(config, gradient_checkpointing=True)
+
+
+def test_quantized_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="has a quantization_config: quantized weights cannot be trained"):
+        build("llama", quantization_config={"quant_method": "fp8"})
+
+
 def test_a_copy_is_independent() -> None:
     decoder = whole()
     inputs = {"input_ids": ids()}
@@ -151,7 +193,7 @@ def test_stages_learn_the_mode() -> None:
     for training in (True, False):
         decoder.train(training)
         run(decoder, {"input_ids": ids()}, SPLITS)
-        assert {decoder._stage(layers).training for layers in SPLITS} == {training}
+        assert {decoder._stage(layers).shell.training for layers in SPLITS} == {training}
 
 
 def test_config_objects_and_folders(tmp_path: Path) -> None:
@@ -162,7 +204,10 @@ def test_config_objects_and_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"hidden_size": 8}, 'needs a "model_type"'), ({"model_type": "gpt2"}, "cannot be cut into stages.*embed_tokens")],
+    [
+        ({"hidden_size": 8}, 'needs a "model_type"'),
+        ({"model_type": "gpt2"}, "cannot be cut into stages.*has no layers"),
+    ],
 )
 def test_a_config_that_cannot_be_used(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -190,6 +235,5 @@ def test_misuse() -> None:
 def test_logits_that_cannot_be_fused(config: dict[str, Any], message: str) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
-    decoder = HFDecoder({**sizes, **config}, fused_loss=True, attn_implementation="eager")
     with pytest.raises(ValueError, match=message):
-        decoder.materialize(range(2), True, True)
+        HFDecoder({**sizes, **config}, fused_loss=True, attn_implementation="eager")

@@ -6,19 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from bigmac_lightning import export_command
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.models import MultimodalLM
-from bigmac_lightning.models.lora import add_lora, fold_lora
+from bigmac_lightning.models.lora import add_lora, fold_lora, targets_of
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.stored import StoredWeights
+from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.ranks import run_ranks
-from tests.strategy.trainers import plain_trainer
+from tests.strategy.trainers import on_ranks, pipeline_trainer
 
 pytest.importorskip("peft")
 LORA: dict[str, dict[str, Any]] = {
@@ -27,8 +28,12 @@ LORA: dict[str, dict[str, Any]] = {
 }
 
 
-def module_of(folder: Path, name: str, dtype: str = "float32") -> MultimodalLM:
-    settings: dict[str, Any] = {"lora": LORA, "learning_rate": 1e-2, "schedule": "constant", "dtype": dtype}
+UPPER = {"llm": {"r": 4, "target_modules": r"model\.layers\.[34]\..*\.(q_proj|up_proj)"}}
+OUTPUT = {"llm": {"r": 4, "target_modules": ["lm_head", "v_proj"]}}
+
+
+def module_of(folder: Path, name: str, dtype: str = "float32", lora: Any = None) -> MultimodalLM:
+    settings: dict[str, Any] = {"lora": lora or LORA, "learning_rate": 1e-2, "schedule": "constant", "dtype": dtype}
     return MultimodalLM.from_pretrained(str(folder / name), **settings)
 
 
@@ -36,29 +41,43 @@ def gradients(module: MultimodalLM) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def _pipelined(rank: int, folder: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
-    mesh = build_mesh(torch.device("cpu"), 1, 2, range(2))
-    module = module_of(folder, name)
-    module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
+def _pipelined(
+    rank: int, size: int, folder: Path, name: str, lora: Any, policy: str
+) -> tuple[float, dict[str, torch.Tensor]]:
+    module = module_of(folder, name, lora=lora)
+    options = PipelineOptions(policy, group_size=2).chosen(size, zoo.LAYERS, bool(module.encoders), False)[0]
+    stage_rank = options.stage_rank(size)
+    mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
+    module.part = part_of(rank, split_layers(zoo.LAYERS, len(stage_rank)), stage_rank)
     module.configure_model()
-    module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    module.runner = PipelineRunner(module, mesh, options)
+    module.configure_optimizers()
     out = module.pipeline(zoo.batch(zoo.MODELS[name], False, module.runner.layout))
     reduce_gradients(module.runner.places, mesh)
     return out.loss.item(), gradients(module)
 
 
-@pytest.mark.parametrize(("name", "tower_layers"), [("qwen3_vl", 3), ("qwen2_5_vl", 2)])
-def test_against_one_process(name: str, tower_layers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "lora", "size", "policy", "adapters"),
+    [
+        ("qwen3_vl", LORA, 2, "nested", 2 * zoo.LAYERS + 3),
+        ("qwen2_5_vl", LORA, 2, "nested", 2 * zoo.LAYERS + 2),
+        ("qwen3_vl", LORA, 3, "disaggregated", 2 * zoo.LAYERS + 3),  # a rank holds nothing of the LLM
+        ("llama", UPPER, 2, "nested", 4),  # the first rank has nothing to train
+        ("llama", OUTPUT, 3, "nested", zoo.LAYERS + 1),
+    ],
+)
+def test_against_one_process(name: str, lora: Any, size: int, policy: str, adapters: int, tmp_path: Path) -> None:
     zoo.save(name, tmp_path)
-    whole = module_of(tmp_path, name)
+    whole = module_of(tmp_path, name, lora=lora)
     whole.configure_model()
     out = whole.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout()))
     out.loss.backward()
     expected = gradients(whole)
     assert expected.keys() == {name for name, _ in whole.named_parameters() if "lora_" in name}
-    assert len(expected) == 2 * (2 * zoo.LAYERS + tower_layers)
+    assert len(expected) == 2 * adapters
     seen = set()
-    for loss, found in run_ranks(2, _pipelined, tmp_path, name):
+    for loss, found in run_ranks(size, _pipelined, size, tmp_path, name, lora, policy):
         assert loss == pytest.approx(out.loss.item(), rel=1e-6)
         for weight, gradient in found.items():
             error = (gradient - expected[weight]).norm() / expected[weight].norm().clamp(min=1e-6)
@@ -80,32 +99,43 @@ def test_adapters_beside_bfloat16_weights(tmp_path: Path) -> None:
             assert torch.equal(parameter, exact[name])
 
 
-def test_export_folds_adapters(tmp_path: Path) -> None:
-    zoo.save("qwen3_vl", tmp_path)
-    module = module_of(tmp_path, "qwen3_vl")
-    batch = zoo.batch(zoo.MODELS["qwen3_vl"], False, PipelineLayout())
-    trainer = plain_trainer(max_steps=3, limit_val_batches=0)
-    data = DataLoader([batch] * 3, batch_size=None)
-    trainer.fit(module, data, data)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    arguments = ["--checkpoint", str(tmp_path / "run.ckpt"), "--output", str(tmp_path / "out" / "qwen3_vl")]
+def _train(rank: int, size: int, folder: Path, name: str, lora: Any) -> None:
+    trainer = pipeline_trainer(size, max_steps=3, limit_val_batches=0)
+    trainer.fit(module_of(folder, name, lora=lora), ZooData(name))
+    trainer.save_checkpoint(folder / "run.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "size", "adapted"),
+    [
+        ("qwen3_vl", LORA, 1, 2 * zoo.LAYERS + 3),
+        ("llama", UPPER, 2, 4),
+        ("llama", OUTPUT, 2, zoo.LAYERS + 1),
+    ],
+)
+def test_export_folds_adapters(name: str, lora: Any, size: int, adapted: int, tmp_path: Path) -> None:
+    zoo.save(name, tmp_path)
+    on_ranks(size, _train, size, tmp_path, name, lora)
+    module = module_of(tmp_path, name, lora=lora)
+    module.configure_model()
+    copies = {f"llm.{copy}" for copy in module.llm.tied}
+    assert set(module.load_state_dict(StoredWeights(tmp_path / "run.ckpt").read(), strict=False).missing_keys) == copies
+    arguments = ["--checkpoint", str(tmp_path / "run.ckpt"), "--output", str(tmp_path / "out" / name)]
     assert export_command.main(arguments) == 0
-    exported, start = zoo.load("qwen3_vl", tmp_path / "out"), zoo.load("qwen3_vl", tmp_path)
+    exported, start = zoo.load(name, tmp_path / "out"), zoo.load(name, tmp_path)
     with torch.no_grad():
-        module.eval()
-        trained = module.pipeline(batch).loss
-        assert torch.allclose(zoo.reference_loss(exported, zoo.MODELS["qwen3_vl"], False), trained, rtol=1e-6)
+        trained = module.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout())).loss
+        assert torch.allclose(zoo.reference_loss(exported, zoo.MODELS[name], False), trained, rtol=1e-6)
     before = dict(start.named_parameters())
-    moved = {name for name, p in exported.named_parameters() if not torch.equal(p, before[name])}
-    assert {name.split(".")[-2] for name in moved} == {"q_proj", "up_proj", "qkv"}
-    assert len(moved) == 2 * zoo.LAYERS + 3
+    moved = {weight for weight, p in exported.named_parameters() if not torch.equal(p, before[weight])}
+    assert len(moved) == adapted
 
 
 def test_folding_against_the_adapted_layer() -> None:
     torch.manual_seed(0)
     component = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(3, 2)})
     settings = {"r": 2, "lora_alpha": 6, "target_modules": ["a"]}
-    add_lora(component, "x", settings)
+    add_lora(component, "x", settings, targets_of(component, "x", settings))
     for parameter in component.parameters():
         parameter.data = torch.randn_like(parameter)
     given = torch.randn(4, 5)
@@ -118,14 +148,32 @@ def test_folding_against_the_adapted_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lora", "message"),
+    ("name", "lora", "message"),
     [
-        ({"generators.sound": {}}, r"lora: 'generators.sound' is no component; there are \['llm', 'encoders.image'"),
-        ({"llm": {"r": 2}}, r"lora: 'llm' needs \['target_modules'\]"),
-        ({"llm": {"r": 2, "target_modules": ["q_proj"], "use_dora": True}}, r"lora: 'llm' has \['use_dora'\]"),
+        (
+            "qwen3_vl",
+            {"generators.sound": {}},
+            r"lora: 'generators.sound' is no component; there are \['llm', 'encoders",
+        ),
+        ("qwen3_vl", {"llm": {"r": 2}}, r"lora: 'llm' needs \['target_modules'\]"),
+        ("qwen3_vl", {"llm": {"r": 2, "target_modules": ["q_proj"], "use_dora": True}}, r"'llm' has \['use_dora'\]"),
+        ("qwen3_vl", {"encoders.video": {"r": 2, "target_modules": ["qkv"]}}, "'encoders.video' has no layer 'qkv'"),
+        ("llama", {"llm": {"r": 2, "target_modules": ["q_proj", "w_pack"]}}, "'llm' has no layer 'w_pack'; there are"),
+        ("llama", {"llm": {"r": 2, "target_modules": "all-linear"}}, "'llm' has no layer 'all-linear'"),
+        ("llama", {"llm": {"r": 2, "target_modules": ".*mlp"}}, r"means model.layers.0.mlp, too, a LlamaMLP"),
+        ("llama", {"llm": {"r": 2, "target_modules": ["embed_tokens"]}}, "means model.embed_tokens, too, a Embedding"),
+        ("qwen3", {"llm": {"r": 2, "target_modules": ["lm_head"]}}, "lm_head is tied to the embedding"),
+        ("mixtral", {"llm": {"r": 2, "target_modules": ["down_proj"]}}, "experts.down_proj, too, a weight of experts"),
     ],
 )
-def test_misuse(lora: dict[str, Any], message: str, tmp_path: Path) -> None:
-    zoo.save("qwen3_vl", tmp_path)
+def test_misuse(name: str, lora: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Refused when the module is made, before any rank has its part."""
+    zoo.MODELS[name].config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        MultimodalLM.from_pretrained(str(tmp_path / "qwen3_vl"), lora=lora)
+        MultimodalLM.from_pretrained(str(tmp_path), lora=lora)
+
+
+def test_a_fused_loss_needs_a_plain_output_layer(tmp_path: Path) -> None:
+    zoo.MODELS["llama"].config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="fused_loss needs lm_head without an adapter"):
+        MultimodalLM.from_pretrained(str(tmp_path), lora=OUTPUT, fused_loss=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
-from tests.models import table, zoo
+from tests.models import tiny, zoo
 from tests.ranks import run_ranks
 
 
@@ -34,8 +34,10 @@ def loss_and_gradients(module: MultimodalLM, name: str = "qwen3_vl") -> tuple[fl
     return loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_moe", "gemma2"])
-def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "packed"), [("qwen3_vl_moe", True), ("qwen3_vl", False), ("qwen3_moe", True), ("gemma2", False)]
+)
+def test_gradient_checkpointing_changes_nothing(name: str, packed: bool, tmp_path: Path) -> None:
     zoo.save(name, tmp_path)
     attention = zoo.MODELS[name].attention
     results, kept = [], []
@@ -49,7 +51,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, tmp_path: Path) -> No
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = module.pipeline(zoo.batch(zoo.MODELS[name], False, PipelineLayout())).loss
+            loss = module.pipeline(zoo.batch(zoo.MODELS[name], packed, PipelineLayout())).loss
         kept.append(saved)
         loss.backward()
         results.append((loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
@@ -64,6 +66,22 @@ def test_weights_are_read_in_the_wanted_precision(folder: Path) -> None:
     hf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert {p.dtype for p in whole(folder).parameters()} == {torch.float32}
     assert {p.dtype for p in whole(folder, dtype="auto").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "qwen3_5_moe", "deepseek_v3", "granitemoehybrid", "mimo_v2_flash"])
+def test_types_are_those_of_the_library(name: str, tmp_path: Path) -> None:
+    """In bfloat16 some weights and the rotary frequencies stay float32, whether weights are drawn or read."""
+    config = zoo.MODELS[name].config() if name in zoo.MODELS else tiny.tiny_config(name, output_router_logits=False)
+    auto = hf.AutoModelForImageTextToText if name in zoo.VISION_LANGUAGE else hf.AutoModelForCausalLM
+    auto.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    reference = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = {n: t.dtype for n, t in [*reference.named_parameters(), *reference.named_buffers()]}
+    assert torch.bfloat16 in expected.values()
+    for source, weights in ((config, None), (str(tmp_path), str(tmp_path))):
+        llm = HFDecoder(source, dtype="bfloat16", attn_implementation="eager", weights=weights)
+        llm.materialize(range(llm.num_layers), True, True)
+        for n, tensor in [*llm.named_parameters(), *llm.named_buffers()]:
+            assert tensor.dtype == expected[n], (n, weights)
 
 
 def test_a_part_reads_its_slices_only(folder: Path) -> None:
@@ -113,6 +131,7 @@ def test_images_and_videos_share_the_tower(folder: Path) -> None:
     assert isinstance(video, HFVideoEncoder)
     assert not list(video.parameters())
     assert image.levels == video.levels == 4
+    assert image.width == video.width == module.llm.width
     names = [name for name, _ in module.named_parameters() if name.startswith("encoders.")]
     assert all(name.startswith("encoders.image.model.visual.") for name in names)
 
@@ -209,7 +228,7 @@ def test_linear_attention_refuses_packed_rows() -> None:
     llm = HFDecoder(config)
     ids = torch.ones(1, 6, dtype=torch.long)
     llm.prepare({"input_ids": ids, "position_ids": torch.arange(6)[None]})
-    with pytest.raises(ValueError, match=r"linear-attention layers, which cannot keep packed samples apart"):
+    with pytest.raises(ValueError, match=r"'qwen3_next': layer 0 has a Conv1d, which cannot keep packed samples apart"):
         llm.prepare({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])})
 
 
@@ -241,7 +260,3 @@ def test_grids_that_do_not_fit(problem: str, folder: Path) -> None:
     message = "1 items more|2 items more|3 items more|4 items more" if problem == "many" else "do not fit the grids"
     with pytest.raises(ValueError, match=message):
         module.pipeline(batch)
-
-
-def test_the_documented_table_is_what_is_tested() -> None:
-    assert table.PAGE.read_text() == table.page(), "run: python -m tests.models.table"

@@ -101,7 +101,8 @@ def test_towers_of_images(kind: str, merge: int) -> None:
     encoder = ready(VisionEncoder({"model_type": kind, **TOWERS[kind]}, WIDTH, 28, merge))
     images = [picture(0, 3, 8, 8), picture(1, 3, 8, 16), picture(2, 3, 8, 8)]
     together = encoder(images)
-    assert together.shape == (64 // merge**2, WIDTH)
+    assert together.shape == (64 // merge**2, encoder.width)
+    assert encoder.width == WIDTH
     torch.testing.assert_close(together, torch.cat([encoder([one]) for one in images]), rtol=1e-5, atol=1e-6)
     together.square().sum().backward()
     learning = {name for name, p in encoder.named_parameters() if p.requires_grad}
@@ -137,6 +138,7 @@ def test_work_of_vision_language_models(name: str) -> None:
     drawn = model.draw(Random(0))
     with counting() as counted:
         features = (HFVideoEncoder(encoder) if drawn.encoder == "video" else encoder)([drawn.data])
+    assert features.shape[1] == encoder.width
     work = encoder.work(len(features) // encoder.levels)
     assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.2)
 

@@ -4,7 +4,7 @@ A batch is made twice: as the pipeline's microbatches, and as arguments of the l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -57,10 +57,21 @@ QWEN3_TOWER: dict[str, Any] = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0, 1, 2],
 }
+QWEN3_5_TOWER = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
+LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2) + ["linear_attention"] * (LAYERS % 2),
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 
 def mrope(*section: int) -> dict[str, Any]:
     return {"rope_type": "default", "mrope_section": list(section), "rope_theta": 10000.0}
+
+
+PARTIAL_MROPE = {**mrope(2, 1, 1), "partial_rotary_factor": 1.0, "mrope_interleaved": True}
 
 
 @dataclass
@@ -93,9 +104,9 @@ def pixels(random: Random, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(random.randrange(2**31)))
 
 
-def qwen(patch: int, frames_apart: bool) -> Draw:
+def qwen(patch: int, frames_apart: bool, videos: bool = True) -> Draw:
     def draw(random: Random) -> Picture:
-        video = random.random() < 0.4
+        video = videos and random.random() < 0.4
         grid = (2 if video else 1, 2 * random.randint(1, 2), 2 * random.randint(1, 2))
         data = pixels(random, *grid, 3 * 2 * patch * patch)
         names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
@@ -245,6 +256,66 @@ VISION_LANGUAGE: dict[str, Model] = {
         ),
         qwen(4, frames_apart=True),
     ),
+    "qwen3_5": Model(
+        lambda: hf.Qwen3_5Config(
+            text_config=llm(hf.Qwen3_5TextConfig, rope_parameters=PARTIAL_MROPE, **LINEAR_ATTENTION),
+            vision_config=QWEN3_5_TOWER,
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=True),
+        packs=False,
+    ),
+    "qwen3_5_moe": Model(
+        lambda: hf.Qwen3_5MoeConfig(
+            text_config=llm(
+                hf.Qwen3_5MoeTextConfig,
+                rope_parameters=PARTIAL_MROPE,
+                num_experts=4,
+                moe_intermediate_size=24,
+                shared_expert_intermediate_size=16,
+                **LINEAR_ATTENTION,
+                **EXPERTS,
+            ),
+            vision_config=QWEN3_5_TOWER,
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=True),
+        packs=False,
+    ),
+    "glm4v": Model(
+        lambda: hf.Glm4vConfig(
+            text_config=llm(hf.Glm4vTextConfig, rope_parameters=mrope(1, 1, 2)),
+            vision_config={
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_heads": 2,
+                "out_hidden_size": WIDTH,
+                "patch_size": 4,
+                "image_size": 16,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        qwen(4, frames_apart=False, videos=False),
+    ),
+    "aya_vision": Model(
+        lambda: hf.AyaVisionConfig(
+            vision_config={"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False},
+            text_config=llm(hf.Cohere2Config, sliding_window=4, logit_scale=0.5),
+            image_token_index=IMAGE,
+        ),
+        square(4, crops=3),
+    ),
+    "cohere2_vision": Model(
+        lambda: hf.Cohere2VisionConfig(
+            vision_config={"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False},
+            text_config=llm(hf.Cohere2Config, sliding_window=4, logit_scale=0.5),
+            image_token_id=IMAGE,
+            alignment_intermediate_size=24,
+        ),
+        square(4, crops=3),
+    ),
     "llava": Model(
         lambda: hf.LlavaConfig(
             vision_config={"model_type": "clip_vision_model", **TOWER},
@@ -320,6 +391,16 @@ VISION_LANGUAGE: dict[str, Model] = {
 MODELS = {**DECODERS, **VISION_LANGUAGE}
 
 
+def with_llm(name: str, kind: type[Any], attention: str = "sdpa", **changes: Any) -> Model:
+    """A family with another LLM inside."""
+
+    def config() -> Any:
+        made = MODELS[name].config().to_dict()
+        return hf.AutoConfig.for_model(**{**made, "text_config": llm(kind, **changes)})
+
+    return replace(MODELS[name], config=config, attention=attention)
+
+
 @dataclass
 class Sequence:
     """One sample: tokens with its items' placeholders among them."""
@@ -390,7 +471,8 @@ def batch(model: Model, packed: bool, layout: PipelineLayout) -> Batch:
 
 def reference_loss(whole: Any, model: Model, packed: bool, alone: bool = False) -> Tensor:
     """By the library's own forward, of whole microbatches, or of each sample alone."""
-    coefficient = getattr(whole.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    text = whole.config.get_text_config()
+    coefficient = text.router_aux_loss_coef if getattr(text, "output_router_logits", False) else 0.0
     losses, auxiliary, labels = [], [], 0
     for rows in sequences(model, packed):
         for call in [[[sample]] for row in rows for sample in row] if alone else [rows]:
@@ -417,7 +499,7 @@ def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed:
         made["mm_token_type_ids"] = kinds
     if packed:
         made["position_ids"] = given.inputs["position_ids"]
-        if whole.config.model_type.startswith("qwen") and "vision_config" in whole.config.sub_configs:
+        if whole.config.model_type.startswith(("qwen", "glm4v")) and "vision_config" in whole.config.sub_configs:
             made["position_ids"] = torch.stack([_rope(whole, row, given.shape[1]) for row in rows], dim=1)
     if whole.config.model_type == "gemma3":
         made["token_type_ids"] = kinds
@@ -425,7 +507,7 @@ def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed:
         made["batch_num_images"] = [max(2, len(made["image_sizes"]))]
     if whole.config.model_type in ("idefics3", "smolvlm") and "pixel_values" in made:
         made["pixel_values"] = made["pixel_values"][None]
-    if whole.config.model_type == "qwen3_vl_moe":
+    if whole.config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
         made["output_router_logits"] = True  # its forward does not look into its text config
     return made
 

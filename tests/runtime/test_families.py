@@ -22,7 +22,7 @@ CASES = [
     (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
 ]
 SIZES = (2, 3)
-EXPERTS = ("qwen3_moe", "mixtral", "qwen3_vl_moe")
+EXPERTS = ("qwen3_moe", "mixtral", "qwen3_vl_moe", "qwen3_5_moe")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,318 @@
+"""Every decoder and vision-language model that the installed `transformers` has, cut after every layer, against the
+library's unsplit model.
+
+For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
+compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
+the load balancing loss. Single precision, within 1e-6, or within twice the rounding that the unsplit model has itself.
+
+``python -m tests.models.sweep [--attention NAME] [TYPE ...]`` prints the verdicts.
+"""
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.auto import modeling_auto
+
+from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.components import Encoder
+from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models.families import FAMILIES
+from tests.models import tiny, zoo
+
+DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+VISION_LANGUAGE = list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+OTHER_LLMS = {  # what families other than those of the zoo may have inside
+    "llava with granite": zoo.with_llm("llava", hf.GraniteConfig, embedding_multiplier=3.0, logits_scaling=2.0),
+    "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
+}
+LENGTHS = (9, 6, 11)  # of samples
+Gradients = dict[str, Tensor | None]
+
+
+@dataclass
+class Verdict:
+    """Of a model type.
+
+    Attributes:
+        refused: why it cannot be cut; empty: it can.
+        packing: why a row must not hold several samples; empty: it may.
+        router: why it has no load balancing loss; empty: it has one, or has no routers.
+        attention: the implementation that was compared.
+        errors: the largest of each comparison, relative to what is compared.
+        rounding: the unsplit model's own error.
+    """
+
+    refused: str = ""
+    packing: str = ""
+    router: str = ""
+    attention: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    rounding: float = 0.0
+
+    @property
+    def wrong(self) -> dict[str, float]:
+        return {name: error for name, error in self.errors.items() if not error <= max(1e-6, 2 * self.rounding)}
+
+
+# -- decoders ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), router_loss: bool = True) -> Verdict:
+    """The verdict on a decoder, with the first of these attention implementations that it has.
+
+    Raises:
+        Exception: what is neither exact nor refused by name.
+    """
+    config, verdict = _buildable(model_type, {} if router_loss else {"output_router_logits": False}), Verdict()
+    made = None
+    for attention in attentions:
+        try:
+            made = HFDecoder(config, attn_implementation=attention)
+        except ValueError as problem:
+            verdict.refused = str(problem)
+            if "attn_implementation" not in verdict.refused:
+                break
+        else:
+            verdict = Verdict(packing=made.refuses_packing, attention=attention)
+            break
+    if "output_router_logits" in verdict.refused and router_loss:
+        without = decoder(model_type, attentions, router_loss=False)
+        without.router = verdict.refused
+        return without
+    if made is not None and made.family is None:  # else see `vision_language`
+        assert len(made.costs(64).layers) == len(made.kept().layers) == made.num_layers
+        assert not isinstance(config, dict), "it is not refused, and needs settings in tests/models/tiny.py"
+        _compare(made, verdict)
+    return verdict
+
+
+def _buildable(model_type: str, changes: dict[str, Any]) -> Any:
+    """A tiny config of which the library can build a model; else the type alone, for its own defaults."""
+    try:
+        config = tiny.tiny_config(model_type, **changes)
+        with torch.device("meta"):
+            hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception:
+        return {"model_type": model_type, **changes}
+    return config
+
+
+def _compare(made: HFDecoder, verdict: Verdict) -> None:
+    attention = "sdpa" if verdict.attention == "by_starts" else verdict.attention
+    whole = _randomized(hf.AutoModelForCausalLM, made.config, attention)
+    parts = Parts(made, whole.state_dict())
+    logits, loss = _alone(whole)
+    loss.backward()
+    expected = _taken(whole)
+    double = _randomized(hf.AutoModelForCausalLM, made.config, attention, experts_implementation="eager").double()
+    exact, double_loss = _alone(double)
+    double_loss.backward()
+    verdict.rounding = max(_largest(expected, _taken(double)), _error(logits, exact))
+
+    def note(name: str, found: Tensor, found_loss: Tensor) -> None:
+        found_loss.backward()
+        verdict.errors[f"{name}: logits"] = _error(found, logits)
+        verdict.errors[f"{name}: loss"] = _error(found_loss.detach(), loss.detach())
+        verdict.errors[f"{name}: gradients"] = _largest(parts.gradients(), expected)
+
+    rows = pad_sequence(samples(), batch_first=True)
+    mask = pad_sequence([torch.ones_like(sample) for sample in samples()], batch_first=True)
+    for name, given in (("padded", {}), ("masked", {"attention_mask": mask})):
+        if name == "padded" or verdict.attention == attention:
+            found, _ = parts.run({"input_ids": rows, **given})
+            note(name, found[mask.bool()], _loss(found, rows, mask))
+    if not verdict.packing:
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])
+        found, _ = parts.run({"input_ids": torch.cat(samples())[None], "position_ids": positions[None]})
+        unpacked = pad_sequence(list(found[0].split(list(LENGTHS))), batch_first=True)
+        note("packed", found[0], _loss(unpacked, rows, mask))
+    if coefficient := made.auxiliary_losses.get("router"):
+        out = whole(input_ids=rows, attention_mask=mask, use_cache=False, output_router_logits=True)
+        (_loss(out.logits, rows, mask) + coefficient * out.aux_loss).backward()
+        found, losses = parts.run({"input_ids": rows, "token_mask": mask})
+        (_loss(found, rows, mask) + coefficient * losses["router"]).backward()
+        verdict.errors["router: loss"] = _error(losses["router"].detach(), out.aux_loss.detach())
+        verdict.errors["router: gradients"] = _largest(parts.gradients(), _taken(whole))
+
+
+class Parts:
+    """A decoder in as many parts as it has layers, each with nothing but its own."""
+
+    def __init__(self, made: HFDecoder, weights: dict[str, Tensor]) -> None:
+        last = made.num_layers - 1
+        self.parts = [copy.deepcopy(made) for _ in range(last + 1)]
+        for k, part in enumerate(self.parts):
+            part.materialize([k], embedding=k == 0, head=k == last)
+            part.load_state_dict({name: weights[name] for name in part.state_dict()})
+
+    def run(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits (B, S, V) and auxiliary losses."""
+        first, last, extras = self.parts[0], self.parts[-1], dict[str, Tensor]()
+        inputs = first.prepare(inputs)
+        h = first.embed(inputs)
+        for k, part in enumerate(self.parts):
+            h = part.run_layers(h, inputs, range(k, k + 1), extras)
+        return last.logits(h.flatten(0, 1)).unflatten(0, h.shape[:2]), last.auxiliary(extras)
+
+    def gradients(self) -> Gradients:
+        """By the names that the unsplit model has, the copies of tied weights summed; they are taken away."""
+        found: Gradients = {}
+        for part in self.parts:
+            for name, gradient in _taken(part).items():
+                name = part.tied.get(name, name)
+                both = [g for g in (found.get(name), gradient) if g is not None]
+                found[name] = torch.stack(both).sum(0) if both else None
+        return found
+
+
+def samples() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+
+
+def _alone(whole: Any) -> tuple[Tensor, Tensor]:
+    """Logits of all samples' tokens, each sample for itself, and the loss."""
+    logits = [whole(input_ids=sample[None], use_cache=False).logits for sample in samples()]
+    losses = [_loss(row, s[None], torch.ones_like(s[None])) for row, s in zip(logits, samples(), strict=True)]
+    return torch.cat(logits, 1)[0], torch.stack(losses).sum()
+
+
+def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    labelled = mask[:, 1:].bool()
+    return cross_entropy(logits[:, :-1][labelled], ids[:, 1:][labelled], reduction="sum")
+
+
+# -- vision-language models --------------------------------------------------------------------------------------------
+
+
+@cache
+def vision_language(name: str) -> Verdict:
+    """The verdict on a vision-language model, from pictures to the loss.
+
+    Raises:
+        Exception: what is neither exact nor refused by name.
+    """
+    if name not in FAMILIES and name not in OTHER_LLMS:
+        reasons = []
+        for component in (HFDecoder, HFVisionEncoder):
+            try:
+                component({"model_type": name})
+            except ValueError as problem:
+                reasons.append(str(problem))
+        return Verdict(refused=reasons[0]) if len(reasons) == 2 else Verdict(errors={"text alone": 0.0})
+    model = {**zoo.VISION_LANGUAGE, **OTHER_LLMS}[name]
+    config, attention = model.config(), model.attention
+    whole = _randomized(hf.AutoModelForImageTextToText, config, attention)
+    double = _randomized(hf.AutoModelForImageTextToText, config, attention, experts_implementation="eager").double()
+    made = HFDecoder(config, attn_implementation=attention)
+    verdict = Verdict(packing=made.refuses_packing, attention=attention)
+    parts = Parts(made, whole.state_dict())
+    image = HFVisionEncoder(config, attn_implementation=attention)
+    image.materialize()
+    image.load_state_dict({weight: whole.state_dict()[weight] for weight in image.state_dict()})
+    encoders: dict[str, Encoder] = {"image": image}
+    if image.family.video is not None:
+        encoders["video"] = HFVideoEncoder(image)
+    for packed in (False,) if verdict.packing else (False, True):
+        alone = packed and not made.auxiliary_losses  # which is a mean over microbatches
+        loss = zoo.reference_loss(whole, model, packed, alone)
+        loss.backward()
+        expected = _taken(whole)
+        zoo.reference_loss(double, model, packed, alone).backward()
+        verdict.rounding = max(verdict.rounding, _largest(expected, _taken(double)))
+        found = _stage_by_stage([MultimodalLM(part, encoders) for part in parts.parts], model, packed)
+        found.backward()
+        kind = "packed" if packed else "padded"
+        verdict.errors[f"{kind}: loss"] = _error(found.detach(), loss.detach())
+        verdict.errors[f"{kind}: gradients"] = _largest({**parts.gradients(), **_taken(image)}, expected)
+    return verdict
+
+
+def _stage_by_stage(stages: list[MultimodalLM], model: zoo.Model, packed: bool) -> Tensor:
+    """The loss of the zoo's batch."""
+    given = stages[0].prepare(zoo.batch(model, packed, PipelineLayout()))
+    sums = {name: torch.zeros(()) for name in stages[0].loss_names}
+    for microbatch in given.microbatches:
+        features = torch.cat(stages[0].encode(microbatch.media)) if microbatch.media else None
+        hidden, extras, losses = None, dict[str, Tensor](), dict[str, Tensor]()
+        for k, stage in enumerate(stages):
+            out = stage.run_stage(microbatch, range(k, k + 1), hidden, extras, features, "train")
+            hidden, extras, losses, features = out.hidden, out.extras, out.losses, None
+        sums = {name: total + losses.get(name, torch.zeros(())) for name, total in sums.items()}
+    scales = stages[0].scales(torch.tensor(stages[0].counts(given)))
+    return (torch.stack(list(sums.values())) * scales).sum()
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
+    """The library's model with random weights, also of those that start as zeros or ones."""
+    torch.manual_seed(2)
+    whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=attention, **more).float()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return whole.train()
+
+
+def _taken(module: torch.nn.Module) -> Gradients:
+    """Gradients, which are not there any more then."""
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def _error(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> float:
+    if expected is None or not expected.any():
+        return 0.0 if found is None or found.norm() < 1e-9 else float("inf")
+    if found is None:
+        return float("inf")
+    return float((found.double() - expected.double()).norm() / max(float(expected.double().norm()), floor))
+
+
+def _largest(found: Gradients, expected: Gradients) -> float:
+    """Relative to each gradient's norm, or to a thousandth of the largest one's: biases of keys have none."""
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values() if gradient is not None)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(_error(found[name], gradient, floor) for name, gradient in expected.items())
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    hf.utils.logging.set_verbosity_error()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--attention", nargs="*", default=["sdpa", "eager"])
+    parser.add_argument("types", nargs="*")
+    options, counts = parser.parse_args(), dict.fromkeys(("exact", "refused", "WRONG"), 0)
+    both = [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in VISION_LANGUAGE)]
+    for look, name in [*both, *((vision_language, name) for name in OTHER_LLMS)]:
+        if options.types and name not in options.types:
+            continue
+        start = time.perf_counter()
+        try:
+            verdict = look(name, tuple(options.attention)) if look is decoder else look(name)
+            kind = "refused" if verdict.refused else "WRONG" if verdict.wrong else "exact"
+            said = [verdict.refused, str(verdict.wrong or ""), verdict.packing, verdict.router]
+        except Exception as problem:
+            kind, said = "WRONG", [f"{type(problem).__name__}: {problem}"]
+        counts[kind] += 1
+        taken = time.perf_counter() - start
+        print(f"{kind:8}{name:26}{taken:5.1f} s ", " | ".join(filter(None, said))[:300], flush=True)
+    print(counts)
+
+
+if __name__ == "__main__":
+    main()
