@@ -28,7 +28,7 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "tool calls": (answer(content="", tool_calls=[CALL]), "leaves out an argument of a tool call"),
     "calls that are none": (answer(tool_calls=[{"name": "f"}]), "has the tool call {'name': 'f'}"),
     "reasoning": (answer(reasoning_content="I think."), "leaves out reasoning"),
-    "reasoning of a user": ({"messages": [{**ASKED, "reasoning_content": "?"}, *said("a", "b")]}, "with reasoning_content"),
+    "reasoning of a user": ({"messages": [{**ASKED, "reasoning_content": "?"}, *said("a", "b")]}, "with reasoning"),
     "loss of a user": ({"messages": [{**ASKED, "loss": True}, *said("a", "b")]}, "only what the assistant says"),
     "weighted loss": (answer(loss=0.5), "message 2 with loss=0.5"),
     "no loss": (answer(loss=False), "has nothing to learn"),
