@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from bigmac_lightning.datamodules import Example, ExampleError, Image, Message, MultimodalDataModule, Size
 from bigmac_lightning.datamodules.chat import ChatEncoder
@@ -313,3 +315,99 @@ def test_images_with_other_words_around_them() -> None:
     assert [i for i, found in enumerate(sample.tokens) if found == token] == [i for m in sample.media for i in m.places]
     assert isinstance(PICTURE, Image)
     assert Labels(list(sample.tokens), list(sample.labelled)).texts(chat.tokenizer) == ["b<|im_end|>", "c<|im_end|>"]
+
+
+# -- tokenizers
+
+
+def retokenized(chat: ChatEncoder, change: Any) -> ChatEncoder:
+    """With a tokenizer that is another."""
+    whole = chat.tokenizer.backend_tokenizer
+    change(whole)
+    named = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": chat.tokenizer.chat_template}
+    return replace(chat, tokenizer=PreTrainedTokenizerFast(tokenizer_object=whole, **named))
+
+
+def test_tags_of_thoughts_that_are_special_tokens() -> None:
+    """The assistant says them; a user's are words."""
+    chat = retokenized(qwen3(), lambda whole: whole.add_special_tokens(["<think>", "</think>"]))
+    first, last = chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    found = labels(chat, Example([user("say <think>"), reply("<think>\nI count.\n</think>\n\nTwo.")]))
+    assert [found.tokens.count(token) for token in (first, last)] == [1, 1]
+    assert found.texts(chat.tokenizer) == ["<think>\nI count.\n</think>\n\nTwo.<|im_end|>"]
+
+
+def test_tokens_around_turns_need_not_be_special() -> None:
+    chat = chatml(CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|><|im_end|>"))
+    chat = retokenized(chat, lambda whole: whole.add_tokens(["<|turn|>", "<|over|>"]))
+    found = labels(chat, Example([user("<|over|><|turn|>assistant\n"), reply("a")]))
+    assert [found.tokens.count(chat.tokenizer.convert_tokens_to_ids(t)) for t in ("<|turn|>", "<|over|>")] == [2, 2]
+
+
+def test_a_tokenizer_that_puts_a_blank_before_texts() -> None:
+    """As Llama's: not behind a special token that a text has as words."""
+
+    def metaspace(whole: Any) -> None:
+        whole.pre_tokenizer = pre_tokenizers.Metaspace("Ġ", prepend_scheme="always", split=False)  # the blank of bytes
+
+    chat = retokenized(chatml(), metaspace)
+    found = labels(chat, Example([user("x"), reply("a<|im_end|>b")]))
+    tokens = chat.tokenizer.convert_ids_to_tokens(found.tokens)
+    # line breaks are not in its vocabulary
+    assert "".join(tokens) == "<|im_start|>Ġuserx<|im_end|>Ġ<|im_start|>Ġassistanta<|im_end|>b<|im_end|>Ġ"
+    assert tokens.count("<|im_end|>") == 2
+
+
+def test_a_token_of_which_only_a_part_is_said() -> None:
+    """It is learnt, as the library's mask has it."""
+    chat = retokenized(chatml(), lambda whole: whole.add_tokens(["\nO"]))
+    found = labels(chat, Example([user(), reply("One.")]))
+    assert found.texts(chat.tokenizer) == ["\nOne.<|im_end|>"]
+    said = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    source = CHATML.replace(
+        "{{ m.content }}<|im_end|>\n", said + "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}"
+    )
+    assert found == chat_table.marked(chat, source, Example([user(), reply("One.")]))
+
+
+def test_an_end_that_the_next_turn_begins_with() -> None:
+    """As GLM's, which stops where it would write <|user|>."""
+    chat = replace(chat_table.encoder("glm4moe", chat_table.sources()["glm4moe"]), end_of_reply="<|user|>")
+    found = labels(chat, Example([user("one?"), reply("One."), user("two?"), reply("Two.")]))
+    texts = found.texts(chat.tokenizer)
+    assert [text[-12:] for text in texts] == ["One.<|user|>", "Two.<|user|>"]
+    assert found.tokens.count(chat.tokenizer.convert_tokens_to_ids("<|user|>")) == 3
+
+
+def test_messages_that_a_template_marks_together() -> None:
+    together = "{% generation %}" + CHATML.replace("{% endfor %}", "{% endfor %}{% endgeneration %}", 1)
+    talk = [reply("a", learn=False), reply("b")]
+    assert "some are learnt and some are not, and which the chat template marks together" in refused(
+        chatml(together), talk
+    )
+
+
+# -- texts without a template
+
+
+def test_text_for_pretraining() -> None:
+    chat = chatml()
+    found = labels(chat, Example.of_text("once", PICTURE, " upon"))
+    assert chat.tokenizer.decode(found.tokens) == "once upon<|im_end|>"
+    assert found.texts(chat.tokenizer) == ["nce upon<|im_end|>"]  # nothing stands before its first token
+    found = labels(chat, Example.of_completion(["2 + 2 = <|im_end|>"], ["4"]))
+    assert found.texts(chat.tokenizer) == ["4<|im_end|>"]
+    assert found.tokens.count(chat.tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tools": [TOOL]}, "has text without a template and tools"),
+        ({"target": PICTURE}, "has text without a template and a target"),
+        ({"chat_template_kwargs": {"a": 1}}, "has text without a template and chat_template_kwargs"),
+        ({"messages": [Message("text", ["a"]), user()]}, "has text without a template and messages of other roles"),
+    ],
+)
+def test_what_texts_do_not_have(given: dict[str, Any], message: str) -> None:
+    assert message in refused(chatml(), replace(Example.of_text("a"), **given))
