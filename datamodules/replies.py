@@ -91,8 +91,7 @@ class Replies:
                     stop += len(self.end)
             learnt += [*own[:-1], (own[-1][0], stop)]
         given = sorted((place.start, place.stop) for place in (*reading.places, *reading.repeated))
-        said = [(p.start, p.stop) for p in reading.places if messages[reading.message(p)].role == "assistant"]
-        return Text(reading.text, given, learnt, said).edited(edits)
+        return Text(reading.text, given, learnt).edited(edits)
 
     def wanted(self, messages: Sequence[Message]) -> list[bool]:
         """Of each message, whether it is learnt."""

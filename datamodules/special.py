@@ -13,7 +13,7 @@ from typing import Any, Literal
 from .example import ExampleError
 from .marks import alternatives
 from .template import ChatTemplate
-from .text import Run, Text, overlaps
+from .text import Run, Text
 
 InText = Literal["text", "refuse"]
 
@@ -83,9 +83,9 @@ class SpecialTokens:
         return re.compile(alternatives([*self.control - self.spoken]))
 
     @cached_property
-    def _ids(self) -> dict[int, bool]:
-        """Of each control token, with whether the assistant may say it."""
-        return {self.tokenizer.convert_tokens_to_ids(token): token in self.spoken for token in self.control}
+    def _ids(self) -> frozenset[int]:
+        """Of the control tokens."""
+        return frozenset(self.tokenizer.convert_tokens_to_ids(token) for token in self.control)
 
     def encode(self, text: Text, own: bool) -> list[Token]:
         """
@@ -120,7 +120,7 @@ class SpecialTokens:
             if token in self._ids and text.is_given(start, stop):
                 match = self.pattern.search(text.text, start, stop)  # tokens may take in blanks around them
                 run = (start, stop) if match is None else match.span()
-                if text.is_given(*run) and not (self._ids[token] and overlaps(text.said, *run)):
+                if text.is_given(*run):
                     found.append(run)
         return found
 

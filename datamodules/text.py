@@ -22,14 +22,12 @@ class Text:
         text: all of it.
         given: runs that come from the example, in their order; what lies between them the template has written.
         learnt: runs that the model is to say, in their order.
-        said: of `given`, those that the assistant says.
         whole: whether nothing surrounds it, as a template does: the tokenizer's own special tokens belong to it.
     """
 
     text: str
     given: Sequence[Run]
     learnt: Sequence[Run]
-    said: Sequence[Run] = ()
     whole: bool = False
 
     def is_given(self, start: int, stop: int) -> bool:
@@ -58,8 +56,8 @@ class Text:
         def before(place: int) -> int:
             return place + grown[bisect_left(starts, place)]
 
-        given, said = ([(behind(a), before(b)) for a, b in runs] for runs in (self.given, self.said))
-        return Text("".join(pieces), given, [(behind(a), behind(b)) for a, b in self.learnt], said, self.whole)
+        given = [(behind(a), before(b)) for a, b in self.given]
+        return Text("".join(pieces), given, [(behind(a), behind(b)) for a, b in self.learnt], self.whole)
 
 
 def overlaps(runs: Sequence[Run], start: int, stop: int) -> bool:

@@ -84,8 +84,10 @@ def test_each_is_named_with_its_line(chats: Path) -> None:
 
 def test_all_ranks_end_or_go_on_alike(chats: Path, tmp_path: Path) -> None:
     given = [{"path": chats}, streamed(chats)]
-    one, other = on_ranks(2, _fit, given)
+    silent = streamed(write_jsonl(tmp_path / "silent.jsonl", [CHATS["no loss"][0]] * 4))
+    one, other = on_ranks(2, _fit, [*given, silent])
     assert one == other
+    assert "has nothing to learn" in one[2]
     assert f"{len(CHATS)} of {2 * len(CHATS) + 2} train examples cannot be used" in one[0]
     assert "line 3" in one[0]
     assert "has tools, and the chat template leaves them out: f" in one[1]
