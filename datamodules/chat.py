@@ -75,10 +75,11 @@ class ChatEncoder:
             self._template.check_variables(self.chat_template_kwargs)
         except ExampleError as error:
             raise ValueError(f"MultimodalDataModule {error}") from error
+        special = self._special
         for text in strings_in(self.chat_template_kwargs):
-            if found := self._special.pattern.search(text):
+            if found := special.pattern.search(text):
                 raise ValueError(f"chat_template_kwargs has the special token {found[0]}: name it in allowed_special")
-        if self.end_of_reply and not self._special.written.search(self.end_of_reply):
+        if self.end_of_reply and not special.written.search(self.end_of_reply):
             raise ValueError(
                 f"end_of_reply={self.end_of_reply!r} has no special token of the tokenizer; a model stops only at one"
             )

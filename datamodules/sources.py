@@ -37,7 +37,7 @@ class _FileSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, str(self.path.resolve()), str(self.media_root.resolve())))
+        return repr((type(self).__qualname__, str(self.path.resolve()), str(self.media_root.resolve()), self.ignore))
 
     def _media(self, kind: type[Image] | type[Video], path: Any) -> Any:
         """From ``"a.png"`` or ``{"path": "a.png", "height": 64, "width": 64}``."""
@@ -273,6 +273,7 @@ class HFDataset(Source):
         if self._turns is None:
             raise ValueError(f"the rows have columns {rows.column_names}: one of messages, conversations is needed")
         self._rows = rows = undecoded(rows)
+        self.ignore = tuple(ignore)
         left_out = (self._column, *ignore)
         self._texts = rows.select_columns([name for name in rows.column_names if name not in left_out])
         self._label = f"{path} {data_files or ''}".strip()
@@ -288,7 +289,7 @@ class HFDataset(Source):
         return self._rows._fingerprint
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, self._label, str(self.media_root.resolve())))
+        return repr((type(self).__qualname__, self._label, str(self.media_root.resolve()), self.ignore))
 
     def __getitem__(self, index: int) -> Example:
         row = self._texts[index]

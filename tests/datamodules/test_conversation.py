@@ -145,4 +145,6 @@ def test_keys_that_are_to_be_left_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": said("a", "b"), "origin": "web"}])
     with pytest.raises(ExampleError, match=r"\(line 1\) has origin, which is not known here; known are messages"):
         MessagesJSONL(path)[0]
-    assert len(MessagesJSONL(path, ignore=["origin"])[0].messages) == 2
+    ignoring = MessagesJSONL(path, ignore=["origin"])
+    assert len(ignoring[0].messages) == 2
+    assert ignoring.identity() != MessagesJSONL(path).identity()  # what was measured of one is not known of the other

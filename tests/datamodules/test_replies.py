@@ -328,6 +328,24 @@ def retokenized(chat: ChatEncoder, change: Any) -> ChatEncoder:
     return replace(chat, tokenizer=PreTrainedTokenizerFast(tokenizer_object=whole, **named))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"allowed_special": ["<|other|>"]},
+            r"allowed_special=\['<\|other\|>'\]: name special tokens of the tokenizer",
+        ),
+        ({"allowed_special": ["<|image_pad|>"]}, "none that stand for media"),
+        ({"special_tokens": "drop"}, "special_tokens='drop': choose"),
+        ({"learn": "first"}, "learn='first': choose"),
+        ({"end_of_reply": "stop"}, "end_of_reply='stop' has no special token"),
+    ],
+)
+def test_settings_that_make_no_sense(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultimodalDataModule(**given)
+
+
 def test_tags_of_thoughts_that_are_special_tokens() -> None:
     """The assistant says them; a user's are words."""
     chat = retokenized(qwen3(), lambda whole: whole.add_special_tokens(["<think>", "</think>"]))
