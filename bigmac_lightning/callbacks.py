@@ -1,6 +1,8 @@
 """Callbacks: what the pipeline does (PipelineMonitor) and what the generators draw (SampleImages)."""
 
 import time
+from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from torch import Tensor
 
 from bigmac_lightning.batch import Batch
 from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.ranks import Ranks
+from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.trace import Span, Trace, write_chrome_trace
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.draw import measured_picture
@@ -24,6 +29,7 @@ COMPONENTS = ("encoder", "llm", "generator")
 class PipelineMonitor(pl.Callback):
     """Logs loss parts, samples/s, tokens/s and peak activation bytes; records one step as a trace and a picture.
 
+    Under other strategies than "bigmac" there is no pipeline to look into: loss parts, samples/s and tokens/s only.
     Counting bytes costs a Python call per saved tensor: leave the callback out, or `memory` off, where every
     microsecond counts.
 
@@ -45,38 +51,39 @@ class PipelineMonitor(pl.Callback):
         self._trace_next = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _strategy(trainer)  # refuse another strategy before any training time is spent
+        _check(self, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        executor = _strategy(trainer).pipeline.executor
-        if self.memory:
+        executor = _executor(trainer)
+        if executor is not None and self.memory:
             executor.memory = MemoryTracker(pl_module.parameters())
         self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
-        self._trace_next = self.trace_step is not None
+        self._trace_next = executor is not None and self.trace_step is not None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._trace_next and self.trace_step is not None and trainer.global_step >= self.trace_step:
-            strategy = _strategy(trainer)
-            executor = strategy.pipeline.executor
-            strategy.barrier()  # a common origin for the clocks of all ranks
-            executor.trace = Trace(strategy.root_device)
+        executor = _executor(trainer)
+        if executor is None or not self._trace_next or self.trace_step is None:
+            return
+        if trainer.global_step >= self.trace_step:
+            trainer.strategy.barrier()  # a common origin for the clocks of all ranks
+            executor.trace = Trace(trainer.strategy.root_device)
             if executor.memory is not None:
                 executor.memory.recording, executor.memory.curve = True, []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        strategy = _strategy(trainer)
-        executor = strategy.pipeline.executor
-        if executor.trace is not None:
+        executor = _executor(trainer)
+        if executor is not None and executor.trace is not None:
             self._write_trace(trainer, executor.trace, executor.memory)
             executor.trace, self._trace_next = None, False
             if executor.memory is not None:
                 executor.memory.recording = False
-        self._samples += batch.samples * strategy.mesh.dp_size
-        self._tokens += batch.tokens * strategy.mesh.dp_size
+        replicas, _ = _replicas(trainer)
+        self._samples += batch.samples * replicas
+        self._tokens += batch.tokens * replicas
         if not trainer._logger_connector.should_update_logs:
             return
         now = time.perf_counter()
@@ -85,13 +92,14 @@ class PipelineMonitor(pl.Callback):
             "throughput/tokens_per_second": self._tokens / (now - self._since),
         }
         self._samples, self._tokens, self._since = 0, 0, now
-        values.update({f"loss_parts/{name}": value for name, value in strategy.pipeline.last_metrics.items()})
-        if executor.memory is not None:
-            values.update(_peaks(strategy, executor.memory))
+        values.update({f"loss_parts/{name}": value for name, value in _check(self, pl_module).last_metrics.items()})
+        if executor is not None and executor.memory is not None:
+            values.update(_peaks(executor.mesh, executor.memory))
         pl_module.log_dict(values, batch_size=batch.samples)
 
     def _write_trace(self, trainer: pl.Trainer, trace: Trace, memory: MemoryTracker | None) -> None:
-        strategy = _strategy(trainer)
+        strategy = trainer.strategy
+        assert isinstance(strategy, BigMacStrategy)
         curve = [] if memory is None else [(t - trace.origin_seconds, name, size) for t, name, size in memory.curve]
         mine: tuple[list[Span], list[tuple[float, str, int]]] = (trace.spans(), curve)
         mesh = strategy.mesh
@@ -115,6 +123,8 @@ class PipelineMonitor(pl.Callback):
 
 class SampleImages(pl.Callback):
     """Lets the generators draw the DataModule's prediction prompts: a PNG grid, and an image in TensorBoard.
+
+    Under any strategy; data-parallel replicas share the prompts out.
 
     Args:
         every_n_epochs: draw after the validation of every n-th epoch (and always after the last).
@@ -140,18 +150,13 @@ class SampleImages(pl.Callback):
             dirpath,
         )
         self.artifacts: list[Path] = []
+        self._ranks = Ranks()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
             return
-        if not isinstance(pl_module, PipelineModule):
-            raise TypeError(f"SampleImages draws with a PipelineModule, not with {type(pl_module).__name__}")
-        datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        drawn: list[Tensor] = []
-        for batch in datamodule.predict_dataloader():
-            samples = pl_module.pipeline(batch.to(pl_module.device), sample=True).samples
-            drawn += [sample.float().cpu() for sample in samples or []]
+        drawn = self._draw(trainer, _check(self, pl_module))
         folder = _folder(trainer, self.dirpath)  # collective
         if not trainer.is_global_zero or not drawn:
             return
@@ -168,18 +173,43 @@ class SampleImages(pl.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
+    def _draw(self, trainer: pl.Trainer, module: PipelineModule) -> list[Tensor]:
+        """What all replicas have drawn, in the order of the prompts, which were dealt out in turn. Collective."""
+        datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        precision = trainer.precision_plugin
+        own: list[Tensor] = []
+        for batch in datamodule.predict_dataloader():
+            given = precision.convert_input(batch).to(module.device)
+            with nullcontext() if module.runner is not None else precision.forward_context():
+                own += [sample.float().cpu() for sample in module.pipeline(given, sample=True).samples or []]
+        replicas, replica = _replicas(trainer)
+        told, _ = self._ranks.tell((replica, own))()
+        by_replica = dict(told)
+        rounds = zip_longest(*(by_replica[r] for r in range(replicas)))
+        return [image for turn in rounds for image in turn if image is not None]
 
-def _strategy(trainer: pl.Trainer) -> BigMacStrategy:
-    if not isinstance(trainer.strategy, BigMacStrategy):
+
+def _check(callback: pl.Callback, module: pl.LightningModule) -> PipelineModule:
+    if not isinstance(module, PipelineModule):
         raise TypeError(
-            f"PipelineMonitor watches strategy='bigmac', not {type(trainer.strategy).__name__}: remove the callback"
+            f"{type(callback).__name__} is for a PipelineModule, not for {type(module).__name__}: remove it"
         )
-    return trainer.strategy
+    return module
 
 
-def _peaks(strategy: BigMacStrategy, memory: MemoryTracker) -> dict[str, float]:
+def _executor(trainer: pl.Trainer) -> Executor | None:
+    """What runs the pipeline, if there is one."""
+    return trainer.strategy.pipeline.executor if isinstance(trainer.strategy, BigMacStrategy) else None
+
+
+def _replicas(trainer: pl.Trainer) -> tuple[int, int]:
+    """How many data-parallel replicas there are, and which one this process belongs to."""
+    place: dict[str, int] = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+    return place["num_replicas"], place["rank"]
+
+
+def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:
     """Peak bytes of every rank of this pipeline since the last call."""
-    mesh = strategy.mesh
     own = torch.tensor([float(memory.peak.get(name, 0)) for name in COMPONENTS], device=mesh.device)
     memory.reset_peak()
     everyone = [torch.empty_like(own) for _ in range(mesh.pp_size)]

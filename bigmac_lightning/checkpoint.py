@@ -1,219 +1,210 @@
-"""Checkpoints that any number of ranks can read: tensors by their name in the whole model, in torch's DCP format.
+"""Checkpoints of all ranks together, that any number of ranks can read: a directory in torch's DCP format, or one file.
 
-The model lies under the key "model", optimizer states under "optimizer_0", ..., everything else in Lightning's
-metadata file beside them. A tied output weight is stored once, under the embedding's name.
+A directory holds, by its key in DCP: "model", the weights; "optimizer_0", ..., the moments; "others", whatever else is
+kept by names of the model's tensors (a callback's moving average). The rest lies in Lightning's metadata file. A file
+is what Lightning writes in one process, but for the optimizers, whose states go by names. Knows torch.distributed's
+default group, but works in one process without any; knows nothing of schedules.
 """
 
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.optim import Optimizer
 
+from bigmac_lightning import files
 from bigmac_lightning.module import PipelineModule
-from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
+from bigmac_lightning.stored import alone
 
 
-def model_state(module: PipelineModule) -> dict[str, Any]:
-    """This rank's tensors by their canonical names."""
-    copies = _tied_names(module)
-    state = module.state_dict()
-    return {copies.get(name, name): tensor for name, tensor in state.items()}
+def names_of(module: PipelineModule) -> Names:
+    """The names of the whole model's tensors. Collective."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own = {name for name, _ in tensors} | set(module.state_dict())
+    return Names.of(own, from_everyone(own), module.tied_copies)
 
 
-def with_tied_copies(module: PipelineModule, state: dict[str, Any]) -> dict[str, Any]:
-    """A whole model's state as its `load_state_dict` wants it: tied weights under both names."""
-    copies = {copy: state[canonical] for copy, canonical in _tied_names(module).items() if canonical in state}
-    return {**state, **copies}
-
-
-def optimizer_state(module: PipelineModule, optimizer: Optimizer) -> dict[str, Any]:
-    """This rank's optimizer state, flat: ``state.<parameter>.exp_avg``, ``param_groups.<parameter>.lr``, ...
-
-    A parameter that never had a gradient has no state entries, as in the optimizer itself.
-    """
-    optimizer = _bare(optimizer)
-    flat: dict[str, Any] = {}
-    for group, parameter, name in _parameters(module, optimizer):
-        flat.update({f"state.{name}.{entry}": value for entry, value in optimizer.state.get(parameter, {}).items()})
-        flat.update({f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"})
-    return flat
-
-
-def gather(state: dict[str, Any], mesh: PipelineMesh) -> dict[str, Any]:
-    """The state of all ranks of the first replica, on global rank 0; empty elsewhere."""
-    own = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-    parts: list[dict[str, Any]] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own if mesh.dp_rank == 0 else {}, parts)
-    return {name: value for part in parts or [] for name, value in part.items()}
-
-
-def save(checkpoint: dict[str, Any], path: Path, is_global_zero: bool) -> None:
+def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> None:
     """Write a checkpoint directory. Collective.
 
     Everything is written beside `path` first and moved there when complete: an interrupted save leaves the old one.
+
+    Args:
+        checkpoint: this rank's.
+        replica: data-parallel replica that this rank belongs to; the first one's counts.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
-    if is_global_zero:
-        remove(unfinished)
-    dist.barrier()
-    state = {"model": checkpoint.pop("state_dict")}
-    state.update({f"optimizer_{i}": s for i, s in enumerate(checkpoint.pop("optimizer_states", []))})
-    dcp_save(state, checkpoint_id=unfinished)
-    if is_global_zero:
-        torch.save(checkpoint, unfinished / _METADATA_FILENAME)
-        remove(path)
-        unfinished.rename(path)
-    dist.barrier()
+    tensors, rest = _apart(checkpoint, names)
+    rest = _joined(rest, names, replica)
+    place = on_first_rank(lambda: files.unfinished(path))
+    with alone():
+        dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
+    on_first_rank(lambda: torch.save(rest, place / _METADATA_FILENAME))
+    on_first_rank(lambda: files.put(place, path))
 
 
-def load(
-    path: Path,
-    module: PipelineModule,
-    optimizers: Sequence[Optimizer],
-    device: torch.device,
-    weights_only: bool | None,
-) -> dict[str, Any]:
-    """Load this rank's part of a checkpoint into module and optimizers. Collective.
+def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
+    """The checkpoint of all ranks, on global rank 0; a part of it elsewhere. Collective; arguments as above."""
+    tensors, rest = _apart(checkpoint, names)
+    rest = _joined(rest, names, replica)
+    own = {path: value.cpu() if isinstance(value, Tensor) else value for path, value in _leaves(tensors)}
+    everyone = from_everyone(set(own) if replica == 0 else set())
+    before = set().union(*everyone[: dist.get_rank()]) if dist.is_initialized() else set()
+    own = {path: value for path, value in own.items() if replica == 0 and path not in before}
+    parts: list[Any] = [own]
+    if dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.gather_object(own, parts if dist.get_rank() == 0 else None)
+    tensors = nested({path: value for part in parts for path, value in part.items()})
+    weights = tensors.get(MODEL, {})
+    for copy, original in names.copies.items():
+        if copy in weights and original in weights:
+            weights[copy] = weights[original]  # one tensor in the file, as in one process
+    return complete(rest, tensors)
 
-    Returns: the rest of the checkpoint (loops, callbacks, schedulers, ...).
+
+def load_directory(
+    path: Path, names: Names, own: Mapping[str, Any], optimizers: bool, unknown: bool, weights_only: bool | None
+) -> Tree:
+    """This rank's part of a checkpoint directory. Collective.
+
+    Args:
+        own: this rank's `state_dict`, into whose tensors weights are read; empty: into new ones.
+        optimizers: whether to read their states.
+        unknown: whether to read weights that the model does not have; else they come as tensors without values.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError: the checkpoint is another model's; names and shapes that do not fit are listed. On all ranks.
+        ValueError: it is no checkpoint directory; on all ranks.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    if path.is_dir():
-        return _load_directory(path, module, optimizers, weights_only)
-    checkpoint: dict[str, Any] = _load(path, map_location="cpu", weights_only=weights_only)
-    _load_tensors(path, module, checkpoint.pop("state_dict", {}))
-    states = checkpoint.pop("optimizer_states", [])
-    for optimizer, state in zip(optimizers, states, strict=False):
-        if "param_groups" in state and isinstance(state["param_groups"], list):
-            raise ValueError(
-                f"{path} was saved by another strategy: its optimizer state cannot be resumed under strategy='bigmac'. "
-                "Start from its weights instead (load_state_dict before fit, or a checkpoint with save_weights_only)."
-            )
-        _set_optimizer(module, optimizer, state)
-    return checkpoint
+    missing = [] if (path / ".metadata").is_file() else [str(path / ".metadata")]
+    agree(missing, f"{path} is not a checkpoint directory, no such file")
+    metadata = FileSystemReader(path).read_metadata()
+    places: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
+    known = set(places.values())
+    wanted = {MODEL, *([OTHERS] if optimizers or unknown else [])}
+    room: dict[tuple[Any, ...], Any] = {}
+    unread: Tree = {}
+    for key, place in places.items():
+        kind, name, entry = place[0], place[-1], metadata.state_dict_metadata[key]
+        if not (kind in wanted or (optimizers and kind.startswith("optimizer_"))) or not _is_kept(place, known, names):
+            continue
+        if kind == MODEL and not unknown and names.of_model(name) != name:
+            unread[name] = _empty(entry, "meta")
+        else:
+            room[place] = _room(entry, own.get(name) if kind == MODEL else None)
+    tree = nested(room)
+    with alone():
+        dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
+    rest = names.kept(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
+    return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint file or directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _load_directory(
-    path: Path, module: PipelineModule, optimizers: Sequence[Optimizer], weights_only: bool | None
-) -> dict[str, Any]:
-    if not (path / ".metadata").is_file():
-        _agree(path, [str(path / ".metadata")], "not a checkpoint directory, no such file")
-    stored = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted = model_state(module)
-    shapes = {name.removeprefix("model."): getattr(entry, "size", None) for name, entry in stored.items()}
-    sizes = {name: tuple(size) for name, size in shapes.items() if size is not None and f"model.{name}" in stored}
-    _check_model(path, wanted, sizes, _tied_names(module))
-    dcp_load({"model": wanted}, checkpoint_id=path)  # in place
-    for i, optimizer in enumerate(optimizers):
-        state = _room_for(f"optimizer_{i}.", stored, {name for *_, name in _parameters(module, _bare(optimizer))})
-        if state:  # else saved with save_weights_only
-            dcp_load({f"optimizer_{i}": state}, checkpoint_id=path)
-            _set_optimizer(module, optimizer, state)
-    return torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=bool(weights_only))
-
-
-def _load_tensors(path: Path, module: PipelineModule, stored: Mapping[str, Tensor]) -> None:
-    wanted = model_state(module)
-    _check_model(path, wanted, {name: tuple(tensor.shape) for name, tensor in stored.items()}, _tied_names(module))
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(stored[name])
-
-
-def _check_model(
-    path: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, tuple[int, ...]], allowed: Collection[str]
+def load_weights(
+    module: PipelineModule, state: Mapping[str, Any], names: Names, strict: bool, path: Path | str
 ) -> None:
-    """Names and shapes must be the model's; `allowed` names may be stored without being in the model's state."""
-    wrong = [f"{name}: missing" for name in wanted if name not in stored]
+    """Give the module the weights that a checkpoint, after all hooks, has for it. Collective.
+
+    Raises:
+        ValueError: names or shapes do not fit, which are listed; on all ranks.
+    """
+    state = {name: value for name, value in state.items() if names.keeps(name, state.__contains__)}
+    for copy, original in names.copies.items():
+        if copy in names.own and copy not in state and original in state:
+            state[copy] = state[original] if original in names.own else state.pop(original)
+    wanted = module.state_dict()
+    wrong = [f"{name}: missing" for name in wanted if name not in state] if strict else []
+    wrong += [f"{name}: not in the model" for name in state if name not in wanted] if strict else []
     wrong += [
-        f"{name}: {stored[name]} in the checkpoint, {tuple(tensor.shape)} in the model"
-        for name, tensor in wanted.items()
-        if name in stored and stored[name] != tuple(tensor.shape)
+        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(wanted.get(name), Tensor) and value.shape != wanted[name].shape
     ]
-    names: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names, set(wanted))
-    wrong += [f"{name}: not in the model" for name in sorted(set(stored) - set().union(*names) - set(allowed))]
-    _agree(path, wrong, "tensors that do not fit, so this is another model's checkpoint")
+    agree(wrong, f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint")
+    module.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
 
 
-def _agree(path: Path, problems: list[str], what: str) -> None:
-    """Raise on all ranks if any rank found a problem, so that none waits for another."""
-    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, problems)
-    found = sorted({problem for part in everywhere for problem in part})
+def agree(problems: Sequence[str], what: str) -> None:
+    """Raise a ValueError on all ranks if any rank found a problem, so that none waits for another. Collective."""
+    found = sorted({problem for part in from_everyone(list(problems)) for problem in part})
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(f"cannot load {path}: {what}: {'; '.join(found[:5])}{more}")
+        raise ValueError(f"{what}: {'; '.join(found[:5])}{more}")
 
 
-def _room_for(prefix: str, stored: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """What is stored of these parameters' optimizer state, as empty tensors (and None for what is no tensor)."""
-    room: dict[str, Any] = {}
-    for key, entry in stored.items():
-        kind, _, rest = key.removeprefix(prefix).partition(".")
-        if not key.startswith(prefix) or rest.rpartition(".")[0] not in names:
-            continue
-        is_tensor = isinstance(entry, TensorStorageMetadata)
-        room[f"{kind}.{rest}"] = torch.empty(entry.size, dtype=entry.properties.dtype) if is_tensor else None
-    return room
+def from_everyone(own: Any) -> list[Any]:
+    """What every rank gives. Collective."""
+    if not dist.is_initialized():
+        return [own]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
 
 
-def _set_optimizer(module: PipelineModule, optimizer: Optimizer, flat: Mapping[str, Any]) -> None:
-    """Give the optimizer its state: moments on their parameter's device, step counters where they were."""
-    optimizer = _bare(optimizer)
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        name, _, entry = key.rpartition(".")
-        by_name.setdefault(name, {})[entry] = value
-    optimizer.state.clear()
-    for group, parameter, name in _parameters(module, optimizer):
-        group.update(by_name.get(f"param_groups.{name}", {}))
-        state = by_name.get(f"state.{name}")
-        if state is not None:
-            optimizer.state[parameter] = {
-                entry: value.to(parameter.device) if isinstance(value, Tensor) and value.dim() else value
-                for entry, value in state.items()
-            }
+def on_first_rank(work: Callable[[], Any]) -> Any:
+    """Let global rank 0 do something with files; its result on all ranks, and an error if it fails. Collective."""
+    first, done, failed = not dist.is_initialized() or dist.get_rank() == 0, None, None
+    if first:
+        try:
+            done = work()
+        except Exception as error:
+            failed = error
+    told: list[Any] = [done, failed and f"{type(failed).__name__}: {failed}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    if failed is not None:
+        raise failed
+    if told[1] is not None:
+        raise RuntimeError(f"rank 0 could not write a checkpoint: {told[1]}")
+    return told[0]
 
 
-def _parameters(module: PipelineModule, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, str]]:
-    """(group, parameter, canonical name) of everything the optimizer steps."""
-    copies = _tied_names(module)
-    names = {parameter: copies.get(name, name) for name, parameter in module.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield group, parameter, names[parameter]
+def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
+    """The tensors that go by names of the model, by their key in DCP, and the rest."""
+    checkpoint = dict(checkpoint)
+    tensors: Tree = {MODEL: checkpoint.pop("state_dict", {})}
+    states = [split(state, names) for state in checkpoint.pop("optimizer_states", [])]
+    tensors.update({f"optimizer_{i}": some for i, (some, _) in enumerate(states)})
+    tensors[OTHERS], rest = split(checkpoint, names)
+    if states:
+        rest["optimizer_states"] = [others for _, others in states]
+    return tensors, rest
 
 
-def _bare(optimizer: Optimizer) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+def _joined(rest: Tree, names: Names, replica: int) -> Tree:
+    """Of the ranks of the first replica."""
+    parts = [part for part in from_everyone(rest if replica == 0 else None) if part is not None]
+    return joined(parts, names)
 
 
-def _tied_names(module: PipelineModule) -> dict[str, str]:
-    """Full names of tied copies and of the embeddings they are tied to."""
-    return {f"llm.{copy}": f"llm.{canonical}" for copy, canonical in module.llm.tied.items()}
+def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: Names) -> bool:
+    """Whether this rank gets what lies at a place."""
+
+    def beside(i: int) -> Callable[[str], bool]:
+        return lambda key: (*place[:i], key, *place[i + 1 :]) in known
+
+    return all(names.keeps(key, beside(i)) for i, key in enumerate(place))
+
+
+def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for key, value in tree.items():
+        found += _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    return found
+
+
+def _room(entry: Any, own: Any) -> Any:
+    """A tensor to read into: the model's own, if that is alike."""
+    alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
+    return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
+
+
+def _empty(entry: Any, device: str) -> Any:
+    is_tensor = isinstance(entry, TensorStorageMetadata)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device) if is_tensor else None

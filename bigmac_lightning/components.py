@@ -101,6 +101,17 @@ class LanguageModel(nn.Module, ABC):
         Weights depend on the seed and the parameter's name only. Names stay those of the whole model.
         """
 
+    def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        """Drop all but these layers, the embedding and the head, once all of them have weights.
+
+        Raises:
+            ValueError: this model cannot.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has all its weights already, and has no `keep`, by which a rank would drop what is "
+            "not its own: train a module whose configure_model has not been called"
+        )
+
     @abstractmethod
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """h_BSD from `inputs["input_ids"]`."""

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, Self
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from bigmac_lightning.batch import Batch, MediaData, MediaItem, Microbatch, Targ
 from bigmac_lightning.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.partition import TrainedLayers
 from bigmac_lightning.precision import converted
+from bigmac_lightning.resumable import ResumableModule
 from bigmac_lightning.token_loss import token_loss
 
 Mode = Literal["train", "evaluate", "sample"]
@@ -89,7 +89,7 @@ class Runner(Protocol):
         ...
 
 
-class PipelineModule(pl.LightningModule):
+class PipelineModule(ResumableModule):
     """Base class of everything that strategy="bigmac" can train.
 
     Set `encoders`, `llm` and `generators` in ``__init__`` and write ordinary steps around ``self.pipeline(batch)``::
@@ -107,6 +107,7 @@ class PipelineModule(pl.LightningModule):
             the language model says of its own.
         part: the part of the LLM to hold; set by the strategy before `configure_model`.
         runner: runs a batch through the pipeline; set by the strategy. ``None``: the plain path.
+        last_metrics: of the last batch that `pipeline` has run.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class PipelineModule(pl.LightningModule):
             raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
         self.part = Part()
         self.runner: Runner | None = None
+        self.last_metrics: dict[str, Tensor] = {}
         self._materialized = False
         self._trained_layers: TrainedLayers | None = None
 
@@ -139,10 +141,19 @@ class PipelineModule(pl.LightningModule):
         """The order in which loss sums and counts travel."""
         return ["text", *self.llm.auxiliary_losses, *self.generators]
 
+    @property
+    def tied_copies(self) -> dict[str, str]:
+        return {f"llm.{copy}": f"llm.{original}" for copy, original in self.llm.tied.items()}
+
     def configure_model(self) -> None:
         """Give weights to this process's part of the LLM (a Lightning hook, called once the ranks are known)."""
+        super().configure_model()
         if not self._materialized:
+            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
             self.materialize()
+            for name, parameter in self.named_parameters():
+                if name in frozen:  # by whoever had the module before it got its weights
+                    parameter.requires_grad_(False)
             self.adapt()
             self._materialized = True
 
@@ -191,7 +202,9 @@ class PipelineModule(pl.LightningModule):
         run = self.runner or self._run_plain
         if isinstance(batch, Batch):  # others are refused
             batch = self.prepare(batch)
-        return run(batch, mode)
+        out = run(batch, mode)
+        self.last_metrics = out.metrics
+        return out
 
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients of the model, each parameter counted once; the same scalar on every rank.

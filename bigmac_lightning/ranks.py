@@ -4,6 +4,7 @@ Knows torch.distributed's default group; knows nothing of pipelines, data or mod
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: ([own], True)
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=_timeout_of_the_run())
         group, numbers = self._group, torch.tensor([int(bool(own)), check, -check])
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
@@ -44,8 +45,21 @@ class Ranks:
             said, most, least = numbers.tolist()
             told: list[Any] = []
             if said:
-                told = [None] * dist.get_world_size()
-                dist.all_gather_object(told, own, group=group)
+                told = self.gather(own)
             return told, most == -least
 
         return everyone
+
+    def gather(self, own: Any) -> list[Any]:
+        """What every rank says, by rank. Collective."""
+        if self._group is None:
+            return [own]
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, own, group=self._group)
+        return told
+
+
+def _timeout_of_the_run() -> timedelta:
+    """Of the default group, which the strategy has made; a group that is made without one would wait 30 minutes."""
+    world: Any = dist.group.WORLD
+    return world._get_backend(world._device_types[0]).options._timeout

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.optimizer_state import bare
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +89,17 @@ def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:
 def check_optimizer(optimizer: Optimizer) -> None:
     """
     Raises:
-        ValueError: its step depends on all parameters together, of which this rank has a part.
+        ValueError: it would be wrong where ranks have parameters of their own.
     """
+    optimizer, reason = bare(optimizer), ""
     if isinstance(optimizer, LBFGS):
+        reason = "looks at all parameters together, of which each rank holds a part"
+    if hasattr(optimizer, "consolidate_state_dict"):  # as Lightning tells them
+        reason = "deals parameters out to ranks that all have the same, which pipeline ranks have not"
+    if reason:
         raise ValueError(
-            "LBFGS looks at all parameters together, and a pipeline rank holds a part of them: use an optimizer that "
-            "treats each parameter by itself, such as AdamW, SGD, Adafactor or Muon"
+            f"{type(optimizer).__name__} {reason}: use an optimizer that steps each parameter by itself, such as "
+            "AdamW, SGD, Adafactor or Muon"
         )
 
 

@@ -1,20 +1,25 @@
-"""Weights as they lie in a checkpoint of any strategy: their names and shapes, and the values of those asked for.
+"""Checkpoints of any strategy, read in one process alone: their weights by names and shapes, or all that is in them.
 
-Works in one process alone. Of a directory (torch's DCP format, the model under the key "model") only what is asked for
-is read; of a file, what is asked for is paged in. Knows nothing of modules or ranks.
+Of a directory (torch's DCP format, the model under the key "model") only the weights that are asked for are read; of a
+file, they are paged in. Knows nothing of modules or ranks.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from bigmac_lightning import files
+from bigmac_lightning.parts import MODEL, complete
 
 Shape = tuple[int, ...]
 
@@ -33,14 +38,11 @@ class StoredWeights:
             FileNotFoundError: there is nothing at `path`.
             ValueError: it is no checkpoint.
         """
-        self.path = Path(path)
+        self.path = files.present(Path(path))
         self._file: dict[str, Any] | None = None
         self._dtypes: dict[str, torch.dtype] = {}
-        if not self.path.exists():
-            raise FileNotFoundError(f"there is no checkpoint at {self.path}")
         if self.path.is_dir():
-            if not (self.path / ".metadata").is_file():
-                raise ValueError(f"{self.path} is not a checkpoint directory: no such file {self.path / '.metadata'}")
+            _check_directory(self.path)
             stored = FileSystemReader(self.path).read_metadata().state_dict_metadata
             entries = {
                 name.removeprefix("model."): entry
@@ -50,9 +52,8 @@ class StoredWeights:
             self.shapes: dict[str, Shape] = {name: tuple(entry.size) for name, entry in entries.items()}
             self._dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
         else:
-            self._file = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(self._file, dict) or "state_dict" not in self._file:
-                raise ValueError(f"{self.path} is no checkpoint: it has no state_dict")
+            file = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self._file = as_checkpoint(file, str(self.path))
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._file["state_dict"].items()}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
@@ -62,8 +63,7 @@ class StoredWeights:
                 for name, tensor in tensors.items():
                     tensor.copy_(self._file["state_dict"][name])
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, unavailable, ...: as wanted
+        with alone():
             dcp_load({"model": dict(tensors)}, checkpoint_id=self.path, no_dist=True)
 
     def read(self) -> dict[str, Tensor]:
@@ -98,3 +98,49 @@ class StoredWeights:
             if name in stored and stored[name] != shape
         ]
         return found + [f"{name}: not in the model" for name in sorted(stored.keys() - wanted.keys() - set(allowed))]
+
+
+class DirectoryCheckpointIO(TorchCheckpointIO):
+    """Lets a strategy that writes files read directories, too, and what `consolidate_checkpoint` has made of them."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if files.is_directory(path):
+            return read_directory(files.present(Path(path)))
+        return as_checkpoint(super().load_checkpoint(path, *args, **kwargs), str(path))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Without DCP's warnings about a process that reads or writes alone, as it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # disabled, unavailable, ...
+        yield
+
+
+def read_directory(path: Path) -> dict[str, Any]:
+    """All of a checkpoint directory, as Lightning would have saved it in one process, but optimizer states by name.
+
+    Raises:
+        ValueError: it is no checkpoint.
+    """
+    _check_directory(path)
+    with alone():
+        return as_checkpoint(_load_distributed_checkpoint(path), str(path))
+
+
+def as_checkpoint(contents: Any, path: str) -> dict[str, Any]:
+    """A checkpoint from what is in a file, which may be one that Lightning's `consolidate_checkpoint` has made.
+
+    Raises:
+        ValueError: it is no checkpoint.
+    """
+    if isinstance(contents, dict) and "state_dict" in contents:
+        return contents
+    if isinstance(contents, dict) and isinstance(contents.get(MODEL), dict) and "loops" in contents:
+        return complete(contents, contents)
+    raise ValueError(f"{path} is no checkpoint: it has no state_dict")
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / ".metadata").is_file():
+        raise ValueError(f"{path} is not a checkpoint directory: no such file {path / '.metadata'}")

@@ -1,7 +1,7 @@
 """BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
 
 Sets up processes, mesh and module. Batches of Lightning's loop are in lightning_steps.py, planning and execution in
-pipeline.py and runtime/, checkpoints in checkpoint.py.
+pipeline.py and runtime/, checkpoints in saving.py.
 """
 
 import os
@@ -10,18 +10,18 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from bigmac_lightning import checkpoint as checkpoints
 from bigmac_lightning import refusals
 from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.holding import take_part
+from bigmac_lightning.launching import WholeModelLauncher
 from bigmac_lightning.lightning_steps import LightningSteps
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.optimizers import accepting_nothing
@@ -39,7 +40,9 @@ from bigmac_lightning.options import DEFAULT_COSTS, PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
 from bigmac_lightning.planning import PlanningCollate
 from bigmac_lightning.report import as_text, partition_table, ranks_of
+from bigmac_lightning.resuming import go_on
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.saving import SavingStrategy
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto
 from bigmac_lightning.schedule.plan import Costs
@@ -48,7 +51,7 @@ from bigmac_lightning.windowed_loader import windowed
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class BigMacStrategy(DDPStrategy):
+class BigMacStrategy(SavingStrategy):
     """Pipeline parallelism with encoder and generator work nested into the LLM's schedule.
 
     ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
@@ -139,6 +142,8 @@ class BigMacStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            checkpoint_weights_only=checkpoint_weights_only,
         )
         for name, value in (
             ("pipeline_parallel_size", pipeline_parallel_size),
@@ -168,8 +173,6 @@ class BigMacStrategy(DDPStrategy):
             stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
             sample_tokens=sample_tokens,
         )
-        self._save_distributed_checkpoint = save_distributed_checkpoint
-        self._checkpoint_weights_only = checkpoint_weights_only
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
@@ -205,6 +208,10 @@ class BigMacStrategy(DDPStrategy):
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
 
     @property
+    def replica(self) -> int:
+        return 0 if self._mesh is None else self._mesh.dp_rank
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
@@ -224,7 +231,8 @@ class BigMacStrategy(DDPStrategy):
             rank_zero_info(reason)
         if self._mesh is None:
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
-        module.part = part_of(self.mesh.pp_rank, stages, stage_rank)
+        self.open_module()
+        take_part(module, part_of(self.mesh.pp_rank, stages, stage_rank))
         module._device_mesh = self.device_mesh
         if self.options.partition != "even" and not module._materialized:
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
@@ -256,6 +264,7 @@ class BigMacStrategy(DDPStrategy):
         refusals.check_settings(trainer, module, self.precision_plugin, self._layer_sync)
         if self.mesh.pp_size > 1:
             refusals.check_norms(trainer, module)
+        self.check_checkpoint_plugins(trainer)
         # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
         notifier = partial(_note_sigterm, trainer)
         trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
@@ -312,10 +321,28 @@ class BigMacStrategy(DDPStrategy):
     def teardown(self) -> None:
         module = self.lightning_module
         if isinstance(module, PipelineModule):
-            module.runner = None
+            self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):
                 self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
         super().teardown()
+
+    def _configure_launcher(self) -> None:
+        if self._start_method != "popen":
+            start_method: Any = self._start_method
+            self._launcher = WholeModelLauncher(self, start_method, self.whole_state_dict)
+        elif _IS_INTERACTIVE:
+            raise ValueError(
+                f"strategy={self.strategy_name!r} runs a script once more for each process, which an interactive "
+                "session is not: use strategy='bigmac_notebook', or BigMacStrategy(start_method='fork')"
+            )
+        else:
+            super()._configure_launcher()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        go_on(self.lightning_module.trainer)
+        self.pipeline.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
 
     def on_exception(self, exception: BaseException) -> None:
         """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
@@ -377,53 +404,6 @@ class BigMacStrategy(DDPStrategy):
         self.steps.give_back(last_of_window=self._synchronize)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return False
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert isinstance(self.lightning_module, PipelineModule)
-        state = checkpoints.model_state(self.lightning_module)
-        if self._save_distributed_checkpoint:
-            return state
-        return checkpoints.with_tied_copies(self.lightning_module, checkpoints.gather(state, self.mesh))
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert isinstance(self.lightning_module, PipelineModule)
-        state = checkpoints.optimizer_state(self.lightning_module, optimizer)
-        return state if self._save_distributed_checkpoint else checkpoints.gather(state, self.mesh)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        path = Path(self.broadcast(str(filepath)))
-        if self._save_distributed_checkpoint:
-            checkpoints.save(checkpoint, path, self.is_global_zero)
-            return
-        if self.is_global_zero:
-            checkpoints.remove(path)
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        assert isinstance(self.lightning_module, PipelineModule)
-        path = Path(self.broadcast(str(checkpoint_path)))
-        weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
-        return checkpoints.load(path, self.lightning_module, self.optimizers, self.root_device, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has loaded the weights already."""
-
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Nothing: `load_checkpoint` has loaded the optimizers already."""
-
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
-            checkpoints.remove(Path(filepath))
-
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         with super().tensor_init_context(empty_init=False):
@@ -431,13 +411,15 @@ class BigMacStrategy(DDPStrategy):
 
 
 def register() -> None:
-    """Make ``Trainer(strategy="bigmac")`` work."""
-    StrategyRegistry.register(
-        BigMacStrategy.strategy_name,
-        BigMacStrategy,
-        description="encoder and generator nested into the LLM's pipeline",
-        override=True,
-    )
+    """Make ``Trainer(strategy="bigmac")`` work, and its like for processes that are started otherwise."""
+    for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+        StrategyRegistry.register(
+            BigMacStrategy.strategy_name + suffix,
+            BigMacStrategy,
+            description=f"encoder and generator nested into the LLM's pipeline, processes started by {start_method}",
+            override=True,
+            start_method=start_method,
+        )
 
 
 def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:

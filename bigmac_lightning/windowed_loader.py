@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from bigmac_lightning.batch import Batch
+from bigmac_lightning.resuming import uncounted
 
 
 def windowed(loader: Any, trainer: pl.Trainer, counts: Callable[[Batch], Sequence[float]]) -> "WindowedLoader":
@@ -28,7 +29,8 @@ class WindowedLoader:
 
     def __init__(self, loader: Any, trainer: pl.Trainer, counts: Callable[[Batch], Sequence[float]]) -> None:
         self.loader, self._trainer, self._counts = loader, trainer, counts
-        self._state: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None  # of the loader, where the current window begins
+        self._state: dict[str, Any] | None = None  # behind the batch that was given last
 
     @property
     def sampler(self) -> Any:
@@ -45,7 +47,9 @@ class WindowedLoader:
     def __iter__(self) -> Iterator[Any]:
         given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
         batches = iter(self.loader)
+        self._state = self._loader_state()
         while window := self._read(batches, given):
+            self._before = self._state
             known = [self._counts(batch) for batch, _ in window if isinstance(batch, Batch)]  # others are refused later
             total = [sum(column) for column in zip(*known, strict=True)]
             for batch, self._state in window:
@@ -70,14 +74,15 @@ class WindowedLoader:
 
 
 class _StatefulWindowedLoader(WindowedLoader):
-    """Its state is that of the loader behind the batch that was given last, not behind the one that was read last."""
+    """Its state is that of the loader behind the last optimizer step's batches, not behind those that were read."""
 
     def state_dict(self) -> dict[str, Any]:
-        return self.loader.state_dict() if self._state is None else self._state
+        state = self._before if uncounted(self._trainer) else self._state
+        return self.loader.state_dict() if state is None else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
-        self._state = None
+        self._before = self._state = None
 
     def _loader_state(self) -> dict[str, Any] | None:
         return dict(self.loader.state_dict())

@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.resuming import uncounted_in
 
 from .collate import Collator, Sample
-from .sampler import EpochSampler
+from .sampler import EpochLoader, EpochSampler
 
 
 class PipelineDataset(Dataset, ABC):
@@ -77,13 +78,15 @@ class PipelineDataModule(pl.LightningDataModule):
         return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
 
     def loader(self, dataset: PipelineDataset, shuffle: bool = False) -> "DataLoader[Batch]":
-        """Batches of a dataset, in an order that depends on the seed, the epoch and the number of replicas alone."""
+        """Batches of a dataset, in an order that depends on the seed, the epoch and the number of replicas alone; a run
+        that is resumed goes on with the batch that would have come."""
         place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             place |= self.trainer.distributed_sampler_kwargs or {}  # None on a single device
         layout = self.layout
-        return DataLoader(
+        return EpochLoader.of(
             dataset,
+            uncounted=uncounted_in(self.trainer),
             batch_size=self.batch_size,
             sampler=EpochSampler(dataset, shuffle=shuffle, seed=self.seed, **place),
             collate_fn=Collator(layout, layout.microbatches or self.microbatches, self.padding),

@@ -58,11 +58,12 @@ class Agreement:
         self.ranks, self.replica, self.on_error, self.report = ranks, replica, on_error, report
         self.skipped = 0
 
-    def __call__(self, batch: Batch | SourceError, check: int = 0) -> Callable[[], Batch]:
+    def __call__(self, batch: Batch | SourceError, check: int = 0, read: str = "") -> Callable[[], Batch]:
         """Tell the other ranks what failed of a batch, and do not wait for them. Collective.
 
         Args:
             check: a number that is the same on all ranks, if they have read the same.
+            read: what this rank has read, for the error that says so.
 
         Returns: waits for them, and gives the batch without samples that failed on any rank. Collective; to be called
         before the next batch is told of.
@@ -73,15 +74,17 @@ class Agreement:
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
         told = self.ranks.tell(own, check)
-        return lambda: self._agree(batch, *told())
+        return lambda: self._agree(batch, read, *told())
 
-    def _agree(self, batch: Batch | SourceError, everyone: list[list[Failure] | str], same: bool) -> Batch:
+    def _agree(self, batch: Batch | SourceError, read: str, everyone: list[list[Failure] | str], same: bool) -> Batch:
         if broken := [text for text in everyone if isinstance(text, str)]:
             raise SourceError("; ".join(dict.fromkeys(broken)))
         if not same:
+            readings = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.ranks.gather(read)))
             raise SourceError(
                 "the ranks have read different examples from the streams: each must read all of them, in one order: "
-                "do not split a stream by rank, node or worker, and let its order depend on the turn alone"
+                "do not split a stream by rank, node or worker, and let its order depend on the turn alone "
+                f"({readings})"
             )
         assert isinstance(batch, Batch)
         failed = [failure for some in everyone if not isinstance(some, str) for failure in some]

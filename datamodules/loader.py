@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.resuming import ResumableLoader
 
 from .chat import ChatEncoder
 from .collate import Sample, make_batch
@@ -123,6 +124,12 @@ class Progress:
     left_out: tuple[str, ...] = ()
     check: int = 0
 
+    def __str__(self) -> str:
+        ahead = "".join(f"; left out: {text}" for text in self.left_out)
+        drawn = ", ".join(f"{stream['drawn']} of {stream['name']}" for stream in self.position["streams"])
+        where = f"window {self.position['window']} step {self.position['step']}"
+        return f"up to {where}, drawn {drawn}, checksum {self.check:x}{ahead}"
+
 
 def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
     """Batches that all ranks have agreed on, one ahead: while a step runs, the ranks tell each other of the next one.
@@ -135,7 +142,8 @@ def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
         for given in made:
             batch = given.open() if isinstance(given, Parcel) else given
             progress = batch.progress if isinstance(batch, Batch) else None
-            yield agreement(batch, progress.check if isinstance(progress, Progress) else 0)
+            known = isinstance(progress, Progress)
+            yield agreement(batch, progress.check if known else 0, str(progress) if known else "no batch of a stream")
 
     outcomes = told()
     ahead = next(outcomes, None)
@@ -145,11 +153,11 @@ def agreed(made: Iterable[Any], agreement: Agreement) -> Iterator[Batch]:
         yield batch
 
 
-class AgreedLoader:
+class AgreedLoader(ResumableLoader):
     """What the loaders of sources and of streams share.
 
-    Around a DataLoader and none itself: in prediction Lightning would rebuild one. The strategy may replace
-    `collate_fn` and `worker_init_fn`; Lightning tells the epoch to `sampler`.
+    Around a DataLoader and none itself: in prediction, and to overfit, Lightning would rebuild one. The strategy may
+    replace `collate_fn` and `worker_init_fn`; Lightning tells the epoch to `sampler`.
     """
 
     def __init__(
@@ -160,7 +168,9 @@ class AgreedLoader:
         agreement: Agreement,
         num_workers: int,
         prefetch: int,
+        uncounted: Callable[[], int] | None = None,
     ) -> None:
+        super().__init__(uncounted)
         self.agreement = agreement
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -185,6 +195,15 @@ class AgreedLoader:
         self._loader.collate_fn = ParcelCollate(function)
 
     @property
+    def _iterator(self) -> Any:
+        """By this name Lightning ends the workers when a run is over, and drops it."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._loader._iterator = iterator
+
+    @property
     def worker_init_fn(self) -> Any:
         """Called in each worker as it starts."""
         return self._loader.worker_init_fn
@@ -199,52 +218,38 @@ class StepLoader(AgreedLoader):
 
     def __init__(
         self,
-        dataset: EncodedSteps,
+        encoded: EncodedSteps,
         sampler: StepSampler,
         collate_fn: StepCollate,
         agreement: Agreement,
         num_workers: int,
         prefetch: int,
+        uncounted: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__(dataset, sampler, collate_fn, agreement, num_workers, prefetch)
-        self.dataset, self.sampler = dataset, sampler
-        self._position = (0, 0)  # epoch, batches given
+        super().__init__(encoded, sampler, collate_fn, agreement, num_workers, prefetch, uncounted)
+        self.encoded, self.sampler = encoded, sampler
+        self.stands = [{"epoch": 0, "step": 0, "skipped": 0}]
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        steps = self.sampler
-        given = steps.start if steps.epoch == steps.start_epoch else 0
-        self._position = (steps.epoch, given)
+        stand, epoch = self.stands[-1], self.sampler.epoch
+        given = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
+        self.resumes, self.sampler.start = False, given
         for batch in agreed(self._loader, self.agreement):
             given += 1
-            self._position = (steps.epoch, given)
+            self.reach({"epoch": epoch, "step": given, "skipped": self.agreement.skipped})
             yield batch
-        steps.start = 0  # a second run through the epoch starts at its beginning
 
-    def state_dict(self) -> dict[str, Any]:
-        """Equal on all ranks, and for any number of pipeline ranks and workers."""
-        epoch, given = self._position
+    def describe(self) -> dict[str, Any]:
         return {
-            "epoch": epoch,
-            "step": given,
             "steps": len(self.sampler),
             "replicas": self.sampler.num_replicas,
             "order": self.sampler.fingerprint(),
-            "skipped": self.agreement.skipped,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was.
-
-        Raises:
-            ValueError: this one would give other samples.
-        """
-        if "position" in state:
-            raise ValueError(
-                "the run was saved while it read streams, and now its sources are none: start from the weights alone"
-            )
+    def stand_of(self, state: dict[str, Any]) -> dict[str, Any]:
         within = 0 < state["step"] < state["steps"]
         if within and state["order"] != self.sampler.fingerprint():
             raise ValueError(
@@ -259,5 +264,4 @@ class StepLoader(AgreedLoader):
                 "number of pipeline ranks may change), or from a checkpoint of the end of an epoch"
             )
         self.agreement.skipped = state["skipped"]
-        self.sampler.start_epoch, self.sampler.start = state["epoch"], state["step"] if within else 0
-        self._position = (state["epoch"], self.sampler.start)
+        return {"epoch": state["epoch"], "step": state["step"] if within else 0, "skipped": state["skipped"]}

@@ -18,6 +18,7 @@ from torch import nn
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
+from bigmac_lightning.resuming import repeats_batches, uncounted_in
 
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .example import ExampleError
@@ -163,6 +164,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser()
         self._measured: dict[Split, list[Measurements]] = {}
         self._ranks = Ranks()
+        self._streamed: tuple[Any, StreamLoader | None] = (None, None)
 
     def sources(self, split: Split) -> Sequence[Source | Stream]:
         """The sources of "train", "val", "test" or "predict"."""
@@ -283,21 +285,39 @@ class MultimodalDataModule(pl.LightningDataModule):
         )
         collate = StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens)
         agreement = Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split))
+        same, counting = repeats_batches(self.trainer), uncounted_in(self.trainer) if training else None
         if streams := self._streams(split):
             assert self.steps_per_epoch is not None
             weights = self.weights or [1.0] * len(streams)
             replicas, replica = place["num_replicas"], place["rank"]
             windows = StreamSteps(streams, weights, self.encoder, options, self.seed, replicas, replica)
-            return StreamLoader(
-                windows, StreamCollate(collate), agreement, self.num_workers, self.prefetch, self.steps_per_epoch
+            return self._following(
+                StreamLoader(
+                    windows,
+                    StreamCollate(collate),
+                    agreement,
+                    self.num_workers,
+                    self.prefetch,
+                    self.steps_per_epoch,
+                    counting,
+                    same,
+                )
             )
         sources, measured = [s for s in self.sources(split) if isinstance(s, Source)], self._known(split)
         mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
-        sampler = StepSampler(
-            measured, options, **mixture, shuffle=training and not self.ordered, seed=self.seed, **place
-        )
+        shuffle = training and not self.ordered and not same
+        sampler = StepSampler(measured, options, **mixture, shuffle=shuffle, seed=self.seed, **place, same=same)
         steps = EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict")
-        return StepLoader(steps, sampler, collate, agreement, self.num_workers, self.prefetch)
+        return StepLoader(steps, sampler, collate, agreement, self.num_workers, self.prefetch, counting)
+
+    def _following(self, loader: StreamLoader) -> StreamLoader:
+        """A stream goes on where the loader before it stopped, if the same training goes on (`Trainer` may ask for new
+        loaders every few epochs)."""
+        trainer, before = self._streamed
+        if before is not None and trainer is self.trainer and trainer.global_step:
+            loader.follow(before)
+        self._streamed = (self.trainer, loader)
+        return loader
 
     def _log_skipped(self, split: Split, samples: int) -> None:
         if self.trainer is None:

@@ -64,7 +64,7 @@ class StepSampler(DistributedSampler):
     """Yields the `Step`s of one replica. Lightning leaves a `DistributedSampler` alone and tells it the epoch.
 
     Attributes:
-        start: first step to yield of epoch `start_epoch`.
+        start: first step that the next iterator yields; the ones after it begin with the first.
     """
 
     def __init__(
@@ -77,18 +77,20 @@ class StepSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        same: bool = False,
     ) -> None:
         """
         Args:
             measured: of each source; examples with errors are left out.
             weights, samples: as in `packing.mix`.
+            same: every epoch is the first one.
         """
         self.usable = [np.flatnonzero(m.tokens) for m in measured]
         if not measured or not all(map(len, self.usable)):
             raise ValueError("a split needs sources, and each source a usable example")
         super().__init__(range(1), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # pyright: ignore
         self.measured, self.options, self.weights, self.samples = list(measured), options, weights, samples
-        self.start = self.start_epoch = 0
+        self.start, self.same = 0, same
         self._order: _Order | None = None
         self._length: int | None = None
 
@@ -98,9 +100,12 @@ class StepSampler(DistributedSampler):
             self._length = len(self._plan(0, None).steps)
         return self._length
 
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(0 if self.same else epoch)
+
     def __iter__(self) -> Iterator[Any]:
         order = self._of(self.epoch)
-        first = self.start if self.epoch == self.start_epoch else 0
+        first, self.start = self.start, 0
         for step in order.steps[first:]:
             bins = [[order.picks[i] for i in b] for b in step[self.rank]]
             yield Step(self.epoch, bins)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import random
 from bisect import bisect_left, insort
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,6 +251,9 @@ class StreamLoader(AgreedLoader):
     """Batches that all ranks have agreed on, from any position on.
 
     Its length is what an epoch is said to have; the next epoch goes on where the last one stopped.
+
+    Attributes:
+        same: whether every epoch is the first one.
     """
 
     def __init__(
@@ -261,13 +264,15 @@ class StreamLoader(AgreedLoader):
         num_workers: int,
         prefetch: int,
         steps: int,
+        uncounted: Callable[[], int] | None = None,
+        same: bool = False,
     ) -> None:
-        super().__init__(windows, None, collate_fn, agreement, num_workers, prefetch)
-        self.windows, self.steps = windows, steps
+        super().__init__(windows, None, collate_fn, agreement, num_workers, prefetch, uncounted)
+        self.windows, self.steps, self.same = windows, steps, same
         self.epoch = 0
-        self._iterator: Iterator[Batch] | None = None  # Lightning drops it at the end, by this name
-        self._given = (0, 0)  # epoch, batches given in it
-        self._position = windows.position
+        self._batches: Iterator[Batch] | None = None
+        self._start = {"epoch": 0, "step": 0, "skipped": 0, "position": windows.position}
+        self.stands = [self._start]
 
     @property
     def sampler(self) -> "StreamLoader":
@@ -277,50 +282,55 @@ class StreamLoader(AgreedLoader):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    @property
+    def _iterator(self) -> Any:
+        return self._batches
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._batches = iterator  # its workers end with it
+
+    def follow(self, other: "StreamLoader") -> None:
+        """Take the place of a loader that has finished an epoch."""
+        self.stands = [other.stands[-1]]
+        self.agreement.skipped = other.agreement.skipped
+
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, given = self._given
-        if epoch != self.epoch or given >= self.steps:
-            given = 0
-        if self._iterator is None:
-            self.windows.position = self._position
-            self._iterator = agreed(self._loader, self.agreement)
+        stand, epoch = self.stands[-1], self.epoch
+        given = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
+        if self.resumes or self.same or self._batches is None:
+            self.windows.position = self._start["position"] if self.same and not given else stand["position"]
+            self._batches = agreed(self._loader, self.agreement)
+        self.resumes = False
         while given < self.steps:
-            batch = next(self._iterator)
+            batch = next(self._batches)
             progress = batch.progress
             assert isinstance(progress, Progress)
             self.agreement.leave_out(progress.left_out)
             given += 1
-            self._given, self._position = (self.epoch, given), progress.position
+            skipped = self.agreement.skipped
+            self.reach({"epoch": epoch, "step": given, "skipped": skipped, "position": progress.position})
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """Equal on all ranks, and for any number of pipeline ranks and workers."""
-        epoch, given = self._given
-        return {
-            "epoch": epoch,
-            "step": given,
-            "position": self._position,
-            "order": self.windows.fingerprint(),
-            "skipped": self.agreement.skipped,
-        }
+    def describe(self) -> dict[str, Any]:
+        return {"steps": self.steps, "order": self.windows.fingerprint()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was. With other settings, or another number of replicas, that is the start of the
-        window that it was in.
+    def stand_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """With other settings, or another number of replicas, the start of the window that the loader was in.
 
         Raises:
             ValueError: it read other streams.
         """
-        position = state.get("position")
+        position = state["position"]
         now = [stream.name for stream in self.windows.streams]
-        saved = [stream["name"] for stream in position["streams"]] if position else None
-        if position is None or saved != now:
+        saved = [stream["name"] for stream in position["streams"]]
+        if saved != now:
             raise ValueError(
-                f"the run was saved while it read {saved or 'sources that are no streams'}, and now it reads {now}: "
-                "their places are not known. Restore the sources, or start from the weights alone"
+                f"the run was saved while it read {saved}, and now it reads {now}: their places are not known. Restore "
+                "the sources, or start from the weights alone"
             )
         if position["step"] and state["order"] != self.windows.fingerprint():
             log.warning(
@@ -330,6 +340,4 @@ class StreamLoader(AgreedLoader):
             )
             position = {**position, "step": 0}
         self.agreement.skipped = state["skipped"]
-        self._position = position
-        self._given = (state["epoch"], state["step"])
-        self._iterator = None
+        return {**{name: state[name] for name in ("epoch", "step", "skipped")}, "position": position}

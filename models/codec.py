@@ -89,4 +89,5 @@ class LatentCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents_BLhw: Tensor) -> Tensor:
         """pictures_BCHW"""
-        return self.autoencoder.decode(latents_BLhw / self.scale + self.shift).sample
+        latents_BLhw = (latents_BLhw / self.scale + self.shift).to(self.autoencoder.dtype)
+        return self.autoencoder.decode(latents_BLhw).sample

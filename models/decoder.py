@@ -174,6 +174,11 @@ class HFDecoder(LanguageModel):
         self._unregistered = (whole,)
         self._register_children()
 
+    def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        self._keep_language_model(self._whole, layers, embedding, head)
+        self._stages.clear()
+        self._register_children()
+
     def check_adapters(self, targets: Collection[str]) -> None:
         """
         Args:

@@ -59,6 +59,9 @@ def export(
             state[short] = tensor
         else:
             others[name] = tensor
+    for copy, original in surgery.tied_output(whole).items():
+        if original in state:
+            state.pop(copy, None)  # stored twice where the two lay on different ranks
     if missing := [name for name in expected if name not in state and name not in whole.all_tied_weights_keys]:
         raise ValueError(
             f"the checkpoint is not a whole {type(whole).__name__}: {len(missing)} tensors are missing, "

@@ -151,6 +151,9 @@ class HFVideoEncoder(Encoder):
         self._encode = vision.family.video
         self._unregistered = (vision,)  # in a tuple: its parameters are registered once
 
+    def input_dtype(self) -> torch.dtype | None:
+        return self._unregistered[0].input_dtype()
+
     def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0].encode(pixels, self._encode)
 

@@ -210,6 +210,7 @@ class MultimodalLM(PipelineModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes which Hugging Face model this is, for `bigmac export`."""
+        super().on_save_checkpoint(checkpoint)
         if isinstance(self.llm, HFDecoder):
             config = json.loads(self.llm.config.to_json_string(use_diff=False))
             checkpoint["hugging_face"] = {"config": config, "source": self.llm.source, "lora": self.lora}

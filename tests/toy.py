@@ -63,6 +63,14 @@ class ToyLLM(LanguageModel):
             if self.tied:
                 self.head.weight = weights.weight
 
+    def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+        for i in set(range(self.num_layers)) - set(layers):
+            del self.layers[str(i)]
+        if not embedding:
+            del self.embedding
+        if not head:
+            del self.norm, self.head
+
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.embedding(inputs["input_ids"])
 
@@ -140,7 +148,8 @@ class ToyModule(PipelineModule):
         with torch.random.fork_rng(devices=[]):
             super().configure_model()
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not name.startswith(self.freeze_names or "-"))
+            if name.startswith(self.freeze_names or "-"):
+                parameter.requires_grad_(False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.pipeline(batch)

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from bigmac_lightning.runtime.lowering import MESSAGE_KINDS, MessageKind
 
@@ -88,9 +88,11 @@ def build_mesh(
     Args:
         stage_rank: pipeline rank of each stage; the first and last entry own the embedding and the head.
     """
-    mesh = init_device_mesh(device.type, (dp, pp), mesh_dim_names=("dp", "pp"))
     rank = dist.get_rank()
     pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
+    replicas = list(zip(*pipelines, strict=True))
+    groups = [_own_group(replicas, timeout), _own_group(pipelines, timeout)]
+    mesh = DeviceMesh.from_group(groups, device.type, mesh=[list(p) for p in pipelines], mesh_dim_names=("dp", "pp"))
     stage_rank = list(stage_rank)
     channels: dict[tuple[MessageKind, bool], Group] = {}
     tied_group = host_group = None
@@ -108,6 +110,13 @@ def build_mesh(
         group = dist.new_group(owners, timeout=timeout)
         tied_group = group if isinstance(group, Group) else None
     return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group, host_group)
+
+
+def _own_group(ranks: Iterable[Sequence[int]], timeout: timedelta | None) -> Group:
+    """Make all these groups, which every rank does in the same order; returns the one that this rank is in."""
+    made = [dist.new_group(list(members), timeout=timeout) for members in ranks]
+    (own,) = (group for group in made if isinstance(group, Group))
+    return own
 
 
 def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int], pp: int) -> bool:

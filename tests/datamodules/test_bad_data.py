@@ -182,7 +182,7 @@ def owned(path: Path, kind: str, rank: int) -> tuple[Path, str, int]:
         made.setup("fit")
         loader = made.loader("train")
         for step in loader.sampler:
-            parts = loader.dataset[step]
+            parts = loader.encoded[step]
             batch = loader.collate_fn(parts)  # pyright: ignore
             for part, microbatch in zip(parts, batch.microbatches, strict=True):
                 items = [*microbatch.media, *microbatch.targets]

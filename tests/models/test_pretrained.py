@@ -134,6 +134,8 @@ def test_images_and_videos_share_the_tower(folder: Path) -> None:
     assert image.width == video.width == module.llm.width
     names = [name for name, _ in module.named_parameters() if name.startswith("encoders.")]
     assert all(name.startswith("encoders.image.model.visual.") for name in names)
+    image.to(torch.bfloat16)  # what videos are turned into, too
+    assert image.input_dtype() == video.input_dtype() == torch.bfloat16
 
 
 def initial_decoder(name: str, layers: range) -> HFDecoder:

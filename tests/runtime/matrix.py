@@ -7,15 +7,16 @@ Each case takes a few steps; before each of them something else is frozen or unf
 import argparse
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigmac_lightning.batch import Batch, Microbatch, PipelineLayout
+from bigmac_lightning.models.lora import add_lora
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.options import PipelineOptions
 from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
@@ -23,7 +24,7 @@ from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, seeded, toy_batch
 
 TOLERANCE = 1e-6
 STEPS = 3
@@ -45,6 +46,7 @@ class Case:
     """One combination.
 
     Attributes:
+        adapters: linear layers that have low-rank adapters, by component; of such components nothing else is trained.
         frozen: beginnings of the names of what is not trained, for each step.
         kinds: of each step's microbatches of each replica.
     """
@@ -56,12 +58,13 @@ class Case:
     layers: int
     tied: bool
     checkpointed: tuple[int, ...]
+    adapters: tuple[tuple[str, frozenset[str]], ...]
     frozen: tuple[tuple[str, ...], ...]
     kinds: tuple[tuple[tuple[str, ...], ...], ...]
     owner_costs: bool
 
     def module(self) -> PipelineModule:
-        return ToyModule(self.layers, self.tied, checkpointed=self.checkpointed)
+        return AdaptedModule(self.layers, self.tied, self.checkpointed, dict(self.adapters))
 
     def batch(self, step: int, replica: int, layout: PipelineLayout) -> Batch:
         kinds = self.kinds[step][replica]
@@ -90,6 +93,25 @@ def _as(kind: str, microbatch: Microbatch) -> Microbatch:
     return replace(microbatch, **changes)
 
 
+class AdaptedModule(ToyModule):
+    """With adapters that already do something: each gradient is more than zero."""
+
+    def __init__(
+        self, layers: int, tied: bool, checkpointed: Collection[int], adapters: Mapping[str, Collection[str]]
+    ) -> None:
+        super().__init__(layers, tied, checkpointed=checkpointed)
+        self.adapters = adapters
+
+    def adapt(self) -> None:
+        for name, targets in self.adapters.items():
+            component = self.get_submodule(name)
+            add_lora(component, name, {"r": 2, "target_modules": list(targets)}, targets)
+            for path, parameter in component.named_parameters():
+                if ".lora_B." in path:
+                    seeded(path)
+                    nn.init.normal_(parameter, std=0.1)
+
+
 def draw(seed: int, pp: int, dp: int) -> Case:
     """The case of a seed."""
     random = Random(f"{seed}/{pp}/{dp}")
@@ -115,10 +137,33 @@ def draw(seed: int, pp: int, dp: int) -> Case:
         layers,
         tied,
         tuple(k for k in range(layers) if random.random() < 0.15),
+        _adapters(random, layers, tied) if random.random() < 0.3 else (),
         tuple(_frozen(random, layers, tied) for _ in range(STEPS)),
         tuple(tuple(_kinds(random) for _ in range(dp)) for _ in range(STEPS)),
         random.random() < 0.3,
     )
+
+
+def _adapters(random: Random, layers: int, tied: bool) -> tuple[tuple[str, frozenset[str]], ...]:
+    """Of the LLM in all layers, in some, at an end, or the output layer; of towers, projectors and generators."""
+    every = [f"layers.{k}.{name}" for k in range(layers) for name in ("mix", "up", "down")]
+    llm = [
+        every,
+        [name for name in every if name.endswith("up")],
+        [name for name in every if random.random() < 0.3],
+        every[: 3 * random.randrange(1, layers)],
+        every[3 * random.randrange(1, layers) :],
+        ["head"],
+        [*every, "head"],
+    ]
+    places = {
+        "llm": random.choice(llm[: 5 if tied else None]),
+        "encoders.image": random.choice([["tower.0", "tower.2"], ["projector"], ["tower.0"]]),
+        "encoders.audio": ["tower.2", "projector"],
+        "generators.drawing": random.choice([["net.0"], ["net.0", "net.2"]]),
+    }
+    chosen = random.sample(list(places), random.choice([1, 1, 2, 4]))
+    return tuple((name, frozenset(places[name])) for name in places if name in chosen and places[name])
 
 
 def _kinds(random: Random) -> tuple[str, ...]:
@@ -158,10 +203,11 @@ def _frozen(random: Random, layers: int, tied: bool) -> tuple[str, ...]:
 
 
 def freeze(module: PipelineModule, prefixes: Collection[str]) -> None:
-    """As a callback would: whatever has such a name, under any of its names."""
+    """As a callback would: whatever has such a name, under any of its names; and what has adapters."""
     aliases = list(module.named_parameters(remove_duplicate=False))
-    for _, parameter in aliases:
-        parameter.requires_grad_(True)
+    adapted = tuple(f"{name}." for name in getattr(module, "adapters", ())) or "-"
+    for name, parameter in aliases:
+        parameter.requires_grad_("lora_" in name or not name.startswith(adapted))
     for name, parameter in aliases:
         if name.startswith(tuple(prefixes) or "-"):
             parameter.requires_grad_(False)

@@ -24,3 +24,4 @@ def test_cases_cover_what_they_name() -> None:
     assert kinds == set(matrix.KINDS)
     assert any(case.tied for case in CASES)
     assert any(case.checkpointed for case in CASES)
+    assert {name for case in CASES for name, _ in case.adapters} >= {"llm", "encoders.image", "generators.drawing"}

@@ -1,0 +1,54 @@
+"""Processes that a Trainer forks or spawns, as in notebooks: what they have learnt goes back to where they came from.
+
+Knows Lightning's launcher; how the parts of all ranks become a whole is the strategy's business.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class WholeModelLauncher(_MultiProcessingLauncher):
+    """Brings the weights of all ranks back into the module of the process that has started them.
+
+    Args:
+        whole: gives the whole model's weights on global rank 0; collective.
+    """
+
+    def __init__(
+        self,
+        strategy: ParallelStrategy,
+        start_method: Literal["spawn", "fork", "forkserver"],
+        whole: Callable[[], dict[str, Any]],
+    ) -> None:
+        super().__init__(strategy, start_method)
+        self._whole = whole
+
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
+        state = self._whole() if trainer.state.fn == TrainerFn.FITTING else None
+        if self._strategy.local_rank != 0:
+            return None
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        weights = None
+        if state is not None:
+            weights = Path(tempfile.mkdtemp()) / "weights.ckpt"
+            torch.save(state, weights)
+        return _WorkerOutput(best, weights, trainer.state, results, self.get_extra_results(trainer))
+
+    def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
+        weights = worker_output.weights_path
+        super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
+        if weights is None:
+            return
+        trainer.lightning_module.configure_model()  # the whole model
+        trainer.lightning_module.load_state_dict(torch.load(weights, mmap=True, weights_only=True))
+        Path(weights).unlink()
+        Path(weights).parent.rmdir()
