@@ -6,6 +6,7 @@ themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .collate import Collator, Media, Sample, Target
+from .conversation import Conversation, example_of
 from .digits import DigitsDataModule
 from .easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
 from .example import Example, ExampleError, File, Image, Message, Size, Video
@@ -24,6 +25,7 @@ __all__ = [
     "CaptionFolder",
     "Clips",
     "Collator",
+    "Conversation",
     "DigitsDataModule",
     "EasyVQA",
     "EasyVQADataModule",
@@ -59,4 +61,5 @@ __all__ = [
     "VisualProcessor",
     "WebDatasetTars",
     "byte_tokenizer",
+    "example_of",
 ]

@@ -1,22 +1,31 @@
-"""From an example to tokens: chat template, placeholders expanded to one token per feature row, what is to be learnt.
+"""From an example to tokens: its text, placeholders expanded to one token per feature row, what is to be learnt.
 
-Media are planned from their sizes; nothing is decoded. Knows tokenizers and templates; knows nothing of files or ranks.
+Media are planned from their sizes; nothing is decoded. Knows tokens and rows; replies.py knows the text and what is
+learnt of it; knows nothing of files or ranks.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from bigmac_lightning.batch import MediaData
 
 from .collate import Media, Sample, Target
-from .example import Example, ExampleError, Image, Message, Size, Video
+from .example import Example, ExampleError, Image, Size, Video
+from .marks import alternatives
+from .replies import Learn, Replies, plain_text
+from .special import InText, SpecialTokens
+from .template import ChatTemplate
+from .text import Edit, Text, strings_in
 from .visual import Augment, MediaPlan, TargetProcessor, VisualProcessor, seeded_augment
 
 IMAGE, VIDEO, DRAW = "<|image_pad|>", "<|video_pad|>", "<|draw|>"
+NEVER = (sys.maxsize, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class ChatEncoder:
         feature_tokens: those that features replace; none: image_token and video_token.
         processor: around the tokenizer, if there is one. It then applies the template, and the tokenizer adds its
             special tokens, as for its model; alone, a tokenizer adds none to those of the template.
+        chat_template: used instead of that of the tokenizer or processor.
+        chat_template_kwargs: variables of the template in all examples; an example's own come before them.
+        learn, end_of_reply: `learn` and `end` of `Replies`.
+        special_tokens, allowed_special: `in_text` and `allowed` of `SpecialTokens`.
     """
 
     tokenizer: Any
@@ -46,6 +59,42 @@ class ChatEncoder:
     seed: int = 0
     feature_tokens: Sequence[str] = ()
     processor: Any = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    learn: Learn = "all"
+    end_of_reply: str | None = None
+    special_tokens: InText = "text"
+    allowed_special: Sequence[str] = ()
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: the settings do not go together with the tokenizer and its template.
+        """
+        try:
+            self._template.check_variables(self.chat_template_kwargs)
+        except ExampleError as error:
+            raise ValueError(f"MultimodalDataModule {error}") from error
+        special = self._special
+        for text in strings_in(self.chat_template_kwargs):
+            if found := special.pattern.search(text):
+                raise ValueError(f"chat_template_kwargs has the special token {found[0]}: name it in allowed_special")
+        if self.end_of_reply and not special.written.search(self.end_of_reply):
+            raise ValueError(
+                f"end_of_reply={self.end_of_reply!r} has no special token of the tokenizer; a model stops only at one"
+            )
+
+    def fingerprint(self) -> str:
+        """Of all that the tokens of an example and the costs of its media depend on."""
+        settings = (
+            self.visual and self.visual.fingerprint(),
+            self.target,
+            (self.image_token, self.video_token, self.draw_token, tuple(self.feature_tokens), self.processor is None),
+            (self.learn, self.end_of_reply, self.special_tokens, tuple(self.allowed_special)),
+            json.dumps(dict(self.chat_template_kwargs), sort_keys=True, default=repr),
+            (self._template.source(), self._template.source(True), self.tokenizer.special_tokens_map),
+        )
+        return repr(settings) + self.tokenizer.backend_tokenizer.to_str()
 
     def encode(
         self, example: Example, sizes: Sequence[Size], name: str, draw: tuple[object, ...] | None = None
@@ -61,8 +110,8 @@ class ChatEncoder:
         """
         example.check()
         plans = self._plans(example, sizes)
-        text, spans, order = self._render(example, plans)
-        tokens, labelled, rows = self._tokens(example, plans, text, spans, order)
+        text, order = self._text(example, plans)
+        tokens, labelled, rows = self._tokens(text, plans, order)
         media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
         targets: list[Target] = []
         if example.target is not None:
@@ -73,35 +122,28 @@ class ChatEncoder:
         return Sample(tokens, labelled, media, targets, name)
 
     def _tokens(
-        self,
-        example: Example,
-        plans: Sequence[MediaPlan],
-        text: str,
-        spans: Sequence[tuple[int, int]],
-        order: Sequence[int],
+        self, text: Text, plans: Sequence[MediaPlan], order: Sequence[int]
     ) -> tuple[list[int], list[bool], list[list[int]]]:
         """Token ids, whether each is to be learnt, and for each media item the places of its rows.
 
         Args:
-            text, spans, order: as of `_render`.
+            text, order: as of `_text`.
         """
-        try:
-            added = self._adds_special_tokens(text)
-            encoded = self.tokenizer(text, add_special_tokens=added, return_offsets_mapping=True)
-        except Exception as error:  # lone surrogates, which no tokenizer takes
-            raise ExampleError(f"has a text that cannot be tokenized: {type(error).__name__}: {error}") from error
         tokens: list[int] = []
         labelled: list[bool] = []
         rows: list[list[int]] = [[] for _ in plans]
         left = list(reversed(order))
-        features: set[Any] = {self._id(token) for token in self.feature_tokens or (self.image_token, self.video_token)}
-        for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            if token not in features:
-                labelled.append(bool(tokens) and any(a <= start and stop <= b for a, b in spans))
+        runs = iter(text.learnt)
+        first, last = next(runs, NEVER)
+        for token, start, stop in self._special.encode(text, self._adds_special_tokens(text)):
+            while start >= last:
+                first, last = next(runs, NEVER)
+            if token not in self._features:
+                labelled.append(bool(tokens) and first < stop and start < stop)
                 tokens.append(token)
                 continue
             if not left:
-                raise self._miscounted(example)
+                raise ExampleError("has more tokens for rows of images and videos than it has images and videos")
             plan, where = plans[left[-1]], rows[left[-1]]
             times = plan.rows if plan.text is None else 1
             where += range(len(tokens), len(tokens) + times)
@@ -110,8 +152,24 @@ class ChatEncoder:
             if len(where) >= plan.rows:
                 left.pop()
         if left:
-            raise self._miscounted(example)
+            raise ExampleError("has fewer tokens for rows of images and videos than it has images and videos")
+        if text.whole:
+            self._end(tokens, labelled, bool(text.learnt) and text.learnt[-1][1] == len(text.text))
         return tokens, labelled, rows
+
+    def _end(self, tokens: list[int], labelled: list[bool], learnt: bool) -> None:
+        """Put the end token behind a text, if the tokenizer has not done so."""
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no eos_token to put behind a text: set one")
+        if not tokens or tokens[-1] != end:
+            tokens.append(end)
+            labelled.append(False)
+        labelled[-1] = learnt and len(tokens) > 1
+
+    @cached_property
+    def _features(self) -> frozenset[int | None]:
+        return frozenset(self._id(token) for token in self.feature_tokens or (self.image_token, self.video_token))
 
     def _target(self, image: Image, size: Size, start: int, draw: tuple[object, ...]) -> Target:
         assert self.target is not None, "checked with the plans"
@@ -158,111 +216,72 @@ class ChatEncoder:
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _render(self, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[tuple[int, int]], list[int]]:
-        """The text of the conversation, the spans of it that the model is to say, and the numbers of the media items in
-        the order in which it has them: a template may put images first.
-        """
-        turns = [self._turn(message) for message in example.messages]
-
-        def written(number: int, reply: bool) -> tuple[str, list[int]]:
-            return self._expand(self._apply(turns[:number], reply), example, plans) if number else ("", [])
-
-        ends_with_request = example.target is not None and example.messages[-1].role != "assistant"
-        text, order = written(len(turns), ends_with_request)
-        if len(order) < len(plans):
-            raise self._miscounted(example)
-        spans: list[tuple[int, int]] = []
-        for i, message in enumerate(example.messages):
-            if message.role != "assistant":
-                continue
-            before, after = written(i, True)[0], written(i + 1, False)[0]
-            if not after.startswith(before):  # some templates start a reply otherwise than they ask for one
-                shared = _common_start(before, after)
-                before = shared if len(shared) > len(written(i, False)[0]) else before
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ExampleError(
-                    "has a turn that the chat template writes differently when others follow: what the assistant said "
-                    "cannot be told apart; train on conversations with a single reply, or change the template"
-                )
-            spans.append((len(before), len(after.rstrip("\n"))))
-        return text, spans, order
-
-    def _expand(self, text: str, example: Example, plans: Sequence[MediaPlan]) -> tuple[str, list[int]]:
-        """With the texts that stand for media, where their plans have one; and the numbers of these items."""
+    def _text(self, example: Example, plans: Sequence[MediaPlan]) -> tuple[Text, list[int]]:
+        """The text, what stands for media in it expanded where their plans have a text; and the numbers of the media
+        items in the order in which it has them: a template may put images first."""
+        text = plain_text(example, self._template) if example.is_text else self._replies.text(example)
         order: list[int] = []
+        edits: list[Edit] = []
         left = {
             token: [i for i, item in enumerate(example.media) if isinstance(item, kind)]
             for token, kind in self._placeholders
         }
-
-        def replacement(match: re.Match[str]) -> str:
+        for match in self._places.finditer(text.text):
+            if text.is_given(*match.span()):  # a text that has the token as words
+                continue
             if not left[match[0]]:
-                raise self._miscounted(example)
+                raise self._miscounted(example, text)
             order.append(left[match[0]].pop(0))
             plan = plans[order[-1]]
-            return match[0] if plan.text is None else plan.text
+            if plan.text is not None:
+                edits.append((*match.span(), plan.text))
+        if len(order) < len(plans):
+            raise self._miscounted(example, text)
+        return text.edited(edits), order
 
-        return re.sub("|".join(re.escape(token) for token in left), replacement, text), order
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        own = (self.processor, self.chat_template, self.chat_template_kwargs)
+        return ChatTemplate(self.tokenizer, self.image_token, self.video_token, *own)
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        placeholders = [self.image_token, self.video_token, self.draw_token, *self.feature_tokens]
+        return SpecialTokens.of(self._template, placeholders, self.special_tokens, self.allowed_special)
+
+    @cached_property
+    def _replies(self) -> Replies:
+        return Replies(self._template, self._special, self.learn, self.end_of_reply)
+
+    @cached_property
+    def _places(self) -> re.Pattern[str]:
+        return re.compile(alternatives([token for token, _ in self._placeholders]))
 
     @property
     def _placeholders(self) -> tuple[tuple[str, type], ...]:
         return (self.image_token, Image), (self.video_token, Video)
 
-    def _turn(self, message: Message) -> dict[str, Any]:
-        if not self._takes_parts:
-            texts = [part if isinstance(part, str) else self._token(part) for part in message.parts]
-            return {"role": message.role, "content": "".join(texts)}
-        content: list[dict[str, str]] = []
-        for part in message.parts:
-            if isinstance(part, str):
-                content.append({"type": "text", "text": part})
-            else:
-                content.append({"type": "image" if isinstance(part, Image) else "video"})
-        return {"role": message.role, "content": content}
-
-    def _token(self, item: Image | Video) -> str:
-        return self.image_token if isinstance(item, Image) else self.video_token
-
-    @cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template writes lists of parts. Others write a string, or nothing of a list: with those, the
-        tokens of images and videos stand in the text."""
-        try:
-            probe = self._apply([{"role": "user", "content": [{"type": "text", "text": "<probe>"}]}], False)
-        except ExampleError:
-            return False
-        return "<probe>" in probe and "'type'" not in probe
-
-    def _apply(self, turns: Sequence[dict[str, Any]], reply: bool) -> str:
-        writer = self.tokenizer if self.processor is None else self.processor
-        try:
-            return writer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=reply)
-        except Exception as error:  # templates raise what they like
-            raise ExampleError(f"is refused by the chat template: {type(error).__name__}: {error}") from error
-
-    def _miscounted(self, example: Example) -> ExampleError:
-        text = self._apply([self._turn(message) for message in example.messages], False)
+    def _miscounted(self, example: Example, text: Text) -> ExampleError:
+        found = [match for match in self._places.finditer(text.text) if not text.is_given(*match.span())]
         counts: list[str] = []
         for token, kind in self._placeholders:
-            unknown = not self.feature_tokens and self._id(token) is None
-            if unknown and any(isinstance(item, kind) for item in example.media):
+            items = sum(isinstance(item, kind) for item in example.media)
+            if items and not self.feature_tokens and self._id(token) is None:
                 return ExampleError(
                     f"has {kind.__name__.lower()}s, but the tokenizer has no token {token}: choose another as "
                     f"{kind.__name__.lower()}_token, or add it"
                 )
-            items = sum(isinstance(item, kind) for item in example.media)
-            counts.append(f"{text.count(token)} {token} for {items} {kind.__name__.lower()}s")
-        for token in {*self.feature_tokens} - {token for token, _ in self._placeholders}:
-            counts.append(f"{text.count(token)} {token}, where none may be")
+            written = sum(match[0] == token for match in found)
+            counts.append(f"{written} {token} for {items} {kind.__name__.lower()}s")
         return ExampleError(
-            f"has placeholder tokens that do not fit its media: {', '.join(counts)}. Texts must not contain these "
-            "tokens, and the chat template must write one for each item"
+            f"has images or videos for which the chat template does not write its tokens: {', '.join(counts)}. It must "
+            "write one for each item"
         )
 
-    def _adds_special_tokens(self, text: str) -> bool:
+    def _adds_special_tokens(self, text: Text) -> bool:
         """As the library does: with a processor, unless the template writes them itself."""
         start = self.tokenizer.bos_token
-        return self.processor is not None and not (start and text.startswith(start))
+        return text.whole or (self.processor is not None and not (start and text.text.startswith(start)))
 
     def _id(self, token: str) -> int | None:
         found = self.tokenizer.convert_tokens_to_ids(token)
@@ -273,11 +292,6 @@ class ChatEncoder:
         if found is None:
             raise ValueError(f"the tokenizer has no token {self.draw_token!r}: choose another draw_token or add it")
         return found
-
-
-def _common_start(one: str, other: str) -> str:
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
 def _load_augmented(load: Callable[..., MediaData], transforms: Sequence[Augment], seed: int) -> MediaData:

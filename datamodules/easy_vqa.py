@@ -98,6 +98,7 @@ class EasyVQADataModule(MultimodalDataModule):
             kwargs: of `MultimodalDataModule`.
         """
         train, val = EasyVQA("train", train_questions), EasyVQA("test", val_questions)
+        kwargs = {"end_of_reply": "", **kwargs}  # one word needs no end
         super().__init__(train=[train], val=[val], processor=word_tokenizer(train), **kwargs)
 
 

@@ -98,8 +98,8 @@ class Measurements:
 class _Measuring(Dataset):
     """Measures instead of encoding."""
 
-    def __init__(self, source: Source, encoder: ChatEncoder, budget: int) -> None:
-        self.source, self.encoder, self.budget = source, encoder, budget
+    def __init__(self, source: Source, encoder: ChatEncoder, budget: int, learns: bool) -> None:
+        self.source, self.encoder, self.budget, self.learns = source, encoder, budget, learns
 
     def __len__(self) -> int:
         return len(self.source)
@@ -109,7 +109,7 @@ class _Measuring(Dataset):
         try:
             example = self.source[index]
             name = name_of(self.source, index, example)
-            sample, sizes = encoded(example, self.encoder, self.budget, name)
+            sample, sizes = encoded(example, self.encoder, self.budget, name, learns=self.learns)
         except Exception as error:  # a source may raise what it likes: it is told which example did
             return Measured(error=f"{name} {reason_of(error)}")
         return Measured(
@@ -121,12 +121,18 @@ class _Measuring(Dataset):
 
 
 def encoded(
-    example: Example, encoder: ChatEncoder, budget: int, name: str, draw: tuple[object, ...] | None = None
+    example: Example,
+    encoder: ChatEncoder,
+    budget: int,
+    name: str,
+    draw: tuple[object, ...] | None = None,
+    learns: bool = False,
 ) -> tuple[Sample, tuple[Size, ...]]:
     """The sample of an example, and the sizes of its media and target, read from their headers.
 
     Args:
         draw: what augmentation depends on; ``None``: there is none.
+        learns: whether it is to be learnt from.
 
     Raises:
         ExampleError: it cannot be used.
@@ -138,6 +144,11 @@ def encoded(
         raise ExampleError(
             f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
             f"per image or video, or raise token_budget={budget}"
+        )
+    if learns and not any(sample.labelled) and not sample.targets:
+        raise ExampleError(
+            "has nothing to learn: no reply that is not empty and to be learnt, and no target. Leave it out, or set "
+            "learn in its messages"
         )
     return sample, sizes
 
@@ -154,7 +165,13 @@ def name_of(source: Source | Stream, index: int, example: Example | None = None)
 
 
 def measurements(
-    source: Source, encoder: ChatEncoder, budget: int, folder: Path, workers: int = 0, read_only: bool = False
+    source: Source,
+    encoder: ChatEncoder,
+    budget: int,
+    folder: Path,
+    workers: int = 0,
+    read_only: bool = False,
+    learns: bool = False,
 ) -> Measurements:
     """Of a source: from disk if they are there and still right, else made and saved.
 
@@ -162,12 +179,10 @@ def measurements(
         folder: where they are kept.
         workers: processes that measure.
         read_only: take what is there, as it was made a moment ago by another process of this node.
+        learns: whether the examples are to be learnt from.
     """
-    visual = encoder.visual and encoder.visual.fingerprint()
-    placeholders = (encoder.image_token, encoder.video_token, encoder.feature_tokens, encoder.processor is None)
-    settings = repr((FORMAT, budget, visual, encoder.target, placeholders))
-    tokenizer = encoder.tokenizer.backend_tokenizer.to_str() + str(encoder.tokenizer.chat_template)
-    key = hashlib.sha256("\n".join([settings, tokenizer, source.identity()]).encode()).hexdigest()[:24]
+    settings = [repr((FORMAT, budget, learns)), encoder.fingerprint(), source.identity()]
+    key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:24]
     stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
     path = folder / f"{key}-{stamp}.npz"
     if path.exists() and (read_only or source.fingerprint() is not None):
@@ -175,6 +190,8 @@ def measurements(
         if read_only or not known.errors:  # what was wrong may have been put right
             return known
     log.info("measuring the %d examples of %s", len(source), source.name)
-    made = Measurements.of(list(DataLoader(_Measuring(source, encoder, budget), batch_size=None, num_workers=workers)))
+    made = Measurements.of(
+        list(DataLoader(_Measuring(source, encoder, budget, learns), batch_size=None, num_workers=workers))
+    )
     made.save(path)
     return made

@@ -26,9 +26,12 @@ from .failures import Agreement, OnError
 from .hf_processor import HFVisual
 from .loader import EncodedSteps, StepCollate, StepLoader
 from .measuring import Measurements, measurements
+from .replies import Learn
 from .source import Source
+from .special import InText
 from .steps import PackingOptions, StepSampler
 from .stream import SourceStream, Stream
+from .template import read_template
 from .tokenizers import byte_tokenizer
 from .visual import TargetProcessor, VisualProcessor
 from .windows import StreamCollate, StreamLoader, StreamSteps
@@ -70,6 +73,12 @@ class MultimodalDataModule(pl.LightningDataModule):
         image_token: str = IMAGE,
         video_token: str = VIDEO,
         draw_token: str = DRAW,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        learn: Learn = "all",
+        end_of_reply: str | None = None,
+        special_tokens: InText = "text",
+        allowed_special: Sequence[str] = (),
         cache_dir: str | Path = "~/.cache/bigmac_lightning",
     ) -> None:
         """
@@ -80,8 +89,8 @@ class MultimodalDataModule(pl.LightningDataModule):
                 if there are streams among them.
             samples_per_epoch: of training; ``None``: as many as the training sources have together.
             steps_per_epoch: an epoch's length if there are streams among the training sources. They go on in the next.
-            processor: the folder or name of a pretrained processor or tokenizer with a chat template; or one that is
-                loaded already; "bytes": one token per byte, for tiny models.
+            processor: the folder or name of a pretrained processor or tokenizer; or one that is loaded already;
+                "bytes": one token per byte, for tiny models.
             visual: makes the encoders' inputs of images and videos; ``None``: as the processor does, if it does.
             target: makes the generators' targets of images.
             token_budget: most tokens of a microbatch.
@@ -101,6 +110,16 @@ class MultimodalDataModule(pl.LightningDataModule):
             seed: of order, mixture, augmentation and generators' noise.
             image_token, video_token: what the chat template writes for an image or a video.
             draw_token: stands for each row that conditions a generator.
+            chat_template: instead of the processor's own: the path of a .jinja file, or the template itself.
+            chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``; an example
+                may have its own, which come before these.
+            learn: "all" that the assistant says, or the "last": what it says behind the last message of the user. What
+                a message says of itself (`Message.learn`) comes before that.
+            end_of_reply: a special token that is put behind each reply, and learnt, where the chat template puts none;
+                ``None``: such conversations are refused; empty: their replies are learnt without an end.
+            special_tokens: what becomes of texts that contain special tokens, such as ``<|im_end|>``: "text" encodes
+                them as the characters that they consist of, "refuse" counts such an example as broken.
+            allowed_special: special tokens that are tokens in texts, too.
             cache_dir: for what was measured of the sources: sizes and token counts.
         """
         super().__init__()
@@ -120,6 +139,10 @@ class MultimodalDataModule(pl.LightningDataModule):
             "predict": predict,
         }
         self.weights, self.samples_per_epoch, self.steps_per_epoch = weights, samples_per_epoch, steps_per_epoch
+        if learn not in ("all", "last"):
+            raise ValueError(f'learn={learn!r}: choose "all" or "last"')
+        if special_tokens not in ("text", "refuse"):
+            raise ValueError(f'special_tokens={special_tokens!r}: choose "text" or "refuse"')
         tokenizer, made = load_processor(processor)
         feature_tokens: tuple[str, ...] = ()
         if made is not None:  # a processor's own tokens and preparation, unless others are given
@@ -129,8 +152,11 @@ class MultimodalDataModule(pl.LightningDataModule):
             image_token = getattr(made, "image_token", image_token)
             video_token = getattr(made, "video_token", video_token)
         self.encoder = ChatEncoder(
-            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed, feature_tokens, made
-        )
+            tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed, feature_tokens, made,
+            None if chat_template is None else read_template(chat_template), chat_template_kwargs or {}, learn,
+            end_of_reply, special_tokens, tuple(allowed_special),
+        )  # fmt: skip
+        self.encoder.check()
         self.token_budget, self.microbatches, self.packed = token_budget, microbatches, packed
         self.window, self.ordered, self.attention_tokens = window, ordered, attention_tokens
         self.on_error: OnError = on_error
@@ -207,8 +233,9 @@ class MultimodalDataModule(pl.LightningDataModule):
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         if self._streams(split):
             return []  # each example is measured when it comes
+        where = (self.cache_dir, self.num_workers, read_only)
         return [
-            measurements(source, self.encoder, self.token_budget, self.cache_dir, self.num_workers, read_only)
+            measurements(source, self.encoder, self.token_budget, *where, learns=split == "train")
             for source in self.sources(split)
             if isinstance(source, Source)
         ]
@@ -313,13 +340,13 @@ class MultimodalDataModule(pl.LightningDataModule):
 
 
 def load_processor(processor: Any) -> tuple[Any, Any]:
-    """A fast tokenizer with a chat template, and the processor around it if there is one.
+    """A fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
 
     Args:
         processor: a folder or name, a processor, a tokenizer, or "bytes".
 
     Raises:
-        ValueError: it has no chat template, or its tokenizer is not a fast one.
+        ValueError: the tokenizer is not a fast one.
     """
     from transformers import AutoProcessor, ProcessorMixin
 
@@ -331,9 +358,6 @@ def load_processor(processor: Any) -> tuple[Any, Any]:
     tokenizer: Any = processor if whole is None else whole.tokenizer
     if whole is not None and whole.chat_template:
         tokenizer.chat_template = whole.chat_template
-    if not tokenizer.is_fast or not tokenizer.chat_template:
-        raise ValueError(
-            f"{type(tokenizer).__name__} must be a fast tokenizer with a chat template: save one with it, or set "
-            "tokenizer.chat_template before you pass it on"
-        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} must be a fast tokenizer, which tells where its tokens stand")
     return tokenizer, whole

@@ -6,16 +6,17 @@ Paths in data files are read below a media root only; nothing is unpickled. A re
 
 import json
 import posixpath
-import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .example import Example, ExampleError, File, Image, Message, Part, Roots, Size, Video, roots_of
+from .conversation import places_of
+from .example import Example, ExampleError, File, Image, Message, Roots, Size, Video, roots_of
+from .records import check_columns, example_of_record
 from .source import Source, stamp
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -24,14 +25,12 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mp
 MAX_LINKS = 40
 """That lead from one to the next."""
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
 
 class _FileSource(Source):
     """Of one data file with media below a root, or several."""
 
-    def __init__(self, path: str | Path, media_root: Roots | None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, media_root: Roots | None, ignore: Sequence[str]) -> None:
+        self.path, self.ignore = Path(path), tuple(ignore)
         self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
 
     @property
@@ -42,14 +41,14 @@ class _FileSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, str(self.path.resolve()), resolved(self.media_roots)))
+        return repr((type(self).__qualname__, str(self.path.resolve()), resolved(self.media_roots), self.ignore))
 
     def _media(self, kind: type[Image] | type[Video], given: Any) -> Any:
         return media_at(kind, given, self.media_roots)
 
 
 class MessagesJSONL(_FileSource):
-    """One JSON object per line, as ms-swift and LLaMA-Factory read them::
+    """One JSON object per line, as ms-swift and LLaMA-Factory read them; further keys are those of `Conversation`::
 
         {"messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}],
          "images": ["cats/1.png"], "videos": [], "target": null}
@@ -58,13 +57,14 @@ class MessagesJSONL(_FileSource):
     or objects with "path", "height" and "width". `target`, if there, is an image that a generator learns to make.
     """
 
-    def __init__(self, path: str | Path, media_root: Roots | None = None) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None, ignore: Sequence[str] = ()) -> None:
         """
         Args:
             path: of the file.
             media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
+            ignore: keys of its records that are left out; others that are not known are refused.
         """
-        super().__init__(path, media_root)
+        super().__init__(path, media_root, ignore)
         starts, numbers, start = [], [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -85,7 +85,7 @@ class MessagesJSONL(_FileSource):
         where = f"line {self._numbers[index]}"
         try:
             record = json.loads(line.decode("utf-8"))
-            return Example(*self._read(record), name=where)
+            return self._read(record, where)
         except UnicodeDecodeError as error:
             raise ExampleError(f"({where}) is not valid UTF-8: {error}") from error
         except json.JSONDecodeError as error:
@@ -93,13 +93,12 @@ class MessagesJSONL(_FileSource):
         except ExampleError as error:
             raise ExampleError(f"({where}) {error}") from error
 
-    def _read(self, record: Any) -> tuple[list[Message], Image | None]:
+    def _read(self, record: Any, name: str) -> Example:
         images = [self._media(Image, path) for path in _listed(record, "images")]
         videos = [self._media(Video, path) for path in _listed(record, "videos")]
-        target = record.get("target")
-        return messages_of(record.get("messages"), images, videos), None if target is None else self._media(
-            Image, target
-        )
+        target = None if record.get("target") is None else self._media(Image, record["target"])
+        used = ("images", "videos", "target", *self.ignore)
+        return example_of_record(record, images, videos, target, name, used)
 
 
 class LlavaJSON(_FileSource):
@@ -109,13 +108,14 @@ class LlavaJSON(_FileSource):
                                                            {"from": "gpt", "value": "A cat."}]}]
     """
 
-    def __init__(self, path: str | Path, media_root: Roots | None = None) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None, ignore: Sequence[str] = ()) -> None:
         """
         Args:
             path: of the file.
             media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
+            ignore: keys of its records that are left out; others that are not known are refused.
         """
-        super().__init__(path, media_root)
+        super().__init__(path, media_root, ignore)
         records = json.loads(self.path.read_text("utf-8"))
         if not isinstance(records, list):
             raise ValueError(f"{self.path} must be a JSON list of objects with conversations")
@@ -128,7 +128,8 @@ class LlavaJSON(_FileSource):
         record = self._records[index]
         images = [self._media(Image, path) for path in _listed(record, "image")]
         videos = [self._media(Video, path) for path in _listed(record, "video")]
-        return Example(messages_of(record.get("conversations"), images, videos), name=str(record.get("id", "")))
+        used = ("id", "image", "video", *self.ignore)
+        return example_of_record(record, images, videos, name=str(record.get("id", "")), used=used)
 
 
 class CaptionFolder(Source):
@@ -184,18 +185,22 @@ class WebDatasetTars(Source):
     sample reads its own bytes and no others.
     """
 
-    def __init__(self, paths: str | Sequence[str], prompt: str = "Describe what you see.") -> None:
+    def __init__(
+        self, paths: str | Sequence[str], prompt: str = "Describe what you see.", ignore: Sequence[str] = ()
+    ) -> None:
         """
         Args:
             paths: of tar files, or a pattern such as ``shards/*.tar``.
             prompt: the user's words where there is only a caption.
+            ignore: keys of ``.json`` members with a conversation that are left out; others that are not known are
+                refused.
         """
         if isinstance(paths, str):
             pattern = Path(paths)
             paths = sorted(str(path) for path in pattern.parent.glob(pattern.name))
         if not paths:
             raise ValueError("WebDatasetTars: there are no such tar files")
-        self.paths, self.prompt = list(paths), prompt
+        self.paths, self.prompt, self.ignore = list(paths), prompt, tuple(ignore)
         self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
         for path in self.paths:
             self._samples += _members(path)
@@ -230,9 +235,8 @@ class WebDatasetTars(Source):
             caption = texts.get(".txt", b"").decode("utf-8").strip()
         except ValueError as error:
             raise ExampleError(f"({name}) has text that cannot be read: {error}") from error
-        turns = record.get("messages") or record.get("conversations")
-        if turns:
-            return Example(messages_of(turns, images, videos), name=name)
+        if isinstance(record, Mapping) and (record.get("messages") or record.get("conversations")):
+            return example_of_record(record, images, videos, name=name, used=self.ignore)
         caption = caption or str(record.get("caption", ""))
         if not caption:
             raise ExampleError(f"({name}) has neither a conversation nor a caption")
@@ -252,11 +256,13 @@ class HFDataset(Source):
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
         media_root: Roots = ".",
+        ignore: Sequence[str] = (),
     ) -> None:
         """
         Args:
             path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
             media_root: folder of media given by path, or several, as of `Roots`.
+            ignore: columns that are left out; others that are not known are refused.
         """
         import datasets
 
@@ -268,7 +274,9 @@ class HFDataset(Source):
         if self._turns is None:
             raise ValueError(f"the rows have columns {rows.column_names}: one of messages, conversations is needed")
         self._rows = rows = undecoded(rows)
-        self._texts = rows.select_columns([self._turns])
+        self.ignore = tuple(ignore)
+        left_out = (self._column, *ignore)
+        self._texts = rows.select_columns([name for name in rows.column_names if name not in left_out])
         self._label = f"{path} {data_files or ''}".strip()
 
     @property
@@ -282,16 +290,17 @@ class HFDataset(Source):
         return self._rows._fingerprint
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, self._label, resolved(self.media_roots)))
+        return repr((type(self).__qualname__, self._label, resolved(self.media_roots), self.ignore))
 
     def __getitem__(self, index: int) -> Example:
-        turns = self._texts[index][self._turns]
-        wanted = sum(str(turn.get("content", turn.get("value"))).count("<image>") for turn in turns)
+        row = self._texts[index]
+        check_columns(row)
+        wanted = sum(place == "image" for turn in row[self._turns] or () for place in places_of(turn))
         images = [
             Image(File.lazy(f"{self.name}, row {index}, image {k}", partial(self._read, index, k)))
             for k in range(wanted)
         ]
-        return Example(messages_of(turns, images, []), name=f"row {index}")
+        return example_of_record(row, images, [], name=f"row {index}")
 
     def _read(self, index: int, number: int) -> bytes:
         given = self._rows[index][self._column]
@@ -350,37 +359,6 @@ def content_of(item: Any, media_root: Roots) -> bytes:
         raise ExampleError(f"has neither bytes nor a path, but {type(item).__name__}")
     with File.at(path, media_root).open() as file:
         return file.read()
-
-
-def messages_of(turns: Any, images: Sequence[Image], videos: Sequence[Video]) -> list[Message]:
-    """Messages of ``[{"role", "content"}]`` or ``[{"from", "value"}]``, each placeholder the next image or video.
-
-    Raises:
-        ExampleError: the numbers do not fit, or a turn is no such object.
-    """
-    if not isinstance(turns, Iterable) or isinstance(turns, str | bytes):
-        raise ExampleError(f"has no list of messages, but {turns!r}")
-    spoken: list[tuple[str, str]] = []
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise ExampleError(f"has a message that is no object: {turn!r}")
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(text, str):
-            raise ExampleError(f"has a message without text: {dict(turn)!r}")
-        spoken.append((SPEAKERS.get(str(role), str(role)), text))
-    for kind, items in (("image", images), ("video", videos)):
-        found = sum(text.count(f"<{kind}>") for _, text in spoken)
-        if found != len(items):
-            raise ExampleError(f"has {found} <{kind}> placeholders for {len(items)} {kind}s")
-    left: dict[str, list[Any]] = {"<image>": list(images), "<video>": list(videos)}
-    return [Message(role, _parts(text, left)) for role, text in spoken]
-
-
-def _parts(text: str, left: dict[str, list[Any]]) -> list[Part]:
-    """A text cut at its placeholders, which take the next item of their kind."""
-    pieces = re.split("(<image>|<video>)", text)
-    parts: list[Part] = [left[piece].pop(0) if piece in left else piece for piece in pieces]
-    return [part for part in parts if part != ""]
 
 
 def _listed(record: Any, key: str) -> list[Any]:

@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 from .example import Example, ExampleError, File, Image, Roots, roots_of
+from .records import check_columns, example_of_record
 from .source import Source
-from .sources import content_of, messages_of, undecoded
+from .sources import content_of, undecoded
 
 Place = Any
 """Where a stream stands: numbers, texts, and lists and dicts of such, as they go into checkpoints."""
@@ -49,6 +50,7 @@ class HFStream(Stream):
         split: str = "train",
         media_root: Roots = ".",
         shuffle: bool = True,
+        ignore: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -56,6 +58,7 @@ class HFStream(Stream):
                 a `shuffle` of its own, in which no place can be told: the DataModule shuffles within its window.
             media_root: folder of media given by path, or several, as of `Roots`.
             shuffle: the order of the files.
+            ignore: columns that are left out; others that are not known are refused.
         """
         import datasets
 
@@ -64,7 +67,7 @@ class HFStream(Stream):
         if not isinstance(path, datasets.IterableDataset):
             rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
         self._rows = undecoded(rows)
-        self.media_roots, self.shuffle = roots_of(media_root), shuffle
+        self.media_roots, self.shuffle, self.ignore = roots_of(media_root), shuffle, tuple(ignore)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
     @property
@@ -84,14 +87,15 @@ class HFStream(Stream):
             yield example, rows.state_dict()
 
     def _example(self, row: Mapping[str, Any]) -> Example:
-        turns = row.get("messages", row.get("conversations"))
-        given = row.get("images", row.get("image"))
+        check_columns(row)
+        column = "images" if row.get("images") is not None else "image"
+        given = row.get(column)
         items = [] if given is None else given if isinstance(given, list) else [given]
         images = [
             Image(File.lazy(f"{self.name}, image {k}", partial(content_of, item, self.media_roots)))
             for k, item in enumerate(items)
         ]
-        return Example(messages_of(turns, images, []))
+        return example_of_record(row, images, [], used=(column, *self.ignore))
 
 
 class SourceStream(Stream):

@@ -197,7 +197,8 @@ class StreamSteps(IterableDataset):
             try:
                 if isinstance(example, ExampleError):
                     raise example
-                sample, _ = encoded(example, self.encoder, self.options.token_budget, name, (at, number))
+                budget = self.options.token_budget
+                sample, _ = encoded(example, self.encoder, budget, name, (at, number), learns=True)
             except Exception as error:  # whatever is wrong with it, it is wrong on all ranks
                 left_out.append(f"{name} {reason_of(error)}")
                 in_a_row += 1

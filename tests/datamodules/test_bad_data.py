@@ -62,8 +62,8 @@ def record(folder: Path, case: str) -> Any:
         return {**image, "messages": said("what?", "this")}
     elif case == "too many placeholders":
         return {**image, "messages": said("<image><image>what?", "this")}
-    elif case == "smuggled placeholder":
-        return {"messages": said("what is <|image_pad|>?", "this")}
+    elif case == "no reply":
+        return {"messages": said("what is <|image_pad|>?", "")}
     elif case == "too long":
         return {"messages": said("say", "a" * 300)}
     elif case == "empty":
@@ -89,11 +89,11 @@ MEASURED = {
     "absolute": "leads out of the media root",
     "too few placeholders": "has 0 <image> placeholders for 1 images",
     "too many placeholders": "has 2 <image> placeholders for 1 images",
-    "smuggled placeholder": "placeholder tokens that do not fit its media: 1 <|image_pad|> for 0 images",
+    "no reply": "has nothing to learn",
     "too long": "more than a microbatch may have",
     "empty": "is empty",
     "empty text": "is empty",
-    "role": "role 'robot'; roles are system, user, assistant, tool",
+    "role": "role 'robot'; roles are system, developer, user, assistant, tool",
     "no object": "is no JSON object",
     "surrogate": "cannot be tokenized",
     "link": "give media_root as a list",

@@ -68,9 +68,9 @@ def test_a_target_follows_the_request() -> None:
     ("parts", "changes", "message"),
     [
         ([Image(NOWHERE)], {"visual": None}, "no visual processor"),
-        (["<|image_pad|>"], {}, "1 <|image_pad|> for 0 images"),
-        ([Image(NOWHERE), "<|video_pad|>"], {}, "1 <|video_pad|> for 0 videos"),
-        (["<|draw|>"], {"feature_tokens": ("<|image_pad|>", "<|draw|>")}, "1 <|draw|>, where none may be"),
+        (["<|image_pad|>"], {"special_tokens": "refuse"}, "has a text with the special tokens <|image_pad|>"),
+        ([Image(NOWHERE), "<|video_pad|>"], {"special_tokens": "refuse"}, "the special tokens <|video_pad|>: take"),
+        (["<|draw|>"], {"special_tokens": "refuse"}, "has a text with the special tokens <|draw|>: take them out"),
         (
             [Image(NOWHERE)],
             {"image_token": "<|other|>"},
@@ -86,10 +86,12 @@ def test_text_and_media_that_do_not_fit(parts: list[Any], changes: dict[str, Any
 
 
 def test_a_template_for_text_only() -> None:
-    chat = encoder()
+    chat = encoder(end_of_reply="")
     chat.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
     sample = chat.encode(Example([Message("user", ["a", "b"]), Message("assistant", ["c"])]), [], "x")
     assert chat.tokenizer.decode(sample.tokens) == "user: ab\nassistant: c\n"
+    learnt = [token for token, wanted in zip(sample.tokens, sample.labelled, strict=True) if wanted]
+    assert chat.tokenizer.decode(learnt) == "assistant: c"  # asked for a reply, it writes no start of one
     sample = chat.encode(Example([Message("user", ["a ", Image(NOWHERE), "?"])]), [SQUARE], "x")
     assert chat.tokenizer.decode(sample.tokens) == "user: a " + 9 * "<|image_pad|>" + "?\n"
     assert (sample.media[0].start, sample.media[0].rows) == (len("user: a "), 9)
@@ -116,7 +118,7 @@ def test_templates_that_refuse_or_rewrite() -> None:
     chat = encoder()
     chat.tokenizer.chat_template = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
     turns = [Message("user", ["a"]), Message("assistant", ["b"]), Message("user", ["c"]), Message("assistant", ["d"])]
-    with pytest.raises(ExampleError, match="writes differently when others follow"):
+    with pytest.raises(ExampleError, match=r"message 1 \(user\), of which the chat template leaves out text"):
         chat.encode(Example(turns), [], "x")
 
 

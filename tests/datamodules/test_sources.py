@@ -14,6 +14,7 @@ from bigmac_lightning.datamodules import (
     Example,
     ExampleError,
     HFDataset,
+    HFStream,
     Image,
     LlavaJSON,
     MessagesJSONL,
@@ -172,13 +173,65 @@ def test_rows_of_the_datasets_library(typed: bool, tmp_path: Path, monkeypatch: 
     assert source.fingerprint() == HFDataset("parquet", str(tmp_path / "rows.parquet")).fingerprint()
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def called(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "tool_calls": [call], "loss": False},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "assistant", "content": "y"},
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_in_columns(stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Arrow gives each message the keys of all."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    def read(messages: list[Any], **columns: Any) -> Example:
+        given = columns.pop("ignore", ())
+        datasets.Dataset.from_dict({"messages": messages, **columns}).to_parquet(tmp_path / "rows.parquet")
+        place = ("parquet", str(tmp_path / "rows.parquet"))
+        if not stream:
+            return HFDataset(*place, ignore=given)[0]
+        example, _ = next(HFStream(*place, ignore=given).read(0))
+        if isinstance(example, ExampleError):
+            raise example
+        return example
+
+    example = read([called('{"a": 1}')], tools=[json.dumps([TOOL])], origin=["web"], ignore=["origin"])
+    assert example.tools == (TOOL,)
+    assert [message.learn for message in example.messages] == [None, False, None, None]
+    assert example.messages[1].tool_calls[0]["function"]["arguments"] == '{"a": 1}'
+    assert example.messages[2].tool_call_id == "1"
+    assert read([called({"a": 1})], tools=[[TOOL]]).messages[1].tool_calls[0]["function"]["arguments"] == {"a": 1}
+    with pytest.raises(ExampleError, match="has origin, which is not known here"):
+        read([called('{"a": 1}')], origin=["web"])
+    with pytest.raises(ExampleError, match="has arguments of tool calls with null in them"):
+        read([called({"a": 1}), called({"b": 1})])
+    with pytest.raises(ExampleError, match="has tools with null in them"):
+        read([said("a", "b")] * 2, tools=[[TOOL], [{"type": "function", "function": {"name": "g", "strict": True}}]])
+
+
+def test_keys_of_json_members(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "0.json", json.dumps({"messages": said("a", "b"), "tools": [TOOL], "origin": "web"}).encode())
+    with pytest.raises(ExampleError, match="has origin, which is not known here"):
+        WebDatasetTars(str(tmp_path / "0.tar"))[0]
+    assert WebDatasetTars(str(tmp_path / "0.tar"), ignore=["origin"])[0].tools == (TOOL,)
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
         ("hello", "no list of messages"),
         (None, "no list of messages"),
         (["hello"], "a message that is no object"),
-        ([{"role": "user"}], "a message without text"),
+        ([{"role": "user"}], "message 1 without content"),
         ([{"role": "user", "content": "<video>"}], "1 <video> placeholders for 0 videos"),
     ],
 )

@@ -1,0 +1,18 @@
+"""A chat template that writes strings as they are, to be changed in tests."""
+
+from dataclasses import replace
+from typing import Any
+
+from bigmac_lightning.datamodules import PatchProcessor, byte_tokenizer
+from bigmac_lightning.datamodules.chat import ChatEncoder
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml(template: str = CHATML, **changes: Any) -> ChatEncoder:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return replace(ChatEncoder(tokenizer, PatchProcessor(patch_size=8, max_rows=4)), **changes)
