@@ -1,16 +1,16 @@
 """The command `bigmac`: LightningCLI's fit, validate, test and predict; `plan`, of a config or of numbers alone,
-`compare`, which needs no model, and `export`."""
+`data`, `compare`, which needs no model, and `export`."""
 
 import sys
 from collections.abc import Callable, Sequence
 
-from bigmac_lightning import compare_command, export_command, plan_command, plan_config_command
+from bigmac_lightning import compare_command, data_command, export_command, plan_command, plan_config_command
 from bigmac_lightning.config_cli import BigMacCLI
 
 OTHERS = (
     "More commands, each with a --help of its own: plan (make, check and show plans; with --config, those of a run and "
-    "its needs), compare (policies and backbones side by side), export (a trained model as a folder that "
-    "transformers loads)."
+    "its needs), data (what the model will see of a run's data), compare (policies and backbones side by side), export "
+    "(a trained model as a folder that transformers loads)."
 )
 
 
@@ -21,6 +21,7 @@ def _plan(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "plan": _plan,
+    "data": data_command.main,
     "compare": compare_command.main,
     "export": export_command.main,
 }
