@@ -6,6 +6,8 @@ Knows nothing of tokenizers, models or ranks.
 
 import io
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "text")
+
+
+Roots = str | Path | Sequence[str | Path]
+"""A folder that media lie in, or several: paths are relative to the first, and links may lead into all of them."""
 
 
 class ExampleError(ValueError):
@@ -32,20 +38,31 @@ class File:
     opener: Callable[[], BinaryIO]
 
     @classmethod
-    def at(cls, path: str | Path, root: str | Path | None = None) -> "File":
+    def at(cls, path: str | Path, root: Roots | None = None) -> "File":
         """A file on disk.
 
         Args:
-            path: relative to `root`, if there is one.
-            root: the folder that the file must lie in, symbolic links resolved.
+            path: relative to `root`, or to the first of several.
+            root: folders; in one of them the file must lie, symbolic links resolved.
 
         Raises:
-            ExampleError: the path leads out of the root.
+            ExampleError: the path leads out of them, or nowhere.
         """
-        whole = Path(path) if root is None else Path(root) / path
-        if root is not None and not whole.resolve().is_relative_to(Path(root).resolve()):
-            raise ExampleError(f"{str(path)!r} leads out of the media root {root}: only files below it are read")
-        return cls(str(whole), partial(open, str(whole), "rb"))
+        if root is None:
+            return cls(str(path), partial(_open_file, str(path)))
+        roots = roots_of(root)
+        whole = roots[0] / path
+        try:
+            place = whole.resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise ExampleError(f"{str(path)!r} leads nowhere: {error}") from error
+        if not any(place.is_relative_to(folder.resolve()) for folder in roots):
+            allowed = ", ".join(str(folder) for folder in roots)
+            raise ExampleError(
+                f"{str(path)!r} leads out of the media root: it is {place}, and only files below {allowed} are read. "
+                f"If it is meant, give media_root as a list, with {place.parent} behind {roots[0]}"
+            )
+        return cls(str(whole), partial(_open_file, str(place)))
 
     @classmethod
     def inside(cls, path: str | Path, name: str, offset: int, length: int) -> "File":
@@ -59,6 +76,23 @@ class File:
 
     def open(self) -> BinaryIO:
         return self.opener()
+
+
+def roots_of(given: Roots) -> tuple[Path, ...]:
+    """
+    Raises:
+        ValueError: there is none.
+    """
+    roots = (Path(given),) if isinstance(given, str | Path) else tuple(Path(folder) for folder in given)
+    if not roots:
+        raise ValueError("media_root is an empty list: give one folder at least")
+    return roots
+
+
+def _open_file(path: str) -> BinaryIO:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        raise ValueError("it is a folder, a pipe or a device, and no file")
+    return open(path, "rb")
 
 
 def _read_part(path: str, offset: int, length: int) -> BinaryIO:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigmac_lightning.batch import MediaData
 
-from .decoding import read_frames, read_image
+from .decoding import check_reading, read_frames, read_image
 from .example import ExampleError, Image, Size, Video
 from .visual import Augment, MediaPlan, VisualProcessor
 
@@ -77,7 +77,9 @@ class HFVisual(VisualProcessor):
 
     def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
         if isinstance(item, Video):  # hardly two are alike
-            return self._planned(size, True, is_video=True)
+            planned = self._planned(size, True, is_video=True)
+            check_reading(item.file, size, len(planned.frames))
+            return planned
         alone = alone or "batch_num_images" not in self.processor.image_processor.model_input_names
         key = (size, alone)
         if key not in self._plans:

@@ -4,6 +4,7 @@ Knows nothing of tokenizers, models or ranks; ready-made sources are in sources.
 """
 
 import hashlib
+import os
 import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -45,6 +46,13 @@ class Source(Dataset, ABC):
 
 
 def stamp(paths: "list[str | Path]") -> str:
-    """Names, sizes and times of files, as a fingerprint."""
-    stats = [(str(path), Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
+    """Names, sizes and times of files, as a fingerprint; one may be missing, as where a link leads nowhere."""
+    stats = [(str(path), found.st_size, found.st_mtime_ns) for path in paths if (found := _stat(path))]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _stat(path: str | Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None

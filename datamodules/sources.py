@@ -5,8 +5,9 @@ Paths in data files are read below a media root only; nothing is unpickled. A re
 """
 
 import json
+import posixpath
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +15,23 @@ from typing import Any, Literal
 import numpy as np
 
 from .conversation import places_of
-from .example import Example, ExampleError, File, Image, Message, Size, Video
+from .example import Example, ExampleError, File, Image, Message, Roots, Size, Video, roots_of
 from .records import check_columns, example_of_record
 from .source import Source, stamp
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+IMAGES += (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".ts", ".wmv")
+MAX_LINKS = 40
+"""That lead from one to the next."""
 
 
 class _FileSource(Source):
-    """Of one data file with media below a root."""
+    """Of one data file with media below a root, or several."""
 
-    def __init__(self, path: str | Path, media_root: str | Path | None, ignore: Sequence[str]) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None, ignore: Sequence[str]) -> None:
         self.path, self.ignore = Path(path), tuple(ignore)
-        self.media_root = self.path.parent if media_root is None else Path(media_root)
+        self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
 
     @property
     def name(self) -> str:
@@ -37,18 +41,10 @@ class _FileSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, str(self.path.resolve()), str(self.media_root.resolve()), self.ignore))
+        return repr((type(self).__qualname__, str(self.path.resolve()), resolved(self.media_roots), self.ignore))
 
-    def _media(self, kind: type[Image] | type[Video], path: Any) -> Any:
-        """From ``"a.png"`` or ``{"path": "a.png", "height": 64, "width": 64}``."""
-        size = None
-        if isinstance(path, Mapping):
-            if "height" in path and "width" in path and kind is Image:
-                size = Size(int(path["height"]), int(path["width"]))
-            path = path.get("path")
-        if not isinstance(path, str):
-            raise ExampleError(f"names a file by {path!r}: give its path below {self.media_root}")
-        return kind(File.at(path, self.media_root), size)
+    def _media(self, kind: type[Image] | type[Video], given: Any) -> Any:
+        return media_at(kind, given, self.media_roots)
 
 
 class MessagesJSONL(_FileSource):
@@ -61,11 +57,11 @@ class MessagesJSONL(_FileSource):
     or objects with "path", "height" and "width". `target`, if there, is an image that a generator learns to make.
     """
 
-    def __init__(self, path: str | Path, media_root: str | Path | None = None, ignore: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None, ignore: Sequence[str] = ()) -> None:
         """
         Args:
             path: of the file.
-            media_root: folder of its media; ``None``: the folder of the file.
+            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
             ignore: keys of its records that are left out; others that are not known are refused.
         """
         super().__init__(path, media_root, ignore)
@@ -112,11 +108,11 @@ class LlavaJSON(_FileSource):
                                                            {"from": "gpt", "value": "A cat."}]}]
     """
 
-    def __init__(self, path: str | Path, media_root: str | Path | None = None, ignore: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, media_root: Roots | None = None, ignore: Sequence[str] = ()) -> None:
         """
         Args:
             path: of the file.
-            media_root: folder of its media; ``None``: the folder of the file.
+            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
             ignore: keys of its records that are left out; others that are not known are refused.
         """
         super().__init__(path, media_root, ignore)
@@ -143,16 +139,18 @@ class CaptionFolder(Source):
     """
 
     def __init__(
-        self, root: str | Path, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
+        self, root: Roots, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
     ) -> None:
         """
         Args:
-            root: folder, read with all that are in it.
+            root: folder, read with all that are in it; or several: the first is read, and links in it may lead into
+                the others.
             prompt: the user's words; for "draw", ``{}`` stands for the caption.
             task: "describe" learns the caption from the image; "draw" the image from the caption.
         """
-        self.root, self.prompt, self.task = Path(root), prompt, task
-        files = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMAGES)
+        self.roots, self.prompt, self.task = roots_of(root), prompt, task
+        self.root = self.roots[0]
+        files = sorted(path for path in _files(self.root) if path.suffix.lower() in IMAGES)
         self.files = [str(path.relative_to(self.root)) for path in files if path.with_suffix(".txt").exists()]
         if not self.files:
             raise ValueError(f"{self.root} has no images with a .txt of the same name beside them")
@@ -170,8 +168,9 @@ class CaptionFolder(Source):
 
     def __getitem__(self, index: int) -> Example:
         file = self.files[index]
-        image = Image(File.at(file, self.root))
-        caption = (self.root / file).with_suffix(".txt").read_text("utf-8").strip()
+        image = Image(File.at(file, self.roots))
+        with File.at(str(Path(file).with_suffix(".txt")), self.roots).open() as text:
+            caption = text.read().decode("utf-8-sig").strip()
         if self.task == "draw":
             request = self.prompt.format(caption) if "{}" in self.prompt else caption
             return Example([Message("user", [request])], image, name=file)
@@ -221,6 +220,8 @@ class WebDatasetTars(Source):
         name = f"{path}: {key}"
         images, videos, texts = [], [], {}
         for suffix, offset, length in members:
+            if offset < 0:
+                raise ExampleError(f"({name}) has {suffix} that is no file, and no link to one of this tar")
             file = File.inside(path, key + suffix, offset, length)
             ending = "." + suffix.rsplit(".", 1)[-1].lower()
             if ending in IMAGES:
@@ -254,20 +255,20 @@ class HFDataset(Source):
         path: str,
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
-        media_root: str | Path = ".",
+        media_root: Roots = ".",
         ignore: Sequence[str] = (),
     ) -> None:
         """
         Args:
             path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
-            media_root: folder of media given by path.
+            media_root: folder of media given by path, or several, as of `Roots`.
             ignore: columns that are left out; others that are not known are refused.
         """
         import datasets
 
         files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
         rows: Any = datasets.load_dataset(path, data_files=files, split=split)
-        self.media_root = Path(media_root)
+        self.media_roots = roots_of(media_root)
         self._column = next((name for name in ("images", "image") if name in rows.column_names), None)
         self._turns = next((name for name in ("messages", "conversations") if name in rows.column_names), None)
         if self._turns is None:
@@ -289,7 +290,7 @@ class HFDataset(Source):
         return self._rows._fingerprint
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, self._label, str(self.media_root.resolve()), self.ignore))
+        return repr((type(self).__qualname__, self._label, resolved(self.media_roots), self.ignore))
 
     def __getitem__(self, index: int) -> Example:
         row = self._texts[index]
@@ -306,7 +307,30 @@ class HFDataset(Source):
         items = given if isinstance(given, list) else [given]
         if number >= len(items):
             raise ExampleError(f"has {len(items)} images, fewer than <image> placeholders")
-        return content_of(items[number], self.media_root)
+        return content_of(items[number], self.media_roots)
+
+
+def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots) -> Any:
+    """An image or video below the media roots.
+
+    Args:
+        given: its path, or ``{"path": "a.png", "height": 64, "width": 64}``; of a video, the path alone.
+
+    Raises:
+        ExampleError: it is neither; or the path leads elsewhere.
+    """
+    path, size = given, None
+    if isinstance(given, Mapping):
+        path = given.get("path")
+        told = {key: value for key, value in given.items() if key != "path" and value is not None}
+        if kind is Image and told.keys() == {"height", "width"} and all(type(side) is int for side in told.values()):
+            size = Size(**told)
+        elif told:
+            most = 'only its "path", "height" and "width", two integers' if kind is Image else 'only its "path"'
+            raise ExampleError(f"tells {told} of the {kind.__name__.lower()} {path!r}: {most} can be given")
+    if not isinstance(path, str):
+        raise ExampleError(f"names a file by {given!r}: give its path below {roots_of(roots)[0]}")
+    return kind(File.at(path, roots), size)
 
 
 def undecoded(rows: Any) -> Any:
@@ -321,7 +345,12 @@ def undecoded(rows: Any) -> Any:
     return rows
 
 
-def content_of(item: Any, media_root: Path) -> bytes:
+def resolved(roots: Sequence[Path]) -> list[str]:
+    """What tells them apart from others on disk."""
+    return [str(folder.resolve()) for folder in roots]
+
+
+def content_of(item: Any, media_root: Roots) -> bytes:
     """The bytes of an image of such a dataset: its own, or those of a file below the media root."""
     if isinstance(item, Mapping) and item.get("bytes"):
         return item["bytes"]
@@ -340,18 +369,41 @@ def _listed(record: Any, key: str) -> list[Any]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """In a folder and in those in it, linked ones as well."""
+    place = folder.resolve()
+    if place in above or not folder.is_dir():  # a link back, or nothing
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, (*above, place))
+        else:
+            yield path
+
+
 def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
     """(tar, key, [(suffix, offset, length)]) of each sample, in the order of the tar."""
     samples: dict[str, list[tuple[str, int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
+            files = {posixpath.normpath(member.name): member for member in tar}
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                samples.setdefault(key, []).append((f".{suffix}", member.offset_data, member.size))
+                if not member.isdir():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
     except tarfile.ReadError as error:
         raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
     return [(path, key, sorted(members)) for key, members in samples.items()]
+
+
+def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
+    """Offset and length of a member, or of the one that it is a link to; (-1, 0): it is no file of this tar."""
+    file: tarfile.TarInfo | None = member
+    for _ in range(MAX_LINKS):
+        if file is None or not (file.issym() or file.islnk()):
+            break
+        folder = posixpath.dirname(file.name) if file.issym() else ""
+        file = files.get(posixpath.normpath(posixpath.join(folder, file.linkname)))
+    return (file.offset_data, file.size) if file is not None and file.isreg() and not file.issparse() else (-1, 0)

@@ -8,10 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from .example import Example, ExampleError, File, Image
+from .example import Example, ExampleError, File, Image, Roots, roots_of
 from .records import check_columns, example_of_record
 from .source import Source
 from .sources import content_of, undecoded
@@ -49,7 +48,7 @@ class HFStream(Stream):
         path: Any,
         data_files: str | Sequence[str] | None = None,
         split: str = "train",
-        media_root: str | Path = ".",
+        media_root: Roots = ".",
         shuffle: bool = True,
         ignore: Sequence[str] = (),
     ) -> None:
@@ -57,7 +56,7 @@ class HFStream(Stream):
         Args:
             path, data_files, split: as of `datasets.load_dataset`; or `path` is a `datasets.IterableDataset`. Without
                 a `shuffle` of its own, in which no place can be told: the DataModule shuffles within its window.
-            media_root: folder of media given by path.
+            media_root: folder of media given by path, or several, as of `Roots`.
             shuffle: the order of the files.
             ignore: columns that are left out; others that are not known are refused.
         """
@@ -68,7 +67,7 @@ class HFStream(Stream):
         if not isinstance(path, datasets.IterableDataset):
             rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
         self._rows = undecoded(rows)
-        self.media_root, self.shuffle, self.ignore = Path(media_root), shuffle, tuple(ignore)
+        self.media_roots, self.shuffle, self.ignore = roots_of(media_root), shuffle, tuple(ignore)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
     @property
@@ -93,7 +92,7 @@ class HFStream(Stream):
         given = row.get(column)
         items = [] if given is None else given if isinstance(given, list) else [given]
         images = [
-            Image(File.lazy(f"{self.name}, image {k}", partial(content_of, item, self.media_root)))
+            Image(File.lazy(f"{self.name}, image {k}", partial(content_of, item, self.media_roots)))
             for k, item in enumerate(items)
         ]
         return example_of_record(row, images, [], used=(column, *self.ignore))

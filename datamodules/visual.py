@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from bigmac_lightning.batch import MediaData
 
-from .decoding import read_frames, read_image
+from .decoding import check_reading, read_frames, read_image
 from .example import Image, Size, Video
 
 Augment = Callable[[Tensor], Tensor]
@@ -66,6 +66,9 @@ class VisualProcessor(ABC):
 
         Args:
             alone: whether its example has no other image: some models give such a one more crops.
+
+        Raises:
+            ExampleError: it cannot be prepared.
         """
 
     @abstractmethod
@@ -124,6 +127,7 @@ class PatchProcessor(VisualProcessor):
         most = max(self.min_rows, min(self.max_rows, self.max_video_rows // wanted))
         height, width = self._fit(size, self.min_rows, most)
         wanted = max(1, min(wanted, self.max_video_rows // (height * width)))
+        check_reading(item.file, size, wanted)
         frames = tuple(int((i + 0.5) * size.frames / wanted) for i in range(wanted))
         return self._plan(self.video_encoder, height, width, frames)
 

@@ -2,18 +2,24 @@
 
 import csv
 import json
+import os
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import PIL.Image
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, SourceError
+from tests.datamodules.clips import CLIPS, Clip, encoded
 from tests.datamodules.examples import data, model, said, write_jsonl, write_mixed
+from tests.datamodules.pictures import PICTURES, Picture
 from tests.datamodules.test_multimodal_training import Losses
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -28,8 +34,6 @@ def bomb(path: Path) -> None:
     PIL.Image.new("1", (8, 8)).save(path)
     raw = bytearray(path.read_bytes())
     raw[16:24] = (30_000).to_bytes(4, "big") * 2
-    import zlib
-
     raw[29:33] = zlib.crc32(bytes(raw[12:29])).to_bytes(4, "big")
     path.write_bytes(bytes(raw))
 
@@ -46,6 +50,10 @@ def record(folder: Path, case: str) -> Any:
     elif case == "no video":
         (folder / "bad.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + b"nonsense" * 20)
         return {"messages": said("<video>what?", "this"), "videos": ["bad.mp4"]}
+    elif case == "folder":
+        (folder / "bad.png").mkdir()
+    elif case == "link":
+        (folder / "bad.png").symlink_to("/etc/passwd")
     elif case == "outside":
         return {**image, "images": ["../../secret.png"]}
     elif case == "absolute":
@@ -88,15 +96,21 @@ MEASURED = {
     "role": "role 'robot'; roles are system, developer, user, assistant, tool",
     "no object": "is no JSON object",
     "surrogate": "cannot be tokenized",
+    "link": "give media_root as a list",
+    "folder": "bad.png cannot be read: it is a folder",
     "utf-8": "is not valid UTF-8",
     "json": "is not JSON",
 }
 
 
+FILES = [item for item in (*PICTURES, *CLIPS) if item.refused and item.when == "measured"]
+MEASURED |= {item.id: item.refused for item in FILES}
+
+
 def write_faulty(folder: Path) -> Path:
     """One file with every case, in the middle of good records."""
     good = json.dumps({"messages": said("Say", "something nice")}).encode()
-    lines = [good] * 4
+    lines, known = [good] * 4, {item.id: item for item in FILES}
     for case in MEASURED:
         folder_of_case = folder / case.replace(" ", "-")
         folder_of_case.mkdir()
@@ -104,6 +118,8 @@ def write_faulty(folder: Path) -> Path:
             lines.append(good.replace(b"nice", b"\xff\xfe"))
         elif case == "json":
             lines.append(good[:-5])
+        elif case in known:
+            lines.append(json.dumps(record_of(known[case], folder_of_case)).encode())
         else:
             bad = record(folder_of_case, case)
             if isinstance(bad, dict):
@@ -164,18 +180,45 @@ def replace_by_another(file: Path) -> None:
     PIL.Image.new("RGB", (5, 5)).save(file)
 
 
+def wipe(file: Path) -> None:
+    """A hole in the middle, as of a download that was not finished."""
+    content = bytearray(file.read_bytes())
+    hole = slice(len(content) * 45 // 100, len(content) * 65 // 100)
+    content[hole] = bytes(len(content[hole]))
+    file.write_bytes(content)
+
+
+def become_pipe(file: Path) -> None:
+    """Which would be waited for, by one rank, and by the others for that one."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+def turn(file: Path) -> None:
+    """By the note of a camera alone."""
+    with PIL.Image.open(file) as image:
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6
+        image.save(file, exif=exif)
+
+
 DECODED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "truncated image": (".png", truncate, "cannot be decoded"),
     "vanished": (".png", Path.unlink, "cannot be decoded: FileNotFoundError"),
     "replaced": (".png", replace_by_another, "is another than was measured"),
+    "damaged image": (".png", wipe, "cannot be decoded"),
+    "pipe": (".png", become_pipe, "cannot be decoded: it is a folder, a pipe or a device, and no file"),
+    "turned": (".png", turn, "is another than was measured"),
     "truncated video": (".mp4", truncate, ""),
+    "damaged video": (".mp4", wipe, "cannot be decoded: it is damaged"),
+    "replaced video": (".mp4", encoded(), "is another than was measured"),
     "truncated target": ("target", truncate, "cannot be decoded"),
 }
 
 
 def owned(path: Path, kind: str, rank: int) -> tuple[Path, str, int]:
     """A file that a rank of two decodes, its sample's name, and the seed of the run in which it does."""
-    for seed in range(20):
+    for seed in range(40):
         made = data(path, seed=seed, **SETTINGS)
         layout = SimpleNamespace(pipeline_layout=PipelineLayout(2, rank, 2))
         made.trainer = SimpleNamespace(strategy=layout, distributed_sampler_kwargs=None)  # pyright: ignore
@@ -212,6 +255,18 @@ def _outcome(trainer: Any, path: Path, seed: int, on_error: str, workers: int) -
     return losses.losses, trainer.train_dataloader.agreement.skipped
 
 
+BROKEN = [item for item in (*PICTURES, *CLIPS) if item.when == "decoded"]
+"""Files whose headers, and packets, are in order."""
+
+
+def record_of(item: Picture | Clip, folder: Path) -> dict[str, Any]:
+    """Writes a file of the tables of docs/data.md."""
+    folder.mkdir(exist_ok=True)
+    kind = "image" if isinstance(item, Picture) else "video"
+    path = item.write(folder)
+    return {"messages": said(f"<{kind}>what?", "this"), f"{kind}s": [f"{folder.name}/{path.name}"]}
+
+
 @pytest.mark.parametrize("faulty_rank", [0, 1])
 def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path) -> None:
     paths, samples, files = [], [], []
@@ -224,8 +279,20 @@ def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path) -> None:
         paths.append((path, seed))
         samples.append(sample)
         files.append(file)
+    for k, item in enumerate(BROKEN):
+        folder = tmp_path / f"broken-{k}"
+        folder.mkdir()
+        path = write_mixed(folder, 20)
+        others = [record_of(CLIPS[0], folder / str(i)) for i in range(3)]  # as dear as it, so that its owner varies
+        with open(path, "a") as lines:
+            lines.writelines(json.dumps(made) + "\n" for made in (record_of(item, folder / "broken"), *others))
+        file, sample, seed = owned(path, f"broken/{item.write(folder).name}", faulty_rank)
+        paths.append((path, seed))
+        samples.append(sample)
+        files.append(file)
     raised = on_ranks(2, _fit_decoded, paths, "raise", 1)
-    for i, (_, _, reason) in enumerate(DECODED.values()):
+    reasons = [*(reason for _, _, reason in DECODED.values()), *(item.refused for item in BROKEN)]
+    for i, reason in enumerate(reasons):
         assert raised[0][i] == raised[1][i]
         assert samples[i] in raised[0][i]
         assert str(files[i]) in raised[0][i]
@@ -237,6 +304,33 @@ def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path) -> None:
         alone, _ = _outcome(plain_trainer(max_epochs=1, limit_val_batches=0), path, seed, "skip", 0)
         assert losses == pytest.approx(alone, rel=1e-5)
         assert len(losses) >= 2
+
+
+def test_every_file_of_the_tables_in_one_run(tmp_path: Path) -> None:
+    """What can be read is learnt, on two ranks as in one process; what cannot is left out, and nothing else."""
+    items = [*PICTURES, *CLIPS]
+    path = write_jsonl(tmp_path / "all.jsonl", [record_of(item, tmp_path / str(i)) for i, item in enumerate(items)])
+    made = data(path, on_error="skip", **ALL)
+    made.setup("fit")
+    assert [items[i].id for i in made._measured["train"][0].errors] == [item.id for item in FILES]
+    one, other = on_ranks(2, _fit_all, path)
+    assert one == other
+    losses, left_out = _fit_all(None, path)
+    assert left_out == one[1] == len(BROKEN)
+    assert one[0] == pytest.approx(losses, rel=1e-5)
+    assert len(losses) > 1
+
+
+ALL: dict[str, Any] = {"token_budget": 400, "microbatches": 6}
+
+
+def _fit_all(rank: int | None, path: Path) -> Any:
+    av.logging.set_level(av.logging.PANIC)
+    make = plain_trainer if rank is None else partial(pipeline_trainer, 2)
+    trainer, losses = make(max_epochs=1, limit_val_batches=0), Losses()
+    trainer.callbacks.append(losses)
+    trainer.fit(model(), data(path, on_error="skip", **ALL))
+    return losses.losses, trainer.train_dataloader.agreement.skipped
 
 
 def _fit_replicas(rank: int, path: Path, on_error: str, strategy: str) -> Any:
@@ -291,8 +385,6 @@ class Fickle(MessagesJSONL):
     rank = -1
 
     def __getitem__(self, index: int) -> Any:
-        import os
-
         example = super().__getitem__(index)
         if os.environ.get("RANK") == str(self.rank):
             raise OSError("the disk is gone")
@@ -303,8 +395,6 @@ def _fit_fickle(rank: int, path: Path, faulty_rank: int) -> str:
     source = Fickle(path)
     source.rank = faulty_rank
     made = data(path, train=[source], val=[], on_error="skip")
-    import os
-
     place, os.environ["RANK"] = os.environ["RANK"], "none"
     made.setup("fit")  # measures
     os.environ["RANK"] = place
@@ -329,7 +419,7 @@ def test_a_sample_that_is_the_only_one_of_its_step(tmp_path: Path) -> None:
     """Nothing is left to learn in that step, and the run goes on."""
     path = write_jsonl(tmp_path / "one.jsonl", [{"messages": said("<image>?", "a"), "images": ["0.png"]}])
     PIL.Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
-    data(path).prepare_data()
+    data(path, **SETTINGS).prepare_data()
     truncate(tmp_path / "0.png")
     for losses, skipped in [results[0] for results in on_ranks(2, _fit_decoded, [(path, 0)], "skip", 0)]:
         assert losses == [0.0]

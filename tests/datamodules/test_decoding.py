@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video, decoding
+from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video, videos
 from bigmac_lightning.datamodules.decoding import measure, read_frames, read_image
 from tests.datamodules.examples import clips
 
@@ -75,7 +75,7 @@ def test_jumping_ahead_finds_the_same_frames(clip: Path, monkeypatch: pytest.Mon
     wanted = [3, size.frames // 2, size.frames // 2 + 1, size.frames - 3]
     found = []
     for skip in (0.3, 1e9):
-        monkeypatch.setattr(decoding, "SKIP", skip)
+        monkeypatch.setattr(videos, "SKIP", skip)
         found.append(read_frames(file, size, wanted))
     assert torch.equal(*found)
 

@@ -228,7 +228,7 @@ class Numbers(Stream):
         if broken == "header":
             content = b"nonsense"
         if broken == "pixels":
-            content = content[:-30]
+            content = content[:-30] + bytes(30)
         if broken == "stream":
             raise OSError("the line is cut")
         image = Image(File.lazy(f"{i}.png", lambda: content))
