@@ -101,7 +101,8 @@ class EasyVQADataModule(MultimodalDataModule):
         """
         Args:
             train_questions, val_questions: the first so many; ``None``: all.
-            end_of_reply, kwargs: of `MultimodalDataModule`; one word needs no end.
+            end_of_reply: as of `MultimodalDataModule`; none by default, as a reply is one word.
+            kwargs: of `MultimodalDataModule`.
         """
         train, val = EasyVQA("train", train_questions), EasyVQA("test", val_questions)
         super().__init__(train=[train], val=[val], processor=word_tokenizer(train), end_of_reply=end_of_reply, **kwargs)
