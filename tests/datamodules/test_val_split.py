@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, Source, SourceStream
+from bigmac_lightning.datamodules.splitting import Part
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -77,18 +78,19 @@ def test_streams_are_not_split(tmp_path: Path) -> None:
     assert [len(part) for part in module.parts("val")] == [3]  # type: ignore[arg-type]
 
 
-def test_errors_give_the_number_in_the_whole_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) -> None:
     records: list[Any] = [{"messages": said("a", f"{i}.")} for i in range(30)]
-    records[17] = {"messages": said("a", "")}
-    path = write_jsonl(tmp_path / "a.jsonl", records)
-    module = data(path, val=[], val_split=0.4)
-    split = "train" if any("17" in str(i) for i in module.parts("train")[0].indices) else "val"  # type: ignore[union-attr]
-    if split == "val":
-        records[17], records[16] = records[16], records[17]
+    options: dict[str, Any] = {"val": [], "val_split": 0.4, "on_error": "raise"}
+    (part,) = data(write_jsonl(tmp_path / "a.jsonl", records), **options).parts(split)
+    assert isinstance(part, Part)
+    bad = part.indices[7]
+    assert bad != 7
+    records[bad] = {"messages": said("a", "b" * 500)}
+    module = data(write_jsonl(tmp_path / "a.jsonl", records), **options)
     module.prepare_data()
-    if 17 in module.parts("train")[0].indices:  # type: ignore[union-attr]
-        with pytest.raises(ExampleError, match=re.escape("sample 17 (line 18)")):
-            module.setup("fit")
+    with pytest.raises(ExampleError, match=re.escape(f"sample {bad} (line {bad + 1}) has 5")):
+        module.setup("fit" if split == "train" else "validate")
 
 
 def _fit(trainer: Any, folder: Path, val_split: Any) -> tuple[list[float], int]:
