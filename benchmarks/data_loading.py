@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.ranks import run_ranks
 from bigmac_lightning import BigMacStrategy
-from bigmac_lightning.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]  (lies in datamodules/)
     EasyVQA,
     HFStream,
@@ -43,8 +43,8 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
     MultimodalLM,
     VisionEncoder,
 )
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.planning import Planner, Trained
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import Planner, Trained
 
 RANKS = 4
 SAMPLES = 600

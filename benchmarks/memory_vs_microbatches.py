@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_ranks
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/, see pyproject.toml)
     FlowGenerator,
     HFDecoder,
     MultimodalLM,
     VisionEncoder,
 )
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 
 COMPONENTS = ("encoder", "llm", "generator")
 WIDTH, IMAGE, PATCH = 64, 16, 4

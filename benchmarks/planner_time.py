@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import make_plan
 
 SHAPES = [
     (4, 16),

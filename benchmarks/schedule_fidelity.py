@@ -29,8 +29,8 @@ from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.backbones import BACKBONES
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
 
 POLICIES = ("nested", "upfront", "first_stage")

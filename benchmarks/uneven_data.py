@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmac_lightning.schedule.assign import assign
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, even_groups
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 

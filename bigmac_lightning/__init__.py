@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from bigmac_lightning import registration
 
 if TYPE_CHECKING:
-    from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
-    from bigmac_lightning.components import Encoder, Generator, LanguageModel
-    from bigmac_lightning.module import PipelineModule, PipelineOutput
-    from bigmac_lightning.strategy import BigMacStrategy
+    from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+    from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
+    from bigmac_lightning.contracts.module import PipelineModule, PipelineOutput
+    from bigmac_lightning.training.strategy import BigMacStrategy
 
 __all__ = [
     "Batch",
@@ -31,10 +31,10 @@ __all__ = [
 ]
 
 _PLACES = {
-    "batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem", "assign_owners"),
-    "components": ("Encoder", "Generator", "LanguageModel"),
-    "module": ("PipelineModule", "PipelineOutput"),
-    "strategy": ("BigMacStrategy",),
+    "contracts.batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem", "assign_owners"),
+    "contracts.components": ("Encoder", "Generator", "LanguageModel"),
+    "contracts.module": ("PipelineModule", "PipelineOutput"),
+    "training.strategy": ("BigMacStrategy",),
 }
 
 registration.register()

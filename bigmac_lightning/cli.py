@@ -37,7 +37,7 @@ def main() -> None:
     elif name in OTHERS:
         sys.exit(_module_of(name, arguments).main(arguments))
     elif name in TRAINING or name.startswith("-"):
-        from bigmac_lightning.config_cli import BigMacCLI
+        from bigmac_lightning.commands.config import BigMacCLI
 
         BigMacCLI()
     else:
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _module_of(name: str, arguments: Sequence[str]) -> Any:
     of_config = name == "plan" and any(argument.split("=")[0] in ("-c", "--config") for argument in arguments)
-    return import_module(f"bigmac_lightning.{'plan_config' if of_config else name}_command")
+    return import_module(f"bigmac_lightning.commands.{'plan_config' if of_config else name}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def _register() -> None:
 
 def _strategy(**arguments: Any) -> Any:
     """A `BigMacStrategy`; its module, which imports Lightning, is imported when a Trainer asks for one."""
-    from bigmac_lightning.strategy import BigMacStrategy
+    from bigmac_lightning.training.strategy import BigMacStrategy
 
     return BigMacStrategy(**arguments)
 

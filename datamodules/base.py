@@ -11,8 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bigmac_lightning.batch import Batch, PipelineLayout
-from bigmac_lightning.resuming import uncounted_in
+from bigmac_lightning.checkpoints.resuming import uncounted_in
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 
 from .collate import Collator, Sample
 from .sampler import EpochLoader, EpochSampler

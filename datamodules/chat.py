@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from bigmac_lightning.batch import MediaData
+from bigmac_lightning.contracts.batch import MediaData
 
 from .collate import Media, Sample, Target
 from .example import Example, ExampleError, Image, Size, Video

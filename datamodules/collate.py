@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import (
+from bigmac_lightning.contracts.batch import (
     Batch,
     MediaData,
     MediaItem,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.ranks import Ranks
 
 from .example import ExampleError

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import MediaData
+from bigmac_lightning.contracts.batch import MediaData
 
 from .decoding import check_reading, read_frames, read_image
 from .example import ExampleError, Image, Size, Video

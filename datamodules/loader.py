@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bigmac_lightning.batch import Batch, PipelineLayout
-from bigmac_lightning.resuming import ResumableLoader
+from bigmac_lightning.checkpoints.resuming import ResumableLoader
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 
 from .chat import ChatEncoder
 from .collate import Sample, make_batch

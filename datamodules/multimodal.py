@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
-from bigmac_lightning.resuming import repeats_batches, uncounted_in
 
 from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .example import ExampleError

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch.utils.data import DataLoader, DistributedSampler
 
-from bigmac_lightning.resuming import ResumableLoader
+from bigmac_lightning.checkpoints.resuming import ResumableLoader
 
 
 class EpochSampler(DistributedSampler):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from bigmac_lightning.batch import MediaData
+from bigmac_lightning.contracts.batch import MediaData
 
 from .decoding import check_reading, read_frames, read_image
 from .example import Image, Size, Video

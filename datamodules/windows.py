@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 
 from .chat import ChatEncoder
 from .collate import Sample

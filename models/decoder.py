@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from bigmac_lightning.components import LanguageModel
-from bigmac_lightning.partition import LayerCosts
-from bigmac_lightning.token_loss import chunked_gradients, fused_token_loss
+from bigmac_lightning.contracts.components import LanguageModel
+from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss
+from bigmac_lightning.estimates.partition import LayerCosts
 
 from . import attention, liger, probe, surgery
 from .decoder_work import attended, layer_work

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from bigmac_lightning.work import Work, attention_work
+from bigmac_lightning.estimates.work import Work, attention_work
 
 _ROUTED = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 

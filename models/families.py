@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from bigmac_lightning.batch import MediaData
+from bigmac_lightning.contracts.batch import MediaData
 
 Encode = Callable[[Any, Sequence[Any]], Any]
 """From the base model (tower, projector) and items to the output of its `get_*_features`."""

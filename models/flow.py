@@ -16,9 +16,9 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from bigmac_lightning.batch import TargetItem
-from bigmac_lightning.components import Generator
-from bigmac_lightning.work import Work, work_of
+from bigmac_lightning.contracts.batch import TargetItem
+from bigmac_lightning.contracts.components import Generator
+from bigmac_lightning.estimates.work import Work, work_of
 
 from .codec import LatentCodec
 from .initialization import frozen_as, seeded

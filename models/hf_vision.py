@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from bigmac_lightning.batch import MediaData
-from bigmac_lightning.components import Encoder
-from bigmac_lightning.work import Work, attention_work, work_of
+from bigmac_lightning.contracts.batch import MediaData
+from bigmac_lightning.contracts.components import Encoder
+from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
 from . import attention, surgery
 from .families import Encode, family_of, pixels_of

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from bigmac_lightning.batch import Batch
-from bigmac_lightning.components import Encoder, Generator, LanguageModel
-from bigmac_lightning.module import PipelineModule
-from bigmac_lightning.partition import TrainedLayers
-from bigmac_lightning.stored import StoredWeights
+from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.estimates.partition import TrainedLayers
 
 from .decoder import HFDecoder
 from .hf_vision import HFVideoEncoder, HFVisionEncoder

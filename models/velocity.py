@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from bigmac_lightning.work import Work, attention_work, work_of
+from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
 Velocity = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(transformer, x_BCHW, s_B in [0, 1], conditions_BNE) -> velocity_BCHW"""

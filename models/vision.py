@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
-from bigmac_lightning.components import Encoder
-from bigmac_lightning.work import Work, attention_work, work_of
+from bigmac_lightning.contracts.components import Encoder
+from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
 from . import attention, surgery
 from .initialization import frozen_as, seeded, to_config

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bigmac_lightning.exact import apart, parts_of, together
+from bigmac_lightning.training.exact import apart, parts_of, together
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -3,8 +3,8 @@ from random import Random
 
 import pytest
 
+from bigmac_lightning.estimates.partition import LayerCosts, TrainedLayers, make_stages
 from bigmac_lightning.models import HFDecoder, MultimodalLM
-from bigmac_lightning.partition import LayerCosts, TrainedLayers, make_stages
 
 
 def cuts(layers: int, stages: int) -> list[list[range]]:

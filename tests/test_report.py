@@ -6,14 +6,21 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.estimates.partition import TrainedLayers
+from bigmac_lightning.estimates.report import (
+    Precision,
+    StepEstimate,
+    TypicalMicrobatch,
+    as_text,
+    partition_table,
+    ranks_of,
+)
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.partition import TrainedLayers
-from bigmac_lightning.pipeline import PipelineRunner, part_of, settled
-from bigmac_lightning.report import Precision, StepEstimate, TypicalMicrobatch, as_text, partition_table, ranks_of
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
 from tests.models.parts import counting
 from tests.ranks import run_ranks
 

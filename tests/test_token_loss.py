@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bigmac_lightning.contracts.token_loss import Gradients, chunked_gradients, fused_token_loss, token_loss
 from bigmac_lightning.models.liger import liger_gradients
-from bigmac_lightning.token_loss import Gradients, chunked_gradients, fused_token_loss, token_loss
 
 
 class Watched(nn.Linear):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
-from bigmac_lightning.components import Encoder, Generator, LanguageModel
-from bigmac_lightning.module import PipelineModule
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.contracts.module import PipelineModule
 
 VOCABULARY = 29
 WIDTH = 12

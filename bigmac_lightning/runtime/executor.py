@@ -17,11 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import RandomState
 from bigmac_lightning.runtime.routing import Place, Routing
-from bigmac_lightning.runtime.trace import Trace
 from bigmac_lightning.runtime.transport import Transport
 from bigmac_lightning.schedule.action import Action
 

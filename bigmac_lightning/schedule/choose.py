@@ -16,8 +16,8 @@ from typing import Literal
 from bigmac_lightning.schedule.backbones import BACKBONES, get_backbone
 from bigmac_lightning.schedule.budget import MemoryBudget, size_text
 from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.make import get_policy, make_plan
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.schedule.policies import get_policy, make_plan
 from bigmac_lightning.schedule.workload import Workload
 
 Auto = Literal["auto"]

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import yaml
 
-from bigmac_lightning.data_command import main
+from bigmac_lightning.commands.data import main
 from tests.datamodules.examples import said, write_jsonl, write_mixed
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from bigmac_lightning import export_command
+from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.models import MultimodalLM
 from tests.cli.commands import bigmac, run
 from tests.models import zoo

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigmac_lightning.plan_config_command import main
+from bigmac_lightning.commands.plan_config import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls it

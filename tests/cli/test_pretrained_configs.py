@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigmac_lightning import export_command
+from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.models import VisionEncoder
-from bigmac_lightning.stored import StoredWeights
 from tests.cli.checkpoints import write_inputs
 from tests.cli.commands import bigmac
 from tests.cli.test_commands import ALL_CONFIGS, CONFIGS, TINY

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, SourceError
 from tests.datamodules.clips import CLIPS, Clip, encoded
 from tests.datamodules.examples import data, model, said, write_jsonl, write_mixed

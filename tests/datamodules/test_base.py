@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import EpochSampler, PipelineDataModule, PipelineDataset, Sample
 
 

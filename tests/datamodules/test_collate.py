@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
 from bigmac_lightning.datamodules.collate import make_batch, split_evenly
 

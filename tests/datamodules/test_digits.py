@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.datamodules import DigitsDataModule
 from bigmac_lightning.datamodules.digits import FACTS, HELD_OUT, TrainingDigits, digits_tokenizer
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder

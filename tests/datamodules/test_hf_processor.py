@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from bigmac_lightning.batch import Batch, MediaData, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, MediaData, Microbatch, PipelineLayout
 from bigmac_lightning.datamodules import (
     Example,
     ExampleError,
@@ -28,10 +28,10 @@ from bigmac_lightning.datamodules import (
 from bigmac_lightning.datamodules.decoding import measure, read_frames
 from bigmac_lightning.datamodules.hf_processor import _metadata
 from bigmac_lightning.models import MultimodalLM
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.datamodules.examples import clips
 from tests.datamodules.processors import PROCESSORS, write_model
 from tests.models import zoo

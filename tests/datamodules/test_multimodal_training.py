@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.datamodules import MultimodalDataModule
 from bigmac_lightning.models import HFDecoder, MultimodalLM
 from tests.datamodules.examples import VOCABULARY, data, model, write_mixed

@@ -9,8 +9,8 @@ import torch
 
 from bigmac_lightning.datamodules.collate import Media, Sample, make_batch
 from bigmac_lightning.datamodules.loader import StepLoader, dearest_first
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.planning import Planner, Trained
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import Planner, Trained
 from tests.datamodules.examples import data, write_mixed
 
 RANKS, MICROBATCHES = 4, 16

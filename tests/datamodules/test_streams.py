@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules import (
     Example,
     ExampleError,

@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.components import Encoder, Generator
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.components import Encoder, Generator
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
 from bigmac_lightning.models import FlowGenerator, HFDecoder, LatentCodec, MultimodalLM, VisionEncoder
 

@@ -24,8 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto import modeling_auto
 
-from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.components import Encoder
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.families import FAMILIES
 from tests.models import tiny, zoo

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigmac_lightning.batch import TargetItem
+from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.models import FlowGenerator, LatentCodec
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from tests.models.parts import WIDTH, counting, flow, image, ready
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from bigmac_lightning.checkpoints.stored import StoredWeights
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
-from bigmac_lightning.stored import StoredWeights
 from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.models.parts import flow

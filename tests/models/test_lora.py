@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from bigmac_lightning import export_command
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.commands import export as export_command
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.models.lora import add_lora, fold_lora, targets_of
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
-from bigmac_lightning.stored import StoredWeights
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.ranks import run_ranks

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.module import Part
 from bigmac_lightning.models import HFDecoder, MultimodalLM
-from bigmac_lightning.module import Part
 from tests.models.parts import LAYERS, collate, decoder_config, flow, model
 
 KINDS = "rdtrrddtrdr"  # reads, drawings, texts

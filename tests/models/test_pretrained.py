@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from tests.models import tiny, zoo
 from tests.ranks import run_ranks

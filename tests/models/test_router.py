@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers as hf
 
-from bigmac_lightning.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules.collate import Sample, make_batch
 from bigmac_lightning.models import HFDecoder, MultimodalLM
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.models import zoo
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from bigmac_lightning.models import HFVideoEncoder, HFVisionEncoder, VisionEncoder
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from tests.models import zoo
 from tests.models.parts import TOWER, counting, image, ready
 

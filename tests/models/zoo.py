@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from bigmac_lightning.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59

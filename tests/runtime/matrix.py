@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmac_lightning.batch import Batch, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.models.lora import add_lora
-from bigmac_lightning.module import PipelineModule
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, seeded, toy_batch
 

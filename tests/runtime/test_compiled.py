@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.runtime.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import build_mesh
-from bigmac_lightning.runtime.trace import Trace
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.runtime.test_parity import planned_in_pieces
 from tests.toy import ToyModule, toy_batch

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
 from bigmac_lightning.models import MultimodalLM
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.models import zoo
 from tests.ranks import run_ranks
 

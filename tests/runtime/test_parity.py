@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bigmac_lightning.batch import PipelineLayout
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.planning import PlannedBatch
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.verify import verify
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import PlannedBatch
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 

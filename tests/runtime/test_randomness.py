@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, toy_batch
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.datamodules.collate import Collator
 from bigmac_lightning.datamodules.digits import DigitsDataModule
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
-from bigmac_lightning.module import PipelineModule
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 
 LAYERS = 5

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from bigmac_lightning.schedule.backbones import BACKBONES, get_backbone
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import make_plan
 
 from .plans import STAGES_PER_RANK
 

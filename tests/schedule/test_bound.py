@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.bound import lower_bound
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 

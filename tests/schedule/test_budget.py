@@ -6,8 +6,8 @@ import pytest
 
 from bigmac_lightning.schedule.budget import MemoryBudget, parse_size, size_text
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, PlanError
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.verify import verify
 
 SHAPE = {"pipeline_parallel_size": 4, "microbatches": 16}

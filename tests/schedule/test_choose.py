@@ -5,8 +5,8 @@ import pytest
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Case, candidates, choose
+from bigmac_lightning.schedule.make import POLICIES, make_plan
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import POLICIES, make_plan
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
 

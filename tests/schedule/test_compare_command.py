@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from bigmac_lightning.compare_command import main
+from bigmac_lightning.commands.compare import main
 from bigmac_lightning.schedule.backbones import BACKBONES
+from bigmac_lightning.schedule.make import POLICIES, make_plan
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.policies import POLICIES, make_plan
 
 from .test_plan_command import PACKAGE, SMALL
 
@@ -89,7 +89,7 @@ def test_runs_without_torch():
     code = (
         "import sys, types; package = types.ModuleType('bigmac_lightning'); "
         f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['bigmac_lightning'] = package; "
-        "from bigmac_lightning.compare_command import main; "
+        "from bigmac_lightning.commands.compare import main; "
         f"assert main({SMALL!r}) == 0; "
         "assert not {'torch', 'lightning', 'transformers', 'diffusers', 'matplotlib'} & set(sys.modules)"
     )

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.dataflow import Dataflow
+from bigmac_lightning.schedule.make import make_plan
+from bigmac_lightning.schedule.placing.list_scheduling import Tasks
+from bigmac_lightning.schedule.placing.swaps import swap
+from bigmac_lightning.schedule.placing.uneven_shares import pour
 from bigmac_lightning.schedule.plan import Costs, PlanError, ramp_groups
-from bigmac_lightning.schedule.policies import make_plan
-from bigmac_lightning.schedule.pouring import pour
 from bigmac_lightning.schedule.simulate import durations, simulate
-from bigmac_lightning.schedule.swaps import swap
-from bigmac_lightning.schedule.tasks import Tasks
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bigmac_lightning
-from bigmac_lightning.plan_command import main
+from bigmac_lightning.commands.plan import main
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.draw import measured_picture
 from bigmac_lightning.schedule.plan import Plan
@@ -157,7 +157,7 @@ def test_runs_without_torch():
     code = (
         "import sys, types; package = types.ModuleType('bigmac_lightning'); "
         f"package.__path__ = [{str(PACKAGE)!r}]; sys.modules['bigmac_lightning'] = package; "
-        "from bigmac_lightning.plan_command import main; "
+        "from bigmac_lightning.commands.plan import main; "
         f"assert main({SMALL!r}) == 0; "
         "assert not {'torch', 'lightning', 'transformers', 'diffusers', 'matplotlib'} & set(sys.modules)"
     )

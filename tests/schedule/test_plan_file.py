@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
 KEYS = [

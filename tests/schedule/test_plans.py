@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.make import POLICIES, make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
-from bigmac_lightning.schedule.policies import POLICIES, make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import predecessors
+from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
-from bigmac_lightning.schedule.policies import make_plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from bigmac_lightning import BigMacStrategy
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 

@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from bigmac_lightning import files, saving
-from bigmac_lightning.stored import StoredWeights
+from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.training import saving
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
 

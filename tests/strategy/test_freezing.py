@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning.batch import Batch
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from tests.models import parts
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
-from bigmac_lightning.refusals import check_settings
+from bigmac_lightning.training.refusals import check_settings
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-from bigmac_lightning.stored import StoredWeights
+from bigmac_lightning.checkpoints.stored import StoredWeights
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 

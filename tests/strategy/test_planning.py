@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from bigmac_lightning import BigMacStrategy
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import Collator
+from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 from bigmac_lightning.models import HFDecoder
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.partition import LayerCosts, make_stages
-from bigmac_lightning.pipeline import PipelineRunner
-from bigmac_lightning.planning import Planner, Trained
 from bigmac_lightning.runtime.lowering import Needs, Send
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
+from bigmac_lightning.schedule.placing.uneven_shares import pour
 from bigmac_lightning.schedule.plan import Costs
-from bigmac_lightning.schedule.pouring import pour
-from bigmac_lightning.trained import backward_share
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.trained import backward_share
 from tests.models import parts
 from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch

@@ -9,14 +9,14 @@ from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigmac_lightning.batch import Batch, PipelineLayout
-from bigmac_lightning.options import PipelineOptions
-from bigmac_lightning.pipeline import PipelineRunner, part_of, split_layers
-from bigmac_lightning.precision import converted
-from bigmac_lightning.refusals import check_settings
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.runtime.autocast import _keeps_graphs
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.refusals import check_settings
+from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
 from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule, toy_batch

@@ -1,0 +1,137 @@
+"""PipelineMonitor: throughput, memory, and one step as executed."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
+from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.runtime.executor import Executor
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
+from bigmac_lightning.runtime.measure.trace import Span, Trace, write_chrome_trace
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.draw import measured_picture
+from bigmac_lightning.training.strategy import BigMacStrategy
+
+COMPONENTS = ("encoder", "llm", "generator")
+
+
+class PipelineMonitor(pl.Callback):
+    """Logs loss parts, samples/s, tokens/s and peak activation bytes; records one step as a trace and a picture.
+
+    Under other strategies than "bigmac" there is no pipeline to look into: loss parts, samples/s and tokens/s only.
+    Counting bytes costs a Python call per saved tensor: leave the callback out, or `memory` off, where every
+    microsecond counts.
+
+    Args:
+        memory: log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
+        trace_step: the optimizer step whose first batch is recorded; ``None``: record nothing.
+        dirpath: where ``trace.json`` (Chrome/Perfetto, all ranks of the first pipeline) and ``timeline.png`` go;
+            ``None``: the logger's directory.
+
+    Attributes:
+        artifacts: files written, on global rank 0.
+    """
+
+    def __init__(self, memory: bool = True, trace_step: int | None = 5, dirpath: str | None = None) -> None:
+        self.memory, self.trace_step, self.dirpath = memory, trace_step, dirpath
+        self.artifacts: list[Path] = []
+        self._samples = self._tokens = 0
+        self._since = 0.0
+        self._trace_next = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        checked(self, pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        executor = _executor(trainer)
+        if executor is not None and self.memory:
+            executor.memory = MemoryTracker(pl_module.parameters())
+        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
+        self._trace_next = executor is not None and self.trace_step is not None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        executor = _executor(trainer)
+        if executor is None or not self._trace_next or self.trace_step is None:
+            return
+        if trainer.global_step >= self.trace_step:
+            trainer.strategy.barrier()  # a common origin for the clocks of all ranks
+            executor.trace = Trace(trainer.strategy.root_device)
+            if executor.memory is not None:
+                executor.memory.recording, executor.memory.curve = True, []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        executor = _executor(trainer)
+        if executor is not None and executor.trace is not None:
+            self._write_trace(trainer, executor.trace, executor.memory)
+            executor.trace, self._trace_next = None, False
+            if executor.memory is not None:
+                executor.memory.recording = False
+        replicas, _ = replicas_of(trainer)
+        self._samples += batch.samples * replicas
+        self._tokens += batch.tokens * replicas
+        if not trainer._logger_connector.should_update_logs:
+            return
+        now = time.perf_counter()
+        values: dict[str, Any] = {
+            "throughput/samples_per_second": self._samples / (now - self._since),
+            "throughput/tokens_per_second": self._tokens / (now - self._since),
+        }
+        self._samples, self._tokens, self._since = 0, 0, now
+        values.update({f"loss_parts/{name}": value for name, value in checked(self, pl_module).last_metrics.items()})
+        if executor is not None and executor.memory is not None:
+            values.update(_peaks(executor.mesh, executor.memory))
+        pl_module.log_dict(values, batch_size=batch.samples)
+
+    def _write_trace(self, trainer: pl.Trainer, trace: Trace, memory: MemoryTracker | None) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, BigMacStrategy)
+        curve = [] if memory is None else [(t - trace.origin_seconds, name, size) for t, name, size in memory.curve]
+        mine: tuple[list[Span], list[tuple[float, str, int]]] = (trace.spans(), curve)
+        mesh = strategy.mesh
+        everyone: list[Any] = [mine]
+        if mesh.pp_size > 1:
+            everyone = [None] * mesh.pp_size
+            dist.all_gather_object(everyone, mine, group=mesh.pp_group)
+        folder = folder_of(trainer, self.dirpath)  # collective
+        if not strategy.is_global_zero:
+            return
+        spans = [spans for spans, _ in everyone]
+        write_chrome_trace(folder / "trace.json", spans)
+        measured_picture(
+            [[(Action.parse(s.action), s.start, s.end) for s in rank] for rank in spans],
+            folder / "timeline.png",
+            title=f"step {trainer.global_step}, as executed",
+            memory=[curve for _, curve in everyone] if memory is not None else None,
+        )
+        self.artifacts = [folder / "trace.json", folder / "timeline.png"]
+
+
+def _executor(trainer: pl.Trainer) -> Executor | None:
+    """What runs the pipeline, if there is one."""
+    return trainer.strategy.pipeline.executor if isinstance(trainer.strategy, BigMacStrategy) else None
+
+
+def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:
+    """Peak bytes of every rank of this pipeline since the last call."""
+    own = torch.tensor([float(memory.peak.get(name, 0)) for name in COMPONENTS], device=mesh.device)
+    memory.reset_peak()
+    everyone = [torch.empty_like(own) for _ in range(mesh.pp_size)]
+    if mesh.pp_size > 1:
+        dist.all_gather(everyone, own, group=mesh.pp_group)
+    else:
+        everyone = [own]
+    return {
+        f"memory/{name}/rank{rank}": value
+        for rank, values in enumerate(everyone)
+        for name, value in zip(COMPONENTS, values.tolist(), strict=True)
+    }

@@ -1,0 +1,28 @@
+"""What callbacks ask a Trainer for."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from bigmac_lightning.contracts.module import PipelineModule
+
+
+def checked(callback: pl.Callback, module: pl.LightningModule) -> PipelineModule:
+    if not isinstance(module, PipelineModule):
+        raise TypeError(
+            f"{type(callback).__name__} is for a PipelineModule, not for {type(module).__name__}: remove it"
+        )
+    return module
+
+
+def replicas_of(trainer: pl.Trainer) -> tuple[int, int]:
+    """How many data-parallel replicas there are, and which one this process belongs to."""
+    place: dict[str, int] = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+    return place["num_replicas"], place["rank"]
+
+
+def folder_of(trainer: pl.Trainer, dirpath: str | None) -> Path:
+    """Where files go. Collective: the logger's directory is rank 0's."""
+    folder = Path(dirpath or trainer.log_dir or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

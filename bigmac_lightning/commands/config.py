@@ -1,0 +1,89 @@
+"""LightningCLI for PipelineModules: what `bigmac fit` and its like read, run and say at the end."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from bigmac_lightning.contracts.module import PipelineModule
+
+
+class BigMacCLI(LightningCLI):
+    """LightningCLI for PipelineModules, with a summary after fit."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            PipelineModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            Console().print(summary(self.trainer))
+
+
+class ConfigReader(BigMacCLI):
+    """Reads what `bigmac fit` reads, and runs nothing; derived classes say what is made of it.
+
+    Args:
+        command: that errors name.
+        arguments: of the command line.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        parser = {"exit_on_error": False, "prog": f"bigmac {command}"}
+        super().__init__(args=list(arguments), run=False, parser_kwargs=parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("ckpt_path", "weights_only"):  # of fit, in a config that a run has saved
+            parser.add_argument(f"--{name}", type=Any)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def _add_instantiators(self) -> None:
+        """Nothing has to remember its arguments."""
+
+
+def told(problem: Exception) -> str:
+    """A problem in one line; of jsonargparse's tree of attempts, the key and the last reason."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
+    return " ".join(text.split())
+
+
+def summary(trainer: pl.Trainer) -> Table:
+    """What a finished run leaves: its last validation metrics and where its files are."""
+    table = Table(title="done", show_header=False, title_style="bold")
+    for name, value in sorted(trainer.callback_metrics.items()):
+        if name.startswith("val"):
+            table.add_row(name, f"{float(value):.4f}")
+    for logger in trainer.loggers:
+        if logger.log_dir is not None:
+            table.add_row("log", str(logger.log_dir))
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        table.add_row("best checkpoint", _shown(Path(best)))
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        for path in getattr(callback, "artifacts", []):
+            table.add_row(path.stem, _shown(path))
+    return table
+
+
+def _shown(path: Path) -> str:
+    """Relative to where the user is, if below."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

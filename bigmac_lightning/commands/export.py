@@ -1,0 +1,63 @@
+"""The command `bigmac export`: from a training checkpoint to a Hugging Face folder.
+
+Knows checkpoints and the terminal; what a Hugging Face folder is stands in models/.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+
+from bigmac_lightning.checkpoints.stored import StoredWeights
+
+
+def export_checkpoint(checkpoint: str, output: str, source: str | None = None, dtype: str | None = None) -> list[str]:
+    """Write a folder that `transformers` loads.
+
+    Args:
+        checkpoint: Checkpoint of a run, a folder or a file.
+        output: Folder to write; must be new or empty.
+        source: Folder to copy processor and tokenizer from; by default the one that training started from.
+        dtype: Of the weights written, such as bfloat16; by default as they were trained.
+
+    Returns: names of tensors that are no part of the Hugging Face model; they lie beside it.
+
+    Raises:
+        ValueError, FileNotFoundError: the checkpoint is none, or not of a model that can be exported.
+    """
+    # here, because it needs transformers and the rest of the command line does not; it lies in models/ (pyproject.toml)
+    from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
+
+    stored = StoredWeights(checkpoint)
+    described = stored.rest().get("hugging_face")
+    if described is None:
+        raise ValueError(
+            f"{checkpoint} does not say which Hugging Face model it is of: export works for runs of a MultimodalLM "
+            "whose llm is an HFDecoder"
+        )
+    folder = source or described["source"]
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder} to copy the processor from: give --source")
+    kind = None if dtype is None else getattr(torch, dtype)
+    files = None if folder is None else Path(folder)
+    return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
+    parser = ArgumentParser(
+        prog="bigmac export", description="Write a Hugging Face folder.", exit_on_error=False, default_env=False
+    )
+    parser.add_function_arguments(export_checkpoint, fail_untyped=True)
+    try:
+        options = vars(parser.parse_args(list(argv)))
+        others = export_checkpoint(**options)
+    except (ValueError, ArgumentError, OSError, ImportError) as problem:
+        print(f"bigmac export: error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    more = f"; {len(others)} tensors of other components beside it" if others else ""
+    Console().print(f"{options['output']}: a Hugging Face folder{more}", highlight=False, soft_wrap=True)
+    return 0

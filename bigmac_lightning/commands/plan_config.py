@@ -1,0 +1,170 @@
+"""The command `bigmac plan --config`: what the run of a config will need and how it will be planned, before it runs.
+
+Builds the model on the meta device and the strategy; starts no processes and touches neither data nor weights.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from bigmac_lightning.commands.config import ConfigReader, told
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.estimates.report import Precision, StepEstimate, TypicalMicrobatch, count_text, partition_table
+from bigmac_lightning.runtime.mesh import mesh_shape
+from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
+from bigmac_lightning.training.runner import settled
+from bigmac_lightning.training.strategy import BigMacStrategy
+
+HELP = {
+    "tokens": "of a microbatch, all labelled; default: the data's token_budget, or 4096",
+    "media_rows": "feature rows of a microbatch; default: a quarter of its tokens if there are encoders",
+    "item_rows": "feature rows of a media item; default: the data's visual.max_rows, or 256",
+    "targets": "generator targets of a microbatch; default: 1 if there are generators",
+    "target_rows": "condition rows of a target; default: the data's target.rows, or 64",
+    "target_shape": "of a target; default: the data's target.shape, or [3, 512, 512]",
+}
+
+
+class RunReader(ConfigReader):
+    """Makes the model and the strategy of a config.
+
+    Attributes:
+        model: on the meta device.
+        strategy: with the options of the run.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        optional: Any = int | None
+        parser.add_argument("--microbatches", type=optional, help="of a step; default: the config's, or 4 per rank")
+        for field in fields(TypicalMicrobatch):
+            kind: Any = list[int] | None if field.name == "target_shape" else optional
+            parser.add_argument(f"--microbatch.{field.name}", type=kind, help=HELP[field.name])
+        super().add_arguments_to_parser(parser)
+
+    def instantiate_classes(self) -> None:
+        """Not the data, and of the trainer only the strategy."""
+        strategy = self.config["trainer"]["strategy"]
+        wanted = Namespace(model=self.config["model"], trainer=Namespace(strategy=strategy))
+        made = self.parser.instantiate_classes(wanted)
+        self.model, self.strategy = made["model"], made["trainer"]["strategy"]
+        if self.strategy == BigMacStrategy.strategy_name:
+            self.strategy = BigMacStrategy()
+        if not isinstance(self.strategy, BigMacStrategy):
+            raise ValueError(f"trainer.strategy is {strategy!r}; plans are made for bigmac, so choose that")
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        trainer = self.config["trainer"]
+        devices = trainer["devices"]
+        if isinstance(devices, list):
+            devices = len(devices)
+        if not str(devices).isdigit():
+            raise ValueError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8")
+        return int(devices) * trainer["num_nodes"]
+
+    def of_data(self, *path: str) -> Any:
+        """An argument of the DataModule, or of what it is given; ``None`` if it has none of that name."""
+        value: Any = self.config.get("data")
+        for name in path:
+            if not isinstance(value, Namespace):
+                return None
+            value = value.get("init_args", value).get(name)
+        return value
+
+    def microbatch(self) -> TypicalMicrobatch:
+        """What is given, or else what the data's arguments say, or else the defaults."""
+        default = TypicalMicrobatch()
+        tokens = self.config["microbatch"]["tokens"] or self.of_data("token_budget") or default.tokens
+        known = {
+            "tokens": tokens,
+            "media_rows": tokens // 4 if self.model.encoders else 0,
+            "item_rows": self.of_data("visual", "max_rows") or min(default.item_rows, tokens // 4 or 1),
+            "targets": 1 if self.model.generators else 0,
+            "target_rows": self.of_data("target", "rows") or default.target_rows,
+            "target_shape": self.of_data("target", "shape") or default.target_shape,
+        }
+        given = {name: value for name, value in vars(self.config["microbatch"]).items() if value is not None}
+        chosen = {**known, **given}
+        return TypicalMicrobatch(**{**chosen, "target_shape": tuple(chosen["target_shape"])})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
+    try:
+        _show(RunReader("plan", argv), Console())
+    except (ValueError, TypeError, ArgumentError, OSError, ImportError) as problem:
+        print(f"bigmac plan: error: {told(problem)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(run: RunReader, console: Console) -> None:
+    module, strategy, microbatch = run.model, run.strategy, run.microbatch()
+    assert isinstance(module, PipelineModule)
+    dp, size = mesh_shape(run.world_size, *strategy.sizes)
+    options, stages, reason = settled(module, strategy.options, size)
+    microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
+    module.adapt()
+    name = run.config["trainer"]["precision"]
+    given = run.config["trainer"]["strategy"]
+    costs_given = isinstance(given, Namespace) and given["init_args"].get("costs") is not None
+    estimate = StepEstimate(
+        module, options, stages, size, microbatch, microbatches, Precision.of(name), estimate_costs=not costs_given
+    )
+    if reason:
+        console.print(reason, highlight=False, soft_wrap=True)
+    console.print(_components(module), highlight=False, soft_wrap=True)
+    ranks = partition_table(estimate.ranks)
+    ranks.caption = _assumptions(run, microbatch, microbatches, dp, size)
+    console.print(ranks)
+    costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
+    if costs_given:
+        console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
+    else:
+        console.print(
+            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training plans with F: 1, B: 2, EF: 1, EB: 2, "
+            "G: 3 unless the config gives costs, such as these, to the strategy)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(table(estimate.plan, estimate.timeline))
+    console.print(TerminalTimeline(spans_of(estimate.plan, estimate.timeline)))
+
+
+def _components(module: PipelineModule) -> str:
+    """How many parameters each component has."""
+    parts = {"llm": module.llm}
+    parts |= {f"encoders.{name}": part for name, part in module.encoders.items()}
+    parts |= {f"generators.{name}": part for name, part in module.generators.items()}
+    lines: list[str] = []
+    for name, part in parts.items():
+        weights = list(part.parameters())
+        whole, trained = (
+            sum(p.numel() for p in weights),
+            sum(p.numel() for p in weights if p.requires_grad),
+        )
+        lines.append(f"{name}: {count_text(whole)} parameters, {count_text(trained)} of them trained")
+    return "\n".join(lines)
+
+
+def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
+    """Below the table: what was taken for granted."""
+    sample_tokens = run.strategy.options.sample_tokens
+    seen = (
+        f"over samples of {sample_tokens} tokens" if sample_tokens else "left out (the strategy has no sample_tokens)"
+    )
+    media = f", {microbatch.media_rows} of them of media, {microbatch.item_rows} each" if microbatch.media_rows else ""
+    targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
+    return (
+        f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks; {microbatches} microbatches of {microbatch.tokens} tokens"
+        f"{media}{targets}.\n"
+        f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments; "
+        "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "
+        f"allocator, and codecs at work. Attention {seen}."
+    )

@@ -1,0 +1,1 @@
+"""What users implement, or pass: components, modules, batches."""

@@ -1,0 +1,150 @@
+"""One batch of a PipelineModule, as the executor sees it: which rows are whose, and what an action computes.
+
+Knows a model's contract and a plan; knows no process groups.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
+from bigmac_lightning.contracts.module import Mode, PipelineModule, StageOutput
+from bigmac_lightning.contracts.precision import widened
+from bigmac_lightning.runtime.executor import Outcome
+from bigmac_lightning.runtime.routing import Item, Routing
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.exact import apart, parts_of, together
+
+AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
+
+
+class BatchWork:
+    """The `runtime.executor.Work` of a batch."""
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        stages: Sequence[range],
+        rank: int,
+        dtype: torch.dtype,
+        contexts: Sequence[Callable[[], AbstractContextManager[object]]],
+        batch: Batch,
+        plan: Plan,
+        mode: Mode,
+        scales: Tensor,
+    ) -> None:
+        """
+        Args:
+            stages: layers of each stage.
+            rank: of the pipeline.
+            dtype: of hidden states, features and conditions.
+            contexts: entered around every forward.
+            batch: useful microbatches alone.
+            scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
+        """
+        self.module, self.stages, self.rank, self.batch, self.scales = module, stages, rank, batch, scales
+        self.mode: Mode = mode
+        self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
+        microbatches = batch.microbatches
+        media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
+        self.features = _routing(media, module.feature_rows, plan, "EF")
+        self.conditions = _routing(targets, lambda item: item.rows, plan, "G")
+        self.sums = torch.zeros_like(scales)
+        self.predictions: dict[int, Tensor] = {}
+        self.samples: dict[tuple[int, int], Tensor] = {}
+
+    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
+        shape, extras = self._shapes(microbatch, stage)
+        return (shape.numel() + sum(self._sizes(extras)),) if extras else shape
+
+    def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
+        """Of the hidden states, and of the extras, that go into a stage."""
+        given = self.batch.microbatches[microbatch]
+        extras = self.module.extra_shapes(given, self.stages[stage].start)
+        return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
+
+    def _sizes(self, extras: dict[str, torch.Size]) -> list[int]:
+        """Of each extra in a message."""
+        exact = self.module.llm.exact_extras
+        return [extra.numel() * (parts_of(self.dtype) if name in exact else 1) for name, extra in extras.items()]
+
+    def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states and extras travel as one flat tensor where there are extras."""
+        shape, extras = self._shapes(microbatch, stage)
+        if not extras:
+            return message, {}
+        hidden, *others = message.split([shape.numel(), *self._sizes(extras)])
+        exact, made = self.module.llm.exact_extras, dict[str, Tensor]()
+        for (name, extra), part in zip(extras.items(), others, strict=True):
+            made[name] = (together(part) if name in exact else part).view(extra)
+        return hidden.view(shape), made
+
+    def _pack(self, out: StageOutput, microbatch: int, stage: int) -> Tensor | None:
+        if out.hidden is None:
+            return None
+        _, extras = self._shapes(microbatch, stage)
+        assert extras.keys() == out.extras.keys(), (extras.keys(), out.extras.keys())
+        if not extras:
+            return out.hidden.to(self.dtype)
+        exact, parts = self.module.llm.exact_extras, [out.hidden.to(self.dtype).flatten()]
+        for name in extras:
+            extra = out.extras[name]
+            parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())
+        return torch.cat(parts)
+
+    def encode(self, group: int, piece: int) -> Tensor:
+        places = self.features.items(group, (self.rank, piece))
+        items = [self.batch.microbatches[m].media[i] for m, i in places]
+        with self._forward_context():
+            return torch.cat(self.module.encode(items))
+
+    def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
+        layers, extras = self.stages[stage], {}
+        if hidden is not None:
+            hidden, extras = self._unpack(hidden, microbatch, stage)
+        given = self.batch.microbatches[microbatch]
+        with self._forward_context():
+            out = self.module.run_stage(given, layers, hidden, extras, features, self.mode)
+        if out.predictions is not None:
+            self.predictions[microbatch] = out.predictions
+        losses = self._scaled(out.losses)
+        loss = torch.stack(losses).sum() if losses else None
+        conditions = None if out.conditions is None else out.conditions.to(self.dtype)
+        message = self._pack(out, microbatch, stage + 1)
+        return Outcome(message, loss if loss is not None and loss.requires_grad else None, conditions)
+
+    def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
+        places = self.conditions.items(group, (self.rank, piece))
+        items: list[TargetItem] = [self.batch.microbatches[m].targets[i] for m, i in places]
+        rows = list(conditions.split([item.rows for item in items]))
+        with self._forward_context():
+            if self.mode == "sample":
+                made = self.module.sample(rows, items)
+                self.samples.update(zip(places, made, strict=True))
+                return None
+            sums = self.module.generate(rows, items)
+        return torch.stack(self._scaled(sums)).sum()
+
+    def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:
+        """What to run backward from; the sums are counted."""
+        losses: list[Tensor] = []
+        for name, loss in sums.items():
+            index = self.module.loss_names.index(name)
+            self.sums[index] += loss.detach()
+            losses.append(widened(loss) * self.scales[index])
+        return losses
+
+    @contextmanager
+    def _forward_context(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for context in self._contexts:
+                stack.enter_context(context())
+            yield
+
+
+def _routing(items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], plan: Plan, kind: str) -> Routing:
+    known = [[Item(item.owner, rows(item), item.cost) for item in row] for row in items]
+    return Routing(known, plan.groups, plan.pieces(kind))

@@ -1,0 +1,210 @@
+"""Checkpoints of all ranks together, that any number of ranks can read: a directory in torch's DCP format, or one file.
+
+A directory holds, by its key in DCP: "model", the weights; "optimizer_0", ..., the moments; "others", whatever else is
+kept by names of the model's tensors (a callback's moving average). The rest lies in Lightning's metadata file. A file
+is what Lightning writes in one process, but for the optimizers, whose states go by names. Knows torch.distributed's
+default group, but works in one process without any; knows nothing of schedules.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
+from bigmac_lightning.checkpoints.stored import alone
+from bigmac_lightning.contracts.module import PipelineModule
+
+
+def names_of(module: PipelineModule) -> Names:
+    """The names of the whole model's tensors. Collective."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own = {name for name, _ in tensors} | set(module.state_dict())
+    return Names.of(own, from_everyone(own), module.tied_copies)
+
+
+def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> None:
+    """Write a checkpoint directory. Collective.
+
+    Everything is written beside `path` first and moved there when complete: an interrupted save leaves the old one.
+
+    Args:
+        checkpoint: this rank's.
+        replica: data-parallel replica that this rank belongs to; the first one's counts.
+    """
+    tensors, rest = _apart(checkpoint, names)
+    rest = _joined(rest, names, replica)
+    place = on_first_rank(lambda: files.unfinished(path))
+    with alone():
+        dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
+    on_first_rank(lambda: torch.save(rest, place / _METADATA_FILENAME))
+    on_first_rank(lambda: files.put(place, path))
+
+
+def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
+    """The checkpoint of all ranks, on global rank 0; a part of it elsewhere. Collective; arguments as above."""
+    tensors, rest = _apart(checkpoint, names)
+    rest = _joined(rest, names, replica)
+    own = {path: value.cpu() if isinstance(value, Tensor) else value for path, value in _leaves(tensors)}
+    everyone = from_everyone(set(own) if replica == 0 else set())
+    before = set().union(*everyone[: dist.get_rank()]) if dist.is_initialized() else set()
+    own = {path: value for path, value in own.items() if replica == 0 and path not in before}
+    parts: list[Any] = [own]
+    if dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.gather_object(own, parts if dist.get_rank() == 0 else None)
+    tensors = nested({path: value for part in parts for path, value in part.items()})
+    weights = tensors.get(MODEL, {})
+    for copy, original in names.copies.items():
+        if copy in weights and original in weights:
+            weights[copy] = weights[original]  # one tensor in the file, as in one process
+    return complete(rest, tensors)
+
+
+def load_directory(
+    path: Path, names: Names, own: Mapping[str, Any], optimizers: bool, unknown: bool, weights_only: bool | None
+) -> Tree:
+    """This rank's part of a checkpoint directory. Collective.
+
+    Args:
+        own: this rank's `state_dict`, into whose tensors weights are read; empty: into new ones.
+        optimizers: whether to read their states.
+        unknown: whether to read weights that the model does not have; else they come as tensors without values.
+
+    Raises:
+        ValueError: it is no checkpoint directory; on all ranks.
+    """
+    missing = [] if (path / ".metadata").is_file() else [str(path / ".metadata")]
+    agree(missing, f"{path} is not a checkpoint directory, no such file")
+    metadata = FileSystemReader(path).read_metadata()
+    places: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
+    known = set(places.values())
+    wanted = {MODEL, *([OTHERS] if optimizers or unknown else [])}
+    room: dict[tuple[Any, ...], Any] = {}
+    unread: Tree = {}
+    for key, place in places.items():
+        kind, name, entry = place[0], place[-1], metadata.state_dict_metadata[key]
+        if not (kind in wanted or (optimizers and kind.startswith("optimizer_"))) or not _is_kept(place, known, names):
+            continue
+        if kind == MODEL and not unknown and names.of_model(name) != name:
+            unread[name] = _empty(entry, "meta")
+        else:
+            room[place] = _room(entry, own.get(name) if kind == MODEL else None)
+    tree = nested(room)
+    with alone():
+        dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
+    rest = names.kept(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
+    return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
+
+
+def load_weights(
+    module: PipelineModule, state: Mapping[str, Any], names: Names, strict: bool, path: Path | str
+) -> None:
+    """Give the module the weights that a checkpoint, after all hooks, has for it. Collective.
+
+    Raises:
+        ValueError: names or shapes do not fit, which are listed; on all ranks.
+    """
+    state = {name: value for name, value in state.items() if names.keeps(name, state.__contains__)}
+    for copy, original in names.copies.items():
+        if copy in names.own and copy not in state and original in state:
+            state[copy] = state[original] if original in names.own else state.pop(original)
+    wanted = module.state_dict()
+    wrong = [f"{name}: missing" for name in wanted if name not in state] if strict else []
+    wrong += [f"{name}: not in the model" for name in state if name not in wanted] if strict else []
+    wrong += [
+        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(wanted.get(name), Tensor) and value.shape != wanted[name].shape
+    ]
+    agree(wrong, f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint")
+    module.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
+
+
+def agree(problems: Sequence[str], what: str) -> None:
+    """Raise a ValueError on all ranks if any rank found a problem, so that none waits for another. Collective."""
+    found = sorted({problem for part in from_everyone(list(problems)) for problem in part})
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise ValueError(f"{what}: {'; '.join(found[:5])}{more}")
+
+
+def from_everyone(own: Any) -> list[Any]:
+    """What every rank gives. Collective."""
+    if not dist.is_initialized():
+        return [own]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def on_first_rank(work: Callable[[], Any]) -> Any:
+    """Let global rank 0 do something with files; its result on all ranks, and an error if it fails. Collective."""
+    first, done, failed = not dist.is_initialized() or dist.get_rank() == 0, None, None
+    if first:
+        try:
+            done = work()
+        except Exception as error:
+            failed = error
+    told: list[Any] = [done, failed and f"{type(failed).__name__}: {failed}"]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    if failed is not None:
+        raise failed
+    if told[1] is not None:
+        raise RuntimeError(f"rank 0 could not write a checkpoint: {told[1]}")
+    return told[0]
+
+
+def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
+    """The tensors that go by names of the model, by their key in DCP, and the rest."""
+    checkpoint = dict(checkpoint)
+    tensors: Tree = {MODEL: checkpoint.pop("state_dict", {})}
+    states = [split(state, names) for state in checkpoint.pop("optimizer_states", [])]
+    tensors.update({f"optimizer_{i}": some for i, (some, _) in enumerate(states)})
+    tensors[OTHERS], rest = split(checkpoint, names)
+    if states:
+        rest["optimizer_states"] = [others for _, others in states]
+    return tensors, rest
+
+
+def _joined(rest: Tree, names: Names, replica: int) -> Tree:
+    """Of the ranks of the first replica."""
+    parts = [part for part in from_everyone(rest if replica == 0 else None) if part is not None]
+    return joined(parts, names)
+
+
+def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: Names) -> bool:
+    """Whether this rank gets what lies at a place."""
+
+    def beside(i: int) -> Callable[[str], bool]:
+        return lambda key: (*place[:i], key, *place[i + 1 :]) in known
+
+    return all(names.keeps(key, beside(i)) for i, key in enumerate(place))
+
+
+def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
+    found: list[tuple[tuple[Any, ...], Any]] = []
+    for key, value in tree.items():
+        found += _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    return found
+
+
+def _room(entry: Any, own: Any) -> Any:
+    """A tensor to read into: the model's own, if that is alike."""
+    alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
+    return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
+
+
+def _empty(entry: Any, device: str) -> Any:
+    is_tensor = isinstance(entry, TensorStorageMetadata)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device) if is_tensor else None

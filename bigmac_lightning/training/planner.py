@@ -1,0 +1,276 @@
+"""Plans for the batches of a PipelineModule, made from their metadata alone: by the pipeline itself, or by a worker of
+the DataLoader while the step before still runs.
+
+Knows batches, costs and plans; knows no tensors' values, no modules and no process groups.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
+from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.schedule.costs import NEGLIGIBLE
+from bigmac_lightning.schedule.make import make_plan
+from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.simulate import simulate
+from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
+from bigmac_lightning.training.options import PipelineOptions
+
+CACHED_PLANS = 16
+"""Batches of one shape share a plan, and so do a step's few shapes; uneven batches never meet theirs again."""
+
+
+OwnedCost = tuple[int, float]
+"""An item's owner and cost."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, as far as it changes what a plan has to do.
+
+    Attributes:
+        weights: per stage, whether it has trained weights; where not, a backward gives input gradients only.
+        encoders: names of the encoders that are trained, at least in part.
+        generator: whether any generator is trained.
+        encoder_backward: the share of a whole encoder backward that is needed: below 1 if its lower part is frozen.
+    """
+
+    weights: tuple[bool, ...]
+    encoders: frozenset[str] = frozenset()
+    generator: bool = False
+    encoder_backward: float = 1.0
+
+    @classmethod
+    def nothing(cls, stages: int) -> "Trained":
+        return cls((False,) * stages)
+
+    def needs(self, batch: Batch) -> Needs:
+        """Where gradients are needed in a step on this batch."""
+        encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)
+        return Needs(self.weights, tuple(encoded), self.generator)
+
+    def costs(self, costs: Costs, needs: Needs, media: bool, targets: bool) -> tuple[Costs, list[list[float]] | None]:
+        """The costs of what is to be done, and those of each stage where stages differ.
+
+        Args:
+            media, targets: whether the batch has any.
+        """
+        passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
+        costs = replace(costs, EB=costs.EB * self.encoder_backward)
+        costs = costs.occurring(EF=media, EB=needs.encoder, G=targets, **dict.fromkeys("BIW", passed[-1]))
+        if not passed[-1] or all(self.weights):
+            return costs, None
+        through = costs.B * costs.I / (costs.I + costs.W) if costs.I + costs.W else costs.B
+        rows = [
+            [costs.F, costs.B, costs.I, costs.W]
+            if weights
+            else [costs.F, through, costs.I, 0.0]
+            if has_backward
+            else [costs.F, 0.0, 0.0, 0.0]
+            for weights, has_backward in zip(self.weights, passed, strict=True)
+        ]
+        return costs, rows
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """A plan, and what one rank has to do for it.
+
+    Attributes:
+        key: the metadata it was made from; batches with the same key have the same plan.
+        plan: of all ranks.
+        program: of this rank.
+        needs: where gradients flow.
+    """
+
+    key: object
+    plan: Plan
+    program: list[Instruction]
+    needs: Needs
+
+
+class _SharedTrained:
+    """A `Trained` that workers of a DataLoader read from memory that they share with the process that changes it."""
+
+    def __init__(self, encoders: Iterable[str], trained: Trained) -> None:
+        self._encoders, self._stages = sorted(encoders), len(trained.weights)
+        self._numbers = torch.zeros(self._stages + len(self._encoders) + 2, dtype=torch.float64).share_memory_()
+        self.set(trained)
+
+    def set(self, trained: Trained) -> None:
+        numbers = [*trained.weights, *(name in trained.encoders for name in self._encoders)]
+        self._numbers.copy_(torch.tensor([*numbers, trained.generator, trained.encoder_backward], dtype=torch.float64))
+
+    def get(self) -> Trained:
+        *flags, encoder_backward = self._numbers.tolist()
+        weights, encoders, generator = flags[: self._stages], flags[self._stages : -1], flags[-1]
+        names = frozenset(name for name, flag in zip(self._encoders, encoders, strict=True) if flag)
+        return Trained(tuple(map(bool, weights)), names, bool(generator), encoder_backward)
+
+
+class Planner:
+    """Plans batches for one rank; remembers the `CACHED_PLANS` plans that were used last.
+
+    All ranks see the same metadata and make the same plan. Copies in workers learn of a change in what is trained.
+
+    Attributes:
+        known: what it remembers, by key; used last, stands last.
+    """
+
+    def __init__(
+        self, options: PipelineOptions, size: int, rank: int, trained: Trained, encoders: Iterable[str] = ()
+    ) -> None:
+        """
+        Args:
+            options: all that was "auto" chosen.
+            size, rank: of the pipeline.
+            trained: what is trained now.
+            encoders: names of those that may be trained later.
+        """
+        self.options, self.size, self.rank = options, size, rank
+        self.layout = options.layout(size, rank)
+        self.known: dict[object, PlannedBatch] = {}
+        self._trained = _SharedTrained({*encoders, *trained.encoders}, trained)
+
+    @property
+    def trained(self) -> Trained:
+        """What is trained."""
+        return self._trained.get()
+
+    @trained.setter
+    def trained(self, trained: Trained) -> None:
+        self._trained.set(trained)
+
+    def key(self, batch: Batch, trained: Trained | None = None) -> object:
+        """What the plan of a batch depends on.
+
+        Args:
+            trained: what is trained, if not what is trained now.
+        """
+        trained = self.trained if trained is None else trained
+        return trained, tuple(
+            (
+                microbatch.cost,
+                any(item.encoder in trained.encoders for item in microbatch.media),
+                tuple((item.owner, item.cost) for item in microbatch.media),
+                tuple((item.owner, item.cost) for item in microbatch.targets),
+            )
+            for microbatch in batch.microbatches
+        )
+
+    def __call__(self, batch: Batch) -> PlannedBatch:
+        """The plan of a batch whose microbatches are all useful."""
+        trained = self.trained
+        key = self.key(batch, trained)
+        planned = self.known.pop(key, None)
+        if planned is None:
+            if len(self.known) >= CACHED_PLANS:
+                self.known.pop(next(iter(self.known)))
+            needs = trained.needs(batch)
+            plan, work = self._plan(batch, trained, needs)
+            order = simulate(plan, work).order  # make_plan has verified it
+            planned = PlannedBatch(key, plan, lower(plan, order, needs)[self.rank], needs)
+        self.known[key] = planned
+        return planned
+
+    def _plan(self, batch: Batch, trained: Trained, needs: Needs) -> tuple[Plan, Workload]:
+        groups = self.layout.groups(len(batch))
+        media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
+        encoder, generator = self._shares(media, groups), self._shares(targets, groups)
+        costs, stage_costs = trained.costs(
+            self.options.costs.per_stage(self.options.stages_per_rank), needs, _any(encoder), _any(generator)
+        )
+        if self.options.stage_factors:
+            assert self.options.stage_factors != "auto", "not estimated yet"
+            rows = stage_costs or [[costs.F, costs.B, costs.I, costs.W]] * len(self.options.stage_factors)
+            pairs = zip(rows, self.options.stage_factors, strict=True)
+            stage_costs = [[time * factor for time in row] for row, factor in pairs]
+        work = _workload([m.cost for m in batch.microbatches], media, targets, costs)
+        plan = make_plan(
+            policy=self.options.policy,
+            backbone=self.options.backbone,
+            pipeline_parallel_size=self.size,
+            virtual_stages=self.options.stages_per_rank,
+            microbatches=len(batch),
+            groups=groups,
+            pieces=self._pieces(media, groups),
+            costs=costs,
+            stage_costs=stage_costs,
+            stage_rank=self.options.own_stage_rank,
+            encoder_shares=encoder if _any(encoder) else None,
+            generator_shares=generator if _any(generator) else None,
+            workload=work,
+            max_encoder_units=self.options.max_encoder_units,
+            max_llm_microbatches=self.options.max_llm_microbatches,
+            memory=self.options.memory,
+        )
+        return plan, work
+
+    def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
+        """In how many pieces each rank's share of each group may be cut: no more than it has items."""
+        return [
+            [
+                min(self.options.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
+                for rank in range(self.size)
+            ]
+            for group in groups
+        ]
+
+    def _shares(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
+        """Each rank's fraction of each group's cost."""
+        rows: list[list[float]] = []
+        for group in groups:
+            row = [0.0] * self.size
+            for m in group:
+                for owner, cost in items[m]:
+                    row[owner] += cost
+            total = sum(row)
+            rows.append([cost / total for cost in row] if total else row)
+        return rows
+
+
+class PlanningCollate:
+    """A DataLoader's collate function that also plans the batch, in the process that it runs in.
+
+    A batch that cannot be planned is passed on as it is: the pipeline says what is wrong with it.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], planner: Planner) -> None:
+        self.collate, self.planner = collate, planner
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate(samples)
+        if isinstance(batch, Batch) and batch.layout == self.planner.layout:
+            useful = batch.useful()
+            if useful.microbatches and not useful.problem(self.planner.size):
+                batch.planned = self.planner(useful)
+        return batch
+
+
+def _owned(items: Sequence[Sequence[MediaItem | TargetItem]]) -> list[list[OwnedCost]]:
+    """Owner and cost of each microbatch's items; an item that costs nothing is still to be done by its owner."""
+    least = NEGLIGIBLE * max((item.cost for row in items for item in row), default=0.0) or 1.0
+    return [[(item.owner, max(item.cost, least)) for item in row] for row in items]
+
+
+def _workload(
+    llm: Sequence[float], media: Sequence[Sequence[OwnedCost]], targets: Sequence[Sequence[OwnedCost]], costs: Costs
+) -> Workload:
+    """Durations of a batch whose mean microbatch takes `costs`."""
+    mean = sum(llm) / len(llm)
+    parts = zip(llm, _scaled(media, costs.EF), _scaled(targets, costs.G), strict=True)
+    return Workload(tuple(MicrobatchWork(time / mean, encoder, generator) for time, encoder, generator in parts))
+
+
+def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[float, ...]]:
+    """Item costs as times, so that the mean microbatch takes `cost`."""
+    total = sum(cost for row in items for _, cost in row)
+    factor = cost * len(items) / total if total else 0.0
+    return [tuple(cost * factor for _, cost in row) for row in items]
+
+
+def _any(rows: list[list[float]]) -> bool:
+    return any(share > 0 for row in rows for share in row)

@@ -1,0 +1,114 @@
+"""What users may ask of a Trainer, or write into hooks, that would silently be something else in a pipeline: refused by
+name, on all ranks, before the first step.
+
+Knows Lightning's Trainer, modules and callbacks; knows nothing of plans or ranks' parts.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins import BitsandbytesPrecision, Precision, TransformerEnginePrecision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS, Optimizer
+
+from bigmac_lightning.checkpoints.optimizer_state import bare
+from bigmac_lightning.contracts.module import PipelineModule
+
+log = logging.getLogger(__name__)
+
+NORMS = ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm", "grad_norm")
+"""Functions of torch and Lightning that see the gradients of the parameters that they are given, and no others."""
+
+HOOKS = (
+    "configure_gradient_clipping",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "optimizer_step",
+    "training_step",
+)
+
+
+def check_settings(trainer: pl.Trainer, module: PipelineModule, precision: Precision, layer_sync: object) -> None:
+    """
+    Raises:
+        ValueError: the Trainer is set to something that the pipeline does not do.
+    """
+    if not module.automatic_optimization:
+        raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
+    if layer_sync is not None:
+        raise ValueError(
+            "sync_batchnorm=True: ranks encode different numbers of items, so their batch statistics cannot be shared. "
+            "Leave it out, and use layers without batch statistics (frozen ones, GroupNorm, LayerNorm)"
+        )
+    if isinstance(precision, BitsandbytesPrecision | TransformerEnginePrecision):
+        raise ValueError(
+            f"{type(precision).__name__} replaces layers, which has not been tried in a pipeline: use precision "
+            "32-true, 16-mixed, bf16-mixed, 16-true, bf16-true or 64-true"
+        )
+    for name, child in module.named_modules():
+        if isinstance(child, nn.SyncBatchNorm) and child.training:
+            raise ValueError(
+                f"{name} is a SyncBatchNorm: ranks encode different numbers of items, so it would wait for ever. Use "
+                "layers without batch statistics (frozen ones, GroupNorm, LayerNorm)"
+            )
+        if isinstance(child, _BatchNorm) and child.training and child.track_running_stats and trainer.is_global_zero:
+            log.warning(
+                "%s is a batch norm in training mode: what it makes of an item depends on which others its rank "
+                "encodes with it, so gradients are not those of one process. Its statistics are averaged over ranks",
+                name,
+            )
+
+
+def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:
+    """
+    Raises:
+        ValueError: a hook of the module, or of a callback that is not Lightning's, takes a norm over the parameters of
+            this rank alone.
+    """
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for owner in [module, *callbacks]:
+        for hook in HOOKS:
+            function = inspect.unwrap(getattr(type(owner), hook, None) or _nothing)
+            if not (function.__module__ or "").startswith("lightning.") and hasattr(function, "__code__"):
+                used = [name for name in NORMS if name in set(_names(function.__code__))]
+                if used:
+                    raise ValueError(
+                        f"{type(owner).__name__}.{hook} uses {used[0]}, which would see the gradients of one rank's "
+                        "part of the model: use the PipelineModule's gradient_norm(), or to clip its clip_gradients("
+                        "optimizer, gradient_clip_val=..., gradient_clip_algorithm='norm'), which see all of them"
+                    )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """
+    Raises:
+        ValueError: it would be wrong where ranks have parameters of their own.
+    """
+    optimizer, reason = bare(optimizer), ""
+    if isinstance(optimizer, LBFGS):
+        reason = "looks at all parameters together, of which each rank holds a part"
+    if hasattr(optimizer, "consolidate_state_dict"):  # as Lightning tells them
+        reason = "deals parameters out to ranks that all have the same, which pipeline ranks have not"
+    if reason:
+        raise ValueError(
+            f"{type(optimizer).__name__} {reason}: use an optimizer that steps each parameter by itself, such as "
+            "AdamW, SGD, Adafactor or Muon"
+        )
+
+
+def _nothing() -> None: ...
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Global names and attributes that a function uses, functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -1,0 +1,250 @@
+"""Runs a PipelineModule's batches through the runtime: a plan per batch, one result on all ranks.
+
+Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
+knows nothing of Lightning's Trainer.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bigmac_lightning.contracts.batch import Batch, MediaItem
+from bigmac_lightning.contracts.module import Mode, Part, PipelineModule, PipelineOutput
+from bigmac_lightning.estimates.partition import LayerCosts, make_stages
+from bigmac_lightning.runtime.autocast import one_cache
+from bigmac_lightning.runtime.executor import Executor
+from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.randomness import drawing
+from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.batch_work import BatchWork
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
+from bigmac_lightning.training.trained import TrainedParts
+
+
+def split_layers(layers: int, stages: int) -> list[range]:
+    """Consecutive, nearly even stages; see `make_stages`."""
+    return make_stages(LayerCosts((1.0,) * layers), stages)
+
+
+def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
+    """What a pipeline rank holds of the LLM."""
+    own = [s for s, owner in enumerate(stage_rank) if owner == rank]
+    return Part(
+        layers=tuple(layer for s in own for layer in stages[s]),
+        embedding=0 in own,
+        head=len(stages) - 1 in own,
+    )
+
+
+def settled(module: PipelineModule, options: PipelineOptions, size: int) -> tuple[PipelineOptions, list[range], str]:
+    """Options with all that is open named, the layers of each stage, and why; the same on all ranks.
+
+    Args:
+        module: before or after its weights are there.
+        size: ranks of the pipeline, P.
+
+    Raises:
+        ValueError: it cannot be cut into so many stages, or no plan is possible.
+    """
+    layers = module.llm.num_layers
+    options, reason = options.chosen(size, layers, bool(module.encoders), bool(module.generators))
+    costs = module.llm.costs(options.sample_tokens)
+    stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
+    options = replace(options, partition=tuple(len(stage) for stage in stages))
+    return options.estimated(costs, stages), stages, reason
+
+
+class PipelineRunner:
+    """A PipelineModule on one rank of a pipeline. Calling it runs a batch; training leaves summed gradients of this
+    rank's work in ``.grad`` (reduce them with `runtime.gradients`, using `places`).
+
+    Attributes:
+        gradient_scale: factor of all gradients.
+        step: number of the training step, by which ranks draw random numbers of their own.
+
+    Args:
+        module: with this rank's part of the LLM materialised.
+        forward_context: entered around every forward (precision).
+    """
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        mesh: PipelineMesh,
+        options: PipelineOptions,
+        forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
+        self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
+        self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
+        self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
+        self.executor = Executor(mesh, self.stage_rank)
+        self.dtype = self._find_dtype()
+        self.last_plan: Plan | None = None
+        self.last_metrics: dict[str, Tensor] = {}
+        self.gradient_scale: Tensor | float = 1.0
+        self.seed, self.step = torch.initial_seed(), 0
+        self._evaluated = 0
+        self._seen: set[Mode] = set()
+        self.trained = TrainedParts(module, mesh, self.stage_rank)
+        nothing, place = Trained.nothing(len(self.stages)), (mesh.pp_size, mesh.pp_rank)
+        self.planner = Planner(options, *place, nothing, module.encoders)
+        self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+        if self.trained.refresh():
+            self.planner.trained = self.trained.now
+            self.executor.splits.clear()
+
+    @property
+    def places(self) -> ParameterPlaces:
+        """Where this rank's trained parameters live elsewhere too."""
+        return self.trained.places
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of all gradients of the model; the same scalar on every rank. Collective; after their reduction."""
+        return global_norm(self.places, self.mesh)
+
+    # -- one batch ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
+        """Run a batch; see `PipelineModule.pipeline`. Collective: over the pipeline, and in training over the world, as
+        replicas are evaluated on any number of batches."""
+        self.check(batch, mode)
+        module, training = self.module, mode == "train"
+        own = module.counts(batch)
+        known = torch.tensor([own, batch.window or own], dtype=module.sum_dtype, device=self.mesh.device)
+        if training and self.mesh.dp_size > 1:
+            dist.all_reduce(known, group=self.mesh.dp_group)
+        counts, window = known  # of the batch, and of all those whose gradients are accumulated
+        planner, planned = self.planner if training else self.evaluation_planner, batch.planned
+        batch = batch.useful()
+        sums = torch.zeros_like(counts)
+        predictions: dict[int, Tensor] = {}
+        samples: dict[tuple[int, int], Tensor] = {}
+        if batch.microbatches:
+            if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
+                planned = planner(batch)
+            scales = module.scales(window) * self.gradient_scale
+            with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
+                contexts = (caller, self.forward_context)
+                work = BatchWork(
+                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned.plan, mode, scales
+                )
+                self.executor.run(planned.program, work, planned.needs, planned.plan.recomputes)
+            self.last_plan = planned.plan
+            sums, predictions, samples = work.sums, work.predictions, work.samples
+        if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
+            dist.all_reduce(sums, group=None if training else self.mesh.pp_group)
+        metrics = self.last_metrics = module.metrics(sums, counts)
+        return PipelineOutput(
+            loss=metrics["loss"],
+            metrics=metrics,
+            predictions=None if training else self._share_predictions(batch, predictions),
+            samples=self._share_samples(batch, samples) if mode == "sample" else None,
+        )
+
+    def check(self, batch: Batch, mode: Mode) -> None:
+        """Refuse a batch that does not fit, by what all ranks see: all of them refuse it.
+
+        Raises:
+            TypeError, ValueError: naming the microbatch and what to change.
+        """
+        if not isinstance(batch, Batch):
+            raise TypeError(
+                f"the pipeline got a {type(batch).__name__}; a DataModule for strategy='bigmac' "
+                "must collate samples to a bigmac_lightning.Batch"
+            )
+        made_for = replace(batch.layout, rank=self.layout.rank, microbatches=self.layout.microbatches)
+        if made_for != self.layout:
+            raise ValueError(
+                f"the DataModule made this batch for {batch.layout}, but the pipeline is {self.layout}: "
+                "let its collate function use the layout of trainer.strategy.pipeline_layout"
+            )
+        if not batch.microbatches:
+            raise ValueError("the batch has no microbatches")
+        if problem := batch.problem(self.mesh.pp_size):
+            raise ValueError(problem)
+        if mode not in self._seen:  # once, as the device is asked
+            self._check_ids(batch)
+            self._seen.add(mode)
+        wanted = self.options.microbatches
+        if mode == "train" and wanted is not None and len(batch) != wanted:
+            raise ValueError(
+                f"the strategy was given microbatches={wanted}, but the batch has {len(batch)}: change "
+                "microbatches or the DataModule's batch size (a last, smaller batch: drop_last=True)"
+            )
+        for m, microbatch in enumerate(batch.microbatches):
+            for what, items, positions, known in (
+                ("media", microbatch.media, microbatch.media_positions, self.module.encoders),
+                ("target", microbatch.targets, microbatch.target_positions, self.module.generators),
+            ):
+                if (rows := sum(item.rows for item in items)) != len(positions):
+                    raise ValueError(f"microbatch {m}: {what} items have {rows} rows, but {len(positions)} positions")
+                for item in items:
+                    name = item.encoder if isinstance(item, MediaItem) else item.generator
+                    if name not in known:
+                        raise ValueError(f"microbatch {m}: no {what} component {name!r}; the model has {list(known)}")
+
+    def _check_ids(self, batch: Batch) -> None:
+        vocabulary = self.module.llm.vocabulary
+        known = torch.tensor(list(self.module.llm.placeholders), device=self.mesh.device)
+        for m, microbatch in enumerate(batch.microbatches if vocabulary else ()):
+            ids = microbatch.inputs["input_ids"].flatten()
+            for what, given in (("token", ids[~torch.isin(ids, known)]), ("label", microbatch.labels)):
+                if len(given) and not 0 <= int(given.min()) <= int(given.max()) < vocabulary:
+                    raise ValueError(
+                        f"microbatch {m} has {what} ids from {int(given.min())} to {int(given.max())}, but the LLM's "
+                        f"vocabulary has {vocabulary}: use the tokenizer that belongs to the model, or set vocab_size"
+                    )
+
+    def _find_dtype(self) -> torch.dtype:
+        """Of the LLM, also on ranks that hold nothing of it."""
+        own = next(self.module.llm.parameters(), None)
+        found = [None if own is None else own.dtype]
+        if self.mesh.pp_size > 1:
+            first = self.mesh.pp_ranks[self.stage_rank[0]]
+            dist.broadcast_object_list(found, first, group=self.mesh.pp_group, device=self.mesh.device)
+        assert found[0] is not None
+        return found[0]
+
+    def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
+        """Ranks draw different numbers, as layers must not share their dropout masks; and their common state,
+        by which they may choose the same samples, is left alone."""
+        if self.mesh.pp_size * self.mesh.dp_size == 1:
+            return nullcontext()
+        step = self.step if mode == "train" else f"{mode} {self._evaluated}"
+        self._evaluated += mode != "train"
+        return drawing(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank)
+
+    # -- results for every rank ----------------------------------------------------------------------------------------
+
+    def _share_predictions(self, batch: Batch, predictions: dict[int, Tensor]) -> Tensor:
+        result = torch.empty(len(batch.labels), dtype=torch.long, device=self.mesh.device)
+        if predictions:
+            torch.cat([predictions[m] for m in sorted(predictions)], out=result)
+        if self.mesh.pp_size > 1 and len(result):
+            last = self.mesh.pp_ranks[self.stage_rank[-1]]
+            dist.broadcast(result, last, group=self.mesh.pp_group)
+        return result
+
+    def _share_samples(self, batch: Batch, made: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+        places = [(m, i, item) for m, mb in enumerate(batch.microbatches) for i, item in enumerate(mb.targets)]
+        results = []
+        for m, i, item in places:
+            sample = made.get((m, i))
+            if sample is None:
+                sample = torch.empty(item.shape, dtype=torch.float32, device=self.mesh.device)
+            if self.mesh.pp_size > 1:
+                sample = sample.contiguous()
+                dist.broadcast(sample, self.mesh.pp_ranks[item.owner], group=self.mesh.pp_group)
+            results.append(sample)
+        return results

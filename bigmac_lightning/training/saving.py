@@ -1,0 +1,242 @@
+"""What a Lightning strategy does about checkpoints where every rank holds a part of the module.
+
+Hooks of modules and callbacks see this rank's part of `checkpoint["state_dict"]`, when it is saved and when it is
+loaded, and may change it as in one process. Knows Lightning's protocol; files and formats are in checkpoint.py.
+"""
+
+import logging
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch.optim import Optimizer
+
+from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
+from bigmac_lightning.checkpoints.resuming import stand_at_last_step
+from bigmac_lightning.checkpoints.stored import DirectoryCheckpointIO, as_checkpoint
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.training import checkpoint as checkpoints
+from bigmac_lightning.training import holding
+
+log = logging.getLogger(__name__)
+
+PATIENCE = timedelta(minutes=1)
+"""How long a rank that was stopped by an error waits for the others to be stopped, too, before it saves nothing."""
+
+LIGHTNINGS_OWN = (TorchCheckpointIO, DirectoryCheckpointIO)
+"""Plugins for files that are there if the user gives none."""
+
+
+class SavingStrategy(DDPStrategy):
+    """Reads and writes directories, or single files, that any number of ranks can read."""
+
+    def __init__(
+        self, *, save_distributed_checkpoint: bool = True, checkpoint_weights_only: bool | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._checkpoint_weights_only = checkpoint_weights_only
+        self._loaded_from = ""
+        self._running = False
+        self._meeting: Any = None
+        self._left = False  # after an error that the other ranks do not share: they will not come to a collective
+
+    @property
+    def replica(self) -> int:
+        """The data-parallel replica that this process belongs to."""
+        return 0
+
+    @property
+    def _module(self) -> PipelineModule:
+        assert isinstance(self.lightning_module, PipelineModule)
+        return self.lightning_module
+
+    def open_module(self) -> None:
+        """Allow what `holding.close` forbids, until `close_module`. Collective."""
+        self._running = True
+        if self._meeting is None and dist.is_initialized():
+            self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
+        holding.open_again(self._module)
+
+    def close_module(self) -> None:
+        """Once a run is over, the module refuses what needs the whole model."""
+        self._running = False
+        holding.close(self._module)
+
+    def check_checkpoint_plugins(self, trainer: pl.Trainer) -> None:
+        """Refuse, before training, what directories cannot be written with.
+
+        Raises:
+            ValueError: names it.
+        """
+        if not self._save_distributed_checkpoint:
+            return
+        if type(self.checkpoint_io) not in LIGHTNINGS_OWN:
+            raise ValueError(
+                f"{type(self.checkpoint_io).__name__} writes files, but strategy='bigmac' writes directories: give "
+                "BigMacStrategy(save_distributed_checkpoint=False), or leave the plugin out"
+            )
+        for callback in trainer.checkpoint_callbacks:
+            self._refuse_remote(str(getattr(callback, "dirpath", None) or ""))
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's part."""
+        holding.open_again(self._module)  # after a run, too
+        return self._module.state_dict()
+
+    def whole_state_dict(self) -> dict[str, Any]:
+        """The whole model's weights, on global rank 0. Collective."""
+        part = {"state_dict": self.lightning_module_state_dict()}
+        return checkpoints.gathered(part, checkpoints.names_of(self._module), self.replica)["state_dict"]
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's part, by names."""
+        return named_state(self._module, self._module.tied_copies, optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write the checkpoint of all ranks. Collective.
+
+        After an error, there is none to write unless all ranks come here, after the same step.
+        """
+        trainer = self._module._trainer
+        if (
+            trainer is not None
+            and trainer.state.status == TrainerStatus.INTERRUPTED
+            and not self._all_stop_here(trainer)
+        ):
+            log.error("no checkpoint was saved at %s: other ranks are not where this one was stopped", filepath)
+            self._left = True
+            return
+        stand_at_last_step(checkpoint, trainer)
+        self._save(checkpoint, filepath, storage_options)
+        if not self._running:
+            holding.close(self._module)
+
+    def _save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
+        names, path = checkpoints.names_of(self._module), self.broadcast(str(filepath))
+        if self._save_distributed_checkpoint:
+            self._refuse_remote(path)
+            if storage_options is not None:
+                raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
+            checkpoints.save_directory(checkpoint, Path(path), names, self.replica)
+            return
+        whole = checkpoints.gathered(checkpoint, names, self.replica)
+        checkpoints.on_first_rank(lambda: self._write_file(whole, path, storage_options))
+
+    def _all_stop_here(self, trainer: pl.Trainer) -> bool:
+        """Whether every rank was stopped, and after the same step. Collective, if it is so."""
+        if self._left or self._meeting is None or any(parameter.is_meta for parameter in self._module.parameters()):
+            return False
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        place = (trainer.global_step, progress.ready, progress.processed)
+        places: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(places, place, group=self._meeting)
+        except RuntimeError:
+            return False
+        return len(set(places)) == 1
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if not self._left:
+            super().barrier(*args, **kwargs)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._left else super().reduce_boolean_decision(decision, all)
+
+    def _write_file(self, checkpoint: dict[str, Any], path: str, storage_options: Any) -> None:
+        if type(self.checkpoint_io) not in LIGHTNINGS_OWN or not _is_local_file_protocol(path):
+            if _is_local_file_protocol(path) and Path(path).is_dir():
+                files.remove(Path(path))
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = files.unfinished(Path(path))
+        self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
+        files.put(place, Path(path))
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            if _is_local_file_protocol(str(filepath)):
+                files.remove(Path(filepath))
+            else:
+                self.checkpoint_io.remove_checkpoint(filepath)
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """This rank's part of a checkpoint of any strategy. Collective.
+
+        Weights are read into the module's own tensors, unless a hook wants to see them first.
+        """
+        module = self._module
+        weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
+        names, path = checkpoints.names_of(module), self.broadcast(str(checkpoint_path))
+        self._loaded_from = path
+        hooked, fitting = _has_hooks(module), module.trainer.state.fn == TrainerFn.FITTING
+        if _is_local_file_protocol(path):
+            place = files.present(Path(path))
+            if place.is_dir():
+                own = {} if hooked else module.state_dict()
+                return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+            path = str(place)
+        return names.kept(as_checkpoint(self._read_file(path, weights_only), path))
+
+    def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+        if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(path):  # only what is used is read
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """Collective."""
+        module = self._module
+        names = checkpoints.names_of(module)
+        checkpoints.load_weights(module, checkpoint["state_dict"], names, strict, self._loaded_from)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Collective.
+
+        Raises:
+            ValueError: the states are not of these optimizers; on all ranks.
+        """
+        states: list[dict[str, Any]] = checkpoint["optimizer_states"]
+        problems: list[str] = []
+        if len(states) != len(self.optimizers):
+            problems.append(f"it has {len(states)} of them, and there are {len(self.optimizers)} optimizers")
+        numbered: list[dict[str, Any]] = []
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            try:
+                if "groups" not in state:
+                    raise ValueError(
+                        "they were saved by another strategy, which strategy='bigmac' cannot go on with: start from "
+                        "the weights alone (MultimodalLM(init_from=...), or a checkpoint with save_weights_only)"
+                    )
+                numbered.append(numbered_state(self._module, self._module.tied_copies, optimizer, state))
+            except ValueError as error:
+                problems.append(str(error))
+        checkpoints.agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
+        for optimizer, state in zip(self.optimizers, numbered, strict=True):
+            bare(optimizer).load_state_dict(state)
+
+    def _refuse_remote(self, path: str) -> None:
+        if not _is_local_file_protocol(path):
+            raise ValueError(
+                f"strategy='bigmac' writes directories of local or mounted disks, not {path}: save there with "
+                "BigMacStrategy(save_distributed_checkpoint=False), or to a local folder"
+            )
+
+
+def _has_hooks(module: PipelineModule) -> bool:
+    """Whether the module or a callback looks at checkpoints before they are loaded."""
+    callbacks: list[pl.Callback] = module.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = [(module, PipelineModule), *((callback, pl.Callback) for callback in callbacks)]
+    return any(type(one).on_load_checkpoint is not base.on_load_checkpoint for one, base in hooks)

@@ -1,0 +1,417 @@
+"""BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
+
+Sets up processes, mesh and module. Batches of Lightning's loop are in lightning_steps.py, planning and execution in
+pipeline.py and runtime/, checkpoints in saving.py.
+"""
+
+import os
+import signal
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from bigmac_lightning.checkpoints.resuming import go_on
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.estimates.report import as_text, partition_table, ranks_of
+from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.schedule.budget import MemoryBudget
+from bigmac_lightning.schedule.choose import Auto
+from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.training import refusals
+from bigmac_lightning.training.holding import take_part
+from bigmac_lightning.training.launching import WholeModelLauncher
+from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.optimizers import accepting_nothing
+from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
+from bigmac_lightning.training.planner import PlanningCollate
+from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
+from bigmac_lightning.training.saving import SavingStrategy
+from bigmac_lightning.training.windowed_loader import windowed
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+class BigMacStrategy(SavingStrategy):
+    """Pipeline parallelism with encoder and generator work nested into the LLM's schedule.
+
+    ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
+
+    Args:
+        pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
+        data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
+        microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
+        group_size: microbatches per group of nested work; ``None``: as many as there are ranks that share it
+            (`pipeline_parallel_size`, except under "disaggregated"); "auto": `pipeline_parallel_size`, half or twice
+            of it, whichever is fastest within the caps.
+        backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
+            (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
+        virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
+            is "auto": the fastest; ``None`` otherwise: as few as the backbone allows, which is 1 or 2.
+        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
+            encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
+            it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
+            every rank still holds a replica of encoders and generators).
+        partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
+            counted, and what is frozen; or the number of layers of each stage.
+        costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
+        max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
+            within are refused, and "filled" uses the encoder units that it may.
+        memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
+        ramp: make the first and the last groups smaller (1, 1, 2, 4, ..): the pipeline waits for them.
+        pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
+        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head), or
+            "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
+        sample_tokens: of a typical sample, by which attention's part of a layer's cost is estimated for `partition` and
+            `stage_factors`; 0: it is left out.
+        float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
+            trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
+            those of more than 8 microbatches.
+        accumulate: what gradients accumulated over batches are a mean of: "batches", as in Lightning, where a token of
+            a batch with few of them counts more than others; "tokens", as in one large batch (each loss by its own:
+            targets of a generator count alike, too), for which batches are read ahead.
+        process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
+        timeout: of every process group; a rank that hangs ends the run after it.
+        save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
+            ``False``: rank 0 gathers everything into one file.
+        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's.
+        start_method: how `Trainer(devices=N)` starts processes.
+
+    Raises:
+        ValueError: an argument has no meaning; the message lists what is possible.
+    """
+
+    strategy_name = "bigmac"
+
+    def __init__(
+        self,
+        pipeline_parallel_size: int | Literal["auto"] = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
+        microbatches: int | None = None,
+        group_size: int | Auto | None = None,
+        backbone: str = "1f1b",
+        virtual_stages: int | Auto | None = None,
+        policy: str = "nested",
+        partition: Literal["even", "auto"] | list[int] = "even",
+        costs: Costs | None = None,
+        max_encoder_units: float | None = None,
+        max_llm_microbatches: float | None = None,
+        memory: MemoryBudget | None = None,
+        ramp: bool = False,
+        pieces: int = 1,
+        stage_factors: list[float] | Auto | None = None,
+        sample_tokens: int = 0,
+        float32_gradients: bool | None = None,
+        accumulate: Literal["batches", "tokens"] = "batches",
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        save_distributed_checkpoint: bool = True,
+        checkpoint_weights_only: bool | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            checkpoint_weights_only=checkpoint_weights_only,
+        )
+        for name, value in (
+            ("pipeline_parallel_size", pipeline_parallel_size),
+            ("data_parallel_size", data_parallel_size),
+            ("microbatches", microbatches),
+            ("group_size", group_size),
+            ("virtual_stages", virtual_stages),
+            ("pieces", pieces),
+        ):
+            chosen_later = value == "auto" and name not in ("microbatches", "pieces")
+            if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
+        self.options = self._options = PipelineOptions(
+            policy=policy,
+            backbone=backbone,
+            group_size=group_size,
+            microbatches=microbatches,
+            costs=costs or DEFAULT_COSTS,
+            virtual_stages=virtual_stages,
+            partition=tuple(partition) if isinstance(partition, list) else partition,
+            max_encoder_units=max_encoder_units,
+            max_llm_microbatches=max_llm_microbatches,
+            memory=memory,
+            ramp=ramp,
+            pieces=pieces,
+            stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
+            sample_tokens=sample_tokens,
+        )
+        self._mesh: PipelineMesh | None = None
+        self._runner: PipelineRunner | None = None
+        if accumulate not in ("batches", "tokens"):
+            raise ValueError(f'accumulate={accumulate!r}: choose "batches" or "tokens"')
+        self._float32_gradients, self._accumulate = float32_gradients, accumulate
+        self._steps: LightningSteps | None = None
+        self._synchronize = True
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> PipelineMesh:
+        """The (dp, pp) mesh with its process groups."""
+        if self._mesh is None:
+            raise RuntimeError("the mesh exists only once the processes are set up, inside trainer.fit and the like")
+        return self._mesh
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The DeviceMesh with dimensions "dp" and "pp"."""
+        return self.mesh.mesh
+
+    @property
+    def pipeline(self) -> PipelineRunner:
+        """What runs batches on this rank."""
+        if self._runner is None:
+            raise RuntimeError("the pipeline exists only after setup, inside trainer.fit and the like")
+        return self._runner
+
+    @property
+    def pipeline_layout(self) -> PipelineLayout:
+        """What a DataModule's collate function has to know of the pipeline."""
+        return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
+
+    @property
+    def replica(self) -> int:
+        return 0 if self._mesh is None else self._mesh.dp_rank
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
+
+    def setup_environment(self) -> None:
+        module = self.lightning_module
+        assert self.cluster_environment is not None
+        if not isinstance(module, PipelineModule):
+            raise TypeError(
+                f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
+                "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
+            )
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes)
+        self._options, stages, reason = settled(module, self.options, pp)
+        stage_rank = self._options.stage_rank(pp)
+        super().setup_environment()
+        if reason:
+            rank_zero_info(reason)
+        if self._mesh is None:
+            self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
+        self.open_module()
+        take_part(module, part_of(self.mesh.pp_rank, stages, stage_rank))
+        module._device_mesh = self.device_mesh
+        if self.options.partition != "even" and not module._materialized:
+            rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the
+        same samples."""
+        collate = getattr(dataloader, "collate_fn", None)
+        if callable(collate) and self._runner is not None:
+            given = collate.collate if isinstance(collate, PlanningCollate) else collate
+            training = self.lightning_module is not None and self.lightning_module.trainer.training
+            planner = self.pipeline.planner if training else self.pipeline.evaluation_planner
+            planned = PlanningCollate(given, planner)
+            dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
+        if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
+            worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
+            dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
+        module = self.lightning_module
+        if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
+            return windowed(dataloader, module.trainer, module.counts)
+        return dataloader
+
+    # -- model and optimizers ------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        module = self.lightning_module
+        assert isinstance(module, PipelineModule)
+        refusals.check_settings(trainer, module, self.precision_plugin, self._layer_sync)
+        if self.mesh.pp_size > 1:
+            refusals.check_norms(trainer, module)
+        self.check_checkpoint_plugins(trainer)
+        # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
+        notifier = partial(_note_sigterm, trainer)
+        trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(module)
+        self.model_to_device()
+        self._synchronize_initial_state(module)
+        self._runner = PipelineRunner(module, self.mesh, self._options, self.precision_plugin.forward_context)
+        self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
+        module.runner = self._steps
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            self._runner.trained.check_any()
+            self._reset_optimizers_and_schedulers()
+            with accepting_nothing():
+                self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                refusals.check_optimizer(optimizer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+        self.barrier()
+
+    def _synchronize_initial_state(self, module: PipelineModule) -> None:
+        """Replicas start equal even if a component was initialised without a seed."""
+        groups = {True: self.mesh.dp_group, False: None}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            group = groups[name.startswith("llm.")]
+            if dist.get_world_size(group) > 1:
+                dist.broadcast(tensor.detach(), 0 if group is None else dist.get_global_rank(group, 0), group=group)
+
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own sees this rank's parameters only
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None:
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+            if not isinstance(scaler, ShardedGradScaler):  # all ranks must skip the same steps
+                plugin.scaler = ShardedGradScaler(
+                    device=self.root_device.type,
+                    init_scale=scaler.get_scale(),
+                    growth_factor=scaler.get_growth_factor(),
+                    backoff_factor=scaler.get_backoff_factor(),
+                    growth_interval=scaler.get_growth_interval(),
+                    process_group=dist.group.WORLD,
+                )
+
+    def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.pipeline.gradient_norm())
+
+    def teardown(self) -> None:
+        module = self.lightning_module
+        if isinstance(module, PipelineModule):
+            self.close_module()
+            if any(parameter.is_meta for parameter in module.parameters()):
+                self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
+        super().teardown()
+
+    def _configure_launcher(self) -> None:
+        if self._start_method != "popen":
+            start_method: Any = self._start_method
+            self._launcher = WholeModelLauncher(self, start_method, self.whole_state_dict)
+        elif _IS_INTERACTIVE:
+            raise ValueError(
+                f"strategy={self.strategy_name!r} runs a script once more for each process, which an interactive "
+                "session is not: use strategy='bigmac_notebook', or BigMacStrategy(start_method='fork')"
+            )
+        else:
+            super()._configure_launcher()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        go_on(self.lightning_module.trainer)
+        self.pipeline.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
+        super().on_exception(exception)
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            self._launcher.kill(signal.SIGTERM)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> LightningSteps:
+        """What runs the batches of Lightning's loop on this rank."""
+        assert self._steps is not None, "a step before setup"
+        return self._steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        self.steps.start(self.lightning_module.trainer, batch_idx)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self._synchronize = False
+        try:
+            yield
+        finally:
+            self._synchronize = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            output = self.lightning_module.training_step(*args, **kwargs)
+        self.steps.check(output)
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.predict_step(*args, **kwargs)
+
+    def _step_context(self) -> AbstractContextManager[None]:
+        """Around a user's step: the default type of new tensors, as in plain training. Autocast, which must not be on
+        in a backward, is entered around each forward."""
+        plugin = self.precision_plugin
+        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self.steps.give_back(last_of_window=self._synchronize)
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        with super().tensor_init_context(empty_init=False):
+            yield
+
+
+def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:
+    """Pass a SIGTERM on and remember it: all ranks end together before the next batch, as rank 0 then tells them."""
+    connector, launcher = trainer._signal_connector, trainer.strategy.launcher
+    if not connector.received_sigterm and isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signum)
+    connector.received_sigterm = True

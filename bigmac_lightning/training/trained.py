@@ -1,0 +1,127 @@
+"""What of a PipelineModule is trained, as all ranks of its pipeline see it: each rank holds a part of the LLM, and a
+callback may freeze or unfreeze any of it between two steps.
+
+Knows parameters and the mesh; knows nothing of plans or batches.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.gradients import ParameterPlaces
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.training.planner import Trained
+
+
+class TrainedParts:
+    """Follows what is trained.
+
+    Attributes:
+        now: as it was found last.
+        places: where this rank's trained parameters live elsewhere too.
+
+    Args:
+        module: with this rank's part of the LLM.
+        stage_rank: the pipeline rank of each stage.
+    """
+
+    def __init__(self, module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> None:
+        self._module, self._mesh, self._stage_rank = module, mesh, tuple(stage_rank)
+        self.now, self.places = Trained.nothing(len(stage_rank)), ParameterPlaces()
+        self._flags: list[bool] | None = None
+        apart = self._stage_rank[0] != self._stage_rank[-1]
+        copies = {name: pair for pair, names in enumerate(module.llm.tied.items()) for name in names}
+        self._tied = {
+            f"llm.{name}": (copies[name], parameter)
+            for name, parameter in module.llm.named_parameters()
+            if apart and name in copies
+        }
+
+    def refresh(self) -> bool:
+        """Look again, and tell whether anything has changed on any rank. Collective over the pipeline.
+
+        Raises:
+            ValueError: one copy of a tied parameter is trained and the other is not. On all ranks.
+        """
+        changed = self._flags != self._own_flags()
+        if self._agree([changed]) == [False]:
+            return False
+        self._check_tied()
+        self._flags = self._own_flags()
+        self.now, self.places = self._find(), self._find_places()
+        return True
+
+    def check_any(self) -> None:
+        """
+        Raises:
+            ValueError: nothing is trained on any rank. On all ranks.
+        """
+        if not (any(self.now.weights) or self.now.encoders or self.now.generator):
+            raise ValueError("nothing is left to train: every parameter of the model is frozen")
+
+    def _own_flags(self) -> list[bool]:
+        return [parameter.requires_grad for parameter in self._module.parameters()]
+
+    def _agree(self, flags: Sequence[bool]) -> list[bool]:
+        """Whether any rank of the pipeline says so."""
+        if self._mesh.pp_size == 1:
+            return list(flags)
+        numbers = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._mesh.host_group)
+        return [bool(number) for number in numbers.tolist()]
+
+    def _check_tied(self) -> None:
+        """Two copies that lie apart are one parameter, so both are trained or none."""
+        pairs = list(self._module.llm.tied.items())
+        flags = [[False, False] for _ in pairs]
+        for pair, parameter in self._tied.values():
+            flags[pair][parameter.requires_grad] = True
+        said = self._agree([flag for row in flags for flag in row])
+        for (copy, canonical), frozen, trained in zip(pairs, said[::2], said[1::2], strict=True):
+            if frozen and trained:
+                raise ValueError(
+                    f"llm.{copy} and llm.{canonical} are one tied parameter, of which the first and the last stage "
+                    "hold copies: one is trained and the other is frozen. Freeze or unfreeze both names"
+                )
+
+    def _find(self) -> Trained:
+        own = self._trained_stages()
+        weights = self._agree([own.get(stage, False) for stage in range(len(self._stage_rank))])
+        encoders = dict(self._module.encoders.items())
+        names = {name for name, encoder in encoders.items() if _is_trained(encoder)}
+        if names:  # one without parameters of its own works with another's
+            names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
+        generator = _is_trained(self._module.generators)
+        return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
+
+    def _trained_stages(self) -> dict[int, bool]:
+        """Of this rank's stages, which have trained weights; they share one answer."""
+        trained = _is_trained(self._module.llm)
+        return {stage: trained for stage, rank in enumerate(self._stage_rank) if rank == self._mesh.pp_rank}
+
+    def _find_places(self) -> ParameterPlaces:
+        replicated, stage, tied = dict[str, nn.Parameter](), dict[str, nn.Parameter](), dict[str, nn.Parameter]()
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad:
+                kind = replicated if not name.startswith("llm.") else tied if name in self._tied else stage
+                kind[name] = parameter
+        return ParameterPlaces(replicated, stage, tied)
+
+
+def backward_share(encoders: Iterable[nn.Module]) -> float:
+    """The share of the encoders' backward that reaches down to the first trained parameter, by parameters."""
+    whole = needed = 0
+    for encoder in encoders:
+        reached = False
+        for parameter in encoder.parameters():
+            reached = reached or parameter.requires_grad
+            whole += parameter.numel()
+            needed += parameter.numel() if reached else 0
+    return needed / whole if needed else 1.0
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
