@@ -3,12 +3,12 @@
 Needs `pip install bigmac-lightning[models]` (transformers, diffusers); nothing else in the package does.
 """
 
-from .codec import LatentCodec
-from .decoder import HFDecoder
-from .flow import FlowGenerator
-from .hf_vision import HFVideoEncoder, HFVisionEncoder
+from .generation.codec import LatentCodec
+from .generation.flow import FlowGenerator
+from .llm.decoder import HFDecoder
 from .multimodal_lm import MultimodalLM
-from .vision import VisionEncoder
+from .vision.hf import HFVideoEncoder, HFVisionEncoder
+from .vision.tower import VisionEncoder
 
 __all__ = [
     "FlowGenerator",

@@ -23,10 +23,10 @@ from bigmac_lightning.contracts.components import Encoder, Generator, LanguageMo
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.partition import TrainedLayers
 
-from .decoder import HFDecoder
-from .hf_vision import HFVideoEncoder, HFVisionEncoder
 from .initialization import to_config
+from .llm.decoder import HFDecoder
 from .lora import add_lora, targets_of
+from .vision.hf import HFVideoEncoder, HFVisionEncoder
 
 
 class MultimodalLM(PipelineModule):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .attention import AttentionNotThereError, refused_clearly
 from .initialization import allocate_and_initialize
+from .llm.attention import AttentionNotThereError, refused_clearly
 
 _RETURNED = {
     "return_dict": True,

@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 NAMES = {
     "bigmac_lightning": """
@@ -29,6 +33,19 @@ def test_public_names(package: str) -> None:
     for name in NAMES[package].split():
         assert getattr(module, name).__name__ == name
     assert set(NAMES[package].split()) <= set(dir(module))
+
+
+def test_all_packages_are_installed() -> None:
+    """A package that pyproject.toml does not name would be missing in a wheel."""
+    roots = {"bigmac_lightning": "bigmac_lightning", "models": "bigmac_lightning.models"}
+    roots["datamodules"] = "bigmac_lightning.datamodules"
+    found = {
+        ".".join([package, *file.parent.relative_to(ROOT / folder).parts])
+        for folder, package in roots.items()
+        for file in (ROOT / folder).rglob("*.py")
+    }
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(named) == found
 
 
 def test_what_is_not_exported_is_no_attribute() -> None:

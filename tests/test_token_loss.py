@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.token_loss import Gradients, chunked_gradients, fused_token_loss, token_loss
-from bigmac_lightning.models.liger import liger_gradients
+from bigmac_lightning.models.llm.liger import liger_gradients
 
 
 class Watched(nn.Linear):

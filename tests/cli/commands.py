@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from bigmac_lightning import cli
-from tests.strategy.trainers import on_ranks
+from tests.training.trainers import on_ranks
 
 BIN = Path(sys.executable).parent
 

@@ -14,7 +14,7 @@ from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.models import MultimodalLM
 from tests.cli.commands import bigmac, run
 from tests.models import zoo
-from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 STEPS = 3
 PARTITIONS: dict[str, Any] = {"qwen3": [1, 4], "qwen3_moe": "auto", "qwen3_vl": [4, 1]}

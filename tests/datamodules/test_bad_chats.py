@@ -11,7 +11,7 @@ from bigmac_lightning.datamodules import Example, ExampleError, Message, Message
 from bigmac_lightning.datamodules.stream import SourceStream
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
 ASKED = {"role": "user", "content": "what?"}

@@ -21,7 +21,7 @@ from tests.datamodules.clips import CLIPS, Clip, encoded
 from tests.datamodules.examples import data, model, said, write_jsonl, write_mixed
 from tests.datamodules.pictures import PICTURES, Picture
 from tests.datamodules.test_multimodal_training import Losses
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 SETTINGS = {"microbatches": 3, "token_budget": 200}
 

@@ -9,7 +9,7 @@ import pytest
 
 from bigmac_lightning.datamodules import decoding
 from tests.datamodules.examples import data, model, write_mixed
-from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 ENDINGS = (".png", ".mp4")
 

@@ -11,7 +11,7 @@ import pytest
 from bigmac_lightning.datamodules import MultimodalDataModule
 from tests.datamodules import chat_table, media_table
 from tests.datamodules.examples import model, pictures
-from tests.strategy.trainers import plain_trainer
+from tests.training.trainers import plain_trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 

@@ -37,7 +37,7 @@ from tests.datamodules.processors import PROCESSORS, write_model
 from tests.models import zoo
 from tests.ranks import run_ranks
 from tests.runtime.test_families import error
-from tests.strategy.trainers import on_ranks, plain_trainer
+from tests.training.trainers import on_ranks, plain_trainer
 
 FAMILIES = [
     pytest.param(

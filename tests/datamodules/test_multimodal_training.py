@@ -14,7 +14,7 @@ from bigmac_lightning.datamodules import MultimodalDataModule
 from bigmac_lightning.models import HFDecoder, MultimodalLM
 from tests.datamodules.examples import VOCABULARY, data, model, write_mixed
 from tests.models.parts import decoder_config
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
 

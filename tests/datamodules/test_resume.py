@@ -11,7 +11,7 @@ import torch
 from bigmac_lightning.datamodules.loader import StepLoader
 from tests.datamodules.examples import data, model, write_mixed
 from tests.datamodules.test_multimodal_training import Losses
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 
 def loader(path: Path, replicas: int = 1, rank: int = 0, **changes: Any) -> StepLoader:

@@ -22,7 +22,7 @@ from tests.datamodules.examples import TARGET, data, model, write_mixed
 from tests.datamodules.test_resume import names
 from tests.datamodules.test_streams import arguments, write_streamed
 from tests.models import parts
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
 
 STOPS = ["batch 2", "batch 5", "epoch 1", "validation 1", "validation 2", "inside 3"]

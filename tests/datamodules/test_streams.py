@@ -29,7 +29,7 @@ from bigmac_lightning.datamodules.stream import SourceStream
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
 from tests.datamodules.test_resume import Stop, names, pixels
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 FILES, ROWS = 3, 12
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from tests.datamodules.examples import model, write_mixed
 from tests.datamodules.test_resumed_runs import Run, Seen, Watch, _data, write_streamed
 from tests.models import parts
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requested to overfit.*", "ignore:.*does not have many workers.*")
 

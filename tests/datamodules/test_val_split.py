@@ -11,7 +11,7 @@ import torch
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, Source, SourceStream
 from bigmac_lightning.datamodules.splitting import Part
 from tests.datamodules.examples import data, model, said, write_jsonl
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 
 def write(folder: Path, name: str, number: int) -> MessagesJSONL:

@@ -8,8 +8,8 @@ from typing import Any
 
 import transformers as hf
 
-from bigmac_lightning.models.decoder import HFDecoder
 from bigmac_lightning.models.families import FAMILIES
+from bigmac_lightning.models.llm.decoder import HFDecoder
 from tests.models import sweep, zoo
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"

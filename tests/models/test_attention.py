@@ -14,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM, VisionEncoder
-from bigmac_lightning.models.attention import sample_starts
+from bigmac_lightning.models.llm.attention import sample_starts
 from tests.models import zoo
 from tests.models.parts import TOWER
 

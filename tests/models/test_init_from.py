@@ -13,7 +13,7 @@ from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
 from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.models.parts import flow
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 FAMILY = "qwen3_vl"  # tied embeddings, so that two ranks hold a copy each
 

@@ -19,7 +19,7 @@ from bigmac_lightning.training.runner import PipelineRunner, part_of, split_laye
 from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.ranks import run_ranks
-from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 pytest.importorskip("peft")
 LORA: dict[str, dict[str, Any]] = {

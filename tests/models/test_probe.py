@@ -9,7 +9,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from bigmac_lightning.models import HFDecoder, probe, surgery
-from bigmac_lightning.models.attention import packed_masks
+from bigmac_lightning.models.llm.attention import packed_masks
 from tests.models import test_attention, tiny, zoo
 
 assert test_attention.by_starts  # an implementation that takes no mask

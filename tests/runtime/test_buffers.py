@@ -9,7 +9,7 @@ from torch import nn
 
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from tests.ranks import run_ranks
-from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer
 from tests.toy import ToyData, ToyModule
 
 

@@ -117,7 +117,7 @@ def test_against_one_process(size: int, family: str, tied: bool, policy: str, ba
 
 
 LIGER = """
-from bigmac_lightning.models.liger import liger_gradients
+from bigmac_lightning.models.llm.liger import liger_gradients
 from tests.runtime.test_real_models import test_against_one_process
 from tests.test_token_loss import compare
 compare("float32", liger_gradients)

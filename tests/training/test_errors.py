@@ -16,7 +16,7 @@ import torch
 
 from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
 from bigmac_lightning.schedule.budget import MemoryBudget
-from tests.strategy.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer
 from tests.toy import VOCABULARY, ToyData, ToyModule
 
 

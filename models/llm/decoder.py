@@ -20,15 +20,16 @@ from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss
 from bigmac_lightning.estimates.partition import LayerCosts
 
-from . import attention, liger, probe, surgery
-from .decoder_work import attended, layer_work
-from .families import family_of
+from .. import surgery
+from ..families import family_of
+from ..initialization import to_config
+from ..surgery import PassThrough
+from . import attention, liger, probe
 from .head import check_plain, logits_of
-from .initialization import to_config
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
-from .surgery import PassThrough
+from .work import attended, layer_work
 
 ROUTER_LOSS = "router"
 

@@ -9,7 +9,7 @@ import torch
 from torch import optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, weights
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, weights
 from tests.toy import ToyData, ToyModule
 
 STEPS = 2  # per epoch

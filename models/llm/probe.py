@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..surgery import Names
 from .attention import packed_masks, sample_arguments
 from .rope import changes_with_length
-from .surgery import Names
 from .twin import SHORT, STATE, Run, Twin
 
 LENGTHS = (11, 12)  # tokens of two samples

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.stored import StoredWeights
 from bigmac_lightning.training import saving
-from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 
 STEPS = 3  # per epoch

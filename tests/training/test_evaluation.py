@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bigmac_lightning.contracts.batch import Batch
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
-from .initialization import allocate_and_initialize
+from ..initialization import allocate_and_initialize
+from ..surgery import Names, PassThrough
 from .rope import stateless_ropes
 from .stage import hidden_of, shell_of
-from .surgery import Names, PassThrough
 
 SHORT = 4  # tokens
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.ranks import Ranks
-from tests.strategy.trainers import QUIET, assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.training.trainers import QUIET, assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyLLM, ToyModule
 
 STEPS = 3
@@ -89,8 +89,8 @@ import sys
 import lightning.pytorch as pl
 import torch
 import bigmac_lightning
-from tests.strategy.trainers import QUIET, assert_close, plain_trainer
-from tests.strategy.test_processes import _fit_and_evaluate
+from tests.training.trainers import QUIET, assert_close, plain_trainer
+from tests.training.test_processes import _fit_and_evaluate
 from tests.toy import ToyModule
 
 torch.set_num_threads(1)

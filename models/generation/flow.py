@@ -20,8 +20,8 @@ from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
 from bigmac_lightning.estimates.work import Work, work_of
 
+from ..initialization import frozen_as, seeded
 from .codec import LatentCodec
-from .initialization import frozen_as, seeded
 from .velocity import TRANSFORMERS
 
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from .decoder_work import routed
+from ..surgery import path_of
 from .head import library_router_loss
-from .surgery import path_of
+from .work import routed
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..surgery import PassThrough
 from .rope import stateless_ropes
-from .surgery import PassThrough
 
 
 def shell_of(module: nn.Module, **replaced: nn.Module) -> Any:

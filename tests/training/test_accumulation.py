@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch
-from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 
 STEPS = 7

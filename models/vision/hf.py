@@ -18,9 +18,10 @@ from bigmac_lightning.contracts.batch import MediaData
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
-from . import attention, surgery
-from .families import Encode, family_of, pixels_of
-from .initialization import to_config
+from .. import surgery
+from ..families import Encode, family_of, pixels_of
+from ..initialization import to_config
+from ..llm import attention
 
 
 class HFVisionEncoder(Encoder):

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
 from bigmac_lightning.checkpoints.stored import StoredWeights
-from tests.strategy.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
 
 STEPS = 3

@@ -19,8 +19,9 @@ from transformers import AutoModel, PreTrainedConfig
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
-from . import attention, surgery
-from .initialization import frozen_as, seeded, to_config
+from .. import surgery
+from ..initialization import frozen_as, seeded, to_config
+from ..llm import attention
 
 
 @dataclass(frozen=True)

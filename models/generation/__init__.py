@@ -1,0 +1,1 @@
+"""Generators of images: flow matching, and the codecs around it."""

@@ -1,0 +1,1 @@
+"""Decoders of transformers, cut into stages: what is looked at before, and what a stage does."""
