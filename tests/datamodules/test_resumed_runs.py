@@ -22,8 +22,8 @@ from tests.datamodules.examples import TARGET, data, model, write_mixed
 from tests.datamodules.test_resume import names
 from tests.datamodules.test_streams import arguments, write_streamed
 from tests.models import parts
-from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 STOPS = ["batch 2", "batch 5", "epoch 1", "validation 1", "validation 2", "inside 3"]
 """After a batch, an epoch or a validation; or within a batch, which has to run again."""

@@ -9,8 +9,8 @@ from torch import nn
 
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from tests.ranks import run_ranks
-from tests.training.trainers import on_ranks, pipeline_trainer
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 
 class _Tables(nn.Module):

@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 7
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 4  # per epoch
 

@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.stored import StoredWeights
 from bigmac_lightning.training import saving
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 3  # per epoch
 

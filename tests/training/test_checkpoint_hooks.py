@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 2
 

@@ -16,8 +16,8 @@ import torch
 
 from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
 from bigmac_lightning.schedule.budget import MemoryBudget
-from tests.training.trainers import on_ranks, pipeline_trainer
 from tests.toy import VOCABULARY, ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 
 @pytest.mark.parametrize(

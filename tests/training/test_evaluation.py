@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bigmac_lightning.contracts.batch import Batch
-from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 
 def _evaluate(trainer: Any) -> tuple[dict[str, float], dict[str, float], list[list[torch.Tensor]]]:

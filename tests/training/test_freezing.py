@@ -10,8 +10,8 @@ import torch
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from tests.models import parts
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 6
 

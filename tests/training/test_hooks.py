@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 
 from bigmac_lightning.training.refusals import check_settings
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 Fit = Callable[[Any], Any]
 WORLDS: list[tuple[int, dict[str, Any]]] = [

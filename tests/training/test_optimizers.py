@@ -9,8 +9,8 @@ import torch
 from torch import optim
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, weights
 
 STEPS = 2  # per epoch
 

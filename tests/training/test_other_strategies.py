@@ -9,8 +9,8 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
 from bigmac_lightning.checkpoints.stored import StoredWeights
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 3
 

@@ -22,8 +22,8 @@ from bigmac_lightning.training.planner import Planner, Trained
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.trained import backward_share
 from tests.models import parts
-from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 from tests.toy import ToyData, ToyModule, toy_batch
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 ENCODERS = frozenset({"image", "audio"})
 

@@ -18,8 +18,8 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.refusals import check_settings
 from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
-from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyModule, toy_batch
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 TOLERANCES = {
     "32-true": 2e-6,

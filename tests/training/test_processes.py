@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.ranks import Ranks
-from tests.training.trainers import QUIET, assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 from tests.toy import ToyData, ToyLLM, ToyModule
+from tests.training.trainers import QUIET, assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 3
 
