@@ -237,3 +237,36 @@ def test_a_precision_that_replaces_layers_is_refused() -> None:
     plugin, trainer = object.__new__(BitsandbytesPrecision), plain_trainer()
     with pytest.raises(ValueError, match="BitsandbytesPrecision replaces layers"):
         check_settings(trainer, ToyModule(), plugin, None)
+
+
+class _Overflows(ToyModule):
+    """In one step, in a weight that one rank holds."""
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == 1:
+            for name, parameter in self.named_parameters():
+                if name == "llm.norm.weight":
+                    assert parameter.grad is not None
+                    parameter.grad.fill_(torch.inf)
+
+
+def _fit_overflowing(trainer: Any) -> tuple[dict[str, torch.Tensor], float, int]:
+    module = _Overflows()
+    trainer.fit(module, ToyData(steps=6))
+    steps = sum(int(state["step"]) for state in trainer.optimizers[0].state.values()) // len(
+        trainer.optimizers[0].state
+    )
+    return weights(module), trainer.precision_plugin.scaler.get_scale(), steps
+
+
+def _fit_overflowing_on_rank(rank: int) -> tuple[dict[str, torch.Tensor], float, int]:
+    return _fit_overflowing(pipeline_trainer(2, max_epochs=1, **_arguments("16-mixed")))
+
+
+def test_all_ranks_skip_a_step_that_overflows_on_one() -> None:
+    expected, scale, steps = _fit_overflowing(plain_trainer(max_epochs=1, **_arguments("16-mixed")))
+    assert scale == 2.0**9
+    for found, found_scale, found_steps in on_ranks(2, _fit_overflowing_on_rank):
+        assert found_scale == scale
+        assert found_steps == steps
+        assert_close(found, expected, TOLERANCES["16-mixed"])

@@ -133,3 +133,30 @@ def test_ddp_against_auto() -> None:
     for found, losses in on_ranks(2, _fit_ddp):
         assert losses == pytest.approx(module.losses, rel=1e-5)
         assert_close(found, weights(module), 2e-6)
+
+
+class _Unseeded(ToyModule):
+    """Starts elsewhere on each rank."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(torch.rand(parameter.shape, generator=generator))
+
+
+def _start(rank: int) -> dict[str, torch.Tensor]:
+    module = _Unseeded(lr=0.0, optimizer="sgd")
+    pipeline_trainer(4, {"data_parallel_size": 2}, max_steps=1, limit_val_batches=0).fit(module, ToyData())
+    return weights(module)
+
+
+def test_replicas_start_equal() -> None:
+    first, second, *others = on_ranks(4, _start)
+    for mine, other in zip((first, second), others, strict=True):
+        assert_close(other, mine, 0.0)
+    shared = {name for name in first if not name.startswith("llm.")}
+    assert shared
+    for name in shared:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,176 @@
+"""Small faults, each of which some test must find: ``python -m tests.mutations`` puts one after another into the code.
+
+It changes files of the working tree and puts them back, also when it is interrupted. Run it in a clone with nothing to
+commit. A fault that is not found tells which test is missing.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """
+    Attributes:
+        name: what goes wrong.
+        file: that is changed.
+        code, instead: what stands there once, and what is put there.
+        tests: that may find it; arguments of pytest.
+    """
+
+    name: str
+    file: str
+    code: str
+    instead: str
+    tests: str
+
+
+PACKAGE = "bigmac_lightning"
+FAULTS = [
+    Fault(
+        "a rank receives before it has sent what the other waits for",
+        f"{PACKAGE}/runtime/lowering.py",
+        "                programs[receiver].append(Receive(message, rank))",
+        "                last = len(programs[receiver]) - isinstance((programs[receiver] or [0])[-1], Send)\n"
+        "                programs[receiver].insert(last, Receive(message, rank))",
+        "tests/runtime/test_lowering.py",
+    ),
+    Fault(
+        "fp16 scalers of ranks differ",
+        f"{PACKAGE}/training/strategy.py",
+        "if not isinstance(scaler, ShardedGradScaler):",
+        "if False:",
+        "tests/training/test_precision.py -k overflows",
+    ),
+    Fault(
+        "replicas start with weights of their own",
+        f"{PACKAGE}/training/strategy.py",
+        "        self._synchronize_initial_state(module)\n",
+        "",
+        "tests/training/test_training.py -k start_equal",
+    ),
+    Fault(
+        "a checkpoint is written over the one before",
+        f"{PACKAGE}/training/checkpoint.py",
+        "place = on_first_rank(lambda: files.unfinished(path))",
+        "place = on_first_rank(lambda: files.remove(path)) or path",
+        "tests/training/test_checkpoint_files.py",
+    ),
+    Fault(
+        "what is unfrozen in mid-epoch is not seen",
+        f"{PACKAGE}/training/trained.py",
+        "changed = self._flags != self._own_flags()",
+        "changed = self._flags is None",
+        "tests/training/test_freezing.py",
+    ),
+    Fault(
+        "gradients of tied copies are not summed",
+        f"{PACKAGE}/training/trained.py",
+        'kind = replicated if not name.startswith("llm.") else tied if name in self._tied else stage',
+        'kind = replicated if not name.startswith("llm.") else stage',
+        "tests/runtime/test_matrix.py",
+    ),
+    Fault(
+        "a microbatch without media stops the backward",
+        f"{PACKAGE}/runtime/lowering.py",
+        "return self.encoded[microbatch] or any(self.weights[: stage + 1])",
+        "return any(self.encoded) or any(self.weights[: stage + 1])",
+        "tests/runtime/test_matrix.py",
+    ),
+    Fault(
+        "encoders' gradients are not summed over the ranks of a pipeline",
+        f"{PACKAGE}/runtime/gradients.py",
+        "    if mesh.pp_size * mesh.dp_size > 1:",
+        "    if mesh.dp_size > 1:",
+        "tests/runtime/test_matrix.py",
+    ),
+    Fault(
+        "both copies of a tied weight count in the norm",
+        f"{PACKAGE}/runtime/gradients.py",
+        "if mesh.tied_group is None or dist.get_rank(mesh.tied_group) % 2 == 0:",
+        "if True:",
+        "tests/runtime/test_matrix.py",
+    ),
+    Fault(
+        "layers on different ranks share their dropout masks",
+        f"{PACKAGE}/training/runner.py",
+        "        if self.mesh.pp_size * self.mesh.dp_size == 1:\n            return nullcontext()",
+        "        return nullcontext()",
+        "tests/runtime/test_randomness.py",
+    ),
+    Fault(
+        "router sums travel in bfloat16",
+        f"{PACKAGE}/training/batch_work.py",
+        "parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())",
+        "parts.append(apart(extra.to(self.dtype), self.dtype) if name in exact else extra.to(self.dtype).flatten())",
+        "tests/models/test_router.py",
+    ),
+    Fault(
+        "decoders are cut whatever they are",
+        "models/llm/decoder.py",
+        "if reason := probe.why_not_cut(decoder, self._names, self.width):",
+        'if reason := "":',
+        "tests/models/test_sweep.py tests/models/test_probe.py",
+    ),
+    Fault(
+        "packed samples are not kept apart, and nobody looks",
+        "models/llm/probe.py",
+        "    if reason := why_not_packed(decoder, names, width, position_rows):",
+        '    if reason := "":',
+        "tests/models/test_sweep.py tests/models/test_probe.py",
+    ),
+    Fault(
+        "a resumed run forgets where its loader stood",
+        f"{PACKAGE}/checkpoints/resuming.py",
+        "            loader.load_state_dict(state)\n",
+        "            pass\n",
+        "tests/datamodules/test_resumed_runs.py",
+    ),
+    Fault(
+        "read-ahead batches count as used",
+        f"{PACKAGE}/training/windowed_loader.py",
+        "state = self._before if uncounted(self._trainer) else self._state",
+        "state = self._state",
+        "tests/datamodules/test_resumed_runs.py -k tokens",
+    ),
+]
+
+
+def found(fault: Fault) -> bool:
+    """Whether a test fails with it.
+
+    Raises:
+        ValueError: the code is not there, or several times.
+    """
+    path = ROOT / fault.file
+    text = path.read_text()
+    if text.count(fault.code) != 1:
+        raise ValueError(f"{fault.name}: {fault.file} has this {text.count(fault.code)} times: {fault.code!r}")
+    try:
+        path.write_text(text.replace(fault.code, fault.instead))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests.split()]
+        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 1
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose name has this in it")
+    only = parser.parse_args().only
+    survivors = 0
+    for fault in FAULTS:
+        if only in fault.name:
+            caught = found(fault)
+            survivors += not caught
+            print(f"{'found    ' if caught else 'NOT FOUND'} {fault.name}", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
