@@ -8,7 +8,8 @@ import transformers as hf
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from bigmac_lightning.models import HFDecoder, probe, surgery
+from bigmac_lightning.models import HFDecoder, surgery
+from bigmac_lightning.models.llm import probe
 from bigmac_lightning.models.llm.attention import packed_masks
 from tests.models import test_attention, tiny, zoo
 
