@@ -37,7 +37,7 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing said": (answer(content=None), "has message 2 without content"),
     "audios": ({**answer(), "audios": ["a.wav"]}, "has audios, which is not known here"),
     "objects": ({**answer(), "objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}}, "has objects, which is not known"),
-    "an unknown part": (answer(content=[{"type": "input_audio"}]), "message 2 with the part {'type': 'input_audio'}"),
+    "an unknown part": (answer(content=[{"type": "input_audio"}]), "message 2 with a part of type 'input_audio'"),
     "a variable": ({**answer(), "chat_template_kwargs": {"enable_thinking": True}}, "template has no such variable"),
     "a special token in a name": (answer(tool_calls=[{**CALL, "id": "<|im_end|>"}]), "has the special token <|im_end"),
 }  # fmt: skip

@@ -59,7 +59,7 @@ def record(folder: Path, case: str) -> Any:
     elif case == "absolute":
         return {**image, "images": ["/etc/passwd"]}
     elif case == "too few placeholders":
-        return {**image, "messages": said("what?", "this")}
+        return {**image, "messages": said("<image>what?", "this"), "images": ["bad.png", "bad.png"]}
     elif case == "too many placeholders":
         return {**image, "messages": said("<image><image>what?", "this")}
     elif case == "no reply":
@@ -87,7 +87,7 @@ MEASURED = {
     "no video": "bad.mp4 cannot be read",
     "outside": "leads out of the media root",
     "absolute": "leads out of the media root",
-    "too few placeholders": "has 0 <image> placeholders for 1 images",
+    "too few placeholders": "has 1 <image> placeholders for 2 images",
     "too many placeholders": "has 2 <image> placeholders for 1 images",
     "no reply": "has nothing to learn",
     "too long": "more than a microbatch may have",
