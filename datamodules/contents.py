@@ -130,7 +130,7 @@ class Contents:
             if set(value) - {"url", "detail"} or value.get("detail", "auto") not in ("auto", None):
                 raise ExampleError(f'has {where} with {key} {dict(value)!r}: only its "url" can be given')
             value = value.get("url")
-        return media_at(KINDS[kind], value, self._roots)
+        return media_at(KINDS[kind], value, self._roots, f"the {kind} in {where}")
 
 
 @dataclass

@@ -38,7 +38,8 @@ class HFDataset(Source):
 
         files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
         rows: Any = undecoded(datasets.load_dataset(path, data_files=files, split=split))
-        self.records = Records(roots_of(media_root), tuple(ignore), prompt)
+        self.media_roots = roots_of(media_root)
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
         columns = [name for name in rows.column_names if name not in ignore]
         if not set(NEEDED) & set(columns):
             raise ValueError(f"the rows have columns {rows.column_names}: {FORMS} is needed")
@@ -123,7 +124,8 @@ class HFStream(Stream):
         if not isinstance(path, datasets.IterableDataset):
             rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
         self._rows = undecoded(rows)
-        self.records, self.shuffle = Records(roots_of(media_root), tuple(ignore), prompt), shuffle
+        self.media_roots, self.shuffle = roots_of(media_root), shuffle
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
     @property

@@ -32,8 +32,8 @@ class JSONSource(Source):
             prompt: the user's words where there is only a caption.
         """
         self.path = Path(path)
-        roots = roots_of(self.path.parent if media_root is None else media_root)
-        self.records = Records(roots, tuple(ignore), prompt)
+        self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._open()
 
     @abstractmethod

@@ -21,13 +21,14 @@ SHOWN = 40
 """Characters of a ``data:`` URI that errors show."""
 
 
-def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots) -> Any:
+def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: str = "its bytes") -> Any:
     """An image or video.
 
     Args:
         given: its path below the media roots, with or without ``file://``; a ``data:`` URI; its bytes; a `File`; or an
             object: ``{"path": "a.png", "height": 64, "width": 64}``, of a video without a size; or ``{"bytes": ...,
             "path": ...}``, as the `datasets` library has them, whose path counts if there are no bytes.
+        called: what errors call bytes, which have no name of their own.
 
     Raises:
         ExampleError: it is none of them; the path leads elsewhere; or it would have to be downloaded.
@@ -44,7 +45,7 @@ def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots) -> Any:
             raise ExampleError(f"tells {told} of the {what} {given.get('path')!r}: {most} can be given")
         given = given.get("path") if given.get("bytes") is None else given["bytes"]
     if isinstance(given, bytes):
-        return kind(File.lazy(f"the bytes of its {what}", partial(bytes, given)), size)
+        return kind(File.lazy(called, partial(bytes, given)), size)
     if not isinstance(given, str):
         raise ExampleError(
             f"names a file by {given!r}: give its path below {roots_of(roots)[0]}, a data: URI, or its bytes"

@@ -60,7 +60,7 @@ class Records:
             name = f"{name}, {number}" if name else str(number)
         media = self._media(given)
         target = given.pop("target", None)
-        drawn = None if target is None else media_at(Image, target, self.roots)
+        drawn = None if target is None else media_at(Image, target, self.roots, "target")
         if "messages" not in given and "conversations" not in given:
             captions = [key for key in ("caption", "text") if key in given]
             if captions and (captions[0] == "caption" or (any(media) and not _has_places(given["text"]))):
@@ -75,7 +75,7 @@ class Records:
             items = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
             if items and found[kind]:
                 raise ExampleError(f"has {kind} and {kind}s: leave out one of them")
-            found[kind] += [media_at(KINDS[kind], item, self.roots) for item in items]
+            found[kind] += [media_at(KINDS[kind], item, self.roots, f"{key} {k}") for k, item in enumerate(items)]
         return found["image"], found["video"]
 
     def _captioned(self, given: dict[str, Any], key: str, media: tuple[list[Image], list[Video]], name: str) -> Example:

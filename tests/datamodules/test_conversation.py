@@ -70,8 +70,14 @@ def test_everything_has_its_place() -> None:
         ({"content": [{"type": "image", "image": "a.png", "path": "b.png"}]}, "message 2 with the part"),
         ({"content": [{"type": "video", "image": "a.png"}]}, "message 2 with the part"),
         ({"content": [{"type": "text", "text": "a", "path": "b.png"}]}, "message 2 with the part"),
-        ({"content": [{"type": "image", "url": "https://x/a.png"}]}, "the image 'https://x/a.png': nothing is download"),
-        ({"content": [{"type": "image", "image": "data:video/mp4;base64,AA=="}]}, "data of type video/mp4 as its image"),
+        (
+            {"content": [{"type": "image", "url": "https://x/a.png"}]},
+            "the image 'https://x/a.png': nothing is download",
+        ),
+        (
+            {"content": [{"type": "image", "image": "data:video/mp4;base64,AA=="}]},
+            "data of type video/mp4 as its image",
+        ),
         ({"content": [{"type": "image", "image": "data:image/png,AA"}]}, "give data:image/...;base64"),
         ({"content": [{"type": "image", "path": "../../a.png"}]}, "leads out of the media root"),
         ({"content": [{"type": "image", "path": ["a.png"]}]}, "names a file by ['a.png']"),
