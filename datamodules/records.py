@@ -112,8 +112,8 @@ def _conversation(given: dict[str, Any]) -> dict[str, Any]:
     else:
         raise ExampleError(f"has no list of messages, but {', '.join(given) or 'nothing'}: it needs {FORMS}")
     if system := given.pop("system", None):
-        if turns and turns[0].get("role") in ("system", "text"):
-            raise ExampleError(f"has system and a first message of role {turns[0]['role']!r}: leave out one of them")
+        if turns and turns[0].get("role") == "system":
+            raise ExampleError("has system and a first message of role 'system': leave out one of them")
         turns.insert(0, {"role": "system", "content": system})
     if given.get("tools"):
         given["tools"] = _tools(given["tools"])
