@@ -21,18 +21,21 @@ class CaptionFolder(Source):
     no image.
     """
 
-    def __init__(
-        self, root: Roots, prompt: str = "Describe the image.", task: Literal["describe", "draw"] = "describe"
-    ) -> None:
+    def __init__(self, root: Roots, prompt: str | None = None, task: Literal["describe", "draw"] = "describe") -> None:
         """
         Args:
             root: folder, read with all that are in it; or several: the first is read, and links in it may lead into
                 the others.
-            prompt: the user's words; for "draw", ``{}`` stands for the caption.
+            prompt: the user's words; for "draw", ``{}`` stands for the caption. ``None``: "Describe the image.", or to
+                draw the caption alone.
             task: "describe" learns the caption from the image; "draw" the image from the caption.
         """
         if task not in ("describe", "draw"):
             raise ValueError(f'task={task!r}: choose "describe" or "draw"')
+        if prompt is None:
+            prompt = "{}" if task == "draw" else "Describe the image."
+        if task == "draw" and "{}" not in prompt:
+            raise ValueError(f"prompt={prompt!r} must have {{}} in it, for the caption that is to be drawn")
         self.roots, self.prompt, self.task = roots_of(root), prompt, task
         self.root = self.roots[0]
         files = sorted(_files(self.root))
@@ -79,8 +82,7 @@ class CaptionFolder(Source):
             except UnicodeDecodeError as error:
                 raise ExampleError(f"({file}) has a caption that is not valid UTF-8: {error}") from error
         if self.task == "draw":
-            request = self.prompt.format(caption) if "{}" in self.prompt else caption
-            return Example([Message("user", [request])], image, name=file)
+            return Example([Message("user", [self.prompt.replace("{}", caption)])], image, name=file)
         return captioned([image], self.prompt, caption, file)
 
 

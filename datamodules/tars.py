@@ -95,7 +95,7 @@ class WebDatasetTars(Source):
             raise ExampleError(f"has .json with {', '.join(named)}: its media are the members; name it in ignore")
         if "txt" in texts:
             caption = texts["txt"].strip()
-            if record.get("caption", caption).strip() != caption:
+            if str(record.get("caption", caption)).strip() != caption:
                 raise ExampleError('has a .txt and another "caption" in its .json: name one of them in ignore')
             record["caption"] = caption
         if not record:

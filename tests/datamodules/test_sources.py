@@ -22,6 +22,7 @@ from bigmac_lightning.datamodules import (
     Video,
     WebDatasetTars,
 )
+from bigmac_lightning.datamodules.template import read_template
 from tests.datamodules.examples import said, write_jsonl
 
 
@@ -125,6 +126,8 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     assert told(tars[1])[1] == ("assistant", ["a caption"])
     path.write_bytes(BOM + b"some text")
     assert told(TextFiles([str(path)])[0]) == [("text", ["some text"])]
+    path.write_bytes(BOM + b"{{ messages }}")
+    assert read_template(path) == "{{ messages }}"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.png").write_bytes(png())
     (tmp_path / "photos" / "1.txt").write_bytes(BOM + b"a caption")
@@ -245,6 +248,10 @@ def test_caption_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     (tmp_path / "1.txt").write_bytes(b"\xff")
     with pytest.raises(ExampleError, match=r"\(1.png\) has a caption that is not valid UTF-8"):
         describe[0]
+    assert told(CaptionFolder(tmp_path, task="draw")[1]) == [("user", ["two"])]
+    assert told(CaptionFolder(tmp_path, "{a} {}", task="draw")[1]) == [("user", ["{a} two"])]
+    with pytest.raises(ValueError, match="prompt='Draw it' must have"):
+        CaptionFolder(tmp_path, "Draw it", task="draw")
     with pytest.raises(ValueError, match="task='paint'"):
         CaptionFolder(tmp_path, task="paint")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="has no images with a"):
