@@ -1,39 +1,55 @@
-"""The command `bigmac`: LightningCLI's fit, validate, test and predict; `plan`, of a config or of numbers alone,
-`compare`, which needs no model, and `export`."""
+"""The command `bigmac`. Each command is imported when it is called, as those that train need seconds for it."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
-from bigmac_lightning import compare_command, export_command, plan_command, plan_config_command
-from bigmac_lightning.config_cli import BigMacCLI
-
-OTHERS = (
-    "More commands, each with a --help of its own: plan (make, check and show plans; with --config, those of a run and "
-    "its needs), compare (policies and backbones side by side), export (a trained model as a folder that "
-    "transformers loads)."
-)
-
-
-def _plan(arguments: Sequence[str]) -> int:
-    of_config = any(argument.split("=")[0] in ("-c", "--config") for argument in arguments)
-    return (plan_config_command if of_config else plan_command).main(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "plan": _plan,
-    "compare": compare_command.main,
-    "export": export_command.main,
+TRAINING = {
+    "fit": "train the model of a config: fit --config RUN.yaml",
+    "validate": "evaluate it on the validation data",
+    "test": "evaluate it on the test data",
+    "predict": "let it make something of the prediction data",
 }
+OTHERS = {
+    "plan": "make, check, show and save a schedule; with --config, that of a run, with what each rank will need",
+    "data": "show what the model will see of a run's data: data --config RUN.yaml",
+    "compare": "set policies and backbones side by side",
+    "export": "write a trained model as a folder that transformers loads",
+}
+HELP = """usage: bigmac COMMAND ...
+
+Trains multimodal LLMs (encoders -> LLM -> generators) in a pipeline, with the work of encoders and generators nested
+into the LLM's schedule.
+
+{commands}
+
+Each command has a --help of its own. Options of fit and its like stand in a YAML file, on the command line
+(--trainer.devices 4), or in both."""
 
 
 def main() -> None:
     """Entry point."""
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in COMMANDS:
-        sys.exit(COMMANDS[name](arguments))
     if name in ("-h", "--help"):
-        BigMacCLI(args=["--help"], parser_kwargs={"epilog": OTHERS})
-    BigMacCLI()
+        print(HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in {**TRAINING, **OTHERS}.items())))
+    elif name in OTHERS:
+        sys.exit(_module_of(name, arguments).main(arguments))
+    elif name in TRAINING or name.startswith("-"):
+        from bigmac_lightning.config_cli import BigMacCLI
+
+        BigMacCLI()
+    else:
+        near = get_close_matches(name, [*TRAINING, *OTHERS], 1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*TRAINING, *OTHERS])}"
+        print(f"bigmac: error: there is no command {name!r}; {meant}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _module_of(name: str, arguments: Sequence[str]) -> Any:
+    of_config = name == "plan" and any(argument.split("=")[0] in ("-c", "--config") for argument in arguments)
+    return import_module(f"bigmac_lightning.{'plan_config' if of_config else name}_command")
 
 
 if __name__ == "__main__":

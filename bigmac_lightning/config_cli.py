@@ -1,10 +1,12 @@
 """LightningCLI for PipelineModules: what `bigmac fit` and its like read, run and say at the end."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +30,38 @@ class BigMacCLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
             Console().print(summary(self.trainer))
+
+
+class ConfigReader(BigMacCLI):
+    """Reads what `bigmac fit` reads, and runs nothing; derived classes say what is made of it.
+
+    Args:
+        command: that errors name.
+        arguments: of the command line.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        parser = {"exit_on_error": False, "prog": f"bigmac {command}"}
+        super().__init__(args=list(arguments), run=False, parser_kwargs=parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("ckpt_path", "weights_only"):  # of fit, in a config that a run has saved
+            parser.add_argument(f"--{name}", type=Any)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def _add_instantiators(self) -> None:
+        """Nothing has to remember its arguments."""
+
+
+def told(problem: Exception) -> str:
+    """A problem in one line; of jsonargparse's tree of attempts, the key and the last reason."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
+    return " ".join(text.split())
 
 
 def summary(trainer: pl.Trainer) -> Table:

@@ -3,7 +3,6 @@
 Builds the model on the meta device and the strategy; starts no processes and touches neither data nor weights.
 """
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -13,7 +12,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from bigmac_lightning.config_cli import BigMacCLI
+from bigmac_lightning.config_cli import ConfigReader, told
 from bigmac_lightning.module import PipelineModule
 from bigmac_lightning.pipeline import settled
 from bigmac_lightning.report import Precision, StepEstimate, TypicalMicrobatch, count_text, partition_table
@@ -31,16 +30,13 @@ HELP = {
 }
 
 
-class ConfigReader(BigMacCLI):
-    """Reads what `bigmac fit` reads, and makes the model and the strategy of it.
+class RunReader(ConfigReader):
+    """Makes the model and the strategy of a config.
 
     Attributes:
         model: on the meta device.
         strategy: with the options of the run.
     """
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        super().__init__(args=list(arguments), run=False, parser_kwargs={"exit_on_error": False, "prog": "bigmac plan"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         optional: Any = int | None
@@ -48,17 +44,7 @@ class ConfigReader(BigMacCLI):
         for field in fields(TypicalMicrobatch):
             kind: Any = list[int] | None if field.name == "target_shape" else optional
             parser.add_argument(f"--microbatch.{field.name}", type=kind, help=HELP[field.name])
-        for name in ("ckpt_path", "weights_only"):  # of fit, in a config that a run has saved
-            parser.add_argument(f"--{name}", type=Any)
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def _add_instantiators(self) -> None:
-        """Nothing has to remember its arguments."""
+        super().add_arguments_to_parser(parser)
 
     def instantiate_classes(self) -> None:
         """Not the data, and of the trainer only the strategy."""
@@ -111,14 +97,14 @@ class ConfigReader(BigMacCLI):
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
     try:
-        _show(ConfigReader(argv), Console())
+        _show(RunReader("plan", argv), Console())
     except (ValueError, TypeError, ArgumentError, OSError, ImportError) as problem:
-        print(f"bigmac plan: error: {_told(problem)}", file=sys.stderr)
+        print(f"bigmac plan: error: {told(problem)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _show(run: ConfigReader, console: Console) -> None:
+def _show(run: RunReader, console: Console) -> None:
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
     dp, size = mesh_shape(run.world_size, *strategy.sizes)
@@ -167,7 +153,7 @@ def _components(module: PipelineModule) -> str:
     return "\n".join(lines)
 
 
-def _assumptions(run: ConfigReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
+def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
     """Below the table: what was taken for granted."""
     sample_tokens = run.strategy.options.sample_tokens
     seen = (
@@ -182,9 +168,3 @@ def _assumptions(run: ConfigReader, microbatch: TypicalMicrobatch, microbatches:
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "
         f"allocator, and codecs at work. Attention {seen}."
     )
-
-
-def _told(problem: Exception) -> str:
-    """One line; of jsonargparse's tree of attempts, the key and the last reason."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
-    return " ".join(text.split())

@@ -21,7 +21,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
@@ -408,18 +407,6 @@ class BigMacStrategy(SavingStrategy):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         with super().tensor_init_context(empty_init=False):
             yield
-
-
-def register() -> None:
-    """Make ``Trainer(strategy="bigmac")`` work, and its like for processes that are started otherwise."""
-    for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
-        StrategyRegistry.register(
-            BigMacStrategy.strategy_name + suffix,
-            BigMacStrategy,
-            description=f"encoder and generator nested into the LLM's pipeline, processes started by {start_method}",
-            override=True,
-            start_method=start_method,
-        )
 
 
 def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:

@@ -91,15 +91,21 @@ class EasyVQADataModule(MultimodalDataModule):
     """Trains on the training questions, validates on the others. The answer is one word and the only label, so that
     token accuracy is the share of right answers."""
 
-    def __init__(self, train_questions: int | None = None, val_questions: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        train_questions: int | None = None,
+        val_questions: int | None = None,
+        end_of_reply: str | None = "",
+        **kwargs: Any,
+    ) -> None:
         """
         Args:
             train_questions, val_questions: the first so many; ``None``: all.
+            end_of_reply: as of `MultimodalDataModule`; none by default, as a reply is one word.
             kwargs: of `MultimodalDataModule`.
         """
         train, val = EasyVQA("train", train_questions), EasyVQA("test", val_questions)
-        kwargs = {"end_of_reply": "", **kwargs}  # one word needs no end
-        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), **kwargs)
+        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), end_of_reply=end_of_reply, **kwargs)
 
 
 def word_tokenizer(source: EasyVQA) -> Any:

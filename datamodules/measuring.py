@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from .chat import ChatEncoder
@@ -21,7 +23,7 @@ from .example import Example, ExampleError, Size
 from .source import Source
 from .stream import Stream
 
-FORMAT = 3
+FORMAT = 4
 log = logging.getLogger(__name__)
 
 
@@ -31,12 +33,16 @@ class Measured:
 
     Attributes:
         tokens: of its sample, placeholders included.
+        learnt: how many of them are to be learnt.
+        rows: how many of them stand for its media.
         encoder, generator: cost of its media and target.
         sizes: of its media and its target.
         error: why it cannot be used; empty: it can.
     """
 
     tokens: int = 0
+    learnt: int = 0
+    rows: int = 0
     encoder: float = 0.0
     generator: float = 0.0
     sizes: tuple[Size, ...] = ()
@@ -64,6 +70,8 @@ class Measurements:
         return cls(
             {
                 "tokens": np.array([m.tokens for m in measured], dtype=np.int64),
+                "learnt": np.array([m.learnt for m in measured], dtype=np.int64),
+                "rows": np.array([m.rows for m in measured], dtype=np.int64),
                 "encoder": np.array([m.encoder for m in measured], dtype=np.float64),
                 "generator": np.array([m.generator for m in measured], dtype=np.float64),
                 "first": np.cumsum([0, *(len(m.sizes) for m in measured)], dtype=np.int64),
@@ -114,6 +122,8 @@ class _Measuring(Dataset):
             return Measured(error=f"{name} {reason_of(error)}")
         return Measured(
             len(sample.tokens),
+            sum(sample.labelled),
+            sum(item.rows for item in sample.media),
             sum(item.cost for item in sample.media),
             sum(item.cost for item in sample.targets),
             sizes,
@@ -161,7 +171,7 @@ def reason_of(error: Exception) -> str:
 def name_of(source: Source | Stream, index: int, example: Example | None = None) -> str:
     """What errors call an example."""
     given = f" ({example.name})" if example is not None and example.name else ""
-    return f"{source.name}, sample {index}{given}"
+    return f"{source.name}, sample {source.origin(index)}{given}"
 
 
 def measurements(
@@ -189,9 +199,24 @@ def measurements(
         known = Measurements.load(path)
         if read_only or not known.errors:  # what was wrong may have been put right
             return known
-    log.info("measuring the %d examples of %s", len(source), source.name)
-    made = Measurements.of(
-        list(DataLoader(_Measuring(source, encoder, budget, learns), batch_size=None, num_workers=workers))
-    )
+    made = measure_all(source, encoder, budget, workers, learns)
     made.save(path)
     return made
+
+
+def measure_all(
+    source: Source, encoder: ChatEncoder, budget: int, workers: int = 0, learns: bool = False
+) -> Measurements:
+    """Of a source, whatever is on disk; with a progress bar where somebody may watch. Arguments as above."""
+    log.info("measuring the %d examples of %s", len(source), source.name)
+    loader = DataLoader(_Measuring(source, encoder, budget, learns), batch_size=None, num_workers=workers)
+    console = Console(stderr=True)
+    watched = track(
+        loader,
+        f"measuring {source.name}",
+        len(source),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    return Measurements.of(list(watched))

@@ -6,14 +6,16 @@ Knows Lightning's DataModule; knows nothing of models or process groups.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from bigmac_lightning.batch import PipelineLayout
 from bigmac_lightning.module import PipelineModule
@@ -29,6 +31,7 @@ from .measuring import Measurements, measurements
 from .replies import Learn
 from .source import Source
 from .special import InText
+from .splitting import HeldOut, parted
 from .steps import PackingOptions, StepSampler
 from .stream import SourceStream, Stream
 from .template import read_template
@@ -53,6 +56,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         val: Sequence[Source] = (),
         test: Sequence[Source] = (),
         predict: Sequence[Source] = (),
+        val_split: HeldOut | Sequence[HeldOut] | None = None,
         weights: Sequence[float] | None = None,
         samples_per_epoch: int | None = None,
         steps_per_epoch: int | None = None,
@@ -86,6 +90,8 @@ class MultimodalDataModule(pl.LightningDataModule):
         Args:
             train, val, test, predict: sources of each split. In prediction, generators make their targets anew. In
                 training there may be streams among them.
+            val_split: how much of each training source is held out and added to `val`: a share (0.05) or a number of
+                examples (500), or one for each source, 0 for none. Which ones depends on `seed`.
             weights: shares of the training sources in an epoch; ``None``: in proportion to their sizes, or equal ones
                 if there are streams among them.
             samples_per_epoch: of training; ``None``: as many as the training sources have together.
@@ -141,6 +147,8 @@ class MultimodalDataModule(pl.LightningDataModule):
             "test": test,
             "predict": predict,
         }
+        self.val_split = val_split
+        self._parted: tuple[list[Source | Stream], list[Source | Stream]] | None = None
         self.weights, self.samples_per_epoch, self.steps_per_epoch = weights, samples_per_epoch, steps_per_epoch
         if learn not in ("all", "last"):
             raise ValueError(f'learn={learn!r}: choose "all" or "last"')
@@ -172,8 +180,37 @@ class MultimodalDataModule(pl.LightningDataModule):
         self._streamed: tuple[Any, StreamLoader | None] = (None, None)
 
     def sources(self, split: Split) -> Sequence[Source | Stream]:
-        """The sources of "train", "val", "test" or "predict"."""
+        """The sources of "train", "val", "test" or "predict", as they were given."""
         return self._given[split]
+
+    def parts(self, split: Split) -> Sequence[Source | Stream]:
+        """What of the sources belongs to a split: `val_split` gives parts of those of "train" to "val".
+
+        Raises:
+            ValueError: nothing can be held out of them.
+        """
+        if self.val_split is None or split not in ("train", "val"):
+            return self.sources(split)
+        if self._parted is None:
+            given, wanted = self.sources("train"), self.val_split
+            shares = [wanted] * len(given) if isinstance(wanted, int | float) else list(wanted)
+            if len(shares) != len(given):
+                raise ValueError(f"val_split={shares} for {len(given)} training sources: give one for each")
+            train, val = list[Source | Stream](), list(self.sources("val"))
+            for number, (source, share) in enumerate(zip(given, shares, strict=True)):
+                if not share:
+                    train.append(source)
+                    continue
+                if isinstance(source, Stream):
+                    raise ValueError(
+                        f"val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
+                        "val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
+                    )
+                rest, held_out = parted(source, share, f"{self.seed}/val/{number}")
+                train.append(rest)
+                val.append(held_out)
+            self._parted = train, val
+        return self._parted[split == "val"]
 
     def _streams(self, split: Split) -> list[Stream]:
         """The sources of a split as streams, if there is a stream among them; else none.
@@ -181,7 +218,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         Raises:
             ValueError: streams are not for this split, or the length of an epoch is not given.
         """
-        sources = self.sources(split)
+        sources = self.parts(split)
         if not any(isinstance(source, Stream) for source in sources):
             return []
         if split != "train":
@@ -238,12 +275,13 @@ class MultimodalDataModule(pl.LightningDataModule):
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         if self._streams(split):
             return []  # each example is measured when it comes
+        sources = [source for source in self.parts(split) if isinstance(source, Source)]
+        return [self.measured_of(source, split, read_only) for source in sources]
+
+    def measured_of(self, source: Source, split: Split, read_only: bool = False) -> Measurements:
+        """What is known of the examples of a source, as examples of a split; arguments as of `measurements`."""
         where = (self.cache_dir, self.num_workers, read_only)
-        return [
-            measurements(source, self.encoder, self.token_budget, *where, learns=split == "train")
-            for source in self.sources(split)
-            if isinstance(source, Source)
-        ]
+        return measurements(source, self.encoder, self.token_budget, *where, learns=split == "train")
 
     def _known(self, split: Split) -> list[Measurements]:
         if split not in self._measured:
@@ -280,14 +318,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None:
             place |= self.trainer.distributed_sampler_kwargs or {}  # None on a single device
-        options = PackingOptions(
-            self.token_budget,
-            layout.microbatches or self.microbatches,
-            exact=training and layout.microbatches is not None,
-            window=self.window,
-            ordered=self.ordered or not training,
-            attention_tokens=self.attention_tokens,
-        )
+        options = self._packing(split, layout.microbatches)
         collate = StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens)
         agreement = Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split))
         same, counting = repeats_batches(self.trainer), uncounted_in(self.trainer) if training else None
@@ -308,12 +339,42 @@ class MultimodalDataModule(pl.LightningDataModule):
                     same,
                 )
             )
-        sources, measured = [s for s in self.sources(split) if isinstance(s, Source)], self._known(split)
-        mixture = {"weights": self.weights, "samples": self.samples_per_epoch} if training else {}
-        shuffle = training and not self.ordered and not same
-        sampler = StepSampler(measured, options, **mixture, shuffle=shuffle, seed=self.seed, **place, same=same)
+        sources, measured = [s for s in self.parts(split) if isinstance(s, Source)], self._known(split)
+        sampler = self.sampler(split, measured, layout.microbatches, place, same)
         steps = EncodedSteps(sources, measured, self.encoder, training, options.ordered, split == "predict")
         return StepLoader(steps, sampler, collate, agreement, self.num_workers, self.prefetch, counting)
+
+    def sampler(
+        self,
+        split: Split,
+        measured: Sequence[Measurements],
+        microbatches: int | None = None,
+        place: Mapping[str, int] | None = None,
+        same: bool = False,
+    ) -> StepSampler:
+        """What each step of a split consists of.
+
+        Args:
+            measured: of each source.
+            microbatches: of a step; ``None``: the DataModule's.
+            place: "num_replicas" and "rank", of data-parallel replicas.
+            same: every epoch is the first one.
+        """
+        training, options = split == "train", self._packing(split, microbatches)
+        weights, samples = (self.weights, self.samples_per_epoch) if training else (None, None)
+        shuffle, place = training and not self.ordered and not same, dict(place or {})
+        return StepSampler(measured, options, weights, samples, shuffle, self.seed, **place, same=same)
+
+    def _packing(self, split: Split, microbatches: int | None) -> PackingOptions:
+        training = split == "train"
+        return PackingOptions(
+            self.token_budget,
+            microbatches or self.microbatches,
+            exact=training and microbatches is not None,
+            window=self.window,
+            ordered=self.ordered or not training,
+            attention_tokens=self.attention_tokens,
+        )
 
     def _following(self, loader: StreamLoader) -> StreamLoader:
         """A stream goes on where the loader before it stopped, if the same training goes on (`Trainer` may ask for new
@@ -335,13 +396,20 @@ class MultimodalDataModule(pl.LightningDataModule):
         return self.loader("train")
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        return self.loader("val") if self.sources("val") else []
+        return self.loader("val") if self.parts("val") else _nothing()
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         return self.loader("test")
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         return self.loader("predict")
+
+
+def _nothing() -> CombinedLoader:
+    """No loaders: a list without any is one of length 0 to Lightning, which warns of it."""
+    combined = CombinedLoader([], "sequential")
+    combined._flattened, combined._spec = tree_flatten([])
+    return combined
 
 
 def load_processor(processor: Any) -> tuple[Any, Any]:

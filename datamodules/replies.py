@@ -127,11 +127,12 @@ class Replies:
     def _check_end(self, called: str, behind: str | None) -> None:
         """Refuse a reply without an end, unless it is said what is to end it."""
         if self.end is None or (self.end and behind == "tool"):
+            token = self.special.tokenizer.eos_token
+            such = f", such as {token!r}" if token else ""
             raise ExampleError(
                 f"has a reply, {called}, behind which the chat template puts no special token: a model that learns it "
                 "does not learn to stop. Give a chat_template that ends replies; or say by end_of_reply what is to end "
-                f"them, such as {self.special.tokenizer.eos_token!r} (not for tool calls); end_of_reply='' learns them "
-                "without an end"
+                f"them{such} (not for tool calls); end_of_reply='' learns them without an end"
             )
 
     def _generated_stop(self, reading: Reading, i: int, runs: Sequence[Run]) -> tuple[int, bool]:

@@ -33,6 +33,10 @@ class Source(Dataset, ABC):
             ExampleError: what is there cannot be read as an example.
         """
 
+    def origin(self, index: int) -> int:
+        """The number of an example that errors give: that in the data, where this source has some of them."""
+        return index
+
     def fingerprint(self) -> str | None:
         """Changes whenever the data does, so that what was measured in an earlier run can be used again.
 

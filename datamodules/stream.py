@@ -24,6 +24,10 @@ class Stream(ABC):
         """What errors and logs call it."""
         return type(self).__name__
 
+    def origin(self, index: int) -> int:
+        """The number of an example that errors give."""
+        return index
+
     @abstractmethod
     def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
         """Each example with the place behind it, or an error for what cannot be read as one.

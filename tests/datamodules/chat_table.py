@@ -413,11 +413,11 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def written() -> str:
-    """The table as it stands in the page."""
-    return PAGE.read_text("utf-8").split(START)[1].split(END)[0]
+def page() -> str:
+    """The whole page, with the table made anew."""
+    before, _, rest = PAGE.read_text("utf-8").partition(START)
+    return before + START + table() + END + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    before, rest = PAGE.read_text("utf-8").split(START)
-    PAGE.write_text(before + START + table() + END + rest.split(END)[1], "utf-8")
+    PAGE.write_text(page(), "utf-8")

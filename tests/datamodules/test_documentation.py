@@ -58,10 +58,10 @@ def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(text.replace("<|im_end|>", " ").split()) == ["even", "odd", "odd"]
 
 
+def test_the_documented_chat_templates_do_as_documented() -> None:
+    """Labels of every template and conversation."""
+    assert PAGE.read_text() == chat_table.page(), "run: python -m tests.datamodules.chat_table"
+
+
 def test_the_documented_media_are_those_that_are_tested() -> None:
     assert PAGE.read_text() == media_table.page(), "run: python -m tests.datamodules.media_table"
-
-
-def test_the_table_of_chat_templates() -> None:
-    """Labels of every template and conversation; ``python -m tests.datamodules.chat_table`` writes it anew."""
-    assert chat_table.written() == chat_table.table()

@@ -19,7 +19,7 @@ FAMILY = "qwen3_vl"  # tied embeddings, so that two ranks hold a copy each
 
 
 def tensors(module: MultimodalLM) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in module.named_parameters(remove_duplicate=False)}
 
 
 def module_of(folder: Path, **changes: Any) -> MultimodalLM:

@@ -118,8 +118,7 @@ def test_export_folds_adapters(name: str, lora: Any, size: int, adapted: int, tm
     on_ranks(size, _train, size, tmp_path, name, lora)
     module = module_of(tmp_path, name, lora=lora)
     module.configure_model()
-    copies = {f"llm.{copy}" for copy in module.llm.tied}
-    assert set(module.load_state_dict(StoredWeights(tmp_path / "run.ckpt").read(), strict=False).missing_keys) == copies
+    module.load_state_dict(StoredWeights(tmp_path / "run.ckpt").read())
     arguments = ["--checkpoint", str(tmp_path / "run.ckpt"), "--output", str(tmp_path / "out" / name)]
     assert export_command.main(arguments) == 0
     exported, start = zoo.load(name, tmp_path / "out"), zoo.load(name, tmp_path)
