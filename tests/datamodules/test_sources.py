@@ -350,6 +350,20 @@ def test_media_in_columns(stream: bool, tmp_path: Path, monkeypatch: pytest.Monk
             read(image=row)
 
 
+@pytest.mark.parametrize("given", [png(), [png()], {"bytes": png(), "path": None}])
+def test_bytes_in_columns_are_read_when_they_are_opened(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    datasets.Dataset.from_list([{"caption": "a", "image": given}]).to_parquet(tmp_path / "rows.parquet")
+    (image,) = HFDataset("parquet", str(tmp_path / "rows.parquet"))[0].media
+    assert image.file.name.endswith(", row 0, image 0")
+    with image.file.open() as stream:
+        assert stream.read() == png()
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
