@@ -179,7 +179,10 @@ def known(given: Any, schema: Any, where: str) -> dict[str, Any]:
     keys = schema.__annotations__
     unknown = [str(key) for key, value in given.items() if key not in keys and value not in (None, "", [], {}, ())]
     if unknown:
-        raise ExampleError(f"has {', '.join(unknown)}{where}, which is not known here; known are {', '.join(keys)}")
+        advice = "" if where else ". A source leaves out what its ignore names"
+        raise ExampleError(
+            f"has {', '.join(unknown)}{where}, which is not known here; known are {', '.join(keys)}{advice}"
+        )
     return {key: value for key, value in given.items() if key in keys and value is not None}
 
 

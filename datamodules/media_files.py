@@ -28,6 +28,7 @@ def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: 
         given: its path below the media roots, with or without ``file://``; a ``data:`` URI; its bytes; a `File`; or an
             object: ``{"path": "a.png", "height": 64, "width": 64}``, of a video without a size; or ``{"bytes": ...,
             "path": ...}``, as the `datasets` library has them, whose path counts if there are no bytes.
+        roots: folders; empty: no paths are read.
         called: what errors call bytes, which have no name of their own.
 
     Raises:
@@ -47,9 +48,8 @@ def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: 
     if isinstance(given, bytes):
         return kind(File.lazy(called, partial(bytes, given)), size)
     if not isinstance(given, str):
-        raise ExampleError(
-            f"names a file by {given!r}: give its path below {roots_of(roots)[0]}, a data: URI, or its bytes"
-        )
+        below = "" if roots == () else f" below {roots_of(roots)[0]}"
+        raise ExampleError(f"names a file by {given!r}: give its path{below}, a data: URI, or its bytes")
     if given.startswith("data:"):
         return kind(_inline(given, what), size)
     scheme = URI.match(given)
@@ -57,6 +57,8 @@ def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: 
         given = unquote(urlsplit(given).path)
     elif scheme:
         raise ExampleError(f"names the {what} {given!r}: nothing is downloaded. Save it, and give its path")
+    if roots == ():
+        raise ExampleError(f"names the {what} {given!r}: no files are read but those that come with the record")
     return kind(File.at(given, roots), size)
 
 

@@ -164,6 +164,7 @@ def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
         ("4.a.txt", b"a"), ("4.b.txt", b"a"), ("4.png", png()),
         ("5.png", png()), ("5.json", b'{"image": "5.png", "messages": []}'),
         ("6.json", b"[]"), ("7.json", b"{"), ("8.txt", b"alone"), ("9.txt", b"\xff"),
+        ("A.json", b'{"messages": [{"role": "user", "content": [{"type": "image", "path": "5.png"}]}]}'),
     ]  # fmt: skip
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in members:
@@ -181,12 +182,13 @@ def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
             "has text that cannot be read",
             "has a caption, and neither an image nor a video",
             "has text that cannot be read",
+            "names the image '5.png': no files are read but those that come with the record",
         )
     ):
         with pytest.raises(ExampleError) as error:
             source[index]
         assert message in str(error.value)
-        assert f"0.tar: {index})" in str(error.value)
+        assert f"0.tar: {index:X})" in str(error.value)
     ignoring = WebDatasetTars(str(tmp_path / "0.tar"), ignore=[".cls", "wav", "json"])
     assert [told(ignoring[i])[1] for i in range(3)] == [("assistant", ["a"])] * 3
 
