@@ -125,7 +125,7 @@ def write_faulty(folder: Path) -> Path:
             if isinstance(bad, dict):
                 for key in ("images", "videos"):
                     if bad.get(key) and not bad[key][0].startswith(("/", "..")):
-                        bad[key] = [f"{folder_of_case.name}/{bad[key][0]}"]
+                        bad[key] = [f"{folder_of_case.name}/{name}" for name in bad[key]]
             lines.append(json.dumps(bad).encode())
         lines += [good] * 2
     (folder / "faulty.jsonl").write_bytes(b"\n".join(lines))
