@@ -154,3 +154,19 @@ def test_calls_that_are_messages_belong_to_the_reply_before(tmp_path: Path) -> N
         ("assistant", ["I look."], 3),
         ("tool", ["x"], 0),
     ]
+
+
+def test_text_with_images_in_it(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    text = read(tmp_path, {"text": "One <image> and <image>.", "images": ["a.png", "b.png"]})
+    assert [message.role for message in text.messages] == ["text"]
+    assert [part if isinstance(part, str) else part.file.name[-5:] for part in text.messages[0].parts] == [
+        "One ",
+        "a.png",
+        " and ",
+        "b.png",
+        ".",
+    ]
+    done = read(tmp_path, {"prompt": "<image>: ", "completion": "an <image>", "images": ["a.png"]})
+    assert [(message.learn, len(message.parts)) for message in done.messages] == [(False, 2), (None, 1)]
