@@ -5,6 +5,7 @@ themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
+from .caption_folder import CaptionFolder
 from .collate import Collator, Media, Sample, Target
 from .conversation import Conversation, example_of
 from .digits import DigitsDataModule
@@ -12,12 +13,15 @@ from .easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
 from .example import Example, ExampleError, File, Image, Message, Size, Video
 from .failures import SourceError
 from .hf_processor import HFVisual
+from .hugging_face import HFDataset, HFStream
+from .json_files import LlavaJSON, MessagesJSONL
 from .multimodal import MultimodalDataModule
 from .sampler import EpochSampler
 from .small_sources import Clips, Sums
 from .source import Source
-from .sources import CaptionFolder, HFDataset, LlavaJSON, MessagesJSONL, WebDatasetTars
-from .stream import HFStream, SourceStream, Stream, Taken
+from .stream import SourceStream, Stream, Taken
+from .tars import WebDatasetTars
+from .text_files import TextFiles
 from .tokenizers import byte_tokenizer
 from .visual import PatchProcessor, TargetProcessor, VisualProcessor
 
@@ -57,6 +61,7 @@ __all__ = [
     "Taken",
     "Target",
     "TargetProcessor",
+    "TextFiles",
     "Video",
     "VisualProcessor",
     "WebDatasetTars",

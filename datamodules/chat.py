@@ -22,6 +22,7 @@ from .replies import Learn, Replies, plain_text
 from .special import InText, SpecialTokens
 from .template import ChatTemplate
 from .text import Edit, Text, strings_in
+from .truncation import cut
 from .visual import Augment, MediaPlan, TargetProcessor, VisualProcessor, seeded_augment
 
 IMAGE, VIDEO, DRAW = "<|image_pad|>", "<|video_pad|>", "<|draw|>"
@@ -47,6 +48,7 @@ class ChatEncoder:
         chat_template_kwargs: variables of the template in all examples; an example's own come before them.
         learn, end_of_reply: `learn` and `end` of `Replies`.
         special_tokens, allowed_special: `in_text` and `allowed` of `SpecialTokens`.
+        cut_at: most tokens of a sample, of which the rest is cut off; ``None``: all are kept.
     """
 
     tokenizer: Any
@@ -65,6 +67,7 @@ class ChatEncoder:
     end_of_reply: str | None = None
     special_tokens: InText = "text"
     allowed_special: Sequence[str] = ()
+    cut_at: int | None = None
 
     def check(self) -> None:
         """
@@ -90,7 +93,7 @@ class ChatEncoder:
             self.visual and self.visual.fingerprint(),
             self.target,
             (self.image_token, self.video_token, self.draw_token, tuple(self.feature_tokens), self.processor is None),
-            (self.learn, self.end_of_reply, self.special_tokens, tuple(self.allowed_special)),
+            (self.learn, self.end_of_reply, self.special_tokens, tuple(self.allowed_special), self.cut_at),
             json.dumps(dict(self.chat_template_kwargs), sort_keys=True, default=repr),
             (self._template.source(), self._template.source(True), self.tokenizer.special_tokens_map),
         )
@@ -106,7 +109,8 @@ class ChatEncoder:
             draw: what its random numbers depend on besides the seed; ``None``: no augmentation.
 
         Raises:
-            ExampleError: text and media do not fit together, or the template refuses the conversation.
+            ExampleError: text and media do not fit together, the template refuses the conversation, or what is to be
+                cut off has media or a target in it, or all that is learnt.
         """
         example.check()
         plans = self._plans(example, sizes)
@@ -119,7 +123,7 @@ class ChatEncoder:
             targets.append(target)
             tokens += [draw_id] * target.rows
             labelled += [False] * target.rows
-        return Sample(tokens, labelled, media, targets, name)
+        return cut(Sample(tokens, labelled, media, targets, name), self.cut_at)
 
     def _tokens(
         self, text: Text, plans: Sequence[MediaPlan], order: Sequence[int]

@@ -1,7 +1,7 @@
 """The one schema of a conversation as data, and the `Example` that becomes of it.
 
-Every format is translated into it. A key that it does not name is refused, as long as it has a value. Knows no format
-and no file::
+Every format is translated into it. A key that it does not name is refused, as long as it has a value. Knows no format,
+and opens no file::
 
     {"messages": [{"role": "system", "content": "Be brief."},
                   {"role": "user", "content": "<image>Is it warm here?"},
@@ -14,23 +14,11 @@ and no file::
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Required, TypedDict
 
-from .example import Example, ExampleError, Image, Message, Part, Video
-
-
-class TypedPart(TypedDict, total=False):
-    """A part of a message. Placeholders in its text are text.
-
-    Attributes:
-        type: "text"; or "image" or "video": the next one.
-        text: of type "text".
-    """
-
-    type: Required[str]
-    text: str
+from .contents import Contents, TypedPart, known
+from .example import Example, ExampleError, Image, Message, Roots, Video
 
 
 class Turn(TypedDict, total=False):
@@ -39,7 +27,8 @@ class Turn(TypedDict, total=False):
     Attributes:
         role: as of `Message`.
         content: a text, in which ``<image>`` and ``<video>`` stand for the next one; or a list of parts, of which some
-            may be an `Image` or `Video` themselves. It may be missing where there are `tool_calls`.
+            may be an `Image` or `Video` themselves. It may be missing where there are `tool_calls`. In what is learnt
+            they are words, if the others alone are as many as there are images, or videos.
         reasoning_content, tool_calls, name, tool_call_id: as of `Message`.
         loss: whether an assistant's message is learnt: true or false, or 1 or 0; `Message.learn`.
     """
@@ -72,35 +61,34 @@ def example_of(
     videos: Sequence[Video] = (),
     target: Image | None = None,
     name: str = "",
+    media_root: Roots = ".",
 ) -> Example:
     """
     Args:
-        images, videos: what placeholders and parts without a file stand for, in their order; all are used.
+        images, videos: what placeholders and parts without a file stand for, in their order; all are used. Where
+            nothing stands for them, they come before the first message of the user.
         target, name: of the example.
+        media_root: of files that parts name, as of `Roots`.
 
     Raises:
         ExampleError: it is no such conversation, has a key beyond those, or not as many places as images and videos.
     """
-    given = _known(conversation, Conversation, "")
+    given = known(conversation, Conversation, "")
     turns = _list_of_objects(given.get("messages"), "messages")
-    left: dict[str, list[Any]] = {"image": list(images), "video": list(videos)}
-    places = [kind for turn in turns for kind in places_of(turn)]
-    for kind, items in left.items():
-        if places.count(kind) != len(items):
-            raise ExampleError(f"has {places.count(kind)} <{kind}> placeholders for {len(items)} {kind}s")
-    messages = [_message(turn, number, left) for number, turn in enumerate(turns, start=1)]
+    content = Contents({"image": list(images), "video": list(videos)}, turns, media_root)
+    messages = [_message(turn, number, content) for number, turn in enumerate(turns, start=1)]
     tools = given.get("tools", ())
     if isinstance(tools, str):
-        tools = _loaded(tools, "tools")
+        tools = loaded(tools, "tools")
     variables = given.get("chat_template_kwargs", {})
     if not isinstance(variables, Mapping):
         raise ExampleError(f"has chat_template_kwargs that are no object: {variables!r}")
     return Example(messages, target, name, _list_of_objects(tools, "tools"), variables)
 
 
-def _message(turn: Mapping[str, Any], number: int, left: dict[str, list[Any]]) -> Message:
+def _message(turn: Mapping[str, Any], number: int, content: Contents) -> Message:
     where = f"message {number}"
-    given = _known(turn, Turn, f" in {where}")
+    given = known(turn, Turn, f" in {where}")
     for key in ("role", "reasoning_content", "name", "tool_call_id"):
         if not isinstance(given.get(key, ""), str):
             raise ExampleError(f"has {where} whose {key} is no text, but {given[key]!r}")
@@ -112,63 +100,13 @@ def _message(turn: Mapping[str, Any], number: int, left: dict[str, list[Any]]) -
         raise ExampleError(f"has {where} with loss={loss!r}: it is learnt (true) or not (false); no weights are known")
     return Message(
         given.get("role", ""),
-        _parts(given.get("content", ""), where, left),
+        content.parts(turn, where),
         given.get("reasoning_content"),
         calls,
         given.get("name"),
         given.get("tool_call_id"),
         None if loss is None else bool(loss),
     )
-
-
-def _parts(content: Any, where: str, left: dict[str, list[Any]]) -> list[Part]:
-    if isinstance(content, str):
-        pieces = re.split("(<image>|<video>)", content)
-        parts = [left[piece[1:-1]].pop(0) if piece in ("<image>", "<video>") else piece for piece in pieces]
-        return [part for part in parts if part != ""]
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise ExampleError(f"has {where} whose content is neither text nor a list of parts, but {content!r}")
-    return [_part(part, where, left) for part in content]
-
-
-def _part(part: Any, where: str, left: dict[str, list[Any]]) -> Part:
-    if isinstance(part, Image | Video):
-        return part
-    given = _known(part, TypedPart, f" in a part of {where}")
-    kind, text = given.get("type"), given.get("text")
-    if kind == "text" and isinstance(text, str):
-        return text
-    if kind in left and text is None:
-        return left[kind].pop(0)
-    raise ExampleError(
-        f'has {where} with the part {part!r}: give {{"type": "text", "text": ...}}, {{"type": "image"}} or '
-        '{"type": "video"}'
-    )
-
-
-def places_of(turn: Any) -> Iterator[str]:
-    """Which kinds the places for images and videos in a message are of, in their order."""
-    content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-    if isinstance(content, str):
-        yield from re.findall("<(image|video)>", content)
-    elif isinstance(content, Sequence):
-        kinds = [part.get("type") for part in content if isinstance(part, Mapping)]
-        yield from (kind for kind in kinds if kind in ("image", "video"))
-
-
-def _known(given: Any, schema: Any, where: str) -> dict[str, Any]:
-    """What has a value.
-
-    Raises:
-        ExampleError: there is a value under a key that the schema does not have.
-    """
-    if not isinstance(given, Mapping):
-        raise ExampleError(f"is no JSON object{where}: {given!r}")
-    keys = schema.__annotations__
-    unknown = [str(key) for key, value in given.items() if key not in keys and value not in (None, "", [], {}, ())]
-    if unknown:
-        raise ExampleError(f"has {', '.join(unknown)}{where}, which is not known here; known are {', '.join(keys)}")
-    return {key: value for key, value in given.items() if key in keys and value is not None}
 
 
 def _list_of_objects(given: Any, what: str) -> tuple[Mapping[str, Any], ...]:
@@ -180,7 +118,7 @@ def _list_of_objects(given: Any, what: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(given)
 
 
-def _loaded(text: str, what: str) -> Any:
+def loaded(text: str, what: str) -> Any:
     try:
         return json.loads(text or "[]")
     except ValueError as error:

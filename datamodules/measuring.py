@@ -153,7 +153,7 @@ def encoded(
     if len(sample.tokens) > budget:
         raise ExampleError(
             f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
-            f"per image or video, or raise token_budget={budget}"
+            f'per image or video, raise token_budget={budget}, or cut off its end by truncation="end"'
         )
     if learns and not any(sample.labelled) and not sample.targets:
         raise ExampleError(

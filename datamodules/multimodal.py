@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
@@ -64,6 +64,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         visual: VisualProcessor | None = None,
         target: TargetProcessor | None = None,
         token_budget: int = 4096,
+        truncation: Literal["refuse", "end"] = "refuse",
         microbatches: int = 8,
         packed: bool = True,
         window: int = 1024,
@@ -100,6 +101,8 @@ class MultimodalDataModule(pl.LightningDataModule):
             visual: makes the encoders' inputs of images and videos; ``None``: as the processor does, if it does.
             target: makes the generators' targets of images.
             token_budget: most tokens of a microbatch.
+            truncation: what becomes of an example with more tokens than that: "refuse" counts it as broken; "end" cuts
+                off its end, unless images, videos or a target would be cut, or nothing be learnt of it.
             microbatches: per step and replica, unless the strategy asks for another number. Training steps may differ
                 by one, unless the strategy has been told how many there must be.
             packed: samples of a microbatch stand in one row, without padding, kept apart by positions that start anew.
@@ -151,6 +154,8 @@ class MultimodalDataModule(pl.LightningDataModule):
             raise ValueError(f'learn={learn!r}: choose "all" or "last"')
         if special_tokens not in ("text", "refuse"):
             raise ValueError(f'special_tokens={special_tokens!r}: choose "text" or "refuse"')
+        if truncation not in ("refuse", "end"):
+            raise ValueError(f'truncation={truncation!r}: choose "refuse" or "end"')
         tokenizer, made = load_processor(processor)
         feature_tokens: tuple[str, ...] = ()
         if made is not None:  # a processor's own tokens and preparation, unless others are given
@@ -162,7 +167,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         self.encoder = ChatEncoder(
             tokenizer, visual, target, image_token, video_token, draw_token, tuple(augment), seed, feature_tokens, made,
             None if chat_template is None else read_template(chat_template), chat_template_kwargs or {}, learn,
-            end_of_reply, special_tokens, tuple(allowed_special),
+            end_of_reply, special_tokens, tuple(allowed_special), token_budget if truncation == "end" else None,
         )  # fmt: skip
         self.encoder.check()
         self.token_budget, self.microbatches, self.packed = token_budget, microbatches, packed

@@ -1,12 +1,13 @@
 """What a source of examples is. To train on data of your own, derive from `Source`.
 
-Knows nothing of tokenizers, models or ranks; ready-made sources are in sources.py.
+Knows nothing of tokenizers, models or ranks; ready-made sources are in json_files.py, tars.py and others.
 """
 
 import hashlib
 import os
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -53,6 +54,11 @@ def stamp(paths: "list[str | Path]") -> str:
     """Names, sizes and times of files, as a fingerprint; one may be missing, as where a link leads nowhere."""
     stats = [(str(path), found.st_size, found.st_mtime_ns) for path in paths if (found := _stat(path))]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def resolved(roots: Sequence[Path]) -> list[str]:
+    """What tells folders apart from others on disk."""
+    return [str(folder.resolve()) for folder in roots]
 
 
 def _stat(path: str | Path) -> os.stat_result | None:

@@ -275,7 +275,7 @@ def read_template(given: str | Path) -> str:
     path = Path(given).expanduser()
     if not path.is_file():
         raise ValueError(f"chat_template={str(given)!r} is neither a template nor the path of a file with one")
-    return path.read_text("utf-8")
+    return path.read_text("utf-8-sig")
 
 
 def _renamed(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:

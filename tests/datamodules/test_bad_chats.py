@@ -37,11 +37,25 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing said": (answer(content=None), "has message 2 without content"),
     "audios": ({**answer(), "audios": ["a.wav"]}, "has audios, which is not known here"),
     "objects": ({**answer(), "objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}}, "has objects, which is not known"),
-    "an unknown part": (answer(content=[{"type": "input_audio"}]), "message 2 with the part {'type': 'input_audio'}"),
+    "an unknown part": (answer(content=[{"type": "input_audio"}]), "message 2 with a part of type 'input_audio'"),
     "a variable": ({**answer(), "chat_template_kwargs": {"enable_thinking": True}}, "template has no such variable"),
+    "a URL": (answer(content=[{"type": "image", "image": "https://x/a.png"}]), "nothing is downloaded"),
+    "a broken URI": (answer(content=[{"type": "image", "url": "data:image/png"}]), "give data:image/...;base64"),
+    "a file outside": (answer(content=[{"type": "video", "path": "../../v.mp4"}]), "leads out of the media root"),
+    "a missing file": ({**answer(), "images": ["gone.png"]}, "gone.png cannot be read: FileNotFoundError"),
+    "no image for a placeholder": ({"messages": said("<image>?", "a")}, "has 1 <image> placeholders for 0 images"),
+    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has chosen, rejected: preferences cannot be"),
+    "a prompt alone": ({"prompt": "a"}, "has the prompt 'a' and the completion None"),
+    "an empty completion": ({"prompt": [ASKED], "completion": answer(content="")["messages"][1:]}, "nothing to learn"),
+    "a caption of nothing": ({"caption": "a"}, "neither an image nor a video"),
+    "no known form": ({"instruction": "a", "output": "b"}, "has no list of messages, but instruction, output"),
+    "an empty text": ({"text": ""}, "is empty"),
+    "nothing left to learn": ({"prompt": "a" * 200, "completion": "b"}, "cut to 100: nothing to learn would be left"),
+    "a call that is none": ({"messages": [ASKED, {"role": "tool_call", "content": "f"}]}, "that are not JSON"),
     "a special token in a name": (answer(tool_calls=[{**CALL, "id": "<|im_end|>"}]), "has the special token <|im_end"),
 }  # fmt: skip
-SETTINGS: dict[str, Any] = {"target": None, "visual": None, "val": [], "microbatches": 2, "token_budget": 100}
+SETTINGS: dict[str, Any] = {"target": None, "visual": None, "val": [], "microbatches": 2, "token_budget": 100,
+                            "truncation": "end"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +141,7 @@ def _fit_fickle(rank: int, path: Path, bad: str, faulty_rank: str, stream: bool)
 
 @pytest.mark.parametrize("faulty_rank", ["0", "1"])
 @pytest.mark.parametrize(
-    ("bad", "stream"), [("tools", False), ("audios", False), ("no loss", True), ("reasoning", True)]
+    ("bad", "stream"), [("tools", False), ("audios", False), ("a URL", False), ("no loss", True), ("reasoning", True)]
 )
 def test_what_one_rank_alone_reads_ends_the_run_on_all(
     bad: str, stream: bool, faulty_rank: str, tmp_path: Path

@@ -59,7 +59,7 @@ def record(folder: Path, case: str) -> Any:
     elif case == "absolute":
         return {**image, "images": ["/etc/passwd"]}
     elif case == "too few placeholders":
-        return {**image, "messages": said("what?", "this")}
+        return {**image, "messages": said("<image>what?", "this"), "images": ["bad.png", "bad.png"]}
     elif case == "too many placeholders":
         return {**image, "messages": said("<image><image>what?", "this")}
     elif case == "no reply":
@@ -87,7 +87,7 @@ MEASURED = {
     "no video": "bad.mp4 cannot be read",
     "outside": "leads out of the media root",
     "absolute": "leads out of the media root",
-    "too few placeholders": "has 0 <image> placeholders for 1 images",
+    "too few placeholders": "has 1 <image> placeholders for 2 images",
     "too many placeholders": "has 2 <image> placeholders for 1 images",
     "no reply": "has nothing to learn",
     "too long": "more than a microbatch may have",
@@ -125,7 +125,7 @@ def write_faulty(folder: Path) -> Path:
             if isinstance(bad, dict):
                 for key in ("images", "videos"):
                     if bad.get(key) and not bad[key][0].startswith(("/", "..")):
-                        bad[key] = [f"{folder_of_case.name}/{bad[key][0]}"]
+                        bad[key] = [f"{folder_of_case.name}/{name}" for name in bad[key]]
             lines.append(json.dumps(bad).encode())
         lines += [good] * 2
     (folder / "faulty.jsonl").write_bytes(b"\n".join(lines))

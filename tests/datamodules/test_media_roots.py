@@ -119,7 +119,10 @@ def test_rows_that_name_files(kind: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
     def image(roots: Any) -> Any:
         source = kind("parquet", str(tmp_path / "rows.parquet"), media_root=roots)
-        return (source[0] if kind is HFDataset else next(source.read(0))[0]).media[0]
+        example = source[0] if kind is HFDataset else next(source.read(0))[0]
+        if isinstance(example, ExampleError):
+            raise example
+        return example.media[0]
 
     assert measure(image([tmp_path / "photos", tmp_path / "blobs"])).width == 9
     with pytest.raises(ExampleError, match=r"leads out of the media root: it is .*blobs/1, and only"):

@@ -18,9 +18,11 @@ from bigmac_lightning.datamodules import (
     Image,
     LlavaJSON,
     MessagesJSONL,
+    TextFiles,
     Video,
     WebDatasetTars,
 )
+from bigmac_lightning.datamodules.template import read_template
 from tests.datamodules.examples import said, write_jsonl
 
 
@@ -94,6 +96,101 @@ def test_llava_json(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match="must be a JSON list"):
         LlavaJSON(path)
+    path.write_text("{}\n{}")
+    with pytest.raises(ValueError, match=r"llava.json is not JSON .* use MessagesJSONL"):
+        LlavaJSON(path)
+    path.write_text(json.dumps([{"conversations": turns}], indent=1))
+    with pytest.raises(ValueError, match=r"llava.json is a JSON list, .* use LlavaJSON"):
+        MessagesJSONL(path)
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    record = json.dumps({"messages": said("a", "b")}).encode()
+    talk = [("user", ["a"]), ("assistant", ["b"])]
+    path = tmp_path / "d"
+    for content in (BOM + record + b"\n" + record, BOM + b"\n" + record + b"\n" + BOM + record):
+        path.write_bytes(content)
+        source = MessagesJSONL(path)
+        assert [told(source[i]) for i in range(len(source))] == [talk, talk]
+    path.write_bytes(BOM + b"[" + record + b"]")
+    assert told(LlavaJSON(path)[0]) == talk
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "0.json", BOM + record)
+        add(tar, "1.png", png())
+        add(tar, "1.txt", BOM + b"a caption")
+    tars = WebDatasetTars(str(tmp_path / "0.tar"))
+    assert told(tars[0]) == talk
+    assert told(tars[1])[1] == ("assistant", ["a caption"])
+    path.write_bytes(BOM + b"some text")
+    assert told(TextFiles([str(path)])[0]) == [("text", ["some text"])]
+    path.write_bytes(BOM + b"{{ messages }}")
+    assert read_template(path) == "{{ messages }}"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(png())
+    (tmp_path / "photos" / "1.txt").write_bytes(BOM + b"a caption")
+    assert told(CaptionFolder(tmp_path / "photos")[0])[1] == ("assistant", ["a caption"])
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "1.txt").write_bytes(BOM + "eins ä\n\nzwei\n\n\n\n<image>".encode())
+    (tmp_path / "2.txt").write_text("three")
+    whole = TextFiles(str(tmp_path / "*.txt"))
+    assert [told(whole[i]) for i in range(len(whole))] == [
+        [("text", ["eins ä\n\nzwei\n\n\n\n<image>"])],
+        [("text", ["three"])],
+    ]
+    parts = TextFiles(str(tmp_path / "*.txt"), separator="\n\n")
+    assert [told(parts[i])[0][1] for i in range(len(parts))] == [["eins ä"], ["zwei"], ["<image>"], ["three"]]
+    assert parts[1].name.endswith("1.txt, from byte 12")
+    assert parts.identity() != whole.identity()
+    (tmp_path / "3.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ExampleError, match=r"3.txt\) is not valid UTF-8"):
+        TextFiles([str(tmp_path / "3.txt")])[0]
+    with pytest.raises(ValueError, match="no such files"):
+        TextFiles(str(tmp_path / "*.text"))
+    with pytest.raises(ValueError, match="separator is empty"):
+        TextFiles(str(tmp_path / "*.txt"), separator="")
+
+
+def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes]] = [
+        ("0.png", png()), ("0.txt", b"a"), ("0.cls", b"7"),
+        ("1.png", png()), ("1.wav", b""), ("1.txt", b"a"),
+        ("2.png", png()), ("2.txt", b"a"), ("2.json", b'{"caption": "b"}'),
+        ("3.png", png()), ("3.json", b'{"caption": "b", "url": "x"}'),
+        ("4.a.txt", b"a"), ("4.b.txt", b"a"), ("4.png", png()),
+        ("5.png", png()), ("5.json", b'{"image": "5.png", "messages": []}'),
+        ("6.json", b"[]"), ("7.json", b"{"), ("8.txt", b"alone"), ("9.txt", b"\xff"),
+        ("A.json", b'{"messages": [{"role": "user", "content": [{"type": "image", "path": "5.png"}]}]}'),
+    ]  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in members:
+            add(tar, name, content)
+    source = WebDatasetTars(str(tmp_path / "0.tar"))
+    for index, message in enumerate(
+        (
+            "has .cls, which is not known here: name 'cls' in ignore",
+            "has .wav, which is not known here",
+            'has a .txt and another "caption" in its .json',
+            "has url beside its caption",
+            "has more than one .txt",
+            "has .json with image: its media are the members",
+            "has .json that is no object",
+            "has text that cannot be read",
+            "has a caption, and neither an image nor a video",
+            "has text that cannot be read",
+            "names the image '5.png': no files are read but those that come with the record",
+        )
+    ):
+        with pytest.raises(ExampleError) as error:
+            source[index]
+        assert message in str(error.value)
+        assert f"0.tar: {index:X})" in str(error.value)
+    ignoring = WebDatasetTars(str(tmp_path / "0.tar"), ignore=[".cls", "wav", "json"])
+    assert [told(ignoring[i])[1] for i in range(3)] == [("assistant", ["a"])] * 3
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -128,7 +225,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         WebDatasetTars(str(tmp_path / "*.zip"))
 
 
-def test_caption_folder(tmp_path: Path) -> None:
+def test_caption_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("b/2", "1", "lonely"):
         (tmp_path / f"{name}.png").parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.png").write_bytes(png())
@@ -143,6 +240,22 @@ def test_caption_folder(tmp_path: Path) -> None:
     assert told(draw[1]) == [("user", ["draw two!"])]
     assert draw[1].target is not None
     assert draw[1].target.file.name.endswith("b/2.png")
+    assert "left out 1 images without a .txt beside them: lonely.png" in caplog.text
+    assert "neither images" not in caplog.text
+    for name in ("b/3.txt", "b/4.txt", "b/5.txt", "b/6.txt", "1.wav"):
+        (tmp_path / name).write_text("alone")
+    CaptionFolder(tmp_path)
+    assert "left out 4 .txt without an image beside them: b/3.txt, b/4.txt, b/5.txt, ..." in caplog.text
+    assert "left out 1 files that are neither images nor .txt: 1.wav" in caplog.text
+    (tmp_path / "1.txt").write_bytes(b"\xff")
+    with pytest.raises(ExampleError, match=r"\(1.png\) has a caption that is not valid UTF-8"):
+        describe[0]
+    assert told(CaptionFolder(tmp_path, task="draw")[1]) == [("user", ["two"])]
+    assert told(CaptionFolder(tmp_path, "{a} {}", task="draw")[1]) == [("user", ["{a} two"])]
+    with pytest.raises(ValueError, match="prompt='Draw it' must have"):
+        CaptionFolder(tmp_path, "Draw it", task="draw")
+    with pytest.raises(ValueError, match="task='paint'"):
+        CaptionFolder(tmp_path, task="paint")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="has no images with a"):
         CaptionFolder(tmp_path / "nowhere")
 
@@ -171,6 +284,86 @@ def test_rows_of_the_datasets_library(typed: bool, tmp_path: Path, monkeypatch: 
     with source[2].media[1].file.open() as stream:
         assert stream.read() == png(3)
     assert source.fingerprint() == HFDataset("parquet", str(tmp_path / "rows.parquet")).fingerprint()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_media_in_columns(stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes and paths, of the library's own types and of others, alone and in lists, in parts of messages as well."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    (tmp_path / "a.png").write_bytes(png(7))
+    monkeypatch.chdir(tmp_path)  # where the library looks for files, to put their bytes into Parquet
+
+    def read(features: dict[str, Any] | None = None, **columns: Any) -> Example:
+        made = datasets.Dataset.from_dict({name: [value] for name, value in columns.items()})
+        for name, feature in (features or {}).items():
+            made = made.cast_column(name, feature)
+        made.to_parquet(tmp_path / "rows.parquet")
+        place = ("parquet", str(tmp_path / "rows.parquet"))
+        if not stream:
+            return HFDataset(*place, media_root=tmp_path)[0]
+        example, _ = next(HFStream(*place, media_root=tmp_path).read(0))
+        if isinstance(example, ExampleError):
+            raise example
+        return example
+
+    def contents(example: Example) -> list[bytes]:
+        opened = [item.file.open() for item in example.media]
+        found = [file.read() for file in opened]
+        for file in opened:
+            file.close()
+        return found
+
+    row, path = {"bytes": png(3), "path": None}, {"bytes": None, "path": "a.png"}
+    talk, pair = said("<image>?", "b"), said("<image> <image>?", "b")
+    assert contents(read(messages=talk, image=png(3))) == [png(3)]
+    assert contents(read(messages=talk, image="a.png")) == [png(7)]
+    assert contents(read(messages=talk, image=row)) == [png(3)]
+    assert contents(read({"image": datasets.Image()}, messages=talk, image=row)) == [png(3)]
+    assert contents(read({"images": datasets.List(datasets.Image())}, messages=pair, images=[row, path])) == [
+        png(3),
+        png(7),
+    ]
+    assert contents(read(messages=pair, images=[png(1), png(2)])) == [png(1), png(2)]
+    videos = read({"video": datasets.Video()}, messages=said("?", "b"), video=row)
+    assert isinstance(videos.media[0], Video)
+    assert contents(videos) == [png(3)]
+    parts = [{"role": "user", "content": [{"type": "image", "image": row}, {"type": "image", "image": path}]}]
+    typed = {"messages": [{"role": datasets.Value("string"),
+                           "content": [{"type": datasets.Value("string"), "image": datasets.Image()}]}]}  # fmt: skip
+    assert contents(read(messages=parts)) == [png(3), png(7)]
+    assert contents(read(typed, messages=parts)) == [png(3), png(7)]
+    drawn = read({"target": datasets.Image()}, messages=said("draw", "")[:1], target=row)
+    assert drawn.target is not None
+    assert drawn.media == []
+    with pytest.raises(ExampleError, match="has 2 <image> placeholders for 1 images"):
+        read(messages=pair, image=row)
+    with pytest.raises(ExampleError, match="has image and images"):
+        read(messages=talk, image=row, images=[row])
+    with pytest.raises(ExampleError, match=r"has audio, which is not known here"):
+        read({"audio": datasets.Audio()}, messages=said("a", "b"), audio=row)
+    with pytest.raises(ExampleError, match="nothing is downloaded"):
+        read(messages=talk, image="https://x/a.png")
+    with pytest.raises(ExampleError, match="leads out of the media root"):
+        read(messages=talk, image={"bytes": None, "path": "/etc/passwd"})
+    if not stream:
+        with pytest.raises(ValueError, match=r"the rows have columns \['image'\]: \"messages\" or"):
+            read(image=row)
+
+
+@pytest.mark.parametrize("given", [png(), [png()], {"bytes": png(), "path": None}])
+def test_bytes_in_columns_are_read_when_they_are_opened(
+    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    datasets.Dataset.from_list([{"caption": "a", "image": given}]).to_parquet(tmp_path / "rows.parquet")
+    (image,) = HFDataset("parquet", str(tmp_path / "rows.parquet"))[0].media
+    assert image.file.name.endswith(", row 0, image 0")
+    with image.file.open() as stream:
+        assert stream.read() == png()
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
