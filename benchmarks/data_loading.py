@@ -34,7 +34,7 @@ from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImpor
     MultimodalDataModule,
     PatchProcessor,
 )
-from bigmac_lightning.datamodules.windows import (  # pyright: ignore[reportMissingImports]
+from bigmac_lightning.datamodules.loading.windows import (  # pyright: ignore[reportMissingImports]
     StreamLoader,
     StreamStep,
 )

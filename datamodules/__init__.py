@@ -5,25 +5,25 @@ themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
-from .caption_folder import CaptionFolder
-from .collate import Collator, Media, Sample, Target
-from .conversation import Conversation, example_of
-from .digits import DigitsDataModule
-from .easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
+from .encoding.hf_processor import HFVisual
+from .encoding.tokenizers import byte_tokenizer
+from .encoding.visual import PatchProcessor, TargetProcessor, VisualProcessor
 from .example import Example, ExampleError, File, Image, Message, Size, Video
-from .failures import SourceError
-from .hf_processor import HFVisual
-from .hugging_face import HFDataset, HFStream
-from .json_files import LlavaJSON, MessagesJSONL
+from .examples.digits import DigitsDataModule
+from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
+from .examples.small_sources import Clips, Sums
+from .loading.collate import Collator, Media, Sample, Target
+from .loading.failures import SourceError
+from .loading.sampler import EpochSampler
 from .multimodal import MultimodalDataModule
-from .sampler import EpochSampler
-from .small_sources import Clips, Sums
-from .source import Source
-from .stream import SourceStream, Stream, Taken
-from .tars import WebDatasetTars
-from .text_files import TextFiles
-from .tokenizers import byte_tokenizer
-from .visual import PatchProcessor, TargetProcessor, VisualProcessor
+from .sources.caption_folder import CaptionFolder
+from .sources.conversation import Conversation, example_of
+from .sources.hugging_face import HFDataset, HFStream
+from .sources.json_files import LlavaJSON, MessagesJSONL
+from .sources.source import Source
+from .sources.stream import SourceStream, Stream, Taken
+from .sources.tars import WebDatasetTars
+from .sources.text_files import TextFiles
 
 __all__ = [
     "CaptionFolder",

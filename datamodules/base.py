@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from bigmac_lightning.checkpoints.resuming import uncounted_in
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 
-from .collate import Collator, Sample
-from .sampler import EpochLoader, EpochSampler
+from .loading.collate import Collator, Sample
+from .loading.sampler import EpochLoader, EpochSampler
 
 
 class PipelineDataset(Dataset, ABC):

@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .collate import Sample
-from .decoding import read_frames, read_image
 from .example import Example, Image, Size, Video
-from .measuring import Measurements, encoded, measure_all, name_of
+from .loading.collate import Sample
+from .media.decoding import read_frames, read_image
 from .multimodal import MultimodalDataModule, Split
-from .source import Source
-from .stream import Stream, Taken
+from .packing.measuring import Measurements, encoded, measure_all, name_of
+from .sources.source import Source
+from .sources.stream import Stream, Taken
 
 Kind = Literal["given", "learnt", "media", "target"]
 

@@ -22,22 +22,22 @@ from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 
-from .chat import DRAW, IMAGE, VIDEO, ChatEncoder
+from .encoding.chat import DRAW, IMAGE, VIDEO, ChatEncoder
+from .encoding.hf_processor import HFVisual
+from .encoding.replies import Learn
+from .encoding.special import InText
+from .encoding.template import read_template
+from .encoding.tokenizers import byte_tokenizer
+from .encoding.visual import TargetProcessor, VisualProcessor
 from .example import ExampleError
-from .failures import Agreement, OnError
-from .hf_processor import HFVisual
-from .loader import EncodedSteps, StepCollate, StepLoader
-from .measuring import Measurements, measurements
-from .replies import Learn
-from .source import Source
-from .special import InText
-from .splitting import HeldOut, parted
-from .steps import PackingOptions, StepSampler
-from .stream import SourceStream, Stream
-from .template import read_template
-from .tokenizers import byte_tokenizer
-from .visual import TargetProcessor, VisualProcessor
-from .windows import StreamCollate, StreamLoader, StreamSteps
+from .loading.failures import Agreement, OnError
+from .loading.loader import EncodedSteps, StepCollate, StepLoader
+from .loading.windows import StreamCollate, StreamLoader, StreamSteps
+from .packing.measuring import Measurements, measurements
+from .packing.steps import PackingOptions, StepSampler
+from .sources.source import Source
+from .sources.splitting import HeldOut, parted
+from .sources.stream import SourceStream, Stream
 
 Split = str
 SHOWN_ERRORS = 10

@@ -27,8 +27,8 @@ from bigmac_lightning.datamodules import (
     Size,
     byte_tokenizer,
 )
-from bigmac_lightning.datamodules.chat import ChatEncoder
-from bigmac_lightning.datamodules.template import GENERATION
+from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
+from bigmac_lightning.datamodules.encoding.template import GENERATION
 from tests.datamodules.examples import package_folder
 from tests.datamodules.processors import PROCESSORS
 

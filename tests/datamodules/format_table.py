@@ -16,7 +16,7 @@ from typing import Any
 import PIL.Image
 
 from bigmac_lightning.datamodules import HFDataset, HFStream, LlavaJSON, MessagesJSONL, Source, WebDatasetTars
-from bigmac_lightning.datamodules.stream import Stream
+from bigmac_lightning.datamodules.sources.stream import Stream
 from tests.datamodules.examples import clips
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

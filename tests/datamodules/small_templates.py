@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigmac_lightning.datamodules import PatchProcessor, byte_tokenizer
-from bigmac_lightning.datamodules.chat import ChatEncoder
+from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import Example, ExampleError, Message, MessagesJSONL, SourceError
-from bigmac_lightning.datamodules.stream import SourceStream
+from bigmac_lightning.datamodules.sources.stream import SourceStream
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer

@@ -12,7 +12,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from bigmac_lightning.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import (
     ExampleError,
     HFDataset,
@@ -21,12 +21,12 @@ from bigmac_lightning.datamodules import (
     SourceError,
     WebDatasetTars,
 )
-from bigmac_lightning.datamodules.stream import Stream
+from bigmac_lightning.datamodules.sources.stream import Stream
 from tests.datamodules.clips import CLIPS
 from tests.datamodules.examples import VISUAL, model, said, write_jsonl
 from tests.datamodules.format_table import add, of, parquet, stream_of, text
 from tests.datamodules.test_multimodal_training import Losses
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 NUMBER, BAD = 12, 7
 """Samples of each source, and which of them is broken."""

@@ -18,7 +18,7 @@ from bigmac_lightning.datamodules import (
     Video,
     byte_tokenizer,
 )
-from bigmac_lightning.datamodules.chat import ChatEncoder
+from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
 
 VISUAL = PatchProcessor(patch_size=8, max_rows=9, fps=1, max_frames=2)
 NOWHERE = File.at("nowhere.png")

@@ -14,9 +14,10 @@ import torch
 from transformers.image_transforms import convert_to_rgb
 from transformers.video_utils import load_video
 
-from bigmac_lightning.datamodules import ExampleError, File, PatchProcessor, Size, Video, packets, videos
-from bigmac_lightning.datamodules.decoding import measure, read_frames
-from bigmac_lightning.datamodules.packets import VideoStream
+from bigmac_lightning.datamodules import ExampleError, File, PatchProcessor, Size, Video
+from bigmac_lightning.datamodules.media import packets, videos
+from bigmac_lightning.datamodules.media.decoding import measure, read_frames
+from bigmac_lightning.datamodules.media.packets import VideoStream
 from tests.datamodules.clips import CLIPS, ON_WHITE, PLAIN, RATE, Clip, H, W, encoded, growing
 
 READ = [clip for clip in CLIPS if not clip.refused]

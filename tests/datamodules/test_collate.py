@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
-from bigmac_lightning.datamodules.collate import make_batch, split_evenly
+from bigmac_lightning.datamodules.loading.collate import make_batch, split_evenly
 
 
 class Loads:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import Example, ExampleError, File, Image, MessagesJSONL, Video, example_of
-from bigmac_lightning.datamodules.decoding import measure
+from bigmac_lightning.datamodules.media.decoding import measure
 from tests.datamodules.examples import said, write_jsonl
 from tests.datamodules.format_table import of, png, text
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bigmac_lightning.datamodules import decoding
+from bigmac_lightning.datamodules.media import decoding
 from tests.datamodules.examples import data, model, write_mixed
 from tests.training.trainers import on_ranks, pipeline_trainer
 
@@ -31,7 +31,7 @@ def _watch(folder: Path) -> tuple[Counter[str], Counter[str]]:
         return decode
 
     sys.addaudithook(audit)
-    from bigmac_lightning.datamodules import visual
+    from bigmac_lightning.datamodules.encoding import visual
 
     visual.read_image, visual.read_frames = counting(decoding.read_image), counting(decoding.read_frames)
     return opened, decoded

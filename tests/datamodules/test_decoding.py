@@ -7,8 +7,9 @@ import PIL.Image
 import pytest
 import torch
 
-from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video, videos
-from bigmac_lightning.datamodules.decoding import measure, read_frames, read_image
+from bigmac_lightning.datamodules import ExampleError, File, Image, Size, Video
+from bigmac_lightning.datamodules.media import videos
+from bigmac_lightning.datamodules.media.decoding import measure, read_frames, read_image
 from tests.datamodules.examples import clips
 
 

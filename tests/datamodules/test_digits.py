@@ -6,7 +6,7 @@ import torch
 
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.datamodules import DigitsDataModule
-from bigmac_lightning.datamodules.digits import FACTS, HELD_OUT, TrainingDigits, digits_tokenizer
+from bigmac_lightning.datamodules.examples.digits import FACTS, HELD_OUT, TrainingDigits, digits_tokenizer
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from tests.models.parts import TOWER, decoder_config
 

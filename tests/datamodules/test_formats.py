@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import Example, ExampleError, Image, MultimodalDataModule, Video
-from bigmac_lightning.datamodules.measuring import encoded
+from bigmac_lightning.datamodules.packing.measuring import encoded
 from tests.datamodules import format_table
 from tests.datamodules.examples import VISUAL
 from tests.datamodules.format_table import FORMATS, Format, Told, source_of, stream_of

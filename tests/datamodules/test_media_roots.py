@@ -22,7 +22,7 @@ from bigmac_lightning.datamodules import (
     Source,
     WebDatasetTars,
 )
-from bigmac_lightning.datamodules.decoding import measure
+from bigmac_lightning.datamodules.media.decoding import measure
 from tests.datamodules.examples import said, write_jsonl
 
 

@@ -7,8 +7,8 @@ from statistics import mean
 
 import torch
 
-from bigmac_lightning.datamodules.collate import Media, Sample, make_batch
-from bigmac_lightning.datamodules.loader import StepLoader, dearest_first
+from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_batch
+from bigmac_lightning.datamodules.loading.loader import StepLoader, dearest_first
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner, Trained
 from tests.datamodules.examples import data, write_mixed

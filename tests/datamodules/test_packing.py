@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmac_lightning.datamodules.packing import apportion, deal, mix, pack
+from bigmac_lightning.datamodules.packing.packing import apportion, deal, mix, pack
 
 
 def lognormal(number: int, budget: int, seed: int = 0) -> list[int]:

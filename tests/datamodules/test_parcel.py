@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from bigmac_lightning.datamodules.parcel import Parcel, ParcelCollate
+from bigmac_lightning.datamodules.loading.parcel import Parcel, ParcelCollate
 from bigmac_lightning.ranks import Ranks
 from tests.ranks import run_ranks
 

@@ -13,7 +13,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from bigmac_lightning.datamodules import ExampleError, File, Image, Size
-from bigmac_lightning.datamodules.decoding import measure, read_image
+from bigmac_lightning.datamodules.media.decoding import measure, read_image
 from tests.datamodules.examples import package_folder
 from tests.datamodules.pictures import AS_LIBRARY, ON_WHITE, PICTURES, Picture
 

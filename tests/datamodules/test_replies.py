@@ -10,8 +10,8 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bigmac_lightning.datamodules import Example, ExampleError, Image, Message, MultimodalDataModule, Size
-from bigmac_lightning.datamodules.chat import ChatEncoder
-from bigmac_lightning.datamodules.measuring import encoded
+from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
+from bigmac_lightning.datamodules.packing.measuring import encoded
 from tests.datamodules import chat_table
 from tests.datamodules.chat_table import CALL, CASES, PICTURE, TOOL, Labels, labels, turns
 from tests.datamodules.small_templates import CHATML, chatml

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning.datamodules.loader import StepLoader
+from bigmac_lightning.datamodules.loading.loader import StepLoader
 from tests.datamodules.examples import data, model, write_mixed
 from tests.datamodules.test_multimodal_training import Losses
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer

@@ -22,7 +22,7 @@ from bigmac_lightning.datamodules import (
     Video,
     WebDatasetTars,
 )
-from bigmac_lightning.datamodules.template import read_template
+from bigmac_lightning.datamodules.encoding.template import read_template
 from tests.datamodules.examples import said, write_jsonl
 
 

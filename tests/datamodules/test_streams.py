@@ -25,7 +25,7 @@ from bigmac_lightning.datamodules import (
     Stream,
     Taken,
 )
-from bigmac_lightning.datamodules.stream import SourceStream
+from bigmac_lightning.datamodules.sources.stream import SourceStream
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
 from tests.datamodules.test_resume import Stop, names, pixels

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, MultimodalDataModule
-from bigmac_lightning.datamodules.measuring import encoded
-from bigmac_lightning.datamodules.stream import SourceStream
-from bigmac_lightning.datamodules.truncation import cut
+from bigmac_lightning.datamodules.encoding.truncation import cut
+from bigmac_lightning.datamodules.packing.measuring import encoded
+from bigmac_lightning.datamodules.sources.stream import SourceStream
 from tests.datamodules.examples import TARGET, data, model, pictures, said, write_jsonl
 from tests.datamodules.format_table import of
 from tests.datamodules.test_multimodal_training import Losses
-from tests.strategy.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 BUDGET = 60
 IMAGE = ["image.png"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, Source, SourceStream
-from bigmac_lightning.datamodules.splitting import Part
+from bigmac_lightning.datamodules.sources.splitting import Part
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 

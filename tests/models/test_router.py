@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.datamodules.collate import Sample, make_batch
+from bigmac_lightning.datamodules.loading.collate import Sample, make_batch
 from bigmac_lightning.models import HFDecoder, MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh

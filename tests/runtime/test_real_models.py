@@ -11,8 +11,8 @@ import torch
 
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.datamodules.collate import Collator
-from bigmac_lightning.datamodules.digits import DigitsDataModule
+from bigmac_lightning.datamodules.examples.digits import DigitsDataModule
+from bigmac_lightning.datamodules.loading.collate import Collator
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh

@@ -1,0 +1,298 @@
+"""A chat template and what it makes of messages: text, and what it can and cannot write.
+
+Templates differ in what they take (lists of parts or strings, arguments of tool calls as objects or as text) and in
+what they leave out; both are found out by trying. Knows templates of the transformers library; knows nothing of what
+is learnt, of tokens or of media.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..example import Example, ExampleError, Image, Message, Video, arguments_of, tool_name
+
+Turn = dict[str, Any]
+Mark = Callable[[str, int, str], str]
+"""From a text, the number of its message and what it is of it ("content", "reasoning", "name" or "argument")."""
+
+PROBE = "probe7probe"
+SERIALIZED = re.compile(r"""\\?['"]type\\?['"]\s*:""")
+"""What is in a list of parts that was written as JSON or by Python."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SEARCH = re.compile(r"""(?:startswith|endswith|split|partition)\(\s*(?:'([^'\n]{2,})'|"([^"\n]{2,})")""")
+"""A string by which a template takes texts apart."""
+
+
+def _unmarked(text: str, number: int, kind: str) -> str:
+    return text
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Applies the template of a tokenizer or processor.
+
+    Attributes:
+        tokenizer: with a chat template.
+        processor: around it, if there is one; it then applies the template.
+        given: a template to use instead.
+        variables: of the template, in all examples.
+        image_token, video_token: what stands in a text for an image or a video, where the template takes strings.
+    """
+
+    tokenizer: Any
+    image_token: str
+    video_token: str
+    processor: Any = None
+    given: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def turns(self, messages: Sequence[Message], mark: Mark = _unmarked) -> list[Turn]:
+        """Messages as the template takes them.
+
+        Args:
+            mark: changes each text in them.
+        """
+        return [self._turn(i, message, mark) for i, message in enumerate(messages)]
+
+    def _turn(self, number: int, message: Message, mark: Mark) -> Turn:
+        turn: Turn = {"role": message.role, "content": self._content(number, message, mark)}
+        if message.reasoning_content is not None:
+            turn["reasoning_content"] = mark(message.reasoning_content, number, "reasoning")
+        if message.tool_calls:
+            turn["tool_calls"] = [self._call(number, call, mark) for call in message.tool_calls]
+        if message.name is not None:
+            turn["name"] = message.name
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        return turn
+
+    def _content(self, number: int, message: Message, mark: Mark) -> Any:
+        if not message.parts:
+            return ""
+        is_text = all(isinstance(part, str) for part in message.parts)
+        if not self._takes_parts or (self._takes_strings_alike and (is_text or not self._writes_images)):
+            texts = [
+                mark(part, number, "content") if isinstance(part, str) else self._token(part) for part in message.parts
+            ]
+            return "".join(texts)
+        content: list[dict[str, str]] = []
+        for part in message.parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": mark(part, number, "content")})
+            else:
+                content.append({"type": "image" if isinstance(part, Image) else "video"})
+        return content
+
+    def _token(self, item: Image | Video) -> str:
+        return self.image_token if isinstance(item, Image) else self.video_token
+
+    def _call(self, number: int, call: Mapping[str, Any], mark: Mark) -> Turn:
+        name, given = arguments_of(call)
+        arguments: Any = _each_text(given, lambda text: mark(text, number, "argument"))
+        if self._takes_arguments_as_text:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = {**call["function"], "name": mark(name, number, "name"), "arguments": arguments}
+        return {"type": "function", **call, "function": function}
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def render(self, turns: Sequence[Turn], reply: bool, example: Example | None = None) -> str:
+        """The text of a conversation.
+
+        Args:
+            reply: whether it ends with what asks the assistant for a reply.
+            example: whose tools and variables are used.
+
+        Raises:
+            ExampleError: the template refuses it.
+        """
+        writer = self.tokenizer if self.processor is None else self.processor
+        tools, variables = self._surroundings(example)
+        try:
+            return writer.apply_chat_template(
+                list(turns),
+                tools=tools,
+                chat_template=self.given,
+                tokenize=False,
+                add_generation_prompt=reply,
+                **variables,
+            )
+        except Exception as error:  # templates raise what they like
+            raise _refused(error) from error
+
+    def marked_generation(
+        self, turns: Sequence[Turn], reply: bool, example: Example
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text, and the runs of it that the template marks by ``{% generation %}``; ``None``: it marks none.
+
+        Raises:
+            ExampleError: the template refuses it.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tools, variables = self._surroundings(example)
+        source = self.source(bool(tools))
+        if not source:
+            raise ExampleError(
+                "is a conversation, and the tokenizer has no chat template: give the DataModule a chat_template"
+            )
+        if not GENERATION.search(source):
+            return self.render(turns, reply, example), None
+        names = {**self.tokenizer.special_tokens_map, **variables}
+        given: dict[str, Any] = {"tools": tools, "chat_template": source, "add_generation_prompt": reply, **names}
+        try:
+            made: Any = render_jinja_template([list(turns)], return_assistant_tokens_mask=True, **given)
+        except Exception as error:
+            raise _refused(error) from error
+        [text], [runs] = made
+        if self.processor is not None and text != self.render(turns, reply, example):
+            raise ExampleError("is written otherwise by the processor than by the template, which marks what is learnt")
+        return text, [(start, stop) for start, stop in runs if start < stop]
+
+    def _surroundings(self, example: Example | None) -> tuple[list[Any] | None, dict[str, Any]]:
+        if example is None:
+            return None, dict(self.variables)
+        return list(example.tools) or None, {**self.variables, **example.chat_template_kwargs}
+
+    def source(self, tools: bool = False) -> str:
+        """The template itself. A tokenizer may have another one for conversations with tools."""
+        if not self.given and not self.tokenizer.chat_template:
+            return ""
+        return self.tokenizer.get_chat_template(self.given, [{}] if tools else None)
+
+    # -- what it can write ---------------------------------------------------------------------------------------------
+
+    def check_variables(self, variables: Iterable[str]) -> None:
+        """
+        Raises:
+            ExampleError: the template has no such variable.
+        """
+        writer = self.tokenizer if self.processor is None else self.processor
+        taken = {"messages", *inspect.signature(writer.apply_chat_template).parameters} - {"kwargs"}
+        for name in variables:
+            if name in taken:
+                raise ExampleError(f"has chat_template_kwargs with {name!r}, which cannot be set there")
+            if not re.search(rf"\b{re.escape(name)}\b", self.source() + self.source(True)):
+                raise ExampleError(
+                    f"has chat_template_kwargs with {name!r}, but the chat template has no such variable"
+                )
+
+    def check_tools(self, turns: Sequence[Turn], reply: bool, example: Example) -> None:
+        """Try other names for the tools, which nothing else in the conversation has.
+
+        Args:
+            turns, reply: as of `render`.
+
+        Raises:
+            ExampleError: the template does not write all tools.
+        """
+        if not example.tools:
+            return
+        text = self.render(turns, reply, replace(example, tools=[_renamed(*tool) for tool in enumerate(example.tools)]))
+        left_out = [tool_name(tool) for i, tool in enumerate(example.tools) if f"{PROBE}{i}x" not in text]
+        if left_out:
+            raise ExampleError(f"has tools, and the chat template leaves them out: {', '.join(left_out)}")
+
+    @cached_property
+    def ordinary(self) -> str:
+        """The text of a conversation of three turns; empty if the template refuses that."""
+        texts = [self._exchange(PROBE), self._exchange([{"type": "text", "text": PROBE}])]
+        return texts[self._takes_parts and not self._takes_strings_alike]
+
+    @cached_property
+    def looked_for(self) -> tuple[str, ...]:
+        """What the template looks for at the ends of texts or cuts them at, such as ``</think>``; longest first."""
+        found: set[str] = set()
+        for match in SEARCH.finditer(self.source() + self.source(True)):
+            text = next(group for group in match.groups() if group).replace("\\n", "\n")
+            if not text.isspace() and not text.isidentifier():
+                found |= {text, text.replace("</", "<").replace("[/", "["), re.sub(r"^([<\[])(?!/)", r"\1/", text)}
+        return tuple(sorted(found, key=len, reverse=True))
+
+    @cached_property
+    def writes_reasoning(self) -> bool:
+        """At least where the reply is the last turn."""
+        turns = [{"role": "user", "content": self._text("a")}, {"role": "assistant", "content": self._text("b")}]
+        turns[-1]["reasoning_content"] = PROBE
+        return PROBE in self._tried(turns)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether it writes lists of parts as what is in them; others write the lists themselves, or nothing."""
+        text = self._exchange([{"type": "text", "text": PROBE}])
+        return PROBE in text and not SERIALIZED.search(text)
+
+    @cached_property
+    def _writes_images(self) -> bool:
+        """Whether something is written for an image in a list of parts; templates for text alone leave it out."""
+        text = {"type": "text", "text": PROBE}
+        with_image, without = ([{"role": "user", "content": [*image, text]}] for image in ([{"type": "image"}], []))
+        return self._tried(with_image) not in ("", self._tried(without))
+
+    @cached_property
+    def _takes_strings_alike(self) -> bool:
+        """Whether a string becomes the same as a list with one text."""
+        return self._exchange(PROBE) == self._exchange([{"type": "text", "text": PROBE}])
+
+    @cached_property
+    def _takes_arguments_as_text(self) -> bool:
+        """Whether arguments of a tool call must be JSON text: templates refuse what they do not take."""
+        for arguments in ({"a": PROBE}, json.dumps({"a": PROBE})):
+            call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": arguments}}
+            turns = [{"role": "user", "content": self._text("a")}]
+            if PROBE in self._tried([*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]):
+                return isinstance(arguments, str)
+        return False
+
+    def _text(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._takes_parts and not self._takes_strings_alike else text
+
+    def _exchange(self, content: Any) -> str:
+        return self._tried([{"role": role, "content": content} for role in ("user", "assistant", "user")])
+
+    def _tried(self, turns: Sequence[Turn]) -> str:
+        try:
+            return self.render(turns, False)
+        except ExampleError:
+            return ""
+
+
+def read_template(given: str | Path) -> str:
+    """A chat template: the text, or the path of its file.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(given, str) and "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(f"chat_template={str(given)!r} is neither a template nor the path of a file with one")
+    return path.read_text("utf-8-sig")
+
+
+def _renamed(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:
+    name = f"{PROBE}{number}x"
+    return {**tool, "function": {**tool["function"], "name": name}} if "function" in tool else {**tool, "name": name}
+
+
+def _refused(error: Exception) -> ExampleError:
+    return ExampleError(f"is refused by the chat template: {type(error).__name__}: {error}")
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON data with every text in it changed; keys are left as they are."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(item, change) for item in value]
+    return value

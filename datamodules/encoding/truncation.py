@@ -1,0 +1,27 @@
+"""Cuts off the end of samples that are too long. Knows samples; knows nothing of texts."""
+
+from dataclasses import replace
+
+from ..example import ExampleError
+from ..loading.collate import Sample
+
+
+def cut(sample: Sample, most: int | None) -> Sample:
+    """The first tokens of a sample.
+
+    Raises:
+        ExampleError: there is an image, a video or a target behind them, or nothing to learn in them.
+    """
+    length = len(sample.tokens)
+    if most is None or length <= most:
+        return sample
+    where = f"has {length} tokens, and cannot be cut to {most}"
+    for item in sample.media:
+        if max(item.places) >= most:
+            raise ExampleError(f"{where}: {item.name} lies behind them, at least in part")
+    if sample.targets:
+        raise ExampleError(f"{where}: the target {sample.targets[0].name} comes last")
+    labelled = sample.labelled[:most]
+    if any(sample.labelled) and not any(labelled):
+        raise ExampleError(f"{where}: nothing to learn would be left")
+    return replace(sample, tokens=sample.tokens[:most], labelled=labelled)

@@ -1,0 +1,209 @@
+"""From images and videos to what an encoder takes: how many rows it will make of an item, known from the item's size,
+and the tensor, made by the item's owner.
+
+Knows sizes and pixels; knows nothing of tokens, files' formats or ranks.
+
+Shape suffixes: T frames, C channels, H and W pixels.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from bigmac_lightning.contracts.batch import MediaData
+
+from ..example import Image, Size, Video
+from ..media.decoding import check_reading, read_frames, read_image
+
+Augment = Callable[[Tensor], Tensor]
+"""A torchvision v2 transform, or anything that maps uint8 pixels (..., C, H, W) to such."""
+
+
+@dataclass(frozen=True)
+class MediaPlan:
+    """What will become of an item.
+
+    Attributes:
+        encoder: by the model's name for it.
+        rows: feature rows.
+        cost: encoder forward time in a unit shared by all items.
+        height, width: after resizing, where `load` has to know.
+        frames: numbers of a video's frames that are used; empty for an image.
+        grid: (t, h, w) of its patches, for models whose positions depend on it.
+        text: what stands for it in the conversation, if not `rows` placeholder tokens one after another: a text with
+            as many tokens that features replace.
+        seconds: that a time step of its grid lasts, for models whose positions depend on it.
+        alone: whether it is prepared as the only image of its example.
+    """
+
+    encoder: str
+    rows: int
+    cost: float
+    height: int = 0
+    width: int = 0
+    frames: tuple[int, ...] = ()
+    grid: tuple[int, int, int] | None = None
+    text: str | None = None
+    seconds: float | None = None
+    alone: bool = True
+
+
+class VisualProcessor(ABC):
+    """Prepares images and videos for one model."""
+
+    def fingerprint(self) -> str:
+        """Of all that plans depend on."""
+        return repr(self)
+
+    @abstractmethod
+    def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
+        """What will become of an item; cheap, and the same on every rank.
+
+        Args:
+            alone: whether its example has no other image: some models give such a one more crops.
+
+        Raises:
+            ExampleError: it cannot be prepared.
+        """
+
+    @abstractmethod
+    def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
+        """Read, decode, augment, resize: what `MediaItem.data` is to be.
+
+        Raises:
+            ExampleError: the file is broken.
+        """
+
+
+@dataclass(frozen=True)
+class PatchProcessor(VisualProcessor):
+    """For encoders that make one row of every patch, such as `VisionEncoder`: images of any size and shape.
+
+    An item keeps its aspect ratio as far as whole patches allow, and its resolution as far as the numbers of rows do.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        min_rows, max_rows: of an image, or of a frame.
+        fps: frames of a video that are used per second.
+        max_frames: of a video; longer ones are sampled more sparsely.
+        max_video_rows: of a whole video; its frames are made smaller until it fits, then fewer.
+        channels: 3, or 1 for gray.
+        mean, std: pixels in 0..1 become (pixel - mean) / std.
+        image_encoder, video_encoder: the model's names.
+        attention_rows: rows of one image at which the encoder's attention costs as much as all else.
+    """
+
+    patch_size: int = 16
+    min_rows: int = 1
+    max_rows: int = 256
+    fps: float = 2.0
+    max_frames: int = 64
+    max_video_rows: int = 4096
+    channels: int = 3
+    mean: float = 0.5
+    std: float = 0.5
+    image_encoder: str = "image"
+    video_encoder: str = "image"
+    attention_rows: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels={self.channels}: images are read with 1 (gray) or 3 (RGB)")
+        if not 1 <= self.min_rows <= self.max_rows:
+            raise ValueError(f"min_rows={self.min_rows} and max_rows={self.max_rows}: 1 <= min_rows <= max_rows")
+        if self.max_frames < 1 or self.fps <= 0 or self.max_video_rows < 1:
+            raise ValueError("fps, max_frames and max_video_rows must be positive")
+
+    def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
+        if isinstance(item, Image):
+            height, width = self._fit(size, self.min_rows, self.max_rows)
+            return self._plan(self.image_encoder, height, width, ())
+        wanted = max(1, min(round(size.seconds * self.fps), size.frames, self.max_frames))
+        most = max(self.min_rows, min(self.max_rows, self.max_video_rows // wanted))
+        height, width = self._fit(size, self.min_rows, most)
+        wanted = max(1, min(wanted, self.max_video_rows // (height * width)))
+        check_reading(item.file, size, wanted)
+        frames = tuple(int((i + 0.5) * size.frames / wanted) for i in range(wanted))
+        return self._plan(self.video_encoder, height, width, frames)
+
+    def _plan(self, encoder: str, rows_down: int, rows_across: int, frames: tuple[int, ...]) -> MediaPlan:
+        per_frame, count = rows_down * rows_across, max(1, len(frames))
+        rows = per_frame * count
+        cost = rows * (1 + per_frame / self.attention_rows)
+        side = self.patch_size
+        return MediaPlan(encoder, rows, cost, rows_down * side, rows_across * side, frames)
+
+    def _fit(self, size: Size, least: int, most: int) -> tuple[int, int]:
+        """Patches down and across."""
+        down, across = size.height / self.patch_size, size.width / self.patch_size
+        scale = math.sqrt(max(least, min(most, down * across)) / (down * across))
+        rows, columns = max(1, round(down * scale)), max(1, round(across * scale))
+        while rows * columns > most:
+            if rows >= columns:
+                rows -= 1
+            else:
+                columns -= 1
+        while rows * columns < least:
+            if rows <= columns:
+                rows += 1
+            else:
+                columns += 1
+        return (rows, columns) if rows * columns <= most else (least, 1)
+
+    def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> Tensor:
+        """(C, H, W) of an image, (T, C, H, W) of a video."""
+        mode = "RGB" if self.channels == 3 else "L"
+        if isinstance(item, Image):
+            pixels = read_image(item.file, size, mode)
+        else:
+            pixels = read_frames(item.file, size, plan.frames, mode)
+        return self.finish(pixels if augment is None else augment(pixels), plan.height, plan.width)
+
+    def finish(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        """Resize and normalize uint8 pixels (..., C, H, W)."""
+        resized = functional.resize(pixels, [height, width], antialias=True)
+        return (resized.float() / 255 - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class TargetProcessor:
+    """For generators that work on pixels: images of one shape with values in -1..1.
+
+    Attributes:
+        generator: the model's name.
+        rows: tokens whose final hidden states condition the generator.
+        shape: (C, H, W).
+        cost: of one image, generator time in a unit shared by all targets.
+    """
+
+    generator: str = "image"
+    rows: int = 4
+    shape: tuple[int, int, int] = (3, 32, 32)
+    cost: float = 1.0
+
+    def load(self, image: Image, size: Size) -> Tensor:
+        """
+        Raises:
+            ExampleError: the file is broken.
+        """
+        channels, height, width = self.shape
+        pixels = read_image(image.file, size, "RGB" if channels == 3 else "L")
+        return functional.resize(pixels, [height, width], antialias=True).float() / 127.5 - 1
+
+
+def seeded_augment(transforms: Sequence[Augment], seed: int) -> Augment:
+    """Transforms that draw the same whoever applies them, and leave the process's random numbers alone."""
+
+    def augment(pixels: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for transform in transforms:
+                pixels = transform(pixels)
+        return pixels
+
+    return augment

@@ -1,0 +1,1 @@
+"""Data that come with packages, for configs and tests."""

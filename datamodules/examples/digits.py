@@ -1,0 +1,175 @@
+"""Scikit-learn's real handwritten digits as a small multimodal task: reading, drawing and talking about digits.
+
+Three kinds of samples, so that batches are as uneven as in real training:
+
+    image to text     <image> x 16 which digit is this ? 7
+    text to image     draw a 7 : <draw> x 4                 (their final hidden states condition the generator)
+    text only         what comes after 3 ? 4
+
+A DataModule to copy from: a tokenizer, a dataset that makes `Sample`s, and three loaders. Knows nothing of models.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from torch import Tensor
+
+from ..base import PipelineDataModule, PipelineDataset, SampleList
+from ..loading.collate import Media, Sample, Target
+
+if TYPE_CHECKING:  # this example's own needs, scikit-learn and tokenizers, are imported where they are used
+    from tokenizers import Tokenizer
+
+QUESTIONS = ["which digit is this ?", "what number do you see ?", "please read this digit :"]
+REQUESTS = ["draw a {} :", "show me a {} :", "please write the digit {} :"]
+FACTS = [
+    *((f"what comes after {d} ?", str(d + 1)) for d in range(9)),
+    *((f"what comes before {d} ?", str(d - 1)) for d in range(1, 10)),
+    *((f"is {d} odd or even ?", ("even", "odd")[d % 2]) for d in range(10)),
+]
+HELD_OUT = 297
+GRAIN = 0.3  # standard deviation of the noise on images that are read in training; pixels are in [-1, 1]
+
+
+def digits_tokenizer() -> "Tokenizer":
+    """One token per word of the templates; id 0 is the padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    texts = [*QUESTIONS, *REQUESTS, *(f"{question} {answer}" for question, answer in FACTS)]
+    words = sorted({word for text in texts for word in text.split()} - {"{}"})
+    vocabulary = ["<pad>", "<unk>", "<image>", "<draw>", *words]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+class Digits:
+    """Images of digits, and the samples that can be made of them.
+
+    Args:
+        images: (number, 1, 8, 8), in [-1, 1].
+        digits: what they show.
+        image_rows: placeholder tokens of an image that is read: one per patch of the encoder.
+        draw_rows: placeholder tokens of an image that is drawn.
+    """
+
+    def __init__(self, images: Tensor, digits: Sequence[int], image_rows: int, draw_rows: int) -> None:
+        self.images, self.digits = images, list(digits)
+        self.image_rows, self.draw_rows = image_rows, draw_rows
+        self.tokenizer = digits_tokenizer()
+
+    def load(self, index: int, grain: float = 0.0, seed: int = 0) -> Tensor:
+        """Pixels (1, 8, 8) with some noise; where images are files, here is where one is opened and decoded."""
+        image = self.images[index]
+        return image + grain * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+
+    def read(self, index: int, question: str, grain: float = 0.0, seed: int = 0) -> Sample:
+        """Image to text; noise of standard deviation `grain` on the image keeps a model from learning it by heart."""
+        media = Media("image", start=0, rows=self.image_rows, load=partial(self.load, index, grain, seed))
+        return self._sample("<image> " * self.image_rows + question, str(self.digits[index]), media=[media])
+
+    def draw(self, digit: int, request: str, seed: int, index: int | None = None) -> Sample:
+        """Text to image; `index` is the image to learn from, if there is one."""
+        prompt = self.tokenizer.encode(request.format(digit)).ids
+        load = None if index is None else partial(self.load, index)
+        shape = tuple(self.images.shape[1:])
+        target = Target("image", start=len(prompt), rows=self.draw_rows, shape=shape, seed=seed, load=load)
+        return self._sample(request.format(digit) + " <draw>" * self.draw_rows, targets=[target])
+
+    def tell(self, question: str, answer: str) -> Sample:
+        """Text only."""
+        return self._sample(question, answer)
+
+    def _sample(
+        self, prompt: str, answer: str = "", media: Sequence[Media] = (), targets: Sequence[Target] = ()
+    ) -> Sample:
+        given, wanted = self.tokenizer.encode(prompt).ids, self.tokenizer.encode(answer).ids
+        return Sample(given + wanted, [False] * len(given) + [True] * len(wanted), media, targets)
+
+
+class TrainingDigits(PipelineDataset):
+    """Every image a few times per epoch, each time for a sample of another kind, question and noise."""
+
+    def __init__(self, digits: Digits, passes: int, proportions: Sequence[float], seed: int) -> None:
+        self.digits, self.passes, self.proportions, self.seed = digits, passes, proportions, seed
+
+    def __len__(self) -> int:
+        return self.passes * len(self.digits.digits)
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        random = Random(f"{self.seed}/{epoch}/{index}")
+        index %= len(self.digits.digits)
+        kind = random.choices(["read", "draw", "tell"], self.proportions)[0]
+        if kind == "read":
+            return self.digits.read(index, random.choice(QUESTIONS), GRAIN, random.getrandbits(63))
+        if kind == "draw":
+            digit = self.digits.digits[index]
+            return self.digits.draw(digit, random.choice(REQUESTS), random.getrandbits(63), index)
+        return self.digits.tell(*random.choice(FACTS))
+
+
+class DigitsDataModule(PipelineDataModule):
+    """1500 images to train with; 297 held out for validation, the same ones always, with all digits in equal shares.
+
+    Validation reads every held-out image (the only labels are the digits: token accuracy is digit accuracy) and takes
+    the generator's loss on a third of them. Prediction draws each digit a few times.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 48,
+        microbatches: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        passes: int = 1,
+        proportions: tuple[float, float, float] = (3, 2, 1),
+        image_rows: int = 16,
+        draw_rows: int = 4,
+        drawings: int = 4,
+    ) -> None:
+        """
+        Args:
+            batch_size, microbatches, num_workers, seed: as in `PipelineDataModule`.
+            passes: how often an epoch comes to each image.
+            proportions: of image-to-text, text-to-image and text-only samples.
+            image_rows: feature rows of an image: (8 / patch size of the encoder) squared.
+            draw_rows: hidden states that condition a drawing.
+            drawings: how often prediction draws each digit.
+        """
+        super().__init__(batch_size, microbatches, num_workers, seed)
+        self.passes = passes
+        self.proportions = proportions
+        self.image_rows = image_rows
+        self.draw_rows = draw_rows
+        self.drawings = drawings
+
+    def setup(self, stage: str) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        data: Any = load_digits()
+        images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1  # of 0..16
+        train, held_out = train_test_split(range(len(images)), test_size=HELD_OUT, stratify=data.target, random_state=0)
+        self.train, self.held_out = (
+            Digits(images[part], data.target[part].tolist(), self.image_rows, self.draw_rows)
+            for part in (train, held_out)
+        )
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        return self.loader(TrainingDigits(self.train, self.passes, self.proportions, self.seed), shuffle=True)
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        digits, samples = self.held_out, []
+        for index, digit in enumerate(digits.digits):
+            samples.append(digits.read(index, QUESTIONS[0]))
+            if index % 3 == 0:
+                samples.append(digits.draw(digit, REQUESTS[0], seed=index, index=index))
+        return self.loader(SampleList(samples))
+
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        requests = [(digit, turn) for turn in range(self.drawings) for digit in range(10)]
+        return self.loader(SampleList([self.held_out.draw(d, REQUESTS[0], seed=10 * turn + d) for d, turn in requests]))

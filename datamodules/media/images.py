@@ -1,0 +1,159 @@
+"""Images by Pillow: sizes from headers, and pixels as the processors of the `transformers` library see them.
+
+Pillow turns values of more than 8 bits into white and forgets what is transparent: such images are converted here, or
+refused. Knows image files; knows nothing of encoders or tokens.
+
+Shape suffixes: C channels, H and W pixels.
+"""
+
+import importlib
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import BinaryIO, Literal
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
+import PIL.TiffImagePlugin
+import torch
+from torch import Tensor
+
+from ..example import File, Size
+from .opening import check_same, opened
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""By Pillow's names; "JPEG" is MPO, too. Others run programs (EPS) or decode to another size than they tell (ICO)."""
+
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands that the file may have."""
+
+Mode = Literal["L", "RGB"]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is known of an image before it is decoded.
+
+    Attributes:
+        size: as displayed.
+        bits: of a value in the file, where Pillow's mode does not tell.
+        white_is_zero: values are to be inverted, and Pillow does not do it.
+    """
+
+    size: Size
+    bits: int = 8
+    white_is_zero: bool = False
+
+
+def image_size(stream: BinaryIO) -> Size:
+    """As displayed, without decoding.
+
+    Raises:
+        ValueError: it could not be decoded rightly; and whatever Pillow raises.
+    """
+    with _open(stream) as image:
+        return _header(image, stream).size
+
+
+def read_image(file: File, size: Size, mode: Mode = "RGB") -> Tensor:
+    """image_CHW, uint8, as displayed on white; of several frames or pages the first.
+
+    Raises:
+        ExampleError: the file is missing or broken, or another than was measured.
+    """
+    with opened(file, "decoded") as stream, _open(stream) as image:
+        header = _header(image, stream)
+        check_same(file, header.size, size)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
+        pixels_HWC = np.array(on_white(_of_eight_bits(image, header)).convert(mode))
+    return torch.from_numpy(pixels_HWC.reshape(*pixels_HWC.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+
+def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """In RGB; what is transparent lies on white, as `convert_to_rgb` of the library has it."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    whole = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+
+
+def _open(stream: BinaryIO) -> PIL.Image.Image:
+    head = stream.read(12)
+    stream.seek(0)
+    if head[4:8] != b"ftyp" or head[8:] not in HEIC:
+        return PIL.Image.open(stream, formats=FORMATS)
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise ValueError("it is a HEIC image: `pip install pillow-heif` to read it, or convert it to JPEG") from error
+    return PIL.Image.open(stream, formats=["HEIF"])
+
+
+def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
+    """
+    Raises:
+        ValueError: which of its values are black, white or transparent is not known.
+    """
+    bits, white_is_zero, oriented, tags = 16 if image.mode.startswith("I") else 8, False, False, image
+    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2.get(PIL.TiffImagePlugin.BITSPERSAMPLE, (bits,))[0]
+        white_is_zero = image.tag_v2.get(PIL.TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+        oriented = True  # by Pillow, its size and its pixels
+    elif image.format == "PNG":
+        bits, tags = _png_header(stream)
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its pixels are {kind}, and no file says which of them is white: save it with 8 or 16 bits")
+    if image.mode == "RGB" and bits == 16 and "transparency" in image.info:
+        raise ValueError("one of its 16-bit colours is transparent, which Pillow forgets: save it with 8 bits")
+    # not as PngImageFile has it, which would decode the image
+    orientation = 1 if oriented else PIL.Image.Image.getexif(tags).get(PIL.ExifTags.Base.Orientation, 1)
+    width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    return _Header(Size(height, width), bits, white_is_zero)
+
+
+def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
+    """Bits per value, and the image without its pixels: its orientation may come behind them.
+
+    Raises:
+        ValueError: it breaks off among its pixels.
+    """
+    stream.seek(0)
+    kept = [stream.read(8)]
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            body = stream.read(length)
+            kept += [struct.pack(">I4s", len(body), kind), body, struct.pack(">I", zlib.crc32(kind + body))]
+            stream.seek(4, os.SEEK_CUR)
+        elif kind == b"IEND":
+            break
+        elif length:
+            stream.seek(length - 1, os.SEEK_CUR)
+            if not stream.read(1) and kind == b"IDAT":
+                raise ValueError("it breaks off among its pixels")
+            stream.seek(4, os.SEEK_CUR)
+        else:
+            stream.seek(4, os.SEEK_CUR)
+    kept.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
+    return kept[2][8], PIL.Image.open(BytesIO(b"".join(kept)), formats=["PNG"])
+
+
+def _of_eight_bits(image: PIL.Image.Image, header: _Header) -> PIL.Image.Image:
+    """Values of 12 or 16 bits by their upper 8, as Pillow reads such of colours; and what is transparent in them."""
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and image.format == "PNG" and header.bits < 8 and transparent is not None:
+        image.info["transparency"] = transparent * 255 // (2**header.bits - 1)  # as Pillow has it for other depths
+    if not image.mode.startswith("I"):
+        return image
+    values_HW = np.asarray(image)
+    if header.white_is_zero:
+        values_HW = 2**header.bits - 1 - values_HW
+    gray = PIL.Image.fromarray((values_HW >> (header.bits - 8)).astype(np.uint8))
+    if transparent is not None:
+        gray.putalpha(PIL.Image.fromarray(np.where(values_HW == transparent, 0, 255).astype(np.uint8)))
+    return gray

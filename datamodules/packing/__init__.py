@@ -1,0 +1,1 @@
+"""Which examples make up a microbatch and a step, from what is measured of them."""

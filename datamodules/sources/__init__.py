@@ -1,0 +1,1 @@
+"""Sources and streams of examples, in the formats in use."""

@@ -1,0 +1,202 @@
+"""The contents of messages as data: which images and videos stand where, and which ``<image>`` is but a word.
+
+Knows texts, parts, and the files that parts name; knows no format.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Required, TypedDict
+
+from ..example import ExampleError, Image, Part, Roots, Video
+from .media_files import media_at
+
+KINDS: dict[str, type[Image] | type[Video]] = {"image": Image, "video": Video}
+PLACES = re.compile("(<image>|<video>)")
+FILES = {kind: (kind, "path", "url", "base64") for kind in KINDS} | {f"{kind}_url": (f"{kind}_url",) for kind in KINDS}
+"""By which keys a part of each type names its file."""
+
+
+class TypedPart(TypedDict, total=False):
+    """A part of a message. Placeholders in its text are text.
+
+    Attributes:
+        type: "text"; "image" or "video", which is the next one if no file is named; or "image_url" or "video_url".
+        text: of type "text".
+        image, video, path, url: the file of an image or video, by one of these keys and as of `media_at`.
+        base64: its bytes.
+        image_url, video_url: of these types: ``{"url": ...}``, or the URL alone.
+    """
+
+    type: Required[str]
+    text: str | None
+    image: Any
+    video: Any
+    path: str | None
+    url: str | None
+    base64: str | None
+    image_url: Mapping[str, Any] | str | None
+    video_url: Mapping[str, Any] | str | None
+
+
+class Contents:
+    """Parts of the messages of one conversation.
+
+    Args:
+        items: images and videos that placeholders and parts without a file stand for, by kind and in their order.
+        turns: all messages.
+        roots: of files that parts name.
+
+    Raises:
+        ExampleError: there are not as many places as items.
+    """
+
+    def __init__(self, items: Mapping[str, Sequence[Any]], turns: Sequence[Mapping[str, Any]], roots: Roots) -> None:
+        self._left = {kind: list(given) for kind, given in items.items()}
+        self._roots, self._words, self._first = roots, set[str](), list[Part]()
+        self._user = next((turn for turn in turns if turn.get("role") == "user"), None)
+        for kind, given in self._left.items():
+            places = Places.of(kind, turns)
+            if places.asked + places.said == len(given):
+                continue
+            if places.asked == len(given):
+                self._words.add(kind)
+            elif places.asked + places.said + places.own == 0:
+                self._put_first(kind, places)
+            else:
+                raise ExampleError(
+                    f"has {places.asked + places.said} <{kind}> placeholders for {len(given)} {kind}s. Where <{kind}> "
+                    f'is a word, give the content as parts: {{"type": "text", "text": ...}} and {{"type": "{kind}"}}'
+                )
+
+    def _put_first(self, kind: str, places: "Places") -> None:
+        if places.in_parts:
+            raise ExampleError(f'has <{kind}> in the text of a part, where it is a word: give {{"type": "{kind}"}}')
+        if self._user is None:
+            raise ExampleError(f"has {kind}s and no <{kind}> for them, nor a message of the user that they could begin")
+        self._first += self._left[kind]
+        self._left[kind] = []
+
+    def parts(self, turn: Mapping[str, Any], where: str) -> list[Part]:
+        """Of the next message.
+
+        Args:
+            where: what errors call it.
+        """
+        content = turn.get("content")
+        if content is None:
+            content = ""
+        first = self._first if turn is self._user else []
+        if isinstance(content, str):
+            return [*first, *self._text(content, _is_said(turn))]
+        if not isinstance(content, Sequence) or isinstance(content, bytes):
+            raise ExampleError(f"has {where} whose content is neither text nor a list of parts, but {content!r}")
+        return [*first, *(self._part(part, where) for part in content)]
+
+    def _text(self, content: str, said: bool) -> list[Part]:
+        parts: list[Part] = []
+        text = ""
+        for piece in PLACES.split(content):
+            kind = piece[1:-1]
+            if not PLACES.fullmatch(piece) or (said and kind in self._words):
+                text += piece
+                continue
+            parts += [text, self._left[kind].pop(0)]
+            text = ""
+        return [part for part in (*parts, text) if part != ""]
+
+    def _part(self, part: Any, where: str) -> Part:
+        if isinstance(part, Image | Video):
+            return part
+        if isinstance(part, Mapping) and "audio" in str(part.get("type")):
+            raise ExampleError(
+                f"has {where} with a part of type {part.get('type')!r}: nothing can be learnt from audio"
+            )
+        given = known(part, TypedPart, f" in a part of {where}")
+        kind, own = _file(given)
+        if given.get("type") == "text" and isinstance(given.get("text"), str) and not own:
+            return given["text"]
+        if kind is None or given.get("text") or len(own) > 1 or not own.keys() <= set(FILES[given["type"]]):
+            raise ExampleError(
+                f'has {where} with the part {part!r}: give {{"type": "text", "text": ...}}, {{"type": "image"}} or '
+                '{"type": "video"}, or one of the latter with its file, under "path" and no other key'
+            )
+        if not own:
+            return self._left[kind].pop(0)
+        ((key, value),) = own.items()
+        if key == "base64":
+            value = f"data:;base64,{value}"
+        if key in ("image_url", "video_url") and isinstance(value, Mapping):
+            if set(value) - {"url", "detail"} or value.get("detail", "auto") not in ("auto", None):
+                raise ExampleError(f'has {where} with {key} {dict(value)!r}: only its "url" can be given')
+            value = value.get("url")
+        return media_at(KINDS[kind], value, self._roots, f"the {kind} in {where}")
+
+
+@dataclass
+class Places:
+    """How many there are for items of a kind.
+
+    Attributes:
+        asked: parts without a file, and placeholders in messages that are not learnt.
+        said: placeholders in what is learnt.
+        own: parts with their own file.
+        in_parts: placeholders in the texts of parts of messages that are not learnt.
+    """
+
+    asked: int = 0
+    said: int = 0
+    own: int = 0
+    in_parts: int = 0
+
+    @classmethod
+    def of(cls, kind: str, turns: Sequence[Mapping[str, Any]]) -> "Places":
+        places = cls()
+        for turn in turns:
+            content, said = turn.get("content"), _is_said(turn)
+            if isinstance(content, str):
+                number = content.count(f"<{kind}>")
+                places.said += number * said
+                places.asked += number * (not said)
+                continue
+            for part in content if isinstance(content, Sequence) else ():
+                of, own = _file(part) if isinstance(part, Mapping) else (None, {})
+                places.own += isinstance(part, KINDS[kind]) or (of == kind and bool(own))
+                places.asked += of == kind and not own
+                text = part.get("text") if isinstance(part, Mapping) else None
+                places.in_parts += not said and isinstance(text, str) and f"<{kind}>" in text
+        return places
+
+
+def known(given: Any, schema: Any, where: str) -> dict[str, Any]:
+    """What has a value.
+
+    Raises:
+        ExampleError: there is a value under a key that the schema does not have.
+    """
+    if not isinstance(given, Mapping):
+        raise ExampleError(f"is no JSON object{where}: {given!r}")
+    keys = schema.__annotations__
+    unknown = [str(key) for key, value in given.items() if key not in keys and value not in (None, "", [], {}, ())]
+    if unknown:
+        advice = "" if where else ". A source leaves out what its ignore names"
+        raise ExampleError(
+            f"has {', '.join(unknown)}{where}, which is not known here; known are {', '.join(keys)}{advice}"
+        )
+    return {key: value for key, value in given.items() if key in keys and value is not None}
+
+
+def _is_said(turn: Mapping[str, Any]) -> bool:
+    """Whether a message is of those that are learnt: what the assistant says, or text without a template."""
+    return turn.get("role") == "assistant" or (turn.get("role") == "text" and turn.get("loss") is not False)
+
+
+def _file(part: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Of which kind a part is, if it is an image or a video, and what it names its file by; nothing: the next one."""
+    given = part.get("type")
+    kind = given.removesuffix("_url") if isinstance(given, str) and given in FILES else None
+    keys = [key for key in TypedPart.__annotations__ if key not in ("type", "text")]
+    own = {key: part[key] for key in keys if part.get(key) is not None}
+    if kind != given and not own:  # an image_url without one
+        kind = None
+    return kind, own

@@ -1,0 +1,190 @@
+"""Rows of the `datasets` library, as a source and as a stream. Knows columns; records.py knows what is in them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ..example import Example, ExampleError, File, Roots, roots_of
+from .records import DESCRIBE, FORMS, MEDIA, Records, check_columns
+from .source import Source, resolved
+from .stream import Place, Stream
+
+NEEDED = ("messages", "conversations", "completion", "text", "caption")
+
+
+class HFDataset(Source):
+    """Rows of whatever the `datasets` library reads (Parquet, Arrow, its own formats), memory-mapped.
+
+    Columns are the keys of `Records`. Media hold their bytes, or paths below the media root.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        data_files: str | Sequence[str] | None = None,
+        split: str = "train",
+        media_root: Roots = ".",
+        ignore: Sequence[str] = (),
+        prompt: str = DESCRIBE,
+    ) -> None:
+        """
+        Args:
+            path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
+            media_root: folder of media given by path, or several, as of `Roots`.
+            ignore: columns that are left out; others that are not known are refused.
+            prompt: the user's words where there is only a caption.
+        """
+        import datasets
+
+        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+        rows: Any = undecoded(datasets.load_dataset(path, data_files=files, split=split))
+        self.media_roots = roots_of(media_root)
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
+        columns = [name for name in rows.column_names if name not in ignore]
+        if not set(NEEDED) & set(columns):
+            raise ValueError(f"the rows have columns {rows.column_names}: {FORMS} is needed")
+        media = [name for name in columns if name in (*MEDIA, "target")]
+        self._rows = rows
+        self._texts = rows.select_columns([name for name in columns if name not in media])
+        self._media = rows.select_columns(media).with_format("arrow") if media else None
+        self._label = f"{path} {data_files or ''}".strip()
+
+    @property
+    def name(self) -> str:
+        return self._label
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fingerprint(self) -> str:
+        return self._rows._fingerprint
+
+    def identity(self) -> str:
+        given = self.records
+        return repr((type(self).__qualname__, self._label, resolved(given.roots), given.ignore, given.prompt))
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._texts[index]
+        check_columns(row)
+        return self.records.example({**row, **self._files(index)}, name=f"row {index}")
+
+    def _files(self, index: int) -> dict[str, list[Any]]:
+        """Paths of media by their columns; where there are bytes, a file that reads them when it is opened."""
+        found: dict[str, list[Any]] = {}
+        if self._media is None:
+            return found
+        table = self._media[index]
+        for column in table.column_names:
+            found[column] = [
+                File.lazy(f"{self.name}, row {index}, {column} {k}", partial(self._read, index, column, k))
+                if _holds_bytes(item)
+                else item.as_py()
+                for k, item in enumerate(_items(table[column][0]))
+            ]
+        targets = found.pop("target", [])
+        if len(targets) > 1:
+            raise ExampleError(f"has {len(targets)} targets; one can be made")
+        return {**found, "target": targets[0]} if targets else found
+
+    def _read(self, index: int, column: str, number: int) -> bytes:
+        assert self._media is not None
+        given = _items(self._media[index][column][0])[number].as_py()
+        return given if isinstance(given, bytes) else given["bytes"]
+
+
+class HFStream(Stream):
+    """Rows of whatever the `datasets` library streams: Parquet, JSON lines and the like, from disk or from afar.
+
+    Columns as of `HFDataset`. The order of files is another in each turn, from version 5 of `datasets` on.
+    """
+
+    def __init__(
+        self,
+        path: Any,
+        data_files: str | Sequence[str] | None = None,
+        split: str = "train",
+        media_root: Roots = ".",
+        shuffle: bool = True,
+        ignore: Sequence[str] = (),
+        prompt: str = DESCRIBE,
+    ) -> None:
+        """
+        Args:
+            path, data_files, split: as of `datasets.load_dataset`; or `path` is a `datasets.IterableDataset`. Without
+                a `shuffle` of its own, in which no place can be told: the DataModule shuffles within its window.
+            media_root: folder of media given by path, or several, as of `Roots`.
+            shuffle: the order of the files.
+            ignore: columns that are left out; others that are not known are refused.
+            prompt: the user's words where there is only a caption.
+        """
+        import datasets
+
+        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+        rows: Any = path
+        if not isinstance(path, datasets.IterableDataset):
+            rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
+        self._rows = undecoded(rows)
+        self.media_roots, self.shuffle = roots_of(media_root), shuffle
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
+        self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
+
+    @property
+    def name(self) -> str:
+        return self._label
+
+    def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
+        rows = self._rows
+        rows.set_epoch(turn + 1 if self.shuffle else 0)
+        rows.load_state_dict(place)
+        for batch in rows.iter(batch_size=1):  # in a worker, iter(rows) would give it a part of the rows
+            row = {name: values[0] for name, values in batch.items()}
+            try:
+                example: Example | ExampleError = self._example(row)
+            except ExampleError as error:
+                example = error
+            yield example, rows.state_dict()
+
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        check_columns(row)
+        return self.records.example(row)
+
+
+def undecoded(rows: Any) -> Any:
+    """A dataset of the `datasets` library whose media stay bytes or paths until their owner asks for them."""
+    features = rows.features or {}
+    changed = {name: feature for name in features if (feature := _undecoded(features[name])) is not features[name]}
+    for name, feature in changed.items():
+        rows = rows.cast_column(name, feature)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same one, if nothing in it is decoded."""
+    import datasets
+
+    if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
+        return type(feature)(decode=False) if feature.decode else feature
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        inner = _undecoded(feature.feature)
+        return feature if inner is feature.feature else type(feature)(inner)
+    if isinstance(feature, dict):
+        inner = {name: _undecoded(given) for name, given in feature.items()}
+        return feature if all(inner[name] is feature[name] for name in feature) else inner
+    return feature
+
+
+def _items(value: Any) -> list[Any]:
+    """What a value of Arrow has: a list, or one thing, or nothing. Bytes are not copied."""
+    from pyarrow import types
+
+    if not value.is_valid:
+        return []
+    return list(value.values) if types.is_nested(value.type) and not types.is_struct(value.type) else [value]
+
+
+def _holds_bytes(item: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(item.type) and item.is_valid:
+        return "bytes" in item and item["bytes"].is_valid
+    return types.is_binary(item.type) or types.is_large_binary(item.type)

@@ -1,0 +1,124 @@
+"""Sources that are JSON: one record per line, or a list of them. Knows lines; records.py knows what is in them."""
+
+import codecs
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..example import Example, ExampleError, Roots, roots_of
+from .records import DESCRIBE, Records
+from .source import Source, resolved, stamp
+
+
+class JSONSource(Source):
+    """Of one data file with media below a root, or several."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        media_root: Roots | None = None,
+        ignore: Sequence[str] = (),
+        prompt: str = DESCRIBE,
+    ) -> None:
+        """
+        Args:
+            path: of the file.
+            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
+            ignore: keys of its records that are left out; others that are not known are refused.
+            prompt: the user's words where there is only a caption.
+        """
+        self.path = Path(path)
+        self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
+        self.records = Records(self.media_roots, tuple(ignore), prompt)
+        self._open()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Find the records of the file."""
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def fingerprint(self) -> str:
+        return stamp([self.path])
+
+    def identity(self) -> str:
+        given = self.records
+        roots = resolved(given.roots)
+        return repr((type(self).__qualname__, str(self.path.resolve()), roots, given.ignore, given.prompt))
+
+
+class MessagesJSONL(JSONSource):
+    """One JSON object per line, as ms-swift, LLaMA-Factory, OpenAI and TRL read them; all keys are told by `Records`::
+
+        {"messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}],
+         "images": ["cats/1.png"], "videos": [], "target": null}
+
+    ``<image>`` and ``<video>`` stand for the next entry of `images` and `videos`, which are paths below the media root,
+    ``data:`` URIs, or objects with "path", "height" and "width". `target`, if there, is an image that a generator
+    learns to make. Texts for pretraining are ``{"text": "..."}``, or ``{"prompt": "...", "completion": "..."}``.
+    """
+
+    def _open(self) -> None:
+        starts, numbers, start = [], [], 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                    if not starts and text[:1] == b"[" and text[-1:] != b"]":
+                        raise ValueError(f"{self.path} is a JSON list, and not an object per line: use LlavaJSON")
+                    starts.append((start, len(line)))
+                    numbers.append(number)
+                start += len(line)
+        self._spans, self._numbers = np.array(starts, dtype=np.int64).reshape(-1, 2), np.array(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Example:
+        start, length = self._spans[index].tolist()
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = file.read(length)
+        where = f"line {self._numbers[index]}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+            return self._read(record, where)
+        except UnicodeDecodeError as error:
+            raise ExampleError(f"({where}) is not valid UTF-8: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ExampleError(f"({where}) is not JSON: {error}") from error
+        except ExampleError as error:
+            raise ExampleError(f"({where}) {error}") from error
+
+    def _read(self, record: Any, name: str) -> Example:
+        return self.records.example(record, name)
+
+
+class LlavaJSON(JSONSource):
+    """A JSON list of records, as LLaVA's and LLaMA-Factory's data come; all keys are told by `Records`::
+
+    [{"id": "1", "image": "cats/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+                                                           {"from": "gpt", "value": "A cat."}]}]
+    """
+
+    def _open(self) -> None:
+        try:
+            records = json.loads(self.path.read_text("utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is not JSON in UTF-8: {error}. If it is an object per line, use MessagesJSONL"
+            ) from error
+        if not isinstance(records, list):
+            raise ValueError(f"{self.path} must be a JSON list of objects with conversations")
+        self._records: list[Any] = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.records.example(self._records[index])

@@ -1,0 +1,131 @@
+"""Samples in uncompressed tar files, as WebDataset writes them. Knows tars; opens no media member.
+
+Members are read in place: opening a sample reads its own bytes and no others.
+"""
+
+import json
+import posixpath
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..example import Example, ExampleError, File
+from .media_files import IMAGES, VIDEOS
+from .records import DESCRIBE, MEDIA, Records
+from .source import Source, stamp
+
+MAX_LINKS = 40
+"""That lead from one to the next."""
+
+
+class WebDatasetTars(Source):
+    """Uncompressed tar files whose members share a name per sample: ``000.jpg``, ``000.txt`` or ``000.json``.
+
+    A ``.txt`` member is the caption of the media members. A ``.json`` member is a record as of `Records`, in whose
+    messages ``<image>`` and ``<video>`` stand for the media members in the order of their names.
+    """
+
+    def __init__(self, paths: str | Sequence[str], prompt: str = DESCRIBE, ignore: Sequence[str] = ()) -> None:
+        """
+        Args:
+            paths: of tar files, or a pattern such as ``shards/*.tar``.
+            prompt: the user's words where there is only a caption.
+            ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out;
+                others that are not known are refused.
+        """
+        if isinstance(paths, str):
+            pattern = Path(paths)
+            paths = sorted(str(path) for path in pattern.parent.glob(pattern.name))
+        if not paths:
+            raise ValueError("WebDatasetTars: there are no such tar files")
+        self.paths, self.ignore = list(paths), tuple(ignore)
+        self.records = Records((), self.ignore, prompt)
+        self._left_out = {suffix.removeprefix(".").lower() for suffix in self.ignore}
+        self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
+        for path in self.paths:
+            self._samples += _members(path)
+
+    @property
+    def name(self) -> str:
+        return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def fingerprint(self) -> str:
+        return stamp(list(self.paths))
+
+    def __getitem__(self, index: int) -> Example:
+        path, key, members = self._samples[index]
+        name = f"{path}: {key}"
+        try:
+            record = self._record(path, key, members)
+            return self.records.example(record, name)
+        except ValueError as error:
+            reason = error if isinstance(error, ExampleError) else f"has text that cannot be read: {error}"
+            raise ExampleError(f"({name}) {reason}") from error
+
+    def _record(self, path: str, key: str, members: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+        """What the members of a sample tell together."""
+        media: dict[str, list[File]] = {"images": [], "videos": []}
+        texts: dict[str, str] = {}
+        for suffix, offset, length in members:
+            kind = suffix.rsplit(".", 1)[-1].lower()
+            if kind in self._left_out or suffix.removeprefix(".").lower() in self._left_out:
+                continue
+            if offset < 0:
+                raise ExampleError(f"has {suffix} that is no file, and no link to one of this tar")
+            file = File.inside(path, key + suffix, offset, length)
+            if f".{kind}" in IMAGES:
+                media["images"].append(file)
+            elif f".{kind}" in VIDEOS:
+                media["videos"].append(file)
+            elif kind not in ("txt", "json"):
+                raise ExampleError(f"has {suffix}, which is not known here: name {kind!r} in ignore to leave it out")
+            elif kind in texts:
+                raise ExampleError(f"has more than one .{kind}")
+            else:
+                texts[kind] = file.open().read().decode("utf-8-sig")
+        record: Any = json.loads(texts["json"]) if "json" in texts else {}
+        if not isinstance(record, Mapping):
+            raise ExampleError(f"has .json that is no object, but {record!r}")
+        record = {key: value for key, value in record.items() if value is not None and key not in self.ignore}
+        if named := [key for key in MEDIA if record.get(key)]:
+            raise ExampleError(f"has .json with {', '.join(named)}: its media are the members; name it in ignore")
+        if "txt" in texts:
+            caption = texts["txt"].strip()
+            if str(record.get("caption", caption)).strip() != caption:
+                raise ExampleError('has a .txt and another "caption" in its .json: name one of them in ignore')
+            record["caption"] = caption
+        if not record:
+            raise ExampleError("has neither a conversation nor a caption")
+        return {**record, **media}
+
+
+def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
+    """(tar, key, [(suffix, offset, length)]) of each sample, in the order of the tar."""
+    samples: dict[str, list[tuple[str, int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = {posixpath.normpath(member.name): member for member in tar}
+            for member in tar:
+                if not member.isdir():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, suffix = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
+    except tarfile.ReadError as error:
+        raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
+    return [(path, key, sorted(members)) for key, members in samples.items()]
+
+
+def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
+    """Offset and length of a member, or of the one that it is a link to; (-1, 0): it is no file of this tar."""
+    file: tarfile.TarInfo | None = member
+    for _ in range(MAX_LINKS):
+        if file is None or not (file.issym() or file.islnk()):
+            break
+        folder = posixpath.dirname(file.name) if file.issym() else ""
+        file = files.get(posixpath.normpath(posixpath.join(folder, file.linkname)))
+    return (file.offset_data, file.size) if file is not None and file.isreg() and not file.issparse() else (-1, 0)
