@@ -19,8 +19,8 @@ NAMES = {
         CaptionFolder Clips Collator Conversation DigitsDataModule EasyVQA EasyVQADataModule EasyVQADrawings
         EpochSampler Example ExampleError File HFDataset HFStream HFVisual Image LlavaJSON Media Message MessagesJSONL
         MultimodalDataModule PatchProcessor PipelineDataModule PipelineDataset Sample SampleList Size Source SourceError
-        SourceStream Stream Sums Taken Target TargetProcessor TextFiles Video VisualProcessor WebDatasetTars byte_tokenizer
-        example_of""",
+        SourceStream Stream Sums Taken Target TargetProcessor TextFiles Video VisualProcessor WebDatasetTars
+        byte_tokenizer example_of""",
     "bigmac_lightning.models": """
         FlowGenerator HFDecoder HFVideoEncoder HFVisionEncoder LatentCodec MultimodalLM VisionEncoder""",
 }
