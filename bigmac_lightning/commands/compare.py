@@ -8,10 +8,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from bigmac_lightning.commands.plan import NO_MEMORY, answer, check_suffix, sizes
+from bigmac_lightning.commands.answer import answer, parser_of
+from bigmac_lightning.commands.plan import NO_MEMORY, check_suffix, options_of, sizes
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import Auto, Candidate, Case, candidates
@@ -61,18 +61,12 @@ def compare_from_options(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
-    parser = ArgumentParser(
-        prog="bigmac compare",
-        description="Compare policies and backbones side by side.",
-        exit_on_error=False,
-        default_env=False,
-    )
-    parser.add_function_arguments(compare_from_options, fail_untyped=True)
+    """Run the command; returns its exit code."""
+    parser = parser_of("compare", "Compare policies and backbones side by side.", compare_from_options)
     parser.add_argument(
         "--output", type=str, default=None, help="Write the numbers: .json or .csv. Default: the terminal."
     )
-    return answer("compare", parser, argv, _run)
+    return answer("compare", lambda: _run(options_of(parser, argv)))
 
 
 def _run(options: dict[str, Any]) -> None:

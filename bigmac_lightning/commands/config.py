@@ -1,6 +1,5 @@
 """LightningCLI for PipelineModules: what `bigmac fit` and its like read, run and say at the end."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,6 @@ class ConfigReader(BigMacCLI):
 
     def _add_instantiators(self) -> None:
         """Nothing has to remember its arguments."""
-
-
-def told(problem: Exception) -> str:
-    """A problem in one line; of jsonargparse's tree of attempts, the key and the last reason."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
-    return " ".join(text.split())
 
 
 def summary(trainer: pl.Trainer) -> Table:

@@ -4,19 +4,20 @@ Makes the DataModule of a config, measures its sources, and shows samples; makes
 datamodules/looking.py; here it is printed and drawn.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from bigmac_lightning.commands.config import ConfigReader, told
+from bigmac_lightning.commands.answer import answer
+from bigmac_lightning.commands.config import ConfigReader
+from bigmac_lightning.commands.plan import PICTURES, check_suffix
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]
     ExampleError,
     MultimodalDataModule,
@@ -32,7 +33,6 @@ from bigmac_lightning.datamodules.looking import (  # pyright: ignore[reportMiss
 SPLITS = ("train", "val", "test", "predict")
 BLOCKS = " ▁▂▃▄▅▆▇█"
 STYLES = {"given": "", "learnt": "black on green", "media": "cyan", "target": "magenta"}
-PICTURES = (".png", ".svg", ".pdf")
 MOST_PICTURES = 24
 
 
@@ -72,21 +72,13 @@ class DataReader(ConfigReader):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
-    try:
-        run = DataReader("data", argv)
-        output = run.config["output"]
-        if output and not str(output).endswith(PICTURES):
-            raise ValueError(f"--output is {output!r}; expected a name that ends with {', '.join(PICTURES)}")
-        _show(run, Console())
-    except (ValueError, TypeError, ArgumentError, OSError, ImportError) as problem:
-        print(f"bigmac data: error: {told(problem)}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command; returns its exit code."""
+    return answer("data", lambda: _show(DataReader("data", argv), Console()), further=[TypeError])
 
 
 def _show(run: DataReader, console: Console) -> None:
     config, data = run.config, run.data
+    check_suffix(config["output"], PICTURES)
     views: dict[str, list[SourceView]] = {}
     for split in SPLITS:
         if data.parts(split):

@@ -3,15 +3,14 @@
 Knows checkpoints and the terminal; what a Hugging Face folder is stands in models/.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.commands.answer import answer, parser_of
 
 
 def export_checkpoint(checkpoint: str, output: str, source: str | None = None, dtype: str | None = None) -> list[str]:
@@ -47,17 +46,13 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
-    parser = ArgumentParser(
-        prog="bigmac export", description="Write a Hugging Face folder.", exit_on_error=False, default_env=False
-    )
-    parser.add_function_arguments(export_checkpoint, fail_untyped=True)
-    try:
+    """Run the command; returns its exit code."""
+    parser = parser_of("export", "Write a Hugging Face folder.", export_checkpoint)
+
+    def run() -> None:
         options = vars(parser.parse_args(list(argv)))
         others = export_checkpoint(**options)
-    except (ValueError, ArgumentError, OSError, ImportError) as problem:
-        print(f"bigmac export: error: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 2
-    more = f"; {len(others)} tensors of other components beside it" if others else ""
-    Console().print(f"{options['output']}: a Hugging Face folder{more}", highlight=False, soft_wrap=True)
-    return 0
+        more = f"; {len(others)} tensors of other components beside it" if others else ""
+        Console().print(f"{options['output']}: a Hugging Face folder{more}", highlight=False, soft_wrap=True)
+
+    return answer("export", run)

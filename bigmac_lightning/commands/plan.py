@@ -3,16 +3,15 @@
 Knows the schedule package and the terminal; knows nothing of models, tensors or Lightning.
 """
 
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from bigmac_lightning.commands.answer import answer, parser_of
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.bound import lower_bound
 from bigmac_lightning.schedule.budget import MemoryBudget
@@ -145,32 +144,25 @@ def sizes(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line
-    (for a plan that cannot progress, with every rank's list around its spot below)."""
-    parser = ArgumentParser(
-        prog="bigmac plan", description="Make, check, show and save plans.", exit_on_error=False, default_env=False
-    )
-    parser.add_function_arguments(plan_from_options, fail_untyped=True)
+    """Run the command; returns its exit code."""
+    parser = parser_of("plan", "Make, check, show and save plans.", plan_from_options)
     parser.add_argument(
         "--output",
         type=str,
         default=None,
         help="Write plan.json, or a picture: .png, .svg, .pdf. Default: the terminal.",
     )
-    return answer("plan", parser, argv, _run)
+    return answer("plan", lambda: _run(options_of(parser, argv)))
 
 
-def answer(name: str, parser: ArgumentParser, argv: Sequence[str], run: Callable[[dict[str, Any]], None]) -> int:
-    """Parse and run a command; returns its exit code: 0, or 2 after an error, which goes to stderr."""
-    try:
-        options = vars(parser.parse_args(list(argv)))
-        options["costs"] = Costs(**vars(options["costs"]))
-        options["memory"] = MemoryBudget(**vars(options["memory"]))
-        run(options)
-    except (ValueError, ArgumentError, OSError) as problem:
-        print(f"bigmac {name}: error: {_told(problem)}", file=sys.stderr)
-        return 2
-    return 0
+def options_of(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What is given, with costs and memory as the schedule has them."""
+    options = vars(parser.parse_args(list(argv)))
+    return {
+        **options,
+        "costs": Costs(**vars(options["costs"])),
+        "memory": MemoryBudget(**vars(options["memory"])),
+    }
 
 
 def check_suffix(output: str | None, suffixes: Sequence[str]) -> str:
@@ -201,15 +193,3 @@ def _run(options: dict[str, Any]) -> None:
         except ImportError as problem:
             raise PlanError("pictures need matplotlib: pip install 'bigmac-lightning[quickstart]'") from problem
     console.print(f"{output}: makespan {timeline.makespan:g}, ideal {plan.ideal:g}", highlight=False, soft_wrap=True)
-
-
-def _told(problem: Exception) -> str:
-    """The problem's message; jsonargparse's many lines on a wrong type made one."""
-    text = str(problem)
-    pattern = r"""Parser key "(.*?)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
-    wrong = re.match(pattern, text, re.DOTALL)
-    if wrong:
-        key, expected, found = wrong.groups()
-        auto = " or auto" if "Literal['auto']" in text else ""
-        return f"--{key} is {found.strip().splitlines()[0]}; expected {expected}{auto}"
-    return " ".join(text.split()) if isinstance(problem, ArgumentError) else text

@@ -3,16 +3,16 @@
 Builds the model on the meta device and the strategy; starts no processes and touches neither data nor weights.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from bigmac_lightning.commands.config import ConfigReader, told
+from bigmac_lightning.commands.answer import answer
+from bigmac_lightning.commands.config import ConfigReader
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.report import Precision, StepEstimate, TypicalMicrobatch, count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
@@ -95,13 +95,8 @@ class RunReader(ConfigReader):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code: 0, or 2 after an error, which goes to stderr in one line."""
-    try:
-        _show(RunReader("plan", argv), Console())
-    except (ValueError, TypeError, ArgumentError, OSError, ImportError) as problem:
-        print(f"bigmac plan: error: {told(problem)}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command; returns its exit code."""
+    return answer("plan", lambda: _show(RunReader("plan", argv), Console()), further=[TypeError])
 
 
 def _show(run: RunReader, console: Console) -> None:
