@@ -5,7 +5,6 @@ process groups: the strategy, if it runs pipelines, says what place in them this
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -47,7 +46,24 @@ class SampleList(PipelineDataset):
         return self.samples[index]
 
 
-class PipelineDataModule(pl.LightningDataModule):
+class PlacedDataModule(pl.LightningDataModule):
+    """A DataModule that knows this process's place, under any strategy."""
+
+    @property
+    def layout(self) -> PipelineLayout:
+        """In its pipeline; a pipeline of one where the strategy runs none."""
+        if self.trainer is None:
+            return PipelineLayout()
+        return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
+
+    @property
+    def place(self) -> dict[str, int]:
+        """Among data-parallel replicas: "num_replicas" and "rank"."""
+        given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return {**given} if given else {"num_replicas": 1, "rank": 0}  # None on a single device
+
+
+class PipelineDataModule(PlacedDataModule):
     """Base class of DataModules for `PipelineModule`: write `setup`, and return ``self.loader(dataset)``.
 
     Attributes:
@@ -70,25 +86,21 @@ class PipelineDataModule(pl.LightningDataModule):
         self.seed = seed
         self.padding = padding
 
-    @property
-    def layout(self) -> PipelineLayout:
-        """This process's place in its pipeline; a pipeline of one where the strategy runs none."""
-        if self.trainer is None:
-            return PipelineLayout()
-        return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
-
     def loader(self, dataset: PipelineDataset, shuffle: bool = False) -> "DataLoader[Batch]":
         """Batches of a dataset, in an order that depends on the seed, the epoch and the number of replicas alone; a run
         that is resumed goes on with the batch that would have come."""
-        place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:
-            place |= self.trainer.distributed_sampler_kwargs or {}  # None on a single device
         layout = self.layout
         return EpochLoader.of(
             dataset,
             uncounted=uncounted_in(self.trainer),
             batch_size=self.batch_size,
-            sampler=EpochSampler(dataset, shuffle=shuffle, seed=self.seed, **place),
+            sampler=EpochSampler(
+                dataset,
+                shuffle=shuffle,
+                seed=self.seed,
+                num_replicas=self.place["num_replicas"],
+                rank=self.place["rank"],
+            ),
             collate_fn=Collator(layout, layout.microbatches or self.microbatches, self.padding),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

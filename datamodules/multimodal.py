@@ -11,17 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
-from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 
+from .base import PlacedDataModule
 from .encoding.chat import DRAW, IMAGE, VIDEO, ChatEncoder
 from .encoding.hf_processor import HFVisual
 from .encoding.replies import Learn
@@ -44,7 +43,7 @@ SHOWN_ERRORS = 10
 log = logging.getLogger(__name__)
 
 
-class MultimodalDataModule(pl.LightningDataModule):
+class MultimodalDataModule(PlacedDataModule):
     """Trains and evaluates on any `Source`s.
 
     With data of your own, give it a `Source` of yours, or derive from it and override `sources`.
@@ -305,19 +304,9 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     # -- loaders -------------------------------------------------------------------------------------------------------
 
-    @property
-    def layout(self) -> PipelineLayout:
-        """This process's place in its pipeline; a pipeline of one where the strategy runs none."""
-        if self.trainer is None:
-            return PipelineLayout()
-        return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
-
     def loader(self, split: Split) -> StepLoader | StreamLoader:
         """Batches of a split."""
-        training, layout = split == "train", self.layout
-        place: dict[str, Any] = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None:
-            place |= self.trainer.distributed_sampler_kwargs or {}  # None on a single device
+        training, layout, place = split == "train", self.layout, self.place
         options = self._packing(split, layout.microbatches)
         collate = StepCollate(layout, self.packed, self.encoder.tokenizer.pad_token_id or 0, self.attention_tokens)
         agreement = Agreement(self._ranks, place["rank"], self.on_error, partial(self._log_skipped, split))

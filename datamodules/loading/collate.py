@@ -26,6 +26,8 @@ from bigmac_lightning.contracts.batch import (
     assign_owners,
 )
 
+from ..packing.packing import llm_cost
+
 
 @dataclass(frozen=True)
 class Media:
@@ -160,7 +162,7 @@ def make_batch(
         if attention_tokens is not None:
             rows, longest = microbatch.shape
             lengths = [len(sample.tokens) for sample in part] if packed else [longest] * rows
-            microbatch.llm_cost = sum(length + length**2 / attention_tokens for length in lengths)
+            microbatch.llm_cost = sum(llm_cost(length, attention_tokens) for length in lengths)
     assign_owners(microbatches, layout)
     for part, microbatch in zip(parts, microbatches, strict=True):
         loads: list[Callable[[], Any] | None] = [item.load for sample in part for item in sample.media]

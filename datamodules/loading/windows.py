@@ -21,7 +21,7 @@ from bigmac_lightning.contracts.batch import Batch
 from ..encoding.chat import ChatEncoder
 from ..example import Example, ExampleError
 from ..packing.measuring import encoded, name_of, reason_of
-from ..packing.packing import deal, pack
+from ..packing.packing import deal, llm_cost, pack
 from ..packing.steps import PackingOptions
 from ..sources.stream import Stream
 from .collate import Sample
@@ -216,7 +216,7 @@ class StreamSteps(IterableDataset):
     def _deal(self, samples: list[Sample], bins: list[list[int]], window: int) -> list[list[list[list[int]]]]:
         options = self.options
         tokens = [len(sample.tokens) for sample in samples]
-        costs = [n + n * n / options.attention_tokens for n in tokens]
+        costs = [llm_cost(n, options.attention_tokens) for n in tokens]
         if not options.ordered:
             packed = pack(tokens, costs, options.token_budget, len(tokens))
             bins = packed if len(packed) <= len(bins) else bins

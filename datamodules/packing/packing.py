@@ -60,6 +60,11 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     return shares
 
 
+def llm_cost(tokens: int, attention_tokens: float) -> float:
+    """What a sample costs the LLM, in tokens of a short one; attention as of `PackingOptions`."""
+    return tokens + tokens * tokens / attention_tokens
+
+
 def pack(tokens: Sequence[int], costs: Sequence[float], budget: int, window: int, ordered: bool = False) -> list[Bin]:
     """Bins of at most `budget` tokens each.
 

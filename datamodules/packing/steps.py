@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from .measuring import Measurements
-from .packing import deal, mix, pack
+from .packing import deal, llm_cost, mix, pack
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class StepSampler(DistributedSampler):
         picks = mix([len(u) for u in self.usable], self.weights, self.samples, self.seed, epoch, self.shuffle)
         picks = [(source, int(self.usable[source][index])) for source, index in picks]
         tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
-        costs = [n + n * n / options.attention_tokens for n in tokens]
+        costs = [llm_cost(n, options.attention_tokens) for n in tokens]
         bins = pack(tokens, costs, options.token_budget, options.window, options.ordered)
         if self.shuffle and not options.ordered:
             random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
