@@ -1,6 +1,7 @@
 """Rows of the `datasets` library, as a source and as a stream. Knows columns; records.py knows what is in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -133,7 +134,7 @@ class HFStream(Stream):
         return self._label
 
     def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
-        rows = self._rows
+        rows = deepcopy(self._rows)  # the library shares its epoch with all workers, who may be in another turn
         rows.set_epoch(turn + 1 if self.shuffle else 0)
         rows.load_state_dict(place)
         for batch in rows.iter(batch_size=1):  # in a worker, iter(rows) would give it a part of the rows

@@ -1,6 +1,7 @@
 """Streams: the same samples per step for any number of ranks, replicas and workers, exact resuming, broken examples."""
 
 import io
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_a_loader_goes_on_where_another_was(folder: Path, stop: int, tmp_path: P
             second.set_epoch(epoch)
             rest += [names(batch) for batch in second]
         assert rest == [step for step, _ in expected[stop:]]
+
+
+def _read(stream: HFStream, turn: int) -> None:
+    next(stream.read(turn))
+
+
+def test_a_worker_does_not_change_the_turn_of_another(folder: Path) -> None:
+    """Forked workers share memory that the library keeps its epoch in."""
+    stream = HFStream("parquet", str(folder / "*.parquet"))
+    reading = multiprocessing.get_context("fork").Process(target=_read, args=(stream, 5))
+    reading.start()
+    reading.join()
+    assert reading.exitcode == 0
+    assert stream._rows.epoch == 0
 
 
 def test_what_can_be_resumed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
