@@ -35,7 +35,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in {**TRAINING, **OTHERS}.items())))
     elif name in OTHERS:
-        sys.exit(_module_of(name, arguments).main(arguments))
+        sys.exit(module_of(name, arguments).main(arguments))
     elif name in TRAINING or name.startswith("-"):
         from bigmac_lightning.commands.config import BigMacCLI
 
@@ -47,7 +47,8 @@ def main() -> None:
         sys.exit(2)
 
 
-def _module_of(name: str, arguments: Sequence[str]) -> Any:
+def module_of(name: str, arguments: Sequence[str]) -> Any:
+    """Where a command is that does not train."""
     of_config = name == "plan" and any(argument.split("=")[0] in ("-c", "--config") for argument in arguments)
     return import_module(f"bigmac_lightning.commands.{'plan_config' if of_config else name}")
 
