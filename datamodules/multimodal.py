@@ -26,7 +26,7 @@ from .encoding.hf_processor import HFVisual
 from .encoding.replies import Learn
 from .encoding.special import InText
 from .encoding.template import read_template
-from .encoding.tokenizers import byte_tokenizer
+from .encoding.tokenizers import load_processor
 from .encoding.visual import TargetProcessor, VisualProcessor
 from .example import ExampleError
 from .loading.failures import Agreement, OnError
@@ -35,7 +35,7 @@ from .loading.windows import StreamCollate, StreamLoader, StreamSteps
 from .packing.measuring import Measurements, measurements
 from .packing.steps import PackingOptions, StepSampler
 from .sources.source import Source
-from .sources.splitting import HeldOut, parted
+from .sources.splitting import HeldOut, held_out_of
 from .sources.stream import SourceStream, Stream
 
 Split = str
@@ -147,7 +147,7 @@ class MultimodalDataModule(PlacedDataModule):
             "predict": predict,
         }
         self.val_split = val_split
-        self._parted: tuple[list[Source | Stream], list[Source | Stream]] | None = None
+        self._parted: dict[Split, Sequence[Source | Stream]] | None = None
         self.weights, self.samples_per_epoch, self.steps_per_epoch = weights, samples_per_epoch, steps_per_epoch
         if learn not in ("all", "last"):
             raise ValueError(f'learn={learn!r}: choose "all" or "last"')
@@ -191,25 +191,9 @@ class MultimodalDataModule(PlacedDataModule):
         if self.val_split is None or split not in ("train", "val"):
             return self.sources(split)
         if self._parted is None:
-            given, wanted = self.sources("train"), self.val_split
-            shares = [wanted] * len(given) if isinstance(wanted, int | float) else list(wanted)
-            if len(shares) != len(given):
-                raise ValueError(f"val_split={shares} for {len(given)} training sources: give one for each")
-            train, val = list[Source | Stream](), list(self.sources("val"))
-            for number, (source, share) in enumerate(zip(given, shares, strict=True)):
-                if not share:
-                    train.append(source)
-                    continue
-                if isinstance(source, Stream):
-                    raise ValueError(
-                        f"val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
-                        "val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
-                    )
-                rest, held_out = parted(source, share, f"{self.seed}/val/{number}")
-                train.append(rest)
-                val.append(held_out)
-            self._parted = train, val
-        return self._parted[split == "val"]
+            train, held_out = held_out_of(self.sources("train"), self.val_split, self.seed)
+            self._parted = {"train": train, "val": [*self.sources("val"), *held_out]}
+        return self._parted[split]
 
     def _streams(self, split: Split) -> list[Stream]:
         """The sources of a split as streams, if there is a stream among them; else none.
@@ -399,27 +383,3 @@ def _nothing() -> CombinedLoader:
     combined = CombinedLoader([], "sequential")
     combined._flattened, combined._spec = tree_flatten([])
     return combined
-
-
-def load_processor(processor: Any) -> tuple[Any, Any]:
-    """A fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
-
-    Args:
-        processor: a folder or name, a processor, a tokenizer, or "bytes".
-
-    Raises:
-        ValueError: the tokenizer is not a fast one.
-    """
-    from transformers import AutoProcessor, ProcessorMixin
-
-    if processor == "bytes":
-        return byte_tokenizer(), None
-    if isinstance(processor, str | Path):
-        processor = AutoProcessor.from_pretrained(str(processor))  # of a folder without a processor, its tokenizer
-    whole: Any = processor if isinstance(processor, ProcessorMixin) else None
-    tokenizer: Any = processor if whole is None else whole.tokenizer
-    if whole is not None and whole.chat_template:
-        tokenizer.chat_template = whole.chat_template
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} must be a fast tokenizer, which tells where its tokens stand")
-    return tokenizer, whole

@@ -79,12 +79,19 @@ def main(argv: Sequence[str]) -> int:
 def _show(run: DataReader, console: Console) -> None:
     config, data = run.config, run.data
     check_suffix(config["output"], PICTURES)
+    for name, least in (("samples", 0), ("refused", 0), ("stream_examples", 1), ("replicas", 1)):
+        if config[name] < least:
+            raise ValueError(f"--{name} is {config[name]}; expected an integer of at least {least}")
     views: dict[str, list[SourceView]] = {}
     for split in SPLITS:
         if data.parts(split):
             views[split] = looking.sources_of(data, split, config["stream_examples"])
     if not views:
         raise ValueError("the DataModule has no sources: give it train, val, test or predict")
+    if config["split"] not in views:
+        raise ValueError(
+            f"--split is {config['split']!r}, of which the DataModule has no sources; it has {list(views)}"
+        )
     if not console.is_terminal:
         console.width = max(console.width, 220)  # nothing is cut in a file
     console.print(_sources(views))

@@ -1,8 +1,6 @@
-"""A tokenizer that needs no files: one token per byte, for examples, tests and tiny models.
+"""Tokenizers and processors: those of the transformers library, and one that needs no files, with a token per byte."""
 
-Knows the transformers library; real models bring a tokenizer of their own.
-"""
-
+from pathlib import Path
 from typing import Any
 
 from .chat import DRAW, IMAGE, VIDEO
@@ -38,3 +36,27 @@ def byte_tokenizer() -> Any:
         chat_template=TEMPLATE,
         model_max_length=1 << 30,
     )
+
+
+def load_processor(processor: Any) -> tuple[Any, Any]:
+    """A fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
+
+    Args:
+        processor: a folder or name, a processor, a tokenizer, or "bytes".
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if processor == "bytes":
+        return byte_tokenizer(), None
+    if isinstance(processor, str | Path):
+        processor = AutoProcessor.from_pretrained(str(processor))  # of a folder without a processor, its tokenizer
+    whole: Any = processor if isinstance(processor, ProcessorMixin) else None
+    tokenizer: Any = processor if whole is None else whole.tokenizer
+    if whole is not None and whole.chat_template:
+        tokenizer.chat_template = whole.chat_template
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} must be a fast tokenizer, which tells where its tokens stand")
+    return tokenizer, whole

@@ -7,8 +7,11 @@ import hashlib
 from collections.abc import Sequence
 from random import Random
 
+import numpy as np
+
 from ..example import Example
 from .source import Source
+from .stream import Stream
 
 HeldOut = int | float
 """Of a source: a number of examples, or a share of them between 0 and 1."""
@@ -22,7 +25,7 @@ class Part(Source):
         Args:
             indices: of the examples, in the order in which this source has them.
         """
-        self.whole, self.indices = whole, list(indices)
+        self.whole, self.indices = whole, np.array(indices, dtype=np.int64)
 
     @property
     def name(self) -> str:
@@ -32,16 +35,46 @@ class Part(Source):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self.whole[self.indices[index]]
+        return self.whole[int(self.indices[index])]
 
     def origin(self, index: int) -> int:
-        return self.whole.origin(self.indices[index])
+        return self.whole.origin(int(self.indices[index]))
 
     def fingerprint(self) -> str | None:
         return self.whole.fingerprint()
 
     def identity(self) -> str:
-        return hashlib.sha256(repr((self.whole.identity(), self.indices)).encode()).hexdigest()
+        return hashlib.sha256(self.whole.identity().encode() + self.indices.tobytes()).hexdigest()
+
+
+def held_out_of(
+    sources: Sequence[Source | Stream], wanted: HeldOut | Sequence[HeldOut], seed: int
+) -> tuple[list[Source | Stream], list[Source]]:
+    """What of training sources is left to train on, and what is held out.
+
+    Args:
+        wanted: of each source, or of all alike; 0: nothing.
+
+    Raises:
+        ValueError: it cannot be held out.
+    """
+    shares = [wanted] * len(sources) if isinstance(wanted, int | float) else list(wanted)
+    if len(shares) != len(sources):
+        raise ValueError(f"val_split={shares} for {len(sources)} training sources: give one for each")
+    train, held_out = list[Source | Stream](), list[Source]()
+    for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
+        if not share:
+            train.append(source)
+        elif isinstance(source, Stream):
+            raise ValueError(
+                f"val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
+                "val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
+            )
+        else:
+            rest, part = parted(source, share, f"{seed}/val/{number}")
+            train.append(rest)
+            held_out.append(part)
+    return train, held_out
 
 
 def parted(source: Source, held_out: HeldOut, seed: str) -> tuple[Part, Part]:

@@ -102,6 +102,12 @@ def test_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
         ("digits", [], "data is DigitsDataModule, which makes its tokens itself"),
         ("easy_vqa", ["--output=x.gif"], "--output is 'x.gif'; expected a name that ends with .png, .svg, .pdf"),
         ("easy_vqa", ["--split=nothing"], "nothing"),
+        ("easy_vqa", ["--replicas=0"], "--replicas is 0; expected an integer of at least 1"),
+        (
+            "easy_vqa",
+            ["--split=test", "--data.train_questions=9", "--data.val_questions=5", "--data.cache_dir=cache"],
+            "--split is 'test', of which the DataModule has no sources; it has ['train', 'val']",
+        ),
         ("easy_vqa", ["--data.token_budge=3"], "token_budge"),
         ("nowhere", [], "nowhere.yaml"),
     ],

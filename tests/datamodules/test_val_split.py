@@ -93,6 +93,23 @@ def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) 
         module.setup("fit" if split == "train" else "validate")
 
 
+def test_another_part_is_measured_anew(tmp_path: Path) -> None:
+    """What was measured of one part is not taken for another of the same source."""
+    records = [{"messages": said("a", "b" * i)} for i in range(1, 31)]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    seen = set()
+    for options in ({"val_split": 10}, {"val_split": 10, "seed": 1}, {"val_split": 12}, {"val_split": 10}):
+        module = data(path, val=[], **options)
+        module.prepare_data()
+        (part,) = module.parts("train")
+        assert isinstance(part, Part)
+        known = module.measured_of(part, "train", read_only=True)
+        spoken = [len(reply) for reply in replies(part)]
+        assert (known.arrays["learnt"] - spoken).tolist() == [1] * len(part)  # and the end of the reply
+        seen.add(tuple(spoken))
+    assert len(seen) == 3
+
+
 def _fit(trainer: Any, folder: Path, val_split: Any) -> tuple[list[float], int]:
     source = MessagesJSONL(folder / "a.jsonl")
     module = model()
