@@ -23,6 +23,7 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
 )
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 
@@ -92,7 +93,7 @@ def measure(rank: int, size: int, counts: list[int], policies: list[str]) -> lis
     module.configure_model()
     peaks = []
     for policy in policies:
-        runner = PipelineRunner(module, mesh, PipelineOptions(policy=policy))
+        runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(policy=policy)))
         for count in counts:
             memory = runner.executor.memory = MemoryTracker(module.parameters())
             runner(batch(count, runner.layout), "train")

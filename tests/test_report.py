@@ -23,6 +23,7 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
 from tests.models.parts import counting
 from tests.ranks import run_ranks
+from tests.training.trainers import strategy_of
 
 TOKENS, WIDTH = 128, 64
 TYPICAL = TypicalMicrobatch(TOKENS, media_rows=64, item_rows=32, targets=2, target_rows=4, target_shape=(1, 16, 16))
@@ -64,8 +65,12 @@ def built(
     )
 
 
+def options_of(**arguments: Any) -> PipelineOptions:
+    return strategy_of(**arguments).options
+
+
 def estimated(module: MultimodalLM, size: int = 2, microbatches: int = 8, **options: Any) -> StepEstimate:
-    chosen, stages, _ = settled(module, PipelineOptions(**options), size)
+    chosen, stages, _ = settled(module, options_of(**options), size)
     module.adapt()
     return StepEstimate(module, chosen, stages, size, TYPICAL, microbatches, Precision())
 
@@ -84,7 +89,7 @@ def estimated(module: MultimodalLM, size: int = 2, microbatches: int = 8, **opti
 )
 def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, Any], model: dict[str, Any]) -> None:
     """Weights, gradients and AdamW's moments of every rank, to the byte."""
-    chosen, stages, _ = settled(built(**model), PipelineOptions(**options), 2)
+    chosen, stages, _ = settled(built(**model), options_of(**options), 2)
     told = built(**model)
     told.adapt()
     for rank, report in enumerate(ranks_of(told, chosen, stages, 2)):

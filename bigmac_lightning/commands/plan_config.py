@@ -107,8 +107,7 @@ def _show(run: RunReader, console: Console) -> None:
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    given = run.config["trainer"]["strategy"]
-    costs_given = isinstance(given, Namespace) and given["init_args"].get("costs") is not None
+    costs_given = strategy.options.schedule.costs is not None
     estimate = StepEstimate(
         module, options, stages, size, microbatch, microbatches, Precision.of(name), estimate_costs=not costs_given
     )

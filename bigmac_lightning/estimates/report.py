@@ -19,7 +19,6 @@ from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.work import Work
 from bigmac_lightning.schedule.budget import size_text
-from bigmac_lightning.schedule.make import POLICIES
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.training.options import PipelineOptions
@@ -181,9 +180,9 @@ class StepEstimate:
         self.costs = options.costs
         if estimate_costs:
             self.costs = estimated
-            own_ranks = POLICIES[options.policy].own_ranks
-            factors = None if own_ranks else self._stage_factors()
-            options = replace(options, costs=self.costs, stage_factors=factors)
+            factors = None if options.schedule.own_ranks else self._stage_factors()
+            schedule = replace(options.schedule, costs=self.costs)
+            options = replace(options, schedule=schedule, stage_factors=factors)
         planner = Planner(options, size, 0, self._trained())
         self.plan: Plan = planner(self._batch(microbatches)).plan
         self.timeline: Timeline = simulate(self.plan)

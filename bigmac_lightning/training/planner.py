@@ -52,10 +52,13 @@ class Trained:
         encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)
         return Needs(self.weights, tuple(encoded), self.generator)
 
-    def costs(self, costs: Costs, needs: Needs, media: bool, targets: bool) -> tuple[Costs, list[list[float]] | None]:
-        """The costs of what is to be done, and those of each stage where stages differ.
+    def costs(
+        self, costs: Costs, stages_per_rank: int, needs: Needs, media: bool, targets: bool
+    ) -> tuple[Costs, list[list[float]] | None]:
+        """The costs of what is to be done, and the times of F, B, I and W of each stage where stages differ.
 
         Args:
+            costs: F, B, I and W are those of all the stages of a rank together.
             media, targets: whether the batch has any.
         """
         passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
@@ -63,13 +66,14 @@ class Trained:
         costs = costs.occurring(EF=media, EB=needs.encoder, G=targets, **dict.fromkeys("BIW", passed[-1]))
         if not passed[-1] or all(self.weights):
             return costs, None
-        through = costs.B * costs.I / (costs.I + costs.W) if costs.I + costs.W else costs.B
+        one = costs.per_stage(stages_per_rank)
+        through = one.B * one.I / (one.I + one.W) if one.I + one.W else one.B
         rows = [
-            [costs.F, costs.B, costs.I, costs.W]
+            [one.F, one.B, one.I, one.W]
             if weights
-            else [costs.F, through, costs.I, 0.0]
+            else [one.F, through, one.I, 0.0]
             if has_backward
-            else [costs.F, 0.0, 0.0, 0.0]
+            else [one.F, 0.0, 0.0, 0.0]
             for weights, has_backward in zip(self.weights, passed, strict=True)
         ]
         return costs, rows
@@ -180,40 +184,34 @@ class Planner:
         groups = self.layout.groups(len(batch))
         media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
+        schedule, factors = self.options.schedule, self.options.stage_factors
         costs, stage_costs = trained.costs(
-            self.options.costs.per_stage(self.options.stages_per_rank), needs, _any(encoder), _any(generator)
+            self.options.costs, schedule.stages_per_rank, needs, _any(encoder), _any(generator)
         )
-        if self.options.stage_factors:
-            assert self.options.stage_factors != "auto", "not estimated yet"
-            rows = stage_costs or [[costs.F, costs.B, costs.I, costs.W]] * len(self.options.stage_factors)
-            pairs = zip(rows, self.options.stage_factors, strict=True)
-            stage_costs = [[time * factor for time in row] for row, factor in pairs]
+        if factors:
+            assert factors != "auto", "not estimated yet"
+            one = costs.per_stage(schedule.stages_per_rank)
+            rows = stage_costs or [[one.F, one.B, one.I, one.W]] * len(factors)
+            stage_costs = [[time * factor for time in row] for row, factor in zip(rows, factors, strict=True)]
         work = _workload([m.cost for m in batch.microbatches], media, targets, costs)
-        plan = make_plan(
-            policy=self.options.policy,
-            backbone=self.options.backbone,
-            pipeline_parallel_size=self.size,
-            virtual_stages=self.options.stages_per_rank,
-            microbatches=len(batch),
+        request = replace(schedule, costs=costs).request(
+            self.size,
+            len(batch),
+            workload=work,
             groups=groups,
-            pieces=self._pieces(media, groups),
-            costs=costs,
-            stage_costs=stage_costs,
-            stage_rank=self.options.own_stage_rank,
+            group_pieces=self._pieces(media, groups),
             encoder_shares=encoder if _any(encoder) else None,
             generator_shares=generator if _any(generator) else None,
-            workload=work,
-            max_encoder_units=self.options.max_encoder_units,
-            max_llm_microbatches=self.options.max_llm_microbatches,
-            memory=self.options.memory,
+            stage_costs=stage_costs,
+            stage_rank=self.options.own_stage_rank,
         )
-        return plan, work
+        return make_plan(request), work
 
     def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
         """In how many pieces each rank's share of each group may be cut: no more than it has items."""
         return [
             [
-                min(self.options.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
+                min(self.options.schedule.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
                 for rank in range(self.size)
             ]
             for group in groups

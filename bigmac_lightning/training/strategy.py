@@ -33,15 +33,13 @@ from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.report import as_text, partition_table, ranks_of
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
-from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.choose import Auto
-from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
-from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
+from bigmac_lightning.training.options import PipelineOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
 from bigmac_lightning.training.saving import SavingStrategy
@@ -59,29 +57,9 @@ class BigMacStrategy(SavingStrategy):
         pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
         data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
-        group_size: microbatches per group of nested work; ``None``: as many as there are ranks that share it
-            (`pipeline_parallel_size`, except under "disaggregated"); "auto": `pipeline_parallel_size`, half or twice
-            of it, whichever is fastest within the caps.
-        backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
-            (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
-        virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
-            is "auto": the fastest; ``None`` otherwise: as few as the backbone allows, which is 1 or 2.
-        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
-            encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
-            it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
-            every rank still holds a replica of encoders and generators).
-        partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
-            counted, and what is frozen; or the number of layers of each stage.
-        costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
-        max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
-            within are refused, and "filled" uses the encoder units that it may.
-        memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
-        ramp: make the first and the last groups smaller (1, 1, 2, 4, ..): the pipeline waits for them.
-        pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
-        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head), or
-            "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
-        sample_tokens: of a typical sample, by which attention's part of a layer's cost is estimated for `partition` and
-            `stage_factors`; 0: it is left out.
+        schedule: how plans are made: policy, backbone, sizes of groups, costs, limits. Rank 0 logs what "auto" in it
+            has become, and why.
+        stages: how the LLM is cut into stages.
         float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
             trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
             those of more than 8 microbatches.
@@ -106,19 +84,8 @@ class BigMacStrategy(SavingStrategy):
         pipeline_parallel_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
         microbatches: int | None = None,
-        group_size: int | Auto | None = None,
-        backbone: str = "1f1b",
-        virtual_stages: int | Auto | None = None,
-        policy: str = "nested",
-        partition: Literal["even", "auto"] | list[int] = "even",
-        costs: Costs | None = None,
-        max_encoder_units: float | None = None,
-        max_llm_microbatches: float | None = None,
-        memory: MemoryBudget | None = None,
-        ramp: bool = False,
-        pieces: int = 1,
-        stage_factors: list[float] | Auto | None = None,
-        sample_tokens: int = 0,
+        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008  (frozen)
+        stages: StageOptions = StageOptions(),  # noqa: B008  (frozen)
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         process_group_backend: str | None = None,
@@ -144,34 +111,15 @@ class BigMacStrategy(SavingStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             checkpoint_weights_only=checkpoint_weights_only,
         )
-        for name, value in (
-            ("pipeline_parallel_size", pipeline_parallel_size),
-            ("data_parallel_size", data_parallel_size),
-            ("microbatches", microbatches),
-            ("group_size", group_size),
-            ("virtual_stages", virtual_stages),
-            ("pieces", pieces),
+        for name, value, otherwise in (
+            ("pipeline_parallel_size", pipeline_parallel_size, "auto"),
+            ("data_parallel_size", data_parallel_size, "auto"),
+            ("microbatches", microbatches, None),
         ):
-            chosen_later = value == "auto" and name not in ("microbatches", "pieces")
-            if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            if value != otherwise and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
         self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self.options = self._options = PipelineOptions(
-            policy=policy,
-            backbone=backbone,
-            group_size=group_size,
-            microbatches=microbatches,
-            costs=costs or DEFAULT_COSTS,
-            virtual_stages=virtual_stages,
-            partition=tuple(partition) if isinstance(partition, list) else partition,
-            max_encoder_units=max_encoder_units,
-            max_llm_microbatches=max_llm_microbatches,
-            memory=memory,
-            ramp=ramp,
-            pieces=pieces,
-            stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
-            sample_tokens=sample_tokens,
-        )
+        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches)
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):

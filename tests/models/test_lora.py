@@ -14,6 +14,7 @@ from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.models.lora import add_lora, fold_lora, targets_of
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.cli.test_export import ZooData
@@ -45,7 +46,9 @@ def _pipelined(
     rank: int, size: int, folder: Path, name: str, lora: Any, policy: str
 ) -> tuple[float, dict[str, torch.Tensor]]:
     module = module_of(folder, name, lora=lora)
-    options = PipelineOptions(policy, group_size=2).chosen(size, zoo.LAYERS, bool(module.encoders), False)[0]
+    options = PipelineOptions(ScheduleOptions(policy, group_size=2)).chosen(
+        size, zoo.LAYERS, bool(module.encoders), False
+    )[0]
     stage_rank = options.stage_rank(size)
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module.part = part_of(rank, split_layers(zoo.LAYERS, len(stage_rank)), stage_rank)

@@ -21,6 +21,7 @@ from bigmac_lightning.models.lora import add_lora
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
 from tests.ranks import run_ranks
@@ -119,13 +120,17 @@ def draw(seed: int, pp: int, dp: int) -> Case:
     virtual_stages = random.choice(BACKBONES[backbone])
     policy = random.choice([p for p in POLICIES if p != "disaggregated" or (pp == 3 and virtual_stages < 3)])
     options = PipelineOptions(
-        policy,
-        backbone,
-        random.choice([None, 1, 2, pp]),
-        virtual_stages=virtual_stages,
-        costs=random.choice([Costs(G=3), Costs(EF=4, EB=8, G=1), Costs(EF=0, EB=0, G=0), Costs(F=3, B=5, I=2, W=3)]),
-        ramp=random.random() < 0.2,
-        pieces=random.choice([1, 1, 3]),
+        ScheduleOptions(
+            policy,
+            backbone,
+            random.choice([None, 1, 2, pp]),
+            virtual_stages=virtual_stages,
+            costs=random.choice(
+                [Costs(G=3), Costs(EF=4, EB=8, G=1), Costs(EF=0, EB=0, G=0), Costs(F=3, B=5, I=2, W=3)]
+            ),
+            ramp=random.random() < 0.2,
+            pieces=random.choice([1, 1, 3]),
+        )
     )
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
     tied = random.random() < 0.4

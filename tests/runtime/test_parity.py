@@ -14,6 +14,7 @@ from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch
@@ -59,11 +60,14 @@ class Case:
 
     @property
     def options(self) -> PipelineOptions:
-        options = PipelineOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        options = PipelineOptions(
+            ScheduleOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        )
         if not self.fine:
             return options
         factors = (*[1.0] * (self.pp * self.virtual_stages - 1), 1.7)
-        return replace(options, ramp=True, pieces=3, costs=Costs(EF=5, EB=10, G=3), stage_factors=factors)
+        schedule = replace(options.schedule, ramp=True, pieces=3, costs=Costs(EF=5, EB=10, G=3))
+        return replace(options, schedule=schedule, stage_factors=factors)
 
     def __str__(self) -> str:
         parts = [f"P{self.pp}", f"M{self.microbatches}", f"g{self.group_size or self.pp}", self.policy, self.backbone]
