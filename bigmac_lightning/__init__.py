@@ -12,7 +12,8 @@ from bigmac_lightning import registration
 if TYPE_CHECKING:
     from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
     from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
-    from bigmac_lightning.contracts.module import PipelineModule, PipelineOutput
+    from bigmac_lightning.contracts.module import PipelineModule
+    from bigmac_lightning.contracts.outputs import PipelineOutput
     from bigmac_lightning.schedule.budget import MemoryBudget
     from bigmac_lightning.schedule.costs import Costs
     from bigmac_lightning.schedule.request import ScheduleOptions
@@ -41,7 +42,8 @@ __all__ = [
 _PLACES = {
     "contracts.batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem", "assign_owners"),
     "contracts.components": ("Encoder", "Generator", "LanguageModel"),
-    "contracts.module": ("PipelineModule", "PipelineOutput"),
+    "contracts.module": ("PipelineModule",),
+    "contracts.outputs": ("PipelineOutput",),
     "schedule.budget": ("MemoryBudget",),
     "schedule.costs": ("Costs",),
     "schedule.request": ("ScheduleOptions",),

@@ -118,7 +118,7 @@ class PipelineMonitor(pl.Callback):
 
 def _executor(trainer: pl.Trainer) -> Executor | None:
     """What runs the pipeline, if there is one."""
-    return trainer.strategy.pipeline.executor if isinstance(trainer.strategy, BigMacStrategy) else None
+    return trainer.strategy.runner.executor if isinstance(trainer.strategy, BigMacStrategy) else None
 
 
 def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:

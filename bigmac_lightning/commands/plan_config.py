@@ -17,7 +17,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.report import Precision, StepEstimate, TypicalMicrobatch, count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
-from bigmac_lightning.training.runner import settled
+from bigmac_lightning.training.runner import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
 
 HELP = {
@@ -103,7 +103,7 @@ def _show(run: RunReader, console: Console) -> None:
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
     dp, size = mesh_shape(run.world_size, *strategy.sizes)
-    options, stages, reason = settled(module, strategy.options, size)
+    options, stages, reason = resolve_options(module, strategy.options, size)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]

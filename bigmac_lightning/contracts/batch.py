@@ -210,7 +210,7 @@ class Batch:
     Attributes:
         planned: a `planning.PlannedBatch`, where one was made together with the batch.
         progress: what the DataModule notes about it for itself.
-        window: what the losses of its optimizer step are divided by, where that is more than this batch and known.
+        step_counts: what the losses of its whole optimizer step are divided by, where that has several batches.
     """
 
     def __init__(
@@ -219,10 +219,10 @@ class Batch:
         layout: PipelineLayout | None = None,
         planned: object = None,
         progress: object = None,
-        window: Sequence[float] | None = None,
+        step_counts: Sequence[float] | None = None,
     ) -> None:
         self.microbatches, self.layout = microbatches, layout or PipelineLayout()
-        self.planned, self.progress, self.window = planned, progress, window
+        self.planned, self.progress, self.step_counts = planned, progress, step_counts
 
     def replace(self, **changes: Any) -> "Batch":
         """A copy with other attributes."""

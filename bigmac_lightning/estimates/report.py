@@ -123,7 +123,7 @@ def ranks_of(
 
     Args:
         module: on the meta device.
-        options, stages: as `settled` gives them.
+        options, stages: as `resolve_options` gives them.
         size: ranks of the pipeline, P.
     """
     stage_rank, made = options.stage_rank(size), list[RankReport]()

@@ -16,7 +16,8 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import Batch
-from bigmac_lightning.contracts.module import Mode, PipelineModule, PipelineOutput
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.runtime import hooks
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients
@@ -47,7 +48,7 @@ class LightningSteps:
         self._float32_gradients = float32_gradients
         self._loss: Tensor | None = None
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
-        self._first_of_window = True
+        self._first_of_step = True
         self._batches = 1  # of an optimizer step
         self._warned = dist.get_rank() > 0
         mesh = runner.mesh
@@ -61,7 +62,7 @@ class LightningSteps:
     def start(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Before a training batch. Collective over the pipeline."""
         self._batches = trainer.accumulate_grad_batches
-        self._first_of_window = batch_idx % self._batches == 0
+        self._first_of_step = batch_idx % self._batches == 0
         self._runner.step = trainer.fit_loop.total_batch_idx
         self._runner.refresh()  # a callback may have frozen or unfrozen something
         self._loss = self._stash = None
@@ -73,7 +74,7 @@ class LightningSteps:
         if self._stash is not None:
             raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
         parameters = self._trained()
-        if self._first_of_window:
+        if self._first_of_step:
             for parameter in parameters:
                 parameter.grad = None
             wide = self._sums_in_float32(batch)
@@ -81,7 +82,7 @@ class LightningSteps:
         scaler = getattr(self._precision, "scaler", None)
         one = torch.ones((), dtype=torch.float32, device=self._runner.mesh.device)
         scale = one if scaler is None else scaler.scale(one)
-        self._runner.gradient_scale = scale if batch.window else scale / self._batches
+        self._runner.gradient_scale = scale if batch.step_counts else scale / self._batches
         with hooks.silenced(parameters):
             output = self._runner(batch, mode)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
@@ -107,7 +108,7 @@ class LightningSteps:
                 "ignored. Weights of loss parts go into the module's loss_weights."
             )
 
-    def give_back(self, last_of_window: bool) -> None:
+    def restore_gradients(self, last_of_step: bool) -> None:
         """Let the parameters have their gradients.
 
         Collective if this ends an optimizer step: they are then those of all ranks, in the type that optimizers expect,
@@ -117,7 +118,7 @@ class LightningSteps:
         for parameter, gradient in self._stash:
             parameter.grad = gradient
         self._stash = None
-        if last_of_window:
+        if last_of_step:
             reduce_gradients(self._runner.places, self._runner.mesh)
             for buffers in self._buffers:
                 buffers.synchronize()

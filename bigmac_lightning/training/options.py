@@ -58,12 +58,12 @@ class PipelineOptions:
     """How batches are planned and the LLM is cut, for one run.
 
     Attributes:
-        schedule: how plans are made. "auto"s stand in it until `chosen` has replaced them.
+        schedule: how plans are made. "auto"s stand in it until `resolved` has replaced them.
         microbatches: how many a training batch must have; ``None``: any number.
         partition: see ``StageOptions``.
         stage_factors: ``StageOptions.factors``; "auto" until `estimated` has replaced it.
         sample_tokens: see ``StageOptions``.
-        own_stage_rank: the rank of each stage under a policy that leaves it open; set by `chosen`.
+        own_stage_rank: the rank of each stage under a policy that leaves it open; set by `resolved`.
     """
 
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -90,7 +90,7 @@ class PipelineOptions:
         """The costs that plans assume: the schedule's own, or defaults."""
         return self.schedule.costs or DEFAULT_COSTS
 
-    def chosen(self, size: int, layers: int, encoder: bool, generator: bool) -> "tuple[PipelineOptions, str]":
+    def resolved(self, size: int, layers: int, encoder: bool, generator: bool) -> "tuple[PipelineOptions, str]":
         """These options with everything named that was left open: what is "auto", and the rank of each stage under a
         policy that leaves it open. The same on all ranks, and for all batches.
 
@@ -120,15 +120,15 @@ class PipelineOptions:
             schedule = replace(
                 schedule, backbone=best.backbone, virtual_stages=best.virtual_stages, group_size=best.group_size
             )
-        chosen = replace(self, schedule=schedule)
+        options = replace(self, schedule=schedule)
         if schedule.own_ranks:
             unlimited = replace(schedule, costs=costs, max_encoder_units=None, max_llm_microbatches=None, memory=None)
             plan = make_plan(unlimited.request(size, microbatches))
-            chosen = replace(chosen, own_stage_rank=tuple(plan.stage_rank))
-        stages = len(chosen.stage_rank(size))
+            options = replace(options, own_stage_rank=tuple(plan.stage_rank))
+        stages = len(options.stage_rank(size))
         if self.stage_factors not in (None, "auto") and len(self.stage_factors) != stages:
             raise ValueError(f"factors={list(self.stage_factors)} must have one number for each of {stages} stages")
-        return chosen, reason
+        return options, reason
 
     def estimated(self, costs: LayerCosts, stages: Sequence[range]) -> "PipelineOptions":
         """With stage factors, if they are "auto", from the layers' estimated costs."""
@@ -141,14 +141,14 @@ class PipelineOptions:
     def stage_rank(self, size: int) -> list[int]:
         """The pipeline rank of each stage."""
         if self.schedule.own_ranks:
-            assert self.own_stage_rank is not None, "not chosen yet"
+            assert self.own_stage_rank is not None, "not resolved yet"
             return list(self.own_stage_rank)
         return get_backbone(self.schedule.backbone).stage_rank(size, self.schedule.stages_per_rank)
 
     def layout(self, size: int, rank: int) -> PipelineLayout:
         """What the DataModule of pipeline rank `rank` of `size` has to know."""
         schedule = self.schedule
-        assert schedule.group_size != "auto", "not chosen yet"
+        assert schedule.group_size != "auto", "not resolved yet"
         policy, stage_rank = POLICIES[schedule.policy], self.stage_rank(size)
         return PipelineLayout(
             size=size,

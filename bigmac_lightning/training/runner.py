@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
-from bigmac_lightning.contracts.module import Mode, Part, PipelineModule, PipelineOutput
+from bigmac_lightning.contracts.module import Part, PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
@@ -21,7 +22,7 @@ from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import drawing
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.training.batch_work import BatchWork
+from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
 from bigmac_lightning.training.trained import TrainedParts
@@ -42,18 +43,22 @@ def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Pa
     )
 
 
-def settled(module: PipelineModule, options: PipelineOptions, size: int) -> tuple[PipelineOptions, list[range], str]:
-    """Options with all that is open named, the layers of each stage, and why; the same on all ranks.
+def resolve_options(
+    module: PipelineModule, options: PipelineOptions, size: int
+) -> tuple[PipelineOptions, list[range], str]:
+    """The options without anything left open, the layers of each stage, and why "auto" became what it is.
+
+    The same on all ranks.
 
     Args:
-        module: before or after its weights are there.
-        size: ranks of the pipeline, P.
+        module: with or without its weights.
+        size: number of the pipeline's ranks, P.
 
     Raises:
-        ValueError: it cannot be cut into so many stages, or no plan is possible.
+        ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
     """
     layers = module.llm.num_layers
-    options, reason = options.chosen(size, layers, bool(module.encoders), bool(module.generators))
+    options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
     costs = module.llm.costs(options.sample_tokens)
     stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
     options = replace(options, partition=tuple(len(stage) for stage in stages))
@@ -121,10 +126,10 @@ class PipelineRunner:
         self.check(batch, mode)
         module, training = self.module, mode == "train"
         own = module.counts(batch)
-        known = torch.tensor([own, batch.window or own], dtype=module.sum_dtype, device=self.mesh.device)
+        known = torch.tensor([own, batch.step_counts or own], dtype=module.sum_dtype, device=self.mesh.device)
         if training and self.mesh.dp_size > 1:
             dist.all_reduce(known, group=self.mesh.dp_group)
-        counts, window = known  # of the batch, and of all those whose gradients are accumulated
+        counts, step_counts = known  # of the batch, and of its whole optimizer step
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
         batch = batch.useful()
         sums = torch.zeros_like(counts)
@@ -133,15 +138,15 @@ class PipelineRunner:
         if batch.microbatches:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
-            scales = module.scales(window) * self.gradient_scale
+            scales = module.scales(step_counts) * self.gradient_scale
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
-                work = BatchWork(
+                computation = BatchComputation(
                     module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned.plan, mode, scales
                 )
-                self.executor.run(planned.program, work, planned.needs, planned.plan.recomputes)
+                self.executor.run(planned.program, computation, planned.needs, planned.plan.recomputes)
             self.last_plan = planned.plan
-            sums, predictions, samples = work.sums, work.predictions, work.samples
+            sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.pp_group)
         metrics = self.last_metrics = module.metrics(sums, counts)

@@ -35,15 +35,15 @@ from bigmac_lightning.estimates.report import as_text, partition_table, ranks_of
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
+from bigmac_lightning.training.accumulation_loader import counting
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
-from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
+from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from bigmac_lightning.training.saving import SavingStrategy
-from bigmac_lightning.training.windowed_loader import windowed
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -143,7 +143,7 @@ class BigMacStrategy(SavingStrategy):
         return self.mesh.mesh
 
     @property
-    def pipeline(self) -> PipelineRunner:
+    def runner(self) -> PipelineRunner:
         """What runs batches on this rank."""
         if self._runner is None:
             raise RuntimeError("the pipeline exists only after setup, inside trainer.fit and the like")
@@ -168,10 +168,10 @@ class BigMacStrategy(SavingStrategy):
         if not isinstance(module, PipelineModule):
             raise TypeError(
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
-                "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
+                "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes)
-        self._options, stages, reason = settled(module, self.options, pp)
+        self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
         super().setup_environment()
         if reason:
@@ -191,7 +191,7 @@ class BigMacStrategy(SavingStrategy):
         if callable(collate) and self._runner is not None:
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
             training = self.lightning_module is not None and self.lightning_module.trainer.training
-            planner = self.pipeline.planner if training else self.pipeline.evaluation_planner
+            planner = self.runner.planner if training else self.runner.evaluation_planner
             planned = PlanningCollate(given, planner)
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
@@ -199,7 +199,7 @@ class BigMacStrategy(SavingStrategy):
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         module = self.lightning_module
         if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
-            return windowed(dataloader, module.trainer, module.counts)
+            return counting(dataloader, module.trainer, module.counts)
         return dataloader
 
     # -- model and optimizers ------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class BigMacStrategy(SavingStrategy):
 
     def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.pipeline.gradient_norm())
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.runner.gradient_norm())
 
     def teardown(self) -> None:
         module = self.lightning_module
@@ -289,7 +289,7 @@ class BigMacStrategy(SavingStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
-        self.pipeline.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
+        self.runner.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
 
     def on_exception(self, exception: BaseException) -> None:
         """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
@@ -348,7 +348,7 @@ class BigMacStrategy(SavingStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.give_back(last_of_window=self._synchronize)
+        self.steps.restore_gradients(last_of_step=self._synchronize)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @contextmanager

@@ -46,7 +46,7 @@ def _pipelined(
     rank: int, size: int, folder: Path, name: str, lora: Any, policy: str
 ) -> tuple[float, dict[str, torch.Tensor]]:
     module = module_of(folder, name, lora=lora)
-    options = PipelineOptions(ScheduleOptions(policy, group_size=2)).chosen(
+    options = PipelineOptions(ScheduleOptions(policy, group_size=2)).resolved(
         size, zoo.LAYERS, bool(module.encoders), False
     )[0]
     stage_rank = options.stage_rank(size)

@@ -254,7 +254,7 @@ def pipelined(rank: int, todo: list[Case]) -> list[list[Result]]:
 
 
 def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
-    options = case.options.chosen(case.pp, case.layers, True, True)[0]
+    options = case.options.resolved(case.pp, case.layers, True, True)[0]
     stage_rank = tuple(options.stage_rank(case.pp))
     if stage_rank not in meshes:
         meshes[stage_rank] = build_mesh(torch.device("cpu"), case.dp, case.pp, stage_rank)

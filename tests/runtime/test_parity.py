@@ -209,7 +209,7 @@ def pipelined(
     meshes = {}
     results = []
     for case in todo:
-        options = case.options.chosen(first.pp, case.layers, case.media, case.targets)[0]
+        options = case.options.resolved(first.pp, case.layers, case.media, case.targets)[0]
         stage_rank = options.stage_rank(first.pp)
         if tuple(stage_rank) not in meshes:
             meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)

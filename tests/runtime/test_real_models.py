@@ -68,7 +68,7 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
 def _pipelined(
     rank: int, size: int, family: str, tied: bool, policy: str, backbone: str, fused: Any
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
-    options = PipelineOptions(ScheduleOptions(policy, backbone, group_size=2)).chosen(
+    options = PipelineOptions(ScheduleOptions(policy, backbone, group_size=2)).resolved(
         size, 4, encoder=True, generator=True
     )[0]
     stage_rank = options.stage_rank(size)

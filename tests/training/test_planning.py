@@ -39,7 +39,7 @@ def _train(rank: int, data: type[ToyData]) -> tuple[list[float], int, int]:
     module = ToyModule()
     trainer = pipeline_trainer(2, max_epochs=1)
     trainer.fit(module, data(steps=4, microbatches=5))
-    pipeline = trainer.strategy.pipeline
+    pipeline = trainer.strategy.runner
     assert isinstance(pipeline, PipelineRunner)
     return module.losses, len(pipeline.planner.known), len(pipeline.evaluation_planner.known)
 
@@ -139,17 +139,19 @@ def test_plans_follow_the_work_of_each_microbatch() -> None:
 
 def test_auto_is_named_alike_and_explained() -> None:
     options = PipelineOptions(ScheduleOptions(backbone="auto", group_size="auto", max_encoder_units=2))
-    named, reason = options.chosen(4, layers=8, encoder=True, generator=True)
-    assert named == options.chosen(4, layers=8, encoder=True, generator=True)[0]
+    named, reason = options.resolved(4, layers=8, encoder=True, generator=True)
+    assert named == options.resolved(4, layers=8, encoder=True, generator=True)[0]
     assert named.schedule.backbone in BACKBONES
     assert named.schedule.group_size in (2, 4, 8)
     assert reason.startswith(f"chosen for policy nested: {named.schedule.backbone}")
     assert "refused" in reason
-    assert named.chosen(4, layers=8, encoder=True, generator=True) == (named, "")
-    few, _ = options.chosen(4, layers=4, encoder=True, generator=True)
+    assert named.resolved(4, layers=8, encoder=True, generator=True) == (named, "")
+    few, _ = options.resolved(4, layers=4, encoder=True, generator=True)
     assert few.schedule.stages_per_rank == 1
-    assert options.chosen(4, layers=10, encoder=True, generator=True)[0].schedule.stages_per_rank == 1
-    without, _ = PipelineOptions(ScheduleOptions(group_size="auto")).chosen(4, layers=4, encoder=False, generator=False)
+    assert options.resolved(4, layers=10, encoder=True, generator=True)[0].schedule.stages_per_rank == 1
+    without, _ = PipelineOptions(ScheduleOptions(group_size="auto")).resolved(
+        4, layers=4, encoder=False, generator=False
+    )
     schedule = without.schedule
     assert (schedule.backbone, schedule.stages_per_rank, schedule.group_size) == ("1f1b", 1, 4)
 
@@ -158,9 +160,9 @@ def _auto(rank: int) -> tuple[str, int, int | str | None]:
     trainer = pipeline_trainer(2, {"backbone": "auto", "memory": MemoryBudget("4GiB", "1GiB", "100MiB")}, max_epochs=1)
     trainer.fit(ToyModule(), ToyData(steps=1))
     assert isinstance(trainer.strategy, BigMacStrategy)
-    plan = trainer.strategy.pipeline.last_plan
+    plan = trainer.strategy.runner.last_plan
     assert plan is not None
-    return plan.backbone, plan.virtual_stages, trainer.strategy.pipeline.options.schedule.group_size
+    return plan.backbone, plan.virtual_stages, trainer.strategy.runner.options.schedule.group_size
 
 
 def test_the_strategy_runs_what_auto_has_named() -> None:
@@ -203,7 +205,7 @@ def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
 
 def test_stage_factors_estimated_from_layers() -> None:
     costs = LayerCosts((1.0,) * 4, head=2.0)
-    options = PipelineOptions(ScheduleOptions("filled"), stage_factors="auto").chosen(
+    options = PipelineOptions(ScheduleOptions("filled"), stage_factors="auto").resolved(
         2, 4, encoder=True, generator=True
     )[0]
     options = options.estimated(costs, make_stages(costs, 2))
@@ -215,9 +217,9 @@ def test_stage_factors_estimated_from_layers() -> None:
 
 def test_stage_factors_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"factors=\[1.0\] must have one number for each of 2 stages"):
-        PipelineOptions(stage_factors=(1.0,)).chosen(2, 4, encoder=True, generator=True)
+        PipelineOptions(stage_factors=(1.0,)).resolved(2, 4, encoder=True, generator=True)
     with pytest.raises(ValueError, match=r"factors=.* of stages do not go with policy disaggregated"):
-        PipelineOptions(ScheduleOptions("disaggregated"), stage_factors=(1.0,)).chosen(
+        PipelineOptions(ScheduleOptions("disaggregated"), stage_factors=(1.0,)).resolved(
             3, 4, encoder=True, generator=True
         )
 
@@ -235,7 +237,7 @@ def _balanced(rank: int) -> list[list[range]]:
     loader = torch.utils.data.DataLoader([0, 1], collate_fn=collate)
     for run in (partial(trainer.fit, module, loader, loader), partial(trainer.validate, module, loader)):
         run()
-        found.append(strategy.pipeline.stages)
+        found.append(strategy.runner.stages)
     assert len(list(module.llm.parameters())) > 0
     return found
 

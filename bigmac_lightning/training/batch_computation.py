@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
-from bigmac_lightning.contracts.module import Mode, PipelineModule, StageOutput
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
 from bigmac_lightning.runtime.executor import Outcome
 from bigmac_lightning.runtime.routing import Item, Routing
@@ -21,8 +22,8 @@ from bigmac_lightning.training.exact import apart, parts_of, together
 AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
-class BatchWork:
-    """The `runtime.executor.Work` of a batch."""
+class BatchComputation:
+    """The `runtime.executor.Computation` of a batch."""
 
     def __init__(
         self,

@@ -1,0 +1,189 @@
+"""A module's components, and what each kind of action computes with them: the same functions serve the plain path and
+the pipeline.
+
+Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions,
+V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bigmac_lightning.contracts.batch import MediaData, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
+from bigmac_lightning.contracts.outputs import Mode, StageOutput
+from bigmac_lightning.contracts.precision import converted
+from bigmac_lightning.contracts.resumable import ResumableModule
+from bigmac_lightning.contracts.token_loss import token_loss
+
+
+class ComponentModule(ResumableModule):
+    """Encoders, an LLM and generators, applied to parts of a batch.
+
+    Attributes:
+        encoders: by the name that `MediaItem.encoder` gives.
+        llm: the language model.
+        generators: by the name that `TargetItem.generator` gives.
+    """
+
+    def __init__(
+        self, llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]
+    ) -> None:
+        super().__init__()
+        _check_components(llm, encoders, generators)
+        self.llm = llm
+        self.encoders = nn.ModuleDict(dict(encoders))
+        self.generators = nn.ModuleDict(dict(generators))
+
+    def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
+        """features_ND of each item; items of one encoder are encoded together."""
+        features: list[Tensor | None] = [None] * len(items)
+        for name, encoder in self.encoders.items():
+            assert isinstance(encoder, Encoder)
+            mine = [i for i, item in enumerate(items) if item.encoder == name]
+            if mine:
+                dtype, expected = encoder.input_dtype(), [self.feature_rows(items[i]) for i in mine]
+                encoded = encoder([_data(converted(items[i], dtype)) for i in mine])
+                if encoded.shape != (sum(expected), self.llm.width):
+                    raise ValueError(
+                        f"encoder {name!r} made features of shape {tuple(encoded.shape)} of items with {expected} "
+                        f"rows, but they must be of shape ({sum(expected)}, {self.llm.width}): the DataModule's "
+                        "MediaItem.rows must say how many rows an item makes, and their width is that of the LLM"
+                    )
+                for i, row in zip(mine, encoded.split(expected), strict=True):
+                    features[i] = row
+        for item, feature in zip(items, features, strict=True):
+            if feature is None:
+                raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
+        return [feature for feature in features if feature is not None]
+
+    def levels(self, items: Sequence[MediaItem]) -> int:
+        """The most feature levels that any of the items' encoders gives."""
+        return max((self._levels(item) for item in items), default=1)
+
+    def feature_rows(self, item: MediaItem) -> int:
+        """Feature rows of an item, all levels together."""
+        return item.rows * self._levels(item)
+
+    def _levels(self, item: MediaItem) -> int:
+        if item.encoder not in self.encoders:
+            return 1
+        encoder = self.encoders[item.encoder]
+        assert isinstance(encoder, Encoder)
+        return encoder.levels
+
+    def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what goes with a microbatch's hidden states into a layer."""
+        return self.llm.extra_shapes(layer, len(microbatch.media_positions), self.levels(microbatch.media))
+
+    def run_stage(
+        self,
+        microbatch: Microbatch,
+        layers: range,
+        hidden: Tensor | None,
+        extras: dict[str, Tensor],
+        features: Tensor | None,
+        mode: Mode,
+    ) -> StageOutput:
+        """One stage on one microbatch.
+
+        Args:
+            layers: this stage's layers; the first stage embeds, the last one computes loss and conditions.
+            hidden: h_BSD from the stage before; ``None`` for the first.
+            extras: what came with them.
+            features: rows of all the microbatch's media items (first stage); ``None`` if it has none.
+        """
+        llm, extras = self.llm, dict(extras)
+        if layers.start == 0:
+            hidden = llm.embed(microbatch.inputs)
+            if features is not None:
+                features, extras = self._by_level(microbatch.media, features)
+                flat = hidden.flatten(0, 1).index_copy(0, microbatch.media_positions, features.to(hidden.dtype))
+                hidden = flat.view_as(hidden)
+        assert hidden is not None, "only the first stage starts without hidden states"
+        inputs = {**microbatch.inputs, "media_positions": microbatch.media_positions}
+        hidden = llm.run_layers(hidden, inputs, layers, extras)
+        if layers.stop < llm.num_layers:
+            return StageOutput(hidden=hidden, extras=extras)
+        out = StageOutput()
+        if microbatch.is_useful:
+            out.losses = llm.auxiliary(extras)
+        flat = hidden.flatten(0, 1)
+        if len(microbatch.labels):
+            h_LD, labels = flat[microbatch.label_positions], microbatch.labels
+            fused = llm.fused_loss(h_LD, labels) if mode == "train" else None
+            if fused is None:
+                out.losses["text"], out.predictions = token_loss(
+                    llm.logits, h_LD, labels, llm.vocabulary, predict=mode != "train"
+                )
+            else:
+                out.losses["text"] = fused
+        if microbatch.targets:
+            out.conditions = flat[microbatch.target_positions]
+        return out
+
+    def _by_level(self, items: Sequence[MediaItem], features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features for the embedding, and as extras those of deeper levels, zero where an encoder has fewer."""
+        levels = self.levels(items)
+        if levels == 1:
+            return features, {}
+        rows = features.split([self.feature_rows(item) for item in items])
+        stacked = [row.unflatten(0, (self._levels(item), item.rows)) for row, item in zip(rows, items, strict=True)]
+        padded = [nn.functional.pad(level, (0, 0, 0, 0, 0, levels - len(level))) for level in stacked]
+        joined = torch.cat(padded, dim=1)
+        return joined[0], {"features": joined[1:]}
+
+    def generate(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> dict[str, Tensor]:
+        """Loss sum of each generator that has items."""
+        sums: dict[str, Tensor] = {}
+        for name, generator in self.generators.items():
+            mine = [i for i, item in enumerate(items) if item.generator == name]
+            if mine:
+                sums[name] = generator(*self._generator_inputs(generator, conditions, items, mine))
+        return sums
+
+    def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
+        """One made thing per item, float32."""
+        made: list[Tensor | None] = [None] * len(items)
+        for name, generator in self.generators.items():
+            mine = [i for i, item in enumerate(items) if item.generator == name]
+            if mine:
+                assert isinstance(generator, Generator)
+                results = generator.sample(*self._generator_inputs(generator, conditions, items, mine))
+                for i, result in zip(mine, results, strict=True):
+                    made[i] = result.float()
+        return [thing for thing in made if thing is not None]
+
+    @staticmethod
+    def _generator_inputs(
+        generator: nn.Module, conditions: list[Tensor], items: Sequence[TargetItem], mine: list[int]
+    ) -> tuple[list[Tensor], list[TargetItem]]:
+        assert isinstance(generator, Generator)
+        dtype = generator.input_dtype()
+        given = [conditions[i] if dtype is None else conditions[i].to(dtype) for i in mine]
+        return given, [converted(items[i], dtype) for i in mine]
+
+
+def _check_components(llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]) -> None:
+    """
+    Raises:
+        TypeError: a component of another kind.
+        ValueError: a component of another width than the LLM's.
+    """
+    named = [("llm", llm, LanguageModel)]
+    named += [(f"encoders[{name!r}]", encoder, Encoder) for name, encoder in encoders.items()]
+    named += [(f"generators[{name!r}]", generator, Generator) for name, generator in generators.items()]
+    for name, component, kind in named:
+        if not isinstance(component, kind):
+            raise TypeError(
+                f"{name} must be a bigmac_lightning.{kind.__name__}, but it is a {type(component).__name__}"
+            )
+        if component.width and component.width != llm.width:
+            raise ValueError(f"{name} has the width {component.width}, but the LLM has {llm.width}: they must be equal")
+
+
+def _data(item: MediaItem) -> MediaData:
+    if item.data is None:
+        raise ValueError(f"a media item of encoder {item.encoder!r} has no data on its owner, rank {item.owner}")
+    return item.data
