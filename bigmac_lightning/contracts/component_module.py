@@ -37,7 +37,7 @@ class ComponentModule(ResumableModule):
         self.generators = nn.ModuleDict(dict(generators))
 
     def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
-        """features_ND of each item; items of one encoder are encoded together."""
+        """features_ND of each item, in their order. Items of one encoder are encoded together."""
         features: list[Tensor | None] = [None] * len(items)
         for name, encoder in self.encoders.items():
             assert isinstance(encoder, Encoder)
@@ -59,11 +59,11 @@ class ComponentModule(ResumableModule):
         return [feature for feature in features if feature is not None]
 
     def levels(self, items: Sequence[MediaItem]) -> int:
-        """The most feature levels that any of the items' encoders gives."""
+        """The largest number of feature levels of the items' encoders; 1 without items."""
         return max((self._levels(item) for item in items), default=1)
 
     def feature_rows(self, item: MediaItem) -> int:
-        """Feature rows of an item, all levels together."""
+        """Number of feature rows of an item, all levels together."""
         return item.rows * self._levels(item)
 
     def _levels(self, item: MediaItem) -> int:
@@ -74,7 +74,7 @@ class ComponentModule(ResumableModule):
         return encoder.levels
 
     def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what goes with a microbatch's hidden states into a layer."""
+        """Shapes of the extras that go with a microbatch's hidden states into a layer."""
         return self.llm.extra_shapes(layer, len(microbatch.media_positions), self.levels(microbatch.media))
 
     def run_stage(
@@ -90,9 +90,9 @@ class ComponentModule(ResumableModule):
 
         Args:
             layers: this stage's layers; the first stage embeds, the last one computes loss and conditions.
-            hidden: h_BSD from the stage before; ``None`` for the first.
-            extras: what came with them.
-            features: rows of all the microbatch's media items (first stage); ``None`` if it has none.
+            hidden: h_BSD from the stage before; ``None`` for the first stage.
+            extras: the extras that came with `hidden`.
+            features: feature rows of all the microbatch's media items (first stage); ``None`` if it has none.
         """
         llm, extras = self.llm, dict(extras)
         if layers.start == 0:
@@ -124,7 +124,8 @@ class ComponentModule(ResumableModule):
         return out
 
     def _by_level(self, items: Sequence[MediaItem], features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features for the embedding, and as extras those of deeper levels, zero where an encoder has fewer."""
+        """The features that replace embeddings, and as extras those of deeper levels, which are zero for encoders that
+        have fewer levels than others."""
         levels = self.levels(items)
         if levels == 1:
             return features, {}
@@ -135,7 +136,7 @@ class ComponentModule(ResumableModule):
         return joined[0], {"features": joined[1:]}
 
     def generate(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> dict[str, Tensor]:
-        """Loss sum of each generator that has items."""
+        """The sum of the items' losses, for each generator that has items."""
         sums: dict[str, Tensor] = {}
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
@@ -144,7 +145,7 @@ class ComponentModule(ResumableModule):
         return sums
 
     def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
-        """One made thing per item, float32."""
+        """One generated tensor per item, float32."""
         made: list[Tensor | None] = [None] * len(items)
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
@@ -166,10 +167,11 @@ class ComponentModule(ResumableModule):
 
 
 def _check_components(llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]) -> None:
-    """
+    """Check that the components fit together.
+
     Raises:
-        TypeError: a component of another kind.
-        ValueError: a component of another width than the LLM's.
+        TypeError: a component is not of its kind.
+        ValueError: a component's width is not that of the LLM.
     """
     named = [("llm", llm, LanguageModel)]
     named += [(f"encoders[{name!r}]", encoder, Encoder) for name, encoder in encoders.items()]

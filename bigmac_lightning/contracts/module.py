@@ -21,11 +21,11 @@ from bigmac_lightning.estimates.partition import TrainedLayers
 
 @dataclass(frozen=True)
 class Part:
-    """The part of the LLM that a process holds.
+    """The part of the LLM that a process has.
 
     Attributes:
         layers: global indices of its layers; ``None``: all.
-        embedding, head: whether it holds the input embedding, and the final norm with the output weight.
+        embedding, head: whether it has the input embedding, and the final norm with the output weight.
     """
 
     layers: Collection[int] | None = None
@@ -59,11 +59,11 @@ class PipelineModule(ComponentModule):
         encoders: by the name that `MediaItem.encoder` gives.
         llm: the language model.
         generators: by the name that `TargetItem.generator` gives.
-        loss_weights: weight of "text", of auxiliary losses and of each generator's loss; where not named, 1.0 and what
-            the language model says of its own.
-        part: the part of the LLM to hold; set by the strategy before `configure_model`.
-        runner: runs a batch through the pipeline; set by the strategy. ``None``: the plain path.
-        last_metrics: of the last batch that `pipeline` has run.
+        loss_weights: weight of "text", of auxiliary losses and of each generator's loss. A loss that is not named has
+            the weight 1.0, or for auxiliary losses the language model's default.
+        part: the part of the LLM that this process gets; the strategy sets it before `configure_model`.
+        runner: runs a batch through the pipeline; the strategy sets it. ``None``: the plain path.
+        last_metrics: metrics of the last batch that `pipeline` has run.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class PipelineModule(ComponentModule):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """What losses are summed up in; the same on all ranks."""
+        """The type of loss sums; the same on all ranks."""
         return torch.float64 if torch.float64 in (self.dtype, self.llm.dtype) else torch.float32
 
     @property
     def loss_names(self) -> list[str]:
-        """The order in which loss sums and counts travel."""
+        """The losses' names, in the order of `counts` and `scales`."""
         return ["text", *self.llm.auxiliary_losses, *self.generators]
 
     @property
@@ -104,13 +104,13 @@ class PipelineModule(ComponentModule):
             frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
             self.materialize()
             for name, parameter in self.named_parameters():
-                if name in frozen:  # by whoever had the module before it got its weights
+                if name in frozen:  # the user froze it before it had its weights
                     parameter.requires_grad_(False)
             self.adapt()
             self._materialized = True
 
     def materialize(self) -> None:
-        """Give weights to the components, to the LLM those of this process's part."""
+        """Allocate and initialise the weights of the components; of the LLM, those of this process's part."""
         for component in [*self.encoders.values(), *self.generators.values()]:
             assert isinstance(component, Encoder | Generator)
             component.materialize()
@@ -118,12 +118,15 @@ class PipelineModule(ComponentModule):
         self.llm.materialize(layers, self.part.embedding, self.part.head)
 
     def adapt(self) -> None:
-        """Change the components once they have their weights: freeze parts, add adapters. Works on the meta device,
-        too, but `configure_model` cannot come after it."""
+        """Change the components once they have their weights: freeze parts, add adapters.
+
+        A subclass overrides this. It is also called on the meta device, for estimates; `configure_model` is not called
+        after that.
+        """
 
     @property
     def trained_layers(self) -> TrainedLayers:
-        """What of the LLM is trained, as it was known before any weights were there."""
+        """Which parts of the LLM are trained. This is found out once, before the parts have weights."""
         if self._trained_layers is None:
             self._trained_layers = self._find_trained_layers()
         return self._trained_layers
@@ -136,22 +139,27 @@ class PipelineModule(ComponentModule):
         return TrainedLayers(shares, below, llm.gradient_checkpointing)
 
     def cpu(self) -> Self:
-        """As of every module; called by Lightning's teardown even where an error came before `configure_model`, which
-        must not hide behind another about weights that are not there yet."""
+        """Move to the CPU; does nothing while weights are on the meta device.
+
+        Lightning's teardown calls this even after an error before `configure_model`. A second error, about the missing
+        weights, would hide the first.
+        """
         return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
         """Run a batch through encoders, LLM and generators.
 
-        Trains (gradients included, under strategy="bigmac") inside a training step and evaluates elsewhere.
+        Inside a training step this trains (under strategy="bigmac" gradients are computed here already); elsewhere it
+        evaluates.
 
         Args:
-            batch: as a DataModule's collate function made it.
-            sample: let the generators make things instead of computing their loss.
+            batch: a DataModule's batch.
+            sample: let the generators sample instead of computing their loss.
         """
-        learning = self.training or (self._trainer is not None and self._trainer.training)  # a frozen model is in eval
+        # a model whose parts are all frozen is in eval mode, and trains nevertheless
+        learning = self.training or (self._trainer is not None and self._trainer.training)
         mode: Mode = "sample" if sample else "train" if learning and torch.is_grad_enabled() else "evaluate"
-        if isinstance(batch, Batch):  # others are refused
+        if isinstance(batch, Batch):  # the runner refuses others
             batch = self.prepare(batch)
         out = run_plain(self, batch, mode) if self.runner is None else self.runner(batch, mode)
         self.last_metrics = out.metrics
@@ -160,8 +168,9 @@ class PipelineModule(ComponentModule):
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients of the model, each parameter counted once; the same scalar on every rank.
 
-        For hooks between the backward and the optimizer's step, such as `on_before_optimizer_step`; all ranks call it.
-        Norms over ``self.parameters()`` see one rank's part of the model under strategy="bigmac".
+        Call it on all ranks, in a hook between the backward and the optimizer's step, such as
+        `on_before_optimizer_step`. Under strategy="bigmac", a norm over ``self.parameters()`` would be that of one
+        rank's part of the model.
         """
         if self.runner is not None:
             return self.runner.gradient_norm()
@@ -170,14 +179,14 @@ class PipelineModule(ComponentModule):
         )
 
     def prepare(self, batch: Batch) -> Batch:
-        """A batch with everything in its inputs that the LLM needs. `pipeline` does this; a collate function may do it
-        before, on the CPU."""
+        """The batch with all inputs that the LLM needs. `pipeline` calls this; a collate function may call it before,
+        on the CPU."""
         return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
     def counts(self, batch: Batch) -> list[float]:
-        """What each loss sum of `loss_names` is divided by: labelled tokens, microbatches, targets."""
+        """The divisor of each loss sum, in the order of `loss_names`: labelled tokens, microbatches, or targets."""
         useful = float(sum(microbatch.is_useful for microbatch in batch.microbatches))
         tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
         targets = [item.generator for item in batch.targets]
@@ -185,7 +194,7 @@ class PipelineModule(ComponentModule):
         return [float(tokens), *auxiliary, *(float(targets.count(name)) for name in self.generators)]
 
     def scales(self, counts: Tensor) -> Tensor:
-        """Factor of each loss sum: weight / count over the whole step (count 0 gives a harmless weight / 1)."""
+        """Factor of each loss sum: weight / count of the whole step. A count of 0, whose sum is 0, is taken as 1."""
         return counts.new_tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names]) / counts.clamp(min=1.0)
 
     def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:

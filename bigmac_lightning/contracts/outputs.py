@@ -1,4 +1,4 @@
-"""What a batch, and one stage of the LLM, give."""
+"""The results of a batch, and of one stage of the LLM on one microbatch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,11 +10,11 @@ Mode = Literal["train", "evaluate", "sample"]
 
 @dataclass
 class PipelineOutput:
-    """What `pipeline(batch)` returns, equal on every rank of a pipeline.
+    """The result of `pipeline(batch)`, equal on every rank of a pipeline.
 
     Attributes:
-        loss: scalar, the weighted loss over the whole step: in training of all data-parallel replicas, in evaluation,
-            where they may have different numbers of batches, of this one. Return it from training_step.
+        loss: scalar, the weighted loss of the whole step: of all data-parallel replicas in training, and of this
+            replica in evaluation, where replicas may have different numbers of batches. Return it from training_step.
         metrics: detached scalars ready for `log_dict`: "loss", and each part by name ("text", each generator).
         predictions: (sum of L,) most likely token at each labelled position, in the order of `batch.labels`;
             ``None`` while training.
@@ -29,12 +29,12 @@ class PipelineOutput:
 
 @dataclass
 class StageOutput:
-    """What one stage makes of one microbatch.
+    """The result of one stage on one microbatch.
 
     Attributes:
         hidden: h_BSD for the next stage; ``None`` after the last.
-        extras: what goes on to the next stage besides.
-        losses: sum of the token losses as "text" if there are labels, and auxiliary losses (last stage).
+        extras: further tensors for the next stage; see `LanguageModel`.
+        losses: "text", the sum of the token losses, if there are labels; and auxiliary losses (last stage only).
         conditions: condition_ND rows of all generator targets (last stage; ``None`` if there are none).
         predictions: (L,) token ids (last stage, not while training).
     """

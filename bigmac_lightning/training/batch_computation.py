@@ -1,7 +1,4 @@
-"""One batch of a PipelineModule, as the executor sees it: which rows are whose, and what an action computes.
-
-Knows a model's contract and a plan; knows no process groups.
-"""
+"""One batch of a PipelineModule, as the executor sees it: whose rows are whose, and what each action computes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,7 +20,7 @@ AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
 class BatchComputation:
-    """The `runtime.executor.Computation` of a batch."""
+    """The executor's `Computation` for a batch."""
 
     def __init__(
         self,
@@ -40,10 +37,10 @@ class BatchComputation:
         """
         Args:
             stages: layers of each stage.
-            rank: of the pipeline.
-            dtype: of hidden states, features and conditions.
-            contexts: entered around every forward.
-            batch: useful microbatches alone.
+            rank: this process's rank in the pipeline.
+            dtype: type of hidden states, features and conditions.
+            contexts: context managers that every forward runs in.
+            batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
         """
         self.module, self.stages, self.rank, self.batch, self.scales = module, stages, rank, batch, scales
@@ -62,18 +59,18 @@ class BatchComputation:
         return (shape.numel() + sum(self._sizes(extras)),) if extras else shape
 
     def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
-        """Of the hidden states, and of the extras, that go into a stage."""
+        """Shapes of the hidden states and of the extras that go into a stage."""
         given = self.batch.microbatches[microbatch]
         extras = self.module.extra_shapes(given, self.stages[stage].start)
         return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
 
     def _sizes(self, extras: dict[str, torch.Size]) -> list[int]:
-        """Of each extra in a message."""
+        """How many numbers each extra takes in a message."""
         exact = self.module.llm.exact_extras
         return [extra.numel() * (parts_of(self.dtype) if name in exact else 1) for name, extra in extras.items()]
 
     def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states and extras travel as one flat tensor where there are extras."""
+        """The hidden states and extras of a message. With extras, a message is one flat tensor."""
         shape, extras = self._shapes(microbatch, stage)
         if not extras:
             return message, {}
@@ -130,7 +127,7 @@ class BatchComputation:
         return torch.stack(self._scaled(sums)).sum()
 
     def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:
-        """What to run backward from; the sums are counted."""
+        """The scaled losses, from which the backward starts; the loss sums are added up for the metrics."""
         losses: list[Tensor] = []
         for name, loss in sums.items():
             index = self.module.loss_names.index(name)

@@ -1,8 +1,4 @@
-"""Runs a PipelineModule's batches through the runtime: a plan per batch, one result on all ranks.
-
-Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
-knows nothing of Lightning's Trainer.
-"""
+"""Runs a PipelineModule's batches through the runtime: a plan per batch, and one result on all ranks."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,12 +25,12 @@ from bigmac_lightning.training.trained import TrainedParts
 
 
 def split_layers(layers: int, stages: int) -> list[range]:
-    """Consecutive, nearly even stages; see `make_stages`."""
+    """The layers of each stage: consecutive, and of nearly equal number; see `make_stages`."""
     return make_stages(LayerCosts((1.0,) * layers), stages)
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
-    """What a pipeline rank holds of the LLM."""
+    """The part of the LLM that a pipeline rank has."""
     own = [s for s, owner in enumerate(stage_rank) if owner == rank]
     return Part(
         layers=tuple(layer for s in own for layer in stages[s]),
@@ -66,16 +62,18 @@ def resolve_options(
 
 
 class PipelineRunner:
-    """A PipelineModule on one rank of a pipeline. Calling it runs a batch; training leaves summed gradients of this
-    rank's work in ``.grad`` (reduce them with `runtime.gradients`, using `places`).
+    """Runs batches of a PipelineModule on one rank of a pipeline.
+
+    Training adds the gradients of this rank's actions to ``.grad``; reduce them with `runtime.gradients`, using
+    `places`.
 
     Attributes:
         gradient_scale: factor of all gradients.
-        step: number of the training step, by which ranks draw random numbers of their own.
+        step: number of the training step, which seeds the random numbers that ranks draw.
 
     Args:
-        module: with this rank's part of the LLM materialised.
-        forward_context: entered around every forward (precision).
+        module: the module with the weights of this rank's part of the LLM.
+        forward_context: context manager that every forward runs in (for precision).
     """
 
     def __init__(
@@ -104,25 +102,28 @@ class PipelineRunner:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
         if self.trained.refresh():
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
 
     @property
     def places(self) -> ParameterPlaces:
-        """Where this rank's trained parameters live elsewhere too."""
+        """Which of this rank's trained parameters other ranks have as well."""
         return self.trained.places
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of all gradients of the model; the same scalar on every rank. Collective; after their reduction."""
+        """2-norm of all gradients of the model, once they are reduced; the same scalar on every rank. Collective."""
         return global_norm(self.places, self.mesh)
 
     # -- one batch ---------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
-        """Run a batch; see `PipelineModule.pipeline`. Collective: over the pipeline, and in training over the world, as
-        replicas are evaluated on any number of batches."""
+        """Run a batch; see `PipelineModule.pipeline`.
+
+        Collective over the world in training, and over the pipeline in evaluation, where replicas may have different
+        numbers of batches.
+        """
         self.check(batch, mode)
         module, training = self.module, mode == "train"
         own = module.counts(batch)
@@ -158,10 +159,10 @@ class PipelineRunner:
         )
 
     def check(self, batch: Batch, mode: Mode) -> None:
-        """Refuse a batch that does not fit, by what all ranks see: all of them refuse it.
+        """Refuse a batch that does not fit. Only metadata that all ranks have is checked, so all ranks refuse it.
 
         Raises:
-            TypeError, ValueError: naming the microbatch and what to change.
+            TypeError, ValueError: the message names the microbatch and what to change.
         """
         if not isinstance(batch, Batch):
             raise TypeError(
@@ -178,7 +179,7 @@ class PipelineRunner:
             raise ValueError("the batch has no microbatches")
         if problem := batch.problem(self.mesh.pp_size):
             raise ValueError(problem)
-        if mode not in self._seen:  # once, as the device is asked
+        if mode not in self._seen:  # only once, as reading ids back from the device waits for it
             self._check_ids(batch)
             self._seen.add(mode)
         wanted = self.options.microbatches
@@ -212,7 +213,7 @@ class PipelineRunner:
                     )
 
     def _find_dtype(self) -> torch.dtype:
-        """Of the LLM, also on ranks that hold nothing of it."""
+        """The type of the LLM's weights, also on ranks that have none of them. Collective over the pipeline."""
         own = next(self.module.llm.parameters(), None)
         found = [None if own is None else own.dtype]
         if self.mesh.pp_size > 1:
@@ -222,8 +223,10 @@ class PipelineRunner:
         return found[0]
 
     def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
-        """Ranks draw different numbers, as layers must not share their dropout masks; and their common state,
-        by which they may choose the same samples, is left alone."""
+        """Within this context ranks draw different random numbers, because layers must not share dropout masks.
+
+        The ranks' common random state, by which DataModules may draw the same samples on all ranks, stays unchanged.
+        """
         if self.mesh.pp_size * self.mesh.dp_size == 1:
             return nullcontext()
         step = self.step if mode == "train" else f"{mode} {self._evaluated}"

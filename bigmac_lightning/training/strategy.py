@@ -1,7 +1,7 @@
-"""BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
+"""BigMacStrategy: connects Lightning's Trainer to the pipeline.
 
-Sets up processes, mesh and module. Batches of Lightning's loop are in lightning_steps.py, planning and execution in
-pipeline.py and runtime/, checkpoints in saving.py.
+It sets up processes, mesh and module. lightning_steps.py runs the batches of Lightning's loop, runner.py plans and
+executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
@@ -54,27 +54,30 @@ class BigMacStrategy(SavingStrategy):
     ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
 
     Args:
-        pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
-        data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
+        pipeline_parallel_size: number of ranks per pipeline; "auto": the number of processes, divided by
+            `data_parallel_size` if that is given.
+        data_parallel_size: number of pipelines; "auto": the number of processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
         schedule: how plans are made: policy, backbone, sizes of groups, costs, limits. Rank 0 logs what "auto" in it
             has become, and why.
         stages: how the LLM is cut into stages.
-        float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
-            trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
-            those of more than 8 microbatches.
-        accumulate: what gradients accumulated over batches are a mean of: "batches", as in Lightning, where a token of
-            a batch with few of them counts more than others; "tokens", as in one large batch (each loss by its own:
-            targets of a generator count alike, too), for which batches are read ahead.
-        process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
-        timeout: of every process group; a rank that hangs ends the run after it.
-        save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
-            ``False``: rank 0 gathers everything into one file.
-        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's.
+        float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
+            which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
+            microbatches.
+        accumulate: how gradients are averaged over the batches of `Trainer(accumulate_grad_batches=N)`. "batches":
+            each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
+            token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
+            read ahead for that.
+        process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
+        timeout: timeout of every process group; a rank that hangs ends the run after this time.
+        save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
+            read; ``False``: rank 0 gathers everything into one file.
+        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's
+            default.
         start_method: how `Trainer(devices=N)` starts processes.
 
     Raises:
-        ValueError: an argument has no meaning; the message lists what is possible.
+        ValueError: an argument is not possible; the message says what is expected.
     """
 
     strategy_name = "bigmac"
@@ -144,14 +147,14 @@ class BigMacStrategy(SavingStrategy):
 
     @property
     def runner(self) -> PipelineRunner:
-        """What runs batches on this rank."""
+        """Runs batches on this rank."""
         if self._runner is None:
-            raise RuntimeError("the pipeline exists only after setup, inside trainer.fit and the like")
+            raise RuntimeError("the runner exists only after setup, inside trainer.fit and the like")
         return self._runner
 
     @property
     def pipeline_layout(self) -> PipelineLayout:
-        """What a DataModule's collate function has to know of the pipeline."""
+        """This rank's place in the pipeline, for a DataModule's collate function."""
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
 
     @property
@@ -185,8 +188,8 @@ class BigMacStrategy(SavingStrategy):
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the
-        same samples."""
+        """Let workers plan the batches that they load, and seed them by replica instead of by rank, because all ranks
+        of a pipeline must see the same samples."""
         collate = getattr(dataloader, "collate_fn", None)
         if callable(collate) and self._runner is not None:
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
@@ -212,7 +215,7 @@ class BigMacStrategy(SavingStrategy):
         if self.mesh.pp_size > 1:
             refusals.check_norms(trainer, module)
         self.check_checkpoint_plugins(trainer)
-        # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
+        # Lightning's own notifier waits for all ranks inside the signal handler; a rank in mid-step never joins it
         notifier = partial(_note_sigterm, trainer)
         trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.setup(trainer)
@@ -236,7 +239,7 @@ class BigMacStrategy(SavingStrategy):
         self.barrier()
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
-        """Replicas start equal even if a component was initialised without a seed."""
+        """Broadcast weights and buffers from the first replica, as a component may have been initialised without a seed."""
         groups = {True: self.mesh.dp_group, False: None}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             group = groups[name.startswith("llm.")]
@@ -246,12 +249,12 @@ class BigMacStrategy(SavingStrategy):
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
         plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own sees this rank's parameters only
+        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own would see this rank's parameters only
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-            if not isinstance(scaler, ShardedGradScaler):  # all ranks must skip the same steps
+            if not isinstance(scaler, ShardedGradScaler):  # this one lets all ranks skip the same steps
                 plugin.scaler = ShardedGradScaler(
                     device=self.root_device.type,
                     init_scale=scaler.get_scale(),
@@ -270,7 +273,7 @@ class BigMacStrategy(SavingStrategy):
         if isinstance(module, PipelineModule):
             self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):
-                self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
+                self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
         super().teardown()
 
     def _configure_launcher(self) -> None:
@@ -289,10 +292,10 @@ class BigMacStrategy(SavingStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
-        self.runner.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
+        self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_exception(self, exception: BaseException) -> None:
-        """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
+        """End the child processes at once, instead of letting them wait for this rank until their timeout."""
         super().on_exception(exception)
         if isinstance(self._launcher, _SubprocessScriptLauncher):
             self._launcher.kill(signal.SIGTERM)
@@ -301,7 +304,7 @@ class BigMacStrategy(SavingStrategy):
 
     @property
     def steps(self) -> LightningSteps:
-        """What runs the batches of Lightning's loop on this rank."""
+        """Runs the batches of Lightning's loop on this rank."""
         assert self._steps is not None, "a step before setup"
         return self._steps
 
@@ -340,8 +343,10 @@ class BigMacStrategy(SavingStrategy):
             return self.lightning_module.predict_step(*args, **kwargs)
 
     def _step_context(self) -> AbstractContextManager[None]:
-        """Around a user's step: the default type of new tensors, as in plain training. Autocast, which must not be on
-        in a backward, is entered around each forward."""
+        """The context of a user's step: the default type of new tensors, as in plain training.
+
+        Autocast is not part of it. It must not be on in a backward, so it is entered around each forward only.
+        """
         plugin = self.precision_plugin
         return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
@@ -358,7 +363,7 @@ class BigMacStrategy(SavingStrategy):
 
 
 def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:
-    """Pass a SIGTERM on and remember it: all ranks end together before the next batch, as rank 0 then tells them."""
+    """Pass a SIGTERM on and remember it. All ranks end together before the next batch, when rank 0 broadcasts it."""
     connector, launcher = trainer._signal_connector, trainer.strategy.launcher
     if not connector.received_sigterm and isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signum)
