@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from bigmac_lightning.contracts.batch import MediaData, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import converted
@@ -25,16 +25,35 @@ class ComponentModule(ResumableModule):
         encoders: by the name that `MediaItem.encoder` gives.
         llm: the language model.
         generators: by the name that `TargetItem.generator` gives.
+        loss_weights: weight of "text", of auxiliary losses and of each generator's loss. A loss that is not named has
+            the weight 1.0, or for auxiliary losses the language model's default.
     """
 
     def __init__(
-        self, llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]
+        self,
+        llm: LanguageModel,
+        encoders: Mapping[str, Encoder],
+        generators: Mapping[str, Generator],
+        loss_weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         _check_components(llm, encoders, generators)
         self.llm = llm
         self.encoders = nn.ModuleDict(dict(encoders))
         self.generators = nn.ModuleDict(dict(generators))
+        self.loss_weights = {**llm.auxiliary_losses, **(loss_weights or {})}
+        if unknown := self.loss_weights.keys() - self.loss_names:
+            raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The type of loss sums; the same on all ranks."""
+        return torch.float64 if torch.float64 in (self.dtype, self.llm.dtype) else torch.float32
+
+    @property
+    def loss_names(self) -> list[str]:
+        """The losses' names, in the order of `counts` and `scales`."""
+        return ["text", *self.llm.auxiliary_losses, *self.generators]
 
     def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
         """features_ND of each item, in their order. Items of one encoder are encoded together."""
@@ -164,6 +183,25 @@ class ComponentModule(ResumableModule):
         dtype = generator.input_dtype()
         given = [conditions[i] if dtype is None else conditions[i].to(dtype) for i in mine]
         return given, [converted(items[i], dtype) for i in mine]
+
+    # -- losses ------------------------------------------------------------------------------------------------------
+
+    def counts(self, batch: Batch) -> list[float]:
+        """The divisor of each loss sum, in the order of `loss_names`: labelled tokens, microbatches, or targets."""
+        useful = float(sum(microbatch.is_useful for microbatch in batch.microbatches))
+        tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
+        targets = [item.generator for item in batch.targets]
+        auxiliary = [useful] * len(self.llm.auxiliary_losses)
+        return [float(tokens), *auxiliary, *(float(targets.count(name)) for name in self.generators)]
+
+    def scales(self, counts: Tensor) -> Tensor:
+        """Factor of each loss sum: weight / count of the whole step. A count of 0, whose sum is 0, is taken as 1."""
+        return counts.new_tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names]) / counts.clamp(min=1.0)
+
+    def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Named scalars from the step's loss sums and counts."""
+        parts = sums / counts.clamp(min=1.0)
+        return {"loss": (sums * self.scales(counts)).sum(), **dict(zip(self.loss_names, parts.unbind(), strict=True))}
 
 
 def _check_components(llm: LanguageModel, encoders: Mapping[str, Encoder], generators: Mapping[str, Generator]) -> None:

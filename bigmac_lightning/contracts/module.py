@@ -56,11 +56,7 @@ class PipelineModule(ComponentModule):
             return out.loss
 
     Attributes:
-        encoders: by the name that `MediaItem.encoder` gives.
-        llm: the language model.
-        generators: by the name that `TargetItem.generator` gives.
-        loss_weights: weight of "text", of auxiliary losses and of each generator's loss. A loss that is not named has
-            the weight 1.0, or for auxiliary losses the language model's default.
+        encoders, llm, generators, loss_weights: see `ComponentModule`.
         part: the part of the LLM that this process gets; the strategy sets it before `configure_model`.
         runner: runs a batch through the pipeline; the strategy sets it. ``None``: the plain path.
         last_metrics: metrics of the last batch that `pipeline` has run.
@@ -73,25 +69,12 @@ class PipelineModule(ComponentModule):
         generators: dict[str, Generator] | None = None,
         loss_weights: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(llm, encoders or {}, generators or {})
-        self.loss_weights = {**llm.auxiliary_losses, **(loss_weights or {})}
-        if unknown := self.loss_weights.keys() - self.loss_names:
-            raise ValueError(f"loss_weights names {sorted(unknown)}, but the losses are {self.loss_names}")
+        super().__init__(llm, encoders or {}, generators or {}, loss_weights)
         self.part = Part()
         self.runner: Runner | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self._materialized = False
         self._trained_layers: TrainedLayers | None = None
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """The type of loss sums; the same on all ranks."""
-        return torch.float64 if torch.float64 in (self.dtype, self.llm.dtype) else torch.float32
-
-    @property
-    def loss_names(self) -> list[str]:
-        """The losses' names, in the order of `counts` and `scales`."""
-        return ["text", *self.llm.auxiliary_losses, *self.generators]
 
     @property
     def tied_copies(self) -> dict[str, str]:
@@ -182,22 +165,3 @@ class PipelineModule(ComponentModule):
         """The batch with all inputs that the LLM needs. `pipeline` calls this; a collate function may call it before,
         on the CPU."""
         return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
-
-    # -- losses ------------------------------------------------------------------------------------------------------
-
-    def counts(self, batch: Batch) -> list[float]:
-        """The divisor of each loss sum, in the order of `loss_names`: labelled tokens, microbatches, or targets."""
-        useful = float(sum(microbatch.is_useful for microbatch in batch.microbatches))
-        tokens = sum(len(microbatch.labels) for microbatch in batch.microbatches)
-        targets = [item.generator for item in batch.targets]
-        auxiliary = [useful] * len(self.llm.auxiliary_losses)
-        return [float(tokens), *auxiliary, *(float(targets.count(name)) for name in self.generators)]
-
-    def scales(self, counts: Tensor) -> Tensor:
-        """Factor of each loss sum: weight / count of the whole step. A count of 0, whose sum is 0, is taken as 1."""
-        return counts.new_tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names]) / counts.clamp(min=1.0)
-
-    def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Named scalars from the step's loss sums and counts."""
-        parts = sums / counts.clamp(min=1.0)
-        return {"loss": (sums * self.scales(counts)).sum(), **dict(zip(self.loss_names, parts.unbind(), strict=True))}

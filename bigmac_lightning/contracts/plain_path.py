@@ -1,18 +1,16 @@
 """The plain path: all microbatches of a batch in one process and one autograd graph, under any Lightning strategy."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.component_module import ComponentModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 
-if TYPE_CHECKING:
-    from bigmac_lightning.contracts.module import PipelineModule
 
-
-def run_plain(module: "PipelineModule", batch: Batch, mode: Mode) -> PipelineOutput:
+def run_plain(module: ComponentModule, batch: Batch, mode: Mode) -> PipelineOutput:
     """Run a batch as `PipelineModule.pipeline` does, in one process and one autograd graph."""
     sums = dict.fromkeys(module.loss_names, torch.zeros((), dtype=module.sum_dtype, device=module.device))
     predictions: list[Tensor] = []

@@ -239,7 +239,7 @@ class BigMacStrategy(SavingStrategy):
         self.barrier()
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
-        """Broadcast weights and buffers from the first replica, as a component may have been initialised without a seed."""
+        """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
         groups = {True: self.mesh.dp_group, False: None}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             group = groups[name.startswith("llm.")]
