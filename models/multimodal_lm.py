@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.mismatches import first_few
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
@@ -197,11 +198,10 @@ class MultimodalLM(PipelineModule):
         expected = {name: shape for name, shape in shapes.items() if name not in copies}
         here = {copies.get(name, name): tensor for name, tensor in self.state_dict().items()}
         for component, path in self.init_from.items():
-            stored = StoredWeights(path)
+            stored = CheckpointWeights(path)
             if wrong := stored.mismatches(expected, component, copies):
-                more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
                 raise ValueError(
-                    f"init_from: {component or 'the model'} cannot start from {path}: {'; '.join(wrong[:5])}{more}. To "
+                    f"init_from: {component or 'the model'} cannot start from {path}: {first_few(wrong)}. To "
                     "start some components from a checkpoint, give it by their names; one of a run with lora serves "
                     "after `bigmac export`, as the folder to start from"
                 )

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from bigmac_lightning.checkpoints.mismatches import first_few
+
 from .initialization import allocate_and_initialize
 from .llm.attention import AttentionNotThereError, refused_clearly
 
@@ -225,8 +227,7 @@ def _load(
     wrong = [f"{name}: missing" for name in sorted(found["missing_keys"])]
     wrong += [f"{name}: wrong shape" for name, *_ in sorted(found["mismatched_keys"])]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"cannot load {source} as a {model.__name__}: tensors do not fit its config: {'; '.join(wrong[:5])}{more}"
+            f"cannot load {source} as a {model.__name__}: tensors do not fit its config: {first_few(wrong)}"
         )
     return loaded.train()

@@ -25,7 +25,7 @@ from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner, Trained
 from bigmac_lightning.training.runner import part_of
-from bigmac_lightning.training.trained import backward_share
+from bigmac_lightning.training.trained import trained_with
 
 TERA = 1e12
 
@@ -233,14 +233,13 @@ class StepEstimate:
         """As the pipeline will find it."""
         module, trained = self.module, self.module.trained_layers
         last = len(self.stages) - 1
-        encoders = frozenset(n for n, e in module.encoders.items() if any(p.requires_grad for p in e.parameters()))
+        encoders = any(parameter.requires_grad for parameter in module.encoders.parameters())
         adapters = trained.below and not encoders  # what else would gradients go all the way down for?
         weights = list[bool]()
         for s, stage in enumerate(self.stages):
             parts = range(stage.start + (s > 0), stage.stop + 1 + (s == last))
             weights.append(adapters or any(trained.shares[part] > 0 for part in parts))
-        generator = any(p.requires_grad for p in module.generators.parameters())
-        return Trained(tuple(weights), encoders, generator, backward_share(module.encoders.values()))
+        return trained_with(module, weights)
 
     def _batch(self, microbatches: int) -> Batch:
         """A batch of typical microbatches, without any contents."""

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
+from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
-from bigmac_lightning.checkpoints.stored import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding

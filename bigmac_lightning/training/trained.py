@@ -89,13 +89,9 @@ class TrainedParts:
 
     def _find(self) -> Trained:
         own = self._trained_stages()
-        weights = self._agree([own.get(stage, False) for stage in range(len(self._stage_rank))])
-        encoders = dict(self._module.encoders.items())
-        names = {name for name, encoder in encoders.items() if _is_trained(encoder)}
-        if names:  # one without parameters of its own works with another's
-            names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
-        generator = _is_trained(self._module.generators)
-        return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
+        return trained_with(
+            self._module, self._agree([own.get(stage, False) for stage in range(len(self._stage_rank))])
+        )
 
     def _trained_stages(self) -> dict[int, bool]:
         """Of this rank's stages, which have trained weights; they share one answer."""
@@ -111,7 +107,21 @@ class TrainedParts:
         return ParameterPlaces(replicated, stage, tied)
 
 
-def backward_share(encoders: Iterable[nn.Module]) -> float:
+def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:
+    """What of a module is trained.
+
+    Args:
+        weights: whether each stage has trained weights.
+    """
+    encoders = dict(module.encoders.items())
+    names = {name for name, encoder in encoders.items() if _is_trained(encoder)}
+    if names:  # an encoder without parameters of its own uses those of another one
+        names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
+    generator = _is_trained(module.generators)
+    return Trained(tuple(weights), frozenset(names), generator, _backward_share(encoders.values()))
+
+
+def _backward_share(encoders: Iterable[nn.Module]) -> float:
     """The share of the encoders' backward that reaches down to the first trained parameter, by parameters."""
     whole = needed = 0
     for encoder in encoders:

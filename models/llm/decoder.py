@@ -21,8 +21,7 @@ from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import surgery
-from ..families import family_of
-from ..initialization import to_config
+from ..hf_component import HFComponent
 from ..surgery import PassThrough
 from . import attention, liger, probe
 from .head import check_plain, logits_of
@@ -34,7 +33,7 @@ from .work import attended, layer_work
 ROUTER_LOSS = "router"
 
 
-class HFDecoder(LanguageModel):
+class HFDecoder(HFComponent, LanguageModel):
     """A decoder of the transformers library, alone (Qwen2/3, Llama, Mistral, Mixtral, Gemma 2, ...) or the one inside a
     vision-language model (Qwen3-VL, LLaVA, Gemma 3, ...).
 
@@ -78,22 +77,16 @@ class HFDecoder(LanguageModel):
                 attention implementation that is not there.
         """
         super().__init__()
-        self.config = to_config(config)
-        self.family = family_of(self.config)
-        self.seed, self.source = seed, weights
-        self.dtype = None if dtype == "auto" else getattr(torch, dtype)
-        self.gradient_checkpointing, self._fused = gradient_checkpointing, fused_loss
+        self._configure(config, seed, attn_implementation, weights, dtype, gradient_checkpointing)
+        self._fused = fused_loss
         if fused_loss == "liger":
             liger.check_installed()
-        self._attention = attn_implementation
         if self.family is not None and self.family.bidirectional_images and attn_implementation not in attention.MASKED:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
-        whole: Any = surgery.build_on_meta(self.config, attn_implementation)
-        if gradient_checkpointing:
-            surgery.check_checkpointing(whole)
+        whole = self._build_whole()
         self._names = surgery.names_of(whole)
         decoder = whole.get_submodule(self._names.decoder)
         text: Any = self.config.get_text_config()
@@ -123,10 +116,9 @@ class HFDecoder(LanguageModel):
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._work = [layer_work(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
-        self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
         self._keep_language_model(whole, range(self.num_layers), embedding=True, head=True)
         self._drop_vision_parameters(whole)
-        self._register_children()
+        self._hold(whole)
 
     def _look_at_packing(self, decoder: Any) -> tuple[str, bool]:
         """Why rows must not hold several samples, and whether the decoder has to be given masks for them."""
@@ -144,16 +136,8 @@ class HFDecoder(LanguageModel):
         return reason and f"{kind}: {reason}", gives
 
     @property
-    def _whole(self) -> Any:
-        return self._unregistered[0]
-
-    @property
     def _decoder(self) -> Any:
         return self._whole.get_submodule(self._names.decoder)
-
-    def _register_children(self) -> None:
-        """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
-        self._modules = self._whole._modules
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -164,21 +148,17 @@ class HFDecoder(LanguageModel):
             raise ValueError(f"layers {outside} do not exist: the decoder has layers 0..{self.num_layers - 1}")
         tie = head and bool(self.tied)
         keep = partial(self._keep_language_model, layers=layers, embedding=embedding or tie, head=head)
-        whole = surgery.materialize(self._whole, keep, self.source, self.seed, self.dtype)
+        whole = self._materialized(keep)
         if tie:
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
         self._drop_vision_parameters(whole)
         if not embedding:  # the tied head, if it is here, starts from the embedding's weights
             surgery.drop(whole, f"{self._names.decoder}.{self._names.embedding}")
-        if self.gradient_checkpointing:
-            whole.activation_checkpointing_enable({"use_reentrant": False})
-        self._unregistered = (whole,)
-        self._register_children()
+        self._hold(whole)
 
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
         self._keep_language_model(self._whole, layers, embedding, head)
         self._stages.clear()
-        self._register_children()
 
     def check_adapters(self, targets: Collection[str]) -> None:
         """

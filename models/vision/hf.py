@@ -19,12 +19,12 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.work import Work, attention_work, work_of
 
 from .. import surgery
-from ..families import Encode, family_of, pixels_of
-from ..initialization import to_config
+from ..families import Encode, pixels_of
+from ..hf_component import HFComponent
 from ..llm import attention
 
 
-class HFVisionEncoder(Encoder):
+class HFVisionEncoder(HFComponent, Encoder):
     """Tower and projector of a vision-language model: `get_image_features` of the library.
 
     An item is what the model's processor makes of one image:
@@ -58,24 +58,16 @@ class HFVisionEncoder(Encoder):
             ValueError: the model has no vision part, or one that is not known here.
         """
         super().__init__()
-        self.config = to_config(config)
-        family = family_of(self.config)
-        if family is None:
+        self._configure(config, seed, attn_implementation, weights, dtype, gradient_checkpointing)
+        if self.family is None:
             raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
-        self.family = family
         self.width: int = self.config.get_text_config().hidden_size
-        self.seed, self.source = seed, weights
-        self.dtype = None if dtype == "auto" else getattr(torch, dtype)
-        self.gradient_checkpointing = gradient_checkpointing
-        if family.deepstack:
+        self._mixes_shapes = self.family.mixes_shapes
+        if self.family.deepstack:
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
-        self._attention = attn_implementation
-        whole: Any = surgery.build_on_meta(self.config, attn_implementation)
-        if gradient_checkpointing:
-            surgery.check_checkpointing(whole)
+        whole = self._build_whole()
         self._keep_vision(whole)
-        self._unregistered = (whole,)  # in a tuple: its children are registered here, under their own names
-        self._register_children()
+        self._hold(whole)
 
     def work(self, rows: int) -> Work:
         """Of one picture; every patch sees all others."""
@@ -86,19 +78,11 @@ class HFVisionEncoder(Encoder):
         work += attention_work(vision.hidden_size, patches, patches) * depth
         return work.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else work
 
-    def _register_children(self) -> None:
-        """In one dict, so that what takes a child's place here (an adapter) takes it there, too."""
-        self._modules = self._unregistered[0]._modules
-
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
             return
         keep = self._keep_vision if self.source is not None else lambda whole: None  # this one has been cut already
-        whole = surgery.materialize(self._unregistered[0], keep, self.source, self.seed, self.dtype)
-        if self.gradient_checkpointing:
-            whole.activation_checkpointing_enable({"use_reentrant": False})
-        self._unregistered = (whole,)
-        self._register_children()
+        self._hold(self._materialized(keep))
 
     @staticmethod
     def _keep_vision(whole: Any) -> None:
@@ -110,15 +94,16 @@ class HFVisionEncoder(Encoder):
                 surgery.drop(whole, surgery.path_of(part, whole))
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
+        assert self.family is not None, "the constructor refuses models without a vision part"
         return self.encode(pixels, self.family.image)
 
     def encode(self, pixels: Sequence[MediaData], encode: Encode) -> Tensor:
         """Rows of all items; those that can be are encoded together."""
         attention.check_device(self._attention, next(self.parameters()).device)
-        base = self._unregistered[0].base_model
+        base = self._whole.base_model
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
-            of_shape.setdefault(None if self.family.mixes_shapes else pixels_of(item).shape, []).append(i)
+            of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
         rows: dict[int, Tensor] = {}
         for indices in of_shape.values():
             out = encode(base, [pixels[i] for i in indices])
@@ -146,7 +131,7 @@ class HFVideoEncoder(Encoder):
             ValueError: its model takes no videos.
         """
         super().__init__()
-        if vision.family.video is None:
+        if vision.family is None or vision.family.video is None:
             raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
         self.levels, self.width = vision.levels, vision.width
         self._encode = vision.family.video
