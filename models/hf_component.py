@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from . import surgery
+from . import loading, meta_model
 from .families import family_of
 from .initialization import to_config
 
@@ -56,9 +56,9 @@ class HFComponent(nn.Module):
         Raises:
             ValueError: transformers cannot build it, or its layers cannot run again in the backward.
         """
-        whole = surgery.build_on_meta(self.config, self._attention)
+        whole = meta_model.build_on_meta(self.config, self._attention)
         if self.gradient_checkpointing:
-            surgery.check_checkpointing(whole)
+            meta_model.check_checkpointing(whole)
         return whole
 
     def _hold(self, whole: Any) -> None:
@@ -75,8 +75,8 @@ class HFComponent(nn.Module):
         return self._unregistered[0]
 
     def _materialized(self, keep: Callable[[Any], None]) -> Any:
-        """A model with weights on the CPU for what `keep` leaves of it; see `surgery.materialize`."""
-        whole = surgery.materialize(self._whole, keep, self.source, self.seed, self.dtype)
+        """A model with weights on the CPU for what `keep` leaves of it; see `loading.materialize`."""
+        whole = loading.materialize(self._whole, keep, self.source, self.seed, self.dtype)
         if self.gradient_checkpointing:
             whole.activation_checkpointing_enable({"use_reentrant": False})
         return whole

@@ -118,10 +118,10 @@ def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:
     if names:  # an encoder without parameters of its own uses those of another one
         names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
     generator = _is_trained(module.generators)
-    return Trained(tuple(weights), frozenset(names), generator, _backward_share(encoders.values()))
+    return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
 
 
-def _backward_share(encoders: Iterable[nn.Module]) -> float:
+def backward_share(encoders: Iterable[nn.Module]) -> float:
     """The share of the encoders' backward that reaches down to the first trained parameter, by parameters."""
     whole = needed = 0
     for encoder in encoders:
