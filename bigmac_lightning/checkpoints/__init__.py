@@ -1,1 +1,1 @@
-"""Checkpoints in files and directories, and the place at which a resumed run continues."""
+"""Checkpoints in files and directories, and where a resumed run continues."""

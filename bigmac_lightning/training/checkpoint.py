@@ -103,7 +103,7 @@ def load_directory(
     tree = nested(room)
     with single_process_dcp():
         dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
-    rest = names.kept(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
+    rest = names.select(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
     return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
 
 
@@ -115,7 +115,7 @@ def load_weights(
     Raises:
         ValueError: names or shapes do not fit, which are listed; on all ranks.
     """
-    state = {name: value for name, value in state.items() if names.keeps(name, state.__contains__)}
+    state = {name: value for name, value in state.items() if names.selects(name, state.__contains__)}
     for copy, original in names.copies.items():
         if copy in names.own and copy not in state and original in state:
             state[copy] = state[original] if original in names.own else state.pop(original)
@@ -189,7 +189,7 @@ def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: 
     def beside(i: int) -> Callable[[str], bool]:
         return lambda key: (*place[:i], key, *place[i + 1 :]) in known
 
-    return all(names.keeps(key, beside(i)) for i, key in enumerate(place))
+    return all(names.selects(key, beside(i)) for i, key in enumerate(place))
 
 
 def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

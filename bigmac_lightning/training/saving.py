@@ -189,7 +189,7 @@ class SavingStrategy(DDPStrategy):
                 own = {} if hooked else module.state_dict()
                 return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
             path = str(place)
-        return names.kept(as_checkpoint(self._read_file(path, weights_only), path))
+        return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
     def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(path):  # only what is used is read
