@@ -160,8 +160,8 @@ def _resume_loaders(loop: Any) -> None:
         iter(loop._data_fetcher)  # other loaders use their state here
     elif states:
         raise ValueError(
-            f"the checkpoint was saved after {taken} batches of an epoch and has the places of {len(states)} loaders, "
-            f"but {len(stateful)} of this run's {len(combined.flattened)} training loaders have a "
+            f"the checkpoint was saved after {taken} batches of an epoch and says where each of {len(states)} loaders "
+            f"stood, but {len(stateful)} of this run's {len(combined.flattened)} training loaders have a "
             "load_state_dict: resume with the loaders that it was saved with, or from a checkpoint of an epoch's end"
         )
     elif taken and len(stateful) < len(combined.flattened):
