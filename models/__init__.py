@@ -1,14 +1,14 @@
-"""Encoder, LLM and generator components, and the LightningModule made of them. Single-device code: no ranks inside.
+"""Encoder, LLM and generator components, and the LightningModule made of them. All of it is single-device code.
 
-Needs `pip install bigmac-lightning[models]` (transformers, diffusers); nothing else in the package does.
+They need `pip install bigmac-lightning[models]` (transformers, diffusers); nothing else in the package does.
 """
 
 from .generation.codec import LatentCodec
 from .generation.flow import FlowGenerator
 from .llm.decoder import HFDecoder
 from .multimodal_lm import MultimodalLM
-from .vision.hf import HFVideoEncoder, HFVisionEncoder
-from .vision.tower import VisionEncoder
+from .vision.hf_encoders import HFVideoEncoder, HFVisionEncoder
+from .vision.vision_encoder import VisionEncoder
 
 __all__ = [
     "FlowGenerator",

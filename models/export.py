@@ -1,7 +1,4 @@
-"""From a trained model's tensors to a folder that `transformers` loads, with the library's own saving.
-
-Knows tensors by their names in a `MultimodalLM`; knows nothing of checkpoints' formats or of ranks.
-"""
+"""Writes the tensors of a trained `MultimodalLM` as a folder that `transformers` loads, with the library's own code."""
 
 import shutil
 from collections.abc import Mapping
@@ -13,11 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from . import surgery
+from . import meta_model
 from .lora import fold_lora
 
 OTHERS = "other_components.safetensors"
+"""The file for tensors that are no part of the Hugging Face model."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json")
+"""The files of a source folder that are written anew, or that hold old weights."""
 
 
 def export(
@@ -28,25 +27,25 @@ def export(
     dtype: torch.dtype | None = None,
     lora: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Write safetensors, config, and the processor's and tokenizer's files.
+    """Write safetensors, config, and the files of processor and tokenizer.
 
     Args:
-        tensors: by their names in the module ("llm.model.layers.0...", "encoders.image.model.visual...").
-        config: of the Hugging Face model, as a dict.
-        source: folder to copy everything from that is neither weights nor config; ``None``: nothing.
-        output: the folder to write, which must not hold anything.
-        dtype: of what is written; ``None``: as it was trained.
-        lora: settings of components with adapters, which are folded into the weights.
+        tensors: the tensors by their names in the module ("llm.model.layers.0...", "encoders.image.model.visual...").
+        config: the config of the Hugging Face model, as a dict.
+        source: the folder from which everything but weights and config is copied; ``None``: nothing is copied.
+        output: the folder to write, which must be empty or not exist yet.
+        dtype: the type of the written tensors; ``None``: the type that they were trained in.
+        lora: the options of components with adapters, which are folded into the weights.
 
-    Returns: names of the tensors that are no part of the Hugging Face model (generators, further encoders), which are
-        written to `OTHERS` in the same folder.
+    Returns: the names of the tensors that are no part of the Hugging Face model (those of generators and of further
+        encoders). They are written to the file `OTHERS` in the same folder.
 
     Raises:
         ValueError: tensors are missing, or `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: give --output a new one")
-    whole = surgery.build_on_meta(AutoConfig.for_model(**config), "eager")
+    whole = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager")
     expected = whole.state_dict().keys()
     state: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -59,16 +58,17 @@ def export(
             state[short] = tensor
         else:
             others[name] = tensor
-    for copy, original in surgery.tied_output(whole).items():
+    for copy, original in meta_model.tied_output(whole).items():
         if original in state:
-            state.pop(copy, None)  # stored twice where the two lay on different ranks
+            state.pop(copy, None)  # where the two were on different ranks, the checkpoint has both
     if missing := [name for name in expected if name not in state and name not in whole.all_tied_weights_keys]:
         raise ValueError(
             f"the checkpoint is not a whole {type(whole).__name__}: {len(missing)} tensors are missing, "
             f"first {missing[0]}"
         )
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    torch.nn.Module.to(whole, max(dtypes, key=lambda dtype: dtype.itemsize))  # what its config will say
+    # The saved config names the type of the model's weights. The method of nn.Module works on the meta device.
+    torch.nn.Module.to(whole, max(dtypes, key=lambda dtype: dtype.itemsize))
     whole.save_pretrained(output, state_dict=state)
     if others:
         save_file({name: tensor.contiguous() for name, tensor in others.items()}, output / OTHERS)
@@ -78,7 +78,7 @@ def export(
 
 
 def _copy_processor(source: Path, output: Path) -> None:
-    """Tokenizer, processor, chat template, generation defaults, license: all that is no weight."""
+    """Copy tokenizer, processor, chat template, generation defaults, license: every file that holds no weights."""
     weights = {path for pattern in WEIGHTS for path in source.glob(pattern)}
     for path in source.iterdir():
         if path.is_file() and path not in weights:

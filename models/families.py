@@ -1,7 +1,7 @@
 """What differs between the vision-language models of transformers: a table of families, by `model_type`.
 
-Here is how items become the arguments of a family's `get_image_features`, and which inputs its LLM needs besides. All
-else about these models is uniform. Knows nothing of stages or ranks.
+A family says how media items become the arguments of its `get_image_features`, and which inputs its LLM needs besides.
+Everything else about these models is treated alike.
 
 Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM.
 """
@@ -17,32 +17,33 @@ from transformers import PreTrainedConfig
 from bigmac_lightning.contracts.batch import MediaData
 
 Encode = Callable[[Any, Sequence[Any]], Any]
-"""From the base model (tower, projector) and items to the output of its `get_*_features`."""
+"""Makes of the base model (tower, projector) and of items the output of its `get_*_features`."""
 
 
 def _patches(base: Any, items: Sequence[Tensor]) -> Any:
-    """Items of shape (t, h, w, E): the processor's patches, in its order, and the grid they come from."""
+    """Items have the shape (t, h, w, E): the processor's patches in its order, on the grid that they come from."""
     grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
     return base.get_image_features(torch.cat([item.flatten(0, 2) for item in items]), grid, return_dict=True)
 
 
 def _crops(base: Any, items: Sequence[Tensor]) -> Any:
-    """Items of shape (C, H, W), or (crops, C, H, W)."""
+    """Items have the shape (C, H, W), or (crops, C, H, W)."""
     return base.get_image_features(torch.cat([_with_crops(item) for item in items]), return_dict=True)
 
 
 def _batched_crops(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `_crops`, but the model takes a dimension of items before that of crops."""
     return base.get_image_features(torch.stack([_with_crops(item) for item in items]), return_dict=True)
 
 
 def _sized(base: Any, items: Sequence[MediaData]) -> Any:
-    """Items of shape (C, H, W) or (1, C, H, W), of any size."""
+    """Items have the shape (C, H, W) or (1, C, H, W), with any H and W."""
     pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
     return base.get_image_features(pixels, image_sizes=_sizes(items), return_dict=True)
 
 
 def _any_resolution(base: Any, items: Sequence[MediaData]) -> Any:
-    """Items of shape (C, H, W) or (crops, C, H, W); those with several crops with the original size of the image."""
+    """Items have the shape (C, H, W) or (crops, C, H, W). Those with several crops come with the image's size."""
     pixels = torch.stack([_with_crops(pixels_of(item)) for item in items])
     whole = pixels.shape[1] == 1
     if not whole and not all(isinstance(item, dict) for item in items):
@@ -50,13 +51,14 @@ def _any_resolution(base: Any, items: Sequence[MediaData]) -> Any:
             f"an image has {pixels.shape[1]} crops: putting them together needs the picture's original size. Give its "
             'data as {"pixel_values": crops, "image_sizes": (height, width)}, or one crop, as for several images'
         )
-    # the model expects crops of images that are the only one of their sample
+    # The model expects several crops only of an image that is the only one of its sample. So images of one crop are
+    # given as those of one sample with at least two images, and the others as one sample each.
     samples = [max(2, len(items))] if whole else [1] * len(items)
     return base.get_image_features(pixels, _sizes(items), batch_num_images=samples, return_dict=True)
 
 
 def _pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
-    """Items of shape (frames, C, H, W)."""
+    """Items have the shape (frames, C, H, W)."""
     return base.get_video_features(torch.stack(list(items)), return_dict=True)
 
 
@@ -69,7 +71,7 @@ def pixels_of(item: MediaData) -> Tensor:
 
 
 def _sizes(items: Sequence[MediaData]) -> Tensor:
-    """(items, 2): of each image, of its pixels where it does not say another."""
+    """The height and width of each image, (items, 2); those of its pixels if it has no `image_sizes`."""
     sizes = [torch.tensor(i.shape[-2:]) if isinstance(i, Tensor) else i["image_sizes"] for i in items]
     return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
 
@@ -80,10 +82,10 @@ class Family:
 
     Attributes:
         image: encodes images.
-        video: encodes videos; ``None``: the family takes none.
+        video: encodes videos; ``None``: the family takes no videos.
         deepstack: whether the first layers of the LLM take features of their own.
-        multimodal_positions: whether its rotary positions have temporal, height and width parts (M-RoPE).
-        mixes_shapes: whether items of different shapes are encoded together.
+        multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
+        mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
     """
 
@@ -119,6 +121,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(_crops, bidirectional_images=True),
 }
 
+"""The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
+
 REFUSED = {
     "mllama": "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages",
     "gemma3n": "its layers take embeddings of the token ids of their own, beside the hidden states",
@@ -130,7 +134,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     """The family of a vision-language model; ``None`` for a model of text alone.
 
     Raises:
-        ValueError: it cannot be trained in a pipeline, with the reason.
+        ValueError: the model cannot be trained in a pipeline; the message says why.
     """
     kind = config.model_type
     if kind in REFUSED:

@@ -1,8 +1,7 @@
 """Configs, and initial weights that depend on a seed and a name only.
 
-Never on the order of construction, the device, the global random state, or on which part of a model this process keeps.
-
-Knows torch's random state and what all Hugging Face models share; knows nothing of layers or stages.
+They never depend on the order of construction, the device, the global random state, or on which part of a model this
+process holds.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def frozen_as(other: nn.Module, module: AnyModule) -> AnyModule:
-    """The module, which takes the place of another without weights, with all parameters frozen that are there."""
+    """Freeze the parameters of a module that are frozen in another one, whose place it takes; returns the module."""
     for name, parameter in other.named_parameters():
         module.get_parameter(name).requires_grad_(parameter.requires_grad)
     return module
@@ -26,32 +25,34 @@ def frozen_as(other: nn.Module, module: AnyModule) -> AnyModule:
 
 @contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
-    """Everything drawn on the CPU inside depends on (seed, name) only; the random state outside is left alone.
+    """What the block draws on the CPU depends on (seed, name) only, and the random state outside does not change.
 
     New tensors are made on the CPU, whatever the default device is.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # torch.manual_seed: CUDA's as well
+        torch.default_generator.manual_seed(
+            int.from_bytes(digest[:8], "big") >> 1
+        )  # torch.manual_seed would set CUDA's, too
         yield
 
 
 def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
     """Give a model that was built on the meta device weights and buffers on the CPU, in place.
 
-    Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name); a
-    part of a model therefore gets the weights that it has in the whole model. Non-persistent buffers (rotary
-    frequencies, ...) are rebuilt as well. Tied parameters come out untied.
+    Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name). So a
+    part of a model gets the weights that it has in the whole model. Non-persistent buffers, such as rotary frequencies,
+    are made anew as well. Tied parameters are untied.
     """
     model.to_empty(device="cpu")
-    owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module: a vision tower has its own rules
+    owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module, as a vision tower has its own rules
     for name, module in model.named_modules():
         around = owners[name.rpartition(".")[0]] if name else model
         owners[name] = module if isinstance(module, PreTrainedModel) else around
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
         own = module._parameters.values()
         if own and all(parameter is None for parameter in own):
-            continue  # they were dropped, which its rules do not expect
+            continue  # its parameters were dropped, which the rules of its class do not expect
         with seeded(seed, name), torch.no_grad():
             owners[name]._init_weights(module)
 
@@ -60,7 +61,7 @@ def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConf
     """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model.
 
     Raises:
-        ValueError: the library has no such model, or does not take such a config.
+        ValueError: transformers has no such model, or does not accept the config.
     """
     if isinstance(config, PreTrainedConfig):
         return config

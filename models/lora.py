@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) in a component, through peft; and folding them into the weights that they belong to.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in a component, made by peft; and folding them into the weights.
 
-Which layers get adapters is decided on the whole component, before any process keeps its part alone. Needs
-`pip install bigmac-lightning[lora]`. Knows modules and tensors by name; knows nothing of components' kinds.
+Which layers get adapters is decided on the whole component, before a process drops what it does not hold: patterns must
+mean the same on all ranks. Adapters need `pip install bigmac-lightning[lora]`.
 """
 
 import re
@@ -13,26 +13,28 @@ from torch import Tensor, nn
 
 from .initialization import seeded
 
-SETTINGS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora")
+OPTIONS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora")
+"""The options of peft's `LoraConfig` that are supported."""
 _ADAPTER = "default"
+"""The name by which peft has an adapter if it is given none."""
 
 
-def targets_of(component: nn.Module, name: str, settings: Mapping[str, Any]) -> frozenset[str]:
-    """The linear layers of a component that get adapters, by their names in it.
+def targets_of(component: nn.Module, name: str, options: Mapping[str, Any]) -> frozenset[str]:
+    """The names in a component of the linear layers that get adapters.
 
     Args:
-        component: the whole of it, with or without weights.
-        name: of the component in the model.
-        settings: see `add_lora`.
+        component: the whole component, with or without weights.
+        name: the name of the component in the model.
+        options: see `add_lora`.
 
     Raises:
-        ValueError: a setting is missing or not known, or names no layer, or one that cannot have an adapter.
+        ValueError: an option is missing or not known, or a target is no layer, or a layer that cannot have an adapter.
     """
-    if unknown := settings.keys() - set(SETTINGS):
-        raise ValueError(f"lora: {name!r} has {sorted(unknown)}; there are {list(SETTINGS)}")
-    if missing := {"r", "target_modules"} - settings.keys():
+    if unknown := options.keys() - set(OPTIONS):
+        raise ValueError(f"lora: {name!r} has {sorted(unknown)}; there are {list(OPTIONS)}")
+    if missing := {"r", "target_modules"} - options.keys():
         raise ValueError(f"lora: {name!r} needs {sorted(missing)}")
-    wanted, found = settings["target_modules"], set[str]()
+    wanted, found = options["target_modules"], set[str]()
     modules, parameters = dict(component.named_modules()), dict(component.named_parameters())
     for target in [wanted] if isinstance(wanted, str) else wanted:
         meant = [path for path in (*modules, *parameters) if _is_meant(path, target, isinstance(wanted, str))]
@@ -51,29 +53,31 @@ def targets_of(component: nn.Module, name: str, settings: Mapping[str, Any]) -> 
 
 
 def _is_meant(path: str, target: str, is_pattern: bool) -> bool:
-    """As peft has it: a pattern of whole names, or the end of a name."""
+    """Whether a target means a name, by peft's rules: a string is a pattern for whole names, an item of a list the end
+    of a name."""
     return bool(re.fullmatch(target, path)) if is_pattern else f".{path}".endswith(f".{target}")
 
 
 def _ends(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The last parts of linear layers' names."""
+    """The last parts of the names of linear layers."""
     return sorted({path.rpartition(".")[2] for path, module in modules.items() if type(module) is nn.Linear})
 
 
 def add_lora(
-    component: nn.Module, name: str, settings: Mapping[str, Any], targets: Collection[str], seed: int = 0
+    component: nn.Module, name: str, options: Mapping[str, Any], targets: Collection[str], seed: int = 0
 ) -> None:
-    """Put adapters into what a process keeps of a component, in place; of its parameters they alone are trained then.
+    """Put adapters into the part of a component that a process holds, in place. Only the adapters are trained then.
 
-    An adapter's initial weights depend on the seed and its name only, not on which part of the component is here. It
-    is float32 also where the weights beside it, which are not trained, are bfloat16.
+    An adapter's initial weights depend on the seed and its name only, not on which part of the component is here. It is
+    float32 also where the weights beside it, which are not trained, are bfloat16.
 
     Args:
-        component: with its weights.
-        name: of the component in the model.
-        settings: of peft's `LoraConfig`: "r", "target_modules" (ends of module names, or a pattern), "lora_alpha", ...
-        targets: of the whole component, as `targets_of` gives them.
-        seed: of the initial weights.
+        component: a component with its weights.
+        name: the name of the component in the model.
+        options: arguments of peft's `LoraConfig`: "r", "target_modules" (ends of module names, or a pattern),
+            "lora_alpha", ...
+        targets: the targets in the whole component, from `targets_of`.
+        seed: the seed of the initial weights.
 
     Raises:
         ValueError: peft is not installed.
@@ -86,11 +90,11 @@ def add_lora(
         raise ValueError("lora needs peft: pip install 'bigmac-lightning[lora]'") from problem
     component.requires_grad_(False)
     here = [path for path, module in component.named_modules() if path in targets and isinstance(module, nn.Linear)]
-    if not here:  # they are all on other ranks
+    if not here:  # all targets are on other ranks
         return
-    config = LoraConfig(**{**settings, "target_modules": "|".join(map(re.escape, here))})
+    config = LoraConfig(**{**options, "target_modules": "|".join(map(re.escape, here))})
     with torch.random.fork_rng(devices=[]):
-        children = nn.Module()  # peft would take a component with a config for a model of transformers
+        children = nn.Module()  # peft would take a component that has a config for a model of transformers
         children._modules = component._modules
         inject_adapter_in_model(config, children, _ADAPTER)
         cast_adapter_dtype(component, _ADAPTER)
@@ -100,19 +104,21 @@ def add_lora(
                     module.reset_lora_parameters(_ADAPTER, init_lora_weights=True)
 
 
-def fold_lora(tensors: Mapping[str, Tensor], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Tensors by the names that they have without adapters, adapters added to their weights.
+def fold_lora(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Add adapters to the weights beside them; returns tensors by the names that they have without adapters.
 
     Args:
-        settings: of each component with adapters, by the component's name.
+        tensors: the tensors of a model by name.
+        options: the options of each component with adapters, by the component's name.
     """
     folded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         before, base, after = name.rpartition(".base_layer.")
         if base and after == "weight":
-            (chosen,) = (s for component, s in settings.items() if name.startswith(f"{component}."))
-            rank = chosen["r"]
-            scale = chosen.get("lora_alpha", 8) / (rank**0.5 if chosen.get("use_rslora") else rank)
+            (own,) = (o for component, o in options.items() if name.startswith(f"{component}."))
+            rank = own["r"]
+            # peft's default of lora_alpha is 8. rsLoRA (arXiv 2312.03732) divides by the root of the rank.
+            scale = own.get("lora_alpha", 8) / (rank**0.5 if own.get("use_rslora") else rank)
             exact = torch.promote_types(tensor.dtype, torch.float32)
             up, down = (tensors[f"{before}.lora_{side}.{_ADAPTER}.weight"].to(exact) for side in "BA")
             tensor = (tensor.to(exact) + scale * (up @ down)).to(tensor.dtype)

@@ -113,13 +113,13 @@ FAULTS = [
     Fault(
         "decoders are cut whatever they are",
         "models/llm/decoder.py",
-        "if reason := probe.why_not_cut(decoder, self._names, self.width):",
+        "if reason := probe_cut.why_not_cut(decoder, self._names, self.width):",
         'if reason := "":',
         "tests/models/test_sweep.py tests/models/test_probe.py",
     ),
     Fault(
         "packed samples are not kept apart, and nobody looks",
-        "models/llm/probe.py",
+        "models/llm/probe_packing.py",
         "    if reason := why_not_packed(decoder, names, width, position_rows):",
         '    if reason := "":',
         "tests/models/test_sweep.py tests/models/test_probe.py",

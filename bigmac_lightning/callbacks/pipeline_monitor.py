@@ -1,4 +1,4 @@
-"""PipelineMonitor: throughput, memory, and one step as executed."""
+"""PipelineMonitor: throughput, memory, and the timeline of one step as it was executed."""
 
 import time
 from pathlib import Path
@@ -22,20 +22,20 @@ COMPONENTS = ("encoder", "llm", "generator")
 
 
 class PipelineMonitor(pl.Callback):
-    """Logs loss parts, samples/s, tokens/s and peak activation bytes; records one step as a trace and a picture.
+    """Logs the parts of the loss, samples/s, tokens/s and peak activation bytes; records one step as a trace and a
+    picture.
 
-    Under other strategies than "bigmac" there is no pipeline to look into: loss parts, samples/s and tokens/s only.
-    Counting bytes costs a Python call per saved tensor: leave the callback out, or `memory` off, where every
-    microsecond counts.
+    Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss, samples/s and tokens/s
+    only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
 
     Args:
-        memory: log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
+        memory: whether to log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
         trace_step: the optimizer step whose first batch is recorded; ``None``: record nothing.
-        dirpath: where ``trace.json`` (Chrome/Perfetto, all ranks of the first pipeline) and ``timeline.png`` go;
-            ``None``: the logger's directory.
+        dirpath: the folder for ``trace.json`` (for Chrome or Perfetto, with all ranks of the first pipeline) and
+            ``timeline.png``; ``None``: the logger's directory.
 
     Attributes:
-        artifacts: files written, on global rank 0.
+        artifacts: the files that were written, on global rank 0.
     """
 
     def __init__(self, memory: bool = True, trace_step: int | None = 5, dirpath: str | None = None) -> None:
@@ -62,7 +62,7 @@ class PipelineMonitor(pl.Callback):
         if executor is None or not self._trace_next or self.trace_step is None:
             return
         if trainer.global_step >= self.trace_step:
-            trainer.strategy.barrier()  # a common origin for the clocks of all ranks
+            trainer.strategy.barrier()  # so that the traces of all ranks begin at the same time
             executor.trace = Trace(trainer.strategy.root_device)
             if executor.memory is not None:
                 executor.memory.recording, executor.memory.curve = True, []
@@ -117,12 +117,12 @@ class PipelineMonitor(pl.Callback):
 
 
 def _executor(trainer: pl.Trainer) -> Executor | None:
-    """What runs the pipeline, if there is one."""
+    """The executor of the pipeline; ``None`` under another strategy."""
     return trainer.strategy.runner.executor if isinstance(trainer.strategy, BigMacStrategy) else None
 
 
 def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:
-    """Peak bytes of every rank of this pipeline since the last call."""
+    """The peak bytes of every rank of this pipeline since the last call. Collective over the pipeline."""
     own = torch.tensor([float(memory.peak.get(name, 0)) for name in COMPONENTS], device=mesh.device)
     memory.reset_peak()
     everyone = [torch.empty_like(own) for _ in range(mesh.pp_size)]

@@ -1,4 +1,4 @@
-"""SampleImages: what the generators draw."""
+"""SampleImages: pictures that the generators draw after a validation."""
 
 from contextlib import nullcontext
 from itertools import zip_longest
@@ -15,18 +15,19 @@ from bigmac_lightning.ranks import Ranks
 
 
 class SampleImages(pl.Callback):
-    """Lets the generators draw the DataModule's prediction prompts: a PNG grid, and an image in TensorBoard.
+    """Lets the generators draw for the DataModule's prediction prompts, and writes a PNG with a grid of the pictures
+    and an image for TensorBoard.
 
-    Under any strategy; data-parallel replicas share the prompts out.
+    It works under any strategy, and data-parallel replicas divide the prompts among themselves.
 
     Args:
         every_n_epochs: draw after the validation of every n-th epoch (and always after the last).
-        columns: images per row of the grid.
-        value_range: pixel values of black and white.
-        dirpath: where ``samples.png`` goes; ``None``: the logger's directory.
+        columns: the number of pictures in a row of the grid.
+        value_range: the values of a black and of a white pixel.
+        dirpath: the folder for ``samples.png``; ``None``: the logger's directory.
 
     Attributes:
-        artifacts: files written, on global rank 0.
+        artifacts: the files that were written, on global rank 0.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class SampleImages(pl.Callback):
             return
         from torchvision.utils import make_grid, save_image
 
-        times = max(1, 64 // min(drawn[0].shape[-2:]))  # so that small pictures can be seen
+        times = max(1, 64 // min(drawn[0].shape[-2:]))  # small pictures are enlarged to about 64 pixels
         enlarged = [image.repeat_interleave(times, -1).repeat_interleave(times, -2) for image in drawn]
         low, high = self.value_range
         enlarged = [((image - low) / (high - low)).clamp(0, 1) for image in enlarged]
@@ -67,7 +68,8 @@ class SampleImages(pl.Callback):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
     def _draw(self, trainer: pl.Trainer, module: PipelineModule) -> list[Tensor]:
-        """What all replicas have drawn, in the order of the prompts, which were dealt out in turn. Collective."""
+        """The pictures of all replicas in the order of the prompts. Replica r of R has drawn for the prompts r, r + R,
+        r + 2R, ... Collective."""
         datamodule: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         precision = trainer.precision_plugin
         own: list[Tensor] = []
@@ -76,7 +78,7 @@ class SampleImages(pl.Callback):
             with nullcontext() if module.runner is not None else precision.forward_context():
                 own += [sample.float().cpu() for sample in module.pipeline(given, sample=True).samples or []]
         replicas, replica = replicas_of(trainer)
-        told, _ = self._ranks.tell((replica, own))()
-        by_replica = dict(told)
+        gathered, _ = self._ranks.tell((replica, own))()
+        by_replica = dict(gathered)
         rounds = zip_longest(*(by_replica[r] for r in range(replicas)))
         return [image for turn in rounds for image in turn if image is not None]

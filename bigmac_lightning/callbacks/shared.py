@@ -1,4 +1,4 @@
-"""What callbacks ask a Trainer for."""
+"""What both callbacks need to know of a Trainer and its module."""
 
 from pathlib import Path
 
@@ -8,6 +8,10 @@ from bigmac_lightning.contracts.module import PipelineModule
 
 
 def checked(callback: pl.Callback, module: pl.LightningModule) -> PipelineModule:
+    """
+    Raises:
+        TypeError: the module is not a `PipelineModule`.
+    """
     if not isinstance(module, PipelineModule):
         raise TypeError(
             f"{type(callback).__name__} is for a PipelineModule, not for {type(module).__name__}: remove it"
@@ -16,13 +20,13 @@ def checked(callback: pl.Callback, module: pl.LightningModule) -> PipelineModule
 
 
 def replicas_of(trainer: pl.Trainer) -> tuple[int, int]:
-    """How many data-parallel replicas there are, and which one this process belongs to."""
+    """The number of data-parallel replicas, and the index of the one that this process belongs to."""
     place: dict[str, int] = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
     return place["num_replicas"], place["rank"]
 
 
 def folder_of(trainer: pl.Trainer, dirpath: str | None) -> Path:
-    """Where files go. Collective: the logger's directory is rank 0's."""
+    """The folder for files: `dirpath`, or else the logger's directory. Collective, as that directory is rank 0's."""
     folder = Path(dirpath or trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

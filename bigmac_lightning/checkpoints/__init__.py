@@ -1,1 +1,1 @@
-"""Checkpoints in files and directories, and where a run that is resumed goes on; knows nothing of pipelines."""
+"""Checkpoints in files and directories, and where a resumed run continues."""

@@ -1,6 +1,7 @@
-"""Checkpoints as files and directories on a disk: put in place only when complete, with no moment that has none.
+"""Checkpoints as files and directories on a disk, whatever is in them.
 
-Knows paths; knows nothing of what is in them, and no ranks.
+A checkpoint is put in its place only when it is complete, and there is no moment at which neither the old one nor the
+new one can be found.
 """
 
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it is put in place; what an interrupted save has left there is removed."""
+    """Where a checkpoint is written before it is put in place. What an interrupted save has left there is removed."""
     place = path.with_name(path.name + ".unfinished")
     remove(place)
     return place
@@ -17,7 +18,7 @@ def unfinished(path: Path) -> Path:
 def put(complete: Path, path: Path) -> None:
     """Move a complete checkpoint to its place, over an older one.
 
-    A file takes the older one's place at once. A directory cannot: the older one is moved aside first, where `present`
+    A file replaces the older one in one step. A directory cannot: the older one is moved aside first, where `present`
     finds it if the process ends before the new one is in place.
     """
     if complete.is_file() and not path.is_dir():
@@ -44,14 +45,14 @@ def present(path: Path) -> Path:
 
 
 def is_directory(path: str | Path) -> bool:
-    """Whether there is a checkpoint directory at a path, which may be none of a local disk."""
+    """Whether there is a checkpoint directory at a path. The path may also be an address in a remote file system."""
     return any(place.is_dir() for place in (Path(path), _aside(Path(path))))
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, file or directory, if it is there; of a link, the link alone.
+    """Delete a checkpoint, file or directory, if it is there. Of a link only the link is deleted.
 
-    A directory is given another name first: half of one is not to be found as a checkpoint.
+    A directory is renamed first, so that a half-deleted one is never found as a checkpoint.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
@@ -63,5 +64,5 @@ def remove(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """With the same ending, by which Lightning finds the last of a folder's checkpoints."""
+    """Where an older checkpoint waits. The name has the same ending, by which Lightning finds a folder's last one."""
     return path.with_name(f"{path.stem}.replaced{path.suffix}")

@@ -1,8 +1,8 @@
-"""A checkpoint's contents as the ranks of a pipeline hold them: each a part, all together the whole.
+"""A checkpoint's contents, as nested dicts, taken apart for the ranks of a pipeline and put together again.
 
-What is kept by the names of the model's tensors (weights, moments, a callback's moving average, the names in an
-optimizer's group) differs from rank to rank, as they hold different layers. The whole has the names of all ranks; a
-rank gets those that it holds, and whatever has another name. Knows nested dicts and names; knows no files, no ranks.
+Ranks hold different layers, so entries that go by the names of the model's tensors (weights, moments, a callback's
+moving average, the names in an optimizer's group) differ from rank to rank. The whole checkpoint has the names of all
+ranks. A rank's part has those that it holds, and every entry that does not go by the name of a tensor.
 """
 
 import copy
@@ -16,7 +16,7 @@ Tree = dict[str, Any]
 """A checkpoint, or a dict in it."""
 
 MODEL, OTHERS = "model", "others"
-"""Under what a directory keeps the `state_dict`, and tensors that are neither of it nor of optimizers."""
+"""The keys of a checkpoint directory for the `state_dict`, and for tensors of neither the model nor an optimizer."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Names:
     """The names of the whole model's tensors, as one rank sees them.
 
     Attributes:
-        own: of tensors that this rank holds.
-        elsewhere: of those that only other ranks hold.
+        own: the names of tensors that this rank holds.
+        elsewhere: the names of those that only other ranks hold.
         copies: for each tied weight, the name of the weight that it is a copy of.
     """
 
@@ -37,32 +37,36 @@ class Names:
     def of(cls, own: Collection[str], everyone: Sequence[Collection[str]], copies: Mapping[str, str]) -> "Names":
         """
         Args:
+            own: the names of this rank.
             everyone: the names of each rank.
+            copies: see above.
         """
         mine = frozenset(own)
         return cls(mine, frozenset().union(*everyone) - mine, copies)
 
     def of_model(self, key: object) -> str | None:
-        """The name of the model's tensor that a key is, or ends with ("module.", "ema." may stand before it)."""
+        """The name of a tensor of the model with which a key ends: before it there may be "module." or "ema."."""
         while isinstance(key, str) and key:
             if key in self.own or key in self.elsewhere:
                 return key
             key = key.partition(".")[2]
         return None
 
-    def kept(self, tree: Any) -> Any:
-        """What this rank gets of something in a checkpoint of the whole model."""
+    def select(self, tree: Any) -> Any:
+        """This rank's part of something in a checkpoint of the whole model."""
         if isinstance(tree, dict):
-            return _like(tree, {k: self.kept(v) for k, v in tree.items() if self.keeps(k, tree.__contains__)})
+            return _like(tree, {k: self.select(v) for k, v in tree.items() if self.selects(k, tree.__contains__)})
         if isinstance(tree, list):
-            return self._kept_names(tree) if self.are_names(tree) else [self.kept(item) for item in tree]
+            return self._select_names(tree) if self.are_names(tree) else [self.select(item) for item in tree]
         return tree
 
-    def keeps(self, key: object, beside: Callable[[str], bool]) -> bool:
-        """Whether this rank gets an entry of a dict; a tied weight's original stands in for it where it is not stored.
+    def selects(self, key: object, beside: Callable[[str], bool]) -> bool:
+        """Whether an entry of a dict is in this rank's part. The entry of a tied weight's original is, too, if the dict
+        has no entry for the tied weight itself.
 
         Args:
-            beside: whether a key is in the same dict.
+            key: the key of the entry.
+            beside: tells whether a key is in the same dict.
         """
         name = self.of_model(key)
         if name is None or name in self.own:
@@ -75,18 +79,19 @@ class Names:
         """Whether a list consists of names of the model's tensors."""
         return bool(items) and all(isinstance(item, str) and self.of_model(item) == item for item in items)
 
-    def _kept_names(self, items: Sequence[str]) -> list[str]:
-        """A tied weight that lies here with its original is one parameter, by the original's name."""
+    def _select_names(self, items: Sequence[str]) -> list[str]:
+        """Those names in a list that this rank holds. A tied weight and its original, if both are here, are one
+        parameter, which goes by the original's name."""
         copies = {copy: original for copy, original in self.copies.items() if copy in self.own and original in items}
         apart = [copy for copy, original in copies.items() if original not in self.own and copy not in items]
         return [name for name in items if name in self.own and copies.get(name) not in self.own] + apart
 
 
 def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:
-    """The tensors that are kept by names of the model, and all the rest, both nested as before.
+    """The tensors that go by names of the model, and all the rest, both nested as before.
 
     Args:
-        inside: whether all of its tensors are.
+        inside: whether an entry around `tree` goes by a name of the model, so that all of its tensors do.
     """
     tensors: Tree = {}
     rest: Tree = {}
@@ -106,11 +111,14 @@ def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:
 
 
 def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
-    """The whole of what several ranks have: the entries of all their dicts, and all names in lists of names. Of
-    anything else the first rank's counts.
+    """The whole of which several ranks have parts: the entries of all dicts, and all names in lists of names. Of
+    anything else the whole has what the first rank has.
+
+    Args:
+        where: the path to `trees` in the checkpoint, for errors.
 
     Raises:
-        ValueError: tensors without a name of the model's have another shape on another rank.
+        ValueError: a tensor that does not go by a name of the model has another shape on another rank.
     """
     first = trees[0]
     if all(isinstance(tree, dict) for tree in trees):
@@ -134,11 +142,11 @@ def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
 
 
 def complete(rest: Tree, tensors: Tree) -> Tree:
-    """A checkpoint, as Lightning knows it, of the two parts of a directory.
+    """A checkpoint in Lightning's form, from the two parts of a directory.
 
     Args:
-        rest: what lies in the metadata file.
-        tensors: what lies in DCP: under `MODEL`, "optimizer_0", ..., and `OTHERS`.
+        rest: the contents of the metadata file.
+        tensors: the contents in the DCP format, with the keys `MODEL`, "optimizer_0", ..., and `OTHERS`.
     """
     states = rest.get("optimizer_states")
     whole = overlaid({**rest, "state_dict": tensors.get(MODEL, {})}, tensors.get(OTHERS, {}))
@@ -148,7 +156,7 @@ def complete(rest: Tree, tensors: Tree) -> Tree:
 
 
 def nested(entries: Mapping[tuple[Any, ...], Any]) -> Tree:
-    """A nested dict of what lies at these paths."""
+    """A nested dict that has these values at these paths."""
     tree: Tree = {}
     for path, value in entries.items():
         inner = tree
@@ -159,13 +167,16 @@ def nested(entries: Mapping[tuple[Any, ...], Any]) -> Tree:
 
 
 def overlaid(tree: Tree, other: Tree) -> Tree:
-    """A nested dict with the entries of another."""
+    """A nested dict with the entries of another added, which replace its own at the same path."""
     both = {k: overlaid(tree[k], v) for k, v in other.items() if isinstance(v, dict) and isinstance(tree.get(k), dict)}
     return _like(tree, {**tree, **other, **both})
 
 
 def _in_order(parts: Sequence[Iterable[Any]]) -> list[Any]:
-    """All items, each once, in an order that each part has them in: what is new stands before what it stood before."""
+    """All items, each once, in an order that agrees with the order of each part.
+
+    An item that the parts so far do not have comes right before the item that follows it in its own part.
+    """
     order: list[Any] = []
     for items in parts:
         known, before, new = set(order), dict[Any, list[Any]](), list[Any]()
@@ -179,7 +190,7 @@ def _in_order(parts: Sequence[Iterable[Any]]) -> list[Any]:
 
 
 def _like(tree: Tree, entries: Mapping[Any, Any]) -> Tree:
-    """A dict of the same kind (a Counter, a defaultdict, ...) with other entries."""
+    """A dict of the same class and state as `tree` (a Counter, a defaultdict, ...) with other entries."""
     new = copy.copy(tree)
     new.clear()
     new.update(entries)

@@ -1,8 +1,8 @@
-"""Where a training run stands, for checkpoints: which batches count already, and which one comes next.
+"""The place of a training run for checkpoints: which batches an optimizer step has used, and which one comes next.
 
-Lightning's checkpoints count batches, and hold no gradients: one that is saved between two optimizer steps would lose
-those of the batches since. Here a checkpoint stands at the last step, whenever it is saved, and those batches run
-again. Knows Lightning's loops and the protocol of stateful loaders; knows nothing of pipelines.
+Lightning's checkpoints count batches but hold no gradients, so one that is saved between two optimizer steps would lose
+the gradients of the batches since the last step. Here a checkpoint always has the place of the last step, whenever it
+is saved, and the batches since then run again.
 """
 
 from abc import ABC, abstractmethod
@@ -18,15 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ign
 
 
 class ResumableLoader(ABC):
-    """A training loader that can go on anywhere, within an epoch and between two.
+    """A training loader that can continue at any batch, within an epoch and between two.
 
-    It notes where it stands after each batch, as far back as to the last optimizer step; that is its state.
+    It records its place after each batch. Its state is the place that it had at the last optimizer step.
 
     Attributes:
-        uncounted: how many of its last batches do not count yet.
-        stands: where it stood, and stands.
-        resumes: whether the next iterator, when its first batch is asked for, begins where it stands, as it was told by
-            `load_state_dict`.
+        uncounted: tells how many of the last batches no optimizer step has used yet; ``None``: always 0.
+        stands: the places that it has had since the last optimizer step; the last one is its place now.
+        resumes: whether the next iterator begins at its place, which `load_state_dict` has set.
     """
 
     def __init__(self, uncounted: Callable[[], int] | None = None) -> None:
@@ -35,12 +34,13 @@ class ResumableLoader(ABC):
         self.resumes = False
 
     def reach(self, stand: dict[str, Any]) -> None:
-        """Note where it stands; to be called before a batch is handed out."""
+        """Record a place. It must be called before a batch is handed out."""
         del self.stands[: -1 - self._back()]
         self.stands.append(stand)
 
     def state_dict(self) -> dict[str, Any]:
-        """Equal on all ranks, and for any number of pipeline ranks and workers."""
+        """The place at the last optimizer step. It is the same on all ranks, and for any number of pipeline ranks and
+        workers."""
         return {
             "kind": type(self).__name__,
             **self.describe(),
@@ -48,15 +48,15 @@ class ResumableLoader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was.
+        """Continue at the place of another loader.
 
         Raises:
-            ValueError: this one would give other samples; on all ranks.
+            ValueError: this loader would give other samples; on all ranks.
         """
         if state.get("kind") != type(self).__name__:
             within = 0 < state.get("step", 1) < state.get("steps", 2)
             if not within and "position" not in {**state, **self.stands[-1]}:
-                return  # an epoch of other data was finished
+                return  # the other loader had finished its epoch, so this one begins the next epoch
             raise ValueError(
                 f"the run was saved with another kind of training loader ({state.get('kind', 'not known here')}), and "
                 f"now has {type(self).__name__}: its place in the data is not known. Restore the data, or start from "
@@ -66,41 +66,42 @@ class ResumableLoader(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What has to be the same when another loader goes on."""
+        """What must be the same in a loader that continues at this one's place."""
 
     @abstractmethod
     def stand_of(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Where to go on, by a state."""
+        """The place in a state."""
 
     def _back(self) -> int:
         return 0 if self.uncounted is None else self.uncounted()
 
 
 def uncounted(trainer: pl.Trainer) -> int:
-    """How many of the batches that the training loop has taken in this epoch no optimizer step has used yet."""
+    """How many batches the training loop has taken in this epoch that no optimizer step has used yet."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     taken, processed = progress.current.ready, progress.current.processed
     if processed == taken and (progress.is_last_batch or taken >= trainer.num_training_batches):
-        return 0  # the last batch is followed by a step
+        return 0  # Lightning makes a step after the last batch
     return taken - (processed - processed % trainer.accumulate_grad_batches)
 
 
 def uncounted_in(trainer: object) -> Callable[[], int] | None:
-    """The same, to be asked again and again; ``None`` without a trainer."""
+    """A function that returns `uncounted` of a trainer; ``None`` without a trainer."""
     return partial(uncounted, trainer) if isinstance(trainer, pl.Trainer) else None
 
 
 def repeats_batches(trainer: object) -> bool:
-    """Whether all epochs are to have the same batches, as `Trainer(overfit_batches=...)` wants it."""
+    """Whether all epochs must have the same batches, because of `Trainer(overfit_batches=...)`."""
     batches: Any = getattr(trainer, "overfit_batches", 0) if isinstance(trainer, pl.Trainer) else 0
     return batches > 0
 
 
 def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -> None:
-    """Let a checkpoint's loops stand where the last optimizer step was, as the states of `ResumableLoader`s do.
+    """Set the counters of a checkpoint's loops back to the last optimizer step, to which the states of
+    `ResumableLoader`s belong.
 
     Args:
-        trainer: that is saving it; ``None``: the training was in other processes.
+        trainer: the trainer that saves the checkpoint; ``None``: the training was in other processes.
     """
     back = 0 if trainer is None else uncounted(trainer)
     if trainer is None or not back or "loops" not in checkpoint:
@@ -113,17 +114,17 @@ def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -
 
 
 def go_on(trainer: pl.Trainer) -> None:
-    """Let a training begin where its checkpoint stands.
+    """Let a training begin at the place of its checkpoint.
 
-    To be called when the loops have been restored and no batch has been taken yet.
+    It must be called after the loops have been restored, and before the first batch is taken.
 
     Raises:
-        ValueError: the checkpoint has states of loaders, and there are no such loaders; on all ranks.
+        ValueError: the checkpoint has states of loaders, and the run has no loaders for them; on all ranks.
     """
     loop: Any = trainer.fit_loop
     if not loop.is_resuming:
         return
-    if loop.restarted_on_epoch_end:  # with max_steps; Lightning would count the finished epoch twice
+    if loop.restarted_on_epoch_end:  # with max_steps, Lightning would count the finished epoch twice
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
         _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]
@@ -133,30 +134,30 @@ def go_on(trainer: pl.Trainer) -> None:
 
 
 def _complete_callbacks(trainer: pl.Trainer) -> None:
-    """What Lightning's callbacks leave undone when a run is resumed."""
+    """Restore what Lightning's callbacks do not restore when a run is resumed."""
     callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     for callback in callbacks:
-        if isinstance(callback, BaseFinetuning):  # optimizers have what it had unfrozen, which is frozen again
+        if isinstance(callback, BaseFinetuning):  # it has frozen again what it had unfrozen before
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             for parameter in (parameter for group in groups for parameter in group["params"]):
                 parameter.requires_grad_(True)
-        if isinstance(callback, GradientAccumulationScheduler):  # it would begin with the next epoch
+        if isinstance(callback, GradientAccumulationScheduler):  # it would set this only at the next epoch
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
 
 
 def _resume_loaders(loop: Any) -> None:
-    """Give loaders the states that Lightning still has in its hands, as it made the loaders before it read them."""
+    """Give loaders their states, which Lightning has not done: it made the loaders before it read the checkpoint."""
     progress, combined = loop.epoch_loop.batch_progress, loop._combined_loader
     states: list[dict[str, Any]] = loop._combined_loader_states_to_load
     taken = 0 if progress.is_last_batch else progress.current.processed
     stateful = [loader for loader in combined.flattened if isinstance(loader, _Stateful)]
     resumable = all(isinstance(getattr(loader, "loader", loader), ResumableLoader) for loader in stateful)
     if not taken and not (resumable and all("kind" in state for state in states)):
-        states = []  # what another loader's state means between epochs is not known, and Lightning does without
+        states = []  # as in Lightning: it is not known what the state of another loader means between epochs
     if states and len(states) == len(stateful):
         for loader, state in zip(stateful, states, strict=True):
             loader.load_state_dict(state)
-        iter(loop._data_fetcher)  # other loaders look at their state here
+        iter(loop._data_fetcher)  # other loaders use their state here
     elif states:
         raise ValueError(
             f"the checkpoint was saved after {taken} batches of an epoch and says where each of {len(states)} loaders "

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
 
 
@@ -27,7 +27,7 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     # imported here because it imports transformers, which the other commands do not need
     from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
 
-    stored = StoredWeights(checkpoint)
+    stored = CheckpointWeights(checkpoint)
     described = stored.rest().get("hugging_face")
     if described is None:
         raise ValueError(

@@ -14,7 +14,10 @@ from rich.console import Console
 from bigmac_lightning.commands.answer import answer
 from bigmac_lightning.commands.config import ConfigReader
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.estimates.report import Precision, StepEstimate, TypicalMicrobatch, count_text, partition_table
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
+from bigmac_lightning.estimates.ranks import Precision
+from bigmac_lightning.estimates.step import StepEstimate
+from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
 from bigmac_lightning.training.runner import resolve_options

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.precision import weight_dtype
+from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 from bigmac_lightning.estimates.partition import LayerCosts
-from bigmac_lightning.estimates.work import Work, work_of
 
 
 class Encoder(nn.Module, ABC):
@@ -43,9 +43,9 @@ class Encoder(nn.Module, ABC):
         """What floating-point data of an item are turned into: the type of the weights; ``None``: they stay."""
         return weight_dtype(self)
 
-    def work(self, rows: int) -> Work:
+    def work(self, rows: int) -> ForwardCost:
         """Estimated work of the forward of an item that makes so many rows; here, each row meets every matrix."""
-        return work_of(self, rows)
+        return forward_cost(self, rows)
 
     @abstractmethod
     def forward(self, pixels: list[Any]) -> Tensor:
@@ -189,7 +189,7 @@ class Generator(nn.Module, ABC):
         """What conditions and targets are turned into: the type of the weights; ``None``: they stay."""
         return weight_dtype(self)
 
-    def work(self, shape: tuple[int, ...], rows: int) -> Work:
+    def work(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
         """Estimated work of the forward on a target, the backward left out; here, each condition row and each cell of
         the target meets every matrix.
 
@@ -197,7 +197,7 @@ class Generator(nn.Module, ABC):
             shape: of the target.
             rows: of the conditions.
         """
-        return work_of(self, rows + math.prod(shape[1:]))
+        return forward_cost(self, rows + math.prod(shape[1:]))
 
     @abstractmethod
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.optimizer_state import numbered_state
+from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, read_directory
 from bigmac_lightning.checkpoints.resuming import go_on, stand_at_last_step
-from bigmac_lightning.checkpoints.stored import DirectoryCheckpointIO, read_directory
 from bigmac_lightning.contracts.refused_callbacks import check_callbacks
 
 

@@ -1,1 +1,1 @@
-"""What a model costs before it runs: work in multiplications, the cut into stages, what each rank will need."""
+"""What a model costs before it runs: multiplications and memory, the cut into stages, what each rank will need."""

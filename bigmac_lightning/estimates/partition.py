@@ -1,7 +1,4 @@
-"""Which layers make which stage: evenly, by estimated cost, or as the user says.
-
-Pure arithmetic on layers' costs; knows no tensors, ranks or configs.
-"""
+"""The cut of the LLM's layers into stages: in equal numbers, balanced by estimated cost, or as the user gives it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,17 +6,17 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 Partition = Literal["even", "auto"] | tuple[int, ...]
-"""Nearly equal numbers of layers; balanced by cost; or the number of layers of each stage."""
+"""Nearly equal numbers of layers ("even"), stages balanced by cost ("auto"), or the number of layers of each stage."""
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What the LLM's parts take, time or memory, in any unit.
+    """The time or the memory that the parts of the LLM take, in any unit.
 
     Attributes:
-        layers: of each layer.
-        embedding: of what the first stage does besides.
-        head: of what the last stage does besides.
+        layers: the cost of each layer.
+        embedding: the cost of the embedding, which the first stage has besides its layers.
+        head: the cost of final norm and output weight, which the last stage has besides its layers.
     """
 
     layers: tuple[float, ...]
@@ -27,14 +24,14 @@ class LayerCosts:
     head: float = 0.0
 
     def of(self, stage: range) -> float:
-        """Of a stage."""
+        """The cost of a stage."""
         first = self.embedding if stage.start == 0 else 0.0
         last = self.head if stage.stop == len(self.layers) else 0.0
         return sum(self.layers[stage.start : stage.stop]) + first + last
 
     @property
     def parts(self) -> tuple[float, ...]:
-        """From the embedding to the head."""
+        """The costs in the order in which a token meets the parts: embedding, layers, head."""
         return (self.embedding, *self.layers, self.head)
 
     @classmethod
@@ -44,11 +41,11 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class TrainedLayers:
-    """What of the LLM is trained, as far as it changes how long a stage takes.
+    """Which weights of the LLM are trained, as far as it changes how long a stage takes.
 
     Attributes:
-        shares: the share of the weights of each part (embedding, layers, head) that is trained.
-        below: whether gradients have to go all the way down: to an encoder, or to adapters in all layers.
+        shares: the share of the weights that is trained, for each part: embedding, layers, head.
+        below: whether gradients have to reach what lies below the LLM (an encoder), or adapters in all layers.
         recomputed: whether the backward of a layer runs its forward again.
     """
 
@@ -62,12 +59,12 @@ class TrainedLayers:
 
     @property
     def passes(self) -> tuple[bool, ...]:
-        """Whether each part has a backward: gradients go no further down than to the lowest part that is trained."""
+        """Whether each part has a backward. Gradients go down to the lowest trained part, and no further."""
         return tuple(accumulate((share > 0 for share in self.shares), lambda a, b: a or b, initial=self.below))[1:]
 
     def times(self, forward: LayerCosts) -> tuple[LayerCosts, LayerCosts, LayerCosts]:
-        """Of forward, input gradients and weight gradients, each of which takes as many multiplications as the forward;
-        what is recomputed counts with the input gradients."""
+        """The times of forward, input gradients and weight gradients. Each takes as many multiplications as the
+        forward; the forward that checkpointed layers run again counts with the input gradients."""
         again = (False, *[self.recomputed] * len(forward.layers), False)
         rows = list(zip(forward.parts, self.passes, self.shares, again, strict=True))
         inputs = [cost * passed * (1 + recomputed) for cost, passed, _, recomputed in rows]
@@ -75,7 +72,7 @@ class TrainedLayers:
         return forward, LayerCosts.of_parts(inputs), LayerCosts.of_parts(weights)
 
     def step(self, forward: LayerCosts) -> LayerCosts:
-        """Forward and backward together."""
+        """The time of forward and backward together."""
         columns = zip(*(costs.parts for costs in self.times(forward)), strict=True)
         return LayerCosts.of_parts([sum(column) for column in columns])
 
@@ -84,7 +81,7 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
     """Cut the layers into consecutive stages, none empty.
 
     Raises:
-        ValueError: more stages than layers, or numbers of layers that do not fit.
+        ValueError: there are more stages than layers, or the given numbers of layers do not fit.
     """
     layers = len(costs.layers)
     if stages > layers:
@@ -94,7 +91,7 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
         )
     if partition == "auto":
         return _balanced(costs, stages)
-    if partition == "even":  # earlier stages take the remainder: the last one has the head
+    if partition == "even":  # earlier stages take the remainder, because the last one has the head besides
         bounds = [-(-layers * s // stages) for s in range(stages + 1)]
     else:
         if len(partition) != stages or sum(partition) != layers or min(partition) < 1:
@@ -107,9 +104,13 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
 
 
 def _balanced(costs: LayerCosts, stages: int) -> list[range]:
-    """The cut whose dearest stage is cheapest; among those, the one with the least sum of squares."""
+    """The cut whose most expensive stage is cheapest; among those cuts, the one with the least sum of squares.
+
+    Dynamic programming over the layers: after each stage, `best` has for every number of layers so far the best cut of
+    these layers, as (cost of its most expensive stage, sum of squares, stages).
+    """
     layers = len(costs.layers)
-    best: dict[int, tuple[float, float, list[range]]] = {0: (0.0, 0.0, [])}  # by number of layers already cut
+    best: dict[int, tuple[float, float, list[range]]] = {0: (0.0, 0.0, [])}
     for stage in range(1, stages + 1):
         ends = [layers] if stage == stages else range(stage, layers - (stages - stage) + 1)
         extended: dict[int, tuple[float, float, list[range]]] = {}

@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
-from bigmac_lightning.checkpoints.stored import alone
+from bigmac_lightning.checkpoints.reading import single_process_dcp
 from bigmac_lightning.contracts.module import PipelineModule
 
 
@@ -46,7 +47,7 @@ def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> 
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
     place = on_first_rank(lambda: files.unfinished(path))
-    with alone():
+    with single_process_dcp():
         dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
     on_first_rank(lambda: torch.save(rest, place / _METADATA_FILENAME))
     on_first_rank(lambda: files.put(place, path))
@@ -103,9 +104,9 @@ def load_directory(
         else:
             room[place] = _room(entry, own.get(name) if kind == MODEL else None)
     tree = nested(room)
-    with alone():
+    with single_process_dcp():
         dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
-    rest = names.kept(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
+    rest = names.select(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
     return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
 
 
@@ -117,19 +118,19 @@ def load_weights(
     Raises:
         ValueError: names or shapes do not fit; the message lists them. Raised on all ranks.
     """
-    state = {name: value for name, value in state.items() if names.keeps(name, state.__contains__)}
+    state = {name: value for name, value in state.items() if names.selects(name, state.__contains__)}
     for copy, original in names.copies.items():
         if copy in names.own and copy not in state and original in state:
             state[copy] = state[original] if original in names.own else state.pop(original)
     wanted = module.state_dict()
-    wrong = [f"{name}: missing" for name in wanted if name not in state] if strict else []
-    wrong += [f"{name}: not in the model" for name in state if name not in wanted] if strict else []
-    wrong += [
-        f"{name}: {tuple(value.shape)} in the checkpoint, {tuple(wanted[name].shape)} in the model"
-        for name, value in state.items()
-        if isinstance(value, Tensor) and isinstance(wanted.get(name), Tensor) and value.shape != wanted[name].shape
-    ]
-    agree(wrong, f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint")
+    stored, model = (
+        {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in named.items()}
+        for named in (state, wanted)
+    )
+    agree(
+        mismatches(stored, model, strict),
+        f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint",
+    )
     module.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
 
 
@@ -137,8 +138,7 @@ def agree(problems: Sequence[str], what: str) -> None:
     """Raise a ValueError on all ranks if any rank found a problem, so that no rank waits for another. Collective."""
     found = sorted({problem for part in from_everyone(list(problems)) for problem in part})
     if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise ValueError(f"{what}: {'; '.join(found[:5])}{more}")
+        raise ValueError(f"{what}: {first_few(found)}")
 
 
 def from_everyone(own: Any) -> list[Any]:
@@ -198,7 +198,7 @@ def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: 
     def beside(i: int) -> Callable[[str], bool]:
         return lambda key: (*place[:i], key, *place[i + 1 :]) in known
 
-    return all(names.keeps(key, beside(i)) for i, key in enumerate(place))
+    return all(names.selects(key, beside(i)) for i, key in enumerate(place))
 
 
 def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
+from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
-from bigmac_lightning.checkpoints.stored import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
@@ -190,7 +190,7 @@ class SavingStrategy(DDPStrategy):
                 own = {} if hooked else module.state_dict()
                 return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
             path = str(place)
-        return names.kept(as_checkpoint(self._read_file(path, weights_only), path))
+        return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
     def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(

@@ -31,7 +31,8 @@ from torch.optim import Optimizer
 from bigmac_lightning.checkpoints.resuming import go_on
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.estimates.report import as_text, partition_table, ranks_of
+from bigmac_lightning.estimates.ranks import ranks_of
+from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals

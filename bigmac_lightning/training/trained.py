@@ -89,13 +89,9 @@ class TrainedParts:
 
     def _find(self) -> Trained:
         own = self._trained_stages()
-        weights = self._agree([own.get(stage, False) for stage in range(len(self._stage_rank))])
-        encoders = dict(self._module.encoders.items())
-        names = {name for name, encoder in encoders.items() if _is_trained(encoder)}
-        if names:  # an encoder without parameters of its own uses those of another one
-            names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
-        generator = _is_trained(self._module.generators)
-        return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
+        return trained_with(
+            self._module, self._agree([own.get(stage, False) for stage in range(len(self._stage_rank))])
+        )
 
     def _trained_stages(self) -> dict[int, bool]:
         """For each stage of this rank, whether the rank has trained LLM weights; its stages are not told apart."""
@@ -109,6 +105,20 @@ class TrainedParts:
                 kind = replicated if not name.startswith("llm.") else tied if name in self._tied else stage
                 kind[name] = parameter
         return ParameterPlaces(replicated, stage, tied)
+
+
+def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:
+    """What of a module is trained.
+
+    Args:
+        weights: whether each stage has trained weights.
+    """
+    encoders = dict(module.encoders.items())
+    names = {name for name, encoder in encoders.items() if _is_trained(encoder)}
+    if names:  # an encoder without parameters of its own uses those of another one
+        names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
+    generator = _is_trained(module.generators)
+    return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
 
 
 def backward_share(encoders: Iterable[nn.Module]) -> float:

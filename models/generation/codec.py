@@ -1,7 +1,5 @@
 """A frozen autoencoder between pictures and the latents that a generator makes.
 
-Knows pictures; knows nothing of diffusion.
-
 Shape suffixes: B pictures, C channels, H and W pixels, L latent channels, h and w latent cells.
 """
 
@@ -18,23 +16,24 @@ _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": Aut
 
 
 class LatentCodec(nn.Module):
-    """`AutoencoderKL` or `AutoencoderDC` of diffusers; never trained. A picture's latents are the mean of what the
-    encoder gives, so they depend on the picture alone.
+    """An `AutoencoderKL` or `AutoencoderDC` of diffusers, which is never trained.
+
+    A picture's latents are the mode of the encoder's distribution, not a sample, so they depend on the picture alone.
 
     Attributes:
-        channels: L.
-        factor: pixels per latent cell, in each direction.
+        channels: the number of latent channels, L.
+        factor: the number of pixels per latent cell, in each direction.
     """
 
     def __init__(self, config: dict[str, Any] | str, seed: int = 0) -> None:
         """
         Args:
-            config: folder of a pretrained autoencoder; or ``{"_class_name": "AutoencoderKL", ...}`` with arguments of
-                the class, for initial weights.
-            seed: of initial weights.
+            config: the folder of a pretrained autoencoder; or ``{"_class_name": "AutoencoderKL", ...}`` with arguments
+                of the class, for initial weights.
+            seed: the seed of initial weights.
 
         Raises:
-            ValueError: no autoencoder of these classes.
+            ValueError: the config is for another class.
         """
         super().__init__()
         self.source = config if isinstance(config, str) else None
@@ -55,7 +54,7 @@ class LatentCodec(nn.Module):
         self.requires_grad_(False).eval()
 
     def materialize(self) -> None:
-        """Read or draw the weights."""
+        """Read the weights, or draw them."""
         if not next(self.autoencoder.parameters()).is_meta:
             return
         if self.source is None:
@@ -67,11 +66,15 @@ class LatentCodec(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Does nothing: the codec stays in evaluation mode."""
         return super().train(False)
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(L, h, w) of a picture of shape (C, H, W)."""
+        """The shape (L, h, w) of the latents of a picture of shape (C, H, W).
+
+        Raises:
+            ValueError: the picture does not consist of whole cells.
+        """
         _, height, width = shape
         if height % self.factor or width % self.factor:
             raise ValueError(
@@ -81,13 +84,13 @@ class LatentCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures_BCHW: Tensor) -> Tensor:
-        """latents_BLhw, scaled as the diffusion transformer wants them; pictures lie in [-1, 1]."""
+        """latents_BLhw, shifted and scaled to about unit variance, of pictures with values in [-1, 1]."""
         encoded = self.autoencoder.encode(pictures_BCHW)
         latents_BLhw = encoded.latent if self._class is AutoencoderDC else encoded.latent_dist.mode()
         return (latents_BLhw - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents_BLhw: Tensor) -> Tensor:
-        """pictures_BCHW"""
+        """pictures_BCHW, with values of about [-1, 1]."""
         latents_BLhw = (latents_BLhw / self.scale + self.shift).to(self.autoencoder.dtype)
         return self.autoencoder.decode(latents_BLhw).sample

@@ -1,9 +1,8 @@
 """A flow-matching diffusion transformer (MMDiT) as a `Generator`, conditioned on the LLM's final hidden states.
 
-Rectified flow as in Stable Diffusion 3 (arXiv 2403.03206): x_s = (1 - s) * x_0 + s * noise, the network predicts
-noise - x_0, and s is drawn logit-normally. Works on whatever the target is, pixels or latents. All that is random about
-an item comes from its own seed, so results depend neither on how items are batched nor on who runs them.
-Knows nothing of tokens, microbatches or ranks.
+It is trained by rectified flow as in Stable Diffusion 3 (arXiv 2403.03206): x_s = (1 - s) * x_0 + s * noise, the
+network predicts noise - x_0, and s is drawn logit-normally. Targets may be pixels or latents. Everything random about
+an item comes from its own seed, so results depend neither on how items are batched nor on the rank that runs them.
 
 Shape suffixes: B items, C channels, H and W pixels (or latent cells), N condition rows, D width of the LLM, E width of
 the conditions inside the transformer, K queries.
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
-from bigmac_lightning.estimates.work import Work, work_of
+from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 
 from ..initialization import frozen_as, seeded
 from .codec import LatentCodec
@@ -29,9 +28,9 @@ class FlowGenerator(Generator):
     """A diffusion transformer behind a connector, for pixels or for the latents of a frozen codec.
 
     Attributes:
-        connector: from the LLM's width to the transformer's conditions.
+        connector: maps from the LLM's width to the transformer's conditions.
         transformer: predicts the velocity of the flow.
-        codec: between pictures and what the flow works on; ``None``: pictures themselves.
+        codec: makes latents of pictures and pictures of latents; ``None``: the flow works on pictures.
     """
 
     def __init__(
@@ -53,25 +52,25 @@ class FlowGenerator(Generator):
     ) -> None:
         """
         Args:
-            width: D, of the LLM.
-            channels: C, of the targets; with a codec it is the codec's.
-            patch_size: side of the square patches that are the transformer's tokens.
+            width: the width of the LLM, D.
+            channels: the channels of the targets, C; a codec brings its own number.
+            patch_size: the side of the square patches that are the transformer's tokens.
             config: arguments of the transformer's class: `num_layers`, `num_attention_heads`, `attention_head_dim`,
                 for "qwen_image" `axes_dims_rope` (three even numbers that sum to `attention_head_dim`), ...
-            steps: Euler steps of a sample.
-            shift: above 1, samples spend more of their steps at high noise.
-            condition_dropout: fraction of items trained without their conditions; needed for guidance.
-            guidance_scale: classifier-free guidance of samples; 1: none.
-            seed: of the initial weights.
+            steps: the number of Euler steps in which a sample is made.
+            shift: if it is above 1, samples spend more of their steps at high noise.
+            condition_dropout: the fraction of items that are trained without their conditions; guidance needs it.
+            guidance_scale: the scale of classifier-free guidance (arXiv 2207.12598) of samples; 1: no guidance.
+            seed: the seed of the initial weights.
             transformer: "qwen_image", "sd3", "sana" or "lumina2".
-            weights: folder of a pretrained transformer, whose config is taken as well; ``None``: initial weights.
+            weights: the folder of a pretrained transformer, whose config is used as well; ``None``: initial weights.
             codec: makes latents of targets and pictures of samples.
-            queries: learnable queries that gather the conditions, so that any number of rows becomes this many;
-                ``None``: a linear layer, row by row.
-            gradient_checkpointing: keep only each block's input for the backward and run the block again.
+            queries: the number of learnable queries that gather the conditions, so that any number of rows becomes this
+                many; ``None``: a linear layer maps each row.
+            gradient_checkpointing: whether to save only each block's input for the backward and run the block again.
 
         Raises:
-            ValueError: arguments that do not go together.
+            ValueError: the arguments do not go together.
         """
         super().__init__()
         if guidance_scale != 1.0 and condition_dropout == 0.0:
@@ -114,17 +113,18 @@ class FlowGenerator(Generator):
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
-    def work(self, shape: tuple[int, ...], rows: int) -> Work:
-        """The codec's, which is small and has no backward, is left out."""
+    def work(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
+        """The cost without the codec, which is small and has no backward."""
         *_, height, width = shape if self.codec is None else self.codec.latent_shape(shape)
         patches, conditions = height * width // self.patch_size**2, self.queries or rows
-        work = self.kind.work(self.transformer, patches, conditions)
+        cost = self.kind.cost(self.transformer, patches, conditions)
         if self.gradient_checkpointing:
-            work = work.checkpointed(*self.kind.depth_and_width(self.transformer), patches + conditions)
-        return work_of(self.connector, rows) + work
+            cost = cost.checkpointed(*self.kind.depth_and_width(self.transformer), patches + conditions)
+        return forward_cost(self.connector, rows) + cost
 
     def _freeze_unused(self) -> None:
-        """What the last block makes of the conditions goes nowhere; ddp wants a gradient for every trained weight."""
+        """Freeze the modules that only make the last block's output for the conditions. It goes nowhere, so they would
+        get no gradient, and ddp needs one for every trained weight."""
         if self.kind.unused:
             for name, module in self.transformer.transformer_blocks[-1].named_modules():
                 if name in self.kind.unused:
@@ -138,9 +138,9 @@ class FlowGenerator(Generator):
             x_BCHW = x_BCHW if self.codec is None else self.codec.encode(x_BCHW)
             s_B = torch.stack([draw.time for draw in draws]).to(x_BCHW)
             noise_BCHW = torch.stack([draw.noise for draw in draws]).to(x_BCHW)
-            kept_B = torch.stack([draw.uniform >= self.condition_dropout for draw in draws])
+            has_conditions_B = torch.stack([draw.uniform >= self.condition_dropout for draw in draws])
             conditions_BNE = self._connect([conditions[i] for i in indices])
-            conditions_BNE = conditions_BNE * kept_B.to(conditions_BNE)[:, None, None]
+            conditions_BNE = conditions_BNE * has_conditions_B.to(conditions_BNE)[:, None, None]
             s_B111 = s_B[:, None, None, None]
             velocity_BCHW = self._velocity((1 - s_B111) * x_BCHW + s_B111 * noise_BCHW, s_B, conditions_BNE)
             error_BCHW = velocity_BCHW.float() - (noise_BCHW - x_BCHW).float()
@@ -175,19 +175,19 @@ class FlowGenerator(Generator):
         return self.kind.velocity(self.transformer, x_BCHW, s_B, conditions_BNE)
 
     def _shape(self, item: TargetItem) -> tuple[int, ...]:
-        """Of what the flow works on."""
+        """The shape of an item's target, or of its latents."""
         return item.shape if self.codec is None else self.codec.latent_shape(item.shape)
 
 
 class QueryConnector(nn.Module):
-    """Learnable queries that look at all condition rows (the connector of MetaQuery-like models)."""
+    """Learnable queries that attend to all condition rows, as in MetaQueries (arXiv 2504.06256)."""
 
     def __init__(self, linear: nn.Linear, queries: int, heads: int = 1) -> None:
         """
         Args:
-            linear: from D to E.
-            queries: K.
-            heads: of the attention.
+            linear: a layer from D to E.
+            queries: the number of queries, K.
+            heads: the number of attention heads.
         """
         super().__init__()
         width = linear.out_features
@@ -205,12 +205,12 @@ class QueryConnector(nn.Module):
 
 
 class _Draw:
-    """What is random about an item: always drawn on the CPU, in the same order.
+    """The random numbers of an item, which are always drawn on the CPU and in the same order.
 
     Attributes:
-        noise: of the shape of the target, or of its latents.
-        time: s, in (0, 1), logit-normal.
-        uniform: in [0, 1); below the dropout rate the item loses its conditions.
+        noise: a tensor of the shape of the target, or of its latents.
+        time: s in (0, 1), logit-normal.
+        uniform: a number in [0, 1); if it is below the dropout rate, the item loses its conditions.
     """
 
     def __init__(self, item: TargetItem, shape: tuple[int, ...]) -> None:
@@ -221,7 +221,7 @@ class _Draw:
 
 
 def _alike(items: Iterable[TargetItem]) -> Iterator[list[int]]:
-    """Positions of the items that can be batched: those of equal shape and number of condition rows."""
+    """The indices of items that can be batched, as they have the same shape and number of condition rows."""
     groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for i, item in enumerate(items):
         groups.setdefault((tuple(item.shape), item.rows), []).append(i)

@@ -1,7 +1,7 @@
 """Diffusion transformers of the diffusers library, each as one function: noisy targets, time, conditions -> velocity.
 
-The velocity is that of x_s = (1 - s) * x_0 + s * noise: noise - x_0. Knows the arguments and conventions of each class;
-knows nothing of losses, seeds or media items.
+The velocity is that of x_s = (1 - s) * x_0 + s * noise, which is noise - x_0. Some classes have another convention for
+time or direction, which their function converts.
 
 Shape suffixes: B items, C channels, H and W pixels (or latent cells), T patches, N condition rows, E width of the
 conditions.
@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from bigmac_lightning.estimates.work import Work, attention_work, work_of
+from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
 Velocity = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 """(transformer, x_BCHW, s_B in [0, 1], conditions_BNE) -> velocity_BCHW"""
@@ -30,14 +30,15 @@ class DiffusionTransformer:
     """One kind of transformer.
 
     Attributes:
-        model: its class.
-        condition_width: the argument of its class that is E.
-        velocity: runs it.
-        channels: arguments of its class that follow from channels and patch size.
+        model: the class of the transformer.
+        condition_width: the name of the class's argument that is E.
+        velocity: runs the transformer.
+        channels: gives the arguments of the class that follow from channels and patch size.
         unused: modules of the last block whose outputs go nowhere; they would never get a gradient.
-        tuples: arguments that must be tuples.
-        joint: modules that meet patches and conditions as one sequence, by the beginning of their names.
-        attended: multiplications of attention by config, patches and conditions; ``None``: all blocks attend to both.
+        tuples: names of arguments that must be tuples.
+        joint: the beginning of the names of modules that get patches and conditions as one sequence.
+        attended: gives the multiplications of attention for config, patches and conditions; ``None``: in all blocks,
+            patches and conditions attend to both.
     """
 
     model: type[Any]
@@ -53,16 +54,17 @@ class DiffusionTransformer:
     attended: Callable[[Any, int, int], float] | None = None
 
     def arguments(self, width: int, channels: int, patch_size: int, config: dict[str, Any]) -> dict[str, Any]:
-        """Of the class: those given, and those that follow from the target and the LLM's width."""
+        """The arguments of the class: those given, and those that follow from the target and the LLM's width."""
         config = {name: tuple(value) if name in self.tuples else value for name, value in config.items()}
         config.setdefault(self.condition_width, width)
         if self.model is SD3Transformer2DModel:
             heads = config.get("num_attention_heads", 18) * config.get("attention_head_dim", 64)
+            # Conditions are projected to the width of patches, and their mean takes the place of the pooled text.
             config = {"caption_projection_dim": heads, **config, "pooled_projection_dim": config[self.condition_width]}
         return {"patch_size": patch_size, **self.channels(channels, patch_size), **config}
 
-    def work(self, transformer: Any, patches: int, conditions: int) -> Work:
-        """Of the forward on an item."""
+    def cost(self, transformer: Any, patches: int, conditions: int) -> ForwardCost:
+        """The cost of the forward for an item."""
 
         def rows(name: str) -> int:
             if _PER_ITEM.search(name):
@@ -73,14 +75,14 @@ class DiffusionTransformer:
 
         depth, width = self.depth_and_width(transformer)
         if self.attended is not None:
-            seen = Work(self.attended(transformer.config, patches, conditions))
+            seen = ForwardCost(self.attended(transformer.config, patches, conditions))
         else:
-            seen = attention_work(width, patches + conditions, patches + conditions) * depth
-        return work_of(transformer, rows) + seen
+            seen = attention_cost(width, patches + conditions, patches + conditions) * depth
+        return forward_cost(transformer, rows) + seen
 
     @staticmethod
     def depth_and_width(transformer: Any) -> tuple[int, int]:
-        """Blocks, and width of a patch inside."""
+        """The number of blocks, and the width of a patch inside."""
         config = transformer.config
         width = config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
         return config.num_layers, width
@@ -88,6 +90,7 @@ class DiffusionTransformer:
 
 _PER_ITEM = re.compile(r"time|_mod\.|norm\w*\.linear|adaln")
 _OF_CONDITIONS = re.compile(r"add_|txt_|context|caption|attn2\.to_[kv]")
+"""The parameters that are used once for an item, and those that get conditions; all others get patches."""
 
 
 def _qwen_image(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def _qwen_image(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: T
     patches_BTE = x_BCHW.unflatten(3, (width, p)).unflatten(2, (height, p))
     patches_BTE = patches_BTE.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     shapes = [[(1, height, width)]] * len(x_BCHW)
-    with torch.inference_mode(False):  # it caches tables on the device; a validation's must serve training
+    with torch.inference_mode(False):  # it caches tables, and those made in a validation must serve training, too
         transformer.pos_embed(shapes, max_txt_seq_len=conditions_BNE.shape[1], device=x_BCHW.device)
     patches_BTE = transformer(
         hidden_states=patches_BTE.to(conditions_BNE.dtype),
@@ -124,7 +127,7 @@ def _sana(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tensor)
 
 
 def _sana_attention(config: Any, patches: int, conditions: int) -> float:
-    """Linear attention between patches, and ordinary attention to the conditions."""
+    """The multiplications of linear attention between patches and of ordinary attention to the conditions."""
     linear = 2 * config.num_attention_heads * config.attention_head_dim**2 * patches
     crossed = 2 * config.num_cross_attention_heads * config.cross_attention_head_dim * patches * conditions
     return config.num_layers * (linear + crossed)
@@ -138,7 +141,7 @@ def _lumina2(transformer: Any, x_BCHW: Tensor, s_B: Tensor, conditions_BNE: Tens
         encoder_attention_mask=mask_BN,
         timestep=1 - s_B,
     )
-    return -out.sample  # its time and its velocity run from noise to image
+    return -out.sample  # here time and velocity run from noise to image
 
 
 TRANSFORMERS = {

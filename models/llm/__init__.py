@@ -1,1 +1,1 @@
-"""Decoders of transformers, cut into stages: what is looked at before, and what a stage does."""
+"""Decoders of transformers, cut into stages: the probes that decide whether that is exact, and how a stage runs."""

@@ -1,8 +1,8 @@
-"""Attention implementations of the transformers library: which are to be had, and how they keep packed samples apart.
+"""The attention implementations of the transformers library, and how each keeps the samples of a packed row apart.
 
 "eager", "sdpa" and "flex_attention" get a mask, which the library makes of positions that start anew. All others (flash
-attention of any version or kernel, or one that the user has registered) get no mask: they are told where samples start.
-Knows the library's names of implementations and their arguments; knows nothing of models, stages or ranks.
+attention of any version or kernel, or a function that the user has registered) get no mask, but the places where
+samples start.
 
 Shape suffixes: B samples, S tokens.
 """
@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
 MASKED = ("eager", "sdpa", "flex_attention")
-STARTS = "cu_seq_lens"  # in a microbatch's inputs
+"""The implementations that get a mask."""
+STARTS = "cu_seq_lens"
+"""The input of a microbatch with the starts of samples; see `sample_starts`."""
 TOKENS = "token_mask"
-"""In a microbatch's inputs, (B, S): 0 for padding on the right. Causal attention needs no mask for that, but what
-counts tokens does."""
+"""The input of a microbatch, (B, S), that is 0 for padding on the right. Causal attention needs no mask for such
+padding, but losses that count tokens do."""
 _TO_INSTALL = {
     "flash_attention_2": "pip install flash-attn --no-build-isolation",
     "flash_attention_3": "install flash_attn_interface from the folder hopper/ of github.com/Dao-AILab/flash-attention",
@@ -29,15 +31,15 @@ _TO_INSTALL = {
 
 
 class AttentionNotThereError(ValueError):
-    """An attention implementation cannot be had; says what to do."""
+    """An attention implementation is not installed or does not exist. The message says what to do."""
 
 
 @contextmanager
 def refused_clearly(implementation: str, model_type: str) -> Iterator[None]:
-    """Around the making of a model.
+    """Turns errors about attention, which come while the block builds a model, into clear ones.
 
     Raises:
-        AttentionNotThereError: the implementation cannot be had.
+        AttentionNotThereError: the implementation is not installed or does not exist.
     """
     try:
         yield
@@ -56,17 +58,18 @@ def refused_clearly(implementation: str, model_type: str) -> Iterator[None]:
 def check_device(implementation: str, device: torch.device) -> None:
     """
     Raises:
-        ValueError: this implementation does not train on this device.
+        ValueError: the implementation does not train on this device.
     """
     if device.type == "cpu" and (implementation == "flex_attention" or implementation.startswith("flash_attention")):
         raise ValueError(f"attn_implementation={implementation!r} needs a GPU: use sdpa or eager on the CPU")
 
 
 def is_packed(positions_BS: Tensor, mask_BS: Tensor | None = None) -> bool:
-    """Whether any row holds several samples: its positions do not go on one by one, as for the library's masks.
+    """Whether any row holds several samples. As in the library's masks, a sample starts where a position is not the one
+    before plus 1.
 
     Args:
-        mask_BS: 0 where there is padding, whose positions do not count.
+        mask_BS: 0 for padding, whose positions do not count.
     """
     breaks_BS = positions_BS.diff(dim=-1) != 1
     if mask_BS is not None:
@@ -75,7 +78,7 @@ def is_packed(positions_BS: Tensor, mask_BS: Tensor | None = None) -> bool:
 
 
 def sample_starts(positions_BS: Tensor) -> Tensor:
-    """Where samples start in all rows one after another, and the end of the last one, int32."""
+    """The starts of all samples, with rows one after another, and the end of the last sample: (samples + 1,), int32."""
     first_BS = torch.ones_like(positions_BS, dtype=torch.bool)
     first_BS[:, 1:] = positions_BS.diff(dim=-1) != 1
     starts = first_BS.flatten().nonzero().flatten()
@@ -83,24 +86,25 @@ def sample_starts(positions_BS: Tensor) -> Tensor:
 
 
 def sample_bounds(positions_S: Tensor) -> list[tuple[int, int]]:
-    """First token, and token after the last, of each sample of a row."""
+    """The first token of each sample of a row, and the token after its last one."""
     return list(pairwise(sample_starts(positions_S[None]).tolist()))
 
 
 def sample_arguments(starts: Tensor, longest: int) -> dict[str, Any]:
-    """What the layers pass on to an implementation without masks.
+    """The arguments of the decoder that its layers pass on to an implementation without masks.
 
     Args:
-        starts: as of `sample_starts`.
-        longest: of the samples; it may be given too long, which spares the device from being asked.
+        starts: the result of `sample_starts`.
+        longest: the length of the longest sample. A larger number does no harm, and the length of the row is known
+            without waiting for the device.
     """
     given = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
     return {**given, "max_length_q": longest, "max_length_k": longest}
 
 
 def packed_masks(config: Any, h_BSD: Tensor, positions_BS: Tensor) -> Any:
-    """What a decoder takes as its attention mask, a mask or one by layer type, made by the library of positions that
-    start anew; for decoders that make their own without looking at positions."""
+    """The attention mask, or one for each layer type, for decoders that make their own without looking at positions.
+    The library makes it of positions that start anew."""
     return create_masks_for_generate(
         config=config, inputs_embeds=h_BSD, attention_mask=None, cache=None, position_ids=positions_BS
     )

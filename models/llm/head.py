@@ -1,5 +1,6 @@
-"""The head of a model, run by the library's own forward: from final hidden states to logits, and to the library's load
-balancing loss, to compare with. Knows models without what is below their output weight; knows nothing of stages.
+"""What lies above a decoder, run by the model's own forward: logits, and the library's load balancing loss.
+
+The decoder is replaced by a module that returns ready results, so no weights but the output layer's are needed.
 
 Shape suffixes: T tokens, L labelled positions, D width, V vocabulary, E experts.
 """
@@ -12,28 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from ..meta_model import Names
 from .stage import shell_of
 
 
-def logits_of(whole: Any, decoder_name: str, h_LD: Tensor) -> Tensor:
-    """logits_LV with soft caps, scales and a bias, if there are any."""
-    head = shell_of(whole, **{decoder_name.partition(".")[0]: _Below()})
+def logits_of(whole: Any, names: Names, h_LD: Tensor) -> Tensor:
+    """logits_LV of final hidden states, with the model's soft cap, scale and bias, if it has them."""
+    head = shell_of(whole, **{_decoder_child(names): _ReadyDecoder()})
     return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
 
-def check_plain(whole: Any, decoder_name: str, output_name: str) -> None:
-    """
+def check_plain(whole: Any, names: Names) -> None:
+    """Checks that fused losses, which use the output weight alone, compute the model's own loss.
+
     Args:
-        whole: a model, with or without weights.
-        decoder_name, output_name: of its decoder and of its output layer.
+        whole: a model with or without weights.
+        names: the names of its parts.
 
     Raises:
-        ValueError: logits are more than hidden states times the output weight.
+        ValueError: logits are something else than hidden states times the output weight.
     """
     with torch.no_grad(), torch.device("cpu"):
         h_LD = torch.linspace(-9, 9, 8, dtype=torch.float32)[None]
-        bare = shell_of(whole, **{output_name: nn.Identity()})
-        if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, decoder_name, h_LD), h_LD):
+        bare = shell_of(whole, **{names.output: nn.Identity()})
+        if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, names, h_LD), h_LD):
             return
     raise ValueError(
         f"fused_loss: the logits of model_type {whole.config.model_type!r} are not those of its output weight "
@@ -41,26 +44,30 @@ def check_plain(whole: Any, decoder_name: str, output_name: str) -> None:
     )
 
 
-def library_router_loss(
-    whole: Any, decoder_name: str, output_name: str, logits_TE: Sequence[Tensor], mask: Tensor
-) -> Tensor | None:
-    """The load balancing loss that the library makes of the logits of some routers; ``None``: it makes none.
+def library_router_loss(whole: Any, names: Names, logits_TE: Sequence[Tensor], mask: Tensor) -> Tensor | None:
+    """The load balancing loss that transformers computes from the logits of some routers; ``None``: it has none.
 
     Args:
-        whole: a model, without weights.
-        decoder_name, output_name: of its decoder and of its output layer.
+        whole: a model without weights.
+        names: the names of its parts.
+        logits_TE: the logits of each router.
         mask: (1, T), 0 for tokens that do not count.
     """
-    below = _Below(tuple(logits_TE))
-    shell = shell_of(whole, **{decoder_name.partition(".")[0]: below, output_name: nn.Identity()})
+    below = _ReadyDecoder(tuple(logits_TE))
+    shell = shell_of(whole, **{_decoder_child(names): below, names.output: nn.Identity()})
     h_1TD = torch.zeros(*mask.shape, 1, dtype=torch.float32)
     out = shell(inputs_embeds=h_1TD, attention_mask=mask, use_cache=False, output_router_logits=True)
     return getattr(out, "aux_loss", None)
 
 
+def _decoder_child(names: Names) -> str:
+    """The child of the whole model that is its decoder, or holds it."""
+    return names.decoder.partition(".")[0]
+
+
 @dataclass
-class _Final(ModelOutput):
-    """What a model without its head returns, as far as the head asks for it."""
+class _Ready(ModelOutput):
+    """What a model without its head returns. Whatever else a head asks for is ``None``."""
 
     last_hidden_state: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
@@ -69,12 +76,12 @@ class _Final(ModelOutput):
         return None
 
 
-class _Below(nn.Module):
-    """Stands for all below the output weight: the hidden states are final already."""
+class _ReadyDecoder(nn.Module):
+    """Stands in for a decoder: the embeddings that it gets are final hidden states already."""
 
     def __init__(self, router_logits: tuple[Tensor, ...] | None = None) -> None:
         super().__init__()
         self.router_logits = router_logits
 
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Final:
-        return _Final(last_hidden_state=inputs_embeds, router_logits=self.router_logits)
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Ready:
+        return _Ready(last_hidden_state=inputs_embeds, router_logits=self.router_logits)

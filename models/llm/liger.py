@@ -1,7 +1,6 @@
-"""The text loss by the Liger kernels: logits, loss and gradients in one kernel, for GPUs.
+"""The text loss with the Liger kernels, which make logits, loss and gradients in one kernel on a GPU.
 
-Needs `pip install bigmac-lightning[liger]`. Only their loss is used: nothing in `transformers` is replaced. Knows
-hidden states and an output weight; knows nothing of models.
+They need `pip install bigmac-lightning[liger]`. Only their loss is used; nothing in `transformers` is replaced.
 
 Shape suffixes: L labelled positions, D width of the LLM, V vocabulary.
 """
@@ -17,7 +16,7 @@ from torch import Tensor
 def check_installed() -> None:
     """
     Raises:
-        ValueError: the kernels are not there.
+        ValueError: the kernels are not installed.
     """
     if find_spec("liger_kernel") is None:
         raise ValueError("fused_loss='liger' needs the kernels: pip install 'bigmac-lightning[liger]', or use True")
@@ -26,12 +25,16 @@ def check_installed() -> None:
 def liger_gradients(
     h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and gradients, as `fused_token_loss` wants them.
+    """The loss and its gradients, in the form that `fused_token_loss` takes.
 
-    Their own backward scales what it has saved in place, so it is run here, once and unscaled.
+    The backward of the kernels scales the saved gradients in place, so a second backward would scale them again. It
+    runs here, once and with the scale 1, and `fused_token_loss` scales the result.
+
+    Args:
+        of_weight: whether the gradient of the weight is wanted.
 
     Raises:
-        ValueError: on the CPU, unless Triton interprets its kernels there.
+        ValueError: the tensors are on the CPU, and Triton does not interpret its kernels there.
     """
     if h_LD.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("fused_loss='liger' needs a GPU: use fused_loss=True on the CPU")

@@ -1,6 +1,6 @@
-"""What LLMs get that treat image tokens in a way of their own: M-RoPE, Gemma 3's two-way images, deepstack features.
+"""Inputs of LLMs that treat image tokens in a way of their own: M-RoPE, Gemma 3's two-way images, deepstack features.
 
-Everything is computed from what all ranks have: token ids, text positions and the grids of the media items.
+Every rank computes them from what all ranks have: token ids, text positions and the grids of the media items.
 
 Shape suffixes: B samples, S tokens, D width of the LLM.
 """
@@ -18,15 +18,18 @@ GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
 def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Positions (4, B, S): text, then temporal, height and width. Each sample of a packed row is for itself.
+    """M-RoPE positions (4, B, S): text, then temporal, height and width.
+
+    The positions of an image depend on those before it in its sample (Qwen2-VL, arXiv 2409.12191, section 2.1), so each
+    sample of a packed row is given to the library's own function alone.
 
     Args:
-        model: a Qwen vision-language model, to ask for the positions of one sample; its weights are not used.
+        model: a Qwen vision-language model, whose `get_rope_index` is used, but none of its weights.
         inputs: ``input_ids`` and ``position_ids`` (B, S); ``image_grid_thw``, ``video_grid_thw`` (items, 3) where there
             are such items, in the order of their tokens; ``second_per_grid_ts`` (videos,) if known.
 
     Raises:
-        ValueError: grids and tokens do not fit.
+        ValueError: the grids do not fit the tokens.
     """
     text_BS, ids_BS = inputs["position_ids"], inputs["input_ids"]
     config = model.config
@@ -52,7 +55,7 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Gemma 3's masks by layer type: causal, but all tokens of an image see each other."""
+    """Gemma 3's masks by layer type. They are causal, except that all tokens of an image see each other."""
     blocks = modeling_gemma3.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
     return modeling_gemma3.create_masks_for_vision_model(
         config.get_text_config(),
@@ -65,10 +68,10 @@ def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[st
 
 
 def text_positions(positions: Tensor) -> Tensor:
-    """(B, S) of (B, S), or of (4, B, S), where text positions are the first.
+    """The text positions (B, S) in positions of shape (B, S), or (4, B, S), where text positions come first.
 
     Raises:
-        ValueError: they have another shape.
+        ValueError: the positions have another shape.
     """
     if positions.ndim == 2:
         return positions
@@ -81,12 +84,13 @@ def text_positions(positions: Tensor) -> Tensor:
 
 
 def deepstack_arguments(features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
-    """By which Qwen3-VL adds features after its first layers; nothing for layers of other stages.
+    """The arguments with which Qwen3-VL adds features after each of its first layers. The decoder looks the features up
+    by the index of the layer, so layers of earlier stages get zeros.
 
     Args:
-        features: of the levels that are still to be added, (levels, N, D).
-        positions_N: the tokens that they belong to, flat indices into B * S.
-        layers: of the stage.
+        features: the features of the levels that have not been added yet, (levels, N, D).
+        positions_N: the tokens that they belong to, as flat indices into B * S.
+        layers: the layers of the stage.
     """
     mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
     mask_BS.view(-1)[positions_N] = True
@@ -96,14 +100,14 @@ def deepstack_arguments(features: Tensor, positions_N: Tensor, h_BSD: Tensor, la
 
 
 class _Grids:
-    """The grids of a kind of items, taken sample by sample."""
+    """The grids of the images, or of the videos, which are taken sample by sample."""
 
     def __init__(self, name: str, grids: Tensor | None, merge: int) -> None:
         self.name, self.merge = name, merge
         self.left = [] if grids is None else list(grids)
 
     def take(self, tokens: int) -> Tensor | None:
-        """As many as have these tokens."""
+        """The next grids, which together have this number of tokens."""
         taken: list[Tensor] = []
         while tokens > 0 and self.left:
             taken.append(self.left.pop(0))

@@ -1,8 +1,8 @@
 """Rotary embeddings whose frequencies depend on how long a sample is (the rope types "dynamic" and "longrope").
 
-The library's modules remember the longest row that they have seen, and take a packed row for one long sample. Several
-stages on one rank share such a module, and microbatches go through it in any order; so here it forgets everything after
-each call, and each sample of a packed row gets its own frequencies. Knows positions; knows nothing of models or stages.
+The library's modules remember the longest row that they have seen, and take a packed row for one long sample. But in a
+pipeline several stages on one rank share such a module, and microbatches go through it in any order. So here the module
+forgets everything after each call, and each sample of a packed row gets its own frequencies.
 
 Shape suffixes: B samples, S tokens.
 """
@@ -17,13 +17,13 @@ from .attention import is_packed, sample_bounds
 
 
 def stateless_ropes(module: nn.Module) -> dict[str, nn.Module]:
-    """Of a decoder's children, those that are or hold such a rotary embedding, as they are to be used instead."""
+    """Replacements for those children of a decoder that are, or hold, such a rotary embedding."""
     return {name: _stateless(child) for name, child in module.named_children() if _has_state(child)}
 
 
 def changes_with_length(module: nn.Module) -> bool:
-    """Whether it is such a rotary embedding."""
-    kind = str(getattr(module, "rope_type", ""))  # or one of each layer type
+    """Whether a module is such a rotary embedding."""
+    kind = str(getattr(module, "rope_type", ""))  # a string, or a dict with one for each layer type
     return "dynamic" in kind or "longrope" in kind
 
 
@@ -54,7 +54,7 @@ class _Stateless(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """
         Args:
-            x: what tells type and device.
+            x: a tensor with the type and the device that the result is to have.
             position_ids: (B, S), or (3, B, S).
         """
         if position_ids.ndim != 2 or not is_packed(position_ids):

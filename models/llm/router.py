@@ -1,10 +1,11 @@
-"""Load balancing of a mixture of experts' routers, over layers that may lie in different stages.
+"""The load balancing loss of a mixture of experts whose layers may lie in different stages.
 
-The loss of `transformers` (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6) takes
-its means over the tokens of *all* layers before it multiplies them, so it is no sum of losses of layers. What travels
-from layer to layer are the two sums; the last stage makes the loss of them.
+The loss of `transformers` (`load_balancing_loss_func`; Switch Transformer, arXiv 2101.03961, equations 4 to 6)
+multiplies two means over the tokens of *all* layers. A product of means is no sum over layers, so stages cannot each
+compute a part of the loss. Instead the two sums behind the means go from layer to layer with the hidden states, and the
+last stage makes the loss of them.
 
-Shape suffixes: T tokens of a microbatch, E experts.
+Shape suffixes: T tokens of a microbatch, E experts, K experts of a token.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,46 +19,47 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..surgery import path_of
+from ..meta_model import Names
 from .head import library_router_loss
-from .work import routed
+from .layer_cost import experts_per_token
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""The names under which the configs of transformers have the number of experts, and the weight of the loss."""
 
 
 @dataclass(frozen=True)
 class Routers:
-    """Those of a decoder that are trained with a load balancing loss.
+    """The routers of a decoder that is trained with a load balancing loss.
 
     Attributes:
-        number: how many there are.
-        experts: that each chooses from, E.
-        chosen: experts per token.
-        coefficient: of the loss, by the config.
+        number: the number of routers in all layers.
+        experts: the number of experts of each router, E.
+        per_token: the number of experts that a token is routed to.
+        coefficient: the weight of the loss, from the config.
     """
 
     number: int
     experts: int
-    chosen: int
+    per_token: int
     coefficient: float
 
     def add(self, sums_2E: Tensor, router_logits: Iterable[Tensor], mask_T: Tensor | None) -> Tensor:
         """Sums over routers of the share of tokens sent to each expert (row 0) and of its mean probability (row 1).
 
         Args:
-            sums_2E: of the layers before.
+            sums_2E: the sums over the routers of the layers before.
             router_logits: logits_TE of each router of these layers.
-            mask_T: 0 for tokens that do not count; ``None``: all count.
+            mask_T: 0 for tokens that do not count; ``None``: all tokens count.
         """
         for logits_TE in router_logits:
             probabilities_TE = logits_TE.softmax(-1)
-            chosen = probabilities_TE.topk(self.chosen, dim=-1).indices
+            experts_TK = probabilities_TE.topk(self.per_token, dim=-1).indices
             probabilities_TE = probabilities_TE.float()
             ones_T = torch.ones(len(logits_TE), device=logits_TE.device)
             weights_T = ones_T if mask_T is None else mask_T.flatten().float()
             counts_E = weights_T.new_zeros(self.experts)
-            counts_E = counts_E.scatter_add(0, chosen.flatten(), weights_T.repeat_interleave(self.chosen))
+            counts_E = counts_E.scatter_add(0, experts_TK.flatten(), weights_T.repeat_interleave(self.per_token))
             layer_2E = torch.stack([counts_E, (probabilities_TE * weights_T[:, None]).sum(0)]) / weights_T.sum()
             sums_2E = sums_2E.float() + layer_2E
         return sums_2E
@@ -68,15 +70,19 @@ class Routers:
         return self.experts * (sent_E * probability_E).sum()
 
 
-def routers_of(whole: Any, decoder: PreTrainedModel, config: Any) -> Routers:
-    """What the library makes its load balancing loss of.
+def routers_of(whole: Any, decoder: PreTrainedModel, names: Names, config: Any) -> Routers:
+    """The routers that the library's load balancing loss looks at.
+
+    The library's own loss of drawn logits is compared with the loss of `Routers`, so that a model whose loss differs
+    from it is refused rather than trained with another loss.
 
     Args:
         whole, decoder: the model and its decoder, without weights.
-        config: of the decoder.
+        names: the names of the model's parts.
+        config: the config of the decoder.
 
     Raises:
-        ValueError: the library makes no such loss for this model, or another one than is made here.
+        ValueError: the library has no such loss for this model, or one that differs from that of `Routers`.
     """
     number = len(
         [r for layer in range(len(list(decoder.get_submodule("layers").children()))) for r in _routers(decoder, layer)]
@@ -87,13 +93,12 @@ def routers_of(whole: Any, decoder: PreTrainedModel, config: Any) -> Routers:
     )
     problem = "has no load balancing loss in transformers"
     if number and experts and coefficient is not None:
-        routers = Routers(number, experts, routed(config), coefficient)
+        routers = Routers(number, experts, experts_per_token(config), coefficient)
         with torch.no_grad(), torch.device("cpu"):
             generator = torch.Generator().manual_seed(0)
             logits = [torch.randn(6, experts, generator=generator, dtype=torch.float32) for _ in range(number)]
             mask = torch.tensor([[1, 1, 0, 1, 1, 1]])
-            names = path_of(decoder, whole), path_of(whole.get_output_embeddings(), whole)
-            expected = library_router_loss(whole, *names, logits, mask)
+            expected = library_router_loss(whole, names, logits, mask)
             if expected is not None and torch.is_tensor(expected):
                 found = routers.loss(routers.add(torch.zeros(2, experts, dtype=torch.float32), logits, mask))
                 if torch.allclose(found, expected, rtol=1e-5):
@@ -106,7 +111,7 @@ def routers_of(whole: Any, decoder: PreTrainedModel, config: Any) -> Routers:
 
 @contextmanager
 def recorded_logits(decoder: PreTrainedModel, layers: Iterable[int]) -> Iterator[list[Tensor]]:
-    """A list that the logits_TE of these layers' routers go into while the block runs."""
+    """A list to which the routers of these layers add their logits_TE for as long as the block runs."""
     recorded: list[Tensor] = []
 
     def record(index: int, router: nn.Module, args: Any, output: Any) -> None:
@@ -122,7 +127,7 @@ def recorded_logits(decoder: PreTrainedModel, layers: Iterable[int]) -> Iterator
 
 
 def _routers(decoder: PreTrainedModel, layer: int) -> list[tuple[nn.Module, int]]:
-    """A layer's routers, and where in their output the logits are: as the library itself would record them."""
+    """A layer's routers, each with the index of the logits in its output. The library's own recorder says which."""
     recorder = (type(decoder)._can_record_outputs or {}).get("router_logits")
     if not isinstance(recorder, OutputRecorder):
         return []

@@ -1,9 +1,9 @@
-"""Consecutive layers of a decoder, run by the library's own forward, from hidden states to hidden states.
+"""A stage: consecutive layers of a decoder, run by the decoder's own forward, from hidden states to hidden states.
 
-A stage is a *shell*: a shallow copy of the decoder that shares its submodules and passes through the layers of other
-stages. Whatever the decoder does before its first layer (a multiplier, a norm) reaches the first stage alone, and what
-it does after its last layer the last stage alone: between other layers hidden states are handed in and taken out at the
-layers' own places. Knows decoders with `layers`; knows nothing of ranks or of what a decoder is made of besides.
+The decoder of a stage is a *shell*: a shallow copy of the whole decoder that shares its submodules and passes through
+the layers of other stages. What the decoder does before its first layer (a multiplier, a norm) must reach the first
+stage alone, and what it does after its last layer the last stage alone. So the layers next to the stage are replaced by
+modules through which hidden states enter and leave, whatever the decoder does outside of its layers.
 
 Shape suffixes: B samples, S tokens, D width.
 """
@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..surgery import PassThrough
+from ..meta_model import PassThrough
 from .rope import stateless_ropes
 
 
 def shell_of(module: nn.Module, **replaced: nn.Module) -> Any:
-    """A shallow copy that shares all submodules but those replaced."""
+    """A shallow copy that shares all submodules except the replaced ones."""
     shell = copy.copy(module)
     shell._modules = {**module._modules, **replaced}
     return shell
@@ -29,24 +29,25 @@ def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs["hidden_states"]
 
 
-class _Door(PassThrough):
-    """
+class _Boundary(PassThrough):
+    """Stands in for a layer next to the stage.
+
     Attributes:
-        hidden: states that go through, while the forward runs.
+        hidden: the hidden states that enter or leave, while the forward runs.
     """
 
     hidden: Any = None
 
 
-class _Entrance(_Door):
-    """Stands for the layer before a stage: hands in what came from there, whatever the decoder itself has made."""
+class _Entrance(_Boundary):
+    """Stands in for the layer before the stage. It returns what came from there, not what the decoder gives it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.hidden
 
 
-class _Exit(_Door):
-    """Stands for the layer after a stage: takes out what goes there."""
+class _Exit(_Boundary):
+    """Stands in for the layer after the stage. It records what is to go there."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.hidden = hidden_of(args, kwargs)
@@ -54,31 +55,35 @@ class _Exit(_Door):
 
 
 class Stage:
-    """Some layers of a decoder."""
+    """Some layers of a decoder.
+
+    Attributes:
+        shell: the decoder as this stage sees it.
+    """
 
     def __init__(self, decoder: Any, layers: range) -> None:
         """
         Args:
-            decoder: with `layers`, whichever of them are here.
-            layers: consecutive ones, which are here; with the last one goes what the decoder does after it.
+            decoder: the decoder, in which the layers of other stages may have been dropped.
+            layers: consecutive layers that the decoder has. The decoder's last layer brings what comes after it.
         """
         whole: list[nn.Module] = list(decoder.layers)
-        kept = [layer if k in layers else PassThrough(layer) for k, layer in enumerate(whole)]
+        replaced = [layer if k in layers else PassThrough(layer) for k, layer in enumerate(whole)]
         self._entrance = _Entrance(whole[layers.start - 1]) if layers.start > 0 else None
         self._exit = _Exit(whole[layers.stop]) if layers.stop < len(whole) else None
         if self._entrance is not None:
-            kept[layers.start - 1] = self._entrance
+            replaced[layers.start - 1] = self._entrance
         if self._exit is not None:
-            kept[layers.stop] = self._exit
-        self.shell = shell_of(decoder, layers=nn.ModuleList(kept), **stateless_ropes(decoder))
+            replaced[layers.stop] = self._exit
+        self.shell = shell_of(decoder, layers=nn.ModuleList(replaced), **stateless_ropes(decoder))
 
     def __call__(self, h_BSD: Tensor, **arguments: Any) -> Tensor:
         """
         Args:
-            h_BSD: what goes into the first of these layers; for the decoder's first layer, embeddings.
-            arguments: of the decoder's forward.
+            h_BSD: the input of the first of these layers; for the decoder's first layer, embeddings.
+            arguments: further arguments of the decoder's forward.
 
-        Returns: h_BSD after the last of them, after the final norm if it is the decoder's last.
+        Returns: h_BSD after the last of these layers, and after the final norm if it is the decoder's last layer.
         """
         try:
             if self._entrance is not None:
@@ -86,6 +91,6 @@ class Stage:
             out = self.shell(inputs_embeds=h_BSD, use_cache=False, **arguments)
             return out[0] if self._exit is None else self._exit.hidden
         finally:
-            for door in (self._entrance, self._exit):
-                if door is not None:
-                    door.hidden = None
+            for boundary in (self._entrance, self._exit):
+                if boundary is not None:
+                    boundary.hidden = None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.models import VisionEncoder
 from tests.cli.checkpoints import write_inputs
@@ -53,7 +53,7 @@ def test_config_trains_and_exports(name: str, tmp_path: Path) -> None:
 def test_two_stages(tmp_path: Path) -> None:
     """The first one trains the projector alone; the second one starts from its tower and projector and trains all."""
     train(FIRST, tmp_path)
-    first = StoredWeights(tmp_path / "runs" / FIRST / "projector.ckpt").read()
+    first = CheckpointWeights(tmp_path / "runs" / FIRST / "projector.ckpt").read()
     folders = {folder.name: str(folder) for folder in (tmp_path / "checkpoints").iterdir()}
     llm, tower = folders["Qwen3-4B-Instruct-2507"], folders["siglip2-so400m-patch16-512"]
     encoder = VisionEncoder(tower, 2560, 2560, merge=2, weights=tower)
@@ -66,7 +66,7 @@ def test_two_stages(tmp_path: Path) -> None:
     assert moved == {name for name in first if ".projector." in name}
 
     train(SECOND, tmp_path)
-    second = StoredWeights(tmp_path / "runs" / SECOND / "best.ckpt").read()
+    second = CheckpointWeights(tmp_path / "runs" / SECOND / "best.ckpt").read()
     assert second.keys() == first.keys()
     begin = {name: (start if name.startswith("llm.") else first)[name] for name in second}
     change = {name: float((tensor - begin[name]).abs().max()) for name, tensor in second.items()}

@@ -141,10 +141,24 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
     if coefficient := made.auxiliary_losses.get("router"):
         out = whole(input_ids=rows, attention_mask=mask, use_cache=False, output_router_logits=True)
         (_loss(out.logits, rows, mask) + coefficient * out.aux_loss).backward()
-        found, losses = parts.run({"input_ids": rows, "token_mask": mask})
-        (_loss(found, rows, mask) + coefficient * losses["router"]).backward()
-        verdict.errors["router: loss"] = _error(losses["router"].detach(), out.aux_loss.detach())
-        verdict.errors["router: gradients"] = _largest(parts.gradients(), _taken(whole))
+        routed = {"router": ({"input_ids": rows, "token_mask": mask}, out.aux_loss.detach(), _taken(whole))}
+        if not verdict.packing:
+            alone = _balancing_loss_alone(whole)
+            alone.backward()
+            packed = {"input_ids": torch.cat(samples())[None], "position_ids": positions[None]}
+            routed["packed router"] = (packed, alone.detach(), _taken(whole))
+        for name, (inputs, expected_loss, expected_gradients) in routed.items():
+            found, losses = parts.run(inputs)
+            text = _loss(found, rows, mask) if name == "router" else torch.zeros(())
+            (text + (coefficient if name == "router" else 1.0) * losses["router"]).backward()
+            verdict.errors[f"{name}: loss"] = _error(losses["router"].detach(), expected_loss)
+            verdict.errors[f"{name}: gradients"] = _largest(parts.gradients(), expected_gradients)
+
+
+def _balancing_loss_alone(whole: Any) -> Tensor:
+    """The library's load balancing loss of all samples together, each of which has gone through the model alone."""
+    outs = [whole(input_ids=sample[None], use_cache=False, output_router_logits=True) for sample in samples()]
+    return zoo.balancing_loss(whole, [out.router_logits for out in outs])
 
 
 class Parts:
@@ -226,11 +240,10 @@ def vision_language(name: str) -> Verdict:
     if image.family.video is not None:
         encoders["video"] = HFVideoEncoder(image)
     for packed in (False,) if verdict.packing else (False, True):
-        alone = packed and not made.auxiliary_losses  # which is a mean over microbatches
-        loss = zoo.reference_loss(whole, model, packed, alone)
+        loss = zoo.reference_loss(whole, model, packed)
         loss.backward()
         expected = _taken(whole)
-        zoo.reference_loss(double, model, packed, alone).backward()
+        zoo.reference_loss(double, model, packed).backward()
         verdict.rounding = max(verdict.rounding, _largest(expected, _taken(double)))
         found = _stage_by_stage([MultimodalLM(part, encoders) for part in parts.parts], model, packed)
         found.backward()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
 from tests.cli.test_export import ZooData
 from tests.models import zoo
@@ -78,7 +78,7 @@ def test_a_rank_reads_its_own_tensors_alone(trained: tuple[Path, dict[str, Tenso
     folder, _ = trained
     parts = on_ranks(2, _train, 2, folder, None, "ranks2.ckpt")
     (folder / "ranks2.ckpt" / "__1_0.distcp").unlink()
-    stored = StoredWeights(folder / "ranks2.ckpt")
+    stored = CheckpointWeights(folder / "ranks2.ckpt")
     mine, other = (f"llm.model.language_model.layers.{layer}.self_attn.k_norm.weight" for layer in (0, 4))
     into = torch.empty_like(parts[0][mine], dtype=torch.bfloat16)
     stored.read_into({mine: into})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.models import MultimodalLM
@@ -121,7 +121,7 @@ def test_export_folds_adapters(name: str, lora: Any, size: int, adapted: int, tm
     on_ranks(size, _train, size, tmp_path, name, lora)
     module = module_of(tmp_path, name, lora=lora)
     module.configure_model()
-    module.load_state_dict(StoredWeights(tmp_path / "run.ckpt").read())
+    module.load_state_dict(CheckpointWeights(tmp_path / "run.ckpt").read())
     arguments = ["--checkpoint", str(tmp_path / "run.ckpt"), "--output", str(tmp_path / "out" / name)]
     assert export_command.main(arguments) == 0
     exported, start = zoo.load(name, tmp_path / "out"), zoo.load(name, tmp_path)

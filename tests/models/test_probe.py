@@ -8,8 +8,8 @@ import transformers as hf
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
-from bigmac_lightning.models import HFDecoder, surgery
-from bigmac_lightning.models.llm import probe
+from bigmac_lightning.models import HFDecoder, meta_model
+from bigmac_lightning.models.llm import probe_cut, probe_packing
 from bigmac_lightning.models.llm.attention import packed_masks
 from tests.models import test_attention, tiny, zoo
 
@@ -18,7 +18,7 @@ assert test_attention.by_starts  # an implementation that takes no mask
 
 def built(config: Any = None, decoder: type[Any] | None = None) -> Any:
     """A model on the meta device, with another class of decoder if wanted."""
-    whole = surgery.build_on_meta(zoo.MODELS["llama"].config() if config is None else config, "eager")
+    whole = meta_model.build_on_meta(zoo.MODELS["llama"].config() if config is None else config, "eager")
     if decoder is not None:
         with torch.device("meta"):
             whole.model = decoder(whole.config)
@@ -26,11 +26,11 @@ def built(config: Any = None, decoder: type[Any] | None = None) -> Any:
 
 
 def why_not_cut(whole: Any) -> str:
-    return probe.why_not_cut(whole.get_decoder(), surgery.names_of(whole), tiny.WIDTH)
+    return probe_cut.why_not_cut(whole.get_decoder(), meta_model.names_of(whole), tiny.WIDTH)
 
 
 def why_not_packed(whole: Any, masks: Any = None) -> str:
-    return probe.why_not_packed(whole.get_decoder(), surgery.names_of(whole), tiny.WIDTH, masks=masks)
+    return probe_packing.why_not_packed(whole.get_decoder(), meta_model.names_of(whole), tiny.WIDTH, masks=masks)
 
 
 class Llama(hf.LlamaModel):

@@ -1,8 +1,9 @@
 """A tiny model of every family that is supported, built from the real config classes, and batches for it.
 
-A batch is made twice: as the pipeline's microbatches, and as arguments of the library's own forward.
+A batch is made twice: as the pipeline's microbatches, and as arguments of the library's own forward for each sample.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -425,7 +426,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
     """Rows of samples, one after another, padded on the right; each predicts its words but the first."""
     length = max(sum(len(sample.tokens) for sample in row) for row in rows)
     made = Microbatch({"input_ids": torch.zeros(len(rows), length, dtype=torch.long)})
-    positions = torch.arange(length).repeat(len(rows), 1)
+    positions, tokens = torch.arange(length).repeat(len(rows), 1), torch.zeros(len(rows), length, dtype=torch.long)
     labelled, media, grids = [], [], {"image_grid_thw": [], "video_grid_thw": []}
     for b, row in enumerate(rows):
         start = 0
@@ -433,7 +434,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
             for s, token in enumerate(sample.tokens):
                 flat = b * length + start + s
                 made.inputs["input_ids"].view(-1)[flat] = token
-                positions.view(-1)[flat] = s
+                positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
                 if token in (IMAGE, VIDEO):
                     media.append(flat)
                 elif s:
@@ -445,6 +446,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                     grids[name].append(item.arguments[name])
         positions[b, start:] = torch.arange(length - start) if len(row) > 1 else positions[b, start:]
     made.inputs["position_ids"] = positions
+    made.inputs["token_mask"] = tokens
     made.inputs.update({name: torch.cat(parts) for name, parts in grids.items() if parts})
     made.labels = made.inputs["input_ids"].view(-1)[torch.tensor(labelled)]
     made.label_positions = torch.tensor(labelled) - 1
@@ -469,38 +471,50 @@ def batch(model: Model, packed: bool, layout: PipelineLayout) -> Batch:
     return Batch(microbatches, layout)
 
 
-def reference_loss(whole: Any, model: Model, packed: bool, alone: bool = False) -> Tensor:
-    """By the library's own forward, of whole microbatches, or of each sample alone."""
+def reference_loss(whole: Any, model: Model, packed: bool) -> Tensor:
+    """The loss by the library's own forward of each sample alone, so that no sample can see another one or any padding.
+
+    The load balancing loss of a microbatch is the library's function of the router logits of all its samples.
+    """
     text = whole.config.get_text_config()
     coefficient = text.router_aux_loss_coef if getattr(text, "output_router_logits", False) else 0.0
     losses, auxiliary, labels = [], [], 0
     for rows in sequences(model, packed):
-        for call in [[[sample]] for row in rows for sample in row] if alone else [rows]:
-            given = microbatch(call)
-            out = whole(**arguments(whole, call, given, packed and not alone))
+        router_logits = []
+        for sample in (sample for row in rows for sample in row):
+            given = microbatch([[sample]])
+            out = whole(**arguments(whole, sample, given))
             logits = out.logits.flatten(0, 1)[given.label_positions]
             losses.append(torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum"))
             labels += len(given.labels)
-            auxiliary += [out.aux_loss] if coefficient else []
+            router_logits += [out.router_logits] if coefficient else []
+        auxiliary += [balancing_loss(whole, router_logits)] if coefficient else []
     loss = torch.stack(losses).sum() / labels
     return loss + coefficient * torch.stack(auxiliary).mean() if auxiliary else loss
 
 
-def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed: bool) -> dict[str, Any]:
-    """Of the library's forward, as its processor would make them."""
+def balancing_loss(whole: Any, router_logits: list[Any]) -> Tensor:
+    """The library's load balancing loss of the router logits of several samples, each a tuple with one for each
+    layer."""
+    text = whole.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = next(getattr(text, name) for name in names if getattr(text, name, None) is not None)
+    per_token = next(n for name in ("num_experts_per_tok", "moe_k") if (n := getattr(text, name, None)) is not None)
+    library = sys.modules[type(whole).__module__].load_balancing_loss_func
+    return library(tuple(torch.cat(layer) for layer in zip(*router_logits, strict=True)), experts, per_token)
+
+
+def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]:
+    """The arguments of the library's forward for one sample, as the model's processor would make them."""
     ids = given.inputs["input_ids"]
     made: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-    items = [item.arguments for row in rows for sample in row for item in sample.items]
+    items = [item.arguments for item in sample.items]
     for name in {name for item in items for name in item}:
         joined = torch.cat([item[name] for item in items if name in item])
         made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     if "image_grid_thw" in made or "video_grid_thw" in made:
         made["mm_token_type_ids"] = kinds
-    if packed:
-        made["position_ids"] = given.inputs["position_ids"]
-        if whole.config.model_type.startswith(("qwen", "glm4v")) and "vision_config" in whole.config.sub_configs:
-            made["position_ids"] = torch.stack([_rope(whole, row, given.shape[1]) for row in rows], dim=1)
     if whole.config.model_type == "gemma3":
         made["token_type_ids"] = kinds
     if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
@@ -510,17 +524,3 @@ def arguments(whole: Any, rows: list[list[Sequence]], given: Microbatch, packed:
     if whole.config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
         made["output_router_logits"] = True  # its forward does not look into its text config
     return made
-
-
-def _rope(whole: Any, row: list[Sequence], length: int) -> Tensor:
-    """M-RoPE positions (4, S) of a packed row: of each sample by the library's own function, text positions first."""
-    parts = []
-    for sample in row:
-        given = microbatch([[sample]])
-        ids = given.inputs["input_ids"]
-        kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-        grids = {name: given.inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in given.inputs}
-        found, _ = whole.model.get_rope_index(input_ids=ids, mm_token_type_ids=kinds, **grids)
-        parts.append(torch.cat([given.inputs["position_ids"][None], found])[:, 0])
-    padding = length - sum(part.shape[1] for part in parts)
-    return torch.cat([*parts, torch.arange(padding).expand(4, -1)], dim=1)

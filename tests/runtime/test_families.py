@@ -111,13 +111,6 @@ def test_against_the_unsplit_model(name: str, packed: bool, size: int, reference
     assert seen == reference.gradients.keys()
 
 
-@pytest.mark.parametrize("name", [name for name, packed in CASES if packed and name not in EXPERTS])
-def test_packed_samples_are_apart(name: str, checkpoints: Path, references: Any) -> None:
-    """Load balancing aside, a packed batch gives the loss of its samples one by one."""
-    alone = zoo.reference_loss(zoo.load(name, checkpoints), zoo.MODELS[name], packed=True, alone=True)
-    assert references[name, True].loss == pytest.approx(alone.item(), rel=1e-6)
-
-
 def _videos(layout: PipelineLayout) -> Batch:
     """Microbatches of videos alone."""
 

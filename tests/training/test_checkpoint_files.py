@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from bigmac_lightning.checkpoints import files
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.training import saving
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
@@ -123,7 +123,7 @@ def _interrupted(rank: int, folder: Path) -> dict[str, torch.Tensor]:
 def test_an_interrupted_save_leaves_the_one_before(tmp_path: Path) -> None:
     results = on_ranks(2, _interrupted, tmp_path)
     every = {name: weight for rank in results for name, weight in rank.items()}
-    stored = StoredWeights(tmp_path / "last.ckpt").read()
+    stored = CheckpointWeights(tmp_path / "last.ckpt").read()
     assert_close({name: stored[name] for name in every}, every, 0.0)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
-from bigmac_lightning.checkpoints.stored import StoredWeights
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
@@ -89,7 +89,7 @@ def test_ddp_reads_a_directory(saved: Any) -> None:
 def test_without_a_trainer(kind: str, saved: Any) -> None:
     path = saved[0] / f"{kind}.ckpt"
     every = {key: weight for rank in saved[1] for key, weight in rank[1].items()}
-    stored = StoredWeights(path).read()
+    stored = CheckpointWeights(path).read()
     assert_close({name: stored[name] for name in every}, every, 0.0)
     if kind != "consolidated":  # which Lightning itself does not read
         module = ToyModule.load_from_checkpoint(path, tied=True)
@@ -127,7 +127,7 @@ def _validate_wrong(rank: int, folder: Path, name: str) -> str:
     [
         ("nothing.ckpt", "FileNotFoundError: there is no checkpoint at"),
         ("folder", "is not a checkpoint directory, no such file"),
-        ("other.pt", "is no checkpoint: it has no state_dict"),
+        ("other.pt", "is not a checkpoint: it has no state_dict"),
     ],
 )
 def test_what_is_no_checkpoint(name: str, message: str, tmp_path: Path) -> None:

@@ -7,15 +7,11 @@ import pytest
 import torch
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import TrainedLayers
-from bigmac_lightning.estimates.report import (
-    Precision,
-    StepEstimate,
-    TypicalMicrobatch,
-    as_text,
-    partition_table,
-    ranks_of,
-)
+from bigmac_lightning.estimates.ranks import Precision, ranks_of
+from bigmac_lightning.estimates.step import StepEstimate
+from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
@@ -172,11 +168,11 @@ def test_time_of_each_rank_by_hand() -> None:
     (target,) = (g.work((1, 16, 16), 4).multiplications * 2 * 2 / 1e12 for g in module.generators.values())
     assert pytest.approx((image, 2 * image)) == (step.costs.EF, step.costs.EB)
     nested = 4 * (3 * image + step.costs.G)
-    assert step.ranks[0].work == pytest.approx(3 * per_step * sum(forward.layers[:2]) + nested)
-    assert step.ranks[1].work == pytest.approx(3 * per_step * (sum(forward.layers[2:]) + forward.head) + nested)
+    assert step.ranks[0].tflop == pytest.approx(3 * per_step * sum(forward.layers[:2]) + nested)
+    assert step.ranks[1].tflop == pytest.approx(3 * per_step * (sum(forward.layers[2:]) + forward.head) + nested)
     assert 2.5 * target < step.costs.G < 3 * target  # a part of its last block is not trained
     busy = [step.timeline.makespan - bubble for bubble in step.timeline.bubbles]
-    assert busy == pytest.approx([rank.work for rank in step.ranks])
+    assert busy == pytest.approx([rank.tflop for rank in step.ranks])
 
 
 def test_frozen_parts_take_no_time() -> None:
@@ -186,7 +182,7 @@ def test_frozen_parts_take_no_time() -> None:
     kinds = [{action.kind for action in actions} for actions in step.plan.ranks]
     assert kinds == [{"EF", "F", "G"}, {"EF", "F", "B", "G"}]
     busy = [step.timeline.makespan - bubble for bubble in step.timeline.bubbles]
-    assert busy == pytest.approx([rank.work for rank in step.ranks])
+    assert busy == pytest.approx([rank.tflop for rank in step.ranks])
     again = estimated(built(checkpointing=True))
     assert pytest.approx(1.5 * estimated(built()).costs.B) == again.costs.B
 

@@ -1,7 +1,6 @@
-"""A decoder's own forward on the CPU, with stand-ins for its layers that note what they are called with.
+"""A decoder on the CPU whose layers are stubs: the library's own forward runs, and the stubs record how it calls them.
 
-No layer's weights are needed, so that it takes as long for a real model as for a tiny one. Knows decoders with
-`layers`, an embedding and a norm; judges nothing.
+The layers' weights are never allocated, so a run takes as long for a real model as for a tiny one.
 
 Shape suffixes: B samples, S tokens, D width.
 """
@@ -17,21 +16,25 @@ from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
 from ..initialization import allocate_and_initialize
-from ..surgery import Names, PassThrough
+from ..meta_model import Names, PassThrough
 from .rope import stateless_ropes
 from .stage import hidden_of, shell_of
 
-SHORT = 4  # tokens
+SHORT = 4
+"""Tokens at which `StubDecoder.shorten` puts every threshold of length: fewer than the probes' samples have."""
+
+STATE = object()
+"""Stands for an argument by which layers could pass something to one another: a cache, or an empty container."""
 
 
-class _StandIn(PassThrough):
-    """Stands for a layer, or for the norm.
+class _StubLayer(PassThrough):
+    """Stands in for a layer, or for the norm.
 
     Attributes:
-        result: what it returns; ``None``: what it gets.
-        calls: hidden states, and all other arguments by name.
-        given: the arguments of the last call.
-        order: of all calls, also of others.
+        result: what a call returns; ``None``: its input.
+        calls: of each call, the hidden states and all other arguments by name.
+        last_arguments: the positional and keyword arguments of the last call.
+        order: the places of all stubs that were called, in the order of the calls; all stubs share it.
     """
 
     def __init__(self, instead_of: nn.Module, place: Any, order: list[Any]) -> None:
@@ -39,10 +42,10 @@ class _StandIn(PassThrough):
         self.place, self.order = place, order
         self.result: Tensor | None = None
         self.calls: list[tuple[Any, dict[str, Any]]] = []
-        self.given: Any = None
+        self.last_arguments: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = args, kwargs
+        self.last_arguments = args, kwargs
         hidden = hidden_of(args, kwargs)
         others = {f"argument {i}": value for i, value in enumerate(args) if i}
         others |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -51,8 +54,8 @@ class _StandIn(PassThrough):
         return hidden if self.result is None else self.result
 
 
-class _Embedding(nn.Module):
-    """Stands for the embedding: returns what it was told to."""
+class _StubEmbedding(nn.Module):
+    """Stands in for the embedding and returns `result` for any ids."""
 
     result: Tensor | None = None
 
@@ -60,12 +63,8 @@ class _Embedding(nn.Module):
         return self.result
 
 
-STATE = object()
-"""Stands for an argument by which layers could tell one another something."""
-
-
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is inside nested containers, each with a name."""
+    """The values inside nested containers, each with the path to it as its name."""
     if isinstance(value, Cache) or (isinstance(value, Mapping | list) and not value and name):
         yield name, STATE
     elif isinstance(value, Mapping | list | tuple):
@@ -77,14 +76,14 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @dataclass
-class Run:
+class StubRun:
     """What a forward did.
 
     Attributes:
-        order: layers, and the norm, as they were called.
-        hidden: what went into each layer.
-        others: its other arguments by name.
-        out: what came out at the end.
+        order: the indices of the layers, and "norm", in the order of their calls.
+        hidden: the hidden states that each layer got.
+        others: the other arguments of each layer, by name.
+        out: what the forward returned.
     """
 
     order: list[Any]
@@ -93,22 +92,25 @@ class Run:
     out: Any
 
 
-class Twin:
-    """A decoder on the CPU, with stand-ins for its layers."""
+class StubDecoder:
+    """A decoder on the CPU with stubs for its layers and its embedding.
+
+    The norm is replaced as well if it has parameters: a norm without parameters may be used elsewhere, too.
+    """
 
     def __init__(self, decoder: Any, names: Names) -> None:
         order, norm = list[Any](), decoder.get_submodule(names.norm)
-        layers = nn.ModuleList(_StandIn(layer, k, order) for k, layer in enumerate(decoder.layers))
-        replaced = {"layers": layers, names.embedding: _Embedding(), **stateless_ropes(decoder)}
+        layers = nn.ModuleList(_StubLayer(layer, k, order) for k, layer in enumerate(decoder.layers))
+        replaced = {"layers": layers, names.embedding: _StubEmbedding(), **stateless_ropes(decoder)}
         if any(True for _ in norm.parameters()):
-            replaced[names.norm] = _StandIn(norm, "norm", order)
+            replaced[names.norm] = _StubLayer(norm, "norm", order)
         self.shell: Any = copy.deepcopy(shell_of(decoder, **replaced)).eval()
         allocate_and_initialize(self.shell, seed=0)
         self.config: Any = self.shell.config
         self.embedding: Any = self.shell.get_submodule(names.embedding)
 
     def shorten(self) -> None:
-        """Make what changes at some length change at a few tokens."""
+        """Let whatever changes with the length of a row (chunks, rotary frequencies) change at `SHORT` tokens."""
         for name in ("attention_chunk_size", "original_max_position_embeddings"):
             if getattr(self.config, name, None):
                 setattr(self.config, name, SHORT)
@@ -128,15 +130,16 @@ class Twin:
         by_ids: bool = False,
         mask: Any = None,
         **further: Any,
-    ) -> Run:
-        """
+    ) -> StubRun:
+        """Run the decoder's own forward.
+
         Args:
             h_BSD: embeddings.
             positions: position ids.
-            results: what each layer returns, in all of its elements; ``None``: what it gets.
-            by_ids: let the decoder embed token ids itself.
-            mask: attention mask.
-            further: arguments of the decoder's forward.
+            results: for each layer, the value of all elements that it returns; ``None``: layers return their input.
+            by_ids: whether the decoder gets token ids, which it has to embed itself.
+            mask: the attention mask.
+            further: more arguments of the decoder's forward.
         """
         layers = self.shell.layers
         order = layers[0].order
@@ -149,8 +152,9 @@ class Twin:
         given = {"input_ids": ids} if by_ids else {"inputs_embeds": h_BSD}
         out = self.shell(**given, position_ids=positions, attention_mask=mask, use_cache=False, **further)[0]
         calls = [layer.calls[0] if layer.calls else (None, {}) for layer in layers]
-        return Run(list(order), [hidden for hidden, _ in calls], [others for _, others in calls], out)
+        return StubRun(list(order), [hidden for hidden, _ in calls], [others for _, others in calls], out)
 
-    def given_on_meta(self, layer: int) -> Any:
-        """The arguments of a layer in the last run, to run a real layer without values."""
-        return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), self.shell.layers[layer].given)
+    def arguments_on_meta(self, layer: int) -> Any:
+        """The arguments of a layer in the last run, on the meta device, where a real layer can run with them."""
+        arguments = self.shell.layers[layer].last_arguments
+        return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), arguments)

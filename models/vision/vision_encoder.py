@@ -1,6 +1,4 @@
-"""Any vision tower and a projector as an `Encoder`: images to rows of the LLM's width.
-
-Knows images and batches of them; knows nothing of tokens, microbatches or ranks.
+"""A vision tower with a projector as an `Encoder`, which turns images into rows of the LLM's width.
 
 Shape suffixes: B images, C channels, H and W pixels, T patches of an image, E width of the tower, D width of the LLM,
 N rows of all images.
@@ -17,21 +15,21 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from bigmac_lightning.contracts.components import Encoder
-from bigmac_lightning.estimates.work import Work, attention_work, work_of
+from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
-from .. import surgery
+from .. import loading, meta_model
 from ..initialization import frozen_as, seeded, to_config
 from ..llm import attention
 
 
 @dataclass(frozen=True)
 class _Tower:
-    """How one kind of tower is used.
+    """What one kind of tower needs.
 
     Attributes:
-        prefix: tokens before the patches, by its config: class token, registers.
-        unused: modules and parameters that the patches' rows do not depend on; they would never get a gradient.
-        interpolates: whether it has to be told to interpolate its position embeddings.
+        prefix: gives for a config the number of tokens before the patches (class token, registers).
+        unused: modules and parameters that the patches' features do not depend on; they would never get a gradient.
+        interpolates: whether the forward has an argument that lets it interpolate position embeddings.
     """
 
     prefix: Callable[[Any], int] = lambda config: 0
@@ -46,25 +44,25 @@ _TOWERS = {
     "dinov2_with_registers": _Tower(lambda config: 1 + config.num_register_tokens, ["embeddings.mask_token"]),
     "dinov3_vit": _Tower(lambda config: 1 + config.num_register_tokens, ["embeddings.mask_token"]),
 }
-_PATCH_TOWERS = {  # of the Qwen models: items are patches on a grid (t, h, w); their own merger is a part of them
+_PATCH_TOWERS = {  # the towers of the Qwen models, with their merger: items are patches on a grid (t, h, w)
     "qwen2_5_vl_vision": _Tower(),
     "qwen3_vl_vision": _Tower(unused=["deepstack_merger_list"]),
 }
 
 
 class VisionEncoder(Encoder):
-    """A vision transformer without its pooling head, then a merge of neighbouring patches if wanted, then a linear
-    layer or a two-layer perceptron.
+    """A vision transformer without its pooling head, then a linear layer or a two-layer perceptron. Between the two,
+    neighbouring patches may be merged.
 
-    An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, top left to bottom right; a video (T, C, H, W) the
-    rows of its frames, each encoded by itself. Images of other sizes than the config's `image_size` are encoded with
-    interpolated position embeddings. Qwen's towers take an item's patches,
+    An image (C, H, W) becomes H * W / (patch_size * merge)^2 rows, from top left to bottom right. A video (T, C, H, W)
+    becomes the rows of its frames, each of which is encoded by itself. Images of other sizes than the config's
+    `image_size` are encoded with interpolated position embeddings. Qwen's towers take an item's patches,
     (t, h, w, values of a patch), and make t * h * w / spatial_merge_size^2 rows.
 
     Attributes:
         tower: the vision transformer: SigLIP (1 and 2), CLIP, DINOv2, DINOv3, or that of Qwen2.5-VL or Qwen3-VL.
-        projector: from its width to the LLM's. To train it alone, freeze "encoders.<name>.tower".
-        width: D, of the features.
+        projector: maps from the tower's width to the LLM's. To train it alone, freeze "encoders.<name>.tower".
+        width: the width of the features, D.
     """
 
     def __init__(
@@ -81,17 +79,17 @@ class VisionEncoder(Encoder):
         """
         Args:
             config: ``{"model_type": "siglip_vision_model", "image_size": 8, "patch_size": 2, ...}``; or the folder or
-                name of a pretrained model, of which the config alone is read; or a ready config.
-            width: D, of the LLM.
-            projector_hidden: width of the projector's hidden layer; ``None``: a single linear layer.
-            merge: side of the squares of patches whose features are joined into one row (pixel shuffle).
-            seed: of the initial weights.
-            attn_implementation: as of `HFDecoder`.
-            weights: folder of a checkpoint for the tower; ``None``: initial weights.
-            gradient_checkpointing: keep only each layer's input for the backward and run the layer again.
+                name of a pretrained model, of which only the config is read; or a ready config.
+            width: the width of the LLM, D.
+            projector_hidden: the width of the projector's hidden layer; ``None``: a single linear layer.
+            merge: the side of the squares of patches whose features are joined into one row (pixel shuffle).
+            seed: the seed of the initial weights.
+            attn_implementation: see `HFDecoder`.
+            weights: the folder of a checkpoint for the tower; ``None``: initial weights.
+            gradient_checkpointing: whether to save only each layer's input for the backward and run the layer again.
 
         Raises:
-            ValueError: a tower that is not known here, or an attention implementation that is not there.
+            ValueError: the tower is not supported, or the attention implementation is not installed.
         """
         super().__init__()
         config = to_config(config)
@@ -108,8 +106,8 @@ class VisionEncoder(Encoder):
         if self.takes_patches and merge > 1:
             raise ValueError(f"the tower {kind!r} merges patches itself: leave merge=1 (it is {merge})")
         if kind == "siglip_vision_model":
-            self.config.vision_use_head = False  # its weights would never get a gradient
-        if kind == "dinov3_vit":  # jitter of positions in training: results would depend on who encodes what
+            self.config.vision_use_head = False  # the head's weights would never get a gradient
+        if kind == "dinov3_vit":  # training would jitter positions at random, on each rank in another way
             self.config.pos_embed_shift = self.config.pos_embed_jitter = self.config.pos_embed_rescale = None
         self.config._attn_implementation = attn_implementation
         self.seed, self.source, self.gradient_checkpointing = seed, weights, gradient_checkpointing
@@ -120,7 +118,7 @@ class VisionEncoder(Encoder):
             self.tower: Any = AutoModel.from_config(self.config)
             self.projector = self._new_projector()
         if gradient_checkpointing:
-            surgery.check_checkpointing(self.tower)
+            meta_model.check_checkpointing(self.tower)
         self._freeze_unused()
 
     def _new_projector(self) -> nn.Module:
@@ -129,24 +127,24 @@ class VisionEncoder(Encoder):
 
     def materialize(self) -> None:
         if next(self.tower.parameters()).is_meta:
-            tower = surgery.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
+            tower = loading.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
             self.tower = frozen_as(self.tower, tower)
             if self.gradient_checkpointing:
                 tower.activation_checkpointing_enable({"use_reentrant": False})
             with seeded(self.seed, "projector"):
                 self.projector = frozen_as(self.projector, self._new_projector())
 
-    def work(self, rows: int) -> Work:
-        """Of one picture; every patch sees all others."""
+    def work(self, rows: int) -> ForwardCost:
+        """The cost for an item that is one picture, whose patches all see each other."""
         config = self.config
         side = config.spatial_merge_size if self.takes_patches else self.merge
         patches = rows * side**2 + self.kind.prefix(config)
         depth = config.depth if self.takes_patches else config.num_hidden_layers
-        tower = work_of(self.tower, lambda name: rows if "merger" in name else patches)
-        tower += attention_work(config.hidden_size, patches, patches) * depth
+        tower = forward_cost(self.tower, lambda name: rows if "merger" in name else patches)
+        tower += attention_cost(config.hidden_size, patches, patches) * depth
         if self.gradient_checkpointing:
             tower = tower.checkpointed(depth, config.hidden_size, patches)
-        return tower + work_of(self.projector, rows)
+        return tower + forward_cost(self.projector, rows)
 
     def _freeze_unused(self) -> None:
         modules, parameters = dict(self.tower.named_modules()), dict(self.tower.named_parameters())
@@ -177,7 +175,7 @@ class VisionEncoder(Encoder):
         return patches_BTE[:, self.kind.prefix(self.config) :]
 
     def _merged(self, patches_BTE: Tensor, size: torch.Size) -> Tensor:
-        """Each square of merge * merge patches side by side as one."""
+        """Joins the features of each square of merge * merge patches."""
         side = self.merge
         if side == 1:
             return patches_BTE

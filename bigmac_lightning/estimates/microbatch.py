@@ -1,0 +1,68 @@
+"""The microbatch that estimates are made for: how many tokens, media items and targets it holds, without contents."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bigmac_lightning.contracts.batch import (
+    Batch,
+    MediaItem,
+    Microbatch,
+    PipelineLayout,
+    TargetItem,
+    assign_owners,
+)
+
+
+@dataclass(frozen=True)
+class TypicalMicrobatch:
+    """The contents that every microbatch of a step is assumed to have.
+
+    Attributes:
+        tokens: tokens of the LLM; all of them are labelled.
+        media_rows: those tokens that features of encoders replace.
+        item_rows: the feature rows of one media item; the last item of a microbatch may have fewer.
+        targets: the number of generator targets.
+        target_rows: the condition rows of one target.
+        target_shape: the shape of one target.
+    """
+
+    tokens: int = 4096
+    media_rows: int = 0
+    item_rows: int = 256
+    targets: int = 0
+    target_rows: int = 64
+    target_shape: tuple[int, ...] = (3, 512, 512)
+
+    def __post_init__(self) -> None:
+        for name, least in (("tokens", 1), ("media_rows", 0), ("item_rows", 1), ("targets", 0), ("target_rows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"microbatch.{name} is {getattr(self, name)}; expected at least {least}")
+
+    @property
+    def items(self) -> int:
+        """The number of media items."""
+        return -(-self.media_rows // self.item_rows)
+
+    def batch(self, microbatches: int, layout: PipelineLayout, encoder: str = "", generator: str = "") -> Batch:
+        """A batch of such microbatches, from which a plan can be made but which cannot run.
+
+        Args:
+            encoder, generator: the names of those that all items and targets belong to; "": there are none.
+        """
+        one = torch.zeros(1, dtype=torch.long)
+        made = [
+            Microbatch(
+                {"input_ids": torch.empty(1, self.tokens, device="meta")},
+                label_positions=one,
+                labels=one,
+                media=[MediaItem(encoder, self.item_rows) for _ in range(self.items)] if encoder else [],
+                targets=[
+                    TargetItem(generator, self.target_rows, self.target_shape)
+                    for _ in range(self.targets if generator else 0)
+                ],
+            )
+            for _ in range(microbatches)
+        ]
+        assign_owners(made, layout)
+        return Batch(made, layout)

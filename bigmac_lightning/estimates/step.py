@@ -1,0 +1,201 @@
+"""What one training step of a module will take, estimated from the module on the meta device.
+
+The costs of a microbatch come from counted multiplications. A plan is made with them and simulated, and the plan tells
+how many microbatches and encoder units are alive on each rank at the peak.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from bigmac_lightning.contracts.components import Encoder, Generator, trained_share
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
+from bigmac_lightning.estimates.forward_cost import ForwardCost
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
+from bigmac_lightning.estimates.partition import LayerCosts
+from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
+from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.simulate import Timeline, simulate
+from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.trained import trained_with
+
+TERA = 1e12
+FLOP = 2
+"""Floating-point operations in a multiplication with its addition."""
+
+
+class StepEstimate:
+    """The estimate of a step in which all microbatches are alike.
+
+    Attributes:
+        costs: what the plan was made with: the estimated costs in TFLOP, or the costs of the options.
+        plan: the plan of the step.
+        timeline: the simulation of the plan.
+        ranks: what each rank holds, computes and needs.
+    """
+
+    def __init__(
+        self,
+        module: PipelineModule,
+        options: PipelineOptions,
+        stages: Sequence[range],
+        size: int,
+        microbatch: TypicalMicrobatch,
+        microbatches: int,
+        precision: Precision,
+        estimate_costs: bool = True,
+    ) -> None:
+        """
+        Args:
+            module, options, stages, size, precision: see `ranks_of`.
+            microbatch: what each microbatch holds.
+            microbatches: the number of microbatches in a step, M.
+            estimate_costs: whether to plan with estimated costs instead of the costs of the options.
+
+        Raises:
+            ValueError: no plan is possible within the caps of the options.
+        """
+        self.module, self.options, self.stages, self.size = module, options, stages, size
+        self.microbatch, self.precision = microbatch, precision
+        self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
+        self._media = self._media_cost()
+        self._target = _mean(g.work(microbatch.target_shape, microbatch.target_rows) for g in _generators(module))
+        self._trained = self._find_trained()
+        estimated = self._estimate_costs()
+        self.costs = options.costs
+        if estimate_costs:
+            self.costs = estimated
+            factors = None if options.schedule.own_ranks else self._stage_factors()
+            schedule = replace(options.schedule, costs=self.costs)
+            options = replace(options, schedule=schedule, stage_factors=factors)
+        encoder, generator = next(iter(module.encoders), ""), next(iter(module.generators), "")
+        batch = microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
+        self.plan: Plan = Planner(options, size, 0, self._trained)(batch).plan
+        self.timeline: Timeline = simulate(self.plan)
+        self.ranks = [
+            replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
+            for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision))
+        ]
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _media_cost(self) -> ForwardCost:
+        """The cost of the forward of all media of a microbatch."""
+        encoders = [e for e in self.module.encoders.values() if isinstance(e, Encoder)]
+        item = _mean(e.work(self.microbatch.item_rows) for e in encoders)
+        return item * (self.microbatch.media_rows / self.microbatch.item_rows)
+
+    def _estimate_costs(self) -> Costs:
+        """The costs of a microbatch in TFLOP.
+
+        F, B, I and W are those of the mean rank with all layers trained, as `Trained` leaves out what frozen layers do
+        not need. EF and EB are those of all media, with all weights of the encoders trained, for the same reason. G is
+        that of all targets, with what is trained of the generators.
+        """
+        module, per_multiplication = self.module, FLOP * self.microbatch.tokens / TERA
+        costs = module.llm.costs(self.options.sample_tokens)
+        forward = per_multiplication * sum(costs.of(stage) for stage in self.stages) / self.size
+        again = forward * module.llm.gradient_checkpointing
+        encoder, target = (FLOP * cost.multiplications / TERA for cost in (self._media, self._target))
+        encoders, generators = module.encoders.values(), _generators(module)
+        share = trained_share(module.generators.parameters())
+        through = share > 0 or module.trained_layers.passes[-1]
+        passes = 1 + through * (1 + _all_checkpointed(generators)) + share
+        return Costs(
+            F=forward,
+            B=2 * forward + again,
+            I=forward + again,
+            W=forward,
+            EF=encoder,
+            EB=encoder * (2 + _all_checkpointed(encoders)),
+            G=target * self.microbatch.targets * passes,
+        )
+
+    def _stage_factors(self) -> tuple[float, ...]:
+        """How long each stage takes, relative to the mean stage."""
+        costs = self.module.llm.costs(self.options.sample_tokens)
+        factors = replace(self.options, stage_factors="auto").estimated(costs, self.stages).stage_factors
+        assert isinstance(factors, tuple)
+        return factors
+
+    def _find_trained(self) -> Trained:
+        """What the pipeline will find to be trained."""
+        module, trained = self.module, self.module.trained_layers
+        last = len(self.stages) - 1
+        encoders = any(parameter.requires_grad for parameter in module.encoders.parameters())
+        # Without trained encoders, only adapters in all layers need gradients all the way down.
+        adapters = trained.below and not encoders
+        weights = list[bool]()
+        for s, stage in enumerate(self.stages):
+            parts = range(stage.start + (s > 0), stage.stop + 1 + (s == last))
+            weights.append(adapters or any(trained.shares[part] > 0 for part in parts))
+        return trained_with(module, weights)
+
+    def _tflop(self, rank: int, held: RankEstimate, costs: Costs) -> float:
+        """The TFLOP of a rank in a step.
+
+        Args:
+            held: what the rank holds.
+            costs: the estimated costs, in TFLOP.
+        """
+        plan = self.plan
+        times = self.module.trained_layers.step(self.module.llm.costs(self.options.sample_tokens))
+        llm = FLOP * self.microbatch.tokens / TERA * sum(times.of(stage) for stage in held.layers)
+        backward = costs.EB * self._trained.encoder_backward if self._trained.encoders else 0.0
+        unit = costs.EF * (1 + plan.recomputes) + backward
+        encoder = sum(_of_rank(plan.encoder_shares, plan, rank)) * unit
+        return llm * plan.microbatches + encoder + sum(_of_rank(plan.generator_shares, plan, rank)) * costs.G
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _activations(self, rank: int, held: RankEstimate) -> dict[str, float]:
+        """Bytes at the peak by component. Whatever has a backward counts as if all of its weights were trained."""
+        given, llm, size, passes = (
+            self.microbatch,
+            self.module.llm,
+            self._number_size,
+            self.module.trained_layers.passes,
+        )
+        saved = LayerCosts.of_parts([numbers * there for numbers, there in zip(llm.kept().parts, passes, strict=True)])
+        at_once = 0.0
+        if llm.gradient_checkpointing:
+            at_once = max((saved.layers[k] for stage in held.layers for k in stage), default=0.0)
+            saved = replace(saved, layers=tuple(llm.width * there for there in passes[1:-1]))
+        alive = sum(saved.of(stage) for stage in held.layers)
+        microbatches = self.timeline.llm_microbatches[rank]
+        found = {"LLM": given.tokens * size * (alive * microbatches + at_once)}
+        if self._media.activations:
+            unit = self._media.activations * self._trained.encoder_backward if self._trained.encoders else 0.0
+            found["encoder"] = self.timeline.encoder_units[rank] * unit * size
+        if self._target.activations:
+            targets = max(_of_rank(self.plan.generator_shares, self.plan, rank), default=0.0) * given.targets
+            found["generator"] = targets * self._target.activations * size
+        head = any(stage.stop == llm.num_layers for stage in held.layers)
+        elements = min(given.tokens * llm.vocabulary, CHUNK_ELEMENTS) if head else 0
+        # log-probabilities and their gradient in float32, and the logits themselves where these are narrower
+        found["logits"] = elements * (8 + (size if size < 4 else 0))
+        return found
+
+
+def _generators(module: PipelineModule) -> list[Generator]:
+    return [generator for generator in module.generators.values() if isinstance(generator, Generator)]
+
+
+def _all_checkpointed(components: Iterable[object]) -> bool:
+    found = [getattr(component, "gradient_checkpointing", False) for component in components]
+    return bool(found) and all(found)
+
+
+def _mean(costs: Iterable[ForwardCost]) -> ForwardCost:
+    """The mean over components with matrices of their own. A video encoder that uses those of the image encoder has
+    none, and would halve the mean."""
+    found = [cost for cost in costs if cost.multiplications]
+    return sum(found, ForwardCost()) * (1 / len(found)) if found else ForwardCost()
+
+
+def _of_rank(shares: Sequence[Sequence[float]], plan: Plan, rank: int) -> list[float]:
+    """How many microbatches' worth of each group's items a rank gets."""
+    return [row[rank] * len(group) for row, group in zip(shares, plan.groups, strict=True)] if shares else []

@@ -1,0 +1,108 @@
+"""Weights for some modules of a Hugging Face model: read from a checkpoint with the library's own loader, or drawn."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from bigmac_lightning.checkpoints.mismatches import first_few
+
+from .initialization import allocate_and_initialize
+
+
+def materialize(
+    whole: PreTrainedModel, keep: Callable[[Any], None], source: str | None, seed: int, dtype: torch.dtype | None
+) -> Any:
+    """Drop the modules that are not needed and give the others weights, on the CPU.
+
+    Args:
+        whole: a model on the meta device. It must not be used any longer.
+        keep: drops modules of such a model.
+        source: the folder of a checkpoint; only tensors of modules that are left are read. ``None``: draw the weights.
+        seed: the seed of drawn weights.
+        dtype: the type of the weights; ``None``: as in the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or belongs to another model.
+    """
+    if source is None:
+        keep(whole)
+        allocate_and_initialize(whole, seed)
+        if dtype is not None:
+            _convert(whole, dtype)
+        return whole
+    return _load(type(whole), keep, source, whole.config, dtype)
+
+
+def _convert(whole: Any, dtype: torch.dtype) -> None:
+    """Convert drawn weights to the types that they would have if they were loaded in this type: the library leaves in
+    float32 what it computes with in float32, such as the frequencies of rotary embeddings and some routers."""
+    with torch.device("meta"):
+        model = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype)
+        made = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    float32 = [re.compile(pattern.replace("*", ".*")) for pattern in whole._get_dtype_plan(dtype)]
+    for name, tensor in [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]:
+        exact = any(pattern.search(name) for pattern in float32)
+        tensor.data = tensor.data.to(torch.float32 if exact else made[name].dtype)
+
+
+def _load(
+    model: type[PreTrainedModel],
+    keep: Callable[[Any], None],
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None,
+) -> Any:
+    """Load through a subclass whose constructor drops modules. The library's loader then reads only the tensors of
+    what is left, one by one, and knows how the names of tensors have changed over time."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        model.__init__(self, *args, **kwargs)
+        keep(self)
+
+    # The subclass has the same name and module, because the library looks up conversions of names by them.
+    part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})
+    part._keys_to_ignore_on_load_unexpected = [r".*"]
+    if not Path(source).is_dir():
+        raise ValueError(f"there is no checkpoint folder at {source}")
+    try:
+        with _quietly():
+            loaded, found = part.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=config._attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the error below names them
+                local_files_only=True,
+            )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {source} as a {model.__name__}: {error}") from error
+    wrong = [f"{name}: missing" for name in sorted(found["missing_keys"])]
+    wrong += [f"{name}: wrong shape" for name, *_ in sorted(found["mismatched_keys"])]
+    if wrong:
+        raise ValueError(
+            f"cannot load {source} as a {model.__name__}: tensors do not fit its config: {first_few(wrong)}"
+        )
+    return loaded.train()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silences the library's progress bars, and its report of all tensors that this process does not read."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

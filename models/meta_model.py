@@ -1,0 +1,188 @@
+"""Whole Hugging Face models on the meta device: building them, naming their parts, dropping modules from them.
+
+A dropped module is replaced by a pass-through, so that everything that stays keeps its name and its layer index.
+"""
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from .llm.attention import AttentionNotThereError, refused_clearly
+
+_RETURNED = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+}
+"""What a config may ask a forward to return besides its result, and what it must not ask for here."""
+NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f", "ln_f")
+"""The names that decoders have for their final norm."""
+
+
+class PassThrough(nn.Module):
+    """Stands in for a module that was dropped, and returns its input.
+
+    It has the simple attributes of that module, because a decoder may read some of them (a layer's attention type).
+    """
+
+    def __init__(self, instead_of: nn.Module | None = None) -> None:
+        super().__init__()
+        for name, value in vars(instead_of).items() if instead_of is not None else ():
+            if not name.startswith("_") and name != "training" and isinstance(value, str | int | float):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return args[0] if args else kwargs["hidden_states"]
+
+
+def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
+    """The whole model without weights: with a language model head, and with vision if the config has any.
+
+    The model has its own copy of the config, in which nothing changes what a forward returns.
+
+    Raises:
+        ValueError: transformers cannot build the model, or lacks the attention implementation.
+    """
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the config (model_type {config.model_type!r}) has a quantization_config: quantized weights cannot be "
+            "trained. Load the model with transformers, dequantized, save it, and start from that folder"
+        )
+    auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
+    config = copy.deepcopy(config)
+    for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
+        for name, value in _RETURNED.items():
+            if getattr(part, name, value) != value:
+                setattr(part, name, value)
+    try:
+        with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
+            whole = auto.from_config(config, attn_implementation=attn_implementation)
+    except AttentionNotThereError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"transformers cannot build a model of model_type {config.model_type!r} of this config "
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+        ) from error
+    return whole.to("meta")  # some models draw weights on the CPU whatever the default device is
+
+
+def check_checkpointing(whole: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: the model's layers cannot run again in the backward.
+    """
+    if not whole.supports_gradient_checkpointing:
+        raise ValueError(f"transformers has no gradient checkpointing for {type(whole).__name__}: leave it out")
+
+
+# -- names of parts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of the parts of a language model. The layers of its decoder are always called `layers`.
+
+    Attributes:
+        decoder: the name of the decoder in the whole model.
+        embedding: the name of the embedding in the decoder.
+        norm: the name of the final norm in the decoder.
+        output: the name of the output layer in the whole model.
+    """
+
+    decoder: str
+    embedding: str
+    norm: str
+    output: str
+
+
+def names_of(whole: Any) -> Names:
+    """
+    Raises:
+        ValueError: the model's decoder does not consist of an embedding, layers and a norm.
+    """
+    decoder = whole.get_decoder()
+    children = dict(decoder.named_children())
+    embedding = whole.get_input_embeddings()
+    embeddings = [name for name, child in children.items() if child is embedding]
+    norms = [name for name in NORMS if name in children]
+    found = {"embedding": embeddings, "layers": [name for name in children if name == "layers"], "final norm": norms}
+    if missing := [part for part, names in found.items() if not names]:
+        raise ValueError(
+            f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: its decoder "
+            f"has no {', '.join(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
+        )
+    return Names(path_of(decoder, whole), embeddings[0], norms[0], path_of(whole.get_output_embeddings(), whole))
+
+
+def weights_beside(whole: Any, decoder: Any) -> list[str]:
+    """The names of a model's weights that belong neither to its decoder nor to its output layer."""
+    known = {id(p) for part in (decoder, whole.get_output_embeddings()) for p in part.parameters()}
+    return [name for name, parameter in whole.named_parameters() if id(parameter) not in known]
+
+
+def tied_output(whole: Any) -> dict[str, str]:
+    """``{name of the output weight: name of the embedding's weight}`` if these are one parameter, else nothing."""
+    output, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    if output.weight is not embedding.weight:
+        return {}
+    return {f"{path_of(output, whole)}.weight": f"{path_of(embedding, whole)}.weight"}
+
+
+def path_of(module: nn.Module, whole: nn.Module) -> str:
+    """The name of a module inside another."""
+    return next(name for name, child in whole.named_modules() if child is module)
+
+
+# -- dropping modules --------------------------------------------------------------------------------------------------
+
+
+def drop(whole: nn.Module, name: str) -> None:
+    """Replace a module by a pass-through."""
+    whole.set_submodule(name, PassThrough())
+
+
+def keep_language_model(whole: Any, names: Names, layers: Collection[int], embedding: bool, head: bool) -> None:
+    """Drop everything but these layers of the decoder, its embedding and its head. A vision tower and a projector are
+    dropped, too.
+
+    Args:
+        whole: a model with or without weights; parts of it may have been dropped before.
+        names: the names of its parts.
+        layers: the indices of the layers to keep.
+        embedding: whether to keep the embedding.
+        head: whether to keep the final norm and the output layer.
+    """
+    decoder = whole.get_submodule(names.decoder)
+    around, _, name = names.decoder.rpartition(".")
+    if around:
+        parent = whole.get_submodule(around)
+        for other, _ in list(parent.named_children()):
+            if other != name:
+                drop(parent, other)
+    for k in set(range(len(decoder.layers))) - set(layers):
+        decoder.layers[k] = PassThrough(decoder.layers[k])
+    if not head:
+        # A norm without parameters costs nothing, and some decoders use it before their layers as well.
+        if any(True for _ in decoder.get_submodule(names.norm).parameters()):
+            drop(decoder, names.norm)
+        drop(whole, names.output)
+    if not embedding:
+        drop(decoder, names.embedding)
+    if not (embedding and head):
+        whole.all_tied_weights_keys = {}
+
+
+def drop_parameters_beside_decoder(whole: Any, names: Names) -> None:
+    """Drop the parameters that lie beside the decoder without a module of their own (a separator of images): they
+    belong to the encoder."""
+    around = names.decoder.rpartition(".")[0]
+    if around:
+        parent = whole.get_submodule(around)
+        parent._parameters.update(dict.fromkeys(parent._parameters))

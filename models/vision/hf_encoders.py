@@ -1,0 +1,165 @@
+"""The vision part (tower, projector) of a Hugging Face vision-language model as an `Encoder`.
+
+The whole model is built on the meta device and its LLM is dropped; parameters keep the names of the whole model.
+
+Shape suffixes: N rows of an item, D width of the LLM.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from bigmac_lightning.contracts.batch import MediaData
+from bigmac_lightning.contracts.components import Encoder
+from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
+
+from .. import meta_model
+from ..families import Encode, pixels_of
+from ..hf_component import HFComponent
+from ..llm import attention
+
+
+class HFVisionEncoder(HFComponent, Encoder):
+    """Tower and projector of a vision-language model, run by `get_image_features` of the library.
+
+    An item is what the model's processor makes of one image:
+
+    - for Qwen2/2.5/3-VL, the patches of an image or video, (t, h, w, values of a patch) with its grid (t, h, w);
+    - for LLaVA-OneVision and Mistral 3, a dict with "pixel_values" as below and "image_sizes" of shape (2,), or the
+      pixels alone if the image has their size;
+    - for all others, (C, H, W), or (crops, C, H, W) where the processor cuts images into crops.
+
+    Attributes:
+        config: the config of the whole model.
+        source: the folder that the weights are read from; ``None``: they are drawn.
+        width: the width of the features, D, which is that of the model's own LLM.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | str | PreTrainedConfig,
+        seed: int = 0,
+        attn_implementation: str = "sdpa",
+        weights: str | None = None,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """
+        Args:
+            config, seed, attn_implementation, weights, dtype, gradient_checkpointing: see `HFDecoder`, for the same
+                model.
+
+        Raises:
+            ValueError: the model has no vision part, or one that is not supported.
+        """
+        super().__init__()
+        self._configure(config, seed, attn_implementation, weights, dtype, gradient_checkpointing)
+        if self.family is None:
+            raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
+        self.width: int = self.config.get_text_config().hidden_size
+        self._mixes_shapes = self.family.mixes_shapes
+        if self.family.deepstack:
+            self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
+        whole = self._build_whole()
+        self._keep_vision(whole)
+        self._hold(whole)
+
+    def work(self, rows: int) -> ForwardCost:
+        """The cost for an item that is one picture, whose patches all see each other."""
+        vision: Any = self.config.vision_config
+        patches = rows * _patches_per_row(self.config)
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        cost = forward_cost(self, lambda name: rows if _AFTER_MERGING.search(name) else patches)
+        cost += attention_cost(vision.hidden_size, patches, patches) * depth
+        return cost.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else cost
+
+    def materialize(self) -> None:
+        if not all(parameter.is_meta for parameter in self.parameters()):
+            return
+        keep = self._keep_vision if self.source is not None else lambda whole: None  # the LLM has been dropped already
+        self._hold(self._materialized(keep))
+
+    @staticmethod
+    def _keep_vision(whole: Any) -> None:
+        whole.all_tied_weights_keys = {}
+        if isinstance(whole.get_decoder(), meta_model.PassThrough):
+            return  # the LLM has been dropped, and without it some models fail in `get_output_embeddings`
+        for part in (whole.get_output_embeddings(), whole.get_decoder()):
+            if part is not None:
+                meta_model.drop(whole, meta_model.path_of(part, whole))
+
+    def forward(self, pixels: list[MediaData]) -> Tensor:
+        assert self.family is not None, "the constructor refuses models without a vision part"
+        return self.encode(pixels, self.family.image)
+
+    def encode(self, pixels: Sequence[MediaData], encode: Encode) -> Tensor:
+        """features_ND of all items. Items of the same shape, or of any shape if the model can, are encoded together."""
+        attention.check_device(self._attention, next(self.parameters()).device)
+        base = self._whole.base_model
+        of_shape: dict[torch.Size | None, list[int]] = {}
+        for i, item in enumerate(pixels):
+            of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
+        rows: dict[int, Tensor] = {}
+        for indices in of_shape.values():
+            out = encode(base, [pixels[i] for i in indices])
+            levels = [out.pooler_output, *(out.deepstack_features if self.levels > 1 else ())]
+            by_item = zip(*(_by_item(level, len(indices)) for level in levels), strict=True)
+            rows.update({i: torch.cat(item_levels) for i, item_levels in zip(indices, by_item, strict=True)})
+        return torch.cat([rows[i] for i in range(len(pixels))])
+
+
+class HFVideoEncoder(Encoder):
+    """Encodes videos with the tower and projector of an `HFVisionEncoder`, without parameters of its own.
+
+    An item has the shape (t, h, w, values of a patch) for Qwen's models, else (frames, C, H, W).
+
+    Attributes:
+        width: the width of the features, D.
+    """
+
+    def __init__(self, vision: HFVisionEncoder) -> None:
+        """
+        Args:
+            vision: the encoder of images, to which the weights belong.
+
+        Raises:
+            ValueError: the model takes no videos.
+        """
+        super().__init__()
+        if vision.family is None or vision.family.video is None:
+            raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
+        self.levels, self.width = vision.levels, vision.width
+        self._encode = vision.family.video
+        self._unregistered = (vision,)  # in a tuple, because its parameters are registered once, by their owner
+
+    def input_dtype(self) -> torch.dtype | None:
+        return self._unregistered[0].input_dtype()
+
+    def forward(self, pixels: list[MediaData]) -> Tensor:
+        return self._unregistered[0].encode(pixels, self._encode)
+
+
+_AFTER_MERGING = re.compile("merger|projector|connector")
+"""The modules that get rows: several patches joined to one."""
+
+
+def _patches_per_row(config: Any) -> int:
+    """The number of patches that a model joins to one row of features."""
+    vision: Any = config.vision_config
+    side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
+    side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
+    side = side or round(1 / getattr(config, "downsample_ratio", 1))
+    if rows := getattr(config, "mm_tokens_per_image", None):
+        return (vision.image_size // vision.patch_size) ** 2 // rows
+    return side**2
+
+
+def _by_item(level: Any, items: int) -> list[Tensor]:
+    """features_ND of each item, from a tensor or a list that has an entry for each item, or for each crop."""
+    parts = list(level)
+    crops = len(parts) // items
+    return [torch.cat([p.flatten(0, -2) for p in parts[i * crops : (i + 1) * crops]]) for i in range(items)]
