@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigmac_lightning.callbacks import PipelineMonitor
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.contracts.module import StageOutput
+from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.schedule.plan import Plan
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
