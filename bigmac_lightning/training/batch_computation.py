@@ -13,8 +13,8 @@ from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
 from bigmac_lightning.runtime.executor import Outcome
 from bigmac_lightning.runtime.routing import Item, Routing
-from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.exact import apart, parts_of, together
+from bigmac_lightning.training.planner import PlannedBatch
 
 AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
@@ -30,7 +30,7 @@ class BatchComputation:
         dtype: torch.dtype,
         contexts: Sequence[Callable[[], AbstractContextManager[object]]],
         batch: Batch,
-        plan: Plan,
+        planned: PlannedBatch,
         mode: Mode,
         scales: Tensor,
     ) -> None:
@@ -48,8 +48,8 @@ class BatchComputation:
         self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
         microbatches = batch.microbatches
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
-        self.features = _routing(media, module.feature_rows, plan, "EF")
-        self.conditions = _routing(targets, lambda item: item.rows, plan, "G")
+        self.features = _routing(media, module.feature_rows, planned, "EF")
+        self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
         self.sums = torch.zeros_like(scales)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
@@ -143,6 +143,8 @@ class BatchComputation:
             yield
 
 
-def _routing(items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], plan: Plan, kind: str) -> Routing:
+def _routing(
+    items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], planned: PlannedBatch, kind: str
+) -> Routing:
     known = [[Item(item.owner, rows(item), item.cost) for item in row] for row in items]
-    return Routing(known, plan.groups, plan.pieces(kind))
+    return Routing(known, planned.groups, planned.pieces[kind])

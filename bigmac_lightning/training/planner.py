@@ -2,7 +2,8 @@
 before still runs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,19 +80,43 @@ class Trained:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The plan of a batch, and the program of one rank.
+    """What one rank needs of the plan of a batch: its program, and how media and targets are divided.
+
+    It travels from a DataLoader's worker to the training process at every step. The lists of all other ranks, which
+    would take most of the time, travel as text, and are parsed only if `plan` is asked for.
 
     Attributes:
         key: the metadata that the plan was made from; batches with the same key have the same plan.
-        plan: the plan of all ranks.
         program: this rank's instructions.
         needs: where gradients are needed.
+        groups: the microbatches of each group.
+        pieces: for EF and G, by group and rank, in how many pieces the rank's share is cut.
+        recomputes: whether encoder forwards keep nothing, and run again before their backwards.
+        source: the plan, or its text.
     """
 
     key: object
-    plan: Plan
     program: list[Instruction]
     needs: Needs
+    groups: list[list[int]]
+    pieces: dict[str, dict[tuple[int, int], int]]
+    recomputes: bool
+    source: Plan | str
+
+    @classmethod
+    def of(cls, key: object, plan: Plan, program: list[Instruction], needs: Needs) -> "PlannedBatch":
+        """What one rank needs of a plan."""
+        pieces = {kind: plan.pieces(kind) for kind in ("EF", "G")}
+        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of all ranks."""
+        return Plan.from_json(self.source) if isinstance(self.source, str) else self.source
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return state if isinstance(self.source, str) else state | {"source": self.source.to_json()}
 
 
 class _SharedTrained:
@@ -174,7 +199,7 @@ class Planner:
             needs = trained.needs(batch)
             plan, workload = self._plan(batch, trained, needs)
             order = simulate(plan, workload).order  # make_plan has verified it
-            planned = PlannedBatch(key, plan, lower(plan, order, needs)[self.rank], needs)
+            planned = PlannedBatch.of(key, plan, lower(plan, order, needs)[self.rank], needs)
         self.known[key] = planned
         return planned
 

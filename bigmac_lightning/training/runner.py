@@ -89,7 +89,7 @@ class PipelineRunner:
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
         self.dtype = self._find_dtype()
-        self.last_plan: Plan | None = None
+        self._last_planned: PlannedBatch | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
         self.seed, self.step = torch.initial_seed(), 0
@@ -106,6 +106,11 @@ class PipelineRunner:
         if self.trained.refresh():
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
+
+    @property
+    def last_plan(self) -> Plan | None:
+        """The plan of the last batch that was not empty; ``None`` before it."""
+        return None if self._last_planned is None else self._last_planned.plan
 
     @property
     def places(self) -> ParameterPlaces:
@@ -143,10 +148,10 @@ class PipelineRunner:
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
                 computation = BatchComputation(
-                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned.plan, mode, scales
+                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned, mode, scales
                 )
-                self.executor.run(planned.program, computation, planned.needs, planned.plan.recomputes)
-            self.last_plan = planned.plan
+                self.executor.run(planned.program, computation, planned.needs, planned.recomputes)
+            self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.pp_group)

@@ -247,7 +247,7 @@ def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> Planne
     planned = planner(batch)
     plan = in_pieces(planned.plan, pieces)
     program = lower(plan, verify(plan).order, planned.needs)[planner.rank]
-    return PlannedBatch(planned.key, plan, program, planned.needs)
+    return PlannedBatch.of(planned.key, plan, program, planned.needs)
 
 
 def in_pieces(plan: Plan, most: int) -> Plan:

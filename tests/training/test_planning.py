@@ -1,6 +1,8 @@
 """Plans made by the DataLoader's workers, for each batch's own work, and for what is trained."""
 
+import pickle
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.trained import backward_share
 from tests.models import parts
@@ -54,6 +56,22 @@ def test_workers_plan_what_the_pipeline_runs() -> None:
         assert evaluated == 0
     for _, made, _ in on_ranks(2, _train, ToyData):
         assert made == 4  # without workers in the process itself
+
+
+def test_workers_send_a_rank_its_own_program_alone() -> None:
+    """The lists of the other ranks travel as text, which nobody parses unless the plan is asked for."""
+    planner = Planner(PipelineOptions(ScheduleOptions("filled", pieces=2)), 3, 1, Trained((True,) * 3, ENCODERS, True))
+    planned = planner(toy_batch(7, planner.layout).useful())
+    sent = pickle.dumps(planned)
+    arrived: PlannedBatch = pickle.loads(sent)
+    assert isinstance(arrived.source, str)
+    assert arrived.plan == planned.plan
+    assert arrived.plan is arrived.plan
+    whole = replace(planned, source=arrived.source)
+    assert arrived == whole
+    for kind in ("EF", "G"):
+        assert arrived.pieces[kind] == planned.plan.pieces(kind)
+    assert pickle.dumps(arrived) == sent
 
 
 def _plan(trained: Trained, backbone: str = "1f1b", rank: int = 0, media: bool = True) -> Counter[str]:
