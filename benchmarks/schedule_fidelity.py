@@ -207,7 +207,7 @@ def plans_of_backbones(size: int, microbatches: int, generator: float) -> list[P
     plans: list[Plan] = []
     for name, backbone in BACKBONES.items():
         stages = next((stages for stages in backbone.virtual_stages if stages > 1), 1)
-        costs = Costs(F=1, B=2, I=1, W=1, EF=stages, EB=2 * stages, G=generator * stages)
+        costs = Costs(F=stages, B=2 * stages, I=stages, W=stages, EF=stages, EB=2 * stages, G=generator * stages)
         plans += [
             make_plan(
                 PlanRequest(
