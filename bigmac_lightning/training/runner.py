@@ -11,7 +11,7 @@ from torch import Tensor
 from bigmac_lightning.contracts.batch import Batch, MediaItem
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
-from bigmac_lightning.estimates.partition import LayerCosts, make_stages
+from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
@@ -22,11 +22,6 @@ from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
 from bigmac_lightning.training.trained import TrainedParts
-
-
-def split_layers(layers: int, stages: int) -> list[range]:
-    """The layers of each stage: consecutive, and of nearly equal number; see `make_stages`."""
-    return make_stages(LayerCosts((1.0,) * layers), stages)
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:

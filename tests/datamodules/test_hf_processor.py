@@ -32,12 +32,13 @@ from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.datamodules.examples import clips
 from tests.datamodules.processors import PROCESSORS, write_model
 from tests.models import zoo
 from tests.ranks import run_ranks
 from tests.runtime.test_families import error
+from tests.toy import split_layers
 from tests.training.trainers import on_ranks, plain_trainer
 
 FAMILIES = [

@@ -23,9 +23,9 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, seeded, toy_batch
+from tests.toy import ToyModule, seeded, split_layers, toy_batch
 
 TOLERANCE = 1e-6
 STEPS = 3

@@ -10,9 +10,9 @@ from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, split_layers, toy_batch
 
 
 def _compiled(rank: int, backbones: list[tuple[str, int]]) -> list[tuple[float, dict[str, Any], set[bool]]]:
