@@ -1,4 +1,4 @@
-"""How commands read their arguments, and how they end: with an exit code, and an error in one line."""
+"""How commands parse their arguments and how they end: with an exit code, and with an error in one line."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from bigmac_lightning.schedule.plan import PlanError
 
 PROBLEMS = (ValueError, OSError, ImportError, ArgumentError)
-"""What a user can put right; anything else is a fault of ours, and shows where."""
+"""Errors that a user can put right. All other exceptions are faults of this package and keep their traceback."""
 
 
 def parser_of(name: str, description: str, options: Callable[..., Any]) -> ArgumentParser:
@@ -24,9 +24,9 @@ def answer(name: str, run: Callable[[], object], further: Sequence[type[Exceptio
     """Run a command.
 
     Args:
-        further: exceptions that are the user's, too.
+        further: further exceptions that a user can put right.
 
-    Returns: its exit code: 0, or 2 after an error, which goes to stderr.
+    Returns: the exit code: 0, or 2 after an error, which is printed to stderr.
     """
     try:
         run()
@@ -37,15 +37,32 @@ def answer(name: str, run: Callable[[], object], further: Sequence[type[Exceptio
 
 
 def text_of(problem: Exception) -> str:
-    """In one line, of jsonargparse's many the key and what is expected; of a plan that cannot progress, with every
-    rank's list below."""
+    """The error in one line. A plan that cannot progress has every rank's list below.
+
+    Of the many lines of jsonargparse, only the key, its value and what is expected are shown.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
     if isinstance(problem, PlanError):
         return text
+    key = re.match(r'Parser key "([^"]*)":', text)
+    if reasons := _reasons_of_union(text):
+        return "; ".join(reasons) if key is None else f"--{key[1]}: {'; '.join(reasons)}"
     pattern = r"""Parser key "([^"]*)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
     wrong = re.match(pattern, text, re.DOTALL)
-    if wrong and "is not accepted" not in text:  # which tells more
+    if wrong and "is not accepted" not in text:  # this text names the wrong key
         key, expected, found = wrong.groups()
         auto = " or auto" if "Literal['auto']" in text else ""
         return f"--{key} is {found.strip().splitlines()[0]}; expected {expected}{auto}"
     return " ".join(text.split())
+
+
+def _reasons_of_union(text: str) -> list[str]:
+    """Why a value of several possible types was refused, without the types that it just does not have.
+
+    The values in jsonargparse's text, which may be whole configs, are left out.
+    """
+    if "Does not validate against any of the Union subtypes" not in text or "Errors:" not in text:
+        return []
+    errors = text.split("Errors:", 1)[1].split("Given value type", 1)[0]
+    reasons = [" ".join(reason.split()) for reason in re.split(r"\n\s+- ", errors)]
+    return [reason for reason in reasons if reason and not reason.startswith("Expected a")]

@@ -61,6 +61,12 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
         (["--trainer.devices=auto"], "trainer.devices is 'auto'; a plan needs their number"),
         (["--trainer.strategy=ddp"], "trainer.strategy is 'ddp'; plans are made for bigmac"),
         (["--trainer.strategy.init_args.polcy=nested"], "'polcy' is not accepted"),
+        (["--trainer.strategy.init_args.schedule.polcy=nested"], "unrecognized arguments: --schedule.polcy=nested"),
+        (
+            ["--trainer.strategy.init_args.schedule.policy=best"],
+            "error: policy is 'best'; expected one of nested, upfront, first_stage, filled, recompute, disaggregated",
+        ),
+        (["--trainer.strategy.init_args.schedule={group_sise: 4}"], "'schedule' does not accept option 'group_sise'"),
         (["--trainer.colour=red"], "unrecognized arguments: --trainer.colour=red"),
         (
             ["--trainer.devices=8", "--trainer.strategy.init_args.pipeline_parallel_size=8"],
