@@ -16,6 +16,7 @@ from .loading.collate import Collator, Media, Sample, Target
 from .loading.failures import SourceError
 from .loading.sampler import EpochSampler
 from .multimodal import MultimodalDataModule
+from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .sources.caption_folder import CaptionFolder
 from .sources.conversation import Conversation, example_of
 from .sources.hugging_face import HFDataset, HFStream
@@ -27,6 +28,7 @@ from .sources.text_files import TextFiles
 
 __all__ = [
     "CaptionFolder",
+    "ChatOptions",
     "Clips",
     "Collator",
     "Conversation",
@@ -43,10 +45,13 @@ __all__ = [
     "HFVisual",
     "Image",
     "LlavaJSON",
+    "LoadingOptions",
     "Media",
     "Message",
     "MessagesJSONL",
+    "MixtureOptions",
     "MultimodalDataModule",
+    "PackingOptions",
     "PatchProcessor",
     "PipelineDataModule",
     "PipelineDataset",

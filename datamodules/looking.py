@@ -129,10 +129,10 @@ def sources_of(data: MultimodalDataModule, split: Split, stream_examples: int = 
         stream_examples: how many of each stream.
     """
     views: list[SourceView] = []
-    for given in data.parts(split):
+    for given in data.split_sources(split):
         source = Taken(given, stream_examples) if isinstance(given, Stream) else given
         if source is given:
-            measured = data.measured_of(source, split)
+            measured = data.measure(source, split)
         else:
             measured = measure_all(source, data.encoder, data.token_budget, data.num_workers, learns=split == "train")
         views.append(SourceView(source, measured, source is not given))

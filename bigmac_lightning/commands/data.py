@@ -84,7 +84,7 @@ def _show(run: DataReader, console: Console) -> None:
             raise ValueError(f"--{name} is {config[name]}; expected an integer of at least {least}")
     views: dict[str, list[SourceView]] = {}
     for split in SPLITS:
-        if data.parts(split):
+        if data.split_sources(split):
             views[split] = looking.sources_of(data, split, config["stream_examples"])
     if not views:
         raise ValueError("the DataModule has no sources: give it train, val, test or predict")
@@ -161,7 +161,7 @@ def _step(step: StepView, data: MultimodalDataModule, replicas: int) -> Table:
         share = f"{m.tokens / data.token_budget:.1%}"
         table.add_row(str(number), *(f"{n:,}" for n in (m.samples, m.tokens)), share, f"{m.learnt:,}", f"{m.rows:,}",
                       f"{m.cost:,.0f}")  # fmt: skip
-    rows = "packed into one row" if data.packed else "a row for each sample, padded"
+    rows = "packed into one row" if data.packing.packed else "a row for each sample, padded"
     table.caption = f"{step.used:.1%} of token_budget={data.token_budget} are used over the epoch; {rows}"
     return table
 

@@ -58,7 +58,7 @@ class Reading:
             raise ExampleError(
                 "has texts that the chat template looks into, in a way that does not allow to tell which part of the "
                 "conversation is whose: give what belongs to the template (tags, control words) as reasoning_content, "
-                "tool_calls or messages of role tool, or use another chat_template"
+                "tool_calls or messages of role tool, or set another chat.template"
             )
         self.places, self.repeated = found.places, found.repeated
         self._check_left_out()
@@ -107,7 +107,7 @@ class Reading:
                 continue  # many templates write what was thought before the user's last message no more
             raise ExampleError(
                 f"has {self.called(piece.message)}, of which the chat template leaves out {KINDS[piece.kind]}: take "
-                "it out, or give a chat_template that writes it"
+                "it out, or set chat.template to one that writes it"
             )
 
     # -- where a reply begins ------------------------------------------------------------------------------------------
@@ -205,6 +205,6 @@ class Reading:
 
     def _untold(self, i: int) -> ExampleError:
         return ExampleError(
-            f"has {self.called(i)}, of which the chat template does not allow to tell where it begins and ends: give "
-            "a chat_template that marks replies by {% generation %}, or learn=False in that message"
+            f"has {self.called(i)}, of which the chat template does not allow to tell where it begins and ends: set "
+            "chat.template to one that marks replies by {% generation %}, or learn=False in that message"
         )

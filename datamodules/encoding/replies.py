@@ -10,16 +10,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from ..example import Example, ExampleError, Image, Message, arguments_of
+from ..options import Learn
 from .marks import alternatives
 from .reading import Reading
 from .special import SpecialTokens
 from .template import ChatTemplate
 from .text import Edit, Run, Text, keys_in, overlaps, strings_in
-
-Learn = Literal["all", "last"]
 
 
 def plain_text(example: Example, template: ChatTemplate) -> Text:
@@ -65,7 +64,8 @@ class Replies:
             ExampleError: the template refuses the conversation, leaves out a part of it, or writes it so that it cannot
                 be told what the assistant says.
         """
-        self.template.check_variables(example.chat_template_kwargs)
+        if reason := self.template.refused_variable(example.chat_template_kwargs):
+            raise ExampleError(f"has chat_template_kwargs with {reason}")
         self._check_names(example)
         messages = example.messages
         reading = Reading(self.template, self.special.written, example, self._cuts)
@@ -121,7 +121,7 @@ class Replies:
             if found := self.special.pattern.search(text):
                 raise ExampleError(
                     f"has the special token {found[0]} in a schema, a name or a variable: take it out, or name it in "
-                    "allowed_special"
+                    "chat.allowed_special"
                 )
 
     def _check_end(self, called: str, behind: str | None) -> None:
@@ -131,8 +131,8 @@ class Replies:
             such = f", such as {token!r}" if token else ""
             raise ExampleError(
                 f"has a reply, {called}, behind which the chat template puts no special token: a model that learns it "
-                "does not learn to stop. Give a chat_template that ends replies; or say by end_of_reply what is to end "
-                f"them{such} (not for tool calls); end_of_reply='' learns them without an end"
+                "does not learn to stop. Set chat.template to one that ends replies, or set chat.end_of_reply to a "
+                f"token that ends them{such} (not for tool calls), or to '' to learn them without an end"
             )
 
     def _generated_stop(self, reading: Reading, i: int, runs: Sequence[Run]) -> tuple[int, bool]:

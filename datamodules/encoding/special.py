@@ -8,14 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
 from ..example import ExampleError
+from ..options import InText
 from .marks import alternatives
 from .template import ChatTemplate
 from .text import Run, Text
-
-InText = Literal["text", "refuse"]
 
 TAG = re.compile(r"[^\w\s]")
 """What tells tokens that structure a conversation from words that were added to a vocabulary."""
@@ -58,7 +57,7 @@ class SpecialTokens:
         wrong = [token for token in allowed if token not in added or token in placeholders]
         if wrong:
             raise ValueError(
-                f"allowed_special={wrong}: name special tokens of the tokenizer, and none that stand for media"
+                f"chat.allowed_special={wrong}: name special tokens of the tokenizer, and none that stand for media"
             )
         control = {token for token, special in added.items() if special} | ({*placeholders} & added.keys())
         control |= {*(tokenizer.chat_control_tokens or ())}
@@ -103,8 +102,8 @@ class SpecialTokens:
         if self.in_text == "refuse":
             found = dict.fromkeys(text.text[start:stop] for start, stop in words)
             raise ExampleError(
-                f"has a text with the special tokens {', '.join(found)}: take them out, name them in allowed_special, "
-                'or use special_tokens="text", which encodes them as ordinary characters'
+                f"has a text with the special tokens {', '.join(found)}: take them out, name them in "
+                'chat.allowed_special, or set chat.special_tokens to "text", which encodes them as ordinary characters'
             )
         added = [token for token in tokens if token[1] == token[2]] if own else []
         front = sum(1 for _ in takewhile(lambda token: token[1] == token[2], tokens)) if own else 0

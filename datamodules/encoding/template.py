@@ -140,9 +140,7 @@ class ChatTemplate:
         tools, variables = self._surroundings(example)
         source = self.source(bool(tools))
         if not source:
-            raise ExampleError(
-                "is a conversation, and the tokenizer has no chat template: give the DataModule a chat_template"
-            )
+            raise ExampleError("is a conversation, and the tokenizer has no chat template: set chat.template")
         if not GENERATION.search(source):
             return self.render(turns, reply, example), None
         names = {**self.tokenizer.special_tokens_map, **variables}
@@ -169,20 +167,16 @@ class ChatTemplate:
 
     # -- what it can write ---------------------------------------------------------------------------------------------
 
-    def check_variables(self, variables: Iterable[str]) -> None:
-        """
-        Raises:
-            ExampleError: the template has no such variable.
-        """
+    def refused_variable(self, variables: Iterable[str]) -> str:
+        """The first variable that the template does not have, and why it is refused; empty: all can be set."""
         writer = self.tokenizer if self.processor is None else self.processor
         taken = {"messages", *inspect.signature(writer.apply_chat_template).parameters} - {"kwargs"}
         for name in variables:
             if name in taken:
-                raise ExampleError(f"has chat_template_kwargs with {name!r}, which cannot be set there")
+                return f"{name!r}, which cannot be set there"
             if not re.search(rf"\b{re.escape(name)}\b", self.source() + self.source(True)):
-                raise ExampleError(
-                    f"has chat_template_kwargs with {name!r}, but the chat template has no such variable"
-                )
+                return f"{name!r}, but the chat template has no such variable"
+        return ""
 
     def check_tools(self, turns: Sequence[Turn], reply: bool, example: Example) -> None:
         """Try other names for the tools, which nothing else in the conversation has.
@@ -274,7 +268,7 @@ def read_template(given: str | Path) -> str:
         return given
     path = Path(given).expanduser()
     if not path.is_file():
-        raise ValueError(f"chat_template={str(given)!r} is neither a template nor the path of a file with one")
+        raise ValueError(f"chat.template={str(given)!r} is neither a template nor the path of a file with one")
     return path.read_text("utf-8-sig")
 
 

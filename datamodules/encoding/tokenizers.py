@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .chat import DRAW, IMAGE, VIDEO
+from ..options import DRAW, IMAGE, VIDEO
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, VIDEO, DRAW)
 TEMPLATE = (

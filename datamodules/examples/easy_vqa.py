@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from ..encoding.chat import DRAW, IMAGE
 from ..example import Example, File, Image, Message, Size
 from ..multimodal import MultimodalDataModule
+from ..options import DRAW, IMAGE, ChatOptions
 from ..sources.source import Source
 
 TEMPLATE = (
@@ -95,17 +95,17 @@ class EasyVQADataModule(MultimodalDataModule):
         self,
         train_questions: int | None = None,
         val_questions: int | None = None,
-        end_of_reply: str | None = "",
+        chat: ChatOptions = ChatOptions(end_of_reply=""),
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            train_questions, val_questions: the first so many; ``None``: all.
-            end_of_reply: as of `MultimodalDataModule`; none by default, as a reply is one word.
-            kwargs: of `MultimodalDataModule`.
+            train_questions, val_questions: number of questions, from the first on; ``None``: all.
+            chat: as for `MultimodalDataModule`; by default replies end without a token, as each is one word.
+            kwargs: as for `MultimodalDataModule`.
         """
         train, val = EasyVQA("train", train_questions), EasyVQA("test", val_questions)
-        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), end_of_reply=end_of_reply, **kwargs)
+        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), chat=chat, **kwargs)
 
 
 def word_tokenizer(source: EasyVQA) -> Any:

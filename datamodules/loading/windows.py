@@ -20,9 +20,10 @@ from bigmac_lightning.contracts.batch import Batch
 
 from ..encoding.chat import ChatEncoder
 from ..example import Example, ExampleError
+from ..options import PackingOptions
 from ..packing.measuring import encoded, name_of, reason_of
 from ..packing.packing import deal, llm_cost, pack
-from ..packing.steps import PackingOptions
+from ..packing.steps import StepSize
 from ..sources.stream import Stream
 from .collate import Sample
 from .failures import Agreement, SourceError
@@ -99,8 +100,8 @@ class Room:
         window: examples after which no more steps are begun.
     """
 
-    def __init__(self, options: PackingOptions, step: int) -> None:
-        self.options, self.step = options, step
+    def __init__(self, token_budget: int, packing: PackingOptions, step: int) -> None:
+        self.token_budget, self.packing, self.step = token_budget, packing, step
         self.bins: list[list[int]] = []
         self.samples = 0
         self._rooms: list[tuple[int, int]] = []  # (room, bin), sorted; the last bin's alone if the order is kept
@@ -110,14 +111,14 @@ class Room:
         at = bisect_left(self._rooms, (tokens, -1))
         if at < len(self._rooms):
             room, b = self._rooms.pop(at)
-        elif self.samples < self.options.window or len(self.bins) % self.step:
+        elif self.samples < self.packing.buffer_size or len(self.bins) % self.step:
             self.bins.append([])
-            room, b = self.options.token_budget, len(self.bins) - 1
+            room, b = self.token_budget, len(self.bins) - 1
         else:
             return False
         self.bins[b].append(self.samples)
         self.samples += 1
-        if self.options.ordered:
+        if self.packing.ordered:
             self._rooms.clear()
         insort(self._rooms, (room - tokens, b))
         return True
@@ -143,19 +144,23 @@ class StreamSteps(IterableDataset):
         streams: Sequence[Stream],
         weights: Sequence[float],
         encoder: ChatEncoder,
-        options: PackingOptions,
+        size: StepSize,
+        packing: PackingOptions,
         seed: int,
         replicas: int,
         replica: int,
     ) -> None:
-        self.streams, self.weights, self.encoder, self.options = streams, weights, encoder, options
+        self.streams, self.weights, self.encoder = streams, weights, encoder
+        self.size, self.packing = size, packing
         self.seed, self.replicas, self.replica = seed, replicas, replica
         start = [{"name": stream.name, "turn": 0, "place": None, "drawn": 0} for stream in streams]
         self.position: Position = {"streams": start, "window": 0, "step": 0}
 
     def fingerprint(self) -> str:
         """Of all that the steps of a window depend on, its examples aside."""
-        state = repr((self.options, list(self.weights), self.seed, self.replicas))
+        packing = self.packing
+        options = (self.size, packing.buffer_size, packing.ordered, packing.attention_tokens)
+        state = repr((options, list(self.weights), self.seed, self.replicas))
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def __iter__(self) -> Generator[StreamStep | SourceError, None, None]:
@@ -180,14 +185,14 @@ class StreamSteps(IterableDataset):
                 parts = [[samples[i] for i in b] for b in steps[k][self.replica]]
                 behind = {**position, "step": k + 1} if k + 1 < len(steps) else after
                 yield StreamStep(
-                    parts if self.options.ordered else dearest_first(parts),
+                    parts if self.packing.ordered else dearest_first(parts),
                     Progress(behind, () if k else tuple(left_out), check),
                 )
             position = after
 
     def _read(self, mixture: Mixture) -> tuple[list[Sample], list[str], list[list[int]]]:
         """The samples of a window, what was wrong with other examples, and bins that the samples fit into."""
-        room = Room(self.options, self.replicas * self.options.microbatches)
+        room = Room(self.size.token_budget, self.packing, self.replicas * self.size.microbatches)
         samples: list[Sample] = []
         left_out: list[str] = []
         in_a_row = 0
@@ -197,12 +202,12 @@ class StreamSteps(IterableDataset):
             try:
                 if isinstance(example, ExampleError):
                     raise example
-                budget = self.options.token_budget
+                budget = self.size.token_budget
                 sample, _ = encoded(example, self.encoder, budget, name, (at, number), learns=True)
             except Exception as error:  # whatever is wrong with it, it is wrong on all ranks
                 left_out.append(f"{name} {reason_of(error)}")
                 in_a_row += 1
-                if in_a_row > self.options.window:
+                if in_a_row > self.packing.buffer_size:
                     raise SourceError(
                         f"{in_a_row} examples in a row cannot be used; the last: {left_out[-1]}"
                     ) from error
@@ -214,15 +219,15 @@ class StreamSteps(IterableDataset):
             samples.append(sample)
 
     def _deal(self, samples: list[Sample], bins: list[list[int]], window: int) -> list[list[list[list[int]]]]:
-        options = self.options
+        size, packing = self.size, self.packing
         tokens = [len(sample.tokens) for sample in samples]
-        costs = [llm_cost(n, options.attention_tokens) for n in tokens]
-        if not options.ordered:
-            packed = pack(tokens, costs, options.token_budget, len(tokens))
+        costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
+        if not packing.ordered:
+            packed = pack(tokens, costs, size.token_budget, len(tokens))
             bins = packed if len(packed) <= len(bins) else bins
             random.Random(f"{self.seed}/window/{window}").shuffle(bins)
-        steps = -(-len(bins) // (self.replicas * options.microbatches))
-        return deal(bins, costs, self.replicas, options.microbatches, steps, exact=True)
+        steps = -(-len(bins) // (self.replicas * size.microbatches))
+        return deal(bins, costs, self.replicas, size.microbatches, steps, exact=True)
 
 
 def _checksum(samples: Sequence[Sample]) -> int:

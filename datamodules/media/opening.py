@@ -50,7 +50,7 @@ def check_same(file: File, found: object, measured: object) -> None:
     if found != measured:
         raise ExampleError(
             f"{file.name} is another than was measured: {found} instead of {measured}. If it was replaced, or if the "
-            "source gives wrong sizes, correct that; sizes of an earlier run are in the DataModule's cache_dir"
+            "source gives wrong sizes, correct that; sizes of an earlier run are in loading.cache_dir"
         )
 
 

@@ -152,8 +152,8 @@ def encoded(
     sample = encoder.encode(example, sizes, name, draw)
     if len(sample.tokens) > budget:
         raise ExampleError(
-            f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
-            f'per image or video, raise token_budget={budget}, or cut off its end by truncation="end"'
+            f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows per "
+            f'image or video, raise token_budget={budget}, or set packing.truncation to "end", which cuts off its end'
         )
     if learns and not any(sample.labelled) and not sample.targets:
         raise ExampleError(

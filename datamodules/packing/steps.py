@@ -12,30 +12,24 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from ..options import PackingOptions
 from .measuring import Measurements
 from .packing import deal, llm_cost, mix, pack
 
 
 @dataclass(frozen=True)
-class PackingOptions:
-    """How examples become microbatches.
+class StepSize:
+    """How much a replica trains on in a step.
 
     Attributes:
-        token_budget: most tokens of a microbatch.
-        microbatches: of a replica in a step.
-        exact: whether steps must have exactly so many; else some may have one more.
-        window: examples packed together.
-        ordered: keep the order of examples in packing.
-        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer: about 12
-            times its width.
+        token_budget: maximum number of tokens in a microbatch.
+        microbatches: number of microbatches in a step.
+        exact: every step has exactly this number of microbatches; otherwise some steps may have one more.
     """
 
     token_budget: int
     microbatches: int
     exact: bool = False
-    window: int = 1024
-    ordered: bool = False
-    attention_tokens: float = 12 * 4096
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,8 @@ class StepSampler(DistributedSampler):
     def __init__(
         self,
         measured: Sequence[Measurements],
-        options: PackingOptions,
+        size: StepSize,
+        packing: PackingOptions,
         weights: Sequence[float] | None = None,
         samples: int | None = None,
         shuffle: bool = False,
@@ -81,15 +76,16 @@ class StepSampler(DistributedSampler):
     ) -> None:
         """
         Args:
-            measured: of each source; examples with errors are left out.
+            measured: the measurements of each source; examples with errors are left out.
             weights, samples: as in `packing.mix`.
-            same: every epoch is the first one.
+            same: every epoch repeats the first one.
         """
         self.usable = [np.flatnonzero(m.tokens) for m in measured]
         if not measured or not all(map(len, self.usable)):
             raise ValueError("a split needs sources, and each source a usable example")
         super().__init__(range(1), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # pyright: ignore
-        self.measured, self.options, self.weights, self.samples = list(measured), options, weights, samples
+        self.measured, self.size, self.packing = list(measured), size, packing
+        self.weights, self.samples = weights, samples
         self.start, self.same = 0, same
         self._order: _Order | None = None
         self._length: int | None = None
@@ -111,8 +107,10 @@ class StepSampler(DistributedSampler):
             yield Step(self.epoch, bins)
 
     def fingerprint(self) -> str:
-        """Of all that the order of steps depends on, the number of replicas aside."""
-        state = hashlib.sha256(repr((self.options, self.weights, self.samples, self.shuffle, self.seed)).encode())
+        """A hash of everything that the order of steps depends on, except the number of replicas."""
+        packing = self.packing
+        options = (self.size, packing.buffer_size, packing.ordered, packing.attention_tokens)
+        state = hashlib.sha256(repr((options, self.weights, self.samples, self.shuffle, self.seed)).encode())
         for m in self.measured:
             state.update(m.tokens.tobytes())
         return state.hexdigest()[:16]
@@ -123,12 +121,12 @@ class StepSampler(DistributedSampler):
         return self._order
 
     def _plan(self, epoch: int, steps: int | None) -> _Order:
-        options = self.options
+        size, packing = self.size, self.packing
         picks = mix([len(u) for u in self.usable], self.weights, self.samples, self.seed, epoch, self.shuffle)
         picks = [(source, int(self.usable[source][index])) for source, index in picks]
         tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
-        costs = [llm_cost(n, options.attention_tokens) for n in tokens]
-        bins = pack(tokens, costs, options.token_budget, options.window, options.ordered)
-        if self.shuffle and not options.ordered:
+        costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
+        bins = pack(tokens, costs, size.token_budget, packing.buffer_size, packing.ordered)
+        if self.shuffle and not packing.ordered:
             random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
-        return _Order(epoch, picks, deal(bins, costs, self.num_replicas, options.microbatches, steps, options.exact))
+        return _Order(epoch, picks, deal(bins, costs, self.num_replicas, size.microbatches, steps, size.exact))

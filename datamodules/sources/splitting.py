@@ -60,15 +60,15 @@ def held_out_of(
     """
     shares = [wanted] * len(sources) if isinstance(wanted, int | float) else list(wanted)
     if len(shares) != len(sources):
-        raise ValueError(f"val_split={shares} for {len(sources)} training sources: give one for each")
+        raise ValueError(f"mixture.val_split={shares} for {len(sources)} training sources: give one for each")
     train, held_out = list[Source | Stream](), list[Source]()
     for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
         if not share:
             train.append(source)
         elif isinstance(source, Stream):
             raise ValueError(
-                f"val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
-                "val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
+                f"mixture.val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
+                "mixture.val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
             )
         else:
             rest, part = parted(source, share, f"{seed}/val/{number}")
@@ -87,8 +87,8 @@ def parted(source: Source, held_out: HeldOut, seed: str) -> tuple[Part, Part]:
     number = round(held_out * total) if isinstance(held_out, float) else held_out
     if (isinstance(held_out, float) and not 0 < held_out < 1) or not 0 <= number < total:
         raise ValueError(
-            f"val_split={held_out!r} of the {total} examples of {source.name}: give a share between 0 and 1 (0.05), or "
-            "a number of examples that leaves some to train on"
+            f"mixture.val_split={held_out!r} of the {total} examples of {source.name}: give a share between 0 and 1 "
+            "(0.05), or a number of examples that leaves some to train on"
         )
     number = max(number, 1) if isinstance(held_out, float) and total > 1 else number
     chosen = set(Random(seed).sample(range(total), number))

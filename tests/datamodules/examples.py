@@ -8,6 +8,7 @@ from typing import Any
 import PIL.Image
 
 from bigmac_lightning.datamodules import (
+    LoadingOptions,
     MessagesJSONL,
     MultimodalDataModule,
     PatchProcessor,
@@ -88,7 +89,7 @@ def data(path: Path, **changes: Any) -> MultimodalDataModule:
         "target": TARGET,
         "token_budget": 160,
         "microbatches": 3,
-        "cache_dir": path.parent / "measured",
+        "loading": LoadingOptions(cache_dir=path.parent / "measured"),
         **changes,
     }
     return MultimodalDataModule(**arguments)

@@ -16,8 +16,11 @@ from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import (
     ExampleError,
     HFDataset,
+    LoadingOptions,
     MessagesJSONL,
+    MixtureOptions,
     MultimodalDataModule,
+    PackingOptions,
     SourceError,
     WebDatasetTars,
 )
@@ -105,8 +108,10 @@ MAKERS: list[Callable[[Path], Any]] = [
 
 
 def made(folder: Path, source: Any, seed: int, on_error: str = "raise", workers: int = 0) -> Any:
-    given: dict[str, Any] = {"steps_per_epoch": 2, "window": NUMBER} if isinstance(source, Stream) else {}
-    given |= {"seed": seed, "on_error": on_error, "num_workers": workers, "cache_dir": folder / "measured"}
+    given: dict[str, Any] = {"seed": seed, "on_error": on_error, "num_workers": workers}
+    given["loading"] = LoadingOptions(cache_dir=folder / "measured")
+    if isinstance(source, Stream):
+        given |= {"mixture": MixtureOptions(steps_per_epoch=2), "packing": PackingOptions(buffer_size=NUMBER)}
     return MultimodalDataModule([source], visual=VISUAL, microbatches=3, token_budget=220, **given)
 
 

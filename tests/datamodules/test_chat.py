@@ -1,6 +1,5 @@
 """From conversations to tokens: what is learnt, where rows go, what is refused."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from bigmac_lightning.datamodules import (
     byte_tokenizer,
 )
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
+from tests.datamodules.small_templates import changed
 
 VISUAL = PatchProcessor(patch_size=8, max_rows=9, fps=1, max_frames=2)
 NOWHERE = File.at("nowhere.png")
@@ -27,7 +27,7 @@ SQUARE, WIDE, CLIP = Size(24, 24), Size(8, 32), Size(16, 16, 50, 2.0)
 
 def encoder(**changes: Any) -> ChatEncoder:
     target = TargetProcessor(rows=2, shape=(3, 8, 8))
-    return replace(ChatEncoder(byte_tokenizer(), VISUAL, target), **changes)
+    return changed(ChatEncoder(byte_tokenizer(), visual=VISUAL, target=target), **changes)
 
 
 def test_what_the_assistant_says_is_learnt() -> None:
@@ -74,7 +74,7 @@ def test_a_target_follows_the_request() -> None:
         (
             [Image(NOWHERE)],
             {"image_token": "<|other|>"},
-            "has images, but the tokenizer has no token <|other|>: choose another as image_token",
+            "has images, but the tokenizer has no token <|other|>: choose another as chat.image_token",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bigmac_lightning.datamodules import MultimodalDataModule, SourceStream, looking
+from bigmac_lightning.datamodules import MixtureOptions, MultimodalDataModule, PackingOptions, SourceStream, looking
 from bigmac_lightning.datamodules.looking import SampleView
 from tests.datamodules.examples import data, said, write_jsonl, write_mixed
 
@@ -63,9 +63,9 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     assert kinds == {"image", "target", "video"}
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": False}, {"ordered": True}])
+@pytest.mark.parametrize("options", [{}, {"packed": False}, {"ordered": True}], ids=str)
 def test_the_first_step_is_that_of_training(options: dict[str, Any], tmp_path: Path) -> None:
-    module = data(write_mixed(tmp_path, 20, videos=False), **options)
+    module = data(write_mixed(tmp_path, 20, videos=False), packing=PackingOptions(**options))
     step = looking.first_step(module, looking.sources_of(module, "train"), "train")
     assert step is not None
     module.prepare_data()
@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_counted_by_its_reason(tmp_path: Path) -> None:
 def test_of_streams_the_start_is_shown(tmp_path: Path) -> None:
     path = write_mixed(tmp_path, 10)
     stream = SourceStream(data(path).sources("train")[0], shuffle=False)  # type: ignore[arg-type]
-    module = data(path, train=[stream], steps_per_epoch=2)
+    module = data(path, train=[stream], mixture=MixtureOptions(steps_per_epoch=2))
     views = looking.sources_of(module, "train", stream_examples=4)
     (view,) = views
     assert view.stream

@@ -7,6 +7,7 @@ from statistics import mean
 
 import torch
 
+from bigmac_lightning.datamodules import PackingOptions
 from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_batch
 from bigmac_lightning.datamodules.loading.loader import StepLoader, dearest_first
 from bigmac_lightning.training.options import PipelineOptions
@@ -33,7 +34,7 @@ def in_order(loader: StepLoader) -> list[bool]:
 def test_training_begins_a_step_with_its_dearest_item(tmp_path: Path) -> None:
     path = write_mixed(tmp_path, 40, videos=False)
     for ordered in (False, True):
-        made = data(path, ordered=ordered)
+        made = data(path, packing=PackingOptions(ordered=ordered))
         made.setup("fit")
         assert all(in_order(made.loader("train"))) != ordered
         assert not all(in_order(made.loader("val")))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from bigmac_lightning.datamodules import DigitsDataModule
 from tests.datamodules.examples import TARGET, data, model, write_mixed
 from tests.datamodules.test_resume import names
-from tests.datamodules.test_streams import arguments, write_streamed
+from tests.datamodules.test_streams import ONE, arguments, write_streamed
 from tests.models import parts
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
@@ -138,7 +138,7 @@ def _data(run: Run, folder: Path) -> Any:
     if run.kind != "source":
         changes = arguments(folder, num_workers=run.workers)
         if run.kind == "stream":
-            changes |= {"train": changes["train"][:1], "weights": None}
+            changes |= {"train": changes["train"][:1], "mixture": ONE}
     source = data(folder / "mixed.jsonl")
     return data(folder / "mixed.jsonl", **{**changes, "val": source.sources("val"), "target": TARGET})
 

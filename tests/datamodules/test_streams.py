@@ -4,6 +4,7 @@ import io
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from bigmac_lightning.datamodules import (
     Image,
     Message,
     MessagesJSONL,
+    MixtureOptions,
+    PackingOptions,
     SourceError,
     Stream,
     Taken,
@@ -33,6 +36,9 @@ from tests.datamodules.test_resume import Stop, names, pixels
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 FILES, ROWS = 3, 12
+ONE, TWO = MixtureOptions(steps_per_epoch=5), MixtureOptions([3, 1], steps_per_epoch=5)
+"""Epochs of a single stream, and of two."""
+SMALL_BUFFER = PackingOptions(buffer_size=10)
 
 
 def png(height: int, width: int, color: int) -> bytes:
@@ -69,8 +75,8 @@ def streams(folder: Path) -> list[Any]:
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    defaults = {"train": streams(folder), "val": [], "weights": [3, 1], "steps_per_epoch": 5, "target": None}
-    return {**defaults, "token_budget": 100, "microbatches": 2, "window": 10, **changes}
+    defaults = {"train": streams(folder), "val": [], "mixture": TWO, "packing": SMALL_BUFFER, "target": None}
+    return {**defaults, "token_budget": 100, "microbatches": 2, **changes}
 
 
 def loader(folder: Path, replicas: int = 1, replica: int = 0, size: int = 1, rank: int = 0, **changes: Any) -> Any:
@@ -116,7 +122,7 @@ def test_the_same_samples_per_step_for_any_ranks_replicas_and_workers(folder: Pa
 
 
 def test_every_example_once_in_a_turn_by_shares_and_packed(folder: Path) -> None:
-    made = loader(folder, steps_per_epoch=20)
+    made = loader(folder, mixture=replace(TWO, steps_per_epoch=20))
     batches = list(made)
     counts = Counter(name for batch in batches for name in samples(batch))
     assert max(counts.values()) == 1, "names have the number of the draw"
@@ -127,12 +133,15 @@ def test_every_example_once_in_a_turn_by_shares_and_packed(folder: Path) -> None
     assert all(m.shape[1] <= 100 for batch in batches for m in batch.microbatches)
     assert made.state_dict()["position"]["streams"][1]["turn"] >= 1, "texts have begun anew"
     first = [samples(batch) for batch in batches]
-    assert first == [samples(batch) for batch in loader(folder, steps_per_epoch=20)]
-    assert first != [samples(batch) for batch in loader(folder, steps_per_epoch=20, seed=1)]
+    assert first == [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20))]
+    assert first != [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20), seed=1)]
     kept = [
         names(batch)
         for batch in loader(
-            folder, ordered=True, train=[HFStream("parquet", str(folder / "*.parquet"), shuffle=False)], weights=None
+            folder,
+            packing=replace(SMALL_BUFFER, ordered=True),
+            train=[HFStream("parquet", str(folder / "*.parquet"), shuffle=False)],
+            mixture=ONE,
         )
     ]
     numbers = [int(name.split("sample ")[1].split()[0]) for step in kept for part in step for name in part]
@@ -257,20 +266,20 @@ WRONG = {3: "sample 3 is no record", 5: "5.png cannot be read: not an image", 8:
 def test_broken_examples(folder: Path) -> None:
     for number, kind in BROKEN.items():
         with pytest.raises(ExampleError, match=rf"Numbers, sample {number}.*{WRONG[number].split(' ', 2)[-1]}"):
-            list(loader(folder, train=[Numbers({number: kind})], weights=None))
-    made = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip", steps_per_epoch=3)
+            list(loader(folder, train=[Numbers({number: kind})], mixture=ONE))
+    made = loader(folder, train=[Numbers(BROKEN)], mixture=MixtureOptions(steps_per_epoch=3), on_error="skip")
     batches = list(made)
     assert made.agreement.skipped >= 3
     assert not {"Numbers, sample 3", "Numbers, sample 5"} & {name for batch in batches for name in samples(batch)}
-    resumed = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip")
+    resumed = loader(folder, train=[Numbers(BROKEN)], mixture=ONE, on_error="skip")
     resumed.load_state_dict(made.state_dict())
     assert resumed.agreement.skipped == made.agreement.skipped
     with pytest.raises(SourceError, match="Numbers cannot be read: OSError: the line is cut"):
-        list(loader(folder, train=[Numbers({9: "stream"})], weights=None, num_workers=1))
+        list(loader(folder, train=[Numbers({9: "stream"})], mixture=ONE, num_workers=1))
     with pytest.raises(SourceError, match="Numbers has no examples"):
-        list(loader(folder, train=[Numbers({}, end=0)], weights=None))
+        list(loader(folder, train=[Numbers({}, end=0)], mixture=ONE))
     with pytest.raises(SourceError, match=r"11 examples in a row cannot be used; the last: Numbers, sample 10 is no"):
-        list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], weights=None, on_error="skip"))
+        list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], mixture=ONE, on_error="skip"))
 
 
 class Split(Stream):
@@ -285,7 +294,7 @@ class Split(Stream):
 
 
 def _fit_split(rank: int, folder: Path) -> str:
-    made = data(folder / "texts.jsonl", **arguments(folder, train=[Split(rank)], weights=None))
+    made = data(folder / "texts.jsonl", **arguments(folder, train=[Split(rank)], mixture=ONE))
     try:
         pipeline_trainer(2, max_epochs=1, limit_val_batches=0).fit(model(generators={}), made)
     except SourceError as error:
@@ -302,7 +311,7 @@ def test_where_streams_go(folder: Path) -> None:
     stream = HFStream("parquet", str(folder / "*.parquet"))
     with pytest.raises(ValueError, match=r"val has streams, .* Taken\(stream, 500\)"):
         data(folder / "texts.jsonl", val=[stream], target=None).setup("fit")
-    with pytest.raises(ValueError, match="given by steps_per_epoch alone"):
+    with pytest.raises(ValueError, match=r"set mixture\.steps_per_epoch, and not"):
         data(folder / "texts.jsonl", train=[stream], target=None).setup("fit")
     taken = Taken(stream, 5)
     made = data(folder / "texts.jsonl", train=[], val=[taken], target=None)
