@@ -37,7 +37,7 @@ from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImpor
     PackingOptions,
     PatchProcessor,
 )
-from bigmac_lightning.datamodules.loading.windows import (  # pyright: ignore[reportMissingImports]
+from bigmac_lightning.datamodules.loading.stream_loader import (  # pyright: ignore[reportMissingImports]
     StreamLoader,
     StreamStep,
 )
@@ -152,11 +152,11 @@ def streamed(path: Path) -> float:
     made.setup("fit")
     loader, samples, start = made.loader("train"), 0, time.perf_counter()
     assert isinstance(loader, StreamLoader)
-    with closing(iter(loader.windows)) as steps:
+    with closing(iter(loader.stream_steps)) as steps:
         while samples < 3 * SAMPLES:
             step = next(steps)
             assert isinstance(step, StreamStep)
-            samples += sum(map(len, step.parts))
+            samples += sum(map(len, step.microbatches))
     return samples / (time.perf_counter() - start)
 
 

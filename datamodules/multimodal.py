@@ -5,7 +5,6 @@ the owner of each media item decode it in a worker, makes the validation loaders
 files. It works under any strategy.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,35 +18,24 @@ from torch.utils._pytree import tree_flatten
 from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
 from bigmac_lightning.ranks import Ranks
 
-from .base import PlacedDataModule
-from .encoding.chat import ChatEncoder
-from .encoding.hf_processor import HFVisual
-from .encoding.template import read_template
-from .encoding.tokenizers import load_processor
+from .base import ParallelDataModule
+from .encoding.processors import chat_encoder
 from .encoding.visual import TargetProcessor, VisualProcessor
-from .example import ExampleError
 from .loading.failures import Agreement, OnError
-from .loading.loader import EncodedSteps, StepCollate, StepLoader
-from .loading.windows import StreamCollate, StreamLoader, StreamSteps
+from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
+from .loading.stream_loader import StreamCollate, StreamLoader
+from .loading.stream_steps import StreamSteps
 from .model_checks import check_vocabulary, refused_packing
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
-from .packing.measuring import Measurements, measurements
+from .packing.measuring import Measurements, measurements, report_errors
 from .packing.steps import StepSampler, StepSize
 from .sources.source import Source
-from .sources.splitting import held_out_of
-from .sources.stream import SourceStream, Stream
-
-Split = str
-"""One of "train", "val", "test" and "predict"."""
-
-SHOWN_ERRORS = 10
-"""Broken examples that one error or warning lists; it counts the others."""
-
-log = logging.getLogger(__name__)
+from .sources.stream import Stream
+from .splits import Split, Splits
 
 
-class MultimodalDataModule(PlacedDataModule):
-    """Trains and evaluates on any `Source`s.
+class MultimodalDataModule(ParallelDataModule):
+    """A DataModule for any `Source`s and `Stream`s.
 
     To use data of your own, pass a `Source` that you have written, or derive from this class and override `sources`.
     """
@@ -73,7 +61,7 @@ class MultimodalDataModule(PlacedDataModule):
     ) -> None:
         """
         Args:
-            train, val, test, predict: the sources of each split. In prediction, generators make the targets anew. The
+            train, val, test, predict: the sources of each split. In prediction, generators make new targets. The
                 training sources may include streams.
             processor: the folder or name of a pretrained processor or tokenizer; or one that has been loaded; or
                 "bytes": one token per byte, for tiny models.
@@ -87,7 +75,7 @@ class MultimodalDataModule(PlacedDataModule):
                 (``data/skipped_val`` and so on for the other splits).
             num_workers: number of processes per rank that encode and decode.
             seed: of the order of examples, the mixture, augmentation and the generators' noise.
-            mixture: the weights of training sources, the length of an epoch, and what is held out for validation.
+            mixture: the weights of training sources, the length of an epoch, and how many examples are held out.
             chat: the chat template, and what the model learns of a conversation.
             packing: how examples become microbatches.
             loading: augmentation, prefetching, and where measurements are stored.
@@ -115,40 +103,14 @@ class MultimodalDataModule(PlacedDataModule):
         )
         self.on_error: OnError = on_error
         self.mixture, self.packing, self.loading = mixture, packing, loading
-        self.encoder = self._make_encoder(processor, visual, target, chat)
-        self.encoder.check()
+        cut_at = token_budget if packing.truncation == "end" else None
+        self.encoder = chat_encoder(processor, visual, target, chat, loading.augment, seed, cut_at)
         self._sources: dict[Split, Sequence[Source | Stream]]
         self._sources = {"train": train, "val": val, "test": test, "predict": predict}
-        self._after_val_split: dict[Split, Sequence[Source | Stream]] | None = None
+        self._splits = Splits(self.sources, mixture, seed, shuffle=not packing.ordered)
         self._measured: dict[Split, list[Measurements]] = {}
         self._ranks = Ranks()
         self._last_stream: tuple[Any, StreamLoader | None] = (None, None)
-
-    def _make_encoder(
-        self, processor: Any, visual: VisualProcessor | None, target: TargetProcessor | None, chat: ChatOptions
-    ) -> ChatEncoder:
-        """The encoder, which uses the media tokens and the media preparation of a loaded processor."""
-        tokenizer, loaded = load_processor(processor)
-        if chat.template is not None:
-            chat = replace(chat, template=read_template(chat.template))
-        feature_tokens: tuple[str, ...] = ()
-        if loaded is not None:
-            if visual is None and getattr(loaded, "image_processor", None) is not None:
-                visual = HFVisual(loaded)
-                feature_tokens = visual.feature_tokens
-            names = ("image_token", "video_token")
-            chat = replace(chat, **{name: getattr(loaded, name, getattr(chat, name)) for name in names})
-        return ChatEncoder(
-            tokenizer,
-            loaded,
-            visual,
-            target,
-            chat,
-            augment=tuple(self.loading.augment),
-            seed=self.seed,
-            feature_tokens=feature_tokens,
-            cut_at=self.token_budget if self.packing.truncation == "end" else None,
-        )
 
     # -- sources -------------------------------------------------------------------------------------------------------
 
@@ -162,33 +124,7 @@ class MultimodalDataModule(PlacedDataModule):
         Raises:
             ValueError: the examples cannot be held out.
         """
-        if self.mixture.val_split is None or split not in ("train", "val"):
-            return self.sources(split)
-        if self._after_val_split is None:
-            train, held_out = held_out_of(self.sources("train"), self.mixture.val_split, self.seed)
-            self._after_val_split = {"train": train, "val": [*self.sources("val"), *held_out]}
-        return self._after_val_split[split]
-
-    def _streams(self, split: Split) -> list[Stream]:
-        """All sources of a split as streams if one of them is a stream; otherwise an empty list.
-
-        Raises:
-            ValueError: the split cannot have streams, or the length of an epoch is not given.
-        """
-        sources = self.split_sources(split)
-        if not any(isinstance(source, Stream) for source in sources):
-            return []
-        if split != "train":
-            raise ValueError(
-                f"{split} has streams, which are for training; give the start of one as a source: Taken(stream, 500)"
-            )
-        if self.mixture.steps_per_epoch is None or self.mixture.samples_per_epoch is not None:
-            raise ValueError(
-                "the training sources have streams, whose lengths are not known: set mixture.steps_per_epoch, and not "
-                "mixture.samples_per_epoch"
-            )
-        shuffle = not self.packing.ordered
-        return [s if isinstance(s, Stream) else SourceStream(s, self.seed, shuffle) for s in sources]
+        return self._splits.of(split)
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -216,10 +152,9 @@ class MultimodalDataModule(PlacedDataModule):
         return refused_packing(self.trainer) if self.packing.packed else ""
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
-        if self._streams(split):
+        if self._splits.streams(split):
             return []  # the loader measures each example when it reads it
-        sources = [source for source in self.split_sources(split) if isinstance(source, Source)]
-        return [self.measure(source, split, read_only) for source in sources]
+        return [self.measure(source, split, read_only) for source in self._splits.sources(split)]
 
     def measure(self, source: Source, split: Split, read_only: bool = False) -> Measurements:
         """Measure the examples of a source as examples of a split; for `read_only` see `measurements`."""
@@ -230,33 +165,18 @@ class MultimodalDataModule(PlacedDataModule):
     def _measurements(self, split: Split) -> list[Measurements]:
         if split not in self._measured:
             self._measured[split] = self._measure(split, read_only=True)
-            self._report_errors(split)
+            report_errors(self._measured[split], split, self.on_error)
         return self._measured[split]
-
-    def _report_errors(self, split: Split) -> None:
-        errors = [text for measured in self._measured[split] for text in measured.errors.values()]
-        if not errors:
-            return
-        shown = "\n".join(errors[:SHOWN_ERRORS])
-        if len(errors) > SHOWN_ERRORS:
-            shown += f"\n... and {len(errors) - SHOWN_ERRORS} more"
-        total = sum(len(measured) for measured in self._measured[split])
-        if self.on_error == "raise":
-            raise ExampleError(
-                f'{len(errors)} of {total} {split} examples cannot be used (on_error="skip" leaves them out):\n{shown}'
-            )
-        log.warning("left out %d of %d %s examples:\n%s", len(errors), total, split, shown)
 
     # -- loaders -------------------------------------------------------------------------------------------------------
 
     def loader(self, split: Split) -> StepLoader | StreamLoader:
         """Batches of a split."""
-        if streams := self._streams(split):
+        if streams := self._splits.streams(split):
             return self._stream_loader(split, streams)
         training, layout = split == "train", self.layout
-        sources = [s for s in self.split_sources(split) if isinstance(s, Source)]
-        measured = self._measurements(split)
-        sampler = self.sampler(split, measured, layout.microbatches, self.place, repeats_batches(self.trainer))
+        sources, measured = self._splits.sources(split), self._measurements(split)
+        sampler = self.sampler(split, measured, layout.microbatches, self.data_parallel, repeats_batches(self.trainer))
         ordered = self._packing(split).ordered
         steps = EncodedSteps(sources, measured, self.encoder, training, ordered, split == "predict")
         uncounted = uncounted_in(self.trainer) if training else None
@@ -273,8 +193,8 @@ class MultimodalDataModule(PlacedDataModule):
             self._step_size(split, self.layout.microbatches),
             self._packing(split),
             self.seed,
-            replicas=self.place["num_replicas"],
-            replica=self.place["rank"],
+            replicas=self.data_parallel["num_replicas"],
+            replica=self.data_parallel["rank"],
         )
         loader = StreamLoader(
             steps,
@@ -298,7 +218,7 @@ class MultimodalDataModule(PlacedDataModule):
         split: Split,
         measured: Sequence[Measurements],
         microbatches: int | None = None,
-        place: Mapping[str, int] | None = None,
+        data_parallel: Mapping[str, int] | None = None,
         same: bool = False,
     ) -> StepSampler:
         """The sampler that yields the steps of a split.
@@ -306,7 +226,7 @@ class MultimodalDataModule(PlacedDataModule):
         Args:
             measured: the measurements of each source.
             microbatches: number of microbatches per step; ``None``: the DataModule's.
-            place: "num_replicas" and "rank" of this data-parallel replica.
+            data_parallel: "num_replicas" and "rank" of a data-parallel replica; ``None``: the only one.
             same: every epoch repeats the first one.
         """
         training = split == "train"
@@ -319,7 +239,7 @@ class MultimodalDataModule(PlacedDataModule):
             shuffle=training and not self.packing.ordered and not same,
             seed=self.seed,
             same=same,
-            **(place or {}),
+            **(data_parallel or {}),
         )
 
     def _step_size(self, split: Split, microbatches: int | None) -> StepSize:
@@ -334,7 +254,7 @@ class MultimodalDataModule(PlacedDataModule):
         return StepCollate(self.layout, self.packing.packed, padding, self.packing.attention_tokens)
 
     def _agreement(self, split: Split) -> Agreement:
-        return Agreement(self._ranks, self.place["rank"], self.on_error, partial(self._log_skipped, split))
+        return Agreement(self._ranks, self.data_parallel["rank"], self.on_error, partial(self._log_skipped, split))
 
     def _log_skipped(self, split: Split, samples: int) -> None:
         if self.trainer is None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from bigmac_lightning.contracts.batch import MediaData
 
-from ..example import Example, ExampleError, Image, Size, Video
+from ..errors import ExampleError
+from ..example import Example, Image, Size, Video
 from ..loading.collate import Media, Sample, Target
 from ..options import ChatOptions
 from .placeholders import Placeholders

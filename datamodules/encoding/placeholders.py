@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..example import Example, ExampleError, Image, Video
+from ..errors import ExampleError
+from ..example import Example, Image, Video
 from .marks import alternatives
 from .text import Edit, Text
 from .visual import MediaPlan

@@ -78,7 +78,7 @@ def test_what_is_refused_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*config_of(path), "--refused=2"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "train: 8 of 9 examples of" in shown
-    assert "the run would end with this; on_error=skip leaves them out" in shown
+    assert "the run would end with this error; on_error=skip leaves them out" in shown
     assert "7 x has N tokens, more than a microbatch may have" in shown
     assert "sample 0 (line 1) has 5" in shown
     assert "... and 6 more (--refused 8 lists all)" in shown
@@ -106,7 +106,7 @@ def test_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
         (
             "easy_vqa",
             ["--split=test", "--data.train_questions=9", "--data.val_questions=5", "--data.loading.cache_dir=cache"],
-            "--split is 'test', of which the DataModule has no sources; it has ['train', 'val']",
+            "--split is 'test', for which the DataModule has no sources; it has ['train', 'val']",
         ),
         ("easy_vqa", ["--data.token_budge=3"], "token_budge"),
         ("easy_vqa", ["--data.packing.bufer_size=3"], "packing.bufer_size"),

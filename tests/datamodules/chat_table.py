@@ -234,7 +234,7 @@ REFUSED = {
     "chat template leaves out an argument of a tool call": "no tool calls",
     "chat template leaves out reasoning": "no reasoning",
     "chat template leaves out text": "no text with calls",
-    "does not allow to tell where it begins and ends": "not told apart",
+    "does not show where this message begins and ends": "unclear bounds",
     "chat template leaves them out": "no tools",
     "puts no special token": "no end",
     "is refused by the chat template": "its own error",
@@ -311,7 +311,7 @@ def labels(encoder: ChatEncoder, example: Example) -> Labels:
         ExampleError: it is refused.
     """
     sample = encoder.encode(example, [Size(8, 8) for _ in example.media], "x")
-    rows = {place for item in sample.media for place in item.places}
+    rows = {place for item in sample.media for place in item.indices}
     kept = [i for i in range(len(sample.tokens)) if i not in rows]
     return Labels([sample.tokens[i] for i in kept], [sample.labelled[i] for i in kept])
 

@@ -1,4 +1,4 @@
-"""Conversations that cannot be learnt rightly, at two pipeline ranks: named on all ranks alike, or left out."""
+"""Conversations that cannot be learnt, at two pipeline ranks: all ranks name them in the error, or leave them out."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From conversations to tokens: what is learnt, where rows go, what is refused."""
+"""Encoding of conversations: which tokens are learnt, where feature rows go, and which conversations are refused."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_what_the_assistant_says_is_learnt() -> None:
     assert [m.rows for m in sample.media] == [9, 2 * 4, 4]
     image, video = (chat.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>"))
     for media, token in zip(sample.media, (image, video, image), strict=True):
-        assert [sample.tokens[i] for i in media.places] == [token] * media.rows
+        assert [sample.tokens[i] for i in media.indices] == [token] * media.rows
     assert list(sample.tokens).count(image) + list(sample.tokens).count(video) == 21
     plain = chat.tokenizer.decode([t for t in sample.tokens if t not in (image, video)])
     assert plain.startswith("<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhäé?<|im_end|>\n")
@@ -134,7 +134,7 @@ def test_rows_are_within_their_limits(size: Size) -> None:
         assert (plan.height // 16) * (plan.width // 16) == plan.rows
 
 
-def test_shapes_and_resolution_are_kept_where_they_can_be() -> None:
+def test_aspect_ratio_and_resolution_are_kept_if_possible() -> None:
     plan = PatchProcessor(patch_size=16, max_rows=2000).plan(Image(NOWHERE), Size(320, 640))
     assert (plan.height, plan.width) == (320, 640)
     plan = PatchProcessor(patch_size=16, max_rows=200).plan(Image(NOWHERE), Size(320, 640))

@@ -1,4 +1,4 @@
-"""The options of a MultimodalDataModule: each group checks its fields, and a config is refused that names no field."""
+"""The options of a MultimodalDataModule: each group checks its fields, and names the wrong one."""
 
 import inspect
 from collections.abc import Callable

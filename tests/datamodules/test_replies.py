@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: per message, with tools and reasoning, for templates that make it hard."""
+"""What is learnt of a conversation: per message, with tools and reasoning, and with difficult templates."""
 
 import random
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ UNENDED = "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}
 def test_a_template_without_ends() -> None:
     chat = chatml(UNENDED)
     talk = [user(), reply("a"), user(), reply("b")]
-    assert "behind which the chat template puts no special token" in refused(chat, talk)
+    assert "after which the chat template puts no special token" in refused(chat, talk)
     chat = chatml(UNENDED, end_of_reply="<|im_end|>")
     assert learnt(chat, talk) == ["a<|im_end|>", "b<|im_end|>"]
     found = labels(chat, Example(talk))
@@ -189,12 +189,12 @@ def test_marks_of_the_template() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("(m.content if m.content | length < 3 else 'long')", "looks into"),
-        ("('short' if m.content | length < 3 else m.content)", "looks into"),
-        ("m.content[:1]", "looks into"),
+        ("(m.content if m.content | length < 3 else 'long')", "inspects"),
+        ("('short' if m.content | length < 3 else m.content)", "inspects"),
+        ("m.content[:1]", "inspects"),
     ],
 )
-def test_a_template_that_looks_into_texts(change: str, message: str) -> None:
+def test_a_template_that_inspects_texts(change: str, message: str) -> None:
     assert message in refused(chatml(CHATML.replace("m.content", change)), [user("ab"), reply("ab")])
 
 
@@ -313,7 +313,9 @@ def test_images_with_other_words_around_them() -> None:
     example = Example([Message("user", ["<|image_pad|>", PICTURE]), reply("b"), Message("user", [PICTURE]), reply("c")])
     sample = chat.encode(example, [Size(8, 8)] * 2, "x")
     token = chat.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert [i for i, found in enumerate(sample.tokens) if found == token] == [i for m in sample.media for i in m.places]
+    assert [i for i, found in enumerate(sample.tokens) if found == token] == [
+        i for m in sample.media for i in m.indices
+    ]
     assert isinstance(PICTURE, Image)
     assert Labels(list(sample.tokens), list(sample.labelled)).texts(chat.tokenizer) == ["b<|im_end|>", "c<|im_end|>"]
 
@@ -358,7 +360,7 @@ def test_tags_of_thoughts_that_are_special_tokens() -> None:
     assert found.texts(chat.tokenizer) == ["<think>\nI count.\n</think>\n\nTwo.<|im_end|>"]
 
 
-def test_tokens_around_turns_need_not_be_special() -> None:
+def test_tokens_around_messages_need_not_be_special() -> None:
     chat = chatml(CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|><|im_end|>"))
     chat = retokenized(chat, lambda whole: whole.add_tokens(["<|turn|>", "<|over|>"]))
     found = labels(chat, Example([user("<|over|><|turn|>assistant\n"), reply("a")]))
@@ -379,7 +381,7 @@ def test_a_tokenizer_that_puts_a_blank_before_texts() -> None:
     assert tokens.count("<|im_end|>") == 2
 
 
-def test_a_token_of_which_only_a_part_is_said() -> None:
+def test_a_token_that_begins_before_the_reply() -> None:
     """It is learnt, as the library's mask has it."""
     chat = retokenized(chatml(), lambda whole: whole.add_tokens(["\nO"]))
     found = labels(chat, Example([user(), reply("One.")]))
@@ -391,7 +393,7 @@ def test_a_token_of_which_only_a_part_is_said() -> None:
     assert found == chat_table.marked(chat, source, Example([user(), reply("One.")]))
 
 
-def test_an_end_that_the_next_turn_begins_with() -> None:
+def test_an_end_that_also_begins_the_next_message() -> None:
     """As GLM's, which stops where it would write <|user|>."""
     chat = changed(chat_table.encoder("glm4moe", chat_table.sources()["glm4moe"]), end_of_reply="<|user|>")
     found = labels(chat, Example([user("one?"), reply("One."), user("two?"), reply("Two.")]))

@@ -1,4 +1,4 @@
-"""Samples that are too long: refused, or cut at their end, with what is left as it was."""
+"""Samples that are too long are refused, or their end is cut off and the rest stays unchanged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -70,8 +70,8 @@ def test_what_cannot_be_cut_is_refused(path: Path) -> None:
     assert list(errors) == [4, 5, 6, 7, 8]
     for index, reason in (
         (4, "cannot be cut to 60: nothing to learn would be left"),
-        (5, "image.png lies behind them, at least in part"),
-        (6, "image.png lies behind them, at least in part"),
+        (5, "image.png would be cut off, at least in part"),
+        (6, "image.png would be cut off, at least in part"),
         (7, "image.png comes last"),
         (8, "nothing to learn would be left"),
     ):
@@ -90,11 +90,11 @@ def test_rows_of_an_image_are_not_cut_through_at_any_length(path: Path) -> None:
     encoder = made(path, token_budget=10_000).encoder
     sample, _ = encoded(MessagesJSONL(path)[2], encoder, 10_000, "it")
     (image,) = sample.media
-    last = image.places[-1]
+    last = image.indices[-1]
     first = sample.labelled.index(True)
     for most in range(1, len(sample.tokens)):
         if most <= first:
-            with pytest.raises(ExampleError, match="lies behind" if most <= last else "nothing to learn"):
+            with pytest.raises(ExampleError, match="would be cut off" if most <= last else "nothing to learn"):
                 cut(sample, most)
         else:
             assert cut(sample, most).tokens == sample.tokens[:most]

@@ -1,4 +1,4 @@
-"""Parts of training sources that are held out for validation."""
+"""Examples of training sources that are held out for validation."""
 
 import re
 import warnings
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, MixtureOptions, Source, SourceStream
-from bigmac_lightning.datamodules.sources.splitting import Part
+from bigmac_lightning.datamodules.sources.splitting import SourceSubset
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -76,7 +76,9 @@ def test_streams_are_not_split(tmp_path: Path) -> None:
     def mixture(val_split: Any) -> MixtureOptions:
         return MixtureOptions(val_split=val_split, steps_per_epoch=2)
 
-    with pytest.raises(ValueError, match=r"a\.jsonl is a stream, of which nothing can be held out.*0 for it.*Taken"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl is a stream, of which nothing can be held out.*0 for the stream.*Taken"
+    ):
         data(source.path, mixture=mixture(0.5), **options).split_sources("val")
     module = data(source.path, mixture=mixture([0, 0.5]), **options)
     assert [len(part) for part in module.split_sources("val")] == [3]  # type: ignore[arg-type]
@@ -87,7 +89,7 @@ def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) 
     records: list[Any] = [{"messages": said("a", f"{i}.")} for i in range(30)]
     options: dict[str, Any] = {"val": [], "mixture": MixtureOptions(val_split=0.4), "on_error": "raise"}
     (part,) = data(write_jsonl(tmp_path / "a.jsonl", records), **options).split_sources(split)
-    assert isinstance(part, Part)
+    assert isinstance(part, SourceSubset)
     bad = part.indices[7]
     assert bad != 7
     records[bad] = {"messages": said("a", "b" * 500)}
@@ -97,7 +99,7 @@ def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) 
         module.setup("fit" if split == "train" else "validate")
 
 
-def test_another_part_is_measured_anew(tmp_path: Path) -> None:
+def test_another_subset_has_its_own_measurements(tmp_path: Path) -> None:
     """What was measured of one part is not taken for another of the same source."""
     records = [{"messages": said("a", "b" * i)} for i in range(1, 31)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
@@ -106,7 +108,7 @@ def test_another_part_is_measured_anew(tmp_path: Path) -> None:
         module = data(path, val=[], mixture=MixtureOptions(val_split=val_split), seed=seed)
         module.prepare_data()
         (part,) = module.split_sources("train")
-        assert isinstance(part, Part)
+        assert isinstance(part, SourceSubset)
         known = module.measure(part, "train", read_only=True)
         spoken = [len(reply) for reply in replies(part)]
         assert (known.arrays["learnt"] - spoken).tolist() == [1] * len(part)  # and the end of the reply

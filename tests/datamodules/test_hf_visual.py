@@ -28,7 +28,7 @@ from bigmac_lightning.datamodules import (
     Video,
     byte_tokenizer,
 )
-from bigmac_lightning.datamodules.encoding.hf_processor import _metadata
+from bigmac_lightning.datamodules.encoding.hf_visual import _metadata
 from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
