@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,20 +268,24 @@ def record_of(item: Picture | Clip, folder: Path) -> dict[str, Any]:
 
 
 def test_what_only_its_owner_finds(tmp_path: Path) -> None:
-    """Every kind of fault, found by one rank or by the other: those of images, videos and targets by both."""
-    check_what_only_its_owner_finds(lambda number: number % 2, tmp_path)
+    """Every kind of fault ends the run, found by one of the ranks. An image, a video and a target are also skipped."""
+    skipped = [[*DECODED].index(case) for case in ("truncated image", "damaged video", "truncated target")]
+    check_what_only_its_owner_finds(lambda number: number % 2, tmp_path, skipped)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("faulty_rank", [0, 1])
 def test_what_each_rank_may_find(faulty_rank: int, tmp_path: Path) -> None:
-    check_what_only_its_owner_finds(lambda _: faulty_rank, tmp_path)
+    check_what_only_its_owner_finds(lambda _: faulty_rank, tmp_path, range(len(DECODED) + len(BROKEN)))
 
 
-def check_what_only_its_owner_finds(faulty_rank: Callable[[int], int], tmp_path: Path) -> None:
+def check_what_only_its_owner_finds(
+    faulty_rank: Callable[[int], int], tmp_path: Path, skipped_cases: Sequence[int]
+) -> None:
     """
     Args:
         faulty_rank: from the number of a case, the rank that decodes the broken file.
+        skipped_cases: numbers of the cases that are run with `on_error="skip"`, too.
     """
     paths, samples, files = [], [], []
     for number, (case, (kind, spoil, _)) in enumerate(DECODED.items()):
@@ -311,6 +315,7 @@ def check_what_only_its_owner_finds(faulty_rank: Callable[[int], int], tmp_path:
         assert samples[i] in raised[0][i]
         assert str(files[i]) in raised[0][i]
         assert reason in raised[0][i]
+    paths = [paths[i] for i in skipped_cases]
     skipped = on_ranks(2, _fit_decoded, paths, "skip", 0)
     assert skipped[0] == skipped[1]
     for (path, seed), (losses, left_out) in zip(paths, skipped[0], strict=True):
