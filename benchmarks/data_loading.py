@@ -30,11 +30,14 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owner
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]  (lies in datamodules/)
     EasyVQA,
     HFStream,
+    LoadingOptions,
     MessagesJSONL,
+    MixtureOptions,
     MultimodalDataModule,
+    PackingOptions,
     PatchProcessor,
 )
-from bigmac_lightning.datamodules.loading.windows import (  # pyright: ignore[reportMissingImports]
+from bigmac_lightning.datamodules.loading.stream_loader import (  # pyright: ignore[reportMissingImports]
     StreamLoader,
     StreamStep,
 )
@@ -77,7 +80,7 @@ def datamodule(path: Path, train: Sequence[Any] | None = None, **changes: Any) -
     arguments: dict[str, Any] = {
         "token_budget": 2048,
         "microbatches": 8,
-        "cache_dir": path.parent / "measured",
+        "loading": LoadingOptions(cache_dir=path.parent / "measured"),
         **changes,
     }
     return MultimodalDataModule(train or [MessagesJSONL(path)], visual=visual, **arguments)
@@ -140,20 +143,25 @@ def streamed(path: Path) -> float:
     rows["images"] = [[(path.parent / name).read_bytes() for name in record.get("images", [])] for record in records]
     rows["images"] = [[{"bytes": image, "path": None} for image in images] for images in rows["images"]]
     datasets.Dataset.from_dict(rows).to_parquet(str(path.with_suffix(".parquet")))
-    made = datamodule(path, [HFStream("parquet", str(path.with_suffix(".parquet")))], steps_per_epoch=1, window=256)
+    made = datamodule(
+        path,
+        [HFStream("parquet", str(path.with_suffix(".parquet")))],
+        mixture=MixtureOptions(steps_per_epoch=1),
+        packing=PackingOptions(buffer_size=256),
+    )
     made.setup("fit")
     loader, samples, start = made.loader("train"), 0, time.perf_counter()
     assert isinstance(loader, StreamLoader)
-    with closing(iter(loader.windows)) as steps:
+    with closing(iter(loader.stream_steps)) as steps:
         while samples < 3 * SAMPLES:
             step = next(steps)
             assert isinstance(step, StreamStep)
-            samples += sum(map(len, step.parts))
+            samples += sum(map(len, step.microbatches))
     return samples / (time.perf_counter() - start)
 
 
 def padded(path: Path) -> float:
-    made = datamodule(path, packed=False)
+    made = datamodule(path, packing=PackingOptions(packed=False))
     made.setup("fit")
     batches = list(made.loader("train"))
     real = sum(origin.stop - origin.start for b in batches for m in b.microbatches for origin in m.origins)
@@ -163,7 +171,7 @@ def padded(path: Path) -> float:
 def simulated(path: Path) -> tuple[float, float, float, float]:
     """Makespan / ideal, and the dearest group's encoder cost / the mean group's, of 16 microbatches on 4 ranks: in any
     order, and as the DataModule orders them."""
-    made = datamodule(path, microbatches=16, samples_per_epoch=4 * SAMPLES)
+    made = datamodule(path, microbatches=16, mixture=MixtureOptions(samples_per_epoch=4 * SAMPLES))
     made.setup("fit")
     options, trained = PipelineOptions(), Trained((True,) * RANKS, frozenset({"image"}))
     planner, draw, found = Planner(options, RANKS, 0, trained), random.Random(0), []

@@ -1,21 +1,23 @@
-"""LightningDataModules: samples of text, media and generator targets, as microbatches with an owner for every item.
+"""LightningDataModules: they make batches of text, media and generator targets, in which every item has an owner.
 
-`MultimodalDataModule` takes `Source`s of examples and does the rest. `PipelineDataModule` is for those who make tokens
-themselves; digits.py shows it (`pip install bigmac-lightning[quickstart]`).
+`MultimodalDataModule` needs only `Source`s of examples. `PipelineDataModule` is for data whose tokens you make
+yourself; digits.py is an example of it (`pip install bigmac-lightning[quickstart]`).
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
-from .encoding.hf_processor import HFVisual
-from .encoding.tokenizers import byte_tokenizer
+from .encoding.hf_visual import HFVisual
+from .encoding.processors import byte_tokenizer
 from .encoding.visual import PatchProcessor, TargetProcessor, VisualProcessor
-from .example import Example, ExampleError, File, Image, Message, Size, Video
+from .errors import ExampleError, SourceError
+from .example import Example, Image, Message, Size, Video
+from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
-from .examples.small_sources import Clips, Sums
+from .files import File
 from .loading.collate import Collator, Media, Sample, Target
-from .loading.failures import SourceError
 from .loading.sampler import EpochSampler
 from .multimodal import MultimodalDataModule
+from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .sources.caption_folder import CaptionFolder
 from .sources.conversation import Conversation, example_of
 from .sources.hugging_face import HFDataset, HFStream
@@ -27,6 +29,7 @@ from .sources.text_files import TextFiles
 
 __all__ = [
     "CaptionFolder",
+    "ChatOptions",
     "Clips",
     "Collator",
     "Conversation",
@@ -43,10 +46,13 @@ __all__ = [
     "HFVisual",
     "Image",
     "LlavaJSON",
+    "LoadingOptions",
     "Media",
     "Message",
     "MessagesJSONL",
+    "MixtureOptions",
     "MultimodalDataModule",
+    "PackingOptions",
     "PatchProcessor",
     "PipelineDataModule",
     "PipelineDataset",

@@ -1,7 +1,6 @@
-"""What all DataModules share: datasets of samples, the sampler, the collate function, this process's place.
+"""What all DataModules share: datasets of samples, the sampler, the collate function, and this process's ranks.
 
-The same DataModule serves strategy="auto", "ddp" and "bigmac". Knows Lightning's DataModule; knows nothing of
-process groups: the strategy, if it runs pipelines, says what place in them this process has.
+The same DataModule serves strategy="auto", "ddp" and "bigmac": a strategy that runs pipelines tells it the ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -18,17 +17,17 @@ from .loading.sampler import EpochLoader, EpochSampler
 
 
 class PipelineDataset(Dataset, ABC):
-    """Samples by epoch and index. What is random about a sample must depend on these (and a seed) alone."""
+    """Samples by epoch and index. The random parts of a sample must depend on these two, and a seed, alone."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def sample(self, epoch: int, index: int) -> Sample:
-        """The record of a sample: cheap to make, as every rank of a pipeline makes it."""
+        """The record of a sample. Every rank of a pipeline makes it, so it must be cheap to make."""
 
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
-        """By (epoch, index), as `EpochSampler` asks, or by index in epoch 0, as other samplers do."""
+        """The sample at (epoch, index), as `EpochSampler` asks, or at an index of epoch 0, as other samplers do."""
         epoch, index = key if isinstance(key, tuple) else (0, key)
         return self.sample(epoch, index)
 
@@ -46,32 +45,32 @@ class SampleList(PipelineDataset):
         return self.samples[index]
 
 
-class PlacedDataModule(pl.LightningDataModule):
-    """A DataModule that knows this process's place, under any strategy."""
+class ParallelDataModule(pl.LightningDataModule):
+    """A DataModule that knows this process's ranks, under any strategy."""
 
     @property
     def layout(self) -> PipelineLayout:
-        """In its pipeline; a pipeline of one where the strategy runs none."""
+        """This process's place in its pipeline; without pipelines, a pipeline of one process."""
         if self.trainer is None:
             return PipelineLayout()
         return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
 
     @property
-    def place(self) -> dict[str, int]:
-        """Among data-parallel replicas: "num_replicas" and "rank"."""
+    def data_parallel(self) -> dict[str, int]:
+        """The number of data-parallel replicas, "num_replicas", and the "rank" of this process's replica."""
         given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return {**given} if given else {"num_replicas": 1, "rank": 0}  # None on a single device
+        return {**given} if given else {"num_replicas": 1, "rank": 0}  # Lightning has None on a single device
 
 
-class PipelineDataModule(PlacedDataModule):
-    """Base class of DataModules for `PipelineModule`: write `setup`, and return ``self.loader(dataset)``.
+class PipelineDataModule(ParallelDataModule):
+    """Base class of DataModules for `PipelineModule`. Write `setup`, and loaders that return ``self.loader(dataset)``.
 
     Attributes:
-        batch_size: samples per step and pipeline; every data-parallel replica has a batch of its own.
-        microbatches: microbatches per batch, unless the strategy asks for another number.
-        num_workers: processes per rank that decode and collate.
-        seed: of the order of samples and of whatever a dataset draws.
-        padding: token id to pad with.
+        batch_size: number of samples per step and pipeline; every data-parallel replica has a batch of its own.
+        microbatches: number of microbatches per batch, unless the strategy sets it.
+        num_workers: number of processes per rank that decode and collate.
+        seed: of the order of samples, and of the random numbers of a dataset.
+        padding: token id of the padding.
     """
 
     def __init__(
@@ -87,9 +86,9 @@ class PipelineDataModule(PlacedDataModule):
         self.padding = padding
 
     def loader(self, dataset: PipelineDataset, shuffle: bool = False) -> "DataLoader[Batch]":
-        """Batches of a dataset, in an order that depends on the seed, the epoch and the number of replicas alone; a run
-        that is resumed goes on with the batch that would have come."""
-        layout = self.layout
+        """Batches of a dataset, in an order that depends only on the seed, the epoch and the number of replicas. A run
+        that is resumed continues with the batch that would have come next."""
+        layout, data_parallel = self.layout, self.data_parallel
         return EpochLoader.of(
             dataset,
             uncounted=uncounted_in(self.trainer),
@@ -98,8 +97,8 @@ class PipelineDataModule(PlacedDataModule):
                 dataset,
                 shuffle=shuffle,
                 seed=self.seed,
-                num_replicas=self.place["num_replicas"],
-                rank=self.place["rank"],
+                num_replicas=data_parallel["num_replicas"],
+                rank=data_parallel["rank"],
             ),
             collate_fn=Collator(layout, layout.microbatches or self.microbatches, self.padding),
             num_workers=self.num_workers,

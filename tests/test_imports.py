@@ -16,11 +16,11 @@ NAMES = {
         PipelineOutput TargetItem assign_owners""",
     "bigmac_lightning.callbacks": "PipelineMonitor SampleImages",
     "bigmac_lightning.datamodules": """
-        CaptionFolder Clips Collator Conversation DigitsDataModule EasyVQA EasyVQADataModule EasyVQADrawings
-        EpochSampler Example ExampleError File HFDataset HFStream HFVisual Image LlavaJSON Media Message MessagesJSONL
-        MultimodalDataModule PatchProcessor PipelineDataModule PipelineDataset Sample SampleList Size Source SourceError
-        SourceStream Stream Sums Taken Target TargetProcessor TextFiles Video VisualProcessor WebDatasetTars
-        byte_tokenizer example_of""",
+        CaptionFolder ChatOptions Clips Collator Conversation DigitsDataModule EasyVQA EasyVQADataModule EasyVQADrawings
+        EpochSampler Example ExampleError File HFDataset HFStream HFVisual Image LlavaJSON LoadingOptions Media Message
+        MessagesJSONL MixtureOptions MultimodalDataModule PackingOptions PatchProcessor PipelineDataModule
+        PipelineDataset Sample SampleList Size Source SourceError SourceStream Stream Sums Taken Target TargetProcessor
+        TextFiles Video VisualProcessor WebDatasetTars byte_tokenizer example_of""",
     "bigmac_lightning.models": """
         FlowGenerator HFDecoder HFVideoEncoder HFVisionEncoder LatentCodec MultimodalLM VisionEncoder""",
 }

@@ -1,7 +1,7 @@
-"""The command `bigmac data`: what the model will see of a run's data, before it runs.
+"""The command `bigmac data`: it shows what the model will see of a run's data, before the run.
 
-Makes the DataModule of a config, measures its sources, and shows samples; makes no model. What there is to see is in
-datamodules/looking.py; here it is printed and drawn.
+It makes the DataModule of a config, measures its sources, and shows samples; it makes no model. What is shown comes
+from datamodules/inspection.py; this file prints and draws it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ from bigmac_lightning.commands.plan import PICTURES, check_suffix
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]
     ExampleError,
     MultimodalDataModule,
-    looking,
+    inspection,
 )
-from bigmac_lightning.datamodules.looking import (  # pyright: ignore[reportMissingImports]
+from bigmac_lightning.datamodules.inspection import (  # pyright: ignore[reportMissingImports]
     ItemView,
     SampleView,
     SourceView,
@@ -40,33 +40,33 @@ class DataReader(ConfigReader):
     """Makes the DataModule of a config.
 
     Attributes:
-        data: as a run has it.
+        data: the DataModule, as in a run.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         optional: Any = str | None
-        parser.add_argument("--split", default="train", choices=SPLITS, help="whose samples are shown")
-        parser.add_argument("--samples", type=int, default=5, help="how many are shown, of each source in turn")
-        parser.add_argument("--refused", type=int, default=5, help="how many unusable examples of a source are listed")
-        parser.add_argument("--stream_examples", type=int, default=200, help="how many of each stream are read")
-        parser.add_argument("--replicas", type=int, default=1, help="data-parallel pipelines that share a step")
-        parser.add_argument("--output", type=optional, help="a picture of the images as decoded: .png, .svg, .pdf")
+        parser.add_argument("--split", default="train", choices=SPLITS, help="the split whose samples are shown")
+        parser.add_argument("--samples", type=int, default=5, help="number of samples shown, from each source in turn")
+        parser.add_argument("--refused", type=int, default=5, help="number of unusable examples listed for each source")
+        parser.add_argument("--stream_examples", type=int, default=200, help="number of examples read of each stream")
+        parser.add_argument("--replicas", type=int, default=1, help="number of pipelines that share a step")
+        parser.add_argument("--output", type=optional, help="file of a picture of the decoded images: .png, .svg, .pdf")
 
     def instantiate_classes(self) -> None:
-        """The data alone."""
+        """Instantiate only the data."""
         if self.config.get("data") is None:
             raise ValueError("the config has no data; give it a DataModule")
         self.data = self.parser.instantiate_classes(Namespace(data=self.config["data"]))["data"]
         if not isinstance(self.data, MultimodalDataModule):
             raise ValueError(
                 f"data is {type(self.data).__name__}, which makes its tokens itself: only a MultimodalDataModule, or "
-                "what is derived from it, can be looked at"
+                "a class derived from it, can be shown"
             )
 
     @property
     def microbatches(self) -> int | None:
-        """That the strategy asks for."""
+        """The number of microbatches that the strategy sets."""
         strategy = self.config["trainer"]["strategy"]
         return strategy["init_args"].get("microbatches") if isinstance(strategy, Namespace) else None
 
@@ -84,26 +84,26 @@ def _show(run: DataReader, console: Console) -> None:
             raise ValueError(f"--{name} is {config[name]}; expected an integer of at least {least}")
     views: dict[str, list[SourceView]] = {}
     for split in SPLITS:
-        if data.parts(split):
-            views[split] = looking.sources_of(data, split, config["stream_examples"])
+        if data.split_sources(split):
+            views[split] = inspection.sources_of(data, split, config["stream_examples"])
     if not views:
         raise ValueError("the DataModule has no sources: give it train, val, test or predict")
     if config["split"] not in views:
         raise ValueError(
-            f"--split is {config['split']!r}, of which the DataModule has no sources; it has {list(views)}"
+            f"--split is {config['split']!r}, for which the DataModule has no sources; it has {list(views)}"
         )
     if not console.is_terminal:
-        console.width = max(console.width, 220)  # nothing is cut in a file
+        console.width = max(console.width, 220)  # no line is cut off in a file
     console.print(_sources(views))
     for split, view in ((split, view) for split, some in views.items() for view in some):
         _print_refused(console, split, view, config["refused"], data.on_error)
     split = config["split"]
-    step = looking.first_step(data, views.get(split, ()), split, run.microbatches, config["replicas"])
+    step = inspection.first_step(data, views.get(split, ()), split, run.microbatches, config["replicas"])
     if step is not None:
         console.print(_step(step, data, config["replicas"]))
     samples = []
-    for view, index in looking.chosen(views.get(split, ()), config["samples"]):
-        samples.append(looking.sample_of(data, view, index, split))
+    for view, index in inspection.evenly_chosen(views.get(split, ()), config["samples"]):
+        samples.append(inspection.sample_of(data, view, index, split))
         console.print(_sample(samples[-1], console.is_terminal))
     if samples:
         console.print(_legend(console.is_terminal))
@@ -142,7 +142,7 @@ def _print_refused(console: Console, split: str, view: SourceView, most: int, on
     errors = list(view.measured.errors.values())
     if not errors:
         return
-    what = "the run would end with this; on_error=skip leaves them out" if on_error == "raise" else "left out"
+    what = "the run would end with this error; on_error=skip leaves them out" if on_error == "raise" else "left out"
     lines = [Text(f"{count} x {reason}") for reason, count in view.reasons()[:most]]
     lines += [Text(f"  {error}", style="dim") for error in errors[:most]]
     if len(errors) > most:
@@ -161,13 +161,13 @@ def _step(step: StepView, data: MultimodalDataModule, replicas: int) -> Table:
         share = f"{m.tokens / data.token_budget:.1%}"
         table.add_row(str(number), *(f"{n:,}" for n in (m.samples, m.tokens)), share, f"{m.learnt:,}", f"{m.rows:,}",
                       f"{m.cost:,.0f}")  # fmt: skip
-    rows = "packed into one row" if data.packed else "a row for each sample, padded"
+    rows = "packed into one row" if data.packing.packed else "a row for each sample, padded"
     table.caption = f"{step.used:.1%} of token_budget={data.token_budget} are used over the epoch; {rows}"
     return table
 
 
 def _sample(sample: SampleView, colours: bool) -> Panel:
-    """Its text; learnt runs are marked by brackets, too, where colours cannot be seen."""
+    """The text of a sample and its items. Without colours, learnt runs are in brackets."""
     text = Text(overflow="fold")
     for span in sample.spans:
         if span.kind in ("media", "target"):
@@ -177,20 +177,20 @@ def _sample(sample: SampleView, colours: bool) -> Panel:
         else:
             text.append(span.text, STYLES[span.kind])
     lines = [text, Text(f"{sample.tokens:,} tokens, {sample.learnt:,} of them learnt", style="dim")]
-    lines += [Text(_told_of(item), style="dim") for item in sample.items]
+    lines += [Text(_description_of(item), style="dim") for item in sample.items]
     return Panel(Group(*lines), title=Text(sample.name), title_align="left")
 
 
-def _told_of(item: ItemView) -> str:
+def _description_of(item: ItemView) -> str:
     size = item.size
     frames = f", {size.frames} frames in {size.seconds:.2f} s" if size.frames > 1 or size.seconds else ""
     return f"{item.label}: {item.item.file.name}, {size.width} x {size.height}{frames}, {item.rows:,} tokens"
 
 
 def _legend(colours: bool) -> Text:
-    learnt = "green" if colours else "between ⟦ and ⟧"
+    learnt = "on green" if colours else "between ⟦ and ⟧"
     return Text(
-        f"What is {learnt} is learnt; all else is given. A picture of the media: --output FILE.png", style="dim"
+        f"Text {learnt} is learnt; all other text is not. For a picture of the media: --output FILE.png", style="dim"
     )
 
 
@@ -206,7 +206,7 @@ def _pictures(samples: Sequence[SampleView]) -> Iterator[tuple[str, Any]]:
 
 
 def _draw(samples: Sequence[SampleView], output: str) -> str:
-    """Write the picture; tells what is in it."""
+    """Write the picture; returns a description of its content."""
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:

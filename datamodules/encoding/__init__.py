@@ -1,1 +1,1 @@
-"""From an example to tokens: chat templates, what is learnt, and what stands for media."""
+"""From examples to tokens: chat templates, what is learnt, and the tokens that stand for media."""

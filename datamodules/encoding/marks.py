@@ -1,27 +1,31 @@
-"""Where the words of messages stand in the text that a chat template makes of them.
+"""Finds the places of the texts of messages in the text that a chat template makes of them.
 
-Each piece of text is put between two characters that no text has, the template is applied to that, and the characters
-are taken out again. What is left must be the template's text without them: where it is not, the template looks at its
-messages in a way that the marks disturb, and their places are not known. Knows texts; knows nothing of tokens.
+A template is a program: from its output alone one cannot see which part came from which message. So each piece of text
+is put between two mark characters that no text contains, the template is applied, and the marks are removed again. What
+is left must equal the output without marks. If it does not, the template inspects its messages in a way that the marks
+disturb, and the places are not known.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..example import ExampleError
+from ..errors import ExampleError
 
 PLANES = (0x100000, 0xF0000)
-"""Planes of Unicode for private use. Hardly a text has a character of one, and none that makes sense of both."""
+"""The first characters of the two planes of Unicode for private use. Few texts have characters of one of them, and none
+should have characters of both."""
+
 PER_PLANE = 0xFFFE
+"""Number of characters in such a plane: the last two of each plane are no characters."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is marked.
+    """A marked piece of text.
 
     Attributes:
-        message: its number.
+        message: the number of its message.
         kind: "content", "reasoning", "name" or "argument".
     """
 
@@ -31,11 +35,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a piece stands.
+    """The place of a piece in a text.
 
     Attributes:
-        piece: its number.
-        start, stop: of its characters in the text.
+        piece: the number of the piece.
+        start, stop: the run of its characters.
     """
 
     piece: int
@@ -45,18 +49,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """A text and the places of pieces in it, in their order; a piece that the text does not have has none.
+    """A text and the places of pieces in it.
 
     Attributes:
-        repeated: places of pieces that have one already.
+        text: without marks.
+        places: the first place of each piece that the text has, in their order.
+        repeated: further places of these pieces.
     """
 
     text: str
     places: list[Place]
     repeated: list[Place]
 
-    def behind(self) -> tuple[int | None, str]:
-        """The last piece, and the text behind it."""
+    def after_last(self) -> tuple[int | None, str]:
+        """The number of the last piece, and the text after it."""
         if not self.places:
             return None, self.text
         last = max(self.places, key=lambda place: place.stop)
@@ -65,17 +71,17 @@ class Found:
 
 @dataclass
 class Marker:
-    """Marks texts; see `Mark`.
+    """Marks texts; it is a `Mark` of template.py.
 
     Args:
-        text: what the template makes of them without marks.
-        cuts: strings in texts that are left as they are, since the template looks for them; with one group. First
-            those in what the assistant says, then those in all else.
-        closers: of the first, those that end what the assistant thinks.
-        speakers: numbers of the messages of the assistant.
+        text: the template's output without marks.
+        cuts: patterns, each with one group, of strings that are not marked, since the template looks for them: first
+            for the assistant's messages, then for all others.
+        closers: those strings of the first pattern that end the assistant's reasoning.
+        speakers: numbers of the assistant's messages.
 
     Attributes:
-        pieces: what has been marked.
+        pieces: all pieces that have been marked.
     """
 
     text: str
@@ -96,17 +102,17 @@ class Marker:
         parts = self.cuts[0 if speaks else 1].split(text)
         if len(parts) == 1:
             return self._mark(text, message, kind)
-        thought = -1
+        last_closer = -1
         if kind == "content" and speaks:
-            thought = max((i for i, part in enumerate(parts) if part in self.closers), default=-1)
+            last_closer = max((i for i, part in enumerate(parts) if part in self.closers), default=-1)
         marked = [
-            part if i % 2 else self._mark(part, message, "reasoning" if i < thought else kind)
+            part if i % 2 else self._mark(part, message, "reasoning" if i < last_closer else kind)
             for i, part in enumerate(parts)
         ]
         return "".join(marked)
 
     def _mark(self, text: str, message: int, kind: str) -> str:
-        """Blanks at both ends stay outside: templates strip them."""
+        """Mark a text. Blanks at both ends stay outside the marks, since templates strip them."""
         inner = text.strip()
         if not inner:
             return text
@@ -118,7 +124,7 @@ class Marker:
         return f"{text[:start]}{chr(number)}{inner}{chr(number + 1)}{text[start + len(inner) :]}"
 
     def read(self, marked: str) -> Found:
-        """The text without marks. Of a piece that it has several times, the first counts."""
+        """Remove the marks from the template's output."""
         texts: list[str] = []
         opened: dict[int, int] = {}
         places: dict[int, Place] = {}
@@ -140,12 +146,12 @@ class Marker:
 
 
 def common_start(one: str, other: str) -> int:
-    """Number of characters that two texts begin with alike."""
+    """The number of characters at the start that two texts share."""
     if one.startswith(other) or other.startswith(one):
         return min(len(one), len(other))
     return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def alternatives(texts: Sequence[str]) -> str:
-    """A pattern for any of them, the longest first; for none it finds nothing."""
+    """A pattern that matches any of the texts, the longest first; without texts, it matches nothing."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)"

@@ -1,29 +1,28 @@
-"""From an example to its text, and the runs of it that the model is to say.
+"""Makes the text of an example, and finds the runs of it that the model learns.
 
-The text is what the chat template makes of the whole conversation. In it a reply runs from where the template, asked
-for a reply at this point, would stop, up to the special token that ends it. Templates that mark replies themselves by
-``{% generation %}`` are taken at their word. What cannot be told is refused. Knows templates and texts; knows nothing
-of tokens or media.
+The text is the chat template's output for the whole conversation. A reply begins where the template would stop if it
+were asked for a reply at this point, and ends with the special token that ends it (see reading.py). If the template
+marks replies itself by ``{% generation %}``, its marks are used. If neither is clear, the example is refused.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from ..example import Example, ExampleError, Image, Message, arguments_of
+from ..errors import ExampleError
+from ..example import Example, Image, Message, arguments_of
+from ..options import Learn
 from .marks import alternatives
 from .reading import Reading
 from .special import SpecialTokens
 from .template import ChatTemplate
 from .text import Edit, Run, Text, keys_in, overlaps, strings_in
 
-Learn = Literal["all", "last"]
-
 
 def plain_text(example: Example, template: ChatTemplate) -> Text:
-    """Of an example without a conversation: its parts one after another."""
+    """The text of an example without a template: its parts one after another."""
     pieces: list[str] = []
     given: list[Run] = []
     learnt: list[Run] = []
@@ -47,11 +46,9 @@ class Replies:
     """Makes the texts of conversations.
 
     Attributes:
-        template: that is applied.
+        template: the chat template.
         special: the special tokens of its tokenizer.
-        learn: "all" that the assistant says, or the "last": what it says behind the last message of the user.
-        end: what is put behind a reply where the template puts no special token; ``None``: such a reply is refused;
-            empty: it is learnt without an end.
+        learn, end: `learn` and `end_of_reply` of `ChatOptions`.
     """
 
     template: ChatTemplate
@@ -60,12 +57,14 @@ class Replies:
     end: str | None = None
 
     def text(self, example: Example) -> Text:
-        """
+        """The text of a conversation.
+
         Raises:
-            ExampleError: the template refuses the conversation, leaves out a part of it, or writes it so that it cannot
-                be told what the assistant says.
+            ExampleError: the template refuses the conversation, leaves out a part of it, or writes it so that it is not
+                known where replies begin and end.
         """
-        self.template.check_variables(example.chat_template_kwargs)
+        if reason := self.template.refused_variable(example.chat_template_kwargs):
+            raise ExampleError(f"has chat_template_kwargs with {reason}")
         self._check_names(example)
         messages = example.messages
         reading = Reading(self.template, self.special.written, example, self._cuts)
@@ -82,9 +81,9 @@ class Replies:
         learnt: list[Run] = []
         edits: list[Edit] = []
         for i, own, (stop, ended) in zip(spoken, runs, stops, strict=True):
-            behind = messages[i + 1].role if i + 1 < len(messages) else None
-            if not ended and behind != "assistant":  # which would go on speaking
-                self._check_end(reading.called(i), behind)
+            next_role = messages[i + 1].role if i + 1 < len(messages) else None
+            if not ended and next_role != "assistant":  # two replies in a row are one to the model
+                self._check_end(reading.called(i), next_role)
                 if self.end and not reading.text.startswith(self.end, stop):
                     edits.append((stop, stop, self.end))
                 elif self.end:
@@ -94,23 +93,29 @@ class Replies:
         return Text(reading.text, given, learnt).edited(edits)
 
     def wanted(self, messages: Sequence[Message]) -> list[bool]:
-        """Of each message, whether it is learnt."""
-        asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
-        by_rule = [self.learn == "all" or i > asked for i in range(len(messages))]
+        """For each message whether it is learnt."""
+        last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        by_option = [self.learn == "all" or i > last_user for i in range(len(messages))]
         return [
-            message.role == "assistant" and (rule if message.learn is None else message.learn)
-            for message, rule in zip(messages, by_rule, strict=True)
+            message.role == "assistant" and (option if message.learn is None else message.learn)
+            for message, option in zip(messages, by_option, strict=True)
         ]
 
     @cached_property
     def _cuts(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """What the template looks for in texts, except where a control token is in it."""
+        """The strings that the template looks for in texts, without those that contain a control token."""
         unsafe = (self.special.unspoken, self.special.pattern)
-        said, other = ([text for text in self.template.looked_for if not pattern.search(text)] for pattern in unsafe)
-        return re.compile(f"({alternatives(said)})"), re.compile(f"({alternatives(other)})")
+        in_replies, in_others = (
+            [text for text in self.template.looked_for if not pattern.search(text)] for pattern in unsafe
+        )
+        return re.compile(f"({alternatives(in_replies)})"), re.compile(f"({alternatives(in_others)})")
 
     def _check_names(self, example: Example) -> None:
-        """Refuse control tokens where there are no texts to be encoded, but names and schemas."""
+        """
+        Raises:
+            ExampleError: a name or a schema has a control token. It would become a token, since only texts are encoded
+                with care.
+        """
         names: list[Any] = [example.tools, example.chat_template_kwargs]
         for message in example.messages:
             names += [message.name, message.tool_call_id]
@@ -121,35 +126,42 @@ class Replies:
             if found := self.special.pattern.search(text):
                 raise ExampleError(
                     f"has the special token {found[0]} in a schema, a name or a variable: take it out, or name it in "
-                    "allowed_special"
+                    "chat.allowed_special"
                 )
 
-    def _check_end(self, called: str, behind: str | None) -> None:
-        """Refuse a reply without an end, unless it is said what is to end it."""
-        if self.end is None or (self.end and behind == "tool"):
+    def _check_end(self, called: str, next_role: str | None) -> None:
+        """
+        Raises:
+            ExampleError: a reply has no end, and the options do not say how it ends.
+        """
+        if self.end is None or (self.end and next_role == "tool"):
             token = self.special.tokenizer.eos_token
             such = f", such as {token!r}" if token else ""
             raise ExampleError(
-                f"has a reply, {called}, behind which the chat template puts no special token: a model that learns it "
-                "does not learn to stop. Give a chat_template that ends replies; or say by end_of_reply what is to end "
-                f"them{such} (not for tool calls); end_of_reply='' learns them without an end"
+                f"has a reply, {called}, after which the chat template puts no special token: a model that learns it "
+                "does not learn to stop. Set chat.template to one that ends replies, or set chat.end_of_reply to a "
+                f"token that ends them{such} (not for tool calls), or to '' to learn them without an end"
             )
 
     def _generated_stop(self, reading: Reading, i: int, runs: Sequence[Run]) -> tuple[int, bool]:
-        """Where what the template marks as the i-th message ends, and whether by a control token; if not, behind its
-        last word."""
+        """The index at which the runs that the template marks as the i-th message end, and whether a control token ends
+        them. Without one, the index after its last word."""
         last, stop = max(place.stop for place in reading.of(i)), runs[-1][1]
         ended = self.special.written.search(reading.text, last, stop) is not None
         return (stop, True) if ended else (min(last, stop), False)
 
 
 def _generated(reading: Reading, generation: Sequence[Run], spoken: Sequence[int]) -> list[list[Run]]:
-    """What the template marks as each of these messages."""
+    """For each of these messages the runs that the template marks as it.
+
+    Raises:
+        ExampleError: the template marks a message together with one that is not learnt, or does not mark it.
+    """
     runs: dict[int, list[Run]] = {i: [] for i in spoken}
     for start, stop in generation:
         within = {reading.message(p) for p in reading.places if p.start < stop and start < p.stop}
         before = [p for p in reading.places if p.stop <= start]
-        if not within and before:  # what ends a reply may be marked by itself
+        if not within and before:  # the end of a reply may be a mark of its own
             within = {reading.message(max(before, key=lambda place: place.stop))}
         if len({i in runs for i in within}) > 1:
             raise ExampleError(

@@ -1,6 +1,6 @@
-"""Special tokens: those that a template writes are tokens, those that texts contain are words.
+"""Special tokens: those that the template writes become tokens, those in texts of the example ordinary characters.
 
-A text that contains ``<|im_end|>`` must not end a turn. Knows tokenizers; knows nothing of messages or media.
+Otherwise a user's text that contains ``<|im_end|>`` would end its turn.
 """
 
 import re
@@ -8,32 +8,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
-from ..example import ExampleError
+from ..errors import ExampleError, reason_of
+from ..options import InText
 from .marks import alternatives
 from .template import ChatTemplate
 from .text import Run, Text
 
-InText = Literal["text", "refuse"]
-
 TAG = re.compile(r"[^\w\s]")
-"""What tells tokens that structure a conversation from words that were added to a vocabulary."""
+"""A character that tokens which structure a conversation have, unlike words that were added to a vocabulary."""
 
 Token = tuple[int, int, int]
-"""Its id, and the run of characters that it stands for."""
+"""The id of a token, and the start and stop of the run of characters that it stands for."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Which tokens have no place in texts, and what becomes of texts that contain them.
+    """Encodes texts so that special tokens in texts of the example do not become tokens.
 
     Attributes:
-        tokenizer: a fast one.
-        control: contents of the tokens that only the template may write.
-        spoken: those of them that the assistant may say, as the template looks for them there: ``<think>``.
-        allowed: contents of further such tokens, which texts may have, too.
-        in_text: "text": such a text is encoded as the characters that it consists of; "refuse": it is an error.
+        tokenizer: a fast tokenizer.
+        control: the contents of the tokens that only the template may write.
+        spoken: those of them that may be in the assistant's texts, since the template looks for them there, such as
+            ``<think>``.
+        allowed: the contents of special tokens that texts may have as tokens, too.
+        in_text: "text" encodes a control token in a text as ordinary characters; "refuse" makes it an error.
     """
 
     tokenizer: Any
@@ -46,19 +46,22 @@ class SpecialTokens:
     def of(
         cls, template: ChatTemplate, placeholders: Sequence[str], in_text: InText, allowed: Sequence[str]
     ) -> "SpecialTokens":
-        """Control tokens are the special ones of the tokenizer, those that it lists as `chat_control_tokens`, and those
-        that the template writes around turns, whatever the tokenizer calls them.
+        """Find the control tokens: the special tokens of the tokenizer, those that it lists as `chat_control_tokens`,
+        and those that the template writes around messages, even if the tokenizer does not call them special.
 
         Args:
             placeholders: tokens that stand for media.
             allowed: tokens that texts may contain.
+
+        Raises:
+            ValueError: an allowed token is no special token, or stands for media.
         """
         tokenizer = template.tokenizer
         added: dict[str, bool] = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        wrong = [token for token in allowed if token not in added or token in placeholders]
-        if wrong:
+        unknown = [token for token in allowed if token not in added or token in placeholders]
+        if unknown:
             raise ValueError(
-                f"allowed_special={wrong}: name special tokens of the tokenizer, and none that stand for media"
+                f"chat.allowed_special={unknown}: name special tokens of the tokenizer, and none that stand for media"
             )
         control = {token for token, special in added.items() if special} | ({*placeholders} & added.keys())
         control |= {*(tokenizer.chat_control_tokens or ())}
@@ -69,66 +72,68 @@ class SpecialTokens:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Any control token."""
+        """Matches any control token."""
         return re.compile(alternatives([*self.control]))
 
     @cached_property
     def written(self) -> re.Pattern[str]:
-        """Any token that the template writes around what is said."""
+        """Matches any special token that the template may write, including allowed ones."""
         return re.compile(alternatives([*self.control, *self.allowed]))
 
     @cached_property
     def unspoken(self) -> re.Pattern[str]:
-        """Any control token that the assistant does not say."""
+        """Matches any control token that is not in `spoken`."""
         return re.compile(alternatives([*self.control - self.spoken]))
 
     @cached_property
     def _ids(self) -> frozenset[int]:
-        """Of the control tokens."""
+        """The ids of the control tokens."""
         return frozenset(self.tokenizer.convert_tokens_to_ids(token) for token in self.control)
 
     def encode(self, text: Text, own: bool) -> list[Token]:
-        """
+        """The tokens of a text.
+
         Args:
-            own: whether the tokenizer adds the special tokens that it puts around a text.
+            own: whether the tokenizer adds its own special tokens around the text.
 
         Raises:
-            ExampleError: the text cannot be tokenized, or has a control token in what is given and `in_text` is
-                "refuse".
+            ExampleError: the text cannot be tokenized; or a part that comes from the example has a control token, and
+                `in_text` is "refuse".
         """
         tokens = self._encoded(text.text, own)
-        words = self._words(tokens, text)
-        if not words:
+        ordinary = self._control_tokens_in_given(tokens, text)
+        if not ordinary:
             return tokens
         if self.in_text == "refuse":
-            found = dict.fromkeys(text.text[start:stop] for start, stop in words)
+            found = dict.fromkeys(text.text[start:stop] for start, stop in ordinary)
             raise ExampleError(
-                f"has a text with the special tokens {', '.join(found)}: take them out, name them in allowed_special, "
-                'or use special_tokens="text", which encodes them as ordinary characters'
+                f"has a text with the special tokens {', '.join(found)}: take them out, name them in "
+                'chat.allowed_special, or set chat.special_tokens to "text", which encodes them as ordinary characters'
             )
         added = [token for token in tokens if token[1] == token[2]] if own else []
         front = sum(1 for _ in takewhile(lambda token: token[1] == token[2], tokens)) if own else 0
-        tokens = [*added[:front], *self._in_pieces(text.text, words), *added[front:]]
-        if self._words(tokens, text):
-            raise ExampleError("has a text that the tokenizer takes for a special token however it is cut")
+        tokens = [*added[:front], *self._in_pieces(text.text, ordinary), *added[front:]]
+        if self._control_tokens_in_given(tokens, text):
+            raise ExampleError("has a text that the tokenizer turns into a special token, however it is split")
         return tokens
 
-    def _words(self, tokens: Sequence[Token], text: Text) -> list[Run]:
-        """Where control tokens have been made of given text."""
+    def _control_tokens_in_given(self, tokens: Sequence[Token], text: Text) -> list[Run]:
+        """The runs of text from the example of which the tokenizer has made control tokens."""
         found: list[Run] = []
         for token, start, stop in tokens:
             if token in self._ids and text.is_given(start, stop):
-                match = self.pattern.search(text.text, start, stop)  # tokens may take in blanks around them
+                match = self.pattern.search(text.text, start, stop)  # a token may include the blanks around it
                 run = (start, stop) if match is None else match.span()
                 if text.is_given(*run):
                     found.append(run)
         return found
 
-    def _in_pieces(self, text: str, words: Sequence[Run]) -> list[Token]:
-        """As the library does with ``sanitize_control_tokens=True``: the text is cut around each word."""
+    def _in_pieces(self, text: str, ordinary: Sequence[Run]) -> list[Token]:
+        """The tokens of a text in which some runs are encoded without special tokens. The text is split around each
+        run, as the library does with ``sanitize_control_tokens=True``."""
         tokens: list[Token] = []
         at = 0
-        for start, stop in (*words, (len(text), len(text))):
+        for start, stop in (*ordinary, (len(text), len(text))):
             piece = self._continued(text[at:start]) if at else self._encoded(text[:start], False)
             tokens += [(token, at + a, at + b) for token, a, b in piece]
             tokens += [(token, start, stop) for token in self._spelled(text[start:stop])]
@@ -138,12 +143,13 @@ class SpecialTokens:
     def _encoded(self, text: str, own: bool) -> list[Token]:
         try:
             encoded = self.tokenizer(text, add_special_tokens=own, return_offsets_mapping=True)
-        except Exception as error:  # lone surrogates, which no tokenizer takes
-            raise ExampleError(f"has a text that cannot be tokenized: {type(error).__name__}: {error}") from error
+        except Exception as error:  # such as lone surrogates, which no tokenizer can encode
+            raise ExampleError(f"has a text that cannot be tokenized: {reason_of(error)}") from error
         return [(token, *run) for token, run in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
     def _continued(self, text: str) -> list[Token]:
-        """Behind a line break, which is taken away again: tokenizers may put a blank before the start of a text."""
+        """The tokens of a text that is not at the start. It is encoded after a line break, whose tokens are removed:
+        some tokenizers put a blank before the start of a text."""
         if not text:
             return []
         newline = self._encoded("\n", False)
@@ -153,7 +159,7 @@ class SpecialTokens:
         return [(token, start - 1, stop - 1) for token, start, stop in tokens[len(newline) :]]
 
     def _spelled(self, text: str) -> list[int]:
-        """Without any added token."""
+        """The tokens of a text, none of which is an added token."""
         if not text:
             return []
         backend = self.tokenizer.backend_tokenizer
@@ -173,7 +179,7 @@ class SpecialTokens:
 
 
 def _pairs(tokens: Iterable[str]) -> set[str]:
-    """Tokens that open and close something, as ``<think>`` and ``</think>``: within turns, not around them."""
+    """Tokens that come in pairs, such as ``<think>`` and ``</think>``: they are within messages, not around them."""
     closing = {token for token in tokens if token.startswith("</")}
     opening = {token for token in tokens if token.replace("<", "</", 1) in closing}
     return opening | {token.replace("<", "</", 1) for token in opening}

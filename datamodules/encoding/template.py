@@ -1,8 +1,7 @@
-"""A chat template and what it makes of messages: text, and what it can and cannot write.
+"""Applies a chat template of the transformers library to messages, and finds out what the template can write.
 
-Templates differ in what they take (lists of parts or strings, arguments of tool calls as objects or as text) and in
-what they leave out; both are found out by trying. Knows templates of the transformers library; knows nothing of what
-is learnt, of tokens or of media.
+Templates differ in what they accept (lists of parts or strings; arguments of tool calls as objects or as text) and in
+what they leave out. Both are found out by rendering small conversations.
 """
 
 import inspect
@@ -14,18 +13,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..example import Example, ExampleError, Image, Message, Video, arguments_of, tool_name
+from ..errors import ExampleError, reason_of
+from ..example import Example, Image, Message, Video, arguments_of, tool_name
 
 Turn = dict[str, Any]
 Mark = Callable[[str, int, str], str]
-"""From a text, the number of its message and what it is of it ("content", "reasoning", "name" or "argument")."""
+"""Changes a text. It gets the text, the number of its message, and its kind: "content", "reasoning", "name" or
+"argument"."""
 
 PROBE = "probe7probe"
+"""A text that no template contains."""
 SERIALIZED = re.compile(r"""\\?['"]type\\?['"]\s*:""")
-"""What is in a list of parts that was written as JSON or by Python."""
+"""A part of the text of a list of parts that a template wrote as JSON or as Python does."""
+
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SEARCH = re.compile(r"""(?:startswith|endswith|split|partition)\(\s*(?:'([^'\n]{2,})'|"([^"\n]{2,})")""")
-"""A string by which a template takes texts apart."""
+"""An expression by which a template splits a text, or looks for a string in it."""
 
 
 def _unmarked(text: str, number: int, kind: str) -> str:
@@ -37,11 +40,11 @@ class ChatTemplate:
     """Applies the template of a tokenizer or processor.
 
     Attributes:
-        tokenizer: with a chat template.
-        processor: around it, if there is one; it then applies the template.
-        given: a template to use instead.
-        variables: of the template, in all examples.
-        image_token, video_token: what stands in a text for an image or a video, where the template takes strings.
+        tokenizer: a tokenizer, with a chat template unless one is given.
+        processor: the processor around it, if there is one; it then applies the template.
+        given: a template that is used instead of theirs.
+        variables: values of the template's variables in all examples.
+        image_token, video_token: the token for an image or a video in a text, if the template accepts only strings.
     """
 
     tokenizer: Any
@@ -54,10 +57,10 @@ class ChatTemplate:
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def turns(self, messages: Sequence[Message], mark: Mark = _unmarked) -> list[Turn]:
-        """Messages as the template takes them.
+        """Messages in the form that the template accepts.
 
         Args:
-            mark: changes each text in them.
+            mark: is applied to each text in them.
         """
         return [self._turn(i, message, mark) for i, message in enumerate(messages)]
 
@@ -107,11 +110,11 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            reply: whether it ends with what asks the assistant for a reply.
-            example: whose tools and variables are used.
+            reply: whether the text ends with what asks the assistant for a reply.
+            example: the example whose tools and variables are used.
 
         Raises:
-            ExampleError: the template refuses it.
+            ExampleError: the template refuses the conversation.
         """
         writer = self.tokenizer if self.processor is None else self.processor
         tools, variables = self._surroundings(example)
@@ -124,7 +127,7 @@ class ChatTemplate:
                 add_generation_prompt=reply,
                 **variables,
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise anything
             raise _refused(error) from error
 
     def marked_generation(
@@ -133,16 +136,14 @@ class ChatTemplate:
         """The text, and the runs of it that the template marks by ``{% generation %}``; ``None``: it marks none.
 
         Raises:
-            ExampleError: the template refuses it.
+            ExampleError: the template refuses the conversation.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         tools, variables = self._surroundings(example)
         source = self.source(bool(tools))
         if not source:
-            raise ExampleError(
-                "is a conversation, and the tokenizer has no chat template: give the DataModule a chat_template"
-            )
+            raise ExampleError("is a conversation, and the tokenizer has no chat template: set chat.template")
         if not GENERATION.search(source):
             return self.render(turns, reply, example), None
         names = {**self.tokenizer.special_tokens_map, **variables}
@@ -153,7 +154,7 @@ class ChatTemplate:
             raise _refused(error) from error
         [text], [runs] = made
         if self.processor is not None and text != self.render(turns, reply, example):
-            raise ExampleError("is written otherwise by the processor than by the template, which marks what is learnt")
+            raise ExampleError("is written differently by the processor and by the template that marks what is learnt")
         return text, [(start, stop) for start, stop in runs if start < stop]
 
     def _surroundings(self, example: Example | None) -> tuple[list[Any] | None, dict[str, Any]]:
@@ -162,36 +163,32 @@ class ChatTemplate:
         return list(example.tools) or None, {**self.variables, **example.chat_template_kwargs}
 
     def source(self, tools: bool = False) -> str:
-        """The template itself. A tokenizer may have another one for conversations with tools."""
+        """The text of the template. A tokenizer may have another template for conversations with tools."""
         if not self.given and not self.tokenizer.chat_template:
             return ""
         return self.tokenizer.get_chat_template(self.given, [{}] if tools else None)
 
     # -- what it can write ---------------------------------------------------------------------------------------------
 
-    def check_variables(self, variables: Iterable[str]) -> None:
-        """
-        Raises:
-            ExampleError: the template has no such variable.
-        """
+    def refused_variable(self, variables: Iterable[str]) -> str:
+        """The first variable that the template does not have, and why it is refused; empty: all can be set."""
         writer = self.tokenizer if self.processor is None else self.processor
         taken = {"messages", *inspect.signature(writer.apply_chat_template).parameters} - {"kwargs"}
         for name in variables:
             if name in taken:
-                raise ExampleError(f"has chat_template_kwargs with {name!r}, which cannot be set there")
+                return f"{name!r}, which cannot be set there"
             if not re.search(rf"\b{re.escape(name)}\b", self.source() + self.source(True)):
-                raise ExampleError(
-                    f"has chat_template_kwargs with {name!r}, but the chat template has no such variable"
-                )
+                return f"{name!r}, but the chat template has no such variable"
+        return ""
 
     def check_tools(self, turns: Sequence[Turn], reply: bool, example: Example) -> None:
-        """Try other names for the tools, which nothing else in the conversation has.
+        """Check that the template writes all tools, by giving them names that nothing else in the conversation has.
 
         Args:
-            turns, reply: as of `render`.
+            turns, reply: see `render`.
 
         Raises:
-            ExampleError: the template does not write all tools.
+            ExampleError: the template leaves a tool out.
         """
         if not example.tools:
             return
@@ -202,13 +199,14 @@ class ChatTemplate:
 
     @cached_property
     def ordinary(self) -> str:
-        """The text of a conversation of three turns; empty if the template refuses that."""
+        """The text of a conversation of three messages; empty if the template refuses it."""
         texts = [self._exchange(PROBE), self._exchange([{"type": "text", "text": PROBE}])]
         return texts[self._takes_parts and not self._takes_strings_alike]
 
     @cached_property
     def looked_for(self) -> tuple[str, ...]:
-        """What the template looks for at the ends of texts or cuts them at, such as ``</think>``; longest first."""
+        """The strings that the template looks for at the ends of texts, or splits them at, such as ``</think>``; the
+        longest first."""
         found: set[str] = set()
         for match in SEARCH.finditer(self.source() + self.source(True)):
             text = next(group for group in match.groups() if group).replace("\\n", "\n")
@@ -218,32 +216,32 @@ class ChatTemplate:
 
     @cached_property
     def writes_reasoning(self) -> bool:
-        """At least where the reply is the last turn."""
+        """Whether the template writes reasoning, at least that of the last reply."""
         turns = [{"role": "user", "content": self._text("a")}, {"role": "assistant", "content": self._text("b")}]
         turns[-1]["reasoning_content"] = PROBE
         return PROBE in self._tried(turns)
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether it writes lists of parts as what is in them; others write the lists themselves, or nothing."""
+        """Whether the template writes the texts in lists of parts. Others write the lists as JSON, or nothing."""
         text = self._exchange([{"type": "text", "text": PROBE}])
         return PROBE in text and not SERIALIZED.search(text)
 
     @cached_property
     def _writes_images(self) -> bool:
-        """Whether something is written for an image in a list of parts; templates for text alone leave it out."""
+        """Whether the template writes something for an image in a list of parts. Those for text only leave it out."""
         text = {"type": "text", "text": PROBE}
         with_image, without = ([{"role": "user", "content": [*image, text]}] for image in ([{"type": "image"}], []))
         return self._tried(with_image) not in ("", self._tried(without))
 
     @cached_property
     def _takes_strings_alike(self) -> bool:
-        """Whether a string becomes the same as a list with one text."""
+        """Whether the template writes the same for a string and for a list with one text."""
         return self._exchange(PROBE) == self._exchange([{"type": "text", "text": PROBE}])
 
     @cached_property
     def _takes_arguments_as_text(self) -> bool:
-        """Whether arguments of a tool call must be JSON text: templates refuse what they do not take."""
+        """Whether the arguments of a tool call must be JSON text. Templates refuse arguments in the other form."""
         for arguments in ({"a": PROBE}, json.dumps({"a": PROBE})):
             call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": arguments}}
             turns = [{"role": "user", "content": self._text("a")}]
@@ -265,7 +263,10 @@ class ChatTemplate:
 
 
 def read_template(given: str | Path) -> str:
-    """A chat template: the text, or the path of its file.
+    """The text of a chat template.
+
+    Args:
+        given: the text, or the path of its file.
 
     Raises:
         ValueError: it is neither.
@@ -274,7 +275,7 @@ def read_template(given: str | Path) -> str:
         return given
     path = Path(given).expanduser()
     if not path.is_file():
-        raise ValueError(f"chat_template={str(given)!r} is neither a template nor the path of a file with one")
+        raise ValueError(f"chat.template={str(given)!r} is neither a template nor the path of a file with one")
     return path.read_text("utf-8-sig")
 
 
@@ -284,11 +285,11 @@ def _renamed(number: int, tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refused(error: Exception) -> ExampleError:
-    return ExampleError(f"is refused by the chat template: {type(error).__name__}: {error}")
+    return ExampleError(f"is refused by the chat template: {reason_of(error)}")
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """JSON data with every text in it changed; keys are left as they are."""
+    """JSON data with every text in it changed, except keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,4 @@
-"""A text that is about to become tokens, and what is known of runs of its characters.
-
-Knows texts; knows nothing of templates, tokenizers or media.
-"""
+"""A text that will become tokens, with the runs of its characters that come from the example and that are learnt."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,20 +6,20 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 Run = tuple[int, int]
-"""First character, and the one behind the last."""
+"""The index of the first character of a run, and the index after its last."""
 
 Edit = tuple[int, int, str]
-"""A run, and what stands there instead."""
+"""A run of characters, given by its start and stop, and the text that replaces it."""
 
 
 @dataclass(frozen=True)
 class Text:
     """
     Attributes:
-        text: all of it.
-        given: runs that come from the example, in their order; what lies between them the template has written.
-        learnt: runs that the model is to say, in their order.
-        whole: whether nothing surrounds it, as a template does: the tokenizer's own special tokens belong to it.
+        text: the whole text.
+        given: runs that come from the example, in their order. The template wrote the characters between them.
+        learnt: runs that the model learns, in their order.
+        whole: whether it was made without a template, so that the tokenizer adds its own special tokens.
     """
 
     text: str
@@ -31,13 +28,14 @@ class Text:
     whole: bool = False
 
     def is_given(self, start: int, stop: int) -> bool:
-        """Whether a run has a character that comes from the example."""
+        """Whether one of the characters of a run comes from the example."""
         return overlaps(self.given, start, stop)
 
     def edited(self, edits: Sequence[Edit]) -> "Text":
-        """With edits made, which do not overlap each other and stand in their order.
+        """The text after edits, which must be in their order and must not overlap.
 
-        What is put in behind a learnt run is learnt; behind a given one, it is not given.
+        A text that is inserted at the end of a learnt run is learnt. A text that is inserted at the end of a given run
+        does not count as given.
         """
         if not edits:
             return self
@@ -50,24 +48,24 @@ class Text:
         starts, stops = [edit[0] for edit in edits], [edit[1] for edit in edits]
         grown = [0, *accumulate(len(new) - (stop - start) for start, stop, new in edits)]
 
-        def behind(place: int) -> int:
+        def after_edits(place: int) -> int:
             return place + grown[bisect_right(stops, place)]
 
-        def before(place: int) -> int:
+        def before_edits(place: int) -> int:
             return place + grown[bisect_left(starts, place)]
 
-        given = [(behind(a), before(b)) for a, b in self.given]
-        return Text("".join(pieces), given, [(behind(a), behind(b)) for a, b in self.learnt], self.whole)
+        given = [(after_edits(a), before_edits(b)) for a, b in self.given]
+        return Text("".join(pieces), given, [(after_edits(a), after_edits(b)) for a, b in self.learnt], self.whole)
 
 
 def overlaps(runs: Sequence[Run], start: int, stop: int) -> bool:
-    """Whether one of the runs, which stand in their order, has a character of another."""
+    """Whether one of these runs, which must be in their order, shares a character with another run."""
     i = bisect_right(runs, start, key=lambda run: run[1])
     return i < len(runs) and runs[i][0] < stop and start < stop
 
 
 def strings_in(value: object) -> Iterator[str]:
-    """All texts in JSON data, keys included."""
+    """All texts in JSON data, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

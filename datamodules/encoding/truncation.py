@@ -1,24 +1,24 @@
-"""Cuts off the end of samples that are too long. Knows samples; knows nothing of texts."""
+"""Cuts off the end of samples that are too long."""
 
 from dataclasses import replace
 
-from ..example import ExampleError
+from ..errors import ExampleError
 from ..loading.collate import Sample
 
 
 def cut(sample: Sample, most: int | None) -> Sample:
-    """The first tokens of a sample.
+    """The first `most` tokens of a sample; ``None``: all of them.
 
     Raises:
-        ExampleError: there is an image, a video or a target behind them, or nothing to learn in them.
+        ExampleError: an image, a video or a target would be cut off, or nothing to learn would be left.
     """
     length = len(sample.tokens)
     if most is None or length <= most:
         return sample
     where = f"has {length} tokens, and cannot be cut to {most}"
     for item in sample.media:
-        if max(item.places) >= most:
-            raise ExampleError(f"{where}: {item.name} lies behind them, at least in part")
+        if max(item.indices) >= most:
+            raise ExampleError(f"{where}: {item.name} would be cut off, at least in part")
     if sample.targets:
         raise ExampleError(f"{where}: the target {sample.targets[0].name} comes last")
     labelled = sample.labelled[:most]

@@ -1,7 +1,5 @@
-"""From images and videos to what an encoder takes: how many rows it will make of an item, known from the item's size,
-and the tensor, made by the item's owner.
-
-Knows sizes and pixels; knows nothing of tokens, files' formats or ranks.
+"""Prepares images and videos for encoders: the number of rows of an item, which follows from the item's size, and the
+input tensor, which the item's owner makes.
 
 Shape suffixes: T frames, C channels, H and W pixels.
 """
@@ -19,6 +17,7 @@ from bigmac_lightning.contracts.batch import MediaData
 
 from ..example import Image, Size, Video
 from ..media.decoding import check_reading, read_frames, read_image
+from ..media.frame_choice import evenly_spaced, frame_count
 
 Augment = Callable[[Tensor], Tensor]
 """A torchvision v2 transform, or anything that maps uint8 pixels (..., C, H, W) to such."""
@@ -26,18 +25,18 @@ Augment = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MediaPlan:
-    """What will become of an item.
+    """How an item will be prepared.
 
     Attributes:
-        encoder: by the model's name for it.
-        rows: feature rows.
+        encoder: the model's name of its encoder.
+        rows: number of feature rows.
         cost: encoder forward time in a unit shared by all items.
-        height, width: after resizing, where `load` has to know.
-        frames: numbers of a video's frames that are used; empty for an image.
-        grid: (t, h, w) of its patches, for models whose positions depend on it.
-        text: what stands for it in the conversation, if not `rows` placeholder tokens one after another: a text with
-            as many tokens that features replace.
-        seconds: that a time step of its grid lasts, for models whose positions depend on it.
+        height, width: in pixels after resizing, if `load` needs them; otherwise 0.
+        frames: numbers of the frames of a video that are used; empty for an image.
+        grid: (t, h, w) numbers of its patches, for models whose positions depend on them.
+        text: the text that stands for it in the conversation, with `rows` tokens that features replace; ``None``:
+            `rows` placeholder tokens one after another.
+        seconds: duration of a time step of its grid, for models whose positions depend on it.
         alone: whether it is prepared as the only image of its example.
     """
 
@@ -57,23 +56,23 @@ class VisualProcessor(ABC):
     """Prepares images and videos for one model."""
 
     def fingerprint(self) -> str:
-        """Of all that plans depend on."""
+        """A text that changes whenever plans would."""
         return repr(self)
 
     @abstractmethod
     def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
-        """What will become of an item; cheap, and the same on every rank.
+        """How an item will be prepared. A plan is cheap to make, and the same on every rank.
 
         Args:
-            alone: whether its example has no other image: some models give such a one more crops.
+            alone: whether its example has no other image; some models cut such an image into more crops.
 
         Raises:
-            ExampleError: it cannot be prepared.
+            ExampleError: the item cannot be prepared.
         """
 
     @abstractmethod
     def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
-        """Read, decode, augment, resize: what `MediaItem.data` is to be.
+        """Read, decode, augment and resize an item; returns the value of `MediaItem.data`.
 
         Raises:
             ExampleError: the file is broken.
@@ -82,20 +81,21 @@ class VisualProcessor(ABC):
 
 @dataclass(frozen=True)
 class PatchProcessor(VisualProcessor):
-    """For encoders that make one row of every patch, such as `VisionEncoder`: images of any size and shape.
+    """Prepares images of any size for encoders that make one row of every patch, such as `VisionEncoder`.
 
-    An item keeps its aspect ratio as far as whole patches allow, and its resolution as far as the numbers of rows do.
+    An item keeps its aspect ratio as far as whole patches allow, and its resolution as far as the limits of rows allow.
 
     Attributes:
         patch_size: side of a patch in pixels.
-        min_rows, max_rows: of an image, or of a frame.
-        fps: frames of a video that are used per second.
-        max_frames: of a video; longer ones are sampled more sparsely.
-        max_video_rows: of a whole video; its frames are made smaller until it fits, then fewer.
+        min_rows, max_rows: limits of the number of rows of an image, or of a frame.
+        fps: number of frames used per second of a video.
+        max_frames: maximum number of frames of a video; longer videos are sampled more sparsely.
+        max_video_rows: maximum number of rows of a video. To meet it, first the frames are made smaller, then fewer
+            are used.
         channels: 3, or 1 for gray.
         mean, std: pixels in 0..1 become (pixel - mean) / std.
-        image_encoder, video_encoder: the model's names.
-        attention_rows: rows of one image at which the encoder's attention costs as much as all else.
+        image_encoder, video_encoder: the model's names of the encoders.
+        attention_rows: rows of one image at which attention costs as much as the rest of the encoder.
     """
 
     patch_size: int = 16
@@ -123,13 +123,12 @@ class PatchProcessor(VisualProcessor):
         if isinstance(item, Image):
             height, width = self._fit(size, self.min_rows, self.max_rows)
             return self._plan(self.image_encoder, height, width, ())
-        wanted = max(1, min(round(size.seconds * self.fps), size.frames, self.max_frames))
-        most = max(self.min_rows, min(self.max_rows, self.max_video_rows // wanted))
+        count = frame_count(size, self.fps, self.max_frames)
+        most = max(self.min_rows, min(self.max_rows, self.max_video_rows // count))
         height, width = self._fit(size, self.min_rows, most)
-        wanted = max(1, min(wanted, self.max_video_rows // (height * width)))
-        check_reading(item.file, size, wanted)
-        frames = tuple(int((i + 0.5) * size.frames / wanted) for i in range(wanted))
-        return self._plan(self.video_encoder, height, width, frames)
+        count = max(1, min(count, self.max_video_rows // (height * width)))
+        check_reading(item.file, size, count)
+        return self._plan(self.video_encoder, height, width, evenly_spaced(size.frames, count))
 
     def _plan(self, encoder: str, rows_down: int, rows_across: int, frames: tuple[int, ...]) -> MediaPlan:
         per_frame, count = rows_down * rows_across, max(1, len(frames))
@@ -139,7 +138,7 @@ class PatchProcessor(VisualProcessor):
         return MediaPlan(encoder, rows, cost, rows_down * side, rows_across * side, frames)
 
     def _fit(self, size: Size, least: int, most: int) -> tuple[int, int]:
-        """Patches down and across."""
+        """The numbers of patches down and across: between `least` and `most` in all, in about the shape of the item."""
         down, across = size.height / self.patch_size, size.width / self.patch_size
         scale = math.sqrt(max(least, min(most, down * across)) / (down * across))
         rows, columns = max(1, round(down * scale)), max(1, round(across * scale))
@@ -156,7 +155,7 @@ class PatchProcessor(VisualProcessor):
         return (rows, columns) if rows * columns <= most else (least, 1)
 
     def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> Tensor:
-        """(C, H, W) of an image, (T, C, H, W) of a video."""
+        """(C, H, W) for an image, (T, C, H, W) for a video, float32."""
         mode = "RGB" if self.channels == 3 else "L"
         if isinstance(item, Image):
             pixels = read_image(item.file, size, mode)
@@ -172,13 +171,13 @@ class PatchProcessor(VisualProcessor):
 
 @dataclass(frozen=True)
 class TargetProcessor:
-    """For generators that work on pixels: images of one shape with values in -1..1.
+    """Prepares targets for generators that make pixels: images of one shape with values in -1..1.
 
     Attributes:
-        generator: the model's name.
-        rows: tokens whose final hidden states condition the generator.
+        generator: the model's name of the generator.
+        rows: number of tokens whose final hidden states condition the generator.
         shape: (C, H, W).
-        cost: of one image, generator time in a unit shared by all targets.
+        cost: generator time of one image in a unit shared by all targets.
     """
 
     generator: str = "image"
@@ -187,7 +186,8 @@ class TargetProcessor:
     cost: float = 1.0
 
     def load(self, image: Image, size: Size) -> Tensor:
-        """
+        """The target of an image, of `shape`, float32.
+
         Raises:
             ExampleError: the file is broken.
         """
@@ -197,7 +197,7 @@ class TargetProcessor:
 
 
 def seeded_augment(transforms: Sequence[Augment], seed: int) -> Augment:
-    """Transforms that draw the same whoever applies them, and leave the process's random numbers alone."""
+    """Transforms that draw the same random numbers in every process, and do not change the process's random state."""
 
     def augment(pixels: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):

@@ -1,12 +1,12 @@
 """Scikit-learn's real handwritten digits as a small multimodal task: reading, drawing and talking about digits.
 
-Three kinds of samples, so that batches are as uneven as in real training:
+There are three kinds of samples, so that batches are as uneven as in real training:
 
     image to text     <image> x 16 which digit is this ? 7
     text to image     draw a 7 : <draw> x 4                 (their final hidden states condition the generator)
     text only         what comes after 3 ? 4
 
-A DataModule to copy from: a tokenizer, a dataset that makes `Sample`s, and three loaders. Knows nothing of models.
+It is an example of a `PipelineDataModule` to copy: a tokenizer, a dataset that makes `Sample`s, and three loaders.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,14 @@ FACTS = [
     *((f"is {d} odd or even ?", ("even", "odd")[d % 2]) for d in range(10)),
 ]
 HELD_OUT = 297
-GRAIN = 0.3  # standard deviation of the noise on images that are read in training; pixels are in [-1, 1]
+"""Number of the 1797 images that are held out for validation."""
+
+NOISE = 0.3
+"""Standard deviation of the noise on images that are read in training; pixels are in [-1, 1]."""
 
 
 def digits_tokenizer() -> "Tokenizer":
-    """One token per word of the templates; id 0 is the padding."""
+    """A tokenizer with one token per word of the templates; id 0 is the padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     texts = [*QUESTIONS, *REQUESTS, *(f"{question} {answer}" for question, answer in FACTS)]
@@ -52,9 +55,9 @@ class Digits:
 
     Args:
         images: (number, 1, 8, 8), in [-1, 1].
-        digits: what they show.
-        image_rows: placeholder tokens of an image that is read: one per patch of the encoder.
-        draw_rows: placeholder tokens of an image that is drawn.
+        digits: the digits that they show.
+        image_rows: number of placeholder tokens of an image that is read: one per patch of the encoder.
+        draw_rows: number of placeholder tokens of an image that is drawn.
     """
 
     def __init__(self, images: Tensor, digits: Sequence[int], image_rows: int, draw_rows: int) -> None:
@@ -62,18 +65,18 @@ class Digits:
         self.image_rows, self.draw_rows = image_rows, draw_rows
         self.tokenizer = digits_tokenizer()
 
-    def load(self, index: int, grain: float = 0.0, seed: int = 0) -> Tensor:
-        """Pixels (1, 8, 8) with some noise; where images are files, here is where one is opened and decoded."""
+    def load(self, index: int, noise: float = 0.0, seed: int = 0) -> Tensor:
+        """Pixels (1, 8, 8) with noise. If images were files, this would open and decode one."""
         image = self.images[index]
-        return image + grain * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
+        return image + noise * torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))
 
-    def read(self, index: int, question: str, grain: float = 0.0, seed: int = 0) -> Sample:
-        """Image to text; noise of standard deviation `grain` on the image keeps a model from learning it by heart."""
-        media = Media("image", start=0, rows=self.image_rows, load=partial(self.load, index, grain, seed))
+    def read(self, index: int, question: str, noise: float = 0.0, seed: int = 0) -> Sample:
+        """A sample of image to text. Noise of standard deviation `noise` keeps a model from memorizing the image."""
+        media = Media("image", start=0, rows=self.image_rows, load=partial(self.load, index, noise, seed))
         return self._sample("<image> " * self.image_rows + question, str(self.digits[index]), media=[media])
 
     def draw(self, digit: int, request: str, seed: int, index: int | None = None) -> Sample:
-        """Text to image; `index` is the image to learn from, if there is one."""
+        """A sample of text to image; `index` is the image to learn from, if there is one."""
         prompt = self.tokenizer.encode(request.format(digit)).ids
         load = None if index is None else partial(self.load, index)
         shape = tuple(self.images.shape[1:])
@@ -81,7 +84,7 @@ class Digits:
         return self._sample(request.format(digit) + " <draw>" * self.draw_rows, targets=[target])
 
     def tell(self, question: str, answer: str) -> Sample:
-        """Text only."""
+        """A sample of text only."""
         return self._sample(question, answer)
 
     def _sample(
@@ -92,7 +95,7 @@ class Digits:
 
 
 class TrainingDigits(PipelineDataset):
-    """Every image a few times per epoch, each time for a sample of another kind, question and noise."""
+    """Samples in which every image occurs a few times per epoch, each time with another kind, question and noise."""
 
     def __init__(self, digits: Digits, passes: int, proportions: Sequence[float], seed: int) -> None:
         self.digits, self.passes, self.proportions, self.seed = digits, passes, proportions, seed
@@ -105,7 +108,7 @@ class TrainingDigits(PipelineDataset):
         index %= len(self.digits.digits)
         kind = random.choices(["read", "draw", "tell"], self.proportions)[0]
         if kind == "read":
-            return self.digits.read(index, random.choice(QUESTIONS), GRAIN, random.getrandbits(63))
+            return self.digits.read(index, random.choice(QUESTIONS), NOISE, random.getrandbits(63))
         if kind == "draw":
             digit = self.digits.digits[index]
             return self.digits.draw(digit, random.choice(REQUESTS), random.getrandbits(63), index)
@@ -113,10 +116,10 @@ class TrainingDigits(PipelineDataset):
 
 
 class DigitsDataModule(PipelineDataModule):
-    """1500 images to train with; 297 held out for validation, the same ones always, with all digits in equal shares.
+    """1500 images to train on, and 297 for validation: always the same ones, with all digits in equal shares.
 
-    Validation reads every held-out image (the only labels are the digits: token accuracy is digit accuracy) and takes
-    the generator's loss on a third of them. Prediction draws each digit a few times.
+    Validation reads every held-out image, and computes the generator's loss on a third of them. The only labels are the
+    digits, so that token accuracy is digit accuracy. Prediction draws each digit a few times.
     """
 
     def __init__(
@@ -133,12 +136,12 @@ class DigitsDataModule(PipelineDataModule):
     ) -> None:
         """
         Args:
-            batch_size, microbatches, num_workers, seed: as in `PipelineDataModule`.
-            passes: how often an epoch comes to each image.
+            batch_size, microbatches, num_workers, seed: see `PipelineDataModule`.
+            passes: number of times that each image occurs in an epoch.
             proportions: of image-to-text, text-to-image and text-only samples.
-            image_rows: feature rows of an image: (8 / patch size of the encoder) squared.
-            draw_rows: hidden states that condition a drawing.
-            drawings: how often prediction draws each digit.
+            image_rows: number of feature rows of an image: (8 / patch size of the encoder) squared.
+            draw_rows: number of hidden states that condition a drawing.
+            drawings: number of times that prediction draws each digit.
         """
         super().__init__(batch_size, microbatches, num_workers, seed)
         self.passes = passes

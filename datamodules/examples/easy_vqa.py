@@ -1,18 +1,15 @@
-"""The 5,000 drawn shapes of the `easy-vqa` package and 48,000 questions about them: a source of one's own.
+"""The 5,000 drawn shapes of the `easy-vqa` package and 48,000 questions about them: an example of a source to copy."""
 
-The package's pictures and questions are read from where it is installed; it is not imported.
-"""
-
-import importlib.util
 import json
 import re
-from pathlib import Path
 from typing import Any, Literal
 
-from ..encoding.chat import DRAW, IMAGE
-from ..example import Example, File, Image, Message, Size
+from ..example import Example, Image, Message, Size
+from ..files import File
 from ..multimodal import MultimodalDataModule
+from ..options import DRAW, IMAGE, ChatOptions
 from ..sources.source import Source
+from .installed import installed_folder
 
 TEMPLATE = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}"
@@ -30,12 +27,9 @@ class EasyVQA(Source):
         """
         Args:
             split: 4,000 pictures with 38,575 questions to train with, or 1,000 others with 9,673.
-            limit: the first so many questions only.
+            limit: number of questions, from the first on; ``None``: all.
         """
-        spec = importlib.util.find_spec("easy_vqa")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("the pictures come with a package: pip install easy-vqa")
-        self.folder = Path(spec.submodule_search_locations[0]) / "data" / split
+        self.folder = installed_folder("easy_vqa", "easy-vqa") / "data" / split
         questions = json.loads((self.folder / "questions.json").read_text("utf-8"))
         self.questions: list[tuple[str, str, int]] = questions[:limit]
 
@@ -61,14 +55,15 @@ class EasyVQADrawings(Source):
     def __init__(self, split: Literal["train", "test"] = "train", limit: int | None = None) -> None:
         """
         Args:
-            split, limit: as of `EasyVQA`; here the limit is one of pictures.
+            split: see `EasyVQA`.
+            limit: number of pictures, from the first on; ``None``: all.
         """
-        told: dict[int, dict[str, str]] = {}
+        facts_of: dict[int, dict[str, str]] = {}
         source = EasyVQA(split)
         for _, answer, picture in source.questions:
             if answer not in ("yes", "no"):
-                told.setdefault(picture, {})["shape" if answer in SHAPES else "color"] = answer
-        whole = [(picture, facts) for picture, facts in sorted(told.items()) if len(facts) == 2]
+                facts_of.setdefault(picture, {})["shape" if answer in SHAPES else "color"] = answer
+        whole = [(picture, facts) for picture, facts in sorted(facts_of.items()) if len(facts) == 2]
         self.folder, self.pictures = source.folder, whole[:limit]
 
     @property
@@ -88,28 +83,28 @@ class EasyVQADrawings(Source):
 
 
 class EasyVQADataModule(MultimodalDataModule):
-    """Trains on the training questions, validates on the others. The answer is one word and the only label, so that
-    token accuracy is the share of right answers."""
+    """Trains on the training questions, and validates on the others. The answer is one word, and the only label: token
+    accuracy is the share of right answers."""
 
     def __init__(
         self,
         train_questions: int | None = None,
         val_questions: int | None = None,
-        end_of_reply: str | None = "",
+        chat: ChatOptions = ChatOptions(end_of_reply=""),
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            train_questions, val_questions: the first so many; ``None``: all.
-            end_of_reply: as of `MultimodalDataModule`; none by default, as a reply is one word.
-            kwargs: of `MultimodalDataModule`.
+            train_questions, val_questions: number of questions, from the first on; ``None``: all.
+            chat: as for `MultimodalDataModule`; by default replies end without a token, as each is one word.
+            kwargs: as for `MultimodalDataModule`.
         """
         train, val = EasyVQA("train", train_questions), EasyVQA("test", val_questions)
-        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), end_of_reply=end_of_reply, **kwargs)
+        super().__init__(train=[train], val=[val], processor=word_tokenizer(train), chat=chat, **kwargs)
 
 
 def word_tokenizer(source: EasyVQA) -> Any:
-    """One token per word of all training questions and answers; id 0 is the padding."""
+    """A tokenizer with one token per word of all training questions and answers; id 0 is the padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,1 +1,1 @@
-"""Batches: collation, workers, ranks that agree, and loaders that go on where they stood."""
+"""From samples to batches: collation, workers, agreement between ranks, and loaders that resume exactly."""

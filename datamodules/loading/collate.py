@@ -1,8 +1,7 @@
-"""From samples to a `Batch`: microbatches, padding, positions, owners; then pixels, of owned items only.
+"""Makes a `Batch` of samples: microbatches, padding, positions and owners; then the pixels of the items that are owned.
 
 A `Sample` is a small record that every rank can afford to make: token ids, and for each media item and generator target
-its place, size, cost and a function that loads it. Only the owner calls that function.
-Knows tokens and items; knows nothing of files, tokenizers or models.
+its index, size, cost and a function that loads it. Only the item's owner calls that function.
 
 Shape suffixes: B samples of a microbatch, S tokens.
 """
@@ -31,18 +30,18 @@ from ..packing.packing import llm_cost
 
 @dataclass(frozen=True)
 class Media:
-    """One image, video, ... of a sample.
+    """An image, a video or another media item of a sample.
 
     Attributes:
         encoder: name of the encoder that turns it into features.
         start: index of its first placeholder token in the sample.
-        rows: number of placeholder tokens, replaced by as many feature rows.
-        load: makes what the encoder takes.
+        rows: number of placeholder tokens, which as many feature rows replace.
+        load: makes the input of the encoder.
         cost: encoder forward time in any unit shared by all items.
         name: what errors call it.
-        grid: (t, h, w) of its patches, for models whose positions depend on it.
-        scattered: indices of its placeholder tokens, if they do not stand one after another.
-        seconds: that a time step of its grid lasts, for models whose positions depend on it.
+        grid: (t, h, w) numbers of its patches, for models whose positions depend on them.
+        scattered: indices of its placeholder tokens, if they are not contiguous.
+        seconds: duration of a time step of its grid, for models whose positions depend on it.
     """
 
     encoder: str
@@ -56,22 +55,22 @@ class Media:
     seconds: float | None = None
 
     @property
-    def places(self) -> Sequence[int]:
-        """Index in the sample of each of its placeholder tokens."""
+    def indices(self) -> Sequence[int]:
+        """The index in the sample of each of its placeholder tokens."""
         return self.scattered or range(self.start, self.start + self.rows)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One thing that a generator learns to make, or is asked to make, from a sample.
+    """A tensor that a generator learns to make, or is to make, from a sample.
 
     Attributes:
         generator: name of the generator.
         start: index in the sample of the first token whose final hidden state conditions it.
         rows: number of these tokens.
-        shape: of the thing.
-        seed: of the noise drawn for it.
-        load: makes the tensor of that shape; ``None`` where there is none to learn from (sampling).
+        shape: shape of the tensor.
+        seed: seed of the noise from which it is made.
+        load: makes the tensor of that shape to learn from; ``None`` in sampling, where there is none.
         cost: generator time in any unit shared by all items.
         name: what errors call it.
     """
@@ -92,9 +91,9 @@ class Sample:
 
     Attributes:
         tokens: token ids, placeholders included.
-        labelled: for each token whether the model is to predict it from those before it.
-        media: in the order of their placeholders.
-        targets: in the order of their tokens.
+        labelled: for each token whether the model learns to predict it from those before it.
+        media: media items, in the order of their placeholders.
+        targets: generator targets, in the order of their tokens.
         name: what errors call it.
     """
 
@@ -121,13 +120,13 @@ class Sample:
 class Collator:
     """The collate function of a DataLoader.
 
-    Samples are cut into microbatches in their order, as evenly as it goes; fewer samples than microbatches give fewer
-    microbatches.
+    It splits the samples, in their order, into microbatches of nearly equal numbers of samples. Fewer samples than
+    microbatches give fewer microbatches.
 
     Attributes:
         layout: this process's place in its pipeline.
-        microbatches: how many to make.
-        padding: token id to pad with.
+        microbatches: number of microbatches.
+        padding: token id of the padding.
     """
 
     layout: PipelineLayout
@@ -146,16 +145,19 @@ def make_batch(
     failed: Callable[[Exception], str] | None = None,
     attention_tokens: float | None = None,
 ) -> Batch:
-    """A batch with a microbatch of each part, and the data of the items that this process owns.
+    """A batch, with the data of the items that this process owns.
 
     Args:
-        packed: put the samples of a microbatch one after another into a single row; their positions start anew, by
-            which attention keeps them apart. Otherwise each has a row, padded on the right to the longest; causal
-            attention needs no mask for that.
-        failed: makes a text of an exception that loading an item raised, which is then the item's `error`; ``None``:
+        parts: the samples of each microbatch.
+        layout: this process's place in its pipeline.
+        padding: token id of the padding.
+        packed: the samples of a microbatch are concatenated into one row; their positions restart, by which attention
+            keeps them apart. Otherwise each sample has a row, padded on the right to the longest; causal attention
+            needs no mask for that.
+        failed: turns an exception that loading an item raised into a text, which becomes the item's `error`; ``None``:
             the exception is raised.
-        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer;
-            ``None``: a microbatch costs as much as it has tokens.
+        attention_tokens: length of a sample at which attention costs as much as the rest of a layer; ``None``: the cost
+            of a microbatch is its number of tokens.
     """
     microbatches = [_describe(part, padding, packed) for part in parts]
     for part, microbatch in zip(parts, microbatches, strict=True):
@@ -180,7 +182,11 @@ def make_batch(
 
 
 def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbatch:
-    """A microbatch with everything but the data of its items."""
+    """A microbatch without the data of its items.
+
+    Returns: inputs "input_ids" and "position_ids" (B, S), labels, and the positions of labels, media rows and target
+    rows in the flattened B x S tokens.
+    """
     lengths = [len(sample.tokens) for sample in samples]
     if packed:
         starts = [0, *accumulate(lengths)][:-1]
@@ -194,7 +200,7 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
             ids_BS[b, : lengths[b]] = torch.tensor(sample.tokens)
         positions_BS = torch.arange(S).repeat(len(samples), 1)
     microbatch = Microbatch({"input_ids": ids_BS, "position_ids": positions_BS})
-    if not packed and min(lengths) < max(lengths):  # for what counts tokens; causal attention needs no mask
+    if not packed and min(lengths) < max(lengths):  # for models that count tokens; causal attention needs no mask
         microbatch.inputs["token_mask"] = (positions_BS < torch.tensor(lengths)[:, None]).long()
     labelled: list[int] = []
     media_rows: list[int] = []
@@ -204,7 +210,7 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
         microbatch.origins.append(Origin(sample.name, first, first + len(sample.tokens)))
         labelled += [first + s for s, wanted in enumerate(sample.labelled) if wanted]
         for media in sample.media:
-            media_rows += [first + place for place in media.places]
+            media_rows += [first + index for index in media.indices]
             microbatch.media.append(MediaItem(media.encoder, media.rows, media.cost, origin=i))
             if media.grid is not None:
                 grids.setdefault(f"{media.encoder}_grid_thw", []).append(media.grid)
@@ -225,7 +231,7 @@ def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbat
 
 
 def split_evenly(samples: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
-    """At most `parts` runs of consecutive samples, none empty, whose lengths differ by one at most."""
+    """At most `parts` runs of consecutive samples. None is empty, and their lengths differ by at most one."""
     parts = min(parts, len(samples))
     bounds = [i * len(samples) // parts for i in range(parts + 1)]
     return [samples[start:stop] for start, stop in pairwise(bounds)]

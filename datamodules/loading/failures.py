@@ -1,8 +1,12 @@
-"""What becomes of examples that turn out to be broken when their owner decodes them.
+"""How all ranks come to know which examples turned out to be broken when their owners decoded them.
 
-All ranks hear of them before the first forward, and all do the same: end the run, or go on without these samples. One
-small collective per batch, on the CPU.
-Knows batches; knows nothing of plans or models.
+A media item is decoded by its owner alone, but all ranks must leave out the same samples, or end together. So the ranks
+exchange what failed in each batch before its first forward: one small collective per batch, on the CPU.
+
+The exchange has two phases, so that it takes place while the step before runs: `Agreement.start` sends what failed on
+this rank and returns at once; calling what it returned waits for the other ranks. All ranks must call both for the same
+batches in the same order, whatever has failed. That is why an error that ends the run travels as a value
+(`SourceError` in place of a batch) until all ranks know it.
 """
 
 import logging
@@ -13,7 +17,7 @@ from typing import Literal
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.ranks import Ranks
 
-from ..example import ExampleError
+from ..errors import ExampleError, SourceError
 
 OnError = Literal["raise", "skip"]
 log = logging.getLogger(__name__)
@@ -24,9 +28,9 @@ class Failure:
     """A sample that cannot be used.
 
     Attributes:
-        replica: data-parallel replica whose batch it is in.
-        microbatch, origin: where it is in that batch.
-        message: names source, sample and file, and says what is wrong.
+        replica: the data-parallel replica in whose batch it is.
+        microbatch, origin: the numbers of its microbatch in that batch, and of its origin in the microbatch.
+        message: names the source, the sample and the file, and says what is wrong.
     """
 
     replica: int
@@ -35,21 +39,17 @@ class Failure:
     message: str
 
 
-class SourceError(RuntimeError):
-    """An example could be read when it was measured, and cannot be read now, or is another: no way to go on."""
-
-
 class Agreement:
-    """The ranks' common knowledge of what failed.
+    """Lets all ranks leave out the same samples, or end together.
 
     Args:
-        ranks: all processes.
-        replica: of this process.
-        on_error: what to do.
-        report: called on every rank with `skipped`, when that has grown.
+        ranks: all processes of the run.
+        replica: the data-parallel replica of this process.
+        on_error: "raise" or "skip", as for `MultimodalDataModule`.
+        report: is called on every rank with `skipped` whenever that has grown.
 
     Attributes:
-        skipped: samples left out so far, over all replicas.
+        skipped: number of samples left out so far, over all replicas.
     """
 
     def __init__(
@@ -58,33 +58,39 @@ class Agreement:
         self.ranks, self.replica, self.on_error, self.report = ranks, replica, on_error, report
         self.skipped = 0
 
-    def __call__(self, batch: Batch | SourceError, check: int = 0, read: str = "") -> Callable[[], Batch]:
-        """Tell the other ranks what failed of a batch, and do not wait for them. Collective.
+    def start(self, batch: Batch | SourceError, checksum: int = 0, read: str = "") -> Callable[[], Batch]:
+        """Send what failed of a batch to the other ranks, without waiting for them. Collective.
 
         Args:
-            check: a number that is the same on all ranks, if they have read the same.
-            read: what this rank has read, for the error that says so.
+            checksum: a number that is equal on all ranks if they have read the same examples.
+            read: a description of what this rank has read, for the error that is raised if the checksums differ.
 
-        Returns: waits for them, and gives the batch without samples that failed on any rank. Collective; to be called
-        before the next batch is told of.
+        Returns: a function that waits for the other ranks, and returns the batch without the samples that failed on any
+        rank. It is collective, too, and must be called before the exchange of the next batch is started. It raises
 
-        Raises (what is returned does):
-            ExampleError: on every rank, if something failed on any and `on_error` is "raise".
-            SourceError: on every rank, if a rank could not make its batch, or they have read different examples.
+        - ExampleError, on every rank, if a sample failed on any rank and `on_error` is "raise";
+        - SourceError, on every rank, if a rank could not make its batch, or the ranks have read different examples.
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        told = self.ranks.tell(own, check)
-        return lambda: self._agree(batch, read, *told())
+        wait = self.ranks.tell(own, checksum)
+        return lambda: self._complete(batch, read, *wait())
 
-    def _agree(self, batch: Batch | SourceError, read: str, everyone: list[list[Failure] | str], same: bool) -> Batch:
-        if broken := [text for text in everyone if isinstance(text, str)]:
-            raise SourceError("; ".join(dict.fromkeys(broken)))
+    def _complete(
+        self, batch: Batch | SourceError, read: str, everyone: list[list[Failure] | str], same: bool
+    ) -> Batch:
+        """
+        Args:
+            everyone: for each rank its failures, or the text of its `SourceError`.
+            same: whether the checksums of all ranks are equal.
+        """
+        if errors := [text for text in everyone if isinstance(text, str)]:
+            raise SourceError("; ".join(dict.fromkeys(errors)))
         if not same:
             readings = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(self.ranks.gather(read)))
             raise SourceError(
-                "the ranks have read different examples from the streams: each must read all of them, in one order: "
-                "do not split a stream by rank, node or worker, and let its order depend on the turn alone "
-                f"({readings})"
+                "the ranks have read different examples from the streams. Each rank must read all examples, in the "
+                "same order: do not split a stream by rank, node or worker, and let its order depend only on the "
+                f"number of the repeat ({readings})"
             )
         assert isinstance(batch, Batch)
         failed = [failure for some in everyone if not isinstance(some, str) for failure in some]
@@ -95,10 +101,10 @@ class Agreement:
         return self._without(batch, [key[1:] for key in samples if key[0] == self.replica])
 
     def leave_out(self, messages: Sequence[str]) -> None:
-        """Do what is to be done about broken samples that every rank knows of.
+        """Count and report broken samples that every rank knows of.
 
         Raises:
-            ExampleError: `on_error` is "raise", and there are any.
+            ExampleError: there are any, and `on_error` is "raise".
         """
         if not messages:
             return
@@ -113,17 +119,18 @@ class Agreement:
 
     @staticmethod
     def _without(batch: Batch, samples: list[tuple[int, int]]) -> Batch:
+        """The batch without the samples at these (microbatch, origin) pairs."""
         if not samples:
             return batch
-        gone: dict[int, set[int]] = {}
+        origins: dict[int, set[int]] = {}
         for m, origin in samples:
-            gone.setdefault(m, set()).add(origin)
-        microbatches = [mb.without(gone[m]) if m in gone else mb for m, mb in enumerate(batch.microbatches)]
+            origins.setdefault(m, set()).add(origin)
+        microbatches = [mb.without(origins[m]) if m in origins else mb for m, mb in enumerate(batch.microbatches)]
         return batch.replace(microbatches=microbatches, planned=None)
 
 
 def failures(batch: Batch, replica: int) -> list[Failure]:
-    """Of this process's own items."""
+    """The failures among the items that this process owns."""
     found: list[Failure] = []
     for m, microbatch in enumerate(batch.microbatches):
         for item in (*microbatch.media, *microbatch.targets):

@@ -1,8 +1,4 @@
-"""The sampler of every strategy: the same order on one device, under ddp and under bigmac; and a loader with it, which
-can go on anywhere.
-
-Knows epochs and replicas as numbers; knows nothing of samples.
-"""
+"""The sampler and the loader of `PipelineDataModule`: the same order under every strategy, from any batch on."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,13 +10,13 @@ from bigmac_lightning.checkpoints.resuming import ResumableLoader
 
 
 class EpochSampler(DistributedSampler):
-    """Yields (epoch, index), so that what is random about a sample can depend on both, in any worker process.
+    """Yields (epoch, index), so that the random parts of a sample can depend on both, in any worker process.
 
-    Lightning leaves a `DistributedSampler` alone and tells it the epoch. With several replicas the last samples are
-    repeated until all have equally many: an evaluation then counts a few samples twice.
+    It is a `DistributedSampler` because Lightning does not replace one, and sets its epoch. With several replicas the
+    last samples are repeated until all have equally many: an evaluation then counts a few samples twice.
 
     Attributes:
-        start: first sample that the next iterator yields; the ones after it begin with the first.
+        start: the first sample that the next iterator yields; iterators after it begin with sample 0.
     """
 
     start: int = 0
@@ -31,17 +27,17 @@ class EpochSampler(DistributedSampler):
 
 
 class EpochLoader(ResumableLoader, DataLoader[Any]):
-    """A DataLoader with an `EpochSampler`, which can go on after any batch; made by `of`.
+    """A DataLoader with an `EpochSampler` that can continue after any batch. It is made by `of`.
 
-    Lightning may make another one of it, with a sampler of its own: where it overfits or predicts.
+    Lightning makes another one of it, with a sampler of its own, to overfit and to predict.
     """
 
     @classmethod
     def of(cls, *args: Any, uncounted: Callable[[], int] | None = None, **kwargs: Any) -> Self:
         """
         Args:
-            uncounted: as of `ResumableLoader`.
-            args, kwargs: as of a DataLoader.
+            uncounted: see `ResumableLoader`.
+            args, kwargs: of a DataLoader.
         """
         made = cls(*args, **kwargs)
         made.uncounted = uncounted
@@ -53,15 +49,15 @@ class EpochLoader(ResumableLoader, DataLoader[Any]):
         self.stands = [{"epoch": 0, "step": 0}]
 
     def __iter__(self) -> Any:
-        epoch, given, stand = 0, 0, self.stands[-1]
+        epoch, step, stand = 0, 0, self.stands[-1]
         if isinstance(self.sampler, EpochSampler):
             epoch = self.sampler.epoch
-            given = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
-            self.sampler.start = given * (self.batch_size or 1)
+            step = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
+            self.sampler.start = step * (self.batch_size or 1)
         self.resumes = False
         for batch in super().__iter__():
-            given += 1
-            self.reach({"epoch": epoch, "step": given})
+            step += 1
+            self.reach({"epoch": epoch, "step": step})
             yield batch
 
     def describe(self) -> dict[str, Any]:
@@ -70,12 +66,16 @@ class EpochLoader(ResumableLoader, DataLoader[Any]):
         return {"steps": len(self), "batch_size": self.batch_size, "samples": len(sampler), **order}
 
     def stand_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: the run was saved within an epoch, the rest of which this loader would not yield.
+        """
         own = self.describe()
-        within = 0 < state["step"] < state["steps"]
-        if within and (other := {name: state[name] for name in own if state[name] != own[name]}):
+        within_epoch = 0 < state["step"] < state["steps"]
+        if within_epoch and (other := {name: state[name] for name in own if state[name] != own[name]}):
             raise ValueError(
                 f"the run was saved in the middle of an epoch with {other}, and now has "
                 f"{ {name: own[name] for name in other} }: the rest of the epoch is not known. Restore it, or resume "
                 "from a checkpoint of the end of an epoch"
             )
-        return {"epoch": state["epoch"], "step": state["step"] if within else 0}
+        return {"epoch": state["epoch"], "step": state["step"] if within_epoch else 0}

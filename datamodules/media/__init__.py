@@ -1,1 +1,1 @@
-"""Images and videos in files: how large they are, and what they show."""
+"""Images and videos in files: their sizes and their pixels."""

@@ -1,7 +1,4 @@
-"""Images and videos of a message: how large they are, and what they show.
-
-Knows the two kinds of media; images.py and videos.py know their files.
-"""
+"""The sizes and pixels of images and videos, whatever their files are."""
 
 from ..example import Image, Size, Video
 from .images import image_size, read_image
@@ -12,10 +9,10 @@ __all__ = ["check_reading", "measure", "read_frames", "read_image"]
 
 
 def measure(item: Image | Video) -> Size:
-    """The size of an item: what its source knows, else from its file. Of a video, the first frame is decoded for it.
+    """The size of an item: the one that its source knows, or that of its file. The first frame of a video is decoded.
 
     Raises:
-        ExampleError: the file is missing or broken, or too large to be decoded.
+        ExampleError: the file is missing, broken, or too large to be decoded.
     """
     size = item.size
     if size is None:

@@ -1,7 +1,7 @@
-"""Images by Pillow: sizes from headers, and pixels as the processors of the `transformers` library see them.
+"""Images, read by Pillow: sizes from headers, and pixels as the processors of the `transformers` library see them.
 
-Pillow turns values of more than 8 bits into white and forgets what is transparent: such images are converted here, or
-refused. Knows image files; knows nothing of encoders or tokens.
+Pillow turns values of more than 8 bits into white, and loses transparency in some formats. Such images are converted
+here, or refused.
 
 Shape suffixes: C channels, H and W pixels.
 """
@@ -22,26 +22,28 @@ import PIL.TiffImagePlugin
 import torch
 from torch import Tensor
 
-from ..example import File, Size
+from ..example import Size
+from ..files import File
 from .opening import check_same, opened
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""By Pillow's names; "JPEG" is MPO, too. Others run programs (EPS) or decode to another size than they tell (ICO)."""
+"""Pillow's names of the formats that are read; "JPEG" includes MPO. Of the others, some run programs (EPS), and some
+decode to another size than their header has (ICO)."""
 
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-"""Brands that the file may have."""
+"""Brands of HEIC files: bytes 8 to 12 of the file, from ISO/IEC 23008-12."""
 
 Mode = Literal["L", "RGB"]
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What is known of an image before it is decoded.
+    """The header of an image.
 
     Attributes:
         size: as displayed.
-        bits: of a value in the file, where Pillow's mode does not tell.
-        white_is_zero: values are to be inverted, and Pillow does not do it.
+        bits: number of bits of a value in the file, which Pillow's mode may not tell.
+        white_is_zero: whether values must be inverted, since Pillow does not do it.
     """
 
     size: Size
@@ -50,20 +52,23 @@ class _Header:
 
 
 def image_size(stream: BinaryIO) -> Size:
-    """As displayed, without decoding.
+    """The size of an image as displayed, without decoding it.
 
     Raises:
-        ValueError: it could not be decoded rightly; and whatever Pillow raises.
+        ValueError: the image could not be decoded correctly. Pillow may raise other exceptions.
     """
     with _open(stream) as image:
         return _header(image, stream).size
 
 
 def read_image(file: File, size: Size, mode: Mode = "RGB") -> Tensor:
-    """image_CHW, uint8, as displayed on white; of several frames or pages the first.
+    """image_CHW, uint8, as displayed on white; of several frames or pages, the first.
+
+    Args:
+        size: the size that was measured.
 
     Raises:
-        ExampleError: the file is missing or broken, or another than was measured.
+        ExampleError: the file is missing or broken, or is not the one that was measured.
     """
     with opened(file, "decoded") as stream, _open(stream) as image:
         header = _header(image, stream)
@@ -74,7 +79,7 @@ def read_image(file: File, size: Size, mode: Mode = "RGB") -> Tensor:
 
 
 def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
-    """In RGB; what is transparent lies on white, as `convert_to_rgb` of the library has it."""
+    """An image in RGB. Transparent pixels are blended with white, as `convert_to_rgb` of the library does."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     whole = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -85,7 +90,10 @@ def _open(stream: BinaryIO) -> PIL.Image.Image:
     head = stream.read(12)
     stream.seek(0)
     if head[4:8] != b"ftyp" or head[8:] not in HEIC:
-        return PIL.Image.open(stream, formats=FORMATS)
+        try:
+            return PIL.Image.open(stream, formats=FORMATS)
+        except PIL.UnidentifiedImageError as error:
+            raise ValueError("not an image, or broken from its first bytes on") from error
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
@@ -94,15 +102,16 @@ def _open(stream: BinaryIO) -> PIL.Image.Image:
 
 
 def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
-    """
+    """The header of an image whose values have a known meaning.
+
     Raises:
-        ValueError: which of its values are black, white or transparent is not known.
+        ValueError: it is not known which of its values are black, white or transparent.
     """
     bits, white_is_zero, oriented, tags = 16 if image.mode.startswith("I") else 8, False, False, image
     if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
         bits = image.tag_v2.get(PIL.TiffImagePlugin.BITSPERSAMPLE, (bits,))[0]
         white_is_zero = image.tag_v2.get(PIL.TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
-        oriented = True  # by Pillow, its size and its pixels
+        oriented = True  # Pillow has applied the orientation to size and pixels
     elif image.format == "PNG":
         bits, tags = _png_header(stream)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
@@ -110,25 +119,25 @@ def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
         raise ValueError(f"its pixels are {kind}, and no file says which of them is white: save it with 8 or 16 bits")
     if image.mode == "RGB" and bits == 16 and "transparency" in image.info:
         raise ValueError("one of its 16-bit colours is transparent, which Pillow forgets: save it with 8 bits")
-    # not as PngImageFile has it, which would decode the image
+    # PngImageFile.getexif would decode the image
     orientation = 1 if oriented else PIL.Image.Image.getexif(tags).get(PIL.ExifTags.Base.Orientation, 1)
     width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     return _Header(Size(height, width), bits, white_is_zero)
 
 
 def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
-    """Bits per value, and the image without its pixels: its orientation may come behind them.
+    """The bits per value, and the image without its pixels, since its orientation may be stored after them.
 
     Raises:
-        ValueError: it breaks off among its pixels.
+        ValueError: the file breaks off among its pixels.
     """
     stream.seek(0)
-    kept = [stream.read(8)]
+    chunks = [stream.read(8)]
     while len(head := stream.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         if kind in (b"IHDR", b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
             body = stream.read(length)
-            kept += [struct.pack(">I4s", len(body), kind), body, struct.pack(">I", zlib.crc32(kind + body))]
+            chunks += [struct.pack(">I4s", len(body), kind), body, struct.pack(">I", zlib.crc32(kind + body))]
             stream.seek(4, os.SEEK_CUR)
         elif kind == b"IEND":
             break
@@ -139,15 +148,15 @@ def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
             stream.seek(4, os.SEEK_CUR)
         else:
             stream.seek(4, os.SEEK_CUR)
-    kept.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
-    return kept[2][8], PIL.Image.open(BytesIO(b"".join(kept)), formats=["PNG"])
+    chunks.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
+    return chunks[2][8], PIL.Image.open(BytesIO(b"".join(chunks)), formats=["PNG"])
 
 
 def _of_eight_bits(image: PIL.Image.Image, header: _Header) -> PIL.Image.Image:
-    """Values of 12 or 16 bits by their upper 8, as Pillow reads such of colours; and what is transparent in them."""
+    """The upper 8 of 12 or 16 bits of gray values, as Pillow reads those of colours, with their transparency."""
     transparent = image.info.get("transparency")
     if image.mode == "L" and image.format == "PNG" and header.bits < 8 and transparent is not None:
-        image.info["transparency"] = transparent * 255 // (2**header.bits - 1)  # as Pillow has it for other depths
+        image.info["transparency"] = transparent * 255 // (2**header.bits - 1)  # as Pillow scales it for other depths
     if not image.mode.startswith("I"):
         return image
     values_HW = np.asarray(image)

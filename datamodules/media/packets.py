@@ -1,7 +1,7 @@
-"""The packets of a video: when the frame of each is shown, and the frames that come out of the decoder for them.
+"""The packets of a video: the time at which the frame of each is shown, and the frames that the decoder makes of them.
 
-That each packet's frame does come, undamaged and in its order, is checked: a decoder may leave frames out, or make some
-up. Knows PyAV; knows nothing of files' names or of pixels.
+A decoder may silently leave frames of a damaged video out, or invent some. So it is checked that the frame of every
+packet comes out of the decoder, undamaged and in order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,11 @@ from typing import Any, BinaryIO
 from .opening import MAX_PIXELS
 
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
-"""By FFmpeg's names; "mov" is MP4, too. Others it could open are playlists, which have it open further files."""
+"""FFmpeg's names of the containers that are read; "mov" includes MP4. Others are playlists, for which FFmpeg would open
+further files."""
 
 SEEKABLE = ("mov", "matroska", "avi", "mpegts")
-"""Containers that tell the time of each packet; in others FFmpeg reckons it from that of the packets before."""
+"""Containers that store the time of each packet. In others FFmpeg computes it from the times of the packets before."""
 
 
 @contextmanager
@@ -37,22 +38,22 @@ def opened_container(stream: BinaryIO) -> Iterator[Any]:
 
 
 class VideoStream:
-    """The pictures of a container.
+    """The video stream of a container.
 
     Attributes:
-        counted: whether a frame's time is told by its place among the others alone: AVI has no presentation times, and
-            those that FFmpeg makes up are wrong where frames are not stored in the order in which they are shown.
+        counted: whether the time of a frame follows only from its number: AVI has no presentation times, and those that
+            FFmpeg invents are wrong if frames are not stored in the order in which they are shown.
         seekable: whether packets have the same times wherever reading starts.
-        time_base: seconds, in which all times are counted.
-        end: of the last frame whose packet was read.
+        time_base: the unit of all times, in seconds.
+        end: the end of the last frame whose packet was read.
     """
 
     def __init__(self, container: Any) -> None:
         """
         Raises:
-            ValueError: there is none that could be decoded.
+            ValueError: there is no video stream that can be decoded.
         """
-        # the picture of a song's cover is a video stream, too
+        # the cover picture of a song is a video stream, too
         streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
         if not streams:
             raise ValueError("it has sound, but no video" if container.streams.audio else "it has no video")
@@ -63,7 +64,7 @@ class VideoStream:
         if context.width * context.height > MAX_PIXELS:
             raise ValueError(f"it has {context.height} x {context.width} pixels; the most is {MAX_PIXELS:,}")
         context.options = {"max_pixels": str(MAX_PIXELS)}
-        context.thread_type = "SLICE"  # frame threads would decode ahead of what is wanted
+        context.thread_type = "SLICE"  # frame threads would decode frames that nobody asked for
         self.codec = context.codec.canonical_name
         self.counted = container.format.name == "avi" and context.has_b_frames
         self.seekable = container.format.name.startswith(SEEKABLE) and not self.counted
@@ -71,21 +72,21 @@ class VideoStream:
         self.end = 0
 
     def packets(self) -> Iterator[Any]:
-        """From where the container stands; the last is empty, which makes the decoder give what it holds."""
+        """The packets from the current position on. The last one is empty, to flush the decoder."""
         return self.container.demux(self.stream)
 
     def seek(self, time: int) -> None:
-        """To the last keyframe before, as far as the container knows."""
+        """Go to the last keyframe before a time, as far as the container knows."""
         self.container.seek(time, stream=self.stream)
 
     def seconds(self, time: int) -> str:
         return f"{float(time * self.time_base):.2f} s"
 
     def time_of(self, packet: Any) -> int | None:
-        """When its frame is shown; ``None``: it has none that is.
+        """The time at which the packet's frame is shown; ``None``: it has no frame that is shown.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: the packet is damaged.
         """
         if packet.size == 0 or packet.is_discard or self._is_hidden(packet):
             return None
@@ -97,7 +98,7 @@ class VideoStream:
         return time
 
     def _is_hidden(self, packet: Any) -> bool:
-        """Whether its frame is only there for others to refer to."""
+        """Whether the packet's frame is not shown, and only other frames refer to it."""
         if self.codec == "vp8":
             return not memoryview(packet)[0] & 0x10  # show_frame
         if self.codec == "vp9":
@@ -107,13 +108,13 @@ class VideoStream:
         return False
 
     def frames(self, packets: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Frames with their times, in the order in which they are shown, from the first that can be decoded.
+        """The frames with their times, in the order in which they are shown, from the first that can be decoded.
 
         Raises:
-            ValueError: a packet or frame is damaged; a frame does not come, or has another size.
+            ValueError: a packet or frame is damaged; or a frame is missing, or has another size.
         """
-        due: list[int] = []  # times of packets whose frames the decoder still has
-        floor: int | None = None  # what is to be shown before refers to what lies before, and cannot be decoded
+        due: list[int] = []  # a heap of the times of packets whose frames the decoder has not returned yet
+        floor: int | None = None  # frames before this time refer to frames before the start, and cannot be decoded
         keyed, begun, shape = False, False, None
         for packet in packets:
             is_last = packet.size == 0 and packet.dts is None

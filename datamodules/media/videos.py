@@ -1,7 +1,7 @@
-"""Videos by PyAV: sizes from packets, of which the first alone is decoded, and what is shown at given times.
+"""Videos, read by PyAV: sizes from packets, of which only the first is decoded, and the frames at given times.
 
-A frame is shown from its packet's presentation time to that of the next. What a container says of its duration counts
-for nothing: it may be that of the sound. Knows video files; knows nothing of encoders or tokens.
+A frame is shown from the presentation time of its packet to that of the next packet. The duration that a container
+states is ignored, since it may be that of the sound.
 
 Shape suffixes: T frames, C channels, H and W pixels.
 """
@@ -15,44 +15,49 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..example import ExampleError, File, Size
+from ..errors import ExampleError
+from ..example import Size
+from ..files import File
 from .images import Mode, on_white
 from .opening import check_same, opened
 from .packets import VideoStream, opened_container
 
 MAX_FRAMES = 4 * 1024 * 1024
-"""Of a video: 19 hours of 60 per second."""
+"""Most frames of a video: 19 hours of 60 frames per second."""
 
 MAX_READ_PIXELS = 2 * 1024 * 1024 * 1024
-"""Of the frames of a video that are read together, at three bytes each."""
+"""Most pixels of the frames that are read of one video: 6 GiB in RGB."""
 
 SKIP = 4.0
-"""Seconds of a video from which on jumping to the keyframe before the next frame wanted beats decoding up to it."""
+"""Distance in seconds of the next wanted frame from which on the reader seeks to the keyframe before it, and does not
+decode all frames up to it. It is an estimate for videos with a keyframe every few seconds, and grows in `_seek`."""
 
 EARLIER = (0.0, 10.0, 100.0)
-"""Seconds before a time at which to look for the keyframe before it: some containers find the one behind it."""
+"""How many seconds before a time to seek, one after another, to find the keyframe before it: some containers find the
+keyframe after the time."""
 
 
 def video_size(stream: BinaryIO) -> Size:
-    """As displayed, of the frames that can be decoded.
+    """The size of a video as displayed, counting the frames that can be decoded.
 
-    Of an MP4 or MOV file whose header lists all packets, only those of its start and end are read; of others all are.
+    If the header of an MP4 or MOV file lists all packets, only those at its start and end are read. All packets of
+    other files are read.
 
     Raises:
-        ValueError: it could not be decoded rightly; and whatever PyAV raises.
+        ValueError: the video could not be decoded correctly. PyAV may raise other exceptions.
     """
-    size = _measured(stream, by_header=True) or _measured(stream, by_header=False)
+    size = _size(stream, by_header=True) or _size(stream, by_header=False)
     assert size is not None
     return size
 
 
-def _measured(stream: BinaryIO, by_header: bool) -> Size | None:
-    """``None``: the header lists only some of the packets."""
+def _size(stream: BinaryIO, by_header: bool) -> Size | None:
+    """The size; ``None``: `by_header` is true, and the header lists only some of the packets."""
     stream.seek(0)
     with opened_container(stream) as container:
         video = VideoStream(container)
         packets, first = video.packets(), []
-        start, frame = next(video.frames(_noted(packets, first)), (0, None))
+        start, frame = next(video.frames(_recorded(packets, first)), (0, None))
         if frame is None:
             raise ValueError("none of its frames can be decoded")
         tally = _Tally(video, start)
@@ -64,11 +69,12 @@ def _measured(stream: BinaryIO, by_header: bool) -> Size | None:
         else:
             for packet in packets:
                 tally.add(packet)
-        height, width = (frame.width, frame.height) if _turn(frame)[0] else (frame.height, frame.width)
+        height, width = (frame.width, frame.height) if _rotation(frame)[0] else (frame.height, frame.width)
         return Size(height, width, tally.frames, tally.seconds())
 
 
-def _noted(packets: Iterator[Any], into: list[Any]) -> Iterator[Any]:
+def _recorded(packets: Iterator[Any], into: list[Any]) -> Iterator[Any]:
+    """The packets, each of which is appended to a list when it is read."""
     for packet in packets:
         into.append(packet)
         yield packet
@@ -78,7 +84,7 @@ class _Tally:
     """Counts the frames of a video by their packets.
 
     Args:
-        start: time of the first frame that can be decoded; those before do not count.
+        start: time of the first frame that can be decoded; frames before it are not counted.
     """
 
     def __init__(self, video: VideoStream, start: int) -> None:
@@ -87,9 +93,10 @@ class _Tally:
         self.last, self.duration = start, 0
 
     def add(self, packet: Any) -> None:
-        """
+        """Count the frame of a packet.
+
         Raises:
-            ValueError: it is damaged, or one too many.
+            ValueError: the packet is damaged, or the video has too many frames.
         """
         time = self.video.time_of(packet)
         if time is None:
@@ -104,24 +111,26 @@ class _Tally:
             self.last, self.duration = time, packet.duration or 0
 
     def is_listed(self) -> bool:
-        """Whether the container has a list of packets, and a packet is a frame."""
+        """Whether the container has a list of packets, each of which has one frame."""
         named, listed = self.video.container.format.name, self.video.stream.index_entries
         return named.startswith("mov") and self.video.codec not in ("vp8", "vp9") and len(listed) > 0
 
     def add_listed(self, packets: Iterator[Any]) -> bool:
-        """All packets, from the list and from what is read at the file's start and end; ``False``: there are more.
+        """Count all packets, by the header's list and by reading the start and the end of the file.
 
         Args:
-            packets: that come next.
+            packets: the next packets of the file.
+
+        Returns: whether the header lists all packets.
 
         Raises:
-            ValueError: it breaks off.
+            ValueError: the file breaks off.
         """
         listed = list(self.video.stream.index_entries)
         end, size = max(entry.pos + entry.size for entry in listed), self.video.container.size
         if end > size:
             raise ValueError(f"it breaks off: its header lists frames up to byte {end:,} of {size:,}")
-        for packet in packets:  # whose frames may be shown before the first that can be decoded
+        for packet in packets:  # their frames may be shown before the first that can be decoded
             self.add(packet)
             if packet.dts is None or packet.dts >= self.start:
                 break
@@ -129,12 +138,12 @@ class _Tally:
         for packet in self.video.packets():
             self.add(packet)
             if packet.dts is not None and packet.dts > listed[-1].timestamp:
-                return False  # a fragmented file, whose header lists its first packets only
+                return False  # the header of a fragmented file lists only its first packets
         self.frames = sum(entry.size > 0 and not entry.is_discard for entry in listed) - self.before
         return True
 
     def seconds(self) -> float:
-        """From the first frame to the end of the last."""
+        """The duration from the first frame to the end of the last."""
         if self.duration:
             duration = self.duration
         elif self.frames > 1:
@@ -146,6 +155,9 @@ class _Tally:
 
 def check_reading(file: File, size: Size, frames: int) -> None:
     """
+    Args:
+        frames: number of frames that are used.
+
     Raises:
         ExampleError: so many frames would need too much memory at once.
     """
@@ -157,12 +169,17 @@ def check_reading(file: File, size: Size, frames: int) -> None:
 
 
 def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB") -> Tensor:
-    """video_TCHW, uint8: what is shown in the middle of each of these slots, in rising order, as displayed.
+    """video_TCHW, uint8: the frames with these numbers, as displayed.
 
-    The video's time is cut into as many equal slots as it has frames: where all last equally long, slot 5 is frame 5.
+    The numbers count equally long parts of the video's time, as many as it has frames, and the frame that is shown in
+    the middle of a part is read. If all frames last equally long, part 5 is frame 5.
+
+    Args:
+        size: the size that was measured.
+        frames: numbers of the parts, in rising order.
 
     Raises:
-        ExampleError: the file is missing or broken, or another than was measured.
+        ExampleError: the file is missing or broken, or is not the one that was measured.
     """
     assert list(frames) == sorted(frames)
     with opened(file, "decoded") as stream:
@@ -171,10 +188,10 @@ def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB
             try:
                 return _pixels(file, size, frames, mode, shown)
             except ValueError:
-                if not shown.jumped:
+                if not shown.sought:
                     raise
         stream.seek(0)
-        with opened_container(stream) as container:  # some files tell wrong times behind a jump: do without
+        with opened_container(stream) as container:  # some files have wrong times after a seek: decode without
             shown = _Shown(VideoStream(container), size.seconds / size.frames, skip=math.inf)
             return _pixels(file, size, frames, mode, shown)
 
@@ -189,81 +206,85 @@ def _pixels(file: File, size: Size, frames: Sequence[int], mode: Mode, shown: "_
 
 
 class _Shown:
-    """What a video shows at times that only rise.
+    """The frames that a video shows at rising times.
 
     Args:
-        length: seconds that the last frame is shown, if nothing says how long.
-        skip: from how many seconds on it jumps.
+        length: duration of the last frame in seconds, if the video does not state it.
+        skip: distance in seconds to the next wanted frame from which on it seeks.
 
     Attributes:
-        jumped: whether it has.
+        sought: whether it has sought.
     """
 
     def __init__(self, video: VideoStream, length: float, skip: float) -> None:
         self.video, self.length = video, length
-        self.skip, self.jumped = skip if video.seekable else math.inf, False
-        self._go_on_from_here()
+        self.skip, self.sought = skip if video.seekable else math.inf, False
+        self._decode_from_here()
         if self.now is None:
             raise ValueError("none of its frames can be decoded")
         self.start = self.now[0]
 
-    def _go_on_from_here(self) -> None:
+    def _decode_from_here(self) -> None:
         self.frames = self.video.frames(self.video.packets())
         self.now = self.next = next(self.frames, None)
 
     def at(self, seconds: float) -> Any:
-        """The frame that is shown.
+        """The frame that is shown at a time.
 
         Args:
-            seconds: from its first frame.
+            seconds: time since the first frame.
 
         Raises:
-            ValueError: it is damaged, or ends before.
+            ValueError: the video is damaged, or ends before that time.
         """
         time = self.start + math.floor(seconds / self.video.time_base + 1e-6)
         assert self.now is not None
         if (time - self.now[0]) * self.video.time_base > self.skip:
-            self._jump(time, self.now[0])
+            self._seek(time, self.now[0])
         while self.next is not None and self.next[0] <= time:
             self.now, self.next = self.next, next(self.frames, None)
         if self.next is None and time > max(self.video.end, self.now[0] + self.length / self.video.time_base):
             raise ValueError(f"it breaks off at {self.video.seconds(self.video.end)}")
         return self.now[1]
 
-    def _jump(self, time: int, reached: int) -> None:
-        """To the last keyframe before a time, if one lies ahead."""
-        self.jumped = True
+    def _seek(self, time: int, reached: int) -> None:
+        """Go to the last keyframe before a time, if it lies after the time that decoding has reached."""
+        self.sought = True
         for earlier in (*EARLIER, math.inf):
             self.video.seek(self.start if earlier == math.inf else time - int(earlier / self.video.time_base))
-            self._go_on_from_here()
+            self._decode_from_here()
             if self.now is not None and self.now[0] <= time:
                 break
         else:
             raise ValueError(f"its frames before {self.video.seconds(time)} are not found")
-        if self.now[0] <= reached:  # decoded once more: do not make a habit of it where keyframes are rare
+        if (
+            self.now[0] <= reached
+        ):  # these frames are decoded a second time, which must not happen often where keyframes are rare
             self.skip *= 2
 
 
 def _displayed(frame: Any, mode: Mode) -> Tensor:
-    """pixels_CHW of a frame, on white and turned as its display matrix says."""
+    """pixels_CHW of a frame, on white, and rotated by its display matrix."""
     if any(component.is_alpha for component in frame.format.components):
         pixels = np.array(on_white(PIL.Image.fromarray(frame.to_ndarray(format="rgba"))).convert(mode))
     else:
         pixels = frame.to_ndarray(format={"L": "gray", "RGB": "rgb24"}[mode])
     pixels_CHW = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-    transposed, flipped = _turn(frame)
+    transposed, flipped = _rotation(frame)
     return (pixels_CHW.transpose(1, 2) if transposed else pixels_CHW).flip(flipped)
 
 
-def _turn(frame: Any) -> tuple[bool, list[int]]:
-    """Whether rows become columns, and the dimensions to be reversed then.
+def _rotation(frame: Any) -> tuple[bool, list[int]]:
+    """How a frame is rotated and mirrored for display.
+
+    Returns: whether rows become columns, and the dimensions (of C, H, W) that are reversed after that.
 
     Raises:
-        ValueError: it is to be turned by other than right angles.
+        ValueError: it is rotated by an angle that is no right angle.
     """
     from av.sidedata.sidedata import SideDataContainer
 
-    # not frame.side_data: the two would hold each other and outlive the reading, with threads that a fork lacks
+    # frame.side_data and the frame would keep each other alive, and with them threads that a forked process lacks
     side_data: Any = SideDataContainer
     matrix = side_data(frame).get("DISPLAYMATRIX")
     if matrix is None:

@@ -1,1 +1,1 @@
-"""Which examples make up a microbatch and a step, from what is measured of them."""
+"""Measures examples, and decides from the measurements which of them are in which microbatch and step."""

@@ -1,15 +1,17 @@
-"""Measures every example of a source once: tokens, costs, sizes of media, or what is wrong with it.
+"""Measures every example of a source once: its tokens, its costs, the sizes of its media, or why it cannot be used.
 
-This is done by one process per node before training, and kept on disk: all that packing needs is then known everywhere,
-and no rank opens a media file that it does not own. Knows sources and encoders; knows nothing of ranks.
+One process per node does this before training, and stores the measurements on disk. Every process can then pack all
+examples, and no rank opens a media file that it does not own.
 """
 
 import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -17,54 +19,60 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from ..encoding.chat import ChatEncoder
-from ..example import Example, ExampleError, Size
+from ..errors import ExampleError, reason_of
+from ..example import Example, Size
 from ..loading.collate import Sample
 from ..media.decoding import measure
 from ..sources.source import Source
 from ..sources.stream import Stream
 
-FORMAT = 4
+FORMAT = 5
+"""Version of the stored measurements; a change of what is measured needs another one."""
+
+SHOWN_ERRORS = 10
+"""Broken examples that one error or warning lists; it counts the others."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one example.
+    """The measurements of one example.
 
     Attributes:
-        tokens: of its sample, placeholders included.
-        learnt: how many of them are to be learnt.
+        tokens: number of tokens of its sample, placeholders included.
+        learnt: how many of them are learnt.
         rows: how many of them stand for its media.
-        encoder, generator: cost of its media and target.
+        encoder: cost of its media, in the unit of their processor.
         sizes: of its media and its target.
-        error: why it cannot be used; empty: it can.
+        error: why it cannot be used; empty: it can be used.
     """
 
     tokens: int = 0
     learnt: int = 0
     rows: int = 0
     encoder: float = 0.0
-    generator: float = 0.0
     sizes: tuple[Size, ...] = ()
     error: str = ""
 
 
 class Measurements:
-    """Of all examples of a source, in flat arrays that worker processes share without copies.
+    """The measurements of all n examples of a source, in flat arrays that worker processes share without copies.
 
     Attributes:
-        tokens: (n,) of each example; 0 for one that cannot be used.
-        encoder: (n,) cost of its media.
-        errors: what is wrong, by number.
+        arrays: the fields of `Measured` as arrays (n,); "sizes" (items, 4) of all examples, of which example i has
+            those from "first"[i] up to "first"[i + 1]; and "bad", the numbers of the examples with "errors".
+        tokens: (n,) number of tokens of each example; 0 for one that cannot be used.
+        errors: why examples cannot be used, by their numbers.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self.arrays = arrays
-        self.tokens, self.encoder = arrays["tokens"], arrays["encoder"]
+        self.tokens = arrays["tokens"]
         self.errors = dict(zip(arrays["bad"].tolist(), arrays["errors"].tolist(), strict=True))
 
     @classmethod
-    def of(cls, measured: "list[Measured]") -> "Measurements":
+    def of(cls, measured: list[Measured]) -> "Measurements":
         bad = [i for i, m in enumerate(measured) if m.error]
         sizes = [(s.height, s.width, s.frames, s.seconds) for m in measured for s in m.sizes]
         return cls(
@@ -73,7 +81,6 @@ class Measurements:
                 "learnt": np.array([m.learnt for m in measured], dtype=np.int64),
                 "rows": np.array([m.rows for m in measured], dtype=np.int64),
                 "encoder": np.array([m.encoder for m in measured], dtype=np.float64),
-                "generator": np.array([m.generator for m in measured], dtype=np.float64),
                 "first": np.cumsum([0, *(len(m.sizes) for m in measured)], dtype=np.int64),
                 "sizes": np.array(sizes, dtype=np.float64).reshape(-1, 4),
                 "bad": np.array(bad, dtype=np.int64),
@@ -85,13 +92,13 @@ class Measurements:
         return len(self.tokens)
 
     def sizes(self, index: int) -> list[Size]:
-        """Of an example's media and its target."""
+        """The sizes of an example's media, then of its target."""
         first, last = self.arrays["first"][index : index + 2]
         rows = self.arrays["sizes"][first:last].tolist()
         return [Size(int(height), int(width), int(frames), seconds) for height, width, frames, seconds in rows]
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write a file, so that a run which is killed leaves no part of one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             np.savez(file, allow_pickle=False, **self.arrays)
@@ -104,7 +111,7 @@ class Measurements:
 
 
 class _Measuring(Dataset):
-    """Measures instead of encoding."""
+    """A dataset of the measurements of a source's examples."""
 
     def __init__(self, source: Source, encoder: ChatEncoder, budget: int, learns: bool) -> None:
         self.source, self.encoder, self.budget, self.learns = source, encoder, budget, learns
@@ -118,14 +125,13 @@ class _Measuring(Dataset):
             example = self.source[index]
             name = name_of(self.source, index, example)
             sample, sizes = encoded(example, self.encoder, self.budget, name, learns=self.learns)
-        except Exception as error:  # a source may raise what it likes: it is told which example did
+        except Exception as error:  # a source may raise anything; the error names the example
             return Measured(error=f"{name} {reason_of(error)}")
         return Measured(
             len(sample.tokens),
             sum(sample.labelled),
             sum(item.rows for item in sample.media),
             sum(item.cost for item in sample.media),
-            sum(item.cost for item in sample.targets),
             sizes,
         )
 
@@ -138,40 +144,37 @@ def encoded(
     draw: tuple[object, ...] | None = None,
     learns: bool = False,
 ) -> tuple[Sample, tuple[Size, ...]]:
-    """The sample of an example, and the sizes of its media and target, read from their headers.
+    """The sample of an example, and the sizes of its media and target, which are read from the headers of their files.
 
     Args:
-        draw: what augmentation depends on; ``None``: there is none.
-        learns: whether it is to be learnt from.
+        budget: maximum number of tokens.
+        name: what errors call the example.
+        draw: what augmentation depends on; ``None``: the media are not augmented.
+        learns: whether the example is for training, and must have something to learn.
 
     Raises:
-        ExampleError: it cannot be used.
+        ExampleError: the example cannot be used.
     """
     items = example.media if example.target is None else [*example.media, example.target]
     sizes = tuple(measure(item) for item in items)
     sample = encoder.encode(example, sizes, name, draw)
     if len(sample.tokens) > budget:
         raise ExampleError(
-            f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows "
-            f'per image or video, raise token_budget={budget}, or cut off its end by truncation="end"'
+            f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows per "
+            f'image or video, raise token_budget={budget}, or set packing.truncation to "end", which cuts off its end'
         )
     if learns and not any(sample.labelled) and not sample.targets:
         raise ExampleError(
-            "has nothing to learn: no reply that is not empty and to be learnt, and no target. Leave it out, or set "
+            "has nothing to learn: neither a target nor a reply that is learnt and not empty. Leave it out, or set "
             "learn in its messages"
         )
     return sample, sizes
 
 
-def reason_of(error: Exception) -> str:
-    """What a message about an example says of any exception: sources may raise what they like."""
-    return str(error) if isinstance(error, ExampleError) else f"{type(error).__name__}: {error}"
-
-
 def name_of(source: Source | Stream, index: int, example: Example | None = None) -> str:
-    """What errors call an example."""
-    given = f" ({example.name})" if example is not None and example.name else ""
-    return f"{source.name}, sample {source.origin(index)}{given}"
+    """What errors call an example: its source, its number, and its own name if it has one."""
+    own_name = f" ({example.name})" if example is not None and example.name else ""
+    return f"{source.name}, sample {source.origin(index)}{own_name}"
 
 
 def measurements(
@@ -183,22 +186,23 @@ def measurements(
     read_only: bool = False,
     learns: bool = False,
 ) -> Measurements:
-    """Of a source: from disk if they are there and still right, else made and saved.
+    """The measurements of a source: they are read from disk if they are still right, otherwise made and stored.
 
     Args:
-        folder: where they are kept.
-        workers: processes that measure.
-        read_only: take what is there, as it was made a moment ago by another process of this node.
-        learns: whether the examples are to be learnt from.
+        budget: maximum number of tokens of an example.
+        folder: where measurements are stored.
+        workers: number of processes that measure.
+        read_only: whether a stored file is taken as it is, since another process of this node has just made it.
+        learns: whether the examples are for training.
     """
     settings = [repr((FORMAT, budget, learns)), encoder.fingerprint(), source.identity()]
     key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:24]
     stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
     path = folder / f"{key}-{stamp}.npz"
     if path.exists() and (read_only or source.fingerprint() is not None):
-        known = Measurements.load(path)
-        if read_only or not known.errors:  # what was wrong may have been put right
-            return known
+        stored = Measurements.load(path)
+        if read_only or not stored.errors:  # broken examples may have been mended
+            return stored
     made = measure_all(source, encoder, budget, workers, learns)
     made.save(path)
     return made
@@ -207,7 +211,7 @@ def measurements(
 def measure_all(
     source: Source, encoder: ChatEncoder, budget: int, workers: int = 0, learns: bool = False
 ) -> Measurements:
-    """Of a source, whatever is on disk; with a progress bar where somebody may watch. Arguments as above."""
+    """Measure a source, whatever is stored, with a progress bar in a terminal. Arguments are as in `measurements`."""
     log.info("measuring the %d examples of %s", len(source), source.name)
     loader = DataLoader(_Measuring(source, encoder, budget, learns), batch_size=None, num_workers=workers)
     console = Console(stderr=True)
@@ -220,3 +224,23 @@ def measure_all(
         disable=not console.is_terminal,
     )
     return Measurements.of(list(watched))
+
+
+def report_errors(measured: Sequence[Measurements], split: str, on_error: Literal["raise", "skip"]) -> None:
+    """Tell the user which examples of a split cannot be used.
+
+    Raises:
+        ExampleError: there are such examples, and `on_error` is "raise".
+    """
+    errors = [text for source in measured for text in source.errors.values()]
+    if not errors:
+        return
+    shown = "\n".join(errors[:SHOWN_ERRORS])
+    if len(errors) > SHOWN_ERRORS:
+        shown += f"\n... and {len(errors) - SHOWN_ERRORS} more"
+    total = sum(map(len, measured))
+    if on_error == "raise":
+        raise ExampleError(
+            f'{len(errors)} of {total} {split} examples cannot be used (on_error="skip" leaves them out):\n{shown}'
+        )
+    log.warning("left out %d of %d %s examples:\n%s", len(errors), total, split, shown)

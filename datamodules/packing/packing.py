@@ -1,8 +1,7 @@
-"""Which samples go into which microbatch, in which step, on which replica: from their sizes alone.
+"""Which samples go into which microbatch, of which step, on which replica, decided from their sizes alone.
 
-Pure functions of numbers: every process gets the same answer. Knows nothing of samples' contents, files or ranks.
-
-A *bin* is the list of samples of one microbatch, by their positions in the order of the epoch.
+All functions are pure: every process computes the same answer. A *bin* is the list of the samples of one microbatch, by
+their indices in the order of the epoch.
 """
 
 import random
@@ -16,18 +15,18 @@ Bin = list[int]
 def mix(
     sizes: Sequence[int], weights: Sequence[float] | None, samples: int | None, seed: int, epoch: int, shuffle: bool
 ) -> list[tuple[int, int]]:
-    """The order of an epoch over several sources.
+    """The order of the samples of several sources in an epoch.
 
-    A source is gone through in a new order each time it is finished, and an epoch goes on where the one before stopped:
-    nothing is drawn twice before everything has been drawn.
+    Each source is read in passes, each of which has a new order. An epoch continues the pass in which the last one
+    stopped, so that no sample is drawn twice before all samples of its source have been drawn.
 
     Args:
         sizes: number of samples of each source.
-        weights: shares of the epoch; ``None``: in proportion to the sizes.
-        samples: length of the epoch; ``None``: that of all sources together.
-        shuffle: else sources keep their order, and are interleaved evenly.
+        weights: relative frequency of each source; ``None``: the sizes.
+        samples: length of the epoch; ``None``: the sum of the sizes.
+        shuffle: whether the order is random. Otherwise sources keep their order, and are interleaved evenly.
 
-    Returns: (source, sample of it) pairs.
+    Returns: (source, index of the sample in it) pairs.
     """
     samples = sum(sizes) if samples is None else samples
     counts = apportion(samples, sizes if weights is None else weights)
@@ -36,12 +35,12 @@ def mix(
         first = epoch * count if shuffle else 0
         passes: dict[int, list[int]] = {}
         for i in range(count):
-            turn, place = divmod(first + i, size)
-            if turn not in passes:
-                passes[turn] = list(range(size))
+            number, index = divmod(first + i, size)
+            if number not in passes:
+                passes[number] = list(range(size))
                 if shuffle:
-                    random.Random(f"{seed}/{source}/{turn}").shuffle(passes[turn])
-            picks.append(((i + 0.5) / count, source, passes[turn][place]))
+                    random.Random(f"{seed}/{source}/{number}").shuffle(passes[number])
+            picks.append(((i + 0.5) / count, source, passes[number][index]))
     picks.sort(key=lambda pick: pick[:2])
     order = [(source, index) for _, source, index in picks]
     if shuffle:
@@ -50,7 +49,7 @@ def mix(
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Whole shares of a total, by largest remainder."""
+    """Whole numbers in proportion to the weights whose sum is the total, by the largest-remainder method."""
     whole = sum(weights)
     exact = [total * weight / whole for weight in weights]
     shares = [int(share) for share in exact]
@@ -61,60 +60,81 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def llm_cost(tokens: int, attention_tokens: float) -> float:
-    """What a sample costs the LLM, in tokens of a short one; attention as of `PackingOptions`."""
+    """The LLM's cost of a sample, in tokens of a short one: attention adds a term that is quadratic in its length."""
     return tokens + tokens * tokens / attention_tokens
 
 
-def pack(tokens: Sequence[int], costs: Sequence[float], budget: int, window: int, ordered: bool = False) -> list[Bin]:
+class Bins:
+    """Bins that are filled by best fit: each sample goes into the fullest bin that has room for it.
+
+    Args:
+        budget: maximum number of tokens in a bin.
+        ordered: whether samples keep their order: only the last bin is filled (next fit).
+
+    Attributes:
+        bins: all bins, in the order in which they were opened.
+    """
+
+    def __init__(self, budget: int, ordered: bool = False) -> None:
+        self.budget, self.ordered = budget, ordered
+        self.bins: list[Bin] = []
+        self._rooms: list[tuple[int, int]] = []  # sorted (free tokens, bin); only the last bin if the order is kept
+
+    def add(self, sample: int, tokens: int, may_open: bool = True) -> bool:
+        """Add a sample.
+
+        Args:
+            sample: its index.
+            tokens: its length.
+            may_open: whether a new bin may be opened for it.
+
+        Returns: whether the sample was added.
+        """
+        at = bisect_left(self._rooms, (tokens, -1))
+        if at < len(self._rooms):
+            room, b = self._rooms.pop(at)
+        elif may_open:
+            self.bins.append([])
+            room, b = self.budget, len(self.bins) - 1
+        else:
+            return False
+        self.bins[b].append(sample)
+        if self.ordered:
+            self._rooms.clear()
+        insort(self._rooms, (room - tokens, b))
+        return True
+
+
+def pack(
+    tokens: Sequence[int], costs: Sequence[float], budget: int, buffer_size: int, ordered: bool = False
+) -> list[Bin]:
     """Bins of at most `budget` tokens each.
 
     Args:
-        tokens: of each sample; none more than `budget`.
-        costs: LLM time of each sample, attention counted.
-        window: samples that are packed together: best-fit decreasing, then as evenly in cost as the same number of bins
-            allows.
-        ordered: keep the order of samples; a bin ends where the next sample does not fit.
+        tokens: length of each sample; at most `budget`.
+        costs: the LLM's cost of each sample.
+        buffer_size: number of consecutive samples that are packed together: by best-fit decreasing, and then as evenly
+            in cost as the same number of bins allows.
+        ordered: whether samples keep their order; a bin then ends where the next sample does not fit.
     """
     if ordered:
-        return _next_fit(tokens, budget)
+        filled = Bins(budget, ordered)
+        for i, size in enumerate(tokens):
+            filled.add(i, size)
+        return filled.bins
     bins: list[Bin] = []
-    for start in range(0, len(tokens), window):
-        pool = range(start, min(start + window, len(tokens)))
-        bins += _even(_best_fit(pool, tokens, budget), tokens, costs, budget)
-    return bins
-
-
-def _next_fit(tokens: Sequence[int], budget: int) -> list[Bin]:
-    bins: list[Bin] = []
-    room = 0
-    for i, size in enumerate(tokens):
-        if size > room:
-            bins.append([])
-            room = budget
-        bins[-1].append(i)
-        room -= size
-    return bins
-
-
-def _best_fit(pool: Sequence[int], tokens: Sequence[int], budget: int) -> list[Bin]:
-    """Best-fit decreasing: each sample, longest first, into the fullest bin that has room for it."""
-    bins: list[Bin] = []
-    rooms: list[tuple[int, int]] = []  # (room, bin), sorted
-    for i in sorted(pool, key=lambda i: (-tokens[i], i)):
-        at = bisect_left(rooms, (tokens[i], -1))
-        if at == len(rooms):
-            bins.append([])
-            room, b = budget, len(bins) - 1
-        else:
-            room, b = rooms.pop(at)
-        bins[b].append(i)
-        insort(rooms, (room - tokens[i], b))
+    for start in range(0, len(tokens), buffer_size):
+        filled = Bins(budget)
+        buffer = range(start, min(start + buffer_size, len(tokens)))
+        for i in sorted(buffer, key=lambda i: (-tokens[i], i)):
+            filled.add(i, tokens[i])
+        bins += _even(filled.bins, tokens, costs, budget)
     return bins
 
 
 def _even(packed: list[Bin], tokens: Sequence[int], costs: Sequence[float], budget: int) -> list[Bin]:
-    """As many bins of nearly equal cost: each sample, dearest first, into the cheapest bin that has room for it. Or
-    `packed` as it is, where the budget does not allow that."""
+    """The samples in as many bins of nearly equal cost: each sample, dearest first, goes into the cheapest bin that has
+    room for it. If the budget does not allow that, `packed` is returned."""
     bins: list[Bin] = [[] for _ in packed]
     loads, rooms = [0.0] * len(bins), [budget] * len(bins)
     for i in sorted((i for b in packed for i in b), key=lambda i: (-costs[i], i)):
@@ -136,17 +156,18 @@ def deal(
     steps: int | None = None,
     exact: bool = False,
 ) -> list[list[list[Bin]]]:
-    """Bins to steps and replicas: in a step every replica has equally many microbatches, of nearly equal total cost.
+    """Deal bins to steps and replicas. In a step all replicas have equally many bins, of nearly equal total cost.
 
-    Bins of several samples are cut in two until the numbers work out; where there are too few samples for that, bins
-    are repeated.
+    If there are too few bins, bins of several samples are split in two; if there are too few samples, bins are
+    repeated.
 
     Args:
-        costs: LLM time of each sample.
-        microbatches: of a replica in a step.
-        steps: how many to make; ``None``: as many as the bins need. Steps differ by one microbatch where the bins do
-            not suffice or are too many.
-        exact: every step has exactly `microbatches`; with `steps` given, bins beyond that are left out.
+        costs: the LLM's cost of each sample.
+        microbatches: number of bins of a replica in a step.
+        steps: number of steps; ``None``: as many as the bins need. Steps differ by one microbatch if the number of bins
+            does not divide evenly.
+        exact: every step has exactly `microbatches` bins per replica; if `steps` is given, bins beyond that are left
+            out.
 
     Returns: per step, per replica, its bins.
     """
@@ -155,13 +176,13 @@ def deal(
     if steps is None:
         steps = -(-len(bins) // (replicas * microbatches))
     number = steps * replicas * microbatches if exact else replicas * max(steps, -(-len(bins) // replicas))
-    bins = _cut(list(bins), costs, number)
+    bins = _resize(list(bins), costs, number)
     bounds = [replicas * (s * (number // replicas) // steps) for s in range(steps + 1)]
     return [_share(bins[a:b], costs, replicas) for a, b in pairwise(bounds)]
 
 
-def _cut(bins: list[Bin], costs: Sequence[float], number: int) -> list[Bin]:
-    """Exactly `number` bins."""
+def _resize(bins: list[Bin], costs: Sequence[float], number: int) -> list[Bin]:
+    """Exactly `number` bins: the first ones, or all, of which the dearest are split or all are repeated."""
     bins = bins[:number]
     while len(bins) < number:
         at = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, sum(costs[i] for i in bins[b])))
@@ -173,20 +194,20 @@ def _cut(bins: list[Bin], costs: Sequence[float], number: int) -> list[Bin]:
 
 
 def _half(samples: Bin, costs: Sequence[float]) -> int:
-    """Where to cut a bin so that both parts cost about as much."""
+    """The index at which a bin is split so that both parts cost about as much."""
     sums = list(accumulate(costs[i] for i in samples))
     return min(range(1, len(samples)), key=lambda k: abs(2 * sums[k - 1] - sums[-1]))
 
 
 def _share(bins: Sequence[Bin], costs: Sequence[float], replicas: int) -> list[list[Bin]]:
-    """Equally many bins for each replica; dearest first, each to the replica that has least and room. Bins of a replica
-    keep their order."""
+    """Equally many bins for each replica: each bin, dearest first, goes to the replica with the lowest cost that has
+    not got its number of bins yet. The bins of a replica keep their order."""
     each = len(bins) // replicas
     cost = [sum(costs[i] for i in b) for b in bins]
-    mine: list[list[int]] = [[] for _ in range(replicas)]
+    shares: list[list[int]] = [[] for _ in range(replicas)]
     load = [0.0] * replicas
     for b in sorted(range(len(bins)), key=lambda b: (-cost[b], b)):
-        r = min((r for r in range(replicas) if len(mine[r]) < each), key=lambda r: load[r])
-        mine[r].append(b)
+        r = min((r for r in range(replicas) if len(shares[r]) < each), key=lambda r: load[r])
+        shares[r].append(b)
         load[r] += cost[b]
-    return [[bins[b] for b in sorted(part)] for part in mine]
+    return [[bins[b] for b in sorted(part)] for part in shares]

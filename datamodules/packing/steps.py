@@ -1,76 +1,80 @@
-"""The sampler behind `MultimodalDataModule`: what each step of an epoch consists of, from any step on.
-
-Knows measurements, epochs and replicas as numbers; knows nothing of samples' contents.
-"""
+"""The sampler of `MultimodalDataModule`: it yields what each step of an epoch consists of, from any step on."""
 
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from ..options import PackingOptions
 from .measuring import Measurements
-from .packing import deal, llm_cost, mix, pack
+from .packing import Bin, deal, llm_cost, mix, pack
 
 
 @dataclass(frozen=True)
-class PackingOptions:
-    """How examples become microbatches.
+class StepSize:
+    """How much a replica trains on in a step.
 
     Attributes:
-        token_budget: most tokens of a microbatch.
-        microbatches: of a replica in a step.
-        exact: whether steps must have exactly so many; else some may have one more.
-        window: examples packed together.
-        ordered: keep the order of examples in packing.
-        attention_tokens: length of a sample at which the LLM's attention costs as much as all else in a layer: about 12
-            times its width.
+        token_budget: maximum number of tokens in a microbatch.
+        microbatches: number of microbatches in a step.
+        exact: every step has exactly this number of microbatches; otherwise some steps may have one more.
     """
 
     token_budget: int
     microbatches: int
     exact: bool = False
-    window: int = 1024
-    ordered: bool = False
-    attention_tokens: float = 12 * 4096
+
+
+def order_settings(size: StepSize, packing: PackingOptions) -> tuple[object, ...]:
+    """The settings that the order of samples depends on. `packed`, for one, changes the shapes of a batch alone."""
+    return size, packing.buffer_size, packing.ordered, packing.attention_tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a replica has to do in a step.
+    """A step of a replica.
 
     Attributes:
-        epoch: that it belongs to.
-        bins: (source, example) pairs of each microbatch.
+        epoch: the epoch that it belongs to.
+        bins: for each microbatch the (source, example) pairs of its samples.
     """
 
     epoch: int
     bins: list[list[tuple[int, int]]]
 
 
-@dataclass
-class _Order:
-    """The steps of one epoch, for all replicas."""
+@dataclass(frozen=True)
+class _EpochPlan:
+    """The steps of one epoch, for all replicas.
+
+    Attributes:
+        picks: the (source, example) pairs of the epoch.
+        steps: per step, per replica, bins of indices of the picks.
+    """
 
     epoch: int
     picks: list[tuple[int, int]]
-    steps: list[list[list[list[int]]]] = field(default_factory=list)
+    steps: list[list[list[Bin]]]
 
 
 class StepSampler(DistributedSampler):
-    """Yields the `Step`s of one replica. Lightning leaves a `DistributedSampler` alone and tells it the epoch.
+    """Yields the `Step`s of one replica.
+
+    It is a `DistributedSampler` because Lightning does not replace one, and sets its epoch.
 
     Attributes:
-        start: first step that the next iterator yields; the ones after it begin with the first.
+        start: the first step that the next iterator yields; iterators after it begin with step 0.
     """
 
     def __init__(
         self,
         measured: Sequence[Measurements],
-        options: PackingOptions,
+        size: StepSize,
+        packing: PackingOptions,
         weights: Sequence[float] | None = None,
         samples: int | None = None,
         shuffle: bool = False,
@@ -81,21 +85,22 @@ class StepSampler(DistributedSampler):
     ) -> None:
         """
         Args:
-            measured: of each source; examples with errors are left out.
-            weights, samples: as in `packing.mix`.
-            same: every epoch is the first one.
+            measured: the measurements of each source; examples with errors are left out.
+            weights, samples: see `packing.mix`.
+            same: every epoch repeats the first one.
         """
         self.usable = [np.flatnonzero(m.tokens) for m in measured]
         if not measured or not all(map(len, self.usable)):
             raise ValueError("a split needs sources, and each source a usable example")
         super().__init__(range(1), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # pyright: ignore
-        self.measured, self.options, self.weights, self.samples = list(measured), options, weights, samples
+        self.measured, self.size, self.packing = list(measured), size, packing
+        self.weights, self.samples = weights, samples
         self.start, self.same = 0, same
-        self._order: _Order | None = None
+        self._epoch_plan: _EpochPlan | None = None
         self._length: int | None = None
 
     def __len__(self) -> int:
-        """Steps of an epoch; all epochs have as many as the first."""
+        """Number of steps of an epoch: that of the first epoch."""
         if self._length is None:
             self._length = len(self._plan(0, None).steps)
         return self._length
@@ -104,31 +109,32 @@ class StepSampler(DistributedSampler):
         super().set_epoch(0 if self.same else epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        order = self._of(self.epoch)
+        plan = self._plan_of(self.epoch)
         first, self.start = self.start, 0
-        for step in order.steps[first:]:
-            bins = [[order.picks[i] for i in b] for b in step[self.rank]]
+        for step in plan.steps[first:]:
+            bins = [[plan.picks[i] for i in b] for b in step[self.rank]]
             yield Step(self.epoch, bins)
 
     def fingerprint(self) -> str:
-        """Of all that the order of steps depends on, the number of replicas aside."""
-        state = hashlib.sha256(repr((self.options, self.weights, self.samples, self.shuffle, self.seed)).encode())
+        """A hash of everything that the order of steps depends on, except the number of replicas."""
+        settings = (order_settings(self.size, self.packing), self.weights, self.samples, self.shuffle, self.seed)
+        state = hashlib.sha256(repr(settings).encode())
         for m in self.measured:
             state.update(m.tokens.tobytes())
         return state.hexdigest()[:16]
 
-    def _of(self, epoch: int) -> _Order:
-        if self._order is None or self._order.epoch != epoch:
-            self._order = self._plan(epoch, len(self))
-        return self._order
+    def _plan_of(self, epoch: int) -> _EpochPlan:
+        if self._epoch_plan is None or self._epoch_plan.epoch != epoch:
+            self._epoch_plan = self._plan(epoch, len(self))
+        return self._epoch_plan
 
-    def _plan(self, epoch: int, steps: int | None) -> _Order:
-        options = self.options
+    def _plan(self, epoch: int, steps: int | None) -> _EpochPlan:
+        size, packing = self.size, self.packing
         picks = mix([len(u) for u in self.usable], self.weights, self.samples, self.seed, epoch, self.shuffle)
         picks = [(source, int(self.usable[source][index])) for source, index in picks]
         tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
-        costs = [llm_cost(n, options.attention_tokens) for n in tokens]
-        bins = pack(tokens, costs, options.token_budget, options.window, options.ordered)
-        if self.shuffle and not options.ordered:
+        costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
+        bins = pack(tokens, costs, size.token_budget, packing.buffer_size, packing.ordered)
+        if self.shuffle and not packing.ordered:
             random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
-        return _Order(epoch, picks, deal(bins, costs, self.num_replicas, options.microbatches, steps, options.exact))
+        return _EpochPlan(epoch, picks, deal(bins, costs, self.num_replicas, size.microbatches, steps, size.exact))

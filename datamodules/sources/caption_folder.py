@@ -1,34 +1,39 @@
-"""A folder of images, each with its caption in a file beside it. Knows folders; opens no image."""
+"""A source of a folder of images, each with its caption in a file beside it."""
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ..example import Example, ExampleError, File, Image, Message, Roots, roots_of
+from ..errors import ExampleError
+from ..example import Example, Image, Message
+from ..files import File, Roots, roots_of
+from .data_files import stamp
 from .media_files import IMAGES
 from .records import captioned
-from .source import Source, stamp
+from .source import Source
 
 SHOWN = 3
+"""How many of the files that are left out a warning names."""
+
 log = logging.getLogger(__name__)
 
 
 class CaptionFolder(Source):
-    """Images with a text file of the same name beside each: to be described, or to be drawn.
+    """Images with captions in text files of the same name, to be described or to be drawn.
 
-    ``photos/1.png`` goes with ``photos/1.txt``. A warning tells how many images have no caption, and how many captions
-    no image.
+    The caption of ``photos/1.png`` is in ``photos/1.txt``. A warning says how many images have no caption, and how many
+    captions have no image.
     """
 
     def __init__(self, root: Roots, prompt: str | None = None, task: Literal["describe", "draw"] = "describe") -> None:
         """
         Args:
-            root: folder, read with all that are in it; or several: the first is read, and links in it may lead into
-                the others.
-            prompt: the user's words; for "draw", ``{}`` stands for the caption. ``None``: "Describe the image.", or to
-                draw the caption alone.
-            task: "describe" learns the caption from the image; "draw" the image from the caption.
+            root: a folder, which is read with its subfolders; or several folders: only the first is read, and links in
+                it may lead into the others.
+            prompt: the user's words; for "draw", ``{}`` stands for the caption. ``None``: "Describe the image."; for
+                "draw", the caption alone.
+            task: "describe" learns the caption from the image; "draw" learns the image from the caption.
         """
         if task not in ("describe", "draw"):
             raise ValueError(f'task={task!r}: choose "describe" or "draw"')
@@ -87,9 +92,9 @@ class CaptionFolder(Source):
 
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """In a folder and in those in it, linked ones as well."""
+    """The files in a folder and its subfolders, including linked ones."""
     place = folder.resolve()
-    if place in above or not folder.is_dir():  # a link back, or nothing
+    if place in above or not folder.is_dir():  # a link to a folder above, or a broken link
         return
     for path in folder.iterdir():
         if path.is_dir():

@@ -1,31 +1,31 @@
-"""The contents of messages as data: which images and videos stand where, and which ``<image>`` is but a word.
-
-Knows texts, parts, and the files that parts name; knows no format.
-"""
+"""The contents of messages as data: where images and videos belong, and which ``<image>`` is ordinary text."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Required, TypedDict
 
-from ..example import ExampleError, Image, Part, Roots, Video
+from ..errors import ExampleError
+from ..example import Image, Part, Video
+from ..files import Roots
 from .media_files import media_at
 
 KINDS: dict[str, type[Image] | type[Video]] = {"image": Image, "video": Video}
 PLACES = re.compile("(<image>|<video>)")
 FILES = {kind: (kind, "path", "url", "base64") for kind in KINDS} | {f"{kind}_url": (f"{kind}_url",) for kind in KINDS}
-"""By which keys a part of each type names its file."""
+"""The keys by which a part of each type may name its file."""
 
 
 class TypedPart(TypedDict, total=False):
-    """A part of a message. Placeholders in its text are text.
+    """A part of a message. Placeholders in its text are ordinary text.
 
     Attributes:
-        type: "text"; "image" or "video", which is the next one if no file is named; or "image_url" or "video_url".
-        text: of type "text".
-        image, video, path, url: the file of an image or video, by one of these keys and as of `media_at`.
-        base64: its bytes.
-        image_url, video_url: of these types: ``{"url": ...}``, or the URL alone.
+        type: "text"; "image" or "video", which stands for the next one if it names no file; or "image_url" or
+            "video_url".
+        text: the text of a part of type "text".
+        image, video, path, url: the file of an image or video, under one of these keys; see `media_at`.
+        base64: the bytes of an image or video.
+        image_url, video_url: for parts of these types: ``{"url": ...}``, or the URL alone.
     """
 
     type: Required[str]
@@ -40,15 +40,15 @@ class TypedPart(TypedDict, total=False):
 
 
 class Contents:
-    """Parts of the messages of one conversation.
+    """Makes the parts of the messages of one conversation.
 
     Args:
-        items: images and videos that placeholders and parts without a file stand for, by kind and in their order.
+        items: by kind, the images and videos that placeholders and parts without a file stand for, in their order.
         turns: all messages.
-        roots: of files that parts name.
+        roots: folders of the files that parts name.
 
     Raises:
-        ExampleError: there are not as many places as items.
+        ExampleError: there is not one placeholder, or part without a file, for each item.
     """
 
     def __init__(self, items: Mapping[str, Sequence[Any]], turns: Sequence[Mapping[str, Any]], roots: Roots) -> None:
@@ -57,48 +57,51 @@ class Contents:
         self._user = next((turn for turn in turns if turn.get("role") == "user"), None)
         for kind, given in self._left.items():
             places = Places.of(kind, turns)
-            if places.asked + places.said == len(given):
+            if places.given + places.learnt == len(given):
                 continue
-            if places.asked == len(given):
+            if places.given == len(given):
                 self._words.add(kind)
-            elif places.asked + places.said + places.own == 0:
+            elif places.given + places.learnt + places.with_file == 0:
                 self._put_first(kind, places)
             else:
                 raise ExampleError(
-                    f"has {places.asked + places.said} <{kind}> placeholders for {len(given)} {kind}s. Where <{kind}> "
-                    f'is a word, give the content as parts: {{"type": "text", "text": ...}} and {{"type": "{kind}"}}'
+                    f"has {places.given + places.learnt} <{kind}> placeholders for {len(given)} {kind}s. If <{kind}> "
+                    'is ordinary text, give the content as parts: {"type": "text", "text": ...} and '
+                    f'{{"type": "{kind}"}}'
                 )
 
     def _put_first(self, kind: str, places: "Places") -> None:
         if places.in_parts:
-            raise ExampleError(f'has <{kind}> in the text of a part, where it is a word: give {{"type": "{kind}"}}')
+            raise ExampleError(
+                f'has <{kind}> in the text of a part, where it is ordinary text: give {{"type": "{kind}"}}'
+            )
         if self._user is None:
             raise ExampleError(f"has {kind}s and no <{kind}> for them, nor a message of the user that they could begin")
         self._first += self._left[kind]
         self._left[kind] = []
 
     def parts(self, turn: Mapping[str, Any], where: str) -> list[Part]:
-        """Of the next message.
+        """The parts of the next message.
 
         Args:
-            where: what errors call it.
+            where: what errors call the message.
         """
         content = turn.get("content")
         if content is None:
             content = ""
         first = self._first if turn is self._user else []
         if isinstance(content, str):
-            return [*first, *self._text(content, _is_said(turn))]
+            return [*first, *self._text(content, _is_learnt(turn))]
         if not isinstance(content, Sequence) or isinstance(content, bytes):
             raise ExampleError(f"has {where} whose content is neither text nor a list of parts, but {content!r}")
         return [*first, *(self._part(part, where) for part in content)]
 
-    def _text(self, content: str, said: bool) -> list[Part]:
+    def _text(self, content: str, learnt: bool) -> list[Part]:
         parts: list[Part] = []
         text = ""
         for piece in PLACES.split(content):
             kind = piece[1:-1]
-            if not PLACES.fullmatch(piece) or (said and kind in self._words):
+            if not PLACES.fullmatch(piece) or (learnt and kind in self._words):
                 text += piece
                 continue
             parts += [text, self._left[kind].pop(0)]
@@ -135,44 +138,44 @@ class Contents:
 
 @dataclass
 class Places:
-    """How many there are for items of a kind.
+    """How many places a conversation has for items of a kind.
 
     Attributes:
-        asked: parts without a file, and placeholders in messages that are not learnt.
-        said: placeholders in what is learnt.
-        own: parts with their own file.
-        in_parts: placeholders in the texts of parts of messages that are not learnt.
+        given: number of parts without a file, and of placeholders in messages that are not learnt.
+        learnt: number of placeholders in learnt messages.
+        with_file: number of parts with a file of their own.
+        in_parts: number of placeholders in the texts of parts of messages that are not learnt.
     """
 
-    asked: int = 0
-    said: int = 0
-    own: int = 0
+    given: int = 0
+    learnt: int = 0
+    with_file: int = 0
     in_parts: int = 0
 
     @classmethod
     def of(cls, kind: str, turns: Sequence[Mapping[str, Any]]) -> "Places":
         places = cls()
         for turn in turns:
-            content, said = turn.get("content"), _is_said(turn)
+            content, learnt = turn.get("content"), _is_learnt(turn)
             if isinstance(content, str):
                 number = content.count(f"<{kind}>")
-                places.said += number * said
-                places.asked += number * (not said)
+                places.learnt += number * learnt
+                places.given += number * (not learnt)
                 continue
             for part in content if isinstance(content, Sequence) else ():
                 of, own = _file(part) if isinstance(part, Mapping) else (None, {})
-                places.own += isinstance(part, KINDS[kind]) or (of == kind and bool(own))
-                places.asked += of == kind and not own
+                places.with_file += isinstance(part, KINDS[kind]) or (of == kind and bool(own))
+                places.given += of == kind and not own
                 text = part.get("text") if isinstance(part, Mapping) else None
-                places.in_parts += not said and isinstance(text, str) and f"<{kind}>" in text
+                places.in_parts += not learnt and isinstance(text, str) and f"<{kind}>" in text
         return places
 
 
 def known(given: Any, schema: Any, where: str) -> dict[str, Any]:
-    """What has a value.
+    """The keys of an object that have a value.
 
     Raises:
-        ExampleError: there is a value under a key that the schema does not have.
+        ExampleError: a key that the schema does not have has a value.
     """
     if not isinstance(given, Mapping):
         raise ExampleError(f"is no JSON object{where}: {given!r}")
@@ -186,17 +189,17 @@ def known(given: Any, schema: Any, where: str) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key in keys and value is not None}
 
 
-def _is_said(turn: Mapping[str, Any]) -> bool:
-    """Whether a message is of those that are learnt: what the assistant says, or text without a template."""
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    """Whether a message may be learnt: it is the assistant's, or text without a template."""
     return turn.get("role") == "assistant" or (turn.get("role") == "text" and turn.get("loss") is not False)
 
 
 def _file(part: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Of which kind a part is, if it is an image or a video, and what it names its file by; nothing: the next one."""
+    """The kind of a part, if it is an image or a video, and the keys that name its file; empty: it is the next one."""
     given = part.get("type")
     kind = given.removesuffix("_url") if isinstance(given, str) and given in FILES else None
     keys = [key for key in TypedPart.__annotations__ if key not in ("type", "text")]
     own = {key: part[key] for key in keys if part.get(key) is not None}
-    if kind != given and not own:  # an image_url without one
+    if kind != given and not own:  # an image_url without a URL
         kind = None
     return kind, own

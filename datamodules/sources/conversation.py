@@ -1,7 +1,6 @@
-"""The one schema of a conversation as data, and the `Example` that becomes of it.
+"""The schema of a conversation as data, into which every format is translated, and its translation to an `Example`.
 
-Every format is translated into it. A key that it does not name is refused, as long as it has a value. Knows no format,
-and opens no file::
+A key that the schema does not have is refused if it has a value. No file is opened::
 
     {"messages": [{"role": "system", "content": "Be brief."},
                   {"role": "user", "content": "<image>Is it warm here?"},
@@ -17,20 +16,22 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Required, TypedDict
 
-from ..example import Example, ExampleError, Image, Message, Roots, Video
+from ..errors import ExampleError
+from ..example import Example, Image, Message, Video
+from ..files import Roots
 from .contents import Contents, TypedPart, known
 
 
 class Turn(TypedDict, total=False):
-    """A message. ``None`` is as good as no value.
+    """A message. ``None`` means that there is no value.
 
     Attributes:
-        role: as of `Message`.
-        content: a text, in which ``<image>`` and ``<video>`` stand for the next one; or a list of parts, of which some
-            may be an `Image` or `Video` themselves. It may be missing where there are `tool_calls`. In what is learnt
-            they are words, if the others alone are as many as there are images, or videos.
-        reasoning_content, tool_calls, name, tool_call_id: as of `Message`.
-        loss: whether an assistant's message is learnt: true or false, or 1 or 0; `Message.learn`.
+        role: see `Message`.
+        content: a text, in which ``<image>`` and ``<video>`` stand for the next image or video; or a list of parts,
+            each a `TypedPart`, an `Image` or a `Video`. It may be missing if there are `tool_calls`. Placeholders in
+            learnt messages are ordinary text if those in the other messages are as many as there are images or videos.
+        reasoning_content, tool_calls, name, tool_call_id: see `Message`.
+        loss: whether an assistant's message is learnt: true or false, or 1 or 0; see `Message.learn`.
     """
 
     role: Required[str]
@@ -43,11 +44,12 @@ class Turn(TypedDict, total=False):
 
 
 class Conversation(TypedDict, total=False):
-    """
+    """A conversation as data.
+
     Attributes:
-        messages: at least one.
-        tools: JSON schemas as of `Example`, or the JSON text of a list of them.
-        chat_template_kwargs: as of `Example`.
+        messages: at least one message.
+        tools: JSON schemas as in `Example`, or the JSON text of a list of them.
+        chat_template_kwargs: see `Example`.
     """
 
     messages: Required[Sequence[Turn]]
@@ -63,15 +65,16 @@ def example_of(
     name: str = "",
     media_root: Roots = ".",
 ) -> Example:
-    """
+    """The example of a conversation.
+
     Args:
-        images, videos: what placeholders and parts without a file stand for, in their order; all are used. Where
-            nothing stands for them, they come before the first message of the user.
-        target, name: of the example.
-        media_root: of files that parts name, as of `Roots`.
+        images, videos: the media that placeholders, and parts without a file, stand for, in their order; all are used.
+            If there are no placeholders and no such parts, they come before the first message of the user.
+        target, name: see `Example`.
+        media_root: folders of the files that parts name, see `Roots`.
 
     Raises:
-        ExampleError: it is no such conversation, has a key beyond those, or not as many places as images and videos.
+        ExampleError: it is no such conversation, has another key, or has not one placeholder for each image and video.
     """
     given = known(conversation, Conversation, "")
     turns = _list_of_objects(given.get("messages"), "messages")
@@ -119,6 +122,7 @@ def _list_of_objects(given: Any, what: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def loaded(text: str, what: str) -> Any:
+    """The value of a JSON text."""
     try:
         return json.loads(text or "[]")
     except ValueError as error:

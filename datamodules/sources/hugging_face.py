@@ -1,22 +1,24 @@
-"""Rows of the `datasets` library, as a source and as a stream. Knows columns; records.py knows what is in them."""
+"""Rows of the `datasets` library, as a source and as a stream. records.py makes examples of the rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from ..example import Example, ExampleError, File, Roots, roots_of
+from ..errors import ExampleError
+from ..example import Example
+from ..files import File, Roots, roots_of
 from .records import DESCRIBE, FORMS, MEDIA, Records, check_columns
-from .source import Source, resolved
+from .source import Source
 from .stream import Place, Stream
 
 NEEDED = ("messages", "conversations", "completion", "text", "caption")
 
 
 class HFDataset(Source):
-    """Rows of whatever the `datasets` library reads (Parquet, Arrow, its own formats), memory-mapped.
+    """Rows of anything that the `datasets` library reads (Parquet, Arrow, its own formats), memory-mapped.
 
-    Columns are the keys of `Records`. Media hold their bytes, or paths below the media root.
+    Columns are the keys of `Records`. Columns of media have bytes, or paths below the media root.
     """
 
     def __init__(
@@ -30,15 +32,12 @@ class HFDataset(Source):
     ) -> None:
         """
         Args:
-            path, data_files, split: as of `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
-            media_root: folder of media given by path, or several, as of `Roots`.
-            ignore: columns that are left out; others that are not known are refused.
-            prompt: the user's words where there is only a caption.
+            path, data_files, split: see `datasets.load_dataset`: ``HFDataset("parquet", "shards/*.parquet")``.
+            media_root: the folder of media that are given by path, or several folders, see `Roots`.
+            ignore: columns that are left out; other columns that are not known are refused.
+            prompt: the user's words for rows that are only a caption.
         """
-        import datasets
-
-        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
-        rows: Any = undecoded(datasets.load_dataset(path, data_files=files, split=split))
+        rows: Any = undecoded(_loaded(path, data_files, split, streaming=False))
         self.media_roots = roots_of(media_root)
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         columns = [name for name in rows.column_names if name not in ignore]
@@ -61,8 +60,7 @@ class HFDataset(Source):
         return self._rows._fingerprint
 
     def identity(self) -> str:
-        given = self.records
-        return repr((type(self).__qualname__, self._label, resolved(given.roots), given.ignore, given.prompt))
+        return repr((type(self).__qualname__, self._label, self.records.identity()))
 
     def __getitem__(self, index: int) -> Example:
         row = self._texts[index]
@@ -70,7 +68,7 @@ class HFDataset(Source):
         return self.records.example({**row, **self._files(index)}, name=f"row {index}")
 
     def _files(self, index: int) -> dict[str, list[Any]]:
-        """Paths of media by their columns; where there are bytes, a file that reads them when it is opened."""
+        """The media of a row by their columns: paths, or, for bytes, files that read them when they are opened."""
         found: dict[str, list[Any]] = {}
         if self._media is None:
             return found
@@ -94,9 +92,9 @@ class HFDataset(Source):
 
 
 class HFStream(Stream):
-    """Rows of whatever the `datasets` library streams: Parquet, JSON lines and the like, from disk or from afar.
+    """Rows of anything that the `datasets` library streams: Parquet, JSON lines and others, local or remote.
 
-    Columns as of `HFDataset`. The order of files is another in each turn, from version 5 of `datasets` on.
+    Columns are those of `HFDataset`. From version 5 of `datasets` on, each repeat has another order of files.
     """
 
     def __init__(
@@ -111,19 +109,18 @@ class HFStream(Stream):
     ) -> None:
         """
         Args:
-            path, data_files, split: as of `datasets.load_dataset`; or `path` is a `datasets.IterableDataset`. Without
-                a `shuffle` of its own, in which no place can be told: the DataModule shuffles within its window.
-            media_root: folder of media given by path, or several, as of `Roots`.
-            shuffle: the order of the files.
-            ignore: columns that are left out; others that are not known are refused.
-            prompt: the user's words where there is only a caption.
+            path, data_files, split: see `datasets.load_dataset`; or `path` is a `datasets.IterableDataset`. It must not
+                have a `shuffle` of its own, which could not be resumed: the DataModule shuffles within its buffer.
+            media_root: the folder of media that are given by path, or several folders, see `Roots`.
+            shuffle: whether the order of files is random.
+            ignore: columns that are left out; other columns that are not known are refused.
+            prompt: the user's words for rows that are only a caption.
         """
         import datasets
 
-        files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
         rows: Any = path
         if not isinstance(path, datasets.IterableDataset):
-            rows = datasets.load_dataset(path, data_files=files, split=split, streaming=True)
+            rows = _loaded(path, data_files, split, streaming=True)
         self._rows = undecoded(rows)
         self.media_roots, self.shuffle = roots_of(media_root), shuffle
         self.records = Records(self.media_roots, tuple(ignore), prompt)
@@ -133,11 +130,11 @@ class HFStream(Stream):
     def name(self) -> str:
         return self._label
 
-    def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
-        rows = deepcopy(self._rows)  # the library shares its epoch with all workers, who may be in another turn
-        rows.set_epoch(turn + 1 if self.shuffle else 0)
+    def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
+        rows = deepcopy(self._rows)  # the library shares its epoch with all workers, which may be in another repeat
+        rows.set_epoch(repeat + 1 if self.shuffle else 0)
         rows.load_state_dict(place)
-        for batch in rows.iter(batch_size=1):  # in a worker, iter(rows) would give it a part of the rows
+        for batch in rows.iter(batch_size=1):  # in a worker, iter(rows) would yield a part of the rows
             row = {name: values[0] for name, values in batch.items()}
             try:
                 example: Example | ExampleError = self._example(row)
@@ -150,8 +147,15 @@ class HFStream(Stream):
         return self.records.example(row)
 
 
+def _loaded(path: str, data_files: str | Sequence[str] | None, split: str, streaming: bool) -> Any:
+    import datasets
+
+    files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
+    return datasets.load_dataset(path, data_files=files, split=split, streaming=streaming)
+
+
 def undecoded(rows: Any) -> Any:
-    """A dataset of the `datasets` library whose media stay bytes or paths until their owner asks for them."""
+    """A dataset of the `datasets` library that returns media as bytes or paths, and does not decode them."""
     features = rows.features or {}
     changed = {name: feature for name in features if (feature := _undecoded(features[name])) is not features[name]}
     for name, feature in changed.items():
@@ -160,7 +164,7 @@ def undecoded(rows: Any) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The same one, if nothing in it is decoded."""
+    """A feature that decodes nothing; the same object if it decodes nothing already."""
     import datasets
 
     if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
@@ -175,7 +179,7 @@ def _undecoded(feature: Any) -> Any:
 
 
 def _items(value: Any) -> list[Any]:
-    """What a value of Arrow has: a list, or one thing, or nothing. Bytes are not copied."""
+    """The items of a value of Arrow: of a list, its items; otherwise the value, or nothing. Bytes are not copied."""
     from pyarrow import types
 
     if not value.is_valid:

@@ -1,4 +1,4 @@
-"""Sources that are JSON: one record per line, or a list of them. Knows lines; records.py knows what is in them."""
+"""Sources that are JSON files: one record per line, or a list of records. records.py makes examples of the records."""
 
 import codecs
 import json
@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from ..example import Example, ExampleError, Roots, roots_of
+from ..errors import ExampleError
+from ..example import Example
+from ..files import Roots, roots_of
+from .data_files import stamp
 from .records import DESCRIBE, Records
-from .source import Source, resolved, stamp
+from .source import Source
 
 
 class JSONSource(Source):
-    """Of one data file with media below a root, or several."""
+    """A source of one data file, with media below one or several folders."""
 
     def __init__(
         self,
@@ -26,10 +29,10 @@ class JSONSource(Source):
     ) -> None:
         """
         Args:
-            path: of the file.
-            media_root: folder of its media, or several, as of `Roots`; ``None``: the folder of the file.
-            ignore: keys of its records that are left out; others that are not known are refused.
-            prompt: the user's words where there is only a caption.
+            path: of the data file.
+            media_root: the folder of its media, or several folders, see `Roots`; ``None``: the folder of the data file.
+            ignore: keys of records that are left out; other keys that are not known are refused.
+            prompt: the user's words for records that are only a caption.
         """
         self.path = Path(path)
         self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
@@ -48,19 +51,17 @@ class JSONSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        given = self.records
-        roots = resolved(given.roots)
-        return repr((type(self).__qualname__, str(self.path.resolve()), roots, given.ignore, given.prompt))
+        return repr((type(self).__qualname__, str(self.path.resolve()), self.records.identity()))
 
 
 class MessagesJSONL(JSONSource):
-    """One JSON object per line, as ms-swift, LLaMA-Factory, OpenAI and TRL read them; all keys are told by `Records`::
+    """One JSON object per line, as ms-swift, LLaMA-Factory, OpenAI and TRL read them. `Records` lists all keys::
 
         {"messages": [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}],
          "images": ["cats/1.png"], "videos": [], "target": null}
 
     ``<image>`` and ``<video>`` stand for the next entry of `images` and `videos`, which are paths below the media root,
-    ``data:`` URIs, or objects with "path", "height" and "width". `target`, if there, is an image that a generator
+    ``data:`` URIs, or objects with "path", "height" and "width". `target`, if given, is an image that a generator
     learns to make. Texts for pretraining are ``{"text": "..."}``, or ``{"prompt": "...", "completion": "..."}``.
     """
 
@@ -100,7 +101,7 @@ class MessagesJSONL(JSONSource):
 
 
 class LlavaJSON(JSONSource):
-    """A JSON list of records, as LLaVA's and LLaMA-Factory's data come; all keys are told by `Records`::
+    """A JSON list of records, as LLaVA and LLaMA-Factory have them. `Records` lists all keys::
 
     [{"id": "1", "image": "cats/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
                                                            {"from": "gpt", "value": "A cat."}]}]

@@ -1,7 +1,4 @@
-"""What data name an image or a video by, and the item that it stands for: a path, a ``data:`` URI, or bytes.
-
-Knows paths and URIs; opens nothing and downloads nothing.
-"""
+"""The ways in which data name an image or a video: paths, ``data:`` URIs and bytes. Nothing is opened or downloaded."""
 
 import base64
 import re
@@ -10,7 +7,9 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..example import ExampleError, File, Image, Roots, Size, Video, roots_of
+from ..errors import ExampleError
+from ..example import Image, Size, Video
+from ..files import File, Roots, roots_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGES += (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
@@ -18,32 +17,37 @@ VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mp
 
 URI = re.compile("[A-Za-z][A-Za-z0-9+.-]+://")
 SHOWN = 40
-"""Characters of a ``data:`` URI that errors show."""
+"""How many characters of a ``data:`` URI errors show."""
 
 
 def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: str = "its bytes") -> Any:
     """An image or video.
 
     Args:
+        kind: `Image` or `Video`.
         given: its path below the media roots, with or without ``file://``; a ``data:`` URI; its bytes; a `File`; or an
-            object: ``{"path": "a.png", "height": 64, "width": 64}``, of a video without a size; or ``{"bytes": ...,
-            "path": ...}``, as the `datasets` library has them, whose path counts if there are no bytes.
-        roots: folders; empty: no paths are read.
+            object: ``{"path": "a.png", "height": 64, "width": 64}``, for a video without a size; or ``{"bytes": ...,
+            "path": ...}``, as in the `datasets` library, whose path is used if there are no bytes.
+        roots: folders of media; empty: paths are refused.
         called: what errors call bytes, which have no name of their own.
 
     Raises:
-        ExampleError: it is none of them; the path leads elsewhere; or it would have to be downloaded.
+        ExampleError: it is none of these; the path leads out of the folders; or it would have to be downloaded.
     """
     size, what = None, kind.__name__.lower()
     if isinstance(given, File):
         return kind(given)
     if isinstance(given, Mapping):
-        told = {key: value for key, value in given.items() if key not in ("path", "bytes") and value is not None}
-        if kind is Image and told.keys() == {"height", "width"} and all(type(side) is int for side in told.values()):
-            size = Size(**told)
-        elif told:
+        others = {key: value for key, value in given.items() if key not in ("path", "bytes") and value is not None}
+        if (
+            kind is Image
+            and others.keys() == {"height", "width"}
+            and all(type(side) is int for side in others.values())
+        ):
+            size = Size(**others)
+        elif others:
             most = 'only its "path", "height" and "width", two integers' if kind is Image else 'only its "path"'
-            raise ExampleError(f"tells {told} of the {what} {given.get('path')!r}: {most} can be given")
+            raise ExampleError(f"has {others} for the {what} {given.get('path')!r}: {most} can be given")
         given = given.get("path") if given.get("bytes") is None else given["bytes"]
     if isinstance(given, bytes):
         return kind(File.lazy(called, partial(bytes, given)), size)
@@ -63,12 +67,14 @@ def media_at(kind: type[Image] | type[Video], given: Any, roots: Roots, called: 
 
 
 def _inline(uri: str, what: str) -> File:
-    """What a ``data:`` URI holds."""
+    """The file of a ``data:`` URI."""
     head, comma, content = uri.partition(",")
     shown = f"{uri[:SHOWN]}..." if len(uri) > SHOWN else uri
     mime, *options = head.removeprefix("data:").split(";")
     if not comma or "base64" not in options:
-        raise ExampleError(f"has the {what} {shown!r}: give data:{what}/...;base64, and the bytes in base64 behind it")
+        raise ExampleError(
+            f"has the {what} {shown!r}: give data:{what}/...;base64, followed by a comma and the bytes in base64"
+        )
     if mime and not mime.lower().startswith(f"{what}/"):
         raise ExampleError(f"has data of type {mime} as its {what}: {shown!r}")
     return File.lazy(shown, partial(base64.b64decode, content, validate=True))

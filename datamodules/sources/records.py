@@ -1,7 +1,4 @@
-"""From records of the formats in use to the one schema of conversation.py.
-
-Knows names of keys and roles; opens nothing.
-"""
+"""Translates records of the formats in use into the schema of conversation.py. Nothing is opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +6,15 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
-from ..example import Example, ExampleError, Image, Message, Video
+from ..errors import ExampleError
+from ..example import Example, Image, Message, Video
 from .contents import KINDS, PLACES
 from .conversation import example_of, loaded
 from .media_files import media_at
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "tool_response": "tool"}
 CALLS = ("function_call", "tool_call")
-"""Roles whose content is the JSON text of a tool call, or of several."""
+"""Roles whose content is the JSON text of one or several tool calls."""
 MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
 FORMS = '"messages" or "conversations", "prompt" and "completion", "text", or "caption"'
@@ -25,35 +23,45 @@ DESCRIBE = "Describe what you see."
 
 @dataclass(frozen=True)
 class Records:
-    """How a source's records become examples.
+    """Makes examples of a source's records.
 
-    A record has "messages" or "conversations" of ``{"role", "content"}`` or ``{"from", "value"}``, and what else
-    `Conversation` has; or "prompt" and "completion", both texts or both lists of messages; or a "text" without a
-    template; or a "caption" of images and videos, which a "text" without placeholders beside them is, too. Its media
-    are under "image", "images", "video" and "videos", as of `media_at`; "target" is an image that a generator learns to
-    make, "system" the first message, and "id" part of its name.
+    A record has one of these forms:
+
+    - "messages" or "conversations", of ``{"role", "content"}`` or ``{"from", "value"}``, and the other keys of
+      `Conversation`;
+    - "prompt" and "completion", both texts or both lists of messages;
+    - "text", to which no template is applied;
+    - "caption" with images or videos; a "text" without placeholders beside them is a caption, too.
+
+    Media are under "image", "images", "video" and "videos", see `media_at`; "target" is an image that a generator
+    learns to make, "system" is the first message, and "id" is a part of the example's name.
 
     Attributes:
-        roots: of media given by path.
+        roots: folders of media that are given by path.
         ignore: keys that are left out.
-        prompt: the user's words where there is a caption.
+        prompt: the user's words for records that are only a caption.
     """
 
     roots: tuple[Path, ...]
     ignore: tuple[str, ...] = ()
     prompt: str = DESCRIBE
 
+    def identity(self) -> str:
+        """A text that is different for records that are read differently."""
+        return repr(([str(folder.resolve()) for folder in self.roots], self.ignore, self.prompt))
+
     def example(self, record: Any, name: str = "") -> Example:
-        """
+        """The example of a record.
+
         Raises:
-            ExampleError: it is no such record, or has something else.
+            ExampleError: the record has none of these forms, or has other keys.
         """
         if not isinstance(record, Mapping):
             raise ExampleError(f"is no JSON object: {shortened(record)}")
         given = {key: value for key, value in record.items() if key not in self.ignore and value is not None}
         if found := [key for key in PREFERENCES if key in given]:
             raise ExampleError(
-                f"has {', '.join(found)}: preferences cannot be learnt from. Give the answer that is to be learnt as "
+                f"has {', '.join(found)}: preferences cannot be learnt from. Give the reply that is to be learnt as "
                 '"completion" beside its "prompt", or as the last message, and leave the others out'
             )
         if (number := given.pop("id", None)) is not None:
@@ -68,7 +76,7 @@ class Records:
         return example_of(_conversation(given), *media, drawn, name, self.roots)
 
     def _media(self, given: dict[str, Any]) -> tuple[list[Image], list[Video]]:
-        """Images and videos of a record, which then has them no longer."""
+        """The images and videos of a record, whose keys are removed from it."""
         found: dict[str, list[Any]] = {"image": [], "video": []}
         for key, kind in MEDIA.items():
             value = given.pop(key, None)
@@ -81,14 +89,15 @@ class Records:
     def _captioned(self, given: dict[str, Any], key: str, media: tuple[list[Image], list[Video]], name: str) -> Example:
         caption = given.pop(key)
         if given:
-            raise ExampleError(f"has {', '.join(given)} beside its {key}: name in ignore what is to be left out")
+            raise ExampleError(f"has {', '.join(given)} beside its {key}: name them in ignore to leave them out")
         return captioned([*media[0], *media[1]], self.prompt, caption, name)
 
 
 def captioned(media: Sequence[Image | Video], prompt: str, caption: Any, name: str) -> Example:
-    """
+    """The example of media and a caption that describes them.
+
     Raises:
-        ExampleError: the caption is no text, there is nothing that it describes, or the prompt has placeholders.
+        ExampleError: the caption is no text, there are no media, or the prompt has placeholders.
     """
     if not isinstance(caption, str):
         raise ExampleError(f"has a caption that is no text, but {caption!r}")
@@ -102,7 +111,7 @@ def captioned(media: Sequence[Image | Video], prompt: str, caption: Any, name: s
 
 
 def _conversation(given: dict[str, Any]) -> dict[str, Any]:
-    """With the keys of `Conversation`."""
+    """A record with the keys of `Conversation`."""
     if "messages" in given or "conversations" in given:
         turns = _turns(given.pop("messages") if "messages" in given else given.pop("conversations"), "messages")
     elif "prompt" in given or "completion" in given:
@@ -121,7 +130,7 @@ def _conversation(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _completion(prompt: Any, completion: Any) -> list[dict[str, Any]]:
-    """Messages of a prompt and of its completion, which alone is learnt."""
+    """The messages of a prompt and of its completion. Only the completion is learnt."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return [{"role": "text", "content": prompt, "loss": False}, {"role": "text", "content": completion}]
     if not isinstance(prompt, list | tuple) or not isinstance(completion, list | tuple):
@@ -136,7 +145,7 @@ def _completion(prompt: Any, completion: Any) -> list[dict[str, Any]]:
 
 
 def _turns(given: Any, what: str) -> list[dict[str, Any]]:
-    """Messages with the keys of `Turn`. Calls of tools that are messages of their own belong to the one before."""
+    """Messages with the keys of `Turn`. A tool call that is a message of its own is joined to the message before."""
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise ExampleError(f"has no list of {what}, but {given!r}")
     turns: list[dict[str, Any]] = []
@@ -147,7 +156,9 @@ def _turns(given: Any, what: str) -> list[dict[str, Any]]:
             if turns and turns[-1]["role"] == "assistant":
                 before = turns.pop()
                 if before.get("loss") != turn.get("loss"):
-                    raise ExampleError("has an assistant's message and a call behind it, of which one alone is learnt")
+                    raise ExampleError(
+                        "has an assistant's message and a tool call after it, of which only one is learnt"
+                    )
                 turn = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *turn["tool_calls"]]}
         turns.append(turn)
     return turns
@@ -168,16 +179,16 @@ def _turn(turn: Any) -> dict[str, Any]:
 
 
 def _calls(turn: Mapping[str, Any]) -> list[Any]:
-    """Of a message that is nothing but a tool call, or several."""
+    """The tool calls of a message that has nothing else."""
     if turn.get("tool_calls"):
-        raise ExampleError(f"has a message of role {turn['role']!r} with tool_calls, which its content tells already")
+        raise ExampleError(f"has a message of role {turn['role']!r} with tool_calls, which its content has already")
     given = loaded(_text(turn.get("content"), f"content of role {turn['role']!r}"), f"calls of role {turn['role']!r}")
     calls = given if isinstance(given, list) else [given]
     return [{"type": "function", "function": call} for call in calls]
 
 
 def _tools(given: Any) -> Any:
-    """With their functions under "function", where they have been given without."""
+    """Tools with their functions under "function", also if they were given without that key."""
     tools = loaded(given, "tools") if isinstance(given, str) else given
     if not isinstance(tools, list | tuple):
         return tools
@@ -198,8 +209,8 @@ def _has_places(text: Any) -> bool:
 def check_columns(row: Mapping[str, Any]) -> None:
     """
     Raises:
-        ExampleError: objects in the row have null in them. Columns of Arrow give each object the keys of all others, so
-            that it cannot be told whether the null has been in the data.
+        ExampleError: objects in the row contain null. Columns of Arrow give each object the keys of all others, so that
+            it is not known whether the null was in the data.
     """
     lists = [row.get(key) for key in ("messages", "conversations", "prompt", "completion")]
     turns = [turn for given in lists if isinstance(given, list) for turn in given]

@@ -1,7 +1,4 @@
-"""Sources cut in two: examples to train on, and others that are held out.
-
-Knows sources by their lengths alone.
-"""
+"""Splits sources into examples to train on and examples that are held out."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,16 +11,16 @@ from .source import Source
 from .stream import Stream
 
 HeldOut = int | float
-"""Of a source: a number of examples, or a share of them between 0 and 1."""
+"""How much of a source is held out: a number of examples, or a share of them between 0 and 1."""
 
 
-class Part(Source):
+class SourceSubset(Source):
     """Some examples of another source."""
 
     def __init__(self, whole: Source, indices: Sequence[int]) -> None:
         """
         Args:
-            indices: of the examples, in the order in which this source has them.
+            indices: the indices of the examples, in the order in which the subset has them.
         """
         self.whole, self.indices = whole, np.array(indices, dtype=np.int64)
 
@@ -47,49 +44,50 @@ class Part(Source):
         return hashlib.sha256(self.whole.identity().encode() + self.indices.tobytes()).hexdigest()
 
 
-def held_out_of(
-    sources: Sequence[Source | Stream], wanted: HeldOut | Sequence[HeldOut], seed: int
+def hold_out(
+    sources: Sequence[Source | Stream], val_split: HeldOut | Sequence[HeldOut], seed: int
 ) -> tuple[list[Source | Stream], list[Source]]:
-    """What of training sources is left to train on, and what is held out.
+    """Split training sources into what is left to train on and what is held out.
 
     Args:
-        wanted: of each source, or of all alike; 0: nothing.
+        val_split: how much of each source is held out, or one number for all sources; 0: nothing.
 
     Raises:
-        ValueError: it cannot be held out.
+        ValueError: the examples cannot be held out.
     """
-    shares = [wanted] * len(sources) if isinstance(wanted, int | float) else list(wanted)
-    if len(shares) != len(sources):
-        raise ValueError(f"val_split={shares} for {len(sources)} training sources: give one for each")
+    amounts = [val_split] * len(sources) if isinstance(val_split, int | float) else list(val_split)
+    if len(amounts) != len(sources):
+        raise ValueError(f"mixture.val_split={amounts} for {len(sources)} training sources: give one for each")
     train, held_out = list[Source | Stream](), list[Source]()
-    for number, (source, share) in enumerate(zip(sources, shares, strict=True)):
-        if not share:
+    for number, (source, amount) in enumerate(zip(sources, amounts, strict=True)):
+        if not amount:
             train.append(source)
         elif isinstance(source, Stream):
             raise ValueError(
-                f"val_split={wanted!r}, but {source.name} is a stream, of which nothing can be held out: give "
-                "val_split for each source, 0 for it, and examples of another stream as val, Taken(stream, 500)"
+                f"mixture.val_split={val_split!r}, but {source.name} is a stream, of which nothing can be held out: "
+                "give one number for each source, 0 for the stream, and add examples of another stream to val: "
+                "Taken(stream, 500)"
             )
         else:
-            rest, part = parted(source, share, f"{seed}/val/{number}")
+            rest, subset = _split(source, amount, f"{seed}/val/{number}")
             train.append(rest)
-            held_out.append(part)
+            held_out.append(subset)
     return train, held_out
 
 
-def parted(source: Source, held_out: HeldOut, seed: str) -> tuple[Part, Part]:
-    """What to train on, and what is held out; which examples these are depends on the seed and the length alone.
+def _split(source: Source, amount: HeldOut, seed: str) -> tuple[SourceSubset, SourceSubset]:
+    """What is left to train on, and what is held out. The choice depends only on the seed and the source's length.
 
     Raises:
-        ValueError: nothing would be left of one of the two.
+        ValueError: one of the two would be empty.
     """
     total = len(source)
-    number = round(held_out * total) if isinstance(held_out, float) else held_out
-    if (isinstance(held_out, float) and not 0 < held_out < 1) or not 0 <= number < total:
+    number = round(amount * total) if isinstance(amount, float) else amount
+    if (isinstance(amount, float) and not 0 < amount < 1) or not 0 <= number < total:
         raise ValueError(
-            f"val_split={held_out!r} of the {total} examples of {source.name}: give a share between 0 and 1 (0.05), or "
-            "a number of examples that leaves some to train on"
+            f"mixture.val_split={amount!r} of the {total} examples of {source.name}: give a share between 0 and 1 "
+            "(0.05), or a number of examples that leaves some to train on"
         )
-    number = max(number, 1) if isinstance(held_out, float) and total > 1 else number
-    chosen = set(Random(seed).sample(range(total), number))
-    return Part(source, [i for i in range(total) if i not in chosen]), Part(source, sorted(chosen))
+    number = max(number, 1) if isinstance(amount, float) and total > 1 else number
+    held_out = set(Random(seed).sample(range(total), number))
+    return SourceSubset(source, [i for i in range(total) if i not in held_out]), SourceSubset(source, sorted(held_out))

@@ -1,6 +1,6 @@
-"""What a stream of examples is: a source whose length nobody knows, and that can only be read from front to back.
+"""Streams of examples: sources whose length is not known, and which can only be read from start to end.
 
-To train on one of your own, derive from `Stream`. Knows examples; knows nothing of tokenizers, models or ranks.
+To train on a stream of your own, derive from `Stream`.
 """
 
 import random
@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from ..example import Example, ExampleError
+from ..errors import ExampleError, reason_of
+from ..example import Example
 from .source import Source
 
 Place = Any
-"""Where a stream stands: numbers, texts, and lists and dicts of such, as they go into checkpoints."""
+"""A place in a stream. It goes into checkpoints: numbers, texts, and lists and dictionaries of them."""
 
 
 class Stream(ABC):
-    """Examples one after another. Every process that needs any of them reads all: the same ones in the same order."""
+    """Examples one after another. Every process reads all of them, in the same order."""
 
     @property
     def name(self) -> str:
@@ -25,26 +26,27 @@ class Stream(ABC):
         return type(self).__name__
 
     def origin(self, index: int) -> int:
-        """The number of an example that errors give."""
+        """The number by which errors call an example."""
         return index
 
     @abstractmethod
-    def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
-        """Each example with the place behind it, or an error for what cannot be read as one.
+    def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
+        """Each example with the place after it; or an error in place of an example that cannot be read.
 
         Args:
-            turn: how often the stream has been read to its end before; it may have another order each time.
-            place: go on behind the example that this place came with; ``None``: from the start.
+            repeat: how often the stream has been read to its end before. The order may depend on it.
+            place: where to continue: after the example that came with this place; ``None``: at the start.
         """
 
 
 class SourceStream(Stream):
-    """A `Source` as a stream, to be mixed with others."""
+    """A `Source` that is read as a stream, so that it can be mixed with streams."""
 
     def __init__(self, source: Source, seed: int = 0, shuffle: bool = True) -> None:
         """
         Args:
-            seed, shuffle: another order in each turn.
+            seed: of the order.
+            shuffle: whether the order is random, and another one in each repeat.
         """
         self.source, self.seed, self.shuffle = source, seed, shuffle
 
@@ -52,26 +54,25 @@ class SourceStream(Stream):
     def name(self) -> str:
         return self.source.name
 
-    def read(self, turn: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
+    def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
         order = list(range(len(self.source)))
         if self.shuffle:
-            random.Random(f"{self.seed}/{turn}").shuffle(order)
+            random.Random(f"{self.seed}/{repeat}").shuffle(order)
         for number, index in enumerate(order[place or 0 :], start=place or 0):
             try:
                 example: Example | ExampleError = self.source[index]
-            except Exception as error:  # a source may raise what it likes
-                known = isinstance(error, ExampleError)
-                example = error if known else ExampleError(f"{type(error).__name__}: {error}")
+            except Exception as error:  # a source may raise anything
+                example = ExampleError(reason_of(error))
             yield example, number + 1
 
 
 class Taken(Source):
-    """The first examples of a stream, kept in memory: to evaluate on, or to look at."""
+    """The first examples of a stream, in memory: to evaluate on, or to inspect."""
 
     def __init__(self, stream: Stream, examples: int) -> None:
         """
         Args:
-            examples: how many; fewer if there are not as many.
+            examples: number of examples; a shorter stream has fewer.
         """
         self._name = f"the start of {stream.name}"
         self._examples = [example for example, _ in islice(stream.read(0), examples)]

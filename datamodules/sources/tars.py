@@ -1,22 +1,24 @@
-"""Samples in uncompressed tar files, as WebDataset writes them. Knows tars; opens no media member.
+"""A source of samples in uncompressed tar files, as WebDataset writes them.
 
-Members are read in place: opening a sample reads its own bytes and no others.
+Members are read in place: reading a sample reads no bytes of other samples.
 """
 
 import json
 import posixpath
 import tarfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..example import Example, ExampleError, File
+from ..errors import ExampleError
+from ..example import Example
+from ..files import File
+from .data_files import matching, name_of_all, stamp
 from .media_files import IMAGES, VIDEOS
 from .records import DESCRIBE, MEDIA, Records
-from .source import Source, stamp
+from .source import Source
 
 MAX_LINKS = 40
-"""That lead from one to the next."""
+"""Most links that are followed from one to the next, as Linux does: more are taken for a circle."""
 
 
 class WebDatasetTars(Source):
@@ -30,16 +32,11 @@ class WebDatasetTars(Source):
         """
         Args:
             paths: of tar files, or a pattern such as ``shards/*.tar``.
-            prompt: the user's words where there is only a caption.
-            ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out;
-                others that are not known are refused.
+            prompt: the user's words for samples that are only a caption.
+            ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out.
+                Other suffixes and keys that are not known are refused.
         """
-        if isinstance(paths, str):
-            pattern = Path(paths)
-            paths = sorted(str(path) for path in pattern.parent.glob(pattern.name))
-        if not paths:
-            raise ValueError("WebDatasetTars: there are no such tar files")
-        self.paths, self.ignore = list(paths), tuple(ignore)
+        self.paths, self.ignore = matching(paths, "WebDatasetTars"), tuple(ignore)
         self.records = Records((), self.ignore, prompt)
         self._left_out = {suffix.removeprefix(".").lower() for suffix in self.ignore}
         self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
@@ -48,13 +45,13 @@ class WebDatasetTars(Source):
 
     @property
     def name(self) -> str:
-        return self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        return name_of_all(self.paths)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def fingerprint(self) -> str:
-        return stamp(list(self.paths))
+        return stamp(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         path, key, members = self._samples[index]
@@ -67,7 +64,7 @@ class WebDatasetTars(Source):
             raise ExampleError(f"({name}) {reason}") from error
 
     def _record(self, path: str, key: str, members: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
-        """What the members of a sample tell together."""
+        """The record that the members of a sample make together."""
         media: dict[str, list[File]] = {"images": [], "videos": []}
         texts: dict[str, str] = {}
         for suffix, offset, length in members:
@@ -104,7 +101,7 @@ class WebDatasetTars(Source):
 
 
 def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
-    """(tar, key, [(suffix, offset, length)]) of each sample, in the order of the tar."""
+    """For each sample (path of the tar, key, [(suffix, offset, length) of its members]), in the order of the tar."""
     samples: dict[str, list[tuple[str, int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -121,7 +118,7 @@ def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
 
 
 def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
-    """Offset and length of a member, or of the one that it is a link to; (-1, 0): it is no file of this tar."""
+    """The offset and length of a member, or of the member that it links to; (-1, 0): the tar has no such file."""
     file: tarfile.TarInfo | None = member
     for _ in range(MAX_LINKS):
         if file is None or not (file.issym() or file.islnk()):

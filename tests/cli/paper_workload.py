@@ -63,7 +63,7 @@ TINY = [
     "--data.init_args.token_budget=256",
     "--data.init_args.microbatches=4",
     "--data.init_args.num_workers=0",
-    "--data.init_args.cache_dir=cache",
+    "--data.init_args.loading.cache_dir=cache",
 ]
 
 

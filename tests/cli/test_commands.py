@@ -33,7 +33,7 @@ TINY = [
 ]
 
 FEW = {
-    "easy_vqa": ["--data.train_questions=1500", "--data.val_questions=50", "--data.cache_dir=cache"],
+    "easy_vqa": ["--data.train_questions=1500", "--data.val_questions=50", "--data.loading.cache_dir=cache"],
     "qwen3_moe_vit_mmdit": paper_workload.TINY,
 }
 FILES = {"qwen3_moe_vit_mmdit": paper_workload.write_files}

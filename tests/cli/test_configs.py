@@ -20,7 +20,7 @@ STRATEGIES: dict[str, list[str]] = {
     "ddp": ["--trainer.strategy=ddp", "--trainer.devices=2"],
 }
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true"]
-SMALL = ["--data.token_budget=256", "--data.microbatches=2", "--data.num_workers=0", "--data.cache_dir=cache"]
+SMALL = ["--data.token_budget=256", "--data.microbatches=2", "--data.num_workers=0", "--data.loading.cache_dir=cache"]
 DIGITS = ["--data.batch_size=24", "--data.passes=1"]
 
 

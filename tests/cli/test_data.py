@@ -34,7 +34,7 @@ def config_of(path: Path, **changes: Any) -> list[str]:
         "target": {"rows": 3, "shape": [3, 8, 8]},
         "token_budget": 160,
         "microbatches": 3,
-        "cache_dir": "cache",
+        "loading": {"cache_dir": "cache"},
         **changes,
     }
     data = {"class_path": "bigmac_lightning.datamodules.MultimodalDataModule", "init_args": arguments}
@@ -46,7 +46,7 @@ def config_of(path: Path, **changes: Any) -> list[str]:
 
 def test_samples_sources_and_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_mixed(tmp_path, 20)
-    assert main([*config_of(path, val_split=4), "--samples=5", "--output=seen.png"]) == 0
+    assert main([*config_of(path, mixture={"val_split": 4}), "--samples=5", "--output=seen.png"]) == 0
     shown = capsys.readouterr().out
     rows = re.findall(r"│ (train|val) +│ \S+ +│ +(\d+) │ +0 │ +([\d,]+) │ +([\d,]+) │", shown)
     assert [(split, int(number)) for split, number, *_ in rows] == [("train", 16), ("val", 4)]
@@ -67,7 +67,7 @@ def test_a_wrong_template_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[
     """One that writes parts as JSON would teach the model JSON: it shows, or is refused."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": said("a", "b")}] * 3)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m | tojson }}<|im_end|>{% endfor %}"
-    assert main(config_of(path, chat_template=template)) == 0
+    assert main(config_of(path, chat={"template": template})) == 0
     shown = capsys.readouterr().out
     assert "cannot be used" in shown or '"content"' in shown
 
@@ -78,7 +78,7 @@ def test_what_is_refused_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*config_of(path), "--refused=2"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "train: 8 of 9 examples of" in shown
-    assert "the run would end with this; on_error=skip leaves them out" in shown
+    assert "the run would end with this error; on_error=skip leaves them out" in shown
     assert "7 x has N tokens, more than a microbatch may have" in shown
     assert "sample 0 (line 1) has 5" in shown
     assert "... and 6 more (--refused 8 lists all)" in shown
@@ -87,11 +87,11 @@ def test_what_is_refused_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--data.train_questions=300", "--data.val_questions=20", "--data.cache_dir=cache", "--samples=2"]
+    options = ["--data.train_questions=300", "--data.val_questions=20", "--data.loading.cache_dir=cache", "--samples=2"]
     assert main(["--config", str(CONFIGS / "easy_vqa.yaml"), *options]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"⟦ \w+⟧", shown)) == 2
-    assert main(["--config", str(CONFIGS / "video_caption.yaml"), "--data.cache_dir=cache", "--samples=1"]) == 0
+    assert main(["--config", str(CONFIGS / "video_caption.yaml"), "--data.loading.cache_dir=cache", "--samples=1"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"video 1: \S+\.mp4, \d+ x \d+, \d+ frames in [\d.]+ s, \d+ tokens", shown)
 
@@ -105,10 +105,13 @@ def test_shipped_configs(capsys: pytest.CaptureFixture[str]) -> None:
         ("easy_vqa", ["--replicas=0"], "--replicas is 0; expected an integer of at least 1"),
         (
             "easy_vqa",
-            ["--split=test", "--data.train_questions=9", "--data.val_questions=5", "--data.cache_dir=cache"],
-            "--split is 'test', of which the DataModule has no sources; it has ['train', 'val']",
+            ["--split=test", "--data.train_questions=9", "--data.val_questions=5", "--data.loading.cache_dir=cache"],
+            "--split is 'test', for which the DataModule has no sources; it has ['train', 'val']",
         ),
         ("easy_vqa", ["--data.token_budge=3"], "token_budge"),
+        ("easy_vqa", ["--data.packing.bufer_size=3"], "packing.bufer_size"),
+        ("easy_vqa", ["--data.chat={'lern': 'last'}"], "lern"),
+        ("easy_vqa", ["--data.packing.buffer_size=0"], "packing.buffer_size=0: it must be at least 1"),
         ("nowhere", [], "nowhere.yaml"),
     ],
 )

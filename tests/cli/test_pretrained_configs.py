@@ -25,7 +25,7 @@ SMALL = [
     "--data.token_budget=256",
     "--data.microbatches=2",
     "--data.num_workers=0",
-    "--data.cache_dir=cache",
+    "--data.loading.cache_dir=cache",
 ]
 
 

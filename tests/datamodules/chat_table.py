@@ -17,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from bigmac_lightning.datamodules import (
+    ChatOptions,
     Example,
     ExampleError,
     File,
@@ -233,7 +234,7 @@ REFUSED = {
     "chat template leaves out an argument of a tool call": "no tool calls",
     "chat template leaves out reasoning": "no reasoning",
     "chat template leaves out text": "no text with calls",
-    "does not allow to tell where it begins and ends": "not told apart",
+    "does not show where this message begins and ends": "unclear bounds",
     "chat template leaves them out": "no tools",
     "puts no special token": "no end",
     "is refused by the chat template": "its own error",
@@ -266,14 +267,17 @@ def tokenizer(name: str, source: str) -> Any:
 
 def encoder(name: str, source: str) -> ChatEncoder:
     visual = PatchProcessor(patch_size=8, max_rows=4)
-    return ChatEncoder(tokenizer(name, source), visual, image_token=named(IMAGE_TOKENS, name))
+    return ChatEncoder(
+        tokenizer(name, source), visual=visual, options=ChatOptions(image_token=named(IMAGE_TOKENS, name))
+    )
 
 
 def of_processor(name: str) -> ChatEncoder:
     processor = PROCESSORS[name]()
     visual = HFVisual(processor)
-    given = {"image_token": processor.image_token, "feature_tokens": visual.feature_tokens, "processor": processor}
-    return ChatEncoder(processor.tokenizer, visual, end_of_reply="</s>" if name == "llava" else None, **given)
+    end = "</s>" if name == "llava" else None
+    options = ChatOptions(image_token=processor.image_token, end_of_reply=end)
+    return ChatEncoder(processor.tokenizer, processor, visual, options=options, feature_tokens=visual.feature_tokens)
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,7 @@ def labels(encoder: ChatEncoder, example: Example) -> Labels:
         ExampleError: it is refused.
     """
     sample = encoder.encode(example, [Size(8, 8) for _ in example.media], "x")
-    rows = {place for item in sample.media for place in item.places}
+    rows = {place for item in sample.media for place in item.indices}
     kept = [i for i in range(len(sample.tokens)) if i not in rows]
     return Labels([sample.tokens[i] for i in kept], [sample.labelled[i] for i in kept])
 
@@ -316,7 +320,7 @@ def marked(encoder: ChatEncoder, source: str, example: Example) -> Labels:
     """As the library says what a template marks."""
     turns: list[dict[str, Any]] = []
     for message in example.messages:
-        content: Any = "".join(part if isinstance(part, str) else encoder.image_token for part in message.parts)
+        content: Any = "".join(part if isinstance(part, str) else encoder.options.image_token for part in message.parts)
         has_images = any(not isinstance(part, str) for part in message.parts)
         if (has_images and "image" in source) or "['content'][0]" in source:
             content = [
@@ -336,7 +340,7 @@ def marked(encoder: ChatEncoder, source: str, example: Example) -> Labels:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    image = encoder.tokenizer.convert_tokens_to_ids(encoder.image_token)
+    image = encoder.tokenizer.convert_tokens_to_ids(encoder.options.image_token)
     kept = [i for i, token in enumerate(out["input_ids"]) if token != image]
     return Labels([out["input_ids"][i] for i in kept], [bool(out["assistant_masks"][i]) for i in kept])
 

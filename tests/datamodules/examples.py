@@ -3,11 +3,14 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
 
+from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import (
+    LoadingOptions,
     MessagesJSONL,
     MultimodalDataModule,
     PatchProcessor,
@@ -17,6 +20,9 @@ from bigmac_lightning.models import HFDecoder, MultimodalLM, VisionEncoder
 from tests.models.parts import decoder_config, flow
 
 VOCABULARY = 262  # of the byte tokenizer
+LOADERS: list[Any] = []
+"""The loaders that the running test has made."""
+
 VISUAL = PatchProcessor(patch_size=8, max_rows=24, fps=1, max_frames=3, max_video_rows=48)
 TARGET = TargetProcessor(rows=3, shape=(3, 8, 8))
 
@@ -88,10 +94,25 @@ def data(path: Path, **changes: Any) -> MultimodalDataModule:
         "target": TARGET,
         "token_budget": 160,
         "microbatches": 3,
-        "cache_dir": path.parent / "measured",
+        "loading": LoadingOptions(cache_dir=path.parent / "measured"),
         **changes,
     }
     return MultimodalDataModule(**arguments)
+
+
+def train_loader(
+    datamodule: MultimodalDataModule, replicas: int, replica: int, layout: PipelineLayout | None = None
+) -> Any:
+    """The training loader of one rank. conftest.py ends its workers after the test: a garbage collection later on
+    would wait five seconds for each of them."""
+    strategy = SimpleNamespace(pipeline_layout=layout or PipelineLayout())
+    kwargs = {"num_replicas": replicas, "rank": replica}
+    datamodule.trainer = SimpleNamespace(  # pyright: ignore
+        strategy=strategy, distributed_sampler_kwargs=kwargs, loggers=[]
+    )
+    datamodule.setup("fit")
+    LOADERS.append(datamodule.loader("train"))
+    return LOADERS[-1]
 
 
 def model(**changes: Any) -> MultimodalLM:

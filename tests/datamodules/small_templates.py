@@ -1,9 +1,9 @@
 """A chat template that writes strings as they are, to be changed in tests."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from bigmac_lightning.datamodules import PatchProcessor, byte_tokenizer
+from bigmac_lightning.datamodules import ChatOptions, PatchProcessor, byte_tokenizer
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
 
 CHATML = (
@@ -15,4 +15,11 @@ CHATML = (
 def chatml(template: str = CHATML, **changes: Any) -> ChatEncoder:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return replace(ChatEncoder(tokenizer, PatchProcessor(patch_size=8, max_rows=4)), **changes)
+    return changed(ChatEncoder(tokenizer, visual=PatchProcessor(patch_size=8, max_rows=4)), **changes)
+
+
+def changed(encoder: ChatEncoder, **changes: Any) -> ChatEncoder:
+    """An encoder with other attributes, or other chat options."""
+    names = {field.name for field in fields(ChatOptions)} & changes.keys()
+    options = replace(encoder.options, **{name: changes.pop(name) for name in names})
+    return replace(encoder, options=options, **changes)

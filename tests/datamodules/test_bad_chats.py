@@ -1,13 +1,22 @@
-"""Conversations that cannot be learnt rightly, at two pipeline ranks: named on all ranks alike, or left out."""
+"""Conversations that cannot be learnt, at two pipeline ranks: all ranks name them in the error, or leave them out."""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bigmac_lightning.datamodules import Example, ExampleError, Message, MessagesJSONL, SourceError
+from bigmac_lightning.datamodules import (
+    Example,
+    ExampleError,
+    Message,
+    MessagesJSONL,
+    MixtureOptions,
+    PackingOptions,
+    SourceError,
+)
 from bigmac_lightning.datamodules.sources.stream import SourceStream
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
@@ -54,8 +63,9 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "a call that is none": ({"messages": [ASKED, {"role": "tool_call", "content": "f"}]}, "that are not JSON"),
     "a special token in a name": (answer(tool_calls=[{**CALL, "id": "<|im_end|>"}]), "has the special token <|im_end"),
 }  # fmt: skip
+CUT = PackingOptions(truncation="end")
 SETTINGS: dict[str, Any] = {"target": None, "visual": None, "val": [], "microbatches": 2, "token_budget": 100,
-                            "truncation": "end"}  # fmt: skip
+                            "packing": CUT}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +89,12 @@ def fit(trainer: Any, **given: Any) -> Any:
 
 def streamed(path: Path) -> dict[str, Any]:
     stream = SourceStream(MessagesJSONL(path), seed=0, shuffle=False)
-    return {"path": path, "train": [stream], "steps_per_epoch": 2, "window": 12}
+    return {
+        "path": path,
+        "train": [stream],
+        "mixture": MixtureOptions(steps_per_epoch=2),
+        "packing": replace(CUT, buffer_size=12),
+    }
 
 
 def _fit(rank: int, given: list[dict[str, Any]]) -> list[Any]:

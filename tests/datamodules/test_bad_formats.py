@@ -1,4 +1,4 @@
-"""Media of every format that their owner alone finds broken, at two pipeline ranks, each being the owner in turn."""
+"""Broken media in every format, at two pipeline ranks, of which only the owner finds that they are broken."""
 
 import base64
 import io
@@ -16,8 +16,11 @@ from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.datamodules import (
     ExampleError,
     HFDataset,
+    LoadingOptions,
     MessagesJSONL,
+    MixtureOptions,
     MultimodalDataModule,
+    PackingOptions,
     SourceError,
     WebDatasetTars,
 )
@@ -105,8 +108,10 @@ MAKERS: list[Callable[[Path], Any]] = [
 
 
 def made(folder: Path, source: Any, seed: int, on_error: str = "raise", workers: int = 0) -> Any:
-    given: dict[str, Any] = {"steps_per_epoch": 2, "window": NUMBER} if isinstance(source, Stream) else {}
-    given |= {"seed": seed, "on_error": on_error, "num_workers": workers, "cache_dir": folder / "measured"}
+    given: dict[str, Any] = {"seed": seed, "on_error": on_error, "num_workers": workers}
+    given["loading"] = LoadingOptions(cache_dir=folder / "measured")
+    if isinstance(source, Stream):
+        given |= {"mixture": MixtureOptions(steps_per_epoch=2), "packing": PackingOptions(buffer_size=NUMBER)}
     return MultimodalDataModule([source], visual=VISUAL, microbatches=3, token_budget=220, **given)
 
 
@@ -130,7 +135,7 @@ def seed_of(folder: Path, source: Any, rank: int) -> int:
 def steps(loader: Any) -> Iterator[Any]:
     if loader.sampler is not loader:
         return (loader.encoded[step] for step in loader.sampler)
-    return islice(iter(loader.windows), 2)
+    return islice(iter(loader.stream_steps), 2)
 
 
 def outcome(trainer: Any, folder: Path, source: Any, seed: int, on_error: str, workers: int = 0) -> Any:
@@ -147,15 +152,31 @@ def _fit(rank: int, given: Sequence[tuple[Path, Any, int]], on_error: str, worke
     return [outcome(pipeline_trainer(2, max_epochs=1, limit_val_batches=0), *each, on_error, workers) for each in given]
 
 
+def test_what_only_its_owner_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format, with the broken file at one rank or at the other."""
+    check_what_only_its_owner_finds(lambda number: number % 2, tmp_path, monkeypatch)
+
+
+@pytest.mark.wide
 @pytest.mark.parametrize("faulty_rank", [0, 1])
-def test_what_only_its_owner_finds(faulty_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_each_rank_may_find(faulty_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_what_only_its_owner_finds(lambda _: faulty_rank, tmp_path, monkeypatch)
+
+
+def check_what_only_its_owner_finds(
+    faulty_rank: Callable[[int], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    Args:
+        faulty_rank: from the number of a format, the rank that decodes the broken file.
+    """
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     given: list[tuple[Path, Any, int]] = []
-    for make in MAKERS:
+    for number, make in enumerate(MAKERS):
         folder = tmp_path / make.__name__
         folder.mkdir()
         source = make(folder)
-        given.append((folder, source, seed_of(folder, source, faulty_rank)))
+        given.append((folder, source, seed_of(folder, source, faulty_rank(number))))
     raised = on_ranks(2, _fit, given, "raise", 1)
     assert raised[0] == raised[1]
     for make, error in zip(MAKERS, raised[0], strict=True):

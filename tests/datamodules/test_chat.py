@@ -1,6 +1,5 @@
-"""From conversations to tokens: what is learnt, where rows go, what is refused."""
+"""Encoding of conversations: which tokens are learnt, where feature rows go, and which conversations are refused."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from bigmac_lightning.datamodules import (
     byte_tokenizer,
 )
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
+from tests.datamodules.small_templates import changed
 
 VISUAL = PatchProcessor(patch_size=8, max_rows=9, fps=1, max_frames=2)
 NOWHERE = File.at("nowhere.png")
@@ -27,7 +27,7 @@ SQUARE, WIDE, CLIP = Size(24, 24), Size(8, 32), Size(16, 16, 50, 2.0)
 
 def encoder(**changes: Any) -> ChatEncoder:
     target = TargetProcessor(rows=2, shape=(3, 8, 8))
-    return replace(ChatEncoder(byte_tokenizer(), VISUAL, target), **changes)
+    return changed(ChatEncoder(byte_tokenizer(), visual=VISUAL, target=target), **changes)
 
 
 def test_what_the_assistant_says_is_learnt() -> None:
@@ -47,7 +47,7 @@ def test_what_the_assistant_says_is_learnt() -> None:
     assert [m.rows for m in sample.media] == [9, 2 * 4, 4]
     image, video = (chat.tokenizer.convert_tokens_to_ids(t) for t in ("<|image_pad|>", "<|video_pad|>"))
     for media, token in zip(sample.media, (image, video, image), strict=True):
-        assert [sample.tokens[i] for i in media.places] == [token] * media.rows
+        assert [sample.tokens[i] for i in media.indices] == [token] * media.rows
     assert list(sample.tokens).count(image) + list(sample.tokens).count(video) == 21
     plain = chat.tokenizer.decode([t for t in sample.tokens if t not in (image, video)])
     assert plain.startswith("<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhäé?<|im_end|>\n")
@@ -74,7 +74,7 @@ def test_a_target_follows_the_request() -> None:
         (
             [Image(NOWHERE)],
             {"image_token": "<|other|>"},
-            "has images, but the tokenizer has no token <|other|>: choose another as image_token",
+            "has images, but the tokenizer has no token <|other|>: choose another as chat.image_token",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_rows_are_within_their_limits(size: Size) -> None:
         assert (plan.height // 16) * (plan.width // 16) == plan.rows
 
 
-def test_shapes_and_resolution_are_kept_where_they_can_be() -> None:
+def test_aspect_ratio_and_resolution_are_kept_if_possible() -> None:
     plan = PatchProcessor(patch_size=16, max_rows=2000).plan(Image(NOWHERE), Size(320, 640))
     assert (plan.height, plan.width) == (320, 640)
     plan = PatchProcessor(patch_size=16, max_rows=200).plan(Image(NOWHERE), Size(320, 640))

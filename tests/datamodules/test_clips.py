@@ -1,4 +1,4 @@
-"""Videos of every kind in the table: measured as they decode, and at each time the frame that FFmpeg's packets say."""
+"""Videos of every kind in the table: measured sizes are those of decoding, and frames have the times of packets."""
 
 import gc
 import io

@@ -1,4 +1,4 @@
-"""Where images and videos stand in messages, and where ``<image>`` is but a word."""
+"""The places of images and videos in messages, and texts in which ``<image>`` is ordinary text."""
 
 import base64
 import json
@@ -46,7 +46,7 @@ def test_a_word_in_a_reply() -> None:
 @pytest.mark.parametrize(
     ("turns", "images", "message"),
     [
-        (said("<image>", "A cat."), [A, B], "has 1 <image> placeholders for 2 images. Where <image> is a word"),
+        (said("<image>", "A cat."), [A, B], "has 1 <image> placeholders for 2 images. If <image> is ordinary text"),
         (said("<image><image>", "A cat."), [A], "has 2 <image> placeholders for 1 images"),
         (said("<image> <image>", "<image>"), [A], "has 3 <image> placeholders for 1 images"),
         (said("What is <image>?", "A word."), [], "has 1 <image> placeholders for 0 images"),
@@ -95,7 +95,7 @@ def test_files_of_parts(tmp_path: Path) -> None:
         ("data:text/plain;base64,AA==", "has data of type text/plain as its image"),
         ("data:image/png;base64", "give data:image/...;base64"),
         ("file:///etc/passwd", "leads out of the media root"),
-        ({"path": "a.png", "mode": "RGB"}, "tells {'mode': 'RGB'} of the image 'a.png'"),
+        ({"path": "a.png", "mode": "RGB"}, "has {'mode': 'RGB'} for the image 'a.png'"),
         (7, "names a file by 7"),
     ],
 )
@@ -136,7 +136,7 @@ def test_files_that_are_refused(image: Any, message: str, tmp_path: Path) -> Non
         ({"messages": said("a", "b"), "image": "a.png", "images": ["a.png"]}, "has image and images"),
         ({"messages": [of("user", "a"), of("tool_call", "f(x)")]}, "has calls of role 'tool_call' that are not JSON"),
         ({"messages": [of("user", "a"), of("tool_call", '{"f": 1}')]}, "has the tool call"),
-        ({"messages": [of("assistant", "a", loss=True), of("tool_call", "{}")]}, "of which one alone is learnt"),
+        ({"messages": [of("assistant", "a", loss=True), of("tool_call", "{}")]}, "of which only one is learnt"),
     ],
 )
 def test_records_that_are_refused(record: dict[str, Any], message: str, tmp_path: Path) -> None:

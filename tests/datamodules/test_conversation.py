@@ -1,4 +1,4 @@
-"""The schema of conversations as data: each key has its place in the example, or is refused by name."""
+"""The schema of conversations as data: each key becomes a part of the example, or is refused by name."""
 
 import json
 from pathlib import Path

@@ -27,7 +27,7 @@ def test_images(kind: str, mode: str, tmp_path: Path) -> None:
     assert (read.float() - torch.tensor(pixels[None, ..., 0])).abs().max() < 12
 
 
-def test_turned_photographs_are_turned_back(tmp_path: Path) -> None:
+def test_rotated_photographs_are_rotated_back(tmp_path: Path) -> None:
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     pixels = np.zeros((8, 16, 3), dtype=np.uint8)

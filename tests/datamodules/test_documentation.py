@@ -1,4 +1,4 @@
-"""The examples of docs/data.md, as they stand there."""
+"""The examples in docs/data.md run as they are printed there."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Every documented format, from a file as its own project publishes it: messages, labels, and unknown keys."""
+"""Every documented format, read from a file as its project publishes it: messages, labels, and unknown keys."""
 
 from pathlib import Path
 from typing import Any

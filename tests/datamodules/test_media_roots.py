@@ -1,4 +1,4 @@
-"""Which files may be read: those below the media roots, wherever links lead; and nothing that is no file."""
+"""Only files below the media roots are read, after links have been followed; and no pipes, folders or devices."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_links_out_of_the_root_are_refused_with_what_to_add(snapshot: Path) -> N
             source[0]
         assert (
             f"'cat.png' leads out of the media root: it is {blobs}/7a5e, and only files below {snapshot} are read. If "
-            f"it is meant, give media_root as a list, with {blobs} behind {snapshot}" in str(caught.value)
+            f"it is meant, give media_root as a list, with {blobs} after {snapshot}" in str(caught.value)
         )
 
 
@@ -196,16 +196,16 @@ def test_links_in_a_tar(prefix: str, tmp_path: Path) -> None:
     [
         (
             {"images": [{"path": "a.png", "height": 7}]},
-            r"tells \{'height': 7\} of the image 'a\.png': only its \"path\"",
+            r"has \{'height': 7\} for the image 'a\.png': only its \"path\"",
         ),
         ({"images": [{"path": "a.png", "height": "7", "width": "9"}]}, ".*two integers can be given"),
-        ({"images": [{"path": "a.png", "crop": [0, 0, 1, 1]}]}, "tells {'crop': .*} of the image"),
-        ({"images": [{"url": "a.png"}]}, "tells {'url': 'a.png'} of the image None"),
+        ({"images": [{"path": "a.png", "crop": [0, 0, 1, 1]}]}, "has {'crop': .*} for the image"),
+        ({"images": [{"url": "a.png"}]}, "has {'url': 'a.png'} for the image None"),
         ({"images": [7]}, "names a file by 7: give its path below"),
-        ({"videos": [{"path": "a.mp4", "fps": 2}]}, r"tells {'fps': 2} of the video 'a\.mp4': only its \"path\" can"),
+        ({"videos": [{"path": "a.mp4", "fps": 2}]}, r"has {'fps': 2} for the video 'a\.mp4': only its \"path\" can"),
     ],
 )
-def test_what_is_told_of_a_file_is_heeded_or_refused(given: Any, reason: str, tmp_path: Path) -> None:
+def test_keys_of_a_file_are_used_or_refused(given: Any, reason: str, tmp_path: Path) -> None:
     kind = "<image>" if "images" in given else "<video>"
     source = MessagesJSONL(write_jsonl(tmp_path / "d.jsonl", [{"messages": said(kind, "x"), **given}]))
     with pytest.raises(ExampleError, match=rf"\(line 1\) {reason}"):
@@ -224,7 +224,7 @@ def test_in_yaml(given: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "missing"])
-def test_what_is_no_file(kind: str, tmp_path: Path) -> None:
+def test_paths_that_are_no_files(kind: str, tmp_path: Path) -> None:
     """A pipe, above all, that would be waited for."""
     path = tmp_path / "a.png"
     if kind == "pipe":

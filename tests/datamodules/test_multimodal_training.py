@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bigmac_lightning.contracts.batch import Batch
-from bigmac_lightning.datamodules import MultimodalDataModule
+from bigmac_lightning.datamodules import MultimodalDataModule, PackingOptions
 from bigmac_lightning.models import HFDecoder, MultimodalLM
 from tests.datamodules.examples import VOCABULARY, data, model, write_mixed
 from tests.models.parts import decoder_config
@@ -80,7 +80,11 @@ class _Zipped:
 
 @pytest.mark.parametrize(
     ("ranks", "dp", "changes"),
-    [((1, 2, 3), 1, {}), ((2,), 1, {"packed": False, "ordered": True}), ((4,), 2, {"num_workers": 1})],
+    [
+        ((1, 2, 3), 1, {}),
+        ((2,), 1, {"packing": PackingOptions(packed=False, ordered=True)}),
+        ((4,), 2, {"num_workers": 1}),
+    ],
     ids=["P1-P2-P3", "P2-padded", "P2-dp2"],
 )
 def test_against_one_process(ranks: tuple[int, ...], dp: int, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -103,7 +107,7 @@ def test_packing_changes_neither_loss_nor_gradients(tmp_path: Path) -> None:
     path = write_mixed(tmp_path)
     results = []
     for packed in (True, False):
-        made = data(path, packed=packed)
+        made = data(path, packing=PackingOptions(packed=packed))
         made.setup("fit")
         module = model()
         module.configure_model()

@@ -1,4 +1,4 @@
-"""The order of a step's microbatches: which samples a step has does not depend on it, its time does."""
+"""The order of a step's microbatches changes the time of the step, and not its samples."""
 
 import random
 from functools import partial
@@ -7,8 +7,9 @@ from statistics import mean
 
 import torch
 
+from bigmac_lightning.datamodules import PackingOptions
 from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_batch
-from bigmac_lightning.datamodules.loading.loader import StepLoader, dearest_first
+from bigmac_lightning.datamodules.loading.source_loader import StepLoader, dearest_first
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner, Trained
@@ -34,7 +35,7 @@ def in_order(loader: StepLoader) -> list[bool]:
 def test_training_begins_a_step_with_its_dearest_item(tmp_path: Path) -> None:
     path = write_mixed(tmp_path, 40, videos=False)
     for ordered in (False, True):
-        made = data(path, ordered=ordered)
+        made = data(path, packing=PackingOptions(ordered=ordered))
         made.setup("fit")
         assert all(in_order(made.loader("train"))) != ordered
         assert not all(in_order(made.loader("val")))
@@ -44,7 +45,7 @@ def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
     return planner(make_batch(parts, planner.layout)).plan.makespan
 
 
-def test_dear_items_side_by_side_take_less_time_than_in_any_order() -> None:
+def test_dear_items_in_the_same_group_take_less_time_than_in_a_random_order() -> None:
     """Lognormal items, one to four in a microbatch: a single dear item in a group is what the other ranks wait for."""
     trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):

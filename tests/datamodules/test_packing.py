@@ -22,9 +22,9 @@ def quadratic(tokens: list[int]) -> list[float]:
 )  # fmt: skip
 @settings(deadline=None)
 def test_every_sample_once_and_no_bin_over_the_budget(
-    tokens: list[int], budget: int, window: int, ordered: bool
+    tokens: list[int], budget: int, buffer_size: int, ordered: bool
 ) -> None:
-    bins = pack(tokens, quadratic(tokens), budget, window, ordered)
+    bins = pack(tokens, quadratic(tokens), budget, buffer_size, ordered)
     assert sorted(i for b in bins for i in b) == list(range(len(tokens)))
     assert all(0 < sum(tokens[i] for i in b) <= budget for b in bins)
     if ordered:

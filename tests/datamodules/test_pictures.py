@@ -1,4 +1,4 @@
-"""Pictures of every kind in the table: measured as they decode, decoded as by the library or as worked out by hand."""
+"""Pictures of every kind in the table: their measured sizes are those of decoding, and their pixels those expected."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""How many tokens an image has, known from its size alone, whatever its processor is told to do with it."""
+"""The number of tokens of an image is known from its size alone, with any settings of its processor."""
 
 from pathlib import Path
 from random import Random
@@ -67,8 +67,8 @@ def test_plans_of_other_settings_are_others(tmp_path: Path) -> None:
     assert len(prints) == 5
 
 
-def test_a_processor_that_has_to_see_pixels() -> None:
+def test_a_processor_that_needs_pixels() -> None:
     processor = PROCESSORS["llava"]()
     processor.image_processor = transformers.CLIPImageProcessorPil()
-    with pytest.raises(ValueError, match=r"CLIPImageProcessorPil works by 'pil'.*backend=\"torchvision\""):
+    with pytest.raises(ValueError, match=r"CLIPImageProcessorPil has the backend 'pil'.*backend=\"torchvision\""):
         HFVisual(processor)

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation: per message, with tools and reasoning, for templates that make it hard."""
+"""What is learnt of a conversation: per message, with tools and reasoning, and with difficult templates."""
 
 import random
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ import pytest
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bigmac_lightning.datamodules import Example, ExampleError, Image, Message, MultimodalDataModule, Size
+from bigmac_lightning.datamodules import ChatOptions, Example, ExampleError, Image, Message, MultimodalDataModule, Size
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
 from bigmac_lightning.datamodules.packing.measuring import encoded
 from tests.datamodules import chat_table
 from tests.datamodules.chat_table import CALL, CASES, PICTURE, TOOL, Labels, labels, turns
-from tests.datamodules.small_templates import CHATML, chatml
+from tests.datamodules.small_templates import CHATML, changed, chatml
 
 QWEN3 = chat_table.sources()["qwen3"]
 
 
 def qwen3(**changes: Any) -> ChatEncoder:
-    return replace(chat_table.encoder("qwen3", QWEN3), **changes)
+    return changed(chat_table.encoder("qwen3", QWEN3), **changes)
 
 
 def learnt(chat: ChatEncoder, messages: Sequence[Message] | Example) -> list[str]:
@@ -86,7 +86,7 @@ UNENDED = "{% for m in messages %}{{ m.role.upper() + ': ' + m.content + '\n' }}
 def test_a_template_without_ends() -> None:
     chat = chatml(UNENDED)
     talk = [user(), reply("a"), user(), reply("b")]
-    assert "behind which the chat template puts no special token" in refused(chat, talk)
+    assert "after which the chat template puts no special token" in refused(chat, talk)
     chat = chatml(UNENDED, end_of_reply="<|im_end|>")
     assert learnt(chat, talk) == ["a<|im_end|>", "b<|im_end|>"]
     found = labels(chat, Example(talk))
@@ -145,24 +145,25 @@ def test_arguments_are_taken_as_objects_and_as_text() -> None:
 
 def test_another_template_and_its_variables(tmp_path: Any) -> None:
     (tmp_path / "other.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>{{ mood }} "))
-    made = MultimodalDataModule(chat_template=tmp_path / "other.jinja", chat_template_kwargs={"mood": "glad"})
+    chat = ChatOptions(tmp_path / "other.jinja", {"mood": "glad"})
+    made = MultimodalDataModule(chat=chat)
     assert learnt(made.encoder, [user(), reply()]) == ["a<|im_end|>"]
     for given, mood in (({}, "glad"), ({"mood": "sad"}, "sad")):
         found = labels(made.encoder, Example([user(), reply()], chat_template_kwargs=given))
         text = made.encoder.tokenizer.decode(found.tokens)
         assert text == f"<|im_start|>{mood} user\n?<|im_end|>\n<|im_start|>{mood} assistant\na<|im_end|>\n"
-    with pytest.raises(ValueError, match=r"chat_template_kwargs with 'mode', but the chat template has no such"):
-        MultimodalDataModule(chat_template=tmp_path / "other.jinja", chat_template_kwargs={"mode": "glad"})
+    with pytest.raises(ValueError, match=r"chat\.template_kwargs has 'mode', but the chat template has no such"):
+        MultimodalDataModule(chat=replace(chat, template_kwargs={"mode": "glad"}))
     with pytest.raises(ValueError, match="'tools', which cannot be set there"):
-        MultimodalDataModule(chat_template_kwargs={"tools": []})
+        MultimodalDataModule(chat=ChatOptions(template_kwargs={"tools": []}))
     with pytest.raises(ValueError, match="neither a template nor the path of a file"):
-        MultimodalDataModule(chat_template="nowhere.jinja")
+        MultimodalDataModule(chat=ChatOptions("nowhere.jinja"))
     assert "with 'mode', but" in refused(made.encoder, Example([user(), reply()], chat_template_kwargs={"mode": 1}))
 
 
 def test_thinking_is_switched_off() -> None:
     """The prompt has the empty thought then, and the reply has not."""
-    chat = qwen3(chat_template_kwargs={"enable_thinking": False})
+    chat = qwen3(template_kwargs={"enable_thinking": False})
     assert learnt(chat, turns()) == ["One.<|im_end|>", "Two.<|im_end|>"]
 
 
@@ -188,12 +189,12 @@ def test_marks_of_the_template() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("(m.content if m.content | length < 3 else 'long')", "looks into"),
-        ("('short' if m.content | length < 3 else m.content)", "looks into"),
-        ("m.content[:1]", "looks into"),
+        ("(m.content if m.content | length < 3 else 'long')", "inspects"),
+        ("('short' if m.content | length < 3 else m.content)", "inspects"),
+        ("m.content[:1]", "inspects"),
     ],
 )
-def test_a_template_that_looks_into_texts(change: str, message: str) -> None:
+def test_a_template_that_inspects_texts(change: str, message: str) -> None:
     assert message in refused(chatml(CHATML.replace("m.content", change)), [user("ab"), reply("ab")])
 
 
@@ -312,7 +313,9 @@ def test_images_with_other_words_around_them() -> None:
     example = Example([Message("user", ["<|image_pad|>", PICTURE]), reply("b"), Message("user", [PICTURE]), reply("c")])
     sample = chat.encode(example, [Size(8, 8)] * 2, "x")
     token = chat.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert [i for i, found in enumerate(sample.tokens) if found == token] == [i for m in sample.media for i in m.places]
+    assert [i for i, found in enumerate(sample.tokens) if found == token] == [
+        i for m in sample.media for i in m.indices
+    ]
     assert isinstance(PICTURE, Image)
     assert Labels(list(sample.tokens), list(sample.labelled)).texts(chat.tokenizer) == ["b<|im_end|>", "c<|im_end|>"]
 
@@ -333,17 +336,19 @@ def retokenized(chat: ChatEncoder, change: Any) -> ChatEncoder:
     [
         (
             {"allowed_special": ["<|other|>"]},
-            r"allowed_special=\['<\|other\|>'\]: name special tokens of the tokenizer",
+            r"chat\.allowed_special=\['<\|other\|>'\]: name special tokens of the tokenizer",
         ),
         ({"allowed_special": ["<|image_pad|>"]}, "none that stand for media"),
-        ({"special_tokens": "drop"}, "special_tokens='drop': choose"),
-        ({"learn": "first"}, "learn='first': choose"),
-        ({"end_of_reply": "stop"}, "end_of_reply='stop' has no special token"),
+        ({"special_tokens": "drop"}, "chat.special_tokens='drop': choose 'text' or 'refuse'"),
+        ({"learn": "first"}, "chat.learn='first': choose 'all' or 'last'"),
+        ({"end_of_reply": "stop"}, "chat.end_of_reply='stop' has no special token"),
+        ({"allowed_special": "<|im_end|>"}, "chat.allowed_special=.*give a list"),
+        ({"draw_token": ""}, "chat.draw_token is empty"),
     ],
 )
 def test_settings_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultimodalDataModule(**given)
+        MultimodalDataModule(chat=ChatOptions(**given))
 
 
 def test_tags_of_thoughts_that_are_special_tokens() -> None:
@@ -355,7 +360,7 @@ def test_tags_of_thoughts_that_are_special_tokens() -> None:
     assert found.texts(chat.tokenizer) == ["<think>\nI count.\n</think>\n\nTwo.<|im_end|>"]
 
 
-def test_tokens_around_turns_need_not_be_special() -> None:
+def test_tokens_around_messages_need_not_be_special() -> None:
     chat = chatml(CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|over|><|im_end|>"))
     chat = retokenized(chat, lambda whole: whole.add_tokens(["<|turn|>", "<|over|>"]))
     found = labels(chat, Example([user("<|over|><|turn|>assistant\n"), reply("a")]))
@@ -376,7 +381,7 @@ def test_a_tokenizer_that_puts_a_blank_before_texts() -> None:
     assert tokens.count("<|im_end|>") == 2
 
 
-def test_a_token_of_which_only_a_part_is_said() -> None:
+def test_a_token_that_begins_before_the_reply() -> None:
     """It is learnt, as the library's mask has it."""
     chat = retokenized(chatml(), lambda whole: whole.add_tokens(["\nO"]))
     found = labels(chat, Example([user(), reply("One.")]))
@@ -388,9 +393,9 @@ def test_a_token_of_which_only_a_part_is_said() -> None:
     assert found == chat_table.marked(chat, source, Example([user(), reply("One.")]))
 
 
-def test_an_end_that_the_next_turn_begins_with() -> None:
+def test_an_end_that_also_begins_the_next_message() -> None:
     """As GLM's, which stops where it would write <|user|>."""
-    chat = replace(chat_table.encoder("glm4moe", chat_table.sources()["glm4moe"]), end_of_reply="<|user|>")
+    chat = changed(chat_table.encoder("glm4moe", chat_table.sources()["glm4moe"]), end_of_reply="<|user|>")
     found = labels(chat, Example([user("one?"), reply("One."), user("two?"), reply("Two.")]))
     texts = found.texts(chat.tokenizer)
     assert [text[-12:] for text in texts] == ["One.<|user|>", "Two.<|user|>"]

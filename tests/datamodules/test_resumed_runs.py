@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed sees the samples that would have come, with the same losses, bit for bit.
+"""A run that is stopped anywhere and resumed gets the samples that would have come next, with the same losses, exactly.
 
 Every schedule, kind of data and point at which to stop, under every strategy: `pytest -m wide` runs all combinations.
 """
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from bigmac_lightning.datamodules import DigitsDataModule
 from tests.datamodules.examples import TARGET, data, model, write_mixed
 from tests.datamodules.test_resume import names
-from tests.datamodules.test_streams import arguments, write_streamed
+from tests.datamodules.test_streams import ONE, arguments, write_streamed
 from tests.models import parts
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
@@ -133,12 +133,14 @@ class Stop(pl.Callback):
 
 def _data(run: Run, folder: Path) -> Any:
     if run.kind == "digits":
-        return DigitsDataModule(batch_size=375, microbatches=2, num_workers=run.workers)
+        # four batches of an epoch; with a limit, as many small ones as the limit allows
+        batch_size = 100 if run.trainer == "limit" else 375
+        return DigitsDataModule(batch_size=batch_size, microbatches=2, num_workers=run.workers)
     changes: dict[str, Any] = {"token_budget": 100, "microbatches": 2, "num_workers": run.workers}
     if run.kind != "source":
         changes = arguments(folder, num_workers=run.workers)
         if run.kind == "stream":
-            changes |= {"train": changes["train"][:1], "weights": None}
+            changes |= {"train": changes["train"][:1], "mixture": ONE}
     source = data(folder / "mixed.jsonl")
     return data(folder / "mixed.jsonl", **{**changes, "val": source.sources("val"), "target": TARGET})
 

@@ -1,4 +1,4 @@
-"""Each format: what becomes of its records, without a media file being opened."""
+"""The examples that each source makes of its records, without opening a media file."""
 
 import io
 import json
@@ -221,7 +221,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         add(tar, "a.txt", b"x")
     with pytest.raises(ValueError, match="not an uncompressed tar"):
         WebDatasetTars(str(tmp_path / "z.tar"))
-    with pytest.raises(ValueError, match="no such tar files"):
+    with pytest.raises(ValueError, match="WebDatasetTars: there are no such files"):
         WebDatasetTars(str(tmp_path / "*.zip"))
 
 

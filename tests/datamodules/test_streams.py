@@ -1,11 +1,11 @@
-"""Streams: the same samples per step for any number of ranks, replicas and workers, exact resuming, broken examples."""
+"""Streams: equal steps for any number of ranks, replicas and workers, exact resuming, and broken examples."""
 
 import io
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -22,17 +22,22 @@ from bigmac_lightning.datamodules import (
     Image,
     Message,
     MessagesJSONL,
+    MixtureOptions,
+    PackingOptions,
     SourceError,
     Stream,
     Taken,
 )
 from bigmac_lightning.datamodules.sources.stream import SourceStream
-from tests.datamodules.examples import data, model, said, write_jsonl
+from tests.datamodules.examples import data, model, said, train_loader, write_jsonl
 from tests.datamodules.test_multimodal_training import Losses
-from tests.datamodules.test_resume import Stop, names, pixels
+from tests.datamodules.test_resume import names, pixels
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
 FILES, ROWS = 3, 12
+ONE, TWO = MixtureOptions(steps_per_epoch=5), MixtureOptions([3, 1], steps_per_epoch=5)
+"""Epochs of a single stream, and of two."""
+SMALL_BUFFER = PackingOptions(buffer_size=10)
 
 
 def png(height: int, width: int, color: int) -> bytes:
@@ -69,17 +74,13 @@ def streams(folder: Path) -> list[Any]:
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
-    defaults = {"train": streams(folder), "val": [], "weights": [3, 1], "steps_per_epoch": 5, "target": None}
-    return {**defaults, "token_budget": 100, "microbatches": 2, "window": 10, **changes}
+    defaults = {"train": streams(folder), "val": [], "mixture": TWO, "packing": SMALL_BUFFER, "target": None}
+    return {**defaults, "token_budget": 100, "microbatches": 2, **changes}
 
 
 def loader(folder: Path, replicas: int = 1, replica: int = 0, size: int = 1, rank: int = 0, **changes: Any) -> Any:
     made = data(folder / "texts.jsonl", **arguments(folder, **changes))
-    strategy = SimpleNamespace(pipeline_layout=PipelineLayout(size, rank, size))
-    place = {"num_replicas": replicas, "rank": replica}
-    made.trainer = SimpleNamespace(strategy=strategy, distributed_sampler_kwargs=place, loggers=[])  # pyright: ignore
-    made.setup("fit")
-    return made.loader("train")
+    return train_loader(made, replicas, replica, PipelineLayout(size, rank, size))
 
 
 def samples(batch: Batch) -> list[str]:
@@ -91,32 +92,31 @@ def test_the_same_samples_per_step_for_any_ranks_replicas_and_workers(folder: Pa
     expected = [samples(batch) for batch in alone]
     shown = [sum(len(m.media) for m in batch.microbatches) for batch in alone]
     total = [pixels(batch) for batch in alone]
-    for workers in (0, 2):
-        for replicas, microbatches in ((1, 4), (2, 2)):
-            got: list[list[str]] = [[] for _ in alone]
-            decoded, seen = [0] * len(alone), [0.0] * len(alone)
-            for replica in range(replicas):
-                ranks = []
-                for rank in range(2):
-                    place = (replicas, replica, 2, rank)
-                    ranks.append(list(loader(folder, *place, microbatches=microbatches, num_workers=workers)))
-                for step, pair in enumerate(zip(*ranks, strict=True)):
-                    assert names(pair[0]) == names(pair[1])
-                    assert len(pair[0]) == microbatches
-                    got[step] += samples(pair[0])
-                    for rank, batch in enumerate(pair):
-                        items = [item for m in batch.microbatches for item in m.media]
-                        assert all((item.data is not None) == (item.owner == rank) for item in items)
-                        mine = [item.data for item in items if item.data is not None]
-                        decoded[step] += len(mine)
-                        seen[step] += sum(float(image.double().sum()) for image in mine)
-            assert [sorted(step) for step in got] == expected
-            assert decoded == shown
-            assert seen == pytest.approx(total, rel=1e-9)
+    for microbatches, workers in ((4, [(0, 2)]), (2, [(2, 0), (1, 0)])):  # of each rank of each replica
+        got: list[list[str]] = [[] for _ in alone]
+        decoded, seen = [0] * len(alone), [0.0] * len(alone)
+        for replica, workers_of_ranks in enumerate(workers):
+            ranks = []
+            for rank, number in enumerate(workers_of_ranks):
+                place = (len(workers), replica, 2, rank)
+                ranks.append(list(loader(folder, *place, microbatches=microbatches, num_workers=number)))
+            for step, pair in enumerate(zip(*ranks, strict=True)):
+                assert names(pair[0]) == names(pair[1])
+                assert len(pair[0]) == microbatches
+                got[step] += samples(pair[0])
+                for rank, batch in enumerate(pair):
+                    items = [item for m in batch.microbatches for item in m.media]
+                    assert all((item.data is not None) == (item.owner == rank) for item in items)
+                    mine = [item.data for item in items if item.data is not None]
+                    decoded[step] += len(mine)
+                    seen[step] += sum(float(image.double().sum()) for image in mine)
+        assert [sorted(step) for step in got] == expected
+        assert decoded == shown
+        assert seen == pytest.approx(total, rel=1e-9)
 
 
-def test_every_example_once_in_a_turn_by_shares_and_packed(folder: Path) -> None:
-    made = loader(folder, steps_per_epoch=20)
+def test_every_example_once_per_repeat_by_weights_and_packed(folder: Path) -> None:
+    made = loader(folder, mixture=replace(TWO, steps_per_epoch=20))
     batches = list(made)
     counts = Counter(name for batch in batches for name in samples(batch))
     assert max(counts.values()) == 1, "names have the number of the draw"
@@ -125,23 +125,28 @@ def test_every_example_once_in_a_turn_by_shares_and_packed(folder: Path) -> None
     assert all(len(batch) == 2 for batch in batches)
     assert sum(batch.tokens for batch in batches) / (20 * 2 * 100) > 0.85
     assert all(m.shape[1] <= 100 for batch in batches for m in batch.microbatches)
-    assert made.state_dict()["position"]["streams"][1]["turn"] >= 1, "texts have begun anew"
+    assert made.state_dict()["position"]["streams"][1]["repeat"] >= 1, "texts are read again"
     first = [samples(batch) for batch in batches]
-    assert first == [samples(batch) for batch in loader(folder, steps_per_epoch=20)]
-    assert first != [samples(batch) for batch in loader(folder, steps_per_epoch=20, seed=1)]
+    assert first == [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20))]
+    assert first != [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20), seed=1)]
     kept = [
         names(batch)
         for batch in loader(
-            folder, ordered=True, train=[HFStream("parquet", str(folder / "*.parquet"), shuffle=False)], weights=None
+            folder,
+            packing=replace(SMALL_BUFFER, ordered=True),
+            train=[HFStream("parquet", str(folder / "*.parquet"), shuffle=False)],
+            mixture=ONE,
         )
     ]
     numbers = [int(name.split("sample ")[1].split()[0]) for step in kept for part in step for name in part]
     assert numbers == list(range(len(numbers)))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7, 12])
-def test_a_loader_goes_on_where_another_was(folder: Path, stop: int, tmp_path: Path) -> None:
-    """In the middle of windows, over several epochs and turns, with other workers and ranks."""
+@pytest.mark.parametrize(
+    "stop", [1, 7, pytest.param(3, marks=pytest.mark.wide), pytest.param(12, marks=pytest.mark.wide)]
+)
+def test_a_loader_continues_where_another_stopped(folder: Path, stop: int, tmp_path: Path) -> None:
+    """In the middle of buffers, over several epochs and repeats, with other workers and ranks."""
     whole = loader(folder)
     expected = []
     for epoch in range(4):
@@ -165,11 +170,11 @@ def test_a_loader_goes_on_where_another_was(folder: Path, stop: int, tmp_path: P
         assert rest == [step for step, _ in expected[stop:]]
 
 
-def _read(stream: HFStream, turn: int) -> None:
-    next(stream.read(turn))
+def _read(stream: HFStream, repeat: int) -> None:
+    next(stream.read(repeat))
 
 
-def test_a_worker_does_not_change_the_turn_of_another(folder: Path) -> None:
+def test_a_worker_does_not_change_the_repeat_of_another(folder: Path) -> None:
     """Forked workers share memory that the library keeps its epoch in."""
     stream = HFStream("parquet", str(folder / "*.parquet"))
     reading = multiprocessing.get_context("fork").Process(target=_read, args=(stream, 5))
@@ -207,23 +212,14 @@ def _fit(rank: int, folder: Path, workers: int) -> list[float]:
     return losses.losses
 
 
-def test_training_against_one_process_and_after_a_stop(folder: Path, tmp_path: Path) -> None:
-    def alone(**changes: Any) -> list[float]:
-        losses, stop = Losses(), changes.pop("stop", [])
-        trainer = plain_trainer(max_epochs=2, limit_val_batches=0, callbacks=[losses, *stop])
-        settings = arguments(folder, microbatches=4)
-        try:
-            trainer.fit(model(generators={}), data(folder / "texts.jsonl", **settings), **changes)
-        except SystemExit:
-            assert stop
-        return losses.losses
-
-    expected = alone()
-    assert len(expected) == 10
+def test_training_against_one_process(folder: Path) -> None:
+    """test_resumed_runs.py stops and resumes such runs."""
+    expected = Losses()
+    trainer = plain_trainer(max_epochs=2, limit_val_batches=0, callbacks=[expected])
+    trainer.fit(model(generators={}), data(folder / "texts.jsonl", **arguments(folder, microbatches=4)))
+    assert len(expected.losses) == 10
     for losses in on_ranks(4, _fit, folder, 1):
-        assert losses == pytest.approx(expected, rel=1e-5)
-    alone(stop=[Stop(tmp_path, 7)])
-    assert alone(ckpt_path=tmp_path / "middle.ckpt") == expected[7:]
+        assert losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 class Numbers(Stream):
@@ -232,7 +228,7 @@ class Numbers(Stream):
     def __init__(self, broken: dict[int, str], end: int = 20) -> None:
         self.broken, self.end = broken, end
 
-    def read(self, turn: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
+    def read(self, repeat: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
         for i in range(place or 0, self.end):
             yield self.example(i), i + 1
 
@@ -257,20 +253,20 @@ WRONG = {3: "sample 3 is no record", 5: "5.png cannot be read: not an image", 8:
 def test_broken_examples(folder: Path) -> None:
     for number, kind in BROKEN.items():
         with pytest.raises(ExampleError, match=rf"Numbers, sample {number}.*{WRONG[number].split(' ', 2)[-1]}"):
-            list(loader(folder, train=[Numbers({number: kind})], weights=None))
-    made = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip", steps_per_epoch=3)
+            list(loader(folder, train=[Numbers({number: kind})], mixture=ONE))
+    made = loader(folder, train=[Numbers(BROKEN)], mixture=MixtureOptions(steps_per_epoch=3), on_error="skip")
     batches = list(made)
     assert made.agreement.skipped >= 3
     assert not {"Numbers, sample 3", "Numbers, sample 5"} & {name for batch in batches for name in samples(batch)}
-    resumed = loader(folder, train=[Numbers(BROKEN)], weights=None, on_error="skip")
+    resumed = loader(folder, train=[Numbers(BROKEN)], mixture=ONE, on_error="skip")
     resumed.load_state_dict(made.state_dict())
     assert resumed.agreement.skipped == made.agreement.skipped
     with pytest.raises(SourceError, match="Numbers cannot be read: OSError: the line is cut"):
-        list(loader(folder, train=[Numbers({9: "stream"})], weights=None, num_workers=1))
+        list(loader(folder, train=[Numbers({9: "stream"})], mixture=ONE, num_workers=1))
     with pytest.raises(SourceError, match="Numbers has no examples"):
-        list(loader(folder, train=[Numbers({}, end=0)], weights=None))
+        list(loader(folder, train=[Numbers({}, end=0)], mixture=ONE))
     with pytest.raises(SourceError, match=r"11 examples in a row cannot be used; the last: Numbers, sample 10 is no"):
-        list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], weights=None, on_error="skip"))
+        list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], mixture=ONE, on_error="skip"))
 
 
 class Split(Stream):
@@ -279,13 +275,13 @@ class Split(Stream):
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def read(self, turn: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
+    def read(self, repeat: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
         for i in range(place or 0, 40):
             yield Example([Message("user", [str(2 * i + self.rank)]), Message("assistant", ["yes"])]), i + 1
 
 
 def _fit_split(rank: int, folder: Path) -> str:
-    made = data(folder / "texts.jsonl", **arguments(folder, train=[Split(rank)], weights=None))
+    made = data(folder / "texts.jsonl", **arguments(folder, train=[Split(rank)], mixture=ONE))
     try:
         pipeline_trainer(2, max_epochs=1, limit_val_batches=0).fit(model(generators={}), made)
     except SourceError as error:
@@ -302,7 +298,7 @@ def test_where_streams_go(folder: Path) -> None:
     stream = HFStream("parquet", str(folder / "*.parquet"))
     with pytest.raises(ValueError, match=r"val has streams, .* Taken\(stream, 500\)"):
         data(folder / "texts.jsonl", val=[stream], target=None).setup("fit")
-    with pytest.raises(ValueError, match="given by steps_per_epoch alone"):
+    with pytest.raises(ValueError, match=r"set mixture\.steps_per_epoch, and not"):
         data(folder / "texts.jsonl", train=[stream], target=None).setup("fit")
     taken = Taken(stream, 5)
     made = data(folder / "texts.jsonl", train=[], val=[taken], target=None)
@@ -311,22 +307,22 @@ def test_where_streams_go(folder: Path) -> None:
     assert batch.samples == 5
 
 
-def test_a_stream_of_files_changes_their_order_with_the_turn_and_goes_on_anywhere(folder: Path) -> None:
+def test_a_stream_has_another_order_in_each_repeat_and_continues_anywhere(folder: Path) -> None:
     for stream in (
         HFStream("parquet", str(folder / "*.parquet")),
         HFStream(datasets.load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train", streaming=True)),
         SourceStream(MessagesJSONL(folder / "texts.jsonl")),
     ):
         orders = []
-        for turn in range(4):
-            found = list(stream.read(turn))
+        for repeat in range(4):
+            found = list(stream.read(repeat))
             texts = [
                 repr([message.parts[-1] for message in example.messages])
                 for example, _ in found
                 if isinstance(example, Example)
             ]
             for stop in (0, len(found) // 2, len(found) - 1):
-                rest = list(stream.read(turn, found[stop][1]))
+                rest = list(stream.read(repeat, found[stop][1]))
                 told = [
                     repr([m.parts[-1] for m in example.messages]) for example, _ in rest if isinstance(example, Example)
                 ]

@@ -1,4 +1,4 @@
-"""Options and callbacks of a Trainer that ask for loaders again, or change what they give."""
+"""Options and callbacks of a Trainer that make new loaders, or change which batches are used."""
 
 from multiprocessing import active_children
 from pathlib import Path
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _fit(rank: int, kind: str, folder: Path, strategy: str = "auto", *callbacks: Any, **options: Any) -> Seen:
     watch = Watch()
-    run = Run(kind=kind)
+    run = Run(kind=kind, trainer="limit")  # small batches of digits
     given: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 0, "callbacks": [watch, *callbacks], **options}
     trainer = plain_trainer(**given) if strategy == "auto" else pipeline_trainer(2, **given)
     module = parts.model(schedule="constant") if kind == "digits" else model(schedule="constant")
@@ -50,7 +50,7 @@ def test_overfitting_repeats_the_same_batches(kind: str, folder: Path) -> None:
             assert rank.losses == pytest.approx(seen.losses, rel=1e-5)
 
 
-def test_a_stream_goes_on_in_new_loaders(folder: Path) -> None:
+def test_a_stream_continues_in_new_loaders(folder: Path) -> None:
     """... which a Trainer asks for every few epochs, or when the same training goes on; a new one begins anew."""
     whole = _fit(0, "mix", folder)
     assert len({batch for _, _, batch in whole.batches}) == len(whole.batches) == 15
@@ -67,7 +67,7 @@ def test_a_stream_goes_on_in_new_loaders(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["source", "mix"])
-def test_looking_for_a_learning_rate_uses_no_data_up(kind: str, folder: Path) -> None:
+def test_a_search_for_a_learning_rate_uses_no_data_up(kind: str, folder: Path) -> None:
     whole = _fit(0, kind, folder)
     finder = LearningRateFinder(1e-4, 1e-2, num_training_steps=4, update_attr=False)
     found = _fit(0, kind, folder, "auto", finder)

@@ -1,11 +1,18 @@
-"""Samples that are too long: refused, or cut at their end, with what is left as it was."""
+"""Samples that are too long are refused, or their end is cut off and the rest stays unchanged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, MultimodalDataModule
+from bigmac_lightning.datamodules import (
+    ExampleError,
+    MessagesJSONL,
+    MixtureOptions,
+    MultimodalDataModule,
+    PackingOptions,
+)
 from bigmac_lightning.datamodules.encoding.truncation import cut
 from bigmac_lightning.datamodules.packing.measuring import encoded
 from bigmac_lightning.datamodules.sources.stream import SourceStream
@@ -38,10 +45,11 @@ def path(tmp_path: Path) -> Path:
 
 
 KEPT = 4
+CUT = PackingOptions(truncation="end")
 
 
 def made(path: Path, **given: Any) -> MultimodalDataModule:
-    return data(path, **{"token_budget": BUDGET, "truncation": "end", "on_error": "skip", "microbatches": 2, **given})
+    return data(path, **{"token_budget": BUDGET, "packing": CUT, "on_error": "skip", "microbatches": 2, **given})
 
 
 def test_the_end_is_cut_off_and_nothing_else(path: Path) -> None:
@@ -62,30 +70,31 @@ def test_what_cannot_be_cut_is_refused(path: Path) -> None:
     assert list(errors) == [4, 5, 6, 7, 8]
     for index, reason in (
         (4, "cannot be cut to 60: nothing to learn would be left"),
-        (5, "image.png lies behind them, at least in part"),
-        (6, "image.png lies behind them, at least in part"),
+        (5, "image.png would be cut off, at least in part"),
+        (6, "image.png would be cut off, at least in part"),
         (7, "image.png comes last"),
         (8, "nothing to learn would be left"),
     ):
         assert reason in errors[index]
         assert f"(line {index + 1})" in errors[index]
-    refusing = made(path, truncation="refuse")
+    refusing = made(path, packing=PackingOptions())
     refusing.setup("fit")  # what was measured with the other setting is not used
     assert list(refusing._measured["train"][0].errors) == [0, 2, 3, 4, 5, 6, 7, 8]
-    assert 'cut off its end by truncation="end"' in refusing._measured["train"][0].errors[0]
-    with pytest.raises(ValueError, match='truncation=\'start\': choose "refuse" or "end"'):
-        made(path, truncation="start")
+    assert 'set packing.truncation to "end"' in refusing._measured["train"][0].errors[0]
+    given: Any = "start"
+    with pytest.raises(ValueError, match=r"packing\.truncation='start': choose 'refuse' or 'end'"):
+        PackingOptions(truncation=given)
 
 
 def test_rows_of_an_image_are_not_cut_through_at_any_length(path: Path) -> None:
     encoder = made(path, token_budget=10_000).encoder
     sample, _ = encoded(MessagesJSONL(path)[2], encoder, 10_000, "it")
     (image,) = sample.media
-    last = image.places[-1]
+    last = image.indices[-1]
     first = sample.labelled.index(True)
     for most in range(1, len(sample.tokens)):
         if most <= first:
-            with pytest.raises(ExampleError, match="lies behind" if most <= last else "nothing to learn"):
+            with pytest.raises(ExampleError, match="would be cut off" if most <= last else "nothing to learn"):
                 cut(sample, most)
         else:
             assert cut(sample, most).tokens == sample.tokens[:most]
@@ -93,7 +102,9 @@ def test_rows_of_an_image_are_not_cut_through_at_any_length(path: Path) -> None:
 
 def _fit(rank: int | None, path: Path, stream: bool) -> Any:
     train = [SourceStream(MessagesJSONL(path), 0, False) if stream else MessagesJSONL(path)]
-    given: dict[str, Any] = {"train": train, "steps_per_epoch": 2, "window": 5} if stream else {"train": train}
+    given: dict[str, Any] = {"train": train}
+    if stream:
+        given |= {"mixture": MixtureOptions(steps_per_epoch=2), "packing": replace(CUT, buffer_size=5)}
     trainer = (plain_trainer if rank is None else pipeline_trainer)(
         *(() if rank is None else (2,)), max_epochs=1, limit_val_batches=0
     )

@@ -1,4 +1,4 @@
-"""Parts of training sources that are held out for validation."""
+"""Examples of training sources that are held out for validation."""
 
 import re
 import warnings
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, Source, SourceStream
-from bigmac_lightning.datamodules.sources.splitting import Part
+from bigmac_lightning.datamodules import ExampleError, MessagesJSONL, MixtureOptions, Source, SourceStream
+from bigmac_lightning.datamodules.sources.splitting import SourceSubset
 from tests.datamodules.examples import data, model, said, write_jsonl
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -28,8 +28,8 @@ def parts(
     folder: Path, val_split: Any, numbers: tuple[int, ...] = (20, 7), **changes: Any
 ) -> tuple[list[Any], list[Any]]:
     sources = [write(folder, f"s{k}", n) for k, n in enumerate(numbers)]
-    module = data(sources[0].path, train=sources, val=[], val_split=val_split, **changes)
-    return list(module.parts("train")), list(module.parts("val"))
+    module = data(sources[0].path, train=sources, val=[], mixture=MixtureOptions(val_split=val_split), **changes)
+    return list(module.split_sources("train")), list(module.split_sources("val"))
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_every_example_is_in_one_part(val_split: Any, held_out: list[int], tmp_p
 
 def test_given_validation_sources_stay(tmp_path: Path) -> None:
     source, other = write(tmp_path, "a", 10), write(tmp_path, "b", 3)
-    module = data(source.path, train=[source], val=[other], val_split=0.2)
-    assert [len(part) for part in module.parts("val")] == [3, 2]
+    module = data(source.path, train=[source], val=[other], mixture=MixtureOptions(val_split=0.2))
+    assert [len(part) for part in module.split_sources("val")] == [3, 2]
     assert module.sources("val") == [other]
 
 
@@ -71,19 +71,25 @@ def test_what_cannot_be_split_is_refused(val_split: Any, message: str, tmp_path:
 
 def test_streams_are_not_split(tmp_path: Path) -> None:
     source, other = write(tmp_path, "a", 10), write(tmp_path, "b", 6)
-    options: dict[str, Any] = {"train": [SourceStream(source), other], "val": [], "steps_per_epoch": 2}
-    with pytest.raises(ValueError, match=r"a\.jsonl is a stream, of which nothing can be held out.*0 for it.*Taken"):
-        data(source.path, val_split=0.5, **options).parts("val")
-    module = data(source.path, val_split=[0, 0.5], **options)
-    assert [len(part) for part in module.parts("val")] == [3]  # type: ignore[arg-type]
+    options: dict[str, Any] = {"train": [SourceStream(source), other], "val": []}
+
+    def mixture(val_split: Any) -> MixtureOptions:
+        return MixtureOptions(val_split=val_split, steps_per_epoch=2)
+
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl is a stream, of which nothing can be held out.*0 for the stream.*Taken"
+    ):
+        data(source.path, mixture=mixture(0.5), **options).split_sources("val")
+    module = data(source.path, mixture=mixture([0, 0.5]), **options)
+    assert [len(part) for part in module.split_sources("val")] == [3]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) -> None:
     records: list[Any] = [{"messages": said("a", f"{i}.")} for i in range(30)]
-    options: dict[str, Any] = {"val": [], "val_split": 0.4, "on_error": "raise"}
-    (part,) = data(write_jsonl(tmp_path / "a.jsonl", records), **options).parts(split)
-    assert isinstance(part, Part)
+    options: dict[str, Any] = {"val": [], "mixture": MixtureOptions(val_split=0.4), "on_error": "raise"}
+    (part,) = data(write_jsonl(tmp_path / "a.jsonl", records), **options).split_sources(split)
+    assert isinstance(part, SourceSubset)
     bad = part.indices[7]
     assert bad != 7
     records[bad] = {"messages": said("a", "b" * 500)}
@@ -93,17 +99,17 @@ def test_errors_give_the_number_in_the_whole_source(split: str, tmp_path: Path) 
         module.setup("fit" if split == "train" else "validate")
 
 
-def test_another_part_is_measured_anew(tmp_path: Path) -> None:
+def test_another_subset_has_its_own_measurements(tmp_path: Path) -> None:
     """What was measured of one part is not taken for another of the same source."""
     records = [{"messages": said("a", "b" * i)} for i in range(1, 31)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     seen = set()
-    for options in ({"val_split": 10}, {"val_split": 10, "seed": 1}, {"val_split": 12}, {"val_split": 10}):
-        module = data(path, val=[], **options)
+    for val_split, seed in ((10, 0), (10, 1), (12, 0), (10, 0)):
+        module = data(path, val=[], mixture=MixtureOptions(val_split=val_split), seed=seed)
         module.prepare_data()
-        (part,) = module.parts("train")
-        assert isinstance(part, Part)
-        known = module.measured_of(part, "train", read_only=True)
+        (part,) = module.split_sources("train")
+        assert isinstance(part, SourceSubset)
+        known = module.measure(part, "train", read_only=True)
         spoken = [len(reply) for reply in replies(part)]
         assert (known.arrays["learnt"] - spoken).tolist() == [1] * len(part)  # and the end of the reply
         seen.add(tuple(spoken))
@@ -116,7 +122,7 @@ def _fit(trainer: Any, folder: Path, val_split: Any) -> tuple[list[float], int]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*does not have many workers.*|.*LeafSpec.*|.*lr_scheduler.*")
-        trainer.fit(module, data(source.path, train=[source], val=[], val_split=val_split))
+        trainer.fit(module, data(source.path, train=[source], val=[], mixture=MixtureOptions(val_split=val_split)))
     return [float(trainer.callback_metrics.get("val/loss", torch.nan))], trainer.global_step
 
 

@@ -1,8 +1,7 @@
-"""Images and videos as a processor of the transformers library prepares them, planned from their sizes alone.
+"""Prepares images and videos with a processor of the transformers library, and plans them from their sizes alone.
 
-A plan is what the library's own processor makes of pixels without values: sizes are computed, pixels never exist. So no
-rule of resizing, of crops or of the text around them is written down here, and there is nothing to tell one family of
-models from another. Knows processors; knows nothing of models or ranks.
+A plan is made by the library's own processor from tensors without values (on the meta device). So this file has no
+rules for resizing, crops or the text around them, and does not distinguish families of models.
 
 Shape suffixes: T frames, C channels, H and W pixels, E values of a patch.
 """
@@ -18,29 +17,31 @@ from torch import Tensor
 
 from bigmac_lightning.contracts.batch import MediaData
 
-from ..example import ExampleError, Image, Size, Video
+from ..errors import ExampleError
+from ..example import Image, Size, Video
 from ..media.decoding import check_reading, read_frames, read_image
+from ..media.frame_choice import evenly_spaced, frame_count
 from .visual import Augment, MediaPlan, VisualProcessor
 
-KEPT = 16384
-"""Plans of images that are kept, of the sizes that came last."""
+MAX_PLANS = 16384
+"""Most plans that are cached: a few hundred bytes each. A cache that is full is cleared."""
 
 
 @dataclass(frozen=True)
 class HFVisual(VisualProcessor):
-    """What the folder of a pretrained vision-language model says about its media.
+    """Prepares media as the processor of a pretrained vision-language model does.
 
-    `MediaItem.data` is what the processor makes of an item:
+    `MediaItem.data` is the processor's output for an item:
 
-    - patches, (t, h, w, E), where it makes a grid of them;
-    - else crops, (crops, C, H, W), or frames, (T, C, H, W);
-    - where it tells the size of an image as well, a dict: "pixel_values" as above and "image_sizes", (2,).
+    - patches, (t, h, w, E), if it makes a grid of them;
+    - otherwise crops, (crops, C, H, W), or frames, (T, C, H, W);
+    - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,).
 
     Attributes:
-        processor: as `AutoProcessor.from_pretrained` gives it.
-        fps: frames of a video that are used per second.
-        max_frames: of a video; longer ones are sampled more sparsely.
-        image_encoder, video_encoder: the model's names.
+        processor: a processor, as `AutoProcessor.from_pretrained` returns it.
+        fps: number of frames used per second of a video.
+        max_frames: maximum number of frames of a video; longer videos are sampled more sparsely.
+        image_encoder, video_encoder: the model's names of the encoders.
     """
 
     processor: Any
@@ -54,7 +55,7 @@ class HFVisual(VisualProcessor):
         part = self.processor.image_processor
         if getattr(part, "backend", "torchvision") != "torchvision":
             raise ValueError(
-                f"{type(part).__name__} works by {part.backend!r}, which has to see pixels to tell their size: load "
+                f"{type(part).__name__} has the backend {part.backend!r}, which needs pixels to plan an image: load "
                 'the processor with AutoProcessor.from_pretrained(..., backend="torchvision")'
             )
 
@@ -67,7 +68,7 @@ class HFVisual(VisualProcessor):
 
     @cached_property
     def feature_tokens(self) -> tuple[str, ...]:
-        """The tokens that features replace; those that stand for an item in a chat template may be others."""
+        """The tokens that features replace. The tokens for an item in a chat template may be others."""
         found: list[str] = []
         for name in ("image_token", "video_token"):
             token = getattr(self.processor.tokenizer, name, None) or getattr(self.processor, name, None)
@@ -76,14 +77,14 @@ class HFVisual(VisualProcessor):
         return tuple(found)
 
     def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
-        if isinstance(item, Video):  # hardly two are alike
+        if isinstance(item, Video):  # few videos have the same size
             planned = self._planned(size, True, is_video=True)
             check_reading(item.file, size, len(planned.frames))
             return planned
         alone = alone or "batch_num_images" not in self.processor.image_processor.model_input_names
         key = (size, alone)
         if key not in self._plans:
-            if len(self._plans) >= KEPT:
+            if len(self._plans) >= MAX_PLANS:
                 self._plans.clear()
             self._plans[key] = self._planned(size, alone, is_video=False)
         return self._plans[key]
@@ -94,9 +95,8 @@ class HFVisual(VisualProcessor):
         if is_video:
             if getattr(self.processor, "video_processor", None) is None:
                 raise ExampleError(f"has a video, which {type(self.processor).__name__} cannot prepare")
-            count = max(1, min(round(size.seconds * self.fps), size.frames, self.max_frames))
-            frames = tuple(int((i + 0.5) * size.frames / count) for i in range(count))
-            shape = (count, *shape)
+            frames = evenly_spaced(size.frames, frame_count(size, self.fps, self.max_frames))
+            shape = (len(frames), *shape)
         made, text = self._prepare(self._without_values, torch.empty(shape, device="meta"), size, frames, alone)
         grid = _grid(made)
         placeholder = self.processor.video_token if is_video else self.processor.image_token
@@ -121,8 +121,8 @@ class HFVisual(VisualProcessor):
         grid, pixel_values = _grid(made), _pixels(made)
         if grid != plan.grid or text != (placeholder * plan.rows if plan.text is None else plan.text):
             raise ExampleError(
-                f"{item.file.name} became {self._rows(text)} rows of features in a grid of {grid}, but {plan.rows} in "
-                f"a grid of {plan.grid} were expected of its size: augmentation must keep the size with this processor"
+                f"{item.file.name} became {self._rows(text)} rows of features in a grid of {grid}, but its plan has "
+                f"{plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
             )
         if grid is not None:
             return pixel_values.unflatten(0, grid)
@@ -136,20 +136,22 @@ class HFVisual(VisualProcessor):
     def _prepare(
         self, processor: Any, pixels: Tensor, size: Size, frames: tuple[int, ...], alone: bool
     ) -> tuple[Any, str]:
-        """What a processor makes of one item, and the text that then stands for it."""
+        """The processor's output for one item, and the text that stands for the item."""
         if frames:
             given = {**self._arguments["videos_kwargs"], "do_sample_frames": False, "return_metadata": True}
             made, texts = processor._process_videos([pixels], video_metadata=[_metadata(frames, size)], **given)
             return made, texts[0]
         images = [pixels]
         if not alone:
-            images.append(pixels[:, :1, :1])  # by a second one, of one pixel, it sees that the image is not alone
+            images.append(
+                pixels[:, :1, :1]
+            )  # a second image, one pixel high and wide, makes the processor treat the first as not alone
         made, texts = processor._process_images([images], **self._arguments["images_kwargs"])
         return made, texts[0]
 
     @cached_property
     def _arguments(self) -> dict[str, dict[str, Any]]:
-        """What the processor passes on to its parts when it is called."""
+        """The arguments that the processor passes to its image and video processor when it is called."""
         return self.processor._merge_kwargs(
             tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs,
             common_kwargs={"return_tensors": "pt", "input_data_format": "channels_first"},
@@ -157,7 +159,7 @@ class HFVisual(VisualProcessor):
 
     @cached_property
     def _without_values(self) -> Any:
-        """The processor, for pixels that have no values."""
+        """The processor, for tensors without values."""
         shell = copy.copy(self.processor)
         for name in ("image_processor", "video_processor"):
             if getattr(shell, name, None) is not None:
@@ -166,7 +168,7 @@ class HFVisual(VisualProcessor):
 
 
 class _WithoutValues:
-    """An image or video processor that takes tensors on the meta device, and gives such as can be looked at."""
+    """An image or video processor that accepts tensors on the meta device, and returns zeros of the same shapes."""
 
     def __init__(self, part: Any) -> None:
         self._part = part
@@ -179,13 +181,13 @@ class _WithoutValues:
         return made
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked for by copy and pickle, before there is a part
+        if name.startswith("__"):  # copy and pickle ask for these before there is a part
             raise AttributeError(name)
         return getattr(self._part, name)
 
 
 def _pixels(made: Any) -> Tensor:
-    """Of the one item, or of the first."""
+    """The pixels of the first item."""
     pixels = made["pixel_values_videos" if "pixel_values_videos" in made else "pixel_values"]
     return pixels[0] if pixels.ndim == 5 else pixels
 

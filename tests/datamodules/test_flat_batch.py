@@ -1,4 +1,4 @@
-"""Batches on their way from workers, and ranks that tell each other of the next one while a step runs."""
+"""Batches on their way from workers, and the exchange between ranks about the next batch while a step runs."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from bigmac_lightning.datamodules.loading.parcel import Parcel, ParcelCollate
+from bigmac_lightning.datamodules.loading.flat_batch import FlatBatch, FlatCollate
 from bigmac_lightning.ranks import Ranks
 from tests.ranks import run_ranks
 
@@ -31,21 +31,21 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert found[name] == value
 
 
-def test_what_is_packed_comes_out() -> None:
-    parcel = Parcel.pack(contents())
-    opened = parcel.open()
-    assert_same(opened, contents())
-    pixels = opened["pixels"]
+def test_a_flattened_batch_is_restored() -> None:
+    flat = FlatBatch.flatten(contents())
+    restored = flat.restore()
+    assert_same(restored, contents())
+    pixels = restored["pixels"]
     assert pixels.untyped_storage().nbytes() == pixels.nbytes, "one tensor does not count for all others"
-    assert parcel.block.data_ptr() <= pixels.data_ptr() < parcel.block.data_ptr() + parcel.block.nbytes
+    assert flat.block.data_ptr() <= pixels.data_ptr() < flat.block.data_ptr() + flat.block.nbytes
 
 
-def test_batches_travel_in_one_block_from_a_worker_only() -> None:
+def test_only_batches_of_workers_are_flattened() -> None:
     for workers in (0, 1):
-        loader = DataLoader([contents()] * 3, batch_size=None, num_workers=workers, collate_fn=ParcelCollate(dict))  # pyright: ignore
+        loader = DataLoader([contents()] * 3, batch_size=None, num_workers=workers, collate_fn=FlatCollate(dict))  # pyright: ignore
         for made in loader:
-            assert isinstance(made, Parcel) == (workers > 0)
-            assert_same(made.open() if isinstance(made, Parcel) else made, contents())
+            assert isinstance(made, FlatBatch) == (workers > 0)
+            assert_same(made.restore() if isinstance(made, FlatBatch) else made, contents())
 
 
 def _tell(rank: int) -> list[tuple[list[Any], bool]]:
@@ -62,6 +62,6 @@ def _tell(rank: int) -> list[tuple[list[Any], bool]]:
     return heard
 
 
-def test_telling_does_not_wait_for_the_others() -> None:
+def test_an_exchange_is_started_without_waiting_for_other_ranks() -> None:
     expected = [([], True), (["rank 0", "rank 1"], True), (["rank 0 alone", ""], False)]
     assert run_ranks(2, _tell, timeout=60) == [expected, expected]

@@ -1,7 +1,4 @@
-"""What a `MultimodalDataModule` makes of its data, for people who want to look at it before they train.
-
-Knows sources, measurements and samples; prints and draws nothing.
-"""
+"""Shows what a `MultimodalDataModule` makes of its data, before a training. commands/data.py prints and draws it."""
 
 import re
 from collections import Counter
@@ -15,20 +12,22 @@ import numpy as np
 from .example import Example, Image, Size, Video
 from .loading.collate import Sample
 from .media.decoding import read_frames, read_image
-from .multimodal import MultimodalDataModule, Split
+from .media.frame_choice import evenly_spaced
+from .multimodal import MultimodalDataModule
 from .packing.measuring import Measurements, encoded, measure_all, name_of
 from .sources.source import Source
 from .sources.stream import Stream, Taken
+from .splits import Split
 
 Kind = Literal["given", "learnt", "media", "target"]
 
 
 @dataclass(frozen=True)
 class SourceView:
-    """A source, and what was measured of it.
+    """A source and its measurements.
 
     Attributes:
-        stream: whether these are the first examples of a stream.
+        stream: whether the source has the first examples of a stream.
     """
 
     source: Source
@@ -37,11 +36,12 @@ class SourceView:
 
     @property
     def usable(self) -> list[int]:
-        """Numbers of the examples that can be used."""
+        """The numbers of the examples that can be used."""
         return np.flatnonzero(self.measured.tokens).tolist()
 
     def reasons(self) -> list[tuple[str, int]]:
-        """Why others cannot be used, numbers left out, and how many for each reason; the most frequent first."""
+        """The reasons why examples cannot be used, and for how many each, the most frequent first. Numbers in the texts
+        are replaced by N, so that examples which are too long have one reason."""
         found: Counter[str] = Counter()
         for index, text in self.measured.errors.items():
             reason = text.removeprefix(name_of(self.source, index)).strip()
@@ -52,7 +52,7 @@ class SourceView:
 
 @dataclass(frozen=True)
 class Span:
-    """A run of tokens of one kind, as text; of media and targets, what they are."""
+    """A run of tokens of one kind, as text; for media and targets, their label and their number of tokens."""
 
     kind: Kind
     text: str
@@ -64,8 +64,7 @@ class ItemView:
 
     Attributes:
         label: what spans call it.
-        rows: tokens that stand for it.
-        frames: of a video that are used; empty: it is up to the processor.
+        rows: number of tokens that stand for it.
     """
 
     label: str
@@ -74,15 +73,14 @@ class ItemView:
     rows: int
 
     def pixels(self, most: int = 4) -> list[Any]:
-        """uint8 images (C, H, W) as decoded; of a video, `most` frames evenly over its time.
+        """The decoded pixels: an image, or `most` evenly spaced frames of a video; each (C, H, W), uint8.
 
         Raises:
             ExampleError: the file is broken.
         """
         if isinstance(self.item, Image):
             return [read_image(self.item.file, self.size)]
-        wanted = min(most, self.size.frames)
-        numbers = [int((i + 0.5) * self.size.frames / wanted) for i in range(wanted)]
+        numbers = evenly_spaced(self.size.frames, min(most, self.size.frames))
         return list(read_frames(self.item.file, self.size, numbers))
 
 
@@ -99,7 +97,7 @@ class SampleView:
 
 @dataclass(frozen=True)
 class MicrobatchView:
-    """How much there is in a microbatch; `cost` is that of its media for the encoders."""
+    """Numbers of samples, tokens, learnt tokens and media rows of a microbatch, and the encoders' cost."""
 
     samples: int
     tokens: int
@@ -110,11 +108,12 @@ class MicrobatchView:
 
 @dataclass(frozen=True)
 class StepView:
-    """The first step of the first replica; its microbatches in any order.
+    """The first step of the first replica.
 
     Attributes:
-        steps: of an epoch.
-        used: share of the token budget that is used over the epoch; of rows that are padded, without their padding.
+        steps: number of steps of an epoch.
+        used: share of the token budget that the samples of an epoch use; padding does not count.
+        microbatches: in any order.
     """
 
     steps: int
@@ -123,24 +122,24 @@ class StepView:
 
 
 def sources_of(data: MultimodalDataModule, split: Split, stream_examples: int = 200) -> list[SourceView]:
-    """All sources of a split, measured.
+    """Measure all sources of a split.
 
     Args:
-        stream_examples: how many of each stream.
+        stream_examples: number of examples that are read of each stream.
     """
     views: list[SourceView] = []
-    for given in data.parts(split):
+    for given in data.split_sources(split):
         source = Taken(given, stream_examples) if isinstance(given, Stream) else given
         if source is given:
-            measured = data.measured_of(source, split)
+            measured = data.measure(source, split)
         else:
             measured = measure_all(source, data.encoder, data.token_budget, data.num_workers, learns=split == "train")
         views.append(SourceView(source, measured, source is not given))
     return views
 
 
-def chosen(views: Sequence[SourceView], samples: int) -> list[tuple[SourceView, int]]:
-    """Examples to look at: of each source in turn, evenly over those that can be used."""
+def evenly_chosen(views: Sequence[SourceView], samples: int) -> list[tuple[SourceView, int]]:
+    """Examples to show: equally many of each source as far as possible, evenly spaced among the usable ones."""
     usable = [view.usable for view in views]
     wanted = [0] * len(views)
     while sum(wanted) < min(samples, sum(map(len, usable))):
@@ -153,7 +152,7 @@ def chosen(views: Sequence[SourceView], samples: int) -> list[tuple[SourceView, 
 
 
 def sample_of(data: MultimodalDataModule, view: SourceView, index: int, split: Split) -> SampleView:
-    """An example as it is encoded for training, without augmentation."""
+    """The view of an example as it is encoded for training, without augmentation."""
     example = view.source[index]
     name = name_of(view.source, index, example)
     sample, sizes = encoded(example, data.encoder, data.token_budget, name, learns=split == "train")
@@ -163,7 +162,7 @@ def sample_of(data: MultimodalDataModule, view: SourceView, index: int, split: S
 
 
 def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[ItemView]:
-    """In the order of the text, then the target."""
+    """The views of the items, in the order of the text, then of the target."""
     left = list(zip(example.media, sizes, strict=False))
     counts: Counter[str] = Counter()
     views: list[ItemView] = []
@@ -179,25 +178,26 @@ def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[Item
 
 
 def _spans(sample: Sample, items: Sequence[ItemView], tokenizer: Any) -> Iterator[Span]:
-    belongs: dict[int, int] = {}
-    places_of = [media.places for media in sample.media]
-    places_of += [range(target.start, target.start + target.rows) for target in sample.targets]
-    for number, places in enumerate(places_of):
-        belongs |= dict.fromkeys(places, number)
+    """The spans of a sample. A run is decoded with all tokens before it: a character may have several tokens."""
+    item_of: dict[int, int] = {}
+    indices_of = [media.indices for media in sample.media]
+    indices_of += [range(target.start, target.start + target.rows) for target in sample.targets]
+    for number, indices in enumerate(indices_of):
+        item_of |= dict.fromkeys(indices, number)
 
-    def kind_of(place: int) -> tuple[Kind, int]:
-        if place in belongs:
-            return ("target" if belongs[place] >= len(sample.media) else "media"), belongs[place]
-        return ("learnt" if sample.labelled[place] else "given"), -1
+    def kind_of(index: int) -> tuple[Kind, int]:
+        if index in item_of:
+            return ("target" if item_of[index] >= len(sample.media) else "media"), item_of[index]
+        return ("learnt" if sample.labelled[index] else "given"), -1
 
     before = ""
     for (kind, number), run in groupby(range(len(sample.tokens)), kind_of):
-        places = list(run)
+        indices = list(run)
         whole = tokenizer.decode(
-            sample.tokens[: places[-1] + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            sample.tokens[: indices[-1] + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         if number >= 0:
-            yield Span(kind, f"{items[number].label}: {len(places)} tokens")
+            yield Span(kind, f"{items[number].label}: {len(indices)} tokens")
         else:
             yield Span(kind, whole[len(before) :])
         before = whole
@@ -210,11 +210,11 @@ def first_step(
     microbatches: int | None = None,
     replicas: int = 1,
 ) -> StepView | None:
-    """How samples are packed; ``None``: there is nothing to pack, or it is a stream, which is packed as it comes.
+    """The first step; ``None``: there is no usable example, or a source is a stream, which is packed while it is read.
 
     Args:
-        microbatches: of a step, as the strategy asks; ``None``: the DataModule's.
-        replicas: data-parallel ones.
+        microbatches: number of microbatches of a step, as the strategy sets it; ``None``: the DataModule's.
+        replicas: number of data-parallel replicas.
     """
     if any(view.stream for view in views) or not views or not all(view.usable for view in views):
         return None

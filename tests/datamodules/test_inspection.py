@@ -1,4 +1,4 @@
-"""What is shown of data before training is what training gets."""
+"""What `bigmac data` shows before a training is what the training gets."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from bigmac_lightning.datamodules import MultimodalDataModule, SourceStream, looking
-from bigmac_lightning.datamodules.looking import SampleView
+from bigmac_lightning.datamodules import MixtureOptions, MultimodalDataModule, PackingOptions, SourceStream, inspection
+from bigmac_lightning.datamodules.inspection import SampleView
 from tests.datamodules.examples import data, said, write_jsonl, write_mixed
 
 END = "<|im_end|>"
@@ -17,13 +17,13 @@ END = "<|im_end|>"
 def shown(module: MultimodalDataModule, split: str = "train") -> list[tuple[Any, int, SampleView]]:
     """All usable examples."""
     return [
-        (view, index, looking.sample_of(module, view, index, split))
-        for view in looking.sources_of(module, split)
+        (view, index, inspection.sample_of(module, view, index, split))
+        for view in inspection.sources_of(module, split)
         for index in view.usable
     ]
 
 
-def test_spans_are_the_text_with_what_is_learnt_apart(tmp_path: Path) -> None:
+def test_spans_separate_learnt_text(tmp_path: Path) -> None:
     module = data(write_mixed(tmp_path, 10))
     for view, index, sample in shown(module):
         example = view.source[index]
@@ -63,10 +63,10 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     assert kinds == {"image", "target", "video"}
 
 
-@pytest.mark.parametrize("options", [{}, {"packed": False}, {"ordered": True}])
+@pytest.mark.parametrize("options", [{}, {"packed": False}, {"ordered": True}], ids=str)
 def test_the_first_step_is_that_of_training(options: dict[str, Any], tmp_path: Path) -> None:
-    module = data(write_mixed(tmp_path, 20, videos=False), **options)
-    step = looking.first_step(module, looking.sources_of(module, "train"), "train")
+    module = data(write_mixed(tmp_path, 20, videos=False), packing=PackingOptions(**options))
+    step = inspection.first_step(module, inspection.sources_of(module, "train"), "train")
     assert step is not None
     module.prepare_data()
     module.setup("fit")
@@ -91,24 +91,24 @@ def test_what_cannot_be_used_is_counted_by_its_reason(tmp_path: Path) -> None:
         {"messages": said("a", "")},
     ]
     module = data(write_jsonl(tmp_path / "a.jsonl", records))
-    (view,) = looking.sources_of(module, "train")
+    (view,) = inspection.sources_of(module, "train")
     assert view.usable == [1]
     reasons = view.reasons()
     assert [count for _, count in reasons] == [2, 1, 1]
     assert reasons[0][0].startswith("has N tokens, more than a microbatch may have")
     assert {"no.png" in reasons[1][0] or "no.png" in reasons[2][0]} == {True}
-    assert looking.chosen([view], 5) == [(view, 1)]
+    assert inspection.evenly_chosen([view], 5) == [(view, 1)]
 
 
 def test_of_streams_the_start_is_shown(tmp_path: Path) -> None:
     path = write_mixed(tmp_path, 10)
     stream = SourceStream(data(path).sources("train")[0], shuffle=False)  # type: ignore[arg-type]
-    module = data(path, train=[stream], steps_per_epoch=2)
-    views = looking.sources_of(module, "train", stream_examples=4)
+    module = data(path, train=[stream], mixture=MixtureOptions(steps_per_epoch=2))
+    views = inspection.sources_of(module, "train", stream_examples=4)
     (view,) = views
     assert view.stream
     assert len(view.measured) == 4
-    assert looking.first_step(module, views, "train") is None
+    assert inspection.first_step(module, views, "train") is None
     assert len(shown(module)) == 10
 
 
@@ -116,6 +116,6 @@ def test_examples_are_chosen_from_all_sources(tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", [{"messages": said("a", "b")}] * n) for k, n in enumerate([9, 1, 4])]
     sources = [data(path).sources("train")[0] for path in paths]
     module = data(paths[0], train=sources)
-    views = looking.sources_of(module, "train")
-    found = [(views.index(view), index) for view, index in looking.chosen(views, 5)]
+    views = inspection.sources_of(module, "train")
+    found = [(views.index(view), index) for view, index in inspection.evenly_chosen(views, 5)]
     assert found == [(0, 0), (0, 8), (1, 0), (2, 0), (2, 3)]

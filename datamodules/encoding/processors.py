@@ -1,0 +1,106 @@
+"""Tokenizers and processors of the transformers library, a tokenizer that needs no files, and encoders for them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..options import DRAW, IMAGE, VIDEO, ChatOptions
+from .chat import ChatEncoder
+from .hf_visual import HFVisual
+from .template import read_template
+from .visual import Augment, TargetProcessor, VisualProcessor
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, VIDEO, DRAW)
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}"
+    "{% if part.type == 'image' %}" + IMAGE + "{% elif part.type == 'video' %}" + VIDEO + "{% else %}{{ part.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML, with lists of parts as contents."""
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of 262 tokens: padding ("<|endoftext|>", id 0), tokens of the template and of media, and 256 bytes.
+
+    Returns: a `PreTrainedTokenizerFast` with a ChatML template.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=TEMPLATE,
+        model_max_length=1 << 30,
+    )
+
+
+def load_processor(given: Any) -> tuple[Any, Any]:
+    """Load a fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
+
+    Args:
+        given: a folder or name, a processor, a tokenizer, or "bytes".
+
+    Returns: the tokenizer, and the processor or ``None``.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    if given == "bytes":
+        return byte_tokenizer(), None
+    if isinstance(given, str | Path):
+        given = AutoProcessor.from_pretrained(str(given))  # the tokenizer, if the folder has no processor
+    processor: Any = given if isinstance(given, ProcessorMixin) else None
+    tokenizer: Any = given if processor is None else processor.tokenizer
+    if processor is not None and processor.chat_template:
+        tokenizer.chat_template = processor.chat_template
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} must be a fast tokenizer, which knows the characters of each token"
+        )
+    return tokenizer, processor
+
+
+def chat_encoder(
+    processor: Any,
+    visual: VisualProcessor | None,
+    target: TargetProcessor | None,
+    chat: ChatOptions,
+    augment: Sequence[Augment],
+    seed: int,
+    cut_at: int | None,
+) -> ChatEncoder:
+    """The encoder for a processor, whose own media tokens and media preparation are used unless `visual` is given.
+
+    Args:
+        processor: see `load_processor`.
+        visual, target, augment, seed, cut_at: see `ChatEncoder`.
+
+    Raises:
+        ValueError: the options contradict the tokenizer or its template.
+    """
+    tokenizer, loaded = load_processor(processor)
+    if chat.template is not None:
+        chat = replace(chat, template=read_template(chat.template))
+    feature_tokens: tuple[str, ...] = ()
+    if loaded is not None:
+        if visual is None and getattr(loaded, "image_processor", None) is not None:
+            visual = HFVisual(loaded)
+            feature_tokens = visual.feature_tokens
+        tokens = {name: getattr(loaded, name, getattr(chat, name)) for name in ("image_token", "video_token")}
+        chat = replace(chat, **tokens)
+    encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at)
+    encoder.check()
+    return encoder

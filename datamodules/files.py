@@ -1,0 +1,96 @@
+"""Files of media: whole files, parts of files, and bytes that are read when they are needed."""
+
+import io
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import ExampleError
+
+Roots = str | Path | Sequence[str | Path]
+"""A folder of media, or several folders: paths are relative to the first one, and links may lead into all of them."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, a part of a file, or anything else that `opener` opens.
+
+    Attributes:
+        name: what errors call it.
+        opener: returns a seekable binary stream.
+    """
+
+    name: str
+    opener: Callable[[], BinaryIO]
+
+    @classmethod
+    def at(cls, path: str | Path, root: Roots | None = None) -> "File":
+        """A file on disk.
+
+        Args:
+            path: relative to the root, or to the first root.
+            root: folders, one of which must contain the file after symbolic links have been resolved; ``None``: any.
+
+        Raises:
+            ExampleError: the path leads out of these folders, or its links form a circle.
+        """
+        if root is None:
+            return cls(str(path), partial(_open_file, str(path)))
+        roots = roots_of(root)
+        whole = roots[0] / path
+        try:
+            place = whole.resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise ExampleError(f"{str(path)!r} leads nowhere: {error}") from error
+        if not any(place.is_relative_to(folder.resolve()) for folder in roots):
+            allowed = ", ".join(str(folder) for folder in roots)
+            raise ExampleError(
+                f"{str(path)!r} leads out of the media root: it is {place}, and only files below {allowed} are read. "
+                f"If it is meant, give media_root as a list, with {place.parent} after {roots[0]}"
+            )
+        return cls(str(whole), partial(_open_file, str(place)))
+
+    @classmethod
+    def inside(cls, path: str | Path, name: str, offset: int, length: int) -> "File":
+        """A range of bytes of a file, such as a member of an uncompressed tar."""
+        return cls(f"{path}: {name}", partial(_read_part, str(path), offset, length))
+
+    @classmethod
+    def lazy(cls, name: str, load: Callable[[], bytes]) -> "File":
+        """The bytes that a function returns. It is called when the file is opened."""
+        return cls(name, partial(_read_lazily, load))
+
+    def open(self) -> BinaryIO:
+        return self.opener()
+
+
+def roots_of(given: Roots) -> tuple[Path, ...]:
+    """The folders as a tuple.
+
+    Raises:
+        ValueError: there is no folder.
+    """
+    roots = (Path(given),) if isinstance(given, str | Path) else tuple(Path(folder) for folder in given)
+    if not roots:
+        raise ValueError("media_root is an empty list: give one folder at least")
+    return roots
+
+
+def _open_file(path: str) -> BinaryIO:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+        raise ValueError("it is a folder, a pipe or a device, and no file")
+    return open(path, "rb")
+
+
+def _read_part(path: str, offset: int, length: int) -> BinaryIO:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return io.BytesIO(file.read(length))
+
+
+def _read_lazily(load: Callable[[], bytes]) -> BinaryIO:
+    return io.BytesIO(load())
