@@ -12,7 +12,7 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -50,7 +50,7 @@ class Verdict:
         router: why it has no load balancing loss; empty: it has one, or has no routers.
         attention: the implementation that was compared.
         errors: the largest of each comparison, relative to what is compared.
-        rounding: the unsplit model's own error.
+        rounding: the unsplit model's own error against double precision, once a comparison has needed it.
     """
 
     refused: str = ""
@@ -64,6 +64,11 @@ class Verdict:
     def wrong(self) -> dict[str, float]:
         return {name: error for name, error in self.errors.items() if not error <= max(1e-6, 2 * self.rounding)}
 
+    def allow_rounding(self, measure: Callable[[], float]) -> None:
+        """Measure the unsplit model's own error, if anything would be wrong without it."""
+        if self.wrong:
+            self.rounding = max(self.rounding, measure())
+
 
 # -- decoders ----------------------------------------------------------------------------------------------------------
 
@@ -75,17 +80,11 @@ def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), rout
     Raises:
         Exception: what is neither exact nor refused by name.
     """
-    config, verdict = _buildable(model_type, {} if router_loss else {"output_router_logits": False}), Verdict()
-    made = None
-    for attention in attentions:
-        try:
-            made = HFDecoder(config, attn_implementation=attention)
-        except ValueError as problem:
-            verdict.refused = str(problem)
-            if "attn_implementation" not in verdict.refused:
-                break
-        else:
-            verdict = Verdict(packing=made.refuses_packing, attention=attention)
+    defaults: dict[str, Any] = {"model_type": model_type, **({} if router_loss else {"output_router_logits": False})}
+    config, made, verdict = None, None, Verdict()
+    for config in (_tiny_config(defaults), defaults):
+        made, verdict = _first_built(config, attentions)
+        if "transformers cannot build" not in verdict.refused:
             break
     if "output_router_logits" in verdict.refused and router_loss:
         without = decoder(model_type, attentions, router_loss=False)
@@ -98,15 +97,27 @@ def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), rout
     return verdict
 
 
-def _buildable(model_type: str, changes: dict[str, Any]) -> Any:
-    """A tiny config of which the library can build a model; else the type alone, for its own defaults."""
+def _tiny_config(defaults: dict[str, Any]) -> Any:
+    """A tiny config; the defaults of the type if the library takes no such config."""
     try:
-        config = tiny.tiny_config(model_type, **changes)
-        with torch.device("meta"):
-            hf.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        return tiny.tiny_config(**defaults)
     except Exception:
-        return {"model_type": model_type, **changes}
-    return config
+        return defaults
+
+
+def _first_built(config: Any, attentions: Sequence[str]) -> tuple[HFDecoder | None, Verdict]:
+    """A decoder with the first of these attention implementations that it has, or why it is refused."""
+    verdict = Verdict()
+    for attention in attentions:
+        try:
+            made = HFDecoder(config, attn_implementation=attention)
+        except ValueError as problem:
+            verdict.refused = str(problem)
+            if "attn_implementation" not in verdict.refused:
+                break
+        else:
+            return made, Verdict(packing=made.refuses_packing, attention=attention)
+    return None, verdict
 
 
 def _compare(made: HFDecoder, verdict: Verdict) -> None:
@@ -116,10 +127,12 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
     logits, loss = _alone(whole)
     loss.backward()
     expected = _taken(whole)
-    double = _randomized(hf.AutoModelForCausalLM, made.config, attention, experts_implementation="eager").double()
-    exact, double_loss = _alone(double)
-    double_loss.backward()
-    verdict.rounding = max(_largest(expected, _taken(double)), _error(logits, exact))
+
+    def rounding() -> float:
+        double = _randomized(hf.AutoModelForCausalLM, made.config, attention, experts_implementation="eager").double()
+        exact, double_loss = _alone(double)
+        double_loss.backward()
+        return max(_largest(expected, _taken(double)), _error(logits, exact))
 
     def note(name: str, found: Tensor, found_loss: Tensor) -> None:
         found_loss.backward()
@@ -153,6 +166,7 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
             (text + (coefficient if name == "router" else 1.0) * losses["router"]).backward()
             verdict.errors[f"{name}: loss"] = _error(losses["router"].detach(), expected_loss)
             verdict.errors[f"{name}: gradients"] = _largest(parts.gradients(), expected_gradients)
+    verdict.allow_rounding(rounding)
 
 
 def _balancing_loss_alone(whole: Any) -> Tensor:
@@ -229,7 +243,6 @@ def vision_language(name: str) -> Verdict:
     model = {**zoo.VISION_LANGUAGE, **OTHER_LLMS}[name]
     config, attention = model.config(), model.attention
     whole = _randomized(hf.AutoModelForImageTextToText, config, attention)
-    double = _randomized(hf.AutoModelForImageTextToText, config, attention, experts_implementation="eager").double()
     made = HFDecoder(config, attn_implementation=attention)
     verdict = Verdict(packing=made.refuses_packing, attention=attention)
     parts = Parts(made, whole.state_dict())
@@ -243,13 +256,18 @@ def vision_language(name: str) -> Verdict:
         loss = zoo.reference_loss(whole, model, packed)
         loss.backward()
         expected = _taken(whole)
-        zoo.reference_loss(double, model, packed).backward()
-        verdict.rounding = max(verdict.rounding, _largest(expected, _taken(double)))
         found = _stage_by_stage([MultimodalLM(part, encoders) for part in parts.parts], model, packed)
         found.backward()
         kind = "packed" if packed else "padded"
         verdict.errors[f"{kind}: loss"] = _error(found.detach(), loss.detach())
         verdict.errors[f"{kind}: gradients"] = _largest({**parts.gradients(), **_taken(image)}, expected)
+
+        def rounding(packed: bool = packed, expected: Gradients = expected) -> float:
+            double = _randomized(hf.AutoModelForImageTextToText, config, attention, experts_implementation="eager")
+            zoo.reference_loss(double.double(), model, packed).backward()
+            return _largest(expected, _taken(double))
+
+        verdict.allow_rounding(rounding)
     return verdict
 
 
