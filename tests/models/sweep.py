@@ -42,14 +42,14 @@ Gradients = dict[str, Tensor | None]
 
 @dataclass
 class Verdict:
-    """Of a model type.
+    """The verdict on a model type.
 
     Attributes:
         refused: why it cannot be cut; empty: it can.
         packing: why a row must not hold several samples; empty: it may.
         router: why it has no load balancing loss; empty: it has one, or has no routers.
         attention: the implementation that was compared.
-        errors: the largest of each comparison, relative to what is compared.
+        errors: the largest error of each comparison, relative to the norm of what is compared.
         rounding: the unsplit model's own error against double precision, once a comparison has needed it.
     """
 
@@ -92,7 +92,7 @@ def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), rout
         return without
     if made is not None and made.family is None:  # else see `vision_language`
         assert len(made.costs(64).layers) == len(made.kept().layers) == made.num_layers
-        assert not isinstance(config, dict), "it is not refused, and needs settings in tests/models/tiny.py"
+        assert not isinstance(config, dict), "it is not refused, and needs a row of SPECIAL in tests/models/tiny.py"
         _compare(made, verdict)
     return verdict
 
@@ -176,7 +176,7 @@ def _balancing_loss_alone(whole: Any) -> Tensor:
 
 
 class Parts:
-    """A decoder in as many parts as it has layers, each with nothing but its own."""
+    """A decoder in as many parts as it has layers. Each part has the weights of its own layer only."""
 
     def __init__(self, made: HFDecoder, weights: dict[str, Tensor]) -> None:
         last = made.num_layers - 1
@@ -195,7 +195,7 @@ class Parts:
         return last.logits(h.flatten(0, 1)).unflatten(0, h.shape[:2]), last.auxiliary(extras)
 
     def gradients(self) -> Gradients:
-        """By the names that the unsplit model has, the copies of tied weights summed; they are taken away."""
+        """The gradients by the names of the unsplit model, with those of tied copies added; they are removed here."""
         found: Gradients = {}
         for part in self.parts:
             for name, gradient in _taken(part).items():
@@ -211,7 +211,7 @@ def samples() -> list[Tensor]:
 
 
 def _alone(whole: Any) -> tuple[Tensor, Tensor]:
-    """Logits of all samples' tokens, each sample for itself, and the loss."""
+    """The logits of all samples' tokens, where each sample runs alone, and the loss."""
     logits = [whole(input_ids=sample[None], use_cache=False).logits for sample in samples()]
     losses = [_loss(row, s[None], torch.ones_like(s[None])) for row, s in zip(logits, samples(), strict=True)]
     return torch.cat(logits, 1)[0], torch.stack(losses).sum()
@@ -272,7 +272,7 @@ def vision_language(name: str) -> Verdict:
 
 
 def _stage_by_stage(stages: list[MultimodalLM], model: zoo.Model, packed: bool) -> Tensor:
-    """The loss of the zoo's batch."""
+    """The loss of the zoo's batch, stage after stage in one process."""
     given = stages[0].prepare(zoo.batch(model, packed, PipelineLayout()))
     sums = {name: torch.zeros(()) for name in stages[0].loss_names}
     for microbatch in given.microbatches:
@@ -300,7 +300,7 @@ def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
 
 
 def _taken(module: torch.nn.Module) -> Gradients:
-    """Gradients, which are not there any more then."""
+    """The gradients, which are removed from the module."""
     found = {name: parameter.grad for name, parameter in module.named_parameters()}
     module.zero_grad(set_to_none=True)
     return found
@@ -315,7 +315,8 @@ def _error(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) ->
 
 
 def _largest(found: Gradients, expected: Gradients) -> float:
-    """Relative to each gradient's norm, or to a thousandth of the largest one's: biases of keys have none."""
+    """The largest error of a gradient, relative to its norm, or to a thousandth of the largest norm: the gradients of
+    the biases of keys are zero but for rounding."""
     floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values() if gradient is not None)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     return max(_error(found[name], gradient, floor) for name, gradient in expected.items())
@@ -336,12 +337,12 @@ def main() -> None:
         try:
             verdict = look(name, tuple(options.attention)) if look is decoder else look(name)
             kind = "refused" if verdict.refused else "WRONG" if verdict.wrong else "exact"
-            said = [verdict.refused, str(verdict.wrong or ""), verdict.packing, verdict.router]
+            reasons = [verdict.refused, str(verdict.wrong or ""), verdict.packing, verdict.router]
         except Exception as problem:
-            kind, said = "WRONG", [f"{type(problem).__name__}: {problem}"]
+            kind, reasons = "WRONG", [f"{type(problem).__name__}: {problem}"]
         counts[kind] += 1
         taken = time.perf_counter() - start
-        print(f"{kind:8}{name:26}{taken:5.1f} s ", " | ".join(filter(None, said))[:300], flush=True)
+        print(f"{kind:8}{name:26}{taken:5.1f} s ", " | ".join(filter(None, reasons))[:300], flush=True)
     print(counts)
 
 
