@@ -15,6 +15,7 @@ from rich.table import Table
 
 from benchmarks.ranks import run_ranks
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/, see pyproject.toml)
     FlowGenerator,
     HFDecoder,
@@ -23,8 +24,9 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
 )
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 
 COMPONENTS = ("encoder", "llm", "generator")
 WIDTH, IMAGE, PATCH = 64, 16, 4
@@ -88,11 +90,11 @@ def measure(rank: int, size: int, counts: list[int], policies: list[str]) -> lis
     """Peak bytes by component on this rank, for each policy and number of microbatches."""
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
     module = model()
-    module.part = part_of(rank, split_layers(module.llm.num_layers, size), range(size))
+    module.part = part_of(rank, make_stages(LayerCosts((1.0,) * module.llm.num_layers), size), range(size))
     module.configure_model()
     peaks = []
     for policy in policies:
-        runner = PipelineRunner(module, mesh, PipelineOptions(policy=policy))
+        runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(policy=policy)))
         for count in counts:
             memory = runner.executor.memory = MemoryTracker(module.parameters())
             runner(batch(count, runner.layout), "train")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import PlanRequest
 
 SHAPES = [
     (4, 16),
@@ -35,11 +36,13 @@ def seconds(size: int, microbatches: int, policy: str, backbone: str) -> tuple[f
     while True:
         start = time.process_time()
         plan = make_plan(
-            policy=policy,
-            backbone=backbone,
-            pipeline_parallel_size=size,
-            microbatches=microbatches,
-            costs=Costs(EF=4, EB=8),
+            PlanRequest(
+                policy=policy,
+                backbone=backbone,
+                pipeline_parallel_size=size,
+                microbatches=microbatches,
+                costs=Costs(EF=4, EB=8),
+            )
         )
         times.append(time.process_time() - start)
         if len(times) == 3 or sum(times) > 1:

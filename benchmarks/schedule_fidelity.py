@@ -31,6 +31,7 @@ from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
 
 POLICIES = ("nested", "upfront", "first_stage")
@@ -196,7 +197,7 @@ def plans_of_policies(size: int, microbatches: int, generator: float) -> list[Pl
     """Each policy on 1F1B."""
     costs = Costs(F=1, B=2, EF=1, EB=2, G=generator)
     return [
-        make_plan(policy=policy, pipeline_parallel_size=size, microbatches=microbatches, costs=costs)
+        make_plan(PlanRequest(policy=policy, pipeline_parallel_size=size, microbatches=microbatches, costs=costs))
         for policy in POLICIES
     ]
 
@@ -206,15 +207,17 @@ def plans_of_backbones(size: int, microbatches: int, generator: float) -> list[P
     plans: list[Plan] = []
     for name, backbone in BACKBONES.items():
         stages = next((stages for stages in backbone.virtual_stages if stages > 1), 1)
-        costs = Costs(F=1, B=2, I=1, W=1, EF=stages, EB=2 * stages, G=generator * stages)
+        costs = Costs(F=stages, B=2 * stages, I=stages, W=stages, EF=stages, EB=2 * stages, G=generator * stages)
         plans += [
             make_plan(
-                policy=policy,
-                backbone=name,
-                pipeline_parallel_size=size,
-                virtual_stages=stages,
-                microbatches=microbatches,
-                costs=costs,
+                PlanRequest(
+                    policy=policy,
+                    backbone=name,
+                    pipeline_parallel_size=size,
+                    virtual_stages=stages,
+                    microbatches=microbatches,
+                    costs=costs,
+                )
             )
             for policy in ("nested", "filled")
         ]

@@ -23,6 +23,7 @@ from rich.table import Table
 from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, even_groups
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
@@ -146,13 +147,15 @@ def measure(case: Case, seed: int, forward: float, items: int = MOST_ITEMS) -> R
     units = None if case.units is None else case.units + max(map(max, believed)) * MICROBATCHES / _total(believed)
     began = time.perf_counter()
     plan = make_plan(
-        policy=case.policy,
-        pipeline_parallel_size=RANKS,
-        microbatches=MICROBATCHES,
-        costs=Costs(EF=forward, EB=2 * forward),
-        encoder_shares=_shares(believed, owners) if owners else None,
-        workload=_workload(believed),
-        max_encoder_units=units,
+        PlanRequest(
+            policy=case.policy,
+            pipeline_parallel_size=RANKS,
+            microbatches=MICROBATCHES,
+            costs=Costs(EF=forward, EB=2 * forward),
+            encoder_shares=_shares(believed, owners) if owners else None,
+            workload=_workload(believed),
+            max_encoder_units=units,
+        )
     )
     seconds = time.perf_counter() - began
     if case.error and owners:

@@ -12,20 +12,29 @@ from bigmac_lightning import registration
 if TYPE_CHECKING:
     from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
     from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
-    from bigmac_lightning.contracts.module import PipelineModule, PipelineOutput
+    from bigmac_lightning.contracts.module import PipelineModule
+    from bigmac_lightning.contracts.outputs import PipelineOutput
+    from bigmac_lightning.schedule.budget import MemoryBudget
+    from bigmac_lightning.schedule.costs import Costs
+    from bigmac_lightning.schedule.request import ScheduleOptions
+    from bigmac_lightning.training.options import StageOptions
     from bigmac_lightning.training.strategy import BigMacStrategy
 
 __all__ = [
     "Batch",
     "BigMacStrategy",
+    "Costs",
     "Encoder",
     "Generator",
     "LanguageModel",
     "MediaItem",
+    "MemoryBudget",
     "Microbatch",
     "PipelineLayout",
     "PipelineModule",
     "PipelineOutput",
+    "ScheduleOptions",
+    "StageOptions",
     "TargetItem",
     "assign_owners",
 ]
@@ -33,7 +42,12 @@ __all__ = [
 _PLACES = {
     "contracts.batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem", "assign_owners"),
     "contracts.components": ("Encoder", "Generator", "LanguageModel"),
-    "contracts.module": ("PipelineModule", "PipelineOutput"),
+    "contracts.module": ("PipelineModule",),
+    "contracts.outputs": ("PipelineOutput",),
+    "schedule.budget": ("MemoryBudget",),
+    "schedule.costs": ("Costs",),
+    "schedule.request": ("ScheduleOptions",),
+    "training.options": ("StageOptions",),
     "training.strategy": ("BigMacStrategy",),
 }
 

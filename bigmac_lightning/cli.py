@@ -1,4 +1,4 @@
-"""The command `bigmac`. Each command is imported when it is called, as those that train need seconds for it."""
+"""The command `bigmac`. A subcommand is imported only when it is called: importing those that train takes seconds."""
 
 import sys
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ TRAINING = {
     "fit": "train the model of a config: fit --config RUN.yaml",
     "validate": "evaluate it on the validation data",
     "test": "evaluate it on the test data",
-    "predict": "let it make something of the prediction data",
+    "predict": "run it on the prediction data",
 }
 OTHERS = {
-    "plan": "make, check, show and save a schedule; with --config, that of a run, with what each rank will need",
+    "plan": "make, check, show and save a schedule; with --config, that of a run, with the memory of each rank",
     "data": "show what the model will see of a run's data: data --config RUN.yaml",
-    "compare": "set policies and backbones side by side",
+    "compare": "compare policies and backbones side by side",
     "export": "write a trained model as a folder that transformers loads",
 }
 HELP = """usage: bigmac COMMAND ...
@@ -25,8 +25,8 @@ into the LLM's schedule.
 
 {commands}
 
-Each command has a --help of its own. Options of fit and its like stand in a YAML file, on the command line
-(--trainer.devices 4), or in both."""
+Each command has its own --help. Options of fit, validate, test and predict come from a YAML file, from the command
+line (--trainer.devices 4), or from both."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def module_of(name: str, arguments: Sequence[str]) -> Any:
-    """Where a command is that does not train."""
+    """The module of a command that does not train."""
     of_config = name == "plan" and any(argument.split("=")[0] in ("-c", "--config") for argument in arguments)
     return import_module(f"bigmac_lightning.commands.{'plan_config' if of_config else name}")
 

@@ -1,7 +1,7 @@
-"""Makes ``Trainer(strategy="bigmac")`` work without importing Lightning before somebody else does.
+"""Makes ``Trainer(strategy="bigmac")`` work without importing Lightning.
 
-Lightning has no other way to find strategies of other packages than a call of its registry. If it is imported already,
-that is done at once; else as soon as it has been imported.
+A strategy of another package has to be registered in Lightning's registry. If Lightning has been imported already, this
+is done at once; otherwise as soon as Lightning has been imported.
 """
 
 import sys
@@ -16,7 +16,7 @@ START_METHODS = {"bigmac": "popen", "bigmac_spawn": "spawn", "bigmac_fork": "for
 
 
 def register() -> None:
-    """Now, or when Lightning is imported."""
+    """Register the strategies now, or when Lightning is imported."""
     if LIGHTNING in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -32,14 +32,14 @@ def _register() -> None:
 
 
 def _strategy(**arguments: Any) -> Any:
-    """A `BigMacStrategy`; its module, which imports Lightning, is imported when a Trainer asks for one."""
+    """A `BigMacStrategy`, whose module is imported only when a Trainer asks for it."""
     from bigmac_lightning.training.strategy import BigMacStrategy
 
     return BigMacStrategy(**arguments)
 
 
 class _Finder(MetaPathFinder):
-    """Finds Lightning where others find it, once."""
+    """Finds Lightning's strategies as the other finders do, once, and lets `_Loader` load them."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != LIGHTNING:
@@ -52,7 +52,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module as another loader does, and registers the strategies behind it."""
+    """Loads a module by another loader, and then registers the strategies."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

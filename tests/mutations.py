@@ -105,7 +105,7 @@ FAULTS = [
     ),
     Fault(
         "router sums travel in bfloat16",
-        f"{PACKAGE}/training/batch_work.py",
+        f"{PACKAGE}/training/batch_computation.py",
         "parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())",
         "parts.append(apart(extra.to(self.dtype), self.dtype) if name in exact else extra.to(self.dtype).flatten())",
         "tests/models/test_router.py",
@@ -133,7 +133,7 @@ FAULTS = [
     ),
     Fault(
         "read-ahead batches count as used",
-        f"{PACKAGE}/training/windowed_loader.py",
+        f"{PACKAGE}/training/accumulation_loader.py",
         "state = self._before if uncounted(self._trainer) else self._state",
         "state = self._state",
         "tests/datamodules/test_resumed_runs.py -k tokens",
@@ -221,6 +221,27 @@ FAULTS = [
         "B=2 * forward + again,",
         "B=2 * forward,",
         "tests/test_estimates.py -k frozen_parts",
+    ),
+    Fault(
+        "a stage is taken for as long as all the stages of its rank",
+        f"{PACKAGE}/schedule/request.py",
+        "return (self.costs or Costs()).per_stage(self.stages_per_rank)",
+        "return self.costs or Costs()",
+        "tests/schedule/test_choose.py",
+    ),
+    Fault(
+        "media items are cut",
+        f"{PACKAGE}/schedule/make.py",
+        "pieces = request.pieces if request.group_pieces is None else request.group_pieces",
+        "pieces = request.pieces",
+        "tests/training/test_planning.py",
+    ),
+    Fault(
+        "auto forgets the limit on LLM microbatches",
+        f"{PACKAGE}/schedule/make.py",
+        "timeline = verify(placed, request.max_encoder_units, request.max_llm_microbatches, workload, request.memory)",
+        "timeline = verify(placed, request.max_encoder_units, None, workload, request.memory)",
+        "tests/schedule/test_choose.py",
     ),
 ]
 

@@ -16,9 +16,10 @@ from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, Visi
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
+from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from tests.models.parts import counting
 from tests.ranks import run_ranks
+from tests.training.trainers import strategy_of
 
 TOKENS, WIDTH = 128, 64
 TYPICAL = TypicalMicrobatch(TOKENS, media_rows=64, item_rows=32, targets=2, target_rows=4, target_shape=(1, 16, 16))
@@ -60,8 +61,12 @@ def built(
     )
 
 
+def options_of(**arguments: Any) -> PipelineOptions:
+    return strategy_of(**arguments).options
+
+
 def estimated(module: MultimodalLM, size: int = 2, microbatches: int = 8, **options: Any) -> StepEstimate:
-    chosen, stages, _ = settled(module, PipelineOptions(**options), size)
+    chosen, stages, _ = resolve_options(module, options_of(**options), size)
     module.adapt()
     return StepEstimate(module, chosen, stages, size, TYPICAL, microbatches, Precision())
 
@@ -80,7 +85,7 @@ def estimated(module: MultimodalLM, size: int = 2, microbatches: int = 8, **opti
 )
 def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, Any], model: dict[str, Any]) -> None:
     """Weights, gradients and AdamW's moments of every rank, to the byte."""
-    chosen, stages, _ = settled(built(**model), PipelineOptions(**options), 2)
+    chosen, stages, _ = resolve_options(built(**model), options_of(**options), 2)
     told = built(**model)
     told.adapt()
     for rank, report in enumerate(ranks_of(told, chosen, stages, 2)):
@@ -130,7 +135,7 @@ def _measured(rank: int) -> list[dict[str, int]]:
     found: list[dict[str, int]] = []
     for model in MEASURED.values():
         module = built(**model)
-        options, stages, _ = settled(module, PipelineOptions(), 2)
+        options, stages, _ = resolve_options(module, PipelineOptions(), 2)
         mesh = build_mesh(torch.device("cpu"), 1, 2, options.stage_rank(2))
         module.part = part_of(rank, stages, options.stage_rank(2))
         module.configure_model()
@@ -204,7 +209,7 @@ def test_precisions() -> None:
 
 def test_the_table_of_the_strategy_has_no_memory() -> None:
     module = built()
-    options, stages, _ = settled(module, PipelineOptions(partition=(1, 3)), 2)
+    options, stages, _ = resolve_options(module, PipelineOptions(partition=(1, 3)), 2)
     text = as_text(partition_table(ranks_of(module, options, stages, 2)))
     assert "1..3" in text
     assert "memory" not in text

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 
 VOCABULARY = 29
 WIDTH = 12
@@ -24,6 +25,11 @@ TARGET = 4
 
 def seeded(name: str) -> None:
     torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+
+
+def split_layers(layers: int, stages: int) -> list[range]:
+    """Consecutive stages with nearly equal numbers of layers."""
+    return make_stages(LayerCosts((1.0,) * layers), stages)
 
 
 class ToyLayer(nn.Module):

@@ -118,7 +118,7 @@ class PipelineMonitor(pl.Callback):
 
 def _executor(trainer: pl.Trainer) -> Executor | None:
     """The executor of the pipeline; ``None`` under another strategy."""
-    return trainer.strategy.pipeline.executor if isinstance(trainer.strategy, BigMacStrategy) else None
+    return trainer.strategy.runner.executor if isinstance(trainer.strategy, BigMacStrategy) else None
 
 
 def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:

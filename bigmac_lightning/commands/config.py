@@ -1,4 +1,4 @@
-"""LightningCLI for PipelineModules: what `bigmac fit` and its like read, run and say at the end."""
+"""LightningCLI for PipelineModules, which runs `bigmac fit`, `validate`, `test` and `predict`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +32,11 @@ class BigMacCLI(LightningCLI):
 
 
 class ConfigReader(BigMacCLI):
-    """Reads what `bigmac fit` reads, and runs nothing; derived classes say what is made of it.
+    """Reads the config of a run without running it. Derived classes choose what is instantiated.
 
     Args:
-        command: that errors name.
-        arguments: of the command line.
+        command: name of the command, for error messages.
+        arguments: arguments of the command line.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -44,21 +44,21 @@ class ConfigReader(BigMacCLI):
         super().__init__(args=list(arguments), run=False, parser_kwargs=parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("ckpt_path", "weights_only"):  # of fit, in a config that a run has saved
+        for name in ("ckpt_path", "weights_only"):  # arguments of fit, which a config saved by a run has
             parser.add_argument(f"--{name}", type=Any)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Seed nothing, as no random numbers are drawn."""
 
     def _add_instantiators(self) -> None:
-        """Nothing has to remember its arguments."""
+        """Record no arguments, as nothing is saved."""
 
 
 def summary(trainer: pl.Trainer) -> Table:
-    """What a finished run leaves: its last validation metrics and where its files are."""
+    """A table of a finished run's last validation metrics and of its files."""
     table = Table(title="done", show_header=False, title_style="bold")
     for name, value in sorted(trainer.callback_metrics.items()):
         if name.startswith("val"):
@@ -77,6 +77,6 @@ def summary(trainer: pl.Trainer) -> Table:
 
 
 def _shown(path: Path) -> str:
-    """Relative to where the user is, if below."""
+    """The path relative to the current folder, if it is inside; else the absolute path."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,7 +1,4 @@
-"""The command `bigmac export`: from a training checkpoint to a Hugging Face folder.
-
-Knows checkpoints and the terminal; what a Hugging Face folder is stands in models/.
-"""
+"""The command `bigmac export`: writes a training checkpoint as a Hugging Face folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +17,14 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
         checkpoint: Checkpoint of a run, a folder or a file.
         output: Folder to write; must be new or empty.
         source: Folder to copy processor and tokenizer from; by default the one that training started from.
-        dtype: Of the weights written, such as bfloat16; by default as they were trained.
+        dtype: Type of the written weights, such as bfloat16; by default the type that they were trained in.
 
-    Returns: names of tensors that are no part of the Hugging Face model; they lie beside it.
+    Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it.
 
     Raises:
-        ValueError, FileNotFoundError: the checkpoint is none, or not of a model that can be exported.
+        ValueError, FileNotFoundError: this is not a checkpoint, or not one of a model that can be exported.
     """
-    # here, because it needs transformers and the rest of the command line does not; it lies in models/ (pyproject.toml)
+    # imported here because it imports transformers, which the other commands do not need
     from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
 
     stored = CheckpointWeights(checkpoint)

@@ -1,6 +1,6 @@
-"""The command `bigmac plan --config`: what the run of a config will need and how it will be planned, before it runs.
+"""The command `bigmac plan --config`: shows what each rank of a run will need and how its batches will be planned.
 
-Builds the model on the meta device and the strategy; starts no processes and touches neither data nor weights.
+It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights.
 """
 
 from collections.abc import Sequence
@@ -20,37 +20,39 @@ from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
-from bigmac_lightning.training.runner import settled
+from bigmac_lightning.training.runner import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
 
 HELP = {
-    "tokens": "of a microbatch, all labelled; default: the data's token_budget, or 4096",
+    "tokens": "tokens of a microbatch, all labelled; default: the data's token_budget, or 4096",
     "media_rows": "feature rows of a microbatch; default: a quarter of its tokens if there are encoders",
     "item_rows": "feature rows of a media item; default: the data's visual.max_rows, or 256",
     "targets": "generator targets of a microbatch; default: 1 if there are generators",
     "target_rows": "condition rows of a target; default: the data's target.rows, or 64",
-    "target_shape": "of a target; default: the data's target.shape, or [3, 512, 512]",
+    "target_shape": "shape of a target; default: the data's target.shape, or [3, 512, 512]",
 }
 
 
 class RunReader(ConfigReader):
-    """Makes the model and the strategy of a config.
+    """Builds the model and the strategy of a config.
 
     Attributes:
-        model: on the meta device.
-        strategy: with the options of the run.
+        model: the model, on the meta device.
+        strategy: the strategy of the run.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         optional: Any = int | None
-        parser.add_argument("--microbatches", type=optional, help="of a step; default: the config's, or 4 per rank")
+        parser.add_argument(
+            "--microbatches", type=optional, help="microbatches of a step; default: the config's, or 4 per rank"
+        )
         for field in fields(TypicalMicrobatch):
             kind: Any = list[int] | None if field.name == "target_shape" else optional
             parser.add_argument(f"--microbatch.{field.name}", type=kind, help=HELP[field.name])
         super().add_arguments_to_parser(parser)
 
     def instantiate_classes(self) -> None:
-        """Not the data, and of the trainer only the strategy."""
+        """Instantiate the model and the trainer's strategy, and nothing else."""
         strategy = self.config["trainer"]["strategy"]
         wanted = Namespace(model=self.config["model"], trainer=Namespace(strategy=strategy))
         made = self.parser.instantiate_classes(wanted)
@@ -62,7 +64,7 @@ class RunReader(ConfigReader):
 
     @property
     def world_size(self) -> int:
-        """Processes of the run."""
+        """Number of processes of the run."""
         trainer = self.config["trainer"]
         devices = trainer["devices"]
         if isinstance(devices, list):
@@ -72,7 +74,7 @@ class RunReader(ConfigReader):
         return int(devices) * trainer["num_nodes"]
 
     def of_data(self, *path: str) -> Any:
-        """An argument of the DataModule, or of what it is given; ``None`` if it has none of that name."""
+        """An argument of the DataModule, or of one of its arguments; ``None`` if there is none of that name."""
         value: Any = self.config.get("data")
         for name in path:
             if not isinstance(value, Namespace):
@@ -81,7 +83,7 @@ class RunReader(ConfigReader):
         return value
 
     def microbatch(self) -> TypicalMicrobatch:
-        """What is given, or else what the data's arguments say, or else the defaults."""
+        """The microbatch by the command's arguments, or else by those of the data, or else by default."""
         default = TypicalMicrobatch()
         tokens = self.config["microbatch"]["tokens"] or self.of_data("token_budget") or default.tokens
         known = {
@@ -93,8 +95,8 @@ class RunReader(ConfigReader):
             "target_shape": self.of_data("target", "shape") or default.target_shape,
         }
         given = {name: value for name, value in vars(self.config["microbatch"]).items() if value is not None}
-        chosen = {**known, **given}
-        return TypicalMicrobatch(**{**chosen, "target_shape": tuple(chosen["target_shape"])})
+        values = {**known, **given}
+        return TypicalMicrobatch(**{**values, "target_shape": tuple(values["target_shape"])})
 
 
 def main(argv: Sequence[str]) -> int:
@@ -106,12 +108,11 @@ def _show(run: RunReader, console: Console) -> None:
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
     dp, size = mesh_shape(run.world_size, *strategy.sizes)
-    options, stages, reason = settled(module, strategy.options, size)
+    options, stages, reason = resolve_options(module, strategy.options, size)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    given = run.config["trainer"]["strategy"]
-    costs_given = isinstance(given, Namespace) and given["init_args"].get("costs") is not None
+    costs_given = strategy.options.schedule.costs is not None
     estimate = StepEstimate(
         module, options, stages, size, microbatch, microbatches, Precision.of(name), estimate_costs=not costs_given
     )
@@ -152,7 +153,7 @@ def _components(module: PipelineModule) -> str:
 
 
 def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
-    """Below the table: what was taken for granted."""
+    """The caption of the table: the assumptions of the estimates."""
     sample_tokens = run.strategy.options.sample_tokens
     seen = (
         f"over samples of {sample_tokens} tokens" if sample_tokens else "left out (the strategy has no sample_tokens)"

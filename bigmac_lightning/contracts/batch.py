@@ -1,7 +1,7 @@
 """What travels from a DataModule to the ranks of a pipeline.
 
 Every rank sees all tokens, positions and media *metadata* of a batch; pixels and generator targets are present only
-on the rank that owns the item. Knows tensors and costs; knows nothing of Lightning, process groups or models.
+on the rank that owns the item.
 
 Shape suffixes: B samples of a microbatch, S tokens, L labelled positions, N rows (of features or conditions).
 """
@@ -18,7 +18,7 @@ from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.plan import even_groups, ramp_groups
 
 MediaData = Tensor | dict[str, Tensor]
-"""Pixels of an item; or, with whatever else its encoder has to know of it, as "pixel_values" of a dict."""
+"""Pixels of an item; or a dict with the pixels as "pixel_values" and further tensors that its encoder takes."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class PipelineLayout:
     """This process's place in its pipeline, as far as a collate function has to know it.
 
     Attributes:
-        size: ranks in the pipeline; 1 without pipeline parallelism.
+        size: number of ranks in the pipeline; 1 without pipeline parallelism.
         rank: this process's rank in the pipeline.
         group_size: microbatches per group; see ``assign_owners``.
         microbatches: how many microbatches the strategy expects per batch; ``None``: as many as the data has.
         encoder_ranks: ranks that may own media items; ``None``: all.
         generator_ranks: ranks that may own generator targets; ``None``: all.
         ramp: whether the first and the last groups are smaller; see ``ramp_groups``.
-        weights: the fraction of encoder and generator work that each rank is to do; ``None``: the same for all.
+        weights: each rank's fraction of the encoder and generator work; ``None``: all ranks do equally much.
     """
 
     size: int = 1
@@ -59,9 +59,9 @@ class MediaItem:
         rows: number of feature rows (LLM tokens) it turns into.
         cost: encoder forward time in any unit shared by all items of a batch.
         owner: rank of the pipeline that decodes and encodes it.
-        data: what its encoder takes on the owner, ``None`` elsewhere.
+        data: on the owner, the encoder's input; ``None`` on other ranks.
         origin: index of its sample in `Microbatch.origins`.
-        error: on the owner, why there is no data.
+        error: on the owner, the reason if `data` could not be read; else ``None``.
     """
 
     encoder: str
@@ -81,12 +81,12 @@ class TargetItem:
         generator: name of the generator.
         rows: number of condition rows (final hidden states) it reads.
         shape: shape of the target, known on all ranks.
-        seed: of the noise and timestep drawn for it: the same for any number of ranks.
+        seed: seed of the noise and the timestep that are drawn for it, so that they do not depend on the ranks.
         cost: generator time in any unit shared by all items of a batch.
         owner: rank of the pipeline that runs the generator on it.
         data: the target on the owner, ``None`` elsewhere (and when sampling).
         origin: index of its sample in `Microbatch.origins`.
-        error: on the owner, why there is no data.
+        error: on the owner, the reason if `data` could not be read; else ``None``.
     """
 
     generator: str
@@ -105,8 +105,8 @@ class Origin:
     """Where a sample lies in its microbatch.
 
     Attributes:
-        name: what errors call it.
-        start, stop: flat indices into B * S.
+        name: the sample's name in error messages.
+        start, stop: flat indices into B * S of its tokens.
     """
 
     name: str
@@ -130,8 +130,9 @@ class Microbatch:
         media_positions: (N,) flat indices into B * S that the feature rows replace, item after item.
         targets: generator targets in the order of their condition rows.
         target_positions: (N,) flat indices into B * S of the hidden states that condition them, item after item.
-        origins: its samples, where the DataModule tells them.
-        llm_cost: time of an LLM stage in any unit shared by all microbatches of a batch; ``None``: its tokens.
+        origins: its samples; empty if the DataModule does not list them.
+        llm_cost: time of an LLM stage in any unit shared by all microbatches of a batch; ``None``: the number of its
+            tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -157,7 +158,7 @@ class Microbatch:
 
     @property
     def is_useful(self) -> bool:
-        """Whether it has labels or targets: else nothing can be learnt or made from it."""
+        """Whether it has labels or targets. Without them there is no loss, and nothing to generate."""
         return bool(len(self.labels) or self.targets)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
@@ -181,15 +182,15 @@ class Microbatch:
         )
 
     def without(self, origins: Collection[int]) -> "Microbatch":
-        """A copy in which nothing is learnt or made from these samples and their media are not encoded.
+        """A copy without the labels, media and targets of these samples.
 
         Their tokens stay, so that shapes do not change.
         """
-        gone = torch.zeros(self.inputs["input_ids"].numel(), dtype=torch.bool)
+        left_out = torch.zeros(self.inputs["input_ids"].numel(), dtype=torch.bool)
         for i in origins:
-            gone[self.origins[i].start : self.origins[i].stop] = True
+            left_out[self.origins[i].start : self.origins[i].stop] = True
         labelled, encoded, targeted = (
-            ~gone[positions] for positions in (self.label_positions, self.media_positions, self.target_positions)
+            ~left_out[positions] for positions in (self.label_positions, self.media_positions, self.target_positions)
         )
         return replace(
             self,
@@ -205,12 +206,13 @@ class Microbatch:
 class Batch:
     """All microbatches of one step of one pipeline, with the layout that its owners were chosen for.
 
-    Lightning and its precision plugins leave its contents alone: the components say what type their inputs are to have.
+    Lightning and its precision plugins do not convert its tensors; each component gets the type that it asks for.
 
     Attributes:
-        planned: a `planning.PlannedBatch`, where one was made together with the batch.
-        progress: what the DataModule notes about it for itself.
-        window: what the losses of its optimizer step are divided by, where that is more than this batch and known.
+        planned: a `training.planner.PlannedBatch`, if a DataLoader's worker has planned the batch.
+        progress: a note of the DataModule about its own progress, which nothing else reads.
+        step_counts: the divisors of the loss sums over the whole optimizer step (see `PipelineModule.counts`), if the
+            step has several batches and they are read ahead.
     """
 
     def __init__(
@@ -219,10 +221,10 @@ class Batch:
         layout: PipelineLayout | None = None,
         planned: object = None,
         progress: object = None,
-        window: Sequence[float] | None = None,
+        step_counts: Sequence[float] | None = None,
     ) -> None:
         self.microbatches, self.layout = microbatches, layout or PipelineLayout()
-        self.planned, self.progress, self.window = planned, progress, window
+        self.planned, self.progress, self.step_counts = planned, progress, step_counts
 
     def replace(self, **changes: Any) -> "Batch":
         """A copy with other attributes."""
@@ -246,11 +248,11 @@ class Batch:
         return self.replace(microbatches=[microbatch.map(function) for microbatch in self.microbatches])
 
     def useful(self) -> "Batch":
-        """Without the microbatches that have neither labels nor targets: nothing can be learnt or made from them."""
+        """A copy without the microbatches that have neither labels nor targets."""
         return Batch([m for m in self.microbatches if m.is_useful], self.layout)
 
     def problem(self, size: int) -> str:
-        """Why no plan can be made for a pipeline of `size` ranks; empty: one can."""
+        """The reason why no plan can be made for a pipeline of `size` ranks; empty if one can be made."""
         for m, microbatch in enumerate(self.microbatches):
             if not (isfinite(microbatch.cost) and microbatch.cost > 0):
                 return f"microbatch {m} has the LLM cost {microbatch.cost}: it must be a finite number above 0"
@@ -287,7 +289,7 @@ class Batch:
 def assign_owners(microbatches: Sequence[Microbatch], layout: PipelineLayout) -> None:
     """Set the owner of every media item and generator target, balanced by cost over the groups, in place.
 
-    Needs costs only, so that it can run before anything is decoded.
+    Only costs are read, so this can run before anything is decoded.
     """
     everyone = tuple(range(layout.size))
     groups = layout.groups(len(microbatches))
@@ -301,9 +303,9 @@ def _share_out(
     groups: Sequence[Sequence[MediaItem | TargetItem]], ranks: Sequence[int], weights: Sequence[float] | None
 ) -> None:
     costs = [[item.cost for item in items] for items in groups]
-    # a rank that is to do less than another has that much else to do
+    # a rank with a smaller weight counts as busy with other work for the difference
     busy = None if weights is None else [[(max(weights) - weights[r]) * sum(row) for r in ranks] for row in costs]
     owners = assign(costs, ranks, busy)
-    for items, chosen in zip(groups, owners, strict=True):
-        for item, owner in zip(items, chosen, strict=True):
+    for items, ranks_of_items in zip(groups, owners, strict=True):
+        for item, owner in zip(items, ranks_of_items, strict=True):
             item.owner = owner

@@ -1,7 +1,4 @@
-"""Floating-point types: what data are turned into, and what sums are taken in.
-
-Knows tensors only.
-"""
+"""Floating-point types: the types that data are converted to, and the types of sums."""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -15,17 +12,17 @@ AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """float32, or float64 where it is that already."""
+    """The tensor in float32, or as it is if it is float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
-    """Of the first of a module's floating-point weights; ``None`` if it has none."""
+    """The type of the module's first floating-point weight; ``None`` if it has none."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 def converted(item: AnyItem, dtype: torch.dtype | None) -> AnyItem:
-    """An item whose floating-point data have a type; ``None``: the one that they have."""
+    """A copy of the item with floating-point data of this type; ``None``: the item itself."""
 
     def convert(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,7 +1,4 @@
-"""Callbacks of Lightning that cannot work with a PipelineModule, and why.
-
-Knows Lightning's callbacks; knows nothing of pipelines.
-"""
+"""Callbacks of Lightning that cannot work with a PipelineModule, and why."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
@@ -14,9 +11,10 @@ REASONS: dict[type[pl.Callback], str] = {
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:
-    """
+    """Refuse callbacks that would silently do something wrong.
+
     Raises:
-        ValueError: names a callback that would do something wrong, and what to use instead.
+        ValueError: there is one; the message names it and what to use instead.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     for callback in callbacks:

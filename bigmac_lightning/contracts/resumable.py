@@ -1,6 +1,6 @@
-"""What a PipelineModule does about checkpoints, whatever the strategy is: it reads every kind that there is.
+"""How a PipelineModule reads and resumes from checkpoints, under any strategy.
 
-Knows Lightning's hooks; what a part of a model is, and how parts are saved, is the strategy's business.
+What each rank saves under strategy="bigmac" is up to the strategy.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from bigmac_lightning.contracts.refused_callbacks import check_callbacks
 class ResumableModule(pl.LightningModule):
     """A LightningModule that is resumed exactly, from the directories and files of strategy="bigmac" as well.
 
-    Who overrides one of these hooks calls the one of this class, too.
+    A subclass that overrides one of these hooks must call the hook of this class as well.
     """
 
     @property
@@ -32,10 +32,10 @@ class ResumableModule(pl.LightningModule):
         return {}
 
     def configure_model(self) -> None:
-        """Lets the strategy read directories, if it reads files, and refuses callbacks that cannot work.
+        """Let a strategy that reads files read checkpoint directories as well, and refuse callbacks that cannot work.
 
         Raises:
-            ValueError: names such a callback.
+            ValueError: such a callback is in use; the message names it.
         """
         if self._trainer is None:
             return
@@ -44,21 +44,21 @@ class ResumableModule(pl.LightningModule):
             self._trainer.strategy.checkpoint_io = DirectoryCheckpointIO()
 
     def on_fit_start(self) -> None:
-        """Lets optimizers load states that go by names."""
+        """Let optimizers load states whose entries are keyed by parameter names."""
         for optimizer in self.trainer.optimizers:
             optimizer.register_load_state_dict_pre_hook(partial(_to_numbers, self))
 
     def on_train_start(self) -> None:
-        """Lets the training begin where its checkpoint stands."""
+        """Let the training continue at the batch after the checkpoint's last one."""
         go_on(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the checkpoint stand where the last optimizer step was."""
+        """Let the checkpoint's progress be that of the last optimizer step, as accumulated gradients are not saved."""
         stand_at_last_step(checkpoint, self._trainer)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of every LightningModule; `checkpoint_path` may be a directory that strategy="bigmac" has written."""
+        """See LightningModule; `checkpoint_path` may also be a directory that strategy="bigmac" has written."""
         if not isinstance(checkpoint_path, str | Path) or not files.is_directory(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         with tempfile.TemporaryFile() as file:

@@ -1,7 +1,4 @@
-"""Cross-entropy of labelled tokens without holding all their logits at once.
-
-Knows hidden states, labels and a function, or an output weight, from one to logits of the other; knows nothing of
-microbatches or models.
+"""Cross-entropy of labelled tokens, without all of their logits in memory at once.
 
 Shape suffixes: L labelled positions, D width of the LLM, V vocabulary.
 """
@@ -17,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bigmac_lightning.contracts.precision import widened
 
 CHUNK_ELEMENTS = 2**26
-"""Logits held at once (256 MiB of fp32)."""
+"""Most logits in memory at once: 256 MiB of fp32, small beside a stage's activations, and still large matrices."""
 
 
 def token_loss(
@@ -30,18 +27,18 @@ def token_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of the token losses, and the most likely tokens.
 
-    Where the logits of all positions are more than `chunk_elements`, they are made for one run of positions after
-    another, and again in the backward: memory is bounded and the result is the same.
+    If the logits of all positions are more than `chunk_elements`, they are computed for one chunk of positions after
+    another, and once more in the backward: memory is bounded and the result is the same.
 
     Args:
-        logits: logits_LV of hidden states.
+        logits: function from hidden states h_LD to logits_LV.
         h_LD: hidden states at labelled positions, L > 0.
         labels: (L,) token ids.
-        vocabulary: V; 0: never too many.
+        vocabulary: V; 0 if it is not known: all positions then make one chunk.
         predict: whether to return predictions.
-        chunk_elements: largest number of logits to hold.
+        chunk_elements: largest number of logits in memory.
 
-    Returns: a scalar, and (L,) token ids or ``None``.
+    Returns: the sum, a scalar; and the most likely tokens, (L,) token ids, or ``None`` without `predict`.
     """
 
     def of_chunk(h_LD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -66,24 +63,24 @@ def token_loss(
 
 
 Gradients = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]
-"""(h_LD, weight_VD, labels, whether the weight's gradient is wanted) -> the sum of the token losses, and its gradients
-by hidden states and weight."""
+"""A function (h_LD, weight_VD, labels, whether the weight's gradient is wanted) -> (the sum of the token losses, its
+gradient by the hidden states, its gradient by the weight)."""
 
 
 def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients: Gradients) -> Tensor:
-    """The sum of the token losses, whose gradients are made together with it: logits are never made twice.
+    """The sum of the token losses, with its gradients computed at the same time, so that logits are computed once.
 
-    Until the backward it holds the gradient of the output weight: for few microbatches in flight. Cannot be
-    differentiated twice.
+    The gradient of the output weight stays in memory from the forward to the backward, so few microbatches should be
+    in flight. The result cannot be differentiated twice.
 
     Args:
         h_LD: hidden states at labelled positions, L > 0.
-        weight_VD: logits are h_LD @ weight_VD.T, in the types that autocast gives them.
+        weight_VD: output weight; the logits are h_LD @ weight_VD.T, in the types that autocast gives them.
         labels: (L,) token ids.
-        gradients: makes loss and gradients, such as `chunked_gradients`.
+        gradients: function that computes loss and gradients, such as `chunked_gradients`.
 
     Raises:
-        ValueError: logits are float16.
+        ValueError: the logits are float16.
     """
     return _FusedTokenLoss.apply(h_LD, weight_VD, labels, gradients)
 
@@ -91,7 +88,7 @@ def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients:
 def chunked_gradients(
     h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool, chunk_elements: int = CHUNK_ELEMENTS
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By plain PyTorch, with at most `chunk_elements` logits at once; the weight's gradient is summed up in fp32."""
+    """Loss and gradients by plain PyTorch, with at most `chunk_elements` logits in memory; sums are taken in fp32."""
     sums = torch.promote_types(h_LD.dtype, torch.float32)
     loss, hidden = torch.zeros((), dtype=sums, device=h_LD.device), list[Tensor]()
     gradient_VD = torch.zeros_like(weight_VD, dtype=sums) if of_weight else None
@@ -122,7 +119,7 @@ class _FusedTokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore
-        """Not in place: some backbones ask for the two gradients one after the other."""
+        """Scales copies of the saved gradients: backbones with split backwards ask for them one after the other."""
         by_hidden, by_weight = ctx.saved_tensors
         scaled = None if by_weight is None else by_weight * scale.to(by_weight.dtype)
         return by_hidden * scale.to(by_hidden.dtype), scaled, None, None

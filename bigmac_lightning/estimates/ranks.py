@@ -76,7 +76,7 @@ def ranks_of(
 
     Args:
         module: a module on the meta device.
-        options, stages: what `training.runner.settled` returns.
+        options, stages: what `training.runner.resolve_options` returns.
         size: the number of ranks of the pipeline, P.
         precision: the bytes of weights.
     """

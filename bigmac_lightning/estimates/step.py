@@ -16,7 +16,6 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
-from bigmac_lightning.schedule.make import POLICIES
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.training.options import PipelineOptions
@@ -69,9 +68,9 @@ class StepEstimate:
         self.costs = options.costs
         if estimate_costs:
             self.costs = estimated
-            own_ranks = POLICIES[options.policy].own_ranks
-            factors = None if own_ranks else self._stage_factors()
-            options = replace(options, costs=self.costs, stage_factors=factors)
+            factors = None if options.schedule.own_ranks else self._stage_factors()
+            schedule = replace(options.schedule, costs=self.costs)
+            options = replace(options, schedule=schedule, stage_factors=factors)
         encoder, generator = next(iter(module.encoders), ""), next(iter(module.generators), "")
         batch = microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
         self.plan: Plan = Planner(options, size, 0, self._trained)(batch).plan

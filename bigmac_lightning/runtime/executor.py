@@ -1,8 +1,8 @@
 """Runs one rank's program: computes the actions, keeps the autograd graphs between forward and backward, and hands
 tensors to the transport.
 
-Everything that a model does comes in through `Work`; the executor knows stages, microbatches, groups and gradients,
-and no model. Nothing is kept longer than from an action to the last one that needs it.
+Everything that a model does comes in through `Computation`; the executor itself handles stages, microbatches, groups
+and gradients. It keeps each tensor from the action that makes it to the last action that needs it, and no longer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ class Outcome:
     conditions: Tensor | None = None
 
 
-class Work(Protocol):
+class Computation(Protocol):
     """A model and one batch, as the executor sees them.
 
     Attributes:
@@ -107,7 +107,9 @@ class Executor:
         self.memory, self.trace = memory, trace
         self.splits: split_backward.Splits = {}
 
-    def run(self, program: Sequence[Instruction], work: Work, needs: Needs, recompute: bool = False) -> None:
+    def run(
+        self, program: Sequence[Instruction], computation: Computation, needs: Needs, recompute: bool = False
+    ) -> None:
         """Run one step. Gradients are added to the parameters' ``.grad``.
 
         Args:
@@ -115,7 +117,7 @@ class Executor:
 
         Any error names the rank and the action it happened in.
         """
-        step = _Step(self, work, needs, recompute)
+        step = _Step(self, computation, needs, recompute)
         for instruction in program:
             try:
                 step.run(instruction)
@@ -129,8 +131,8 @@ class Executor:
 class _Step:
     """The state of one run of one program."""
 
-    def __init__(self, executor: Executor, work: Work, needs: Needs, recompute: bool) -> None:
-        self.executor, self.work, self.needs, self.recompute = executor, work, needs, recompute
+    def __init__(self, executor: Executor, computation: Computation, needs: Needs, recompute: bool) -> None:
+        self.executor, self.computation, self.needs, self.recompute = executor, computation, needs, recompute
         self.rank = executor.mesh.pp_rank
         self.last = len(executor.stage_rank) - 1
         self.transport = Transport(executor.mesh)
@@ -154,7 +156,7 @@ class _Step:
             self.transport.send(instruction.message, instruction.peer)
         elif isinstance(instruction, Receive):
             shape = self.shape(instruction.message)
-            self.transport.receive(instruction.message, instruction.peer, shape, self.work.dtype)
+            self.transport.receive(instruction.message, instruction.peer, shape, self.computation.dtype)
         else:
             results = self.handlers[instruction.action.kind](instruction.action)
             for message in instruction.produces:
@@ -167,16 +169,16 @@ class _Step:
 
     def shape(self, message: Message) -> tuple[int, ...]:
         if message.kind == "hidden":
-            return self.work.hidden_shape(message.index, message.place)
+            return self.computation.hidden_shape(message.index, message.place)
         if message.kind == "hidden_grad":
-            return self.work.hidden_shape(message.index, message.place + 1)
-        routing = self.work.features if message.kind.startswith("features") else self.work.conditions
-        return (routing.rows(message.index, (message.place, message.piece)), self.work.width)
+            return self.computation.hidden_shape(message.index, message.place + 1)
+        routing = self.computation.features if message.kind.startswith("features") else self.computation.conditions
+        return (routing.rows(message.index, (message.place, message.piece)), self.computation.width)
 
     def content(self, message: Message, results: Mapping[str, Tensor]) -> Tensor:
         """The tensor of a message, after the action that produces it."""
         if message.kind in ("features_grad", "conditions"):  # the group's last microbatch is done: cut into pieces
-            routing = self.work.features if message.kind == "features_grad" else self.work.conditions
+            routing = self.computation.features if message.kind == "features_grad" else self.computation.conditions
             rows = self.leaving[message.kind, message.index]
             piece = routing.scatter(message.index, (message.place, message.piece), rows.of_microbatch)
             rows.pieces_left -= 1
@@ -217,9 +219,9 @@ class _Step:
         return {}
 
     def _encode(self, action: Action) -> Tensor:
-        if not self.work.features.items(action.index, (self.rank, action.piece)):
-            return torch.empty(0, self.work.width, dtype=self.work.dtype, device=self.executor.mesh.device)
-        return self.work.encode(action.index, action.piece).to(self.work.dtype)
+        if not self.computation.features.items(action.index, (self.rank, action.piece)):
+            return self._zeros(0)
+        return self.computation.encode(action.index, action.piece).to(self.computation.dtype)
 
     # -- LLM ---------------------------------------------------------------------------------------------------------
 
@@ -230,18 +232,18 @@ class _Step:
         if stage > 0:
             hidden = self.transport.take(Message("hidden", microbatch, stage))
             hidden.requires_grad_(self.needs.through(stage - 1, microbatch))
-        elif self.work.features.has_items(microbatch):
-            features = self._gather("features", self.work.features, microbatch)
+        elif self.computation.features.has_items(microbatch):
+            features = self._gather("features", self.computation.features, microbatch)
             features.requires_grad_(self.needs.encoded[microbatch])
         with self.computing(action, "llm", grad):
-            outcome = self.work.forward(stage, microbatch, hidden, features)
+            outcome = self.computation.forward(stage, microbatch, hidden, features)
         if grad:
             outputs = {"hidden": outcome.hidden, "loss": outcome.loss, "conditions": outcome.conditions}
             edges = {name: _edge(output) for name, output in outputs.items() if output is not None}
             ends = {name: edge for name, edge in edges.items() if edge is not None}
             self.graphs[stage, microbatch] = _Graph(hidden, features, ends)
         if outcome.conditions is not None:
-            self._collect("conditions", self.work.conditions, microbatch, outcome.conditions.detach())
+            self._collect("conditions", self.computation.conditions, microbatch, outcome.conditions.detach())
         return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
 
     def backward(self, action: Action) -> Mapping[str, Tensor]:
@@ -277,43 +279,43 @@ class _Step:
             arrived["hidden"] = self.transport.take(Message("hidden_grad", microbatch, stage))
         if (
             stage == self.last
-            and self.work.conditions.has_items(microbatch)
+            and self.computation.conditions.has_items(microbatch)
             and self._are_conditions_learnt(microbatch)
         ):
-            arrived["conditions"] = self._gather("conditions_grad", self.work.conditions, microbatch)
+            arrived["conditions"] = self._gather("conditions_grad", self.computation.conditions, microbatch)
         outputs = {} if graph is None else graph.outputs
         return graph, list(outputs.values()), [arrived[name] for name in outputs]
 
     def _input_gradients(self, action: Action, graph: _Graph | None) -> Mapping[str, Tensor]:
         """What a backward gives to the stage before, or to the encoders."""
         stage, microbatch = _stage(action), action.index
-        if stage == 0 and self.needs.encoder and self.work.features.has_items(microbatch):
+        if stage == 0 and self.needs.encoder and self.computation.features.has_items(microbatch):
             features = None if graph is None else graph.features
-            given = self._no_rows(microbatch) if features is None else _gradient(features)
-            self._collect("features_grad", self.work.features, microbatch, given)
+            rows = self.computation.features.rows_of(microbatch)
+            given = self._zeros(rows) if features is None else _gradient(features)
+            self._collect("features_grad", self.computation.features, microbatch, given)
         if graph is not None and graph.hidden is not None and graph.hidden.requires_grad:
             return {"hidden_grad": _gradient(graph.hidden)}
         return {}
 
     def _are_conditions_learnt(self, microbatch: int) -> bool:
         """Whether gradients come back from the generators for the microbatch's group."""
-        group = self.work.conditions.groups[self.work.conditions.group_of[microbatch]]
+        group = self.computation.conditions.groups[self.computation.conditions.group_of[microbatch]]
         return any(self.needs.through(self.last, m) for m in group)
 
-    def _no_rows(self, microbatch: int) -> Tensor:
-        """The gradient of features that nothing is learnt from."""
-        rows = self.work.features.rows_of(microbatch)
-        return torch.zeros(rows, self.work.width, dtype=self.work.dtype, device=self.executor.mesh.device)
+    def _zeros(self, rows: int) -> Tensor:
+        """Rows of features that nothing is computed for, or their gradient if nothing is learnt from them."""
+        return torch.zeros(rows, self.computation.width, dtype=self.computation.dtype, device=self.executor.mesh.device)
 
     # -- generator -------------------------------------------------------------------------------------------------
 
     def generate(self, action: Action) -> Mapping[str, Tensor]:
         conditions = self.transport.take(Message("conditions", action.index, self.rank, action.piece))
-        back = any(self.needs.through(self.last, m) for m in self.work.conditions.groups[action.index])
+        back = any(self.needs.through(self.last, m) for m in self.computation.conditions.groups[action.index])
         conditions.requires_grad_(back)
         with self.computing(action, "generator", back or self.needs.generator):
-            has_items = self.work.conditions.items(action.index, (self.rank, action.piece))
-            loss = self.work.generate(action.index, action.piece, conditions) if has_items else None
+            has_items = self.computation.conditions.items(action.index, (self.rank, action.piece))
+            loss = self.computation.generate(action.index, action.piece, conditions) if has_items else None
             if loss is not None and loss.requires_grad:
                 loss.backward()
         return {"conditions_grad": _gradient(conditions)} if back else {}

@@ -1,7 +1,4 @@
-"""Shows candidates side by side: a table for the terminal, and the numbers in it for files.
-
-Knows layout; returns what can be printed and prints nothing.
-"""
+"""Shows candidates side by side: a table for the terminal, and the numbers in it for files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bigmac_lightning.schedule.budget import size_text
-from bigmac_lightning.schedule.choose import Candidate, Case
+from bigmac_lightning.schedule.choose import Candidate, ideal_makespan
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 
 LEGEND = """\
@@ -24,15 +22,15 @@ units, mbs: most encoder units and LLM microbatches alive on a rank
 plan s: seconds of planning"""
 
 
-def numbers(case: Case, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One flat record per candidate: its arguments, and "makespan", "ratio" to the ideal, "bubble_share_min" and
-    "_max" over the ranks, the peaks of the fullest rank ("memory" in bytes), "planning_seconds", "problem"; what does
-    not apply is ``None``."""
-    ideal = case.ideal()
+def numbers(request: PlanRequest, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """One flat record per candidate: its options, "makespan", its "ratio" to the ideal, "bubble_share_min" and "_max"
+    over the ranks, the peaks of the rank with the highest ones ("peak_memory" in bytes), "planning_seconds" and
+    "problem". Values that do not apply are ``None``."""
+    ideal = ideal_makespan(request)
     records: list[dict[str, Any]] = []
     for candidate in candidates:
         plan = candidate.plan
-        bubbles = _bubble_shares(case, candidate)
+        bubbles = _bubble_shares(request, candidate)
         records.append(
             {
                 "policy": candidate.policy,
@@ -54,13 +52,14 @@ def numbers(case: Case, candidates: Sequence[Candidate]) -> list[dict[str, Any]]
     return records
 
 
-def comparison(case: Case, candidates: Sequence[Candidate]) -> Group:
+def comparison(request: PlanRequest, candidates: Sequence[Candidate]) -> Group:
     """A table of the candidates in the order given, the fastest marked; below it, why others have no plan."""
-    records = numbers(case, candidates)
+    records = numbers(request, candidates)
     made = [record for record in records if not record["problem"]]
     best = min((record["makespan"] for record in made), default=0.0)
+    sizes = f"{request.pipeline_parallel_size} ranks, {request.microbatches} microbatches"
     table = Table(
-        title=f"{case.pipeline_parallel_size} ranks, {case.microbatches} microbatches, ideal {records[0]['ideal']:g}",
+        title=f"{sizes}, ideal {records[0]['ideal']:g}",
         title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -69,7 +68,7 @@ def comparison(case: Case, candidates: Sequence[Candidate]) -> Group:
     for heading in ("policy", "backbone"):
         table.add_column(heading, overflow="ellipsis")  # these give way in a narrow terminal
     headings = ["V", "group", "makespan", "ratio", "bubble %", "units", "mbs"]
-    for heading in headings + ["memory"] * (case.memory is not None) + ["plan s"]:
+    for heading in headings + ["memory"] * (request.memory is not None) + ["plan s"]:
         table.add_column(heading, justify="right", no_wrap=True)
     for record in made:
         first = record["makespan"] <= best * (1 + 1e-9)
@@ -83,7 +82,7 @@ def comparison(case: Case, candidates: Sequence[Candidate]) -> Group:
             _range(record["bubble_share_min"], record["bubble_share_max"]),
             f"{record['peak_encoder_units']:.3g}",
             f"{record['peak_llm_microbatches']:g}",
-            *([size_text(record["peak_memory"])] if case.memory is not None else []),
+            *([size_text(record["peak_memory"])] if request.memory is not None else []),
             f"{record['planning_seconds']:.2f}",
             style="bold green" if first else None,
         )
@@ -97,7 +96,7 @@ def _range(least: float, most: float) -> str:
 
 
 def _refusals(candidates: Sequence[Candidate]) -> list[str]:
-    """One line for each reason, with all that it is true of."""
+    """One line for each reason, with all candidates that it refuses."""
     reasons: dict[str, list[str]] = {}
     for candidate in candidates:
         if candidate.problem:
@@ -109,8 +108,8 @@ def _refusals(candidates: Sequence[Candidate]) -> list[str]:
     ]
 
 
-def _bubble_shares(case: Case, candidate: Candidate) -> list[float]:
+def _bubble_shares(request: PlanRequest, candidate: Candidate) -> list[float]:
     plan = candidate.plan
     if plan is None or not plan.makespan:
         return []
-    return [bubble / plan.makespan for bubble in simulate(plan, case.workload).bubbles]
+    return [bubble / plan.makespan for bubble in simulate(plan, request.workload).bubbles]

@@ -1,25 +1,20 @@
-"""Makes plans: a backbone, with encoder and generator work placed around it by a policy.
-
-Knows backbones, policies and costs; knows nothing of files, processes or models.
-"""
+"""Makes plans: a backbone, with encoder and generator work placed around it by a policy."""
 
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from bigmac_lightning.schedule.backbones import Orders, get_backbone
-from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.placing.disaggregated import at_stages, fastest, longer_stages, stage_ranks, whole_llm
 from bigmac_lightning.schedule.placing.filling import default_limit
-from bigmac_lightning.schedule.placing.policies import POLICIES, Policy
-from bigmac_lightning.schedule.placing.setting import Setting
-from bigmac_lightning.schedule.placing.uneven_shares import shares_to_try
-from bigmac_lightning.schedule.plan import Plan, even_groups
+from bigmac_lightning.schedule.placing.policies import POLICIES
+from bigmac_lightning.schedule.placing.policy_input import PolicyInput
+from bigmac_lightning.schedule.placing.uneven_shares import uneven_shares
+from bigmac_lightning.schedule.plan import Plan, even_groups, ramp_groups
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import Timeline, check_workload, group_cost, simulate
 from bigmac_lightning.schedule.verify import check_header, check_stage_costs, verify
-from bigmac_lightning.schedule.workload import Workload
 
 
 @contextmanager
@@ -34,196 +29,119 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def get_policy(name: str) -> Policy:
-    """The policy of that name; ``ValueError`` lists the names if there is none."""
-    if name not in POLICIES:
-        raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
-    return POLICIES[name]
-
-
 @_collector_paused()
-def make_plan(
-    *,
-    policy: str = "nested",
-    backbone: str = "1f1b",
-    pipeline_parallel_size: int,
-    microbatches: int,
-    group_size: int | None = None,
-    costs: Costs | None = None,
-    virtual_stages: int = 1,
-    encoder_shares: Sequence[Sequence[float]] | None = None,
-    generator_shares: Sequence[Sequence[float]] | None = None,
-    extra_in_flight: int | None = None,
-    groups: Sequence[Sequence[int]] | None = None,
-    pieces: int | Sequence[Sequence[int]] = 1,
-    workload: Workload | None = None,
-    max_encoder_units: float | None = None,
-    stage_costs: Sequence[Sequence[float]] | None = None,
-    stage_rank: Sequence[int] | None = None,
-    max_llm_microbatches: float | None = None,
-    memory: MemoryBudget | None = None,
-) -> Plan:
+def make_plan(request: PlanRequest) -> Plan:
     """Make a plan and verify it.
 
-    Args:
-        policy: a name in ``POLICIES``.
-        backbone: a name in ``BACKBONES``.
-        pipeline_parallel_size: number of ranks, P.
-        microbatches: number of microbatches, M.
-        group_size: microbatches per group, the last one may have fewer; by default as many as the ranks that share
-            the encoder's or the generator's work, mostly P. `first_stage` always takes 1.
-        groups: the microbatches of each group, if not even ones; see ``ramp_groups``.
-        pieces: in how many pieces `filled` may cut an encoder share, so that it fits into smaller bubbles; one number
-            for all, or one per group and rank.
-        costs: times of the actions; ``Costs()`` by default.
-        virtual_stages: stages per rank.
-        encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
-            by default the same for all ranks that may have some (for `first_stage`: the rank of stage 0; for
-            `filled`, where stages differ: whatever is fastest).
-        generator_shares: the same for the generator (`first_stage`: the rank of the last stage).
-        extra_in_flight: microbatches in flight beyond those of the backbone; by default as many as a group has if
-            there is a generator whose work is spread (more where the backbone needs it; for `disaggregated` twice as
-            many), and none otherwise.
-        workload: the work of each microbatch, where they differ.
-        max_encoder_units: most encoder units that a rank may have alive. `filled` makes use of what is allowed, by
-            default 2, or 3 with a generator, or what `nested` takes if that is more.
-        stage_costs: per stage, its times of F, B, I and W, where stages differ; see ``Plan.stage_costs``.
-        stage_rank: for `disaggregated`, the rank of each stage; ranks before them are the encoder's, ranks after them
-            the generator's. By default the numbers of ranks that take the least time. `costs` and `stage_costs` are
-            those of stages on all ranks; fewer stages take longer by as much.
-        max_llm_microbatches: most LLM microbatches that a rank may have in flight.
-        memory: most bytes that a rank may use; `filled` has as many encoder units alive as it allows.
-
     Raises:
-        ValueError: names the argument, its value and what is expected.
-        PlanError: if the plan breaks a rule; see ``verify``.
+        ValueError: names the option, its value and what is expected; an option is "auto" (see ``choose``).
+        PlanError: the plan breaks a rule or a limit; see ``verify``.
     """
-    chosen, schedule, costs = get_policy(policy), get_backbone(backbone), costs or Costs()
-    kinds = costs.kinds
-    size = pipeline_parallel_size
-    _at_least(1, pipeline_parallel_size=size, microbatches=microbatches, virtual_stages=virtual_stages)
-    _at_least(1, group_size=1 if group_size is None else group_size)
-    _at_least(0, extra_in_flight=extra_in_flight or 0)
-    if not chosen.own_ranks:
-        if stage_rank is not None:
-            raise ValueError(f"stage_rank is given; expected only with policy disaggregated, not with {policy}")
-        stage_rank = schedule.stage_rank(size, virtual_stages)
-    elif stage_rank is None:
-        if stage_costs or encoder_shares or generator_shares:
-            raise ValueError(f"stage_rank is missing; policy {policy} expects it beside given shares or stage_costs")
+    if request.has_auto:
+        raise ValueError("backbone, virtual_stages or group_size is auto; expected values, as `choose` gives them")
+    if request.own_ranks and request.stage_rank is None:
+        return _on_fastest_ranks(request)
+    policy, workload, size = POLICIES[request.policy], request.workload, request.pipeline_parallel_size
+    plan = _without_actions(request)
+    shortest = _with_backbone(plan, 0)
+    check_header(shortest)
+    on_all_ranks = shortest if len(set(plan.stage_rank)) == size else whole_llm(shortest)
+    ideal = simulate(on_all_ranks, workload).makespan + _nested_time(plan, request) / size
+    plan = _with_backbone(plan, request.extra_in_flight or 0)
+    if request.extra_in_flight is None and policy.spread and "G" in plan.costs.kinds:
+        plan = _with_generator_hidden(plan)
+    bare = simulate(plan, workload)
+    pieces = request.pieces if request.group_pieces is None else request.group_pieces
+    given = PolicyInput(bare, workload, _most_encoder_units(bare, request), pieces)
+    placed = replace(plan, ranks=policy.place(plan, given))
+    if policy.uneven_shares and not (request.encoder_shares or request.generator_shares or workload):
+        placed = _with_best_shares(placed, plan, given)
+    timeline = verify(placed, request.max_encoder_units, request.max_llm_microbatches, workload, request.memory)
+    peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
+    return replace(placed, makespan=timeline.makespan, ideal=ideal, peak=peak)
 
-        def laid_out(stage_rank: Sequence[int]) -> Plan:
-            return make_plan(
-                policy=policy,
-                backbone=backbone,
-                pipeline_parallel_size=size,
-                microbatches=microbatches,
-                group_size=group_size,
-                costs=costs,
-                virtual_stages=virtual_stages,
-                extra_in_flight=extra_in_flight,
-                workload=workload,
-                stage_rank=stage_rank,
-            )
 
-        layouts = stage_ranks(schedule, size, virtual_stages, "EF" in kinds, "G" in kinds)
-        plan = fastest(laid_out, layouts, size, microbatches, costs, workload)
-        verify(plan, max_encoder_units, max_llm_microbatches, workload, memory)
-        return plan
-    stage_rank = list(stage_rank)
-    llm_ranks = len(set(stage_rank))
-    group_size = chosen.group_size(group_size, stage_rank, size)
+def _on_fastest_ranks(request: PlanRequest) -> Plan:
+    """The fastest plan of a policy whose stages may lie on some of the ranks; the limits are checked at the end only,
+    so that they name what is wrong with the fastest one."""
+    unlimited = replace(request, max_encoder_units=None, max_llm_microbatches=None, memory=None)
+    costs, size = request.action_costs, request.pipeline_parallel_size
+    backbone = get_backbone(request.backbone)
+    layouts = stage_ranks(backbone, size, request.stages_per_rank, "EF" in costs.kinds, "G" in costs.kinds)
 
-    def bare_backbone(extra: int) -> Orders:
-        orders = schedule.build(llm_ranks, microbatches, extra, virtual_stages)
-        if chosen.own_ranks:
-            orders = at_stages(orders, stage_rank, size)
-        if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
-            raise ValueError(f"costs.I or costs.W is 0; expected more, as {backbone} splits backwards into I and W")
-        return [[action for action in actions if plan.occurs(action)] for actions in orders]
+    def make(stage_rank: Sequence[int]) -> Plan:
+        return make_plan(replace(unlimited, stage_rank=stage_rank))
 
+    plan = fastest(make, layouts, size, request.microbatches, costs, request.workload)
+    verify(plan, request.max_encoder_units, request.max_llm_microbatches, request.workload, request.memory)
+    return plan
+
+
+def _without_actions(request: PlanRequest) -> Plan:
+    """All of a plan but its ranks' actions."""
+    policy, size, costs = POLICIES[request.policy], request.pipeline_parallel_size, request.action_costs
+    stage_rank = request.stage_rank
+    if stage_rank is None:
+        stage_rank = get_backbone(request.backbone).stage_rank(size, request.stages_per_rank)
+    assert request.group_size != "auto"
+    group_size = policy.group_size(request.group_size, stage_rank, size)
+    groups = request.groups if policy.spread else None
+    if groups is None:
+        make_groups = ramp_groups if request.ramp and policy.spread else even_groups
+        groups = make_groups(request.microbatches, group_size)
+    fewer_ranks = len(set(stage_rank)) < size
     plan = Plan(
-        policy=policy,
-        backbone=backbone,
+        policy=request.policy,
+        backbone=request.backbone,
         pipeline_parallel_size=size,
-        virtual_stages=virtual_stages,
-        microbatches=microbatches,
-        stage_rank=stage_rank,
-        groups=[list(group) for group in groups] if groups and chosen.spread else even_groups(microbatches, group_size),
+        virtual_stages=request.stages_per_rank,
+        microbatches=request.microbatches,
+        stage_rank=list(stage_rank),
+        groups=[list(group) for group in groups],
         encoder_shares=[],
         generator_shares=[],
         ranks=[],
         costs=costs,
-        stage_costs=longer_stages(stage_rank, size, costs, stage_costs)
-        if llm_ranks < size
-        else [list(row) for row in stage_costs or []],
+        stage_costs=longer_stages(stage_rank, size, costs, request.stage_costs)
+        if fewer_ranks
+        else [list(row) for row in request.stage_costs or []],
     )
     check_stage_costs(plan)
-    plan.ranks = bare_backbone(0)
-    check_workload(plan, workload)
-    if "EF" in kinds:
-        ranks = chosen.encoder_ranks(stage_rank, size)
-        plan.encoder_shares = _shares("encoder_shares", plan, "EF", encoder_shares, ranks, workload)
-    if "G" in kinds:
-        ranks = chosen.generator_ranks(stage_rank, size)
-        plan.generator_shares = _shares("generator_shares", plan, "G", generator_shares, ranks, workload)
-    check_header(plan)
-
-    bare = simulate(plan, workload)
-    plan.ideal = bare.makespan if llm_ranks == size else simulate(whole_llm(plan), workload).makespan
-    if extra_in_flight is None and chosen.spread and "G" in kinds:
-        least = max(map(len, plan.groups)) * (2 if chosen.own_ranks else 1)  # so that a group's generator work hides
-        wanted = range(min(least, microbatches), microbatches + 1)  # all forwards first: always enough
-        plan.ranks = next(ranks for ranks in map(bare_backbone, wanted) if _generator_fits(plan, ranks))
-        bare = simulate(plan, workload)
-    elif extra_in_flight:
-        plan.ranks = bare_backbone(extra_in_flight)
-        bare = simulate(plan, workload)
-    fits = _most_encoder_units(bare, max_encoder_units, memory)
-    setting = Setting(bare, workload, fits, pieces)
-    free = chosen.pours and encoder_shares is None and generator_shares is None and workload is None
-    plan = _placed(plan, setting, chosen, free)
-    timeline = verify(plan, max_encoder_units, max_llm_microbatches, workload, memory)
-    plan.makespan = timeline.makespan
-    plan.ideal += _nested_time(plan, workload) / size
-    plan.peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
+    check_workload(plan, request.workload)
+    if "EF" in costs.kinds:
+        ranks = policy.encoder_ranks(stage_rank, size)
+        plan.encoder_shares = _shares("encoder_shares", plan, "EF", ranks, request)
+    if "G" in costs.kinds:
+        ranks = policy.generator_ranks(stage_rank, size)
+        plan.generator_shares = _shares("generator_shares", plan, "G", ranks, request)
     return plan
 
 
-def _placed(plan: Plan, setting: Setting, policy: Policy, free: bool) -> Plan:
-    """The bare plan with its nested work placed; if its shares are `free`, the fastest ones tried."""
-    best = replace(plan, ranks=policy.place(plan, setting))
-    if free:
-        timeline = simulate(best, setting.workload)
-        limit = setting.max_encoder_units or max(*timeline.encoder_units, default_limit(plan))
-        setting = replace(setting, max_encoder_units=limit)
-        for encoder, generator in shares_to_try(plan):
-            poured = replace(
-                plan,
-                encoder_shares=encoder if plan.encoder_shares else [],
-                generator_shares=generator if plan.generator_shares else [],
-            )
-            poured.ranks = policy.place(poured, setting)
-            found = simulate(poured)
-            if max(found.encoder_units) <= limit + 1e-9 and found.makespan < timeline.makespan:
-                best, timeline = poured, found
-    return best
+def _with_backbone(plan: Plan, extra_in_flight: int) -> Plan:
+    """The plan with the bare backbone's actions."""
+    size, ranks, kinds = plan.pipeline_parallel_size, len(set(plan.stage_rank)), plan.costs.kinds
+    orders = get_backbone(plan.backbone).build(ranks, plan.microbatches, extra_in_flight, plan.virtual_stages)
+    if POLICIES[plan.policy].own_ranks:
+        orders = at_stages(orders, plan.stage_rank, size)
+    if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
+        raise ValueError(f"costs.I or costs.W is 0; expected more, as {plan.backbone} splits backwards into I and W")
+    return replace(plan, ranks=[[action for action in actions if plan.occurs(action)] for actions in orders])
 
 
-def _most_encoder_units(bare: Timeline, most: float | None, memory: MemoryBudget | None) -> float | None:
-    """The limit on encoder units that the memory left by the LLM gives, or a lower one that is given."""
-    if memory is None or memory.budget is None or not memory.encoder_unit:
-        return most
-    fits = memory.encoder_units(bare.llm_microbatches)
-    return fits if most is None else min(fits, most)
+def _with_generator_hidden(plan: Plan) -> Plan:
+    """The bare backbone with so many microbatches in flight that each group's generator work fits between the last
+    stage's forwards of the group and its first backward of it."""
+    least = max(map(len, plan.groups)) * (2 if POLICIES[plan.policy].own_ranks else 1)
+    numbers = range(min(least, plan.microbatches), plan.microbatches + 1)  # M: all forwards first, always enough
+    return next(longer for longer in (_with_backbone(plan, number) for number in numbers) if _generator_fits(longer))
 
 
-def _generator_fits(plan: Plan, ranks: Orders) -> bool:
+def _generator_fits(plan: Plan) -> bool:
     """Whether the last stage forwards every group's microbatches before its first backward of the group."""
     last = plan.stages - 1
     place = {
         (action.kind == "F", action.index): position
-        for position, action in enumerate(ranks[plan.stage_rank[last]])
+        for position, action in enumerate(plan.ranks[plan.stage_rank[last]])
         if action.stage == last and action.kind != "W"
     }
     trained = (False, 0) in place
@@ -233,22 +151,37 @@ def _generator_fits(plan: Plan, ranks: Orders) -> bool:
     )
 
 
-def _at_least(least: int, **arguments: int) -> None:
-    for name, value in arguments.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; expected an integer of at least {least}")
+def _with_best_shares(placed: Plan, bare: Plan, given: PolicyInput) -> Plan:
+    """The plan with the fastest of the uneven shares, if one is faster and has no more encoder units alive."""
+    policy, best, timeline = POLICIES[bare.policy], placed, simulate(placed, given.workload)
+    limit = given.max_encoder_units or max(*timeline.encoder_units, default_limit(bare))
+    given = replace(given, max_encoder_units=limit)
+    for encoder, generator in uneven_shares(bare):
+        uneven = replace(
+            bare,
+            encoder_shares=encoder if bare.encoder_shares else [],
+            generator_shares=generator if bare.generator_shares else [],
+        )
+        uneven.ranks = policy.place(uneven, given)
+        found = simulate(uneven)
+        if max(found.encoder_units) <= limit + 1e-9 and found.makespan < timeline.makespan:
+            best, timeline = uneven, found
+    return best
 
 
-def _shares(
-    name: str,
-    plan: Plan,
-    kind: str,
-    given: Sequence[Sequence[float]] | None,
-    ranks: Sequence[int],
-    workload: Workload | None,
-) -> list[list[float]]:
-    """The given rows, or rows that spread the work evenly over the ranks that may do it."""
-    size = plan.pipeline_parallel_size
+def _most_encoder_units(bare: Timeline, request: PlanRequest) -> float | None:
+    """The most encoder units that fit into the memory beside the LLM's microbatches, or fewer if fewer are allowed."""
+    memory, most = request.memory, request.max_encoder_units
+    if memory is None or memory.budget is None or not memory.encoder_unit:
+        return most
+    fits = memory.encoder_units(bare.llm_microbatches)
+    return fits if most is None else min(fits, most)
+
+
+def _shares(name: str, plan: Plan, kind: str, ranks: Sequence[int], request: PlanRequest) -> list[list[float]]:
+    """The rows that are given, or rows that spread the work evenly over the ranks that may do it."""
+    size, workload = plan.pipeline_parallel_size, request.workload
+    given: Sequence[Sequence[float]] | None = getattr(request, name)
     if not ranks:
         raise ValueError(f"stage_rank is {plan.stage_rank}, which leaves no rank for {kind}; expected at least one")
     if given is None:
@@ -265,10 +198,10 @@ def _shares(
     return rows
 
 
-def _nested_time(plan: Plan, workload: Workload | None) -> float:
+def _nested_time(plan: Plan, request: PlanRequest) -> float:
     """Encoder and generator time of all ranks together, without any recomputation."""
     return sum(
-        group_cost(plan, workload, kind, group) * sum(share)
+        group_cost(plan, request.workload, kind, group) * sum(share)
         for kind in ("EF", "EB", "G")
         if kind in plan.costs.kinds
         for group, share in zip(plan.groups, plan.shares(kind), strict=True)

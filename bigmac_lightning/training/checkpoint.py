@@ -1,9 +1,10 @@
-"""Checkpoints of all ranks together, that any number of ranks can read: a directory in torch's DCP format, or one file.
+"""Checkpoints that all ranks write together and any number of ranks can read: a directory in torch's DCP format, or one
+file.
 
-A directory holds, by its key in DCP: "model", the weights; "optimizer_0", ..., the moments; "others", whatever else is
-kept by names of the model's tensors (a callback's moving average). The rest lies in Lightning's metadata file. A file
-is what Lightning writes in one process, but for the optimizers, whose states go by names. Knows torch.distributed's
-default group, but works in one process without any; knows nothing of schedules.
+A directory has these keys in DCP: "model", the weights; "optimizer_0", ..., the moments; "others", further tensors that
+are keyed by names of the model's tensors, such as a callback's moving average. Everything else is in Lightning's
+metadata file. A single file is what Lightning writes in one process, except that optimizer states are keyed by
+parameter names. All functions use torch.distributed's default group, and also work in one process without any.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,11 +37,12 @@ def names_of(module: PipelineModule) -> Names:
 def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> None:
     """Write a checkpoint directory. Collective.
 
-    Everything is written beside `path` first and moved there when complete: an interrupted save leaves the old one.
+    Everything is written beside `path` first and moved there when it is complete, so an interrupted save leaves the
+    old checkpoint as it was.
 
     Args:
-        checkpoint: this rank's.
-        replica: data-parallel replica that this rank belongs to; the first one's counts.
+        checkpoint: this rank's part, as Lightning makes it.
+        replica: data-parallel replica that this rank belongs to; what the first replica has is saved.
     """
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
@@ -52,7 +54,8 @@ def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> 
 
 
 def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
-    """The checkpoint of all ranks, on global rank 0; a part of it elsewhere. Collective; arguments as above."""
+    """The checkpoint of all ranks on global rank 0, and some part of it on other ranks. Collective; arguments as of
+    `save_directory`."""
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
     own = {path: value.cpu() if isinstance(value, Tensor) else value for path, value in _leaves(tensors)}
@@ -67,7 +70,7 @@ def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
     weights = tensors.get(MODEL, {})
     for copy, original in names.copies.items():
         if copy in weights and original in weights:
-            weights[copy] = weights[original]  # one tensor in the file, as in one process
+            weights[copy] = weights[original]  # so that the file has one tensor for both, as in one process
     return complete(rest, tensors)
 
 
@@ -77,12 +80,12 @@ def load_directory(
     """This rank's part of a checkpoint directory. Collective.
 
     Args:
-        own: this rank's `state_dict`, into whose tensors weights are read; empty: into new ones.
-        optimizers: whether to read their states.
-        unknown: whether to read weights that the model does not have; else they come as tensors without values.
+        own: this rank's `state_dict`, into whose tensors weights are read; empty: weights are read into new tensors.
+        optimizers: whether to read the optimizers' states.
+        unknown: whether to read weights that the model does not have; otherwise they become tensors without values.
 
     Raises:
-        ValueError: it is no checkpoint directory; on all ranks.
+        ValueError: `path` is not a checkpoint directory; raised on all ranks.
     """
     missing = [] if (path / ".metadata").is_file() else [str(path / ".metadata")]
     agree(missing, f"{path} is not a checkpoint directory, no such file")
@@ -110,10 +113,10 @@ def load_directory(
 def load_weights(
     module: PipelineModule, state: Mapping[str, Any], names: Names, strict: bool, path: Path | str
 ) -> None:
-    """Give the module the weights that a checkpoint, after all hooks, has for it. Collective.
+    """Load the weights of a checkpoint, as hooks have left them, into the module. Collective.
 
     Raises:
-        ValueError: names or shapes do not fit, which are listed; on all ranks.
+        ValueError: names or shapes do not fit; the message lists them. Raised on all ranks.
     """
     state = {name: value for name, value in state.items() if names.selects(name, state.__contains__)}
     for copy, original in names.copies.items():
@@ -132,14 +135,14 @@ def load_weights(
 
 
 def agree(problems: Sequence[str], what: str) -> None:
-    """Raise a ValueError on all ranks if any rank found a problem, so that none waits for another. Collective."""
+    """Raise a ValueError on all ranks if any rank found a problem, so that no rank waits for another. Collective."""
     found = sorted({problem for part in from_everyone(list(problems)) for problem in part})
     if found:
         raise ValueError(f"{what}: {first_few(found)}")
 
 
 def from_everyone(own: Any) -> list[Any]:
-    """What every rank gives. Collective."""
+    """The values of all ranks, by rank. Collective."""
     if not dist.is_initialized():
         return [own]
     everyone = [None] * dist.get_world_size()
@@ -147,26 +150,32 @@ def from_everyone(own: Any) -> list[Any]:
     return everyone
 
 
-def on_first_rank(work: Callable[[], Any]) -> Any:
-    """Let global rank 0 do something with files; its result on all ranks, and an error if it fails. Collective."""
+def on_first_rank(function: Callable[[], Any]) -> Any:
+    """Call a function, which works on files, on global rank 0. Collective.
+
+    Returns: its result, on all ranks.
+
+    Raises:
+        Exception: what the function raised, on rank 0; a RuntimeError that quotes it on the others.
+    """
     first, done, failed = not dist.is_initialized() or dist.get_rank() == 0, None, None
     if first:
         try:
-            done = work()
+            done = function()
         except Exception as error:
             failed = error
-    told: list[Any] = [done, failed and f"{type(failed).__name__}: {failed}"]
+    answer: list[Any] = [done, failed and f"{type(failed).__name__}: {failed}"]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)
+        dist.broadcast_object_list(answer)
     if failed is not None:
         raise failed
-    if told[1] is not None:
-        raise RuntimeError(f"rank 0 could not write a checkpoint: {told[1]}")
-    return told[0]
+    if answer[1] is not None:
+        raise RuntimeError(f"rank 0 could not write a checkpoint: {answer[1]}")
+    return answer[0]
 
 
 def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
-    """The tensors that go by names of the model, by their key in DCP, and the rest."""
+    """The tensors that are keyed by names of the model, under their keys in DCP; and everything else."""
     checkpoint = dict(checkpoint)
     tensors: Tree = {MODEL: checkpoint.pop("state_dict", {})}
     states = [split(state, names) for state in checkpoint.pop("optimizer_states", [])]
@@ -178,13 +187,13 @@ def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
 
 
 def _joined(rest: Tree, names: Names, replica: int) -> Tree:
-    """Of the ranks of the first replica."""
+    """Everything that is not a tensor of the model, joined over the ranks of the first replica. Collective."""
     parts = [part for part in from_everyone(rest if replica == 0 else None) if part is not None]
     return joined(parts, names)
 
 
 def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: Names) -> bool:
-    """Whether this rank gets what lies at a place."""
+    """Whether this rank gets the value at a place of the tree."""
 
     def beside(i: int) -> Callable[[str], bool]:
         return lambda key: (*place[:i], key, *place[i + 1 :]) in known
@@ -200,7 +209,7 @@ def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
 
 
 def _room(entry: Any, own: Any) -> Any:
-    """A tensor to read into: the model's own, if that is alike."""
+    """A tensor to read into: the model's own if its shape and type are the same, or a new one."""
     alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
     return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
 

@@ -1,6 +1,6 @@
-"""float32 numbers in messages of a shorter type: each number as the sum of three, and its gradient likewise.
+"""Sends float32 numbers, and their gradients, in messages of a 16-bit type: each number as a sum of three.
 
-Three numbers of a 16-bit type have the 24 bits of a float32. Knows tensors alone.
+A bfloat16 has 8 significant bits, so three of them have the 24 bits of a float32.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ PARTS = 3
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """How many numbers of this type make a float32."""
+    """How many numbers of this type carry one float32."""
     return PARTS if dtype.itemsize < 4 else 1
 
 
 def apart(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """A flat tensor of `parts_of(dtype)` times as many numbers of this type, the first of all before all others."""
+    """The numbers as a flat tensor of this type: first the leading parts of all numbers, then the second parts, ..."""
     return exact.flatten().to(dtype) if parts_of(dtype) == 1 else _Apart.apply(exact.flatten().float(), dtype)
 
 

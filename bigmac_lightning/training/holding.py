@@ -1,7 +1,5 @@
-"""What a process holds of a PipelineModule: taking its part, and refusing what needs the whole once a run is over.
-
-Knows modules and parts; knows no process groups.
-"""
+"""A process has a part of a PipelineModule: it takes that part before a run, and refuses after the run whatever needs
+the whole model."""
 
 from typing import Any, NoReturn
 
@@ -11,15 +9,17 @@ from bigmac_lightning.contracts.module import Part, PipelineModule
 
 
 def is_whole(module: PipelineModule, part: Part) -> bool:
-    """Whether nothing is left out of a part."""
+    """Whether a part is the whole LLM."""
     return part.layers is None or (len(part.layers) == module.llm.num_layers and part.embedding and part.head)
 
 
 def take_part(module: PipelineModule, part: Part) -> None:
-    """Let a module hold a part of the LLM: when it gets its weights, or, if it has all of them, from now on.
+    """Let a module have only a part of the LLM.
+
+    If the module has no weights yet, it will get only those of this part. If it has all of them, it drops the others.
 
     Raises:
-        ValueError: it holds another part, or its LLM cannot drop anything.
+        ValueError: it has another part already, or its LLM cannot drop layers.
     """
     if module._materialized and not _same(module, part):
         if not is_whole(module, module.part):
@@ -32,7 +32,7 @@ def take_part(module: PipelineModule, part: Part) -> None:
 
 
 def close(module: PipelineModule) -> None:
-    """Refuse what needs the whole model, as this process holds a part of it; until `open_again`."""
+    """Let `state_dict` and `pipeline` raise errors until `open_again`, if this process has only a part of the model."""
     module.runner = None
     if is_whole(module, module.part) or not module._materialized:
         return
@@ -46,7 +46,7 @@ def close(module: PipelineModule) -> None:
 
 
 def open_again(module: PipelineModule) -> None:
-    """Allow it while a run, or a save, is going on."""
+    """Undo `close`, for a run or a save."""
     hooks: dict[int, Any] = module._state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Refusal)]:
         del hooks[key]

@@ -1,7 +1,4 @@
-"""Processes that a Trainer forks or spawns, as in notebooks: what they have learnt goes back to where they came from.
-
-Knows Lightning's launcher; how the parts of all ranks become a whole is the strategy's business.
-"""
+"""Starts processes by fork or spawn, as notebooks need, and brings the trained weights back into the first process."""
 
 import tempfile
 from collections.abc import Callable
@@ -17,10 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 class WholeModelLauncher(_MultiProcessingLauncher):
-    """Brings the weights of all ranks back into the module of the process that has started them.
+    """Lightning's launcher, which also loads the weights of all ranks into the module of the process that started them.
 
     Args:
-        whole: gives the whole model's weights on global rank 0; collective.
+        whole: collective function that gives the whole model's weights on global rank 0.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
-"""The batches of Lightning's training loop through the pipeline.
+"""Runs the batches of Lightning's loop through the pipeline.
 
 Lightning zeroes gradients between `training_step` and `backward`, but a pipeline runs its backward inside
-`training_step`. So gradients are set aside there and given back in `backward`: zeroing, accumulation, clipping,
-precision plugins, schedulers and hooks then behave as in plain training.
-Knows Lightning's loop and a runner; knows nothing of plans or processes.
+`training_step`. So gradients are set aside there and restored in `backward`: zeroing, accumulation, clipping, precision
+plugins, schedulers and hooks then behave as in plain training.
 """
 
 import logging
@@ -16,7 +15,8 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import Batch
-from bigmac_lightning.contracts.module import Mode, PipelineModule, PipelineOutput
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.runtime import hooks
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients
@@ -26,18 +26,18 @@ from bigmac_lightning.training.runner import PipelineRunner
 log = logging.getLogger(__name__)
 
 MANY_BUBBLES = 1 / 3
-"""The share of idle time above which the user is told."""
+"""Above this share of idle time a warning is logged. 1F1B has it with two microbatches per rank: (P-1) / (3P-1)."""
 
 MANY_MICROBATCHES = 8
-"""Sums of more gradients than these are taken in float32 by default."""
+"""By default, gradients of more microbatches than this are summed in float32: each addition in bfloat16 rounds."""
 
 
 class LightningSteps:
-    """Runs the batches of a fitted or evaluated module. Calling it is what `PipelineModule.pipeline` does.
+    """Runs the batches of a module that is trained or evaluated; `PipelineModule.pipeline` calls it.
 
     Args:
-        float32_gradients: whether gradients of weights in half precision are summed up in float32; ``None``: if there
-            are more than `MANY_MICROBATCHES` of them in an optimizer step.
+        float32_gradients: whether gradients of 16-bit weights are summed in float32; ``None``: if an optimizer step has
+            more than `MANY_MICROBATCHES` microbatches.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class LightningSteps:
         self._float32_gradients = float32_gradients
         self._loss: Tensor | None = None
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
-        self._first_of_window = True
-        self._batches = 1  # of an optimizer step
+        self._first_of_step = True
+        self._batches = 1  # in an optimizer step
         self._warned = dist.get_rank() > 0
         mesh = runner.mesh
         self._buffers = [ReplicatedBuffers([module.encoders, module.generators], None)] * (dist.get_world_size() > 1)
@@ -59,21 +59,21 @@ class LightningSteps:
         return self._runner.gradient_norm()
 
     def start(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        """Before a training batch. Collective over the pipeline."""
+        """Prepare for a training batch. Collective over the pipeline."""
         self._batches = trainer.accumulate_grad_batches
-        self._first_of_window = batch_idx % self._batches == 0
+        self._first_of_step = batch_idx % self._batches == 0
         self._runner.step = trainer.fit_loop.total_batch_idx
         self._runner.refresh()  # a callback may have frozen or unfrozen something
         self._loss = self._stash = None
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
         """Run a batch; in training, set its gradients aside."""
-        if mode != "train" or not isinstance(batch, Batch):  # others are refused
+        if mode != "train" or not isinstance(batch, Batch):  # the runner refuses other types
             return self._runner(batch, mode)
         if self._stash is not None:
             raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
         parameters = self._trained()
-        if self._first_of_window:
+        if self._first_of_step:
             for parameter in parameters:
                 parameter.grad = None
             wide = self._sums_in_float32(batch)
@@ -81,7 +81,7 @@ class LightningSteps:
         scaler = getattr(self._precision, "scaler", None)
         one = torch.ones((), dtype=torch.float32, device=self._runner.mesh.device)
         scale = one if scaler is None else scaler.scale(one)
-        self._runner.gradient_scale = scale if batch.window else scale / self._batches
+        self._runner.gradient_scale = scale if batch.step_counts else scale / self._batches
         with hooks.silenced(parameters):
             output = self._runner(batch, mode)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
@@ -94,10 +94,10 @@ class LightningSteps:
         return output
 
     def check(self, output: Any) -> None:
-        """Refuse what `training_step` has returned, if it is not the loss of the pipeline.
+        """Check that `training_step` has returned the loss of the pipeline.
 
         Raises:
-            ValueError: says what to do instead.
+            ValueError: it has returned something else; the message says what to do instead.
         """
         loss = output.get("loss") if isinstance(output, dict) else output
         if self._loss is None or loss is not self._loss:
@@ -107,17 +107,17 @@ class LightningSteps:
                 "ignored. Weights of loss parts go into the module's loss_weights."
             )
 
-    def give_back(self, last_of_window: bool) -> None:
-        """Let the parameters have their gradients.
+    def restore_gradients(self, last_of_step: bool) -> None:
+        """Put the gradients that were set aside back into the parameters.
 
-        Collective if this ends an optimizer step: they are then those of all ranks, in the type that optimizers expect,
-        and users' hooks have seen them.
+        If this ends an optimizer step, the gradients are also summed over all ranks, converted to the type that
+        optimizers expect, and passed to users' hooks. Collective then.
         """
         assert self._stash is not None, "backward without a pipeline run"
         for parameter, gradient in self._stash:
             parameter.grad = gradient
         self._stash = None
-        if last_of_window:
+        if last_of_step:
             reduce_gradients(self._runner.places, self._runner.mesh)
             for buffers in self._buffers:
                 buffers.synchronize()
@@ -126,7 +126,7 @@ class LightningSteps:
             hooks.call(parameters)
 
     def _warn_of_waste(self) -> None:
-        """Of a plan, the first batch's, in which ranks have little to do."""
+        """Log a warning if ranks are idle for much of the first batch's plan."""
         plan = self._runner.last_plan
         if plan is None:
             return
@@ -143,7 +143,7 @@ class LightningSteps:
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
     def _sums_in_float32(self, batch: Batch) -> bool:
-        """The same on all ranks, and in all of a run."""
+        """Whether gradients are summed in float32: the same on all ranks, and for the whole run."""
         if self._float32_gradients is None:
             most = torch.tensor(len(batch) * self._batches, device=self._runner.mesh.device)
             if dist.get_world_size() > 1:

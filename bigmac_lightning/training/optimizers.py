@@ -1,7 +1,4 @@
-"""Optimizers of ranks that hold a part of the model, or nothing to train at all.
-
-Knows torch's optimizers; knows nothing of pipelines.
-"""
+"""Lets users' `configure_optimizers` run on ranks that have no parameter to train."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +10,10 @@ from torch.optim import Optimizer
 
 @contextmanager
 def accepting_nothing() -> Iterator[None]:
-    """Inside, an optimizer may be given an empty list of parameters, which torch takes for a mistake: other ranks have
-    some. It has one empty group then, so that schedulers find what they look for."""
+    """Within this context, an optimizer accepts an empty list of parameters, which torch refuses as a mistake.
+
+    The optimizer then has one empty parameter group, so that learning rate schedulers find a group.
+    """
     original = Optimizer.__init__
 
     def init(self: Optimizer, params: Any, defaults: dict[str, Any]) -> None:

@@ -1,11 +1,9 @@
-"""Plans for the batches of a PipelineModule, made from their metadata alone: by the pipeline itself, or by a worker of
-the DataLoader while the step before still runs.
-
-Knows batches, costs and plans; knows no tensors' values, no modules and no process groups.
-"""
+"""Plans batches from their metadata alone: in the training process, or in a worker of the DataLoader while the step
+before still runs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,22 +18,23 @@ from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 from bigmac_lightning.training.options import PipelineOptions
 
 CACHED_PLANS = 16
-"""Batches of one shape share a plan, and so do a step's few shapes; uneven batches never meet theirs again."""
+"""How many plans are remembered: enough for the few shapes that even batches have. Uneven batches never repeat."""
 
 
 OwnedCost = tuple[int, float]
-"""An item's owner and cost."""
+"""The owner of an item, and its cost."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained, as far as it changes what a plan has to do.
+    """What is trained, as far as plans depend on it.
 
     Attributes:
         weights: per stage, whether it has trained weights; where not, a backward gives input gradients only.
         encoders: names of the encoders that are trained, at least in part.
         generator: whether any generator is trained.
-        encoder_backward: the share of a whole encoder backward that is needed: below 1 if its lower part is frozen.
+        encoder_backward: the fraction of a whole encoder backward that is needed; below 1 if the encoder's lower part
+            is frozen.
     """
 
     weights: tuple[bool, ...]
@@ -48,14 +47,17 @@ class Trained:
         return cls((False,) * stages)
 
     def needs(self, batch: Batch) -> Needs:
-        """Where gradients are needed in a step on this batch."""
+        """Where gradients are needed in a training step on this batch."""
         encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)
         return Needs(self.weights, tuple(encoded), self.generator)
 
-    def costs(self, costs: Costs, needs: Needs, media: bool, targets: bool) -> tuple[Costs, list[list[float]] | None]:
-        """The costs of what is to be done, and those of each stage where stages differ.
+    def costs(
+        self, costs: Costs, stages_per_rank: int, needs: Needs, media: bool, targets: bool
+    ) -> tuple[Costs, list[list[float]] | None]:
+        """The costs of the actions that occur, and per stage the times of F, B, I and W if stages differ.
 
         Args:
+            costs: F, B, I and W are those of all the stages of a rank together.
             media, targets: whether the batch has any.
         """
         passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
@@ -63,13 +65,14 @@ class Trained:
         costs = costs.occurring(EF=media, EB=needs.encoder, G=targets, **dict.fromkeys("BIW", passed[-1]))
         if not passed[-1] or all(self.weights):
             return costs, None
-        through = costs.B * costs.I / (costs.I + costs.W) if costs.I + costs.W else costs.B
+        one = costs.per_stage(stages_per_rank)
+        through = one.B * one.I / (one.I + one.W) if one.I + one.W else one.B
         rows = [
-            [costs.F, costs.B, costs.I, costs.W]
+            [one.F, one.B, one.I, one.W]
             if weights
-            else [costs.F, through, costs.I, 0.0]
+            else [one.F, through, one.I, 0.0]
             if has_backward
-            else [costs.F, 0.0, 0.0, 0.0]
+            else [one.F, 0.0, 0.0, 0.0]
             for weights, has_backward in zip(self.weights, passed, strict=True)
         ]
         return costs, rows
@@ -77,23 +80,47 @@ class Trained:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """A plan, and what one rank has to do for it.
+    """What one rank needs of the plan of a batch: its program, and how media and targets are divided.
+
+    It travels from a DataLoader's worker to the training process at every step. The lists of all other ranks, which
+    would take most of the time, travel as text, and are parsed only if `plan` is asked for.
 
     Attributes:
-        key: the metadata it was made from; batches with the same key have the same plan.
-        plan: of all ranks.
-        program: of this rank.
-        needs: where gradients flow.
+        key: the metadata that the plan was made from; batches with the same key have the same plan.
+        program: this rank's instructions.
+        needs: where gradients are needed.
+        groups: the microbatches of each group.
+        pieces: for EF and G, by group and rank, in how many pieces the rank's share is cut.
+        recomputes: whether encoder forwards keep nothing, and run again before their backwards.
+        source: the plan, or its text.
     """
 
     key: object
-    plan: Plan
     program: list[Instruction]
     needs: Needs
+    groups: list[list[int]]
+    pieces: dict[str, dict[tuple[int, int], int]]
+    recomputes: bool
+    source: Plan | str
+
+    @classmethod
+    def of(cls, key: object, plan: Plan, program: list[Instruction], needs: Needs) -> "PlannedBatch":
+        """What one rank needs of a plan."""
+        pieces = {kind: plan.pieces(kind) for kind in ("EF", "G")}
+        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of all ranks."""
+        return Plan.from_json(self.source) if isinstance(self.source, str) else self.source
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return state if isinstance(self.source, str) else state | {"source": self.source.to_json()}
 
 
 class _SharedTrained:
-    """A `Trained` that workers of a DataLoader read from memory that they share with the process that changes it."""
+    """A `Trained` in shared memory: the training process writes it, and the DataLoader's workers read it."""
 
     def __init__(self, encoders: Iterable[str], trained: Trained) -> None:
         self._encoders, self._stages = sorted(encoders), len(trained.weights)
@@ -112,12 +139,12 @@ class _SharedTrained:
 
 
 class Planner:
-    """Plans batches for one rank; remembers the `CACHED_PLANS` plans that were used last.
+    """Plans batches for one rank, and remembers the `CACHED_PLANS` plans that were used last.
 
-    All ranks see the same metadata and make the same plan. Copies in workers learn of a change in what is trained.
+    All ranks see the same metadata and make the same plan. Copies of a planner in workers share `trained`.
 
     Attributes:
-        known: what it remembers, by key; used last, stands last.
+        known: the remembered plans by key, the least recently used first.
     """
 
     def __init__(
@@ -125,10 +152,10 @@ class Planner:
     ) -> None:
         """
         Args:
-            options: all that was "auto" chosen.
-            size, rank: of the pipeline.
+            options: options without any "auto".
+            size, rank: number of the pipeline's ranks, and which of them this is.
             trained: what is trained now.
-            encoders: names of those that may be trained later.
+            encoders: names of encoders that may be trained later.
         """
         self.options, self.size, self.rank = options, size, rank
         self.layout = options.layout(size, rank)
@@ -137,7 +164,7 @@ class Planner:
 
     @property
     def trained(self) -> Trained:
-        """What is trained."""
+        """What is trained now."""
         return self._trained.get()
 
     @trained.setter
@@ -145,10 +172,10 @@ class Planner:
         self._trained.set(trained)
 
     def key(self, batch: Batch, trained: Trained | None = None) -> object:
-        """What the plan of a batch depends on.
+        """Everything that the plan of a batch depends on.
 
         Args:
-            trained: what is trained, if not what is trained now.
+            trained: what is trained; ``None``: what is trained now.
         """
         trained = self.trained if trained is None else trained
         return trained, tuple(
@@ -162,7 +189,7 @@ class Planner:
         )
 
     def __call__(self, batch: Batch) -> PlannedBatch:
-        """The plan of a batch whose microbatches are all useful."""
+        """Plan a batch, all of whose microbatches are useful (see `Batch.useful`)."""
         trained = self.trained
         key = self.key(batch, trained)
         planned = self.known.pop(key, None)
@@ -170,9 +197,9 @@ class Planner:
             if len(self.known) >= CACHED_PLANS:
                 self.known.pop(next(iter(self.known)))
             needs = trained.needs(batch)
-            plan, work = self._plan(batch, trained, needs)
-            order = simulate(plan, work).order  # make_plan has verified it
-            planned = PlannedBatch(key, plan, lower(plan, order, needs)[self.rank], needs)
+            plan, workload = self._plan(batch, trained, needs)
+            order = simulate(plan, workload).order  # make_plan has verified it
+            planned = PlannedBatch.of(key, plan, lower(plan, order, needs)[self.rank], needs)
         self.known[key] = planned
         return planned
 
@@ -180,47 +207,41 @@ class Planner:
         groups = self.layout.groups(len(batch))
         media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
         encoder, generator = self._shares(media, groups), self._shares(targets, groups)
+        schedule, factors = self.options.schedule, self.options.stage_factors
         costs, stage_costs = trained.costs(
-            self.options.costs.per_stage(self.options.stages_per_rank), needs, _any(encoder), _any(generator)
+            self.options.costs, schedule.stages_per_rank, needs, _any(encoder), _any(generator)
         )
-        if self.options.stage_factors:
-            assert self.options.stage_factors != "auto", "not estimated yet"
-            rows = stage_costs or [[costs.F, costs.B, costs.I, costs.W]] * len(self.options.stage_factors)
-            pairs = zip(rows, self.options.stage_factors, strict=True)
-            stage_costs = [[time * factor for time in row] for row, factor in pairs]
-        work = _workload([m.cost for m in batch.microbatches], media, targets, costs)
-        plan = make_plan(
-            policy=self.options.policy,
-            backbone=self.options.backbone,
-            pipeline_parallel_size=self.size,
-            virtual_stages=self.options.stages_per_rank,
-            microbatches=len(batch),
+        if factors:
+            assert factors != "auto", "not estimated yet"
+            one = costs.per_stage(schedule.stages_per_rank)
+            rows = stage_costs or [[one.F, one.B, one.I, one.W]] * len(factors)
+            stage_costs = [[time * factor for time in row] for row, factor in zip(rows, factors, strict=True)]
+        workload = _workload([m.cost for m in batch.microbatches], media, targets, costs)
+        request = replace(schedule, costs=costs).request(
+            self.size,
+            len(batch),
+            workload=workload,
             groups=groups,
-            pieces=self._pieces(media, groups),
-            costs=costs,
-            stage_costs=stage_costs,
-            stage_rank=self.options.own_stage_rank,
+            group_pieces=self._pieces(media, groups),
             encoder_shares=encoder if _any(encoder) else None,
             generator_shares=generator if _any(generator) else None,
-            workload=work,
-            max_encoder_units=self.options.max_encoder_units,
-            max_llm_microbatches=self.options.max_llm_microbatches,
-            memory=self.options.memory,
+            stage_costs=stage_costs,
+            stage_rank=self.options.own_stage_rank,
         )
-        return plan, work
+        return make_plan(request), workload
 
     def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
-        """In how many pieces each rank's share of each group may be cut: no more than it has items."""
+        """Per group and rank, the most pieces of its share: no more than the rank has items, as no item is cut."""
         return [
             [
-                min(self.options.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
+                min(self.options.schedule.pieces, sum(owner == rank for m in group for owner, _ in items[m]))
                 for rank in range(self.size)
             ]
             for group in groups
         ]
 
     def _shares(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
-        """Each rank's fraction of each group's cost."""
+        """Per group, each rank's fraction of the cost."""
         rows: list[list[float]] = []
         for group in groups:
             row = [0.0] * self.size
@@ -233,9 +254,9 @@ class Planner:
 
 
 class PlanningCollate:
-    """A DataLoader's collate function that also plans the batch, in the process that it runs in.
+    """A DataLoader's collate function that also plans the batch, in the worker if there are workers.
 
-    A batch that cannot be planned is passed on as it is: the pipeline says what is wrong with it.
+    A batch that cannot be planned is passed on without a plan: the runner then raises the error on all ranks.
     """
 
     def __init__(self, collate: Callable[[Any], Any], planner: Planner) -> None:
@@ -251,7 +272,7 @@ class PlanningCollate:
 
 
 def _owned(items: Sequence[Sequence[MediaItem | TargetItem]]) -> list[list[OwnedCost]]:
-    """Owner and cost of each microbatch's items; an item that costs nothing is still to be done by its owner."""
+    """Owner and cost of each microbatch's items. A cost of 0 becomes a small one, as its owner still has to act."""
     least = NEGLIGIBLE * max((item.cost for row in items for item in row), default=0.0) or 1.0
     return [[(item.owner, max(item.cost, least)) for item in row] for row in items]
 
@@ -259,14 +280,14 @@ def _owned(items: Sequence[Sequence[MediaItem | TargetItem]]) -> list[list[Owned
 def _workload(
     llm: Sequence[float], media: Sequence[Sequence[OwnedCost]], targets: Sequence[Sequence[OwnedCost]], costs: Costs
 ) -> Workload:
-    """Durations of a batch whose mean microbatch takes `costs`."""
+    """The work of each microbatch, so that the mean microbatch takes `costs`."""
     mean = sum(llm) / len(llm)
     parts = zip(llm, _scaled(media, costs.EF), _scaled(targets, costs.G), strict=True)
     return Workload(tuple(MicrobatchWork(time / mean, encoder, generator) for time, encoder, generator in parts))
 
 
 def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[float, ...]]:
-    """Item costs as times, so that the mean microbatch takes `cost`."""
+    """Item costs as times, scaled so that the mean microbatch takes `cost`."""
     total = sum(cost for row in items for _, cost in row)
     factor = cost * len(items) / total if total else 0.0
     return [tuple(cost * factor for _, cost in row) for row in items]

@@ -1,8 +1,5 @@
-"""What users may ask of a Trainer, or write into hooks, that would silently be something else in a pipeline: refused by
-name, on all ranks, before the first step.
-
-Knows Lightning's Trainer, modules and callbacks; knows nothing of plans or ranks' parts.
-"""
+"""Refuses settings of the Trainer, hooks and optimizers that would silently do something else in a pipeline: by name,
+on all ranks, before the first step."""
 
 import inspect
 import logging
@@ -22,7 +19,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 log = logging.getLogger(__name__)
 
 NORMS = ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm", "grad_norm")
-"""Functions of torch and Lightning that see the gradients of the parameters that they are given, and no others."""
+"""Functions of torch and Lightning that compute a norm from the parameters they are given: those of one rank."""
 
 HOOKS = (
     "configure_gradient_clipping",
@@ -36,9 +33,10 @@ HOOKS = (
 
 
 def check_settings(trainer: pl.Trainer, module: PipelineModule, precision: Precision, layer_sync: object) -> None:
-    """
+    """Refuse settings that the pipeline cannot honour, and warn of batch norms.
+
     Raises:
-        ValueError: the Trainer is set to something that the pipeline does not do.
+        ValueError: there is such a setting; the message names it and what to use instead.
     """
     if not module.automatic_optimization:
         raise ValueError("strategy='bigmac' runs the backward itself: automatic_optimization must stay True")
@@ -60,17 +58,17 @@ def check_settings(trainer: pl.Trainer, module: PipelineModule, precision: Preci
             )
         if isinstance(child, _BatchNorm) and child.training and child.track_running_stats and trainer.is_global_zero:
             log.warning(
-                "%s is a batch norm in training mode: what it makes of an item depends on which others its rank "
-                "encodes with it, so gradients are not those of one process. Its statistics are averaged over ranks",
+                "%s is a batch norm in training mode: its output for an item depends on the other items that the same "
+                "rank encodes, so gradients differ from those of one process. Its statistics are averaged over ranks",
                 name,
             )
 
 
 def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:
-    """
+    """Refuse hooks that compute a norm over the parameters of one rank.
+
     Raises:
-        ValueError: a hook of the module, or of a callback that is not Lightning's, takes a norm over the parameters of
-            this rank alone.
+        ValueError: a hook of the module, or of a callback that is not Lightning's, uses one of `NORMS`.
     """
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     for owner in [module, *callbacks]:
@@ -87,15 +85,18 @@ def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """
+    """Refuse optimizers that do not update each parameter by itself.
+
     Raises:
-        ValueError: it would be wrong where ranks have parameters of their own.
+        ValueError: the optimizer looks at several parameters together, and each rank has only some of them.
     """
     optimizer, reason = bare(optimizer), ""
     if isinstance(optimizer, LBFGS):
-        reason = "looks at all parameters together, of which each rank holds a part"
-    if hasattr(optimizer, "consolidate_state_dict"):  # as Lightning tells them
-        reason = "deals parameters out to ranks that all have the same, which pipeline ranks have not"
+        reason = "looks at all parameters together, but each rank has only a part of them"
+    if hasattr(
+        optimizer, "consolidate_state_dict"
+    ):  # by this Lightning recognises ZeroRedundancyOptimizer and the like
+        reason = "shards parameters over ranks that all have the same ones, but pipeline ranks have different ones"
     if reason:
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: use an optimizer that steps each parameter by itself, such as "
@@ -107,7 +108,7 @@ def _nothing() -> None: ...
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Global names and attributes that a function uses, functions inside it included."""
+    """Global names and attributes that a function and the functions inside it use."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

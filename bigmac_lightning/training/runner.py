@@ -1,8 +1,4 @@
-"""Runs a PipelineModule's batches through the runtime: a plan per batch, one result on all ranks.
-
-Between module.py (what a model does) and runtime/ (how a plan is executed). Knows process groups through the mesh only;
-knows nothing of Lightning's Trainer.
-"""
+"""Runs a PipelineModule's batches through the runtime: a plan per batch, and one result on all ranks."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,27 +9,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
-from bigmac_lightning.contracts.module import Mode, Part, PipelineModule, PipelineOutput
-from bigmac_lightning.estimates.partition import LayerCosts, make_stages
+from bigmac_lightning.contracts.module import Part, PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
+from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import drawing
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.training.batch_work import BatchWork
+from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
 from bigmac_lightning.training.trained import TrainedParts
 
 
-def split_layers(layers: int, stages: int) -> list[range]:
-    """Consecutive, nearly even stages; see `make_stages`."""
-    return make_stages(LayerCosts((1.0,) * layers), stages)
-
-
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
-    """What a pipeline rank holds of the LLM."""
+    """The part of the LLM that a pipeline rank has."""
     own = [s for s, owner in enumerate(stage_rank) if owner == rank]
     return Part(
         layers=tuple(layer for s in own for layer in stages[s]),
@@ -42,18 +34,22 @@ def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Pa
     )
 
 
-def settled(module: PipelineModule, options: PipelineOptions, size: int) -> tuple[PipelineOptions, list[range], str]:
-    """Options with all that is open named, the layers of each stage, and why; the same on all ranks.
+def resolve_options(
+    module: PipelineModule, options: PipelineOptions, size: int
+) -> tuple[PipelineOptions, list[range], str]:
+    """The options without anything left open, the layers of each stage, and why "auto" became what it is.
+
+    The same on all ranks.
 
     Args:
-        module: before or after its weights are there.
-        size: ranks of the pipeline, P.
+        module: with or without its weights.
+        size: number of the pipeline's ranks, P.
 
     Raises:
-        ValueError: it cannot be cut into so many stages, or no plan is possible.
+        ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
     """
     layers = module.llm.num_layers
-    options, reason = options.chosen(size, layers, bool(module.encoders), bool(module.generators))
+    options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
     costs = module.llm.costs(options.sample_tokens)
     stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
     options = replace(options, partition=tuple(len(stage) for stage in stages))
@@ -61,16 +57,18 @@ def settled(module: PipelineModule, options: PipelineOptions, size: int) -> tupl
 
 
 class PipelineRunner:
-    """A PipelineModule on one rank of a pipeline. Calling it runs a batch; training leaves summed gradients of this
-    rank's work in ``.grad`` (reduce them with `runtime.gradients`, using `places`).
+    """Runs batches of a PipelineModule on one rank of a pipeline.
+
+    Training adds the gradients of this rank's actions to ``.grad``; reduce them with `runtime.gradients`, using
+    `places`.
 
     Attributes:
         gradient_scale: factor of all gradients.
-        step: number of the training step, by which ranks draw random numbers of their own.
+        step: number of the training step, which seeds the random numbers that ranks draw.
 
     Args:
-        module: with this rank's part of the LLM materialised.
-        forward_context: entered around every forward (precision).
+        module: the module with the weights of this rank's part of the LLM.
+        forward_context: context manager that every forward runs in (for precision).
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class PipelineRunner:
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
         self.dtype = self._find_dtype()
-        self.last_plan: Plan | None = None
+        self._last_planned: PlannedBatch | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
         self.seed, self.step = torch.initial_seed(), 0
@@ -99,32 +97,40 @@ class PipelineRunner:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
         if self.trained.refresh():
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
 
     @property
+    def last_plan(self) -> Plan | None:
+        """The plan of the last batch that was not empty; ``None`` before it."""
+        return None if self._last_planned is None else self._last_planned.plan
+
+    @property
     def places(self) -> ParameterPlaces:
-        """Where this rank's trained parameters live elsewhere too."""
+        """Which of this rank's trained parameters other ranks have as well."""
         return self.trained.places
 
     def gradient_norm(self) -> Tensor:
-        """2-norm of all gradients of the model; the same scalar on every rank. Collective; after their reduction."""
+        """2-norm of all gradients of the model, once they are reduced; the same scalar on every rank. Collective."""
         return global_norm(self.places, self.mesh)
 
     # -- one batch ---------------------------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
-        """Run a batch; see `PipelineModule.pipeline`. Collective: over the pipeline, and in training over the world, as
-        replicas are evaluated on any number of batches."""
+        """Run a batch; see `PipelineModule.pipeline`.
+
+        Collective over the world in training, and over the pipeline in evaluation, where replicas may have different
+        numbers of batches.
+        """
         self.check(batch, mode)
         module, training = self.module, mode == "train"
         own = module.counts(batch)
-        known = torch.tensor([own, batch.window or own], dtype=module.sum_dtype, device=self.mesh.device)
+        known = torch.tensor([own, batch.step_counts or own], dtype=module.sum_dtype, device=self.mesh.device)
         if training and self.mesh.dp_size > 1:
             dist.all_reduce(known, group=self.mesh.dp_group)
-        counts, window = known  # of the batch, and of all those whose gradients are accumulated
+        counts, step_counts = known  # of the batch, and of its whole optimizer step
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
         batch = batch.useful()
         sums = torch.zeros_like(counts)
@@ -133,15 +139,15 @@ class PipelineRunner:
         if batch.microbatches:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
-            scales = module.scales(window) * self.gradient_scale
+            scales = module.scales(step_counts) * self.gradient_scale
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
-                work = BatchWork(
-                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned.plan, mode, scales
+                computation = BatchComputation(
+                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned, mode, scales
                 )
-                self.executor.run(planned.program, work, planned.needs, planned.plan.recomputes)
-            self.last_plan = planned.plan
-            sums, predictions, samples = work.sums, work.predictions, work.samples
+                self.executor.run(planned.program, computation, planned.needs, planned.recomputes)
+            self._last_planned = planned
+            sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.pp_group)
         metrics = self.last_metrics = module.metrics(sums, counts)
@@ -153,10 +159,10 @@ class PipelineRunner:
         )
 
     def check(self, batch: Batch, mode: Mode) -> None:
-        """Refuse a batch that does not fit, by what all ranks see: all of them refuse it.
+        """Refuse a batch that does not fit. Only metadata that all ranks have is checked, so all ranks refuse it.
 
         Raises:
-            TypeError, ValueError: naming the microbatch and what to change.
+            TypeError, ValueError: the message names the microbatch and what to change.
         """
         if not isinstance(batch, Batch):
             raise TypeError(
@@ -173,7 +179,7 @@ class PipelineRunner:
             raise ValueError("the batch has no microbatches")
         if problem := batch.problem(self.mesh.pp_size):
             raise ValueError(problem)
-        if mode not in self._seen:  # once, as the device is asked
+        if mode not in self._seen:  # only once, as reading ids back from the device waits for it
             self._check_ids(batch)
             self._seen.add(mode)
         wanted = self.options.microbatches
@@ -207,7 +213,7 @@ class PipelineRunner:
                     )
 
     def _find_dtype(self) -> torch.dtype:
-        """Of the LLM, also on ranks that hold nothing of it."""
+        """The type of the LLM's weights, also on ranks that have none of them. Collective over the pipeline."""
         own = next(self.module.llm.parameters(), None)
         found = [None if own is None else own.dtype]
         if self.mesh.pp_size > 1:
@@ -217,8 +223,10 @@ class PipelineRunner:
         return found[0]
 
     def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
-        """Ranks draw different numbers, as layers must not share their dropout masks; and their common state,
-        by which they may choose the same samples, is left alone."""
+        """Within this context ranks draw different random numbers, because layers must not share dropout masks.
+
+        The ranks' common random state, by which DataModules may draw the same samples on all ranks, stays unchanged.
+        """
         if self.mesh.pp_size * self.mesh.dp_size == 1:
             return nullcontext()
         step = self.step if mode == "train" else f"{mode} {self._evaluated}"

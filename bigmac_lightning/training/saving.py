@@ -1,7 +1,7 @@
-"""What a Lightning strategy does about checkpoints where every rank holds a part of the module.
+"""The part of a Lightning strategy that saves and loads checkpoints where every rank has a part of the module.
 
-Hooks of modules and callbacks see this rank's part of `checkpoint["state_dict"]`, when it is saved and when it is
-loaded, and may change it as in one process. Knows Lightning's protocol; files and formats are in checkpoint.py.
+Hooks of modules and callbacks see this rank's part of `checkpoint["state_dict"]`, both when it is saved and when it is
+loaded, and may change it as in one process. Files and formats are in checkpoint.py.
 """
 
 import logging
@@ -30,14 +30,15 @@ from bigmac_lightning.training import holding
 log = logging.getLogger(__name__)
 
 PATIENCE = timedelta(minutes=1)
-"""How long a rank that was stopped by an error waits for the others to be stopped, too, before it saves nothing."""
+"""A rank that an error has stopped waits this long for all others to stop as well, and else saves nothing: long enough
+for a step to end, and short beside the time that a lost run costs."""
 
 LIGHTNINGS_OWN = (TorchCheckpointIO, DirectoryCheckpointIO)
-"""Plugins for files that are there if the user gives none."""
+"""The checkpoint plugins that a Trainer has if the user gives none."""
 
 
 class SavingStrategy(DDPStrategy):
-    """Reads and writes directories, or single files, that any number of ranks can read."""
+    """Reads and writes checkpoints, directories or single files, that any number of ranks can read."""
 
     def __init__(
         self, *, save_distributed_checkpoint: bool = True, checkpoint_weights_only: bool | None = None, **kwargs: Any
@@ -48,7 +49,7 @@ class SavingStrategy(DDPStrategy):
         self._loaded_from = ""
         self._running = False
         self._meeting: Any = None
-        self._left = False  # after an error that the other ranks do not share: they will not come to a collective
+        self._left = False  # after an error on this rank alone: the others will not join a collective any more
 
     @property
     def replica(self) -> int:
@@ -61,7 +62,7 @@ class SavingStrategy(DDPStrategy):
         return self.lightning_module
 
     def open_module(self) -> None:
-        """Allow what `holding.close` forbids, until `close_module`. Collective."""
+        """Allow what `holding.close` forbids, for a run. Collective."""
         self._running = True
         if self._meeting is None and dist.is_initialized():
             self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
@@ -73,10 +74,10 @@ class SavingStrategy(DDPStrategy):
         holding.close(self._module)
 
     def check_checkpoint_plugins(self, trainer: pl.Trainer) -> None:
-        """Refuse, before training, what directories cannot be written with.
+        """Refuse, before training, plugins and folders with which no checkpoint directory can be written.
 
         Raises:
-            ValueError: names it.
+            ValueError: there is one; the message names it.
         """
         if not self._save_distributed_checkpoint:
             return
@@ -91,8 +92,8 @@ class SavingStrategy(DDPStrategy):
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's part."""
-        holding.open_again(self._module)  # after a run, too
+        """The weights of this rank's part."""
+        holding.open_again(self._module)  # a checkpoint may also be saved after a run
         return self._module.state_dict()
 
     def whole_state_dict(self) -> dict[str, Any]:
@@ -101,13 +102,13 @@ class SavingStrategy(DDPStrategy):
         return checkpoints.gathered(part, checkpoints.names_of(self._module), self.replica)["state_dict"]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's part, by names."""
+        """The optimizer state of this rank's part, keyed by parameter names."""
         return named_state(self._module, self._module.tied_copies, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the checkpoint of all ranks. Collective.
 
-        After an error, there is none to write unless all ranks come here, after the same step.
+        After an error this writes nothing, unless all ranks come here after the same step.
         """
         trainer = self._module._trainer
         if (
@@ -135,7 +136,7 @@ class SavingStrategy(DDPStrategy):
         checkpoints.on_first_rank(lambda: self._write_file(whole, path, storage_options))
 
     def _all_stop_here(self, trainer: pl.Trainer) -> bool:
-        """Whether every rank was stopped, and after the same step. Collective, if it is so."""
+        """Whether every rank was stopped after the same step. Collective if every rank was; else it times out."""
         if self._left or self._meeting is None or any(parameter.is_meta for parameter in self._module.parameters()):
             return False
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
@@ -176,7 +177,7 @@ class SavingStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """This rank's part of a checkpoint of any strategy. Collective.
 
-        Weights are read into the module's own tensors, unless a hook wants to see them first.
+        Weights are read directly into the module's tensors, unless a hook has to see them first.
         """
         module = self._module
         weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
@@ -192,32 +193,34 @@ class SavingStrategy(DDPStrategy):
         return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
     def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(path):  # only what is used is read
+        if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(
+            path
+        ):  # mapped, so that only the used parts are read
             return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        """Collective."""
+        """Load this rank's part of the weights. Collective."""
         module = self._module
         names = checkpoints.names_of(module)
         checkpoints.load_weights(module, checkpoint["state_dict"], names, strict, self._loaded_from)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Collective.
+        """Load this rank's part of the optimizers' states. Collective.
 
         Raises:
-            ValueError: the states are not of these optimizers; on all ranks.
+            ValueError: the states are not those of these optimizers; raised on all ranks.
         """
         states: list[dict[str, Any]] = checkpoint["optimizer_states"]
         problems: list[str] = []
         if len(states) != len(self.optimizers):
-            problems.append(f"it has {len(states)} of them, and there are {len(self.optimizers)} optimizers")
+            problems.append(f"it has {len(states)} of them, but there are {len(self.optimizers)} optimizers")
         numbered: list[dict[str, Any]] = []
         for optimizer, state in zip(self.optimizers, states, strict=False):
             try:
                 if "groups" not in state:
                     raise ValueError(
-                        "they were saved by another strategy, which strategy='bigmac' cannot go on with: start from "
+                        "another strategy has saved them, and strategy='bigmac' cannot continue from them: start from "
                         "the weights alone (MultimodalLM(init_from=...), or a checkpoint with save_weights_only)"
                     )
                 numbered.append(numbered_state(self._module, self._module.tied_copies, optimizer, state))
@@ -236,7 +239,7 @@ class SavingStrategy(DDPStrategy):
 
 
 def _has_hooks(module: PipelineModule) -> bool:
-    """Whether the module or a callback looks at checkpoints before they are loaded."""
+    """Whether the module or a callback has a hook that sees checkpoints before they are loaded."""
     callbacks: list[pl.Callback] = module.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     hooks = [(module, PipelineModule), *((callback, pl.Callback) for callback in callbacks)]
     return any(type(one).on_load_checkpoint is not base.on_load_checkpoint for one, base in hooks)

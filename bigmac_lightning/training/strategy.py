@@ -1,7 +1,7 @@
-"""BigMacStrategy: Lightning's Trainer on one side, the pipeline on the other.
+"""BigMacStrategy: connects Lightning's Trainer to the pipeline.
 
-Sets up processes, mesh and module. Batches of Lightning's loop are in lightning_steps.py, planning and execution in
-pipeline.py and runtime/, checkpoints in saving.py.
+It sets up processes, mesh and module. lightning_steps.py runs the batches of Lightning's loop, runner.py plans and
+executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
@@ -34,19 +34,17 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
-from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.choose import Auto
-from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
+from bigmac_lightning.training.accumulation_loader import counting
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
-from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
+from bigmac_lightning.training.options import PipelineOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
-from bigmac_lightning.training.runner import PipelineRunner, part_of, settled
+from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from bigmac_lightning.training.saving import SavingStrategy
-from bigmac_lightning.training.windowed_loader import windowed
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -57,47 +55,30 @@ class BigMacStrategy(SavingStrategy):
     ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
 
     Args:
-        pipeline_parallel_size: ranks per pipeline; "auto": all processes (divided by `data_parallel_size` if given).
-        data_parallel_size: number of pipelines; "auto": processes / `pipeline_parallel_size`.
+        pipeline_parallel_size: number of ranks per pipeline; "auto": the number of processes, divided by
+            `data_parallel_size` if that is given.
+        data_parallel_size: number of pipelines; "auto": the number of processes / `pipeline_parallel_size`.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
-        group_size: microbatches per group of nested work; ``None``: as many as there are ranks that share it
-            (`pipeline_parallel_size`, except under "disaggregated"); "auto": `pipeline_parallel_size`, half or twice
-            of it, whichever is fastest within the caps.
-        backbone: the LLM's schedule, by name; "auto": the fastest within the caps, for `costs` and `microbatches`
-            (4 per rank if not given). What "auto" has chosen, and why, is told by rank 0.
-        virtual_stages: stages per rank; what is possible depends on the backbone. "auto", or ``None`` if the backbone
-            is "auto": the fastest; ``None`` otherwise: as few as the backbone allows, which is 1 or 2.
-        policy: how encoder and generator are placed: "nested", "filled", "upfront", "recompute" (as "upfront", but
-            encoder forwards keep nothing and are done again before their backwards: no encoder may depend on how often
-            it runs), "first_stage" or "disaggregated" (ranks of their own, as many as take the least time by `costs`;
-            every rank still holds a replica of encoders and generators).
-        partition: how the LLM's layers are cut into stages: "even"; "auto", balanced by estimated cost with the head
-            counted, and what is frozen; or the number of layers of each stage.
-        costs: relative durations that plans assume; ``None``: F=1, B=2, EF=1, EB=2, G=3.
-        max_encoder_units, max_llm_microbatches: the most that a rank may have alive; batches that cannot be planned
-            within are refused, and "filled" uses the encoder units that it may.
-        memory: the same in bytes, for both together: ``MemoryBudget("60GiB", encoder_unit="2GiB", ...)``.
-        ramp: make the first and the last groups smaller (1, 1, 2, 4, ..): the pipeline waits for them.
-        pieces: in how many pieces "filled" may cut a rank's encoder work of a group, where it has as many items.
-        stage_factors: for each stage, how many times as long as `costs` say it takes (the last one has the head), or
-            "auto", estimated from its layers: "filled" then gives slow ranks less encoder and generator work.
-        sample_tokens: of a typical sample, by which attention's part of a layer's cost is estimated for `partition` and
-            `stage_factors`; 0: it is left out.
-        float32_gradients: sum up the gradients of bfloat16 and float16 weights in float32, which takes 2 more bytes per
-            trained weight and gives optimizers what one rounding leaves; ``None``: where an optimizer step sums up
-            those of more than 8 microbatches.
-        accumulate: what gradients accumulated over batches are a mean of: "batches", as in Lightning, where a token of
-            a batch with few of them counts more than others; "tokens", as in one large batch (each loss by its own:
-            targets of a generator count alike, too), for which batches are read ahead.
-        process_group_backend: "nccl", "gloo", ...; ``None``: the usual one of the device.
-        timeout: of every process group; a rank that hangs ends the run after it.
-        save_distributed_checkpoint: each rank writes its part into a directory (reloadable with any number of ranks);
-            ``False``: rank 0 gathers everything into one file.
-        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's.
+        schedule: how plans are made: policy, backbone, sizes of groups, costs, limits. Rank 0 logs what "auto" in it
+            has become, and why.
+        stages: how the LLM is cut into stages.
+        float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
+            which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
+            microbatches.
+        accumulate: how gradients are averaged over the batches of `Trainer(accumulate_grad_batches=N)`. "batches":
+            each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
+            token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
+            read ahead for that.
+        process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
+        timeout: timeout of every process group; a rank that hangs ends the run after this time.
+        save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
+            read; ``False``: rank 0 gathers everything into one file.
+        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's
+            default.
         start_method: how `Trainer(devices=N)` starts processes.
 
     Raises:
-        ValueError: an argument has no meaning; the message lists what is possible.
+        ValueError: an argument is not possible; the message says what is expected.
     """
 
     strategy_name = "bigmac"
@@ -107,19 +88,8 @@ class BigMacStrategy(SavingStrategy):
         pipeline_parallel_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
         microbatches: int | None = None,
-        group_size: int | Auto | None = None,
-        backbone: str = "1f1b",
-        virtual_stages: int | Auto | None = None,
-        policy: str = "nested",
-        partition: Literal["even", "auto"] | list[int] = "even",
-        costs: Costs | None = None,
-        max_encoder_units: float | None = None,
-        max_llm_microbatches: float | None = None,
-        memory: MemoryBudget | None = None,
-        ramp: bool = False,
-        pieces: int = 1,
-        stage_factors: list[float] | Auto | None = None,
-        sample_tokens: int = 0,
+        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008  (frozen)
+        stages: StageOptions = StageOptions(),  # noqa: B008  (frozen)
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         process_group_backend: str | None = None,
@@ -145,34 +115,15 @@ class BigMacStrategy(SavingStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             checkpoint_weights_only=checkpoint_weights_only,
         )
-        for name, value in (
-            ("pipeline_parallel_size", pipeline_parallel_size),
-            ("data_parallel_size", data_parallel_size),
-            ("microbatches", microbatches),
-            ("group_size", group_size),
-            ("virtual_stages", virtual_stages),
-            ("pieces", pieces),
+        for name, value, otherwise in (
+            ("pipeline_parallel_size", pipeline_parallel_size, "auto"),
+            ("data_parallel_size", data_parallel_size, "auto"),
+            ("microbatches", microbatches, None),
         ):
-            chosen_later = value == "auto" and name not in ("microbatches", "pieces")
-            if value is not None and not chosen_later and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+            if value != otherwise and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
         self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self.options = self._options = PipelineOptions(
-            policy=policy,
-            backbone=backbone,
-            group_size=group_size,
-            microbatches=microbatches,
-            costs=costs or DEFAULT_COSTS,
-            virtual_stages=virtual_stages,
-            partition=tuple(partition) if isinstance(partition, list) else partition,
-            max_encoder_units=max_encoder_units,
-            max_llm_microbatches=max_llm_microbatches,
-            memory=memory,
-            ramp=ramp,
-            pieces=pieces,
-            stage_factors=tuple(stage_factors) if isinstance(stage_factors, list) else stage_factors,
-            sample_tokens=sample_tokens,
-        )
+        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches)
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
@@ -196,15 +147,15 @@ class BigMacStrategy(SavingStrategy):
         return self.mesh.mesh
 
     @property
-    def pipeline(self) -> PipelineRunner:
-        """What runs batches on this rank."""
+    def runner(self) -> PipelineRunner:
+        """Runs batches on this rank."""
         if self._runner is None:
-            raise RuntimeError("the pipeline exists only after setup, inside trainer.fit and the like")
+            raise RuntimeError("the runner exists only after setup, inside trainer.fit and the like")
         return self._runner
 
     @property
     def pipeline_layout(self) -> PipelineLayout:
-        """What a DataModule's collate function has to know of the pipeline."""
+        """This rank's place in the pipeline, for a DataModule's collate function."""
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
 
     @property
@@ -221,10 +172,10 @@ class BigMacStrategy(SavingStrategy):
         if not isinstance(module, PipelineModule):
             raise TypeError(
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
-                "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
+                "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes)
-        self._options, stages, reason = settled(module, self.options, pp)
+        self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
         super().setup_environment()
         if reason:
@@ -238,13 +189,13 @@ class BigMacStrategy(SavingStrategy):
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Let workers plan their batches, and seed them by replica, not by rank: all ranks of a pipeline must see the
-        same samples."""
+        """Let workers plan the batches that they load, and seed them by replica instead of by rank, because all ranks
+        of a pipeline must see the same samples."""
         collate = getattr(dataloader, "collate_fn", None)
         if callable(collate) and self._runner is not None:
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
             training = self.lightning_module is not None and self.lightning_module.trainer.training
-            planner = self.pipeline.planner if training else self.pipeline.evaluation_planner
+            planner = self.runner.planner if training else self.runner.evaluation_planner
             planned = PlanningCollate(given, planner)
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
@@ -252,7 +203,7 @@ class BigMacStrategy(SavingStrategy):
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         module = self.lightning_module
         if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
-            return windowed(dataloader, module.trainer, module.counts)
+            return counting(dataloader, module.trainer, module.counts)
         return dataloader
 
     # -- model and optimizers ------------------------------------------------------------------------------------------
@@ -265,7 +216,7 @@ class BigMacStrategy(SavingStrategy):
         if self.mesh.pp_size > 1:
             refusals.check_norms(trainer, module)
         self.check_checkpoint_plugins(trainer)
-        # Lightning's own notifier waits for all ranks inside the signal handler, where one in mid-step never comes
+        # Lightning's own notifier waits for all ranks inside the signal handler; a rank in mid-step never joins it
         notifier = partial(_note_sigterm, trainer)
         trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.setup(trainer)
@@ -289,7 +240,7 @@ class BigMacStrategy(SavingStrategy):
         self.barrier()
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
-        """Replicas start equal even if a component was initialised without a seed."""
+        """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
         groups = {True: self.mesh.dp_group, False: None}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             group = groups[name.startswith("llm.")]
@@ -299,12 +250,12 @@ class BigMacStrategy(SavingStrategy):
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
         plugin: Any = self.precision_plugin
-        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own sees this rank's parameters only
+        plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own would see this rank's parameters only
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-            if not isinstance(scaler, ShardedGradScaler):  # all ranks must skip the same steps
+            if not isinstance(scaler, ShardedGradScaler):  # this one lets all ranks skip the same steps
                 plugin.scaler = ShardedGradScaler(
                     device=self.root_device.type,
                     init_scale=scaler.get_scale(),
@@ -316,14 +267,14 @@ class BigMacStrategy(SavingStrategy):
 
     def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.pipeline.gradient_norm())
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.runner.gradient_norm())
 
     def teardown(self) -> None:
         module = self.lightning_module
         if isinstance(module, PipelineModule):
             self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):
-                self._lightning_module = None  # an error came before its weights: there is nothing to move to the CPU
+                self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
         super().teardown()
 
     def _configure_launcher(self) -> None:
@@ -342,10 +293,10 @@ class BigMacStrategy(SavingStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
-        self.pipeline.refresh()  # a callback may have unfrozen what it had unfrozen before the run was resumed
+        self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_exception(self, exception: BaseException) -> None:
-        """A run that has lost a rank ends on all: children of this process do not wait for their timeout."""
+        """End the child processes at once, instead of letting them wait for this rank until their timeout."""
         super().on_exception(exception)
         if isinstance(self._launcher, _SubprocessScriptLauncher):
             self._launcher.kill(signal.SIGTERM)
@@ -354,7 +305,7 @@ class BigMacStrategy(SavingStrategy):
 
     @property
     def steps(self) -> LightningSteps:
-        """What runs the batches of Lightning's loop on this rank."""
+        """Runs the batches of Lightning's loop on this rank."""
         assert self._steps is not None, "a step before setup"
         return self._steps
 
@@ -393,15 +344,17 @@ class BigMacStrategy(SavingStrategy):
             return self.lightning_module.predict_step(*args, **kwargs)
 
     def _step_context(self) -> AbstractContextManager[None]:
-        """Around a user's step: the default type of new tensors, as in plain training. Autocast, which must not be on
-        in a backward, is entered around each forward."""
+        """The context of a user's step: the default type of new tensors, as in plain training.
+
+        Autocast is not part of it. It must not be on in a backward, so it is entered around each forward only.
+        """
         plugin = self.precision_plugin
         return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.give_back(last_of_window=self._synchronize)
+        self.steps.restore_gradients(last_of_step=self._synchronize)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @contextmanager
@@ -411,7 +364,7 @@ class BigMacStrategy(SavingStrategy):
 
 
 def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:
-    """Pass a SIGTERM on and remember it: all ranks end together before the next batch, as rank 0 then tells them."""
+    """Pass a SIGTERM on and remember it. All ranks end together before the next batch, when rank 0 broadcasts it."""
     connector, launcher = trainer._signal_connector, trainer.strategy.launcher
     if not connector.received_sigterm and isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signum)

@@ -1,8 +1,5 @@
-"""What of a PipelineModule is trained, as all ranks of its pipeline see it: each rank holds a part of the LLM, and a
-callback may freeze or unfreeze any of it between two steps.
-
-Knows parameters and the mesh; knows nothing of plans or batches.
-"""
+"""Finds out what of a PipelineModule is trained, and lets all ranks of its pipeline agree on it: each rank has a part
+of the LLM, and a callback may freeze or unfreeze any part between two steps."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,14 +14,14 @@ from bigmac_lightning.training.planner import Trained
 
 
 class TrainedParts:
-    """Follows what is trained.
+    """Follows what is trained during a run.
 
     Attributes:
-        now: as it was found last.
-        places: where this rank's trained parameters live elsewhere too.
+        now: what is trained, as `refresh` found it last.
+        places: which of this rank's trained parameters other ranks have as well.
 
     Args:
-        module: with this rank's part of the LLM.
+        module: the module with this rank's part of the LLM.
         stage_rank: the pipeline rank of each stage.
     """
 
@@ -41,10 +38,12 @@ class TrainedParts:
         }
 
     def refresh(self) -> bool:
-        """Look again, and tell whether anything has changed on any rank. Collective over the pipeline.
+        """Look again. Collective over the pipeline.
+
+        Returns: whether anything has changed on any rank.
 
         Raises:
-            ValueError: one copy of a tied parameter is trained and the other is not. On all ranks.
+            ValueError: one copy of a tied parameter is trained and the other is not; raised on all ranks.
         """
         changed = self._flags != self._own_flags()
         if self._agree([changed]) == [False]:
@@ -55,9 +54,10 @@ class TrainedParts:
         return True
 
     def check_any(self) -> None:
-        """
+        """Check that something is trained on some rank.
+
         Raises:
-            ValueError: nothing is trained on any rank. On all ranks.
+            ValueError: nothing is trained; raised on all ranks.
         """
         if not (any(self.now.weights) or self.now.encoders or self.now.generator):
             raise ValueError("nothing is left to train: every parameter of the model is frozen")
@@ -66,7 +66,7 @@ class TrainedParts:
         return [parameter.requires_grad for parameter in self._module.parameters()]
 
     def _agree(self, flags: Sequence[bool]) -> list[bool]:
-        """Whether any rank of the pipeline says so."""
+        """For each flag, whether it is set on any rank of the pipeline. Collective."""
         if self._mesh.pp_size == 1:
             return list(flags)
         numbers = torch.tensor(flags, dtype=torch.int32)
@@ -74,13 +74,13 @@ class TrainedParts:
         return [bool(number) for number in numbers.tolist()]
 
     def _check_tied(self) -> None:
-        """Two copies that lie apart are one parameter, so both are trained or none."""
+        """Two copies on different ranks are one parameter, so both must be trained, or none."""
         pairs = list(self._module.llm.tied.items())
         flags = [[False, False] for _ in pairs]
         for pair, parameter in self._tied.values():
             flags[pair][parameter.requires_grad] = True
-        said = self._agree([flag for row in flags for flag in row])
-        for (copy, canonical), frozen, trained in zip(pairs, said[::2], said[1::2], strict=True):
+        agreed = self._agree([flag for row in flags for flag in row])
+        for (copy, canonical), frozen, trained in zip(pairs, agreed[::2], agreed[1::2], strict=True):
             if frozen and trained:
                 raise ValueError(
                     f"llm.{copy} and llm.{canonical} are one tied parameter, of which the first and the last stage "
@@ -94,7 +94,7 @@ class TrainedParts:
         )
 
     def _trained_stages(self) -> dict[int, bool]:
-        """Of this rank's stages, which have trained weights; they share one answer."""
+        """For each stage of this rank, whether the rank has trained LLM weights; its stages are not told apart."""
         trained = _is_trained(self._module.llm)
         return {stage: trained for stage, rank in enumerate(self._stage_rank) if rank == self._mesh.pp_rank}
 
@@ -122,7 +122,8 @@ def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:
 
 
 def backward_share(encoders: Iterable[nn.Module]) -> float:
-    """The share of the encoders' backward that reaches down to the first trained parameter, by parameters."""
+    """The fraction of the encoders' backward that is needed, by numbers of parameters: from the output down to the
+    first trained parameter."""
     whole = needed = 0
     for encoder in encoders:
         reached = False

@@ -44,8 +44,9 @@ def test_the_papers_workload_at_full_size(capsys: pytest.CaptureFixture[str], tm
 
 def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     strategy = "--trainer.strategy.init_args"
-    options = [f"{strategy}.policy=upfront", f"{strategy}.costs.EF=2", "--microbatches=6", "--microbatch.tokens=96"]
-    assert main([*DIGITS, *options, "--trainer.devices=4", f"{strategy}.partition=[1,3]"]) == 0
+    options = [f"{strategy}.schedule.policy=upfront", f"{strategy}.schedule.costs.EF=2"]
+    options += ["--microbatches=6", "--microbatch.tokens=96"]
+    assert main([*DIGITS, *options, "--trainer.devices=4", f"{strategy}.stages.partition=[1,3]"]) == 0
     shown = capsys.readouterr().out
     assert "2 pipelines of 2 ranks; 6 microbatches of 96 tokens, 24 of them of media, 24 each, 1 targets" in shown
     assert "upfront on 1f1b: 2 ranks, 6 microbatches" in shown
@@ -65,7 +66,7 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
             ["--trainer.devices=8", "--trainer.strategy.init_args.pipeline_parallel_size=8"],
             "the LLM has 4 layers, too few for 8 pipeline stages",
         ),
-        (["--trainer.strategy.init_args.max_encoder_units=0.1"], "live encoder units"),
+        (["--trainer.strategy.init_args.schedule.max_encoder_units=0.1"], "live encoder units"),
         (["--microbatch.tokens=0"], "microbatch.tokens is 0; expected at least 1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],

@@ -30,13 +30,15 @@ from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.datamodules.examples import clips
 from tests.datamodules.processors import PROCESSORS, write_model
 from tests.models import zoo
 from tests.ranks import run_ranks
 from tests.runtime.test_families import error
+from tests.toy import split_layers
 from tests.training.trainers import on_ranks, plain_trainer
 
 FAMILIES = [
@@ -260,7 +262,7 @@ def _pipelined(rank: int, cases: list[Case]) -> dict[str, Any]:
         module = MultimodalLM.from_pretrained(str(case.folder))
         module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
         module.configure_model()
-        module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+        module.runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
         batch = case.batch(module.runner.layout, token_budget=150)
         owned = [item.owner == rank for m in batch.microbatches for item in m.media]
         assert {True, False} == set(owned)

@@ -9,6 +9,7 @@ import torch
 
 from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_batch
 from bigmac_lightning.datamodules.loading.loader import StepLoader, dearest_first
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner, Trained
 from tests.datamodules.examples import data, write_mixed
@@ -47,7 +48,7 @@ def test_dear_items_side_by_side_take_less_time_than_in_any_order() -> None:
     """Lognormal items, one to four in a microbatch: a single dear item in a group is what the other ranks wait for."""
     trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):
-        planner, ratios = Planner(PipelineOptions(policy), RANKS, 0, trained), []
+        planner, ratios = Planner(PipelineOptions(ScheduleOptions(policy)), RANKS, 0, trained), []
         for seed in range(8):
             draw, parts = random.Random(seed), []
             for _ in range(MICROBATCHES):

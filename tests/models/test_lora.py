@@ -14,11 +14,13 @@ from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.models.lora import add_lora, fold_lora, targets_of
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.cli.test_export import ZooData
 from tests.models import zoo
 from tests.ranks import run_ranks
+from tests.toy import split_layers
 from tests.training.trainers import on_ranks, pipeline_trainer
 
 pytest.importorskip("peft")
@@ -45,7 +47,9 @@ def _pipelined(
     rank: int, size: int, folder: Path, name: str, lora: Any, policy: str
 ) -> tuple[float, dict[str, torch.Tensor]]:
     module = module_of(folder, name, lora=lora)
-    options = PipelineOptions(policy, group_size=2).chosen(size, zoo.LAYERS, bool(module.encoders), False)[0]
+    options = PipelineOptions(ScheduleOptions(policy, group_size=2)).resolved(
+        size, zoo.LAYERS, bool(module.encoders), False
+    )[0]
     stage_rank = options.stage_rank(size)
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module.part = part_of(rank, split_layers(zoo.LAYERS, len(stage_rank)), stage_rank)

@@ -11,10 +11,12 @@ from bigmac_lightning.datamodules.loading.collate import Sample, make_batch
 from bigmac_lightning.models import HFDecoder, MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.models import zoo
 from tests.ranks import run_ranks
+from tests.toy import split_layers
 
 LENGTHS = ([5, 11, 8], [7, 7], [12, 3])  # of each microbatch's samples
 
@@ -63,7 +65,7 @@ def _run(rank: int, size: int, dtype: str) -> tuple[float, float, dict[str, Any]
     module.loss_weights["router"] = 5.0
     module.part = part_of(rank, split_layers(zoo.LAYERS, size), range(size))
     module.configure_model()
-    module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    module.runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
     out = module.pipeline(batch(module.runner.layout))
     reduce_gradients(module.runner.places, mesh)
     gradients = {name: p.grad for name, p in module.named_parameters()}

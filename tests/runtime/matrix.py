@@ -21,10 +21,11 @@ from bigmac_lightning.models.lora import add_lora
 from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, seeded, toy_batch
+from tests.toy import ToyModule, seeded, split_layers, toy_batch
 
 TOLERANCE = 1e-6
 STEPS = 3
@@ -119,13 +120,17 @@ def draw(seed: int, pp: int, dp: int) -> Case:
     virtual_stages = random.choice(BACKBONES[backbone])
     policy = random.choice([p for p in POLICIES if p != "disaggregated" or (pp == 3 and virtual_stages < 3)])
     options = PipelineOptions(
-        policy,
-        backbone,
-        random.choice([None, 1, 2, pp]),
-        virtual_stages=virtual_stages,
-        costs=random.choice([Costs(G=3), Costs(EF=4, EB=8, G=1), Costs(EF=0, EB=0, G=0), Costs(F=3, B=5, I=2, W=3)]),
-        ramp=random.random() < 0.2,
-        pieces=random.choice([1, 1, 3]),
+        ScheduleOptions(
+            policy,
+            backbone,
+            random.choice([None, 1, 2, pp]),
+            virtual_stages=virtual_stages,
+            costs=random.choice(
+                [Costs(G=3), Costs(EF=4, EB=8, G=1), Costs(EF=0, EB=0, G=0), Costs(F=3, B=5, I=2, W=3)]
+            ),
+            ramp=random.random() < 0.2,
+            pieces=random.choice([1, 1, 3]),
+        )
     )
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
     tied = random.random() < 0.4
@@ -249,7 +254,7 @@ def pipelined(rank: int, todo: list[Case]) -> list[list[Result]]:
 
 
 def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
-    options = case.options.chosen(case.pp, case.layers, True, True)[0]
+    options = case.options.resolved(case.pp, case.layers, True, True)[0]
     stage_rank = tuple(options.stage_rank(case.pp))
     if stage_rank not in meshes:
         meshes[stage_rank] = build_mesh(torch.device("cpu"), case.dp, case.pp, stage_rank)

@@ -8,16 +8,17 @@ import torch
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, split_layers, toy_batch
 
 
 def _compiled(rank: int, backbones: list[tuple[str, int]]) -> list[tuple[float, dict[str, Any], set[bool]]]:
     results = []
     for backbone, virtual_stages in backbones:
-        options = PipelineOptions(backbone=backbone, virtual_stages=virtual_stages)
+        options = PipelineOptions(ScheduleOptions(backbone=backbone, virtual_stages=virtual_stages))
         stage_rank = options.stage_rank(2)
         mesh = build_mesh(torch.device("cpu"), 1, 2, stage_rank)
         module = ToyModule()

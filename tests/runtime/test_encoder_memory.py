@@ -13,11 +13,12 @@ from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
 from tests.runtime.test_parity import planned_in_pieces
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, split_layers, toy_batch
 
 SIZE, MICROBATCHES = 2, 8
 
@@ -37,7 +38,7 @@ class _Watched(Trace):
 
 
 def _run(rank: int, policy: str, pieces: int, dropout: float) -> tuple[dict[str, int], int, list[Any]]:
-    options = PipelineOptions(policy, group_size=4)
+    options = PipelineOptions(ScheduleOptions(policy, group_size=4))
     stage_rank = options.stage_rank(SIZE)
     mesh = build_mesh(torch.device("cpu"), 1, SIZE, stage_rank)
     module = ToyModule()
@@ -93,12 +94,12 @@ def test_recompute_draws_the_same_dropout(pieces: int) -> None:
 def _outputs(rank: int, backbone: str) -> tuple[int, int]:
     """How many hidden states a rank has made for another one, and how many of them are alive when their backward
     starts."""
-    stage_rank = PipelineOptions(backbone=backbone).stage_rank(SIZE)
+    stage_rank = PipelineOptions(ScheduleOptions(backbone=backbone)).stage_rank(SIZE)
     mesh = build_mesh(torch.device("cpu"), 1, SIZE, stage_rank)
     module = ToyModule()
     module.part = part_of(rank, split_layers(4, SIZE), stage_rank)
     module.configure_model()
-    runner = PipelineRunner(module, mesh, PipelineOptions(backbone=backbone))
+    runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(backbone=backbone)))
     made, alive = list[weakref.ref[torch.Tensor]](), [0]
     run_stage = module.run_stage
 

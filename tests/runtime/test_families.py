@@ -13,10 +13,12 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owner
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.models import zoo
 from tests.ranks import run_ranks
+from tests.toy import split_layers
 
 CASES = [
     (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
@@ -39,7 +41,7 @@ def _pipelined(rank: int, size: int, folder: Path) -> dict[tuple[str, bool], Any
         module = MultimodalLM.from_pretrained(str(folder / name), zoo.MODELS[name].attention)
         module.part = part_of(rank, split_layers(zoo.LAYERS, size), range(size))
         module.configure_model()
-        module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+        module.runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
         out = module.pipeline(zoo.batch(zoo.MODELS[name], packed, module.runner.layout))
         reduce_gradients(module.runner.places, mesh)
         results[name, packed] = out.loss.item(), {n: p.grad for n, p in module.named_parameters()}
@@ -127,7 +129,7 @@ def _frozen_llm(rank: int, folder: Path) -> dict[str, Any]:
     module = MultimodalLM.from_pretrained(str(folder / "qwen2_5_vl"), freeze=["llm"])
     module.part = part_of(rank, split_layers(zoo.LAYERS, 2), range(2))
     module.configure_model()
-    module.runner = PipelineRunner(module, mesh, PipelineOptions(group_size=2))
+    module.runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
     module.pipeline(_videos(module.runner.layout))
     reduce_gradients(module.runner.places, mesh)
     return {n: p.grad for n, p in module.named_parameters() if p.requires_grad}

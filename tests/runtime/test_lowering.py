@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, Needs, Receive, Send, lower
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
 from tests.schedule.plans import plan_arguments
 
@@ -49,7 +50,7 @@ def completes(programs: list[list[Instruction]]) -> bool:
 @given(plan_arguments(latency=True), st.integers(0, 5))
 @settings(max_examples=120, deadline=None)
 def test_programs_end_even_if_every_send_blocks(arguments: dict, seed: int) -> None:
-    plan = make_plan(**arguments)
+    plan = make_plan(PlanRequest(**arguments))
     programs = lower(plan, verify(plan).order, needs_of(plan, seed))
     assert completes(programs)
     for rank, program in enumerate(programs):
@@ -59,7 +60,7 @@ def test_programs_end_even_if_every_send_blocks(arguments: dict, seed: int) -> N
 @given(plan_arguments(latency=True), st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_messages_of_two_ranks_are_received_in_the_order_they_are_sent(arguments: dict, seed: int) -> None:
-    plan = make_plan(**arguments)
+    plan = make_plan(PlanRequest(**arguments))
     programs = lower(plan, verify(plan).order, needs_of(plan, seed))
     sent: dict[tuple[int, int, str], list[Message]] = defaultdict(list)
     received: dict[tuple[int, int, str], list[Message]] = defaultdict(list)

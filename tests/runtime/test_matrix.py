@@ -18,8 +18,8 @@ def test_against_one_process(case: matrix.Case, found: dict[int, list[str]]) -> 
 
 
 def test_cases_cover_what_they_name() -> None:
-    assert {case.options.backbone for case in CASES} == set(matrix.BACKBONES)
-    assert {case.options.policy for case in CASES} == set(matrix.POLICIES)
+    assert {case.options.schedule.backbone for case in CASES} == set(matrix.BACKBONES)
+    assert {case.options.schedule.policy for case in CASES} == set(matrix.POLICIES)
     kinds = {kind for case in CASES for step in case.kinds for replica in step for kind in replica}
     assert kinds == set(matrix.KINDS)
     assert any(case.tied for case in CASES)

@@ -14,12 +14,13 @@ from bigmac_lightning.runtime.lowering import lower
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, split_layers, toy_batch
 
 TOLERANCE = 1e-6
 BACKBONES_AND_STAGES = (
@@ -59,11 +60,14 @@ class Case:
 
     @property
     def options(self) -> PipelineOptions:
-        options = PipelineOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        options = PipelineOptions(
+            ScheduleOptions(self.policy, self.backbone, self.group_size, virtual_stages=self.virtual_stages)
+        )
         if not self.fine:
             return options
         factors = (*[1.0] * (self.pp * self.virtual_stages - 1), 1.7)
-        return replace(options, ramp=True, pieces=3, costs=Costs(EF=5, EB=10, G=3), stage_factors=factors)
+        schedule = replace(options.schedule, ramp=True, pieces=3, costs=Costs(EF=5, EB=10, G=3))
+        return replace(options, schedule=schedule, stage_factors=factors)
 
     def __str__(self) -> str:
         parts = [f"P{self.pp}", f"M{self.microbatches}", f"g{self.group_size or self.pp}", self.policy, self.backbone]
@@ -205,7 +209,7 @@ def pipelined(
     meshes = {}
     results = []
     for case in todo:
-        options = case.options.chosen(first.pp, case.layers, case.media, case.targets)[0]
+        options = case.options.resolved(first.pp, case.layers, case.media, case.targets)[0]
         stage_rank = options.stage_rank(first.pp)
         if tuple(stage_rank) not in meshes:
             meshes[tuple(stage_rank)] = build_mesh(torch.device("cpu"), first.dp, first.pp, stage_rank)
@@ -243,7 +247,7 @@ def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> Planne
     planned = planner(batch)
     plan = in_pieces(planned.plan, pieces)
     program = lower(plan, verify(plan).order, planned.needs)[planner.rank]
-    return PlannedBatch(planned.key, plan, program, planned.needs)
+    return PlannedBatch.of(planned.key, plan, program, planned.needs)
 
 
 def in_pieces(plan: Plan, most: int) -> Plan:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyModule, toy_batch
+from tests.toy import ToyModule, split_layers, toy_batch
 
 
 class _Masks(nn.Module):
@@ -41,7 +42,7 @@ def _masks(rank: int, dp: int, pp: int, policy: str) -> tuple[list[list[Tensor]]
     for name in ("image", "audio"):
         encoder: Any = module.encoders[name]
         encoder.projector = nn.Sequential(encoder.projector, of_encoder)
-    runner = PipelineRunner(module, mesh, PipelineOptions(policy))
+    runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(policy)))
     before, steps = torch.get_rng_state(), []
     for runner.step in (0, 1, 0):
         mask.seen.clear()

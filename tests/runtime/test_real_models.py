@@ -16,9 +16,11 @@ from bigmac_lightning.datamodules.loading.collate import Collator
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
+from tests.toy import split_layers
 
 LAYERS = 5
 MICROBATCHES = 7
@@ -67,7 +69,9 @@ def gradients(module: PipelineModule) -> dict[str, torch.Tensor | None]:
 def _pipelined(
     rank: int, size: int, family: str, tied: bool, policy: str, backbone: str, fused: Any
 ) -> tuple[float, dict[str, torch.Tensor | None]]:
-    options = PipelineOptions(policy, backbone, group_size=2).chosen(size, 4, encoder=True, generator=True)[0]
+    options = PipelineOptions(ScheduleOptions(policy, backbone, group_size=2)).resolved(
+        size, 4, encoder=True, generator=True
+    )[0]
     stage_rank = options.stage_rank(size)
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module = build(family, tied, fused)

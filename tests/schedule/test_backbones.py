@@ -10,6 +10,7 @@ import pytest
 from bigmac_lightning.schedule.backbones import BACKBONES, get_backbone
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import PlanRequest
 
 from .plans import STAGES_PER_RANK
 
@@ -45,12 +46,14 @@ def test_any_number_of_microbatches_runs(name, stages, extra):
     for size in (1, 2, 3, 5):
         for microbatches in (1, 2, 3, 4, 6, 9, 11):
             plan = make_plan(
-                backbone=name,
-                virtual_stages=stages,
-                pipeline_parallel_size=size,
-                microbatches=microbatches,
-                costs=Costs(EF=0),
-                extra_in_flight=extra,
+                PlanRequest(
+                    backbone=name,
+                    virtual_stages=stages,
+                    pipeline_parallel_size=size,
+                    microbatches=microbatches,
+                    costs=Costs(EF=0),
+                    extra_in_flight=extra,
+                )
             )
             one_by_one, peaks = 3 * stages * (microbatches + size - 1), plan.peak["llm_microbatches"]
             assert plan.makespan <= one_by_one + 1e-9
@@ -70,11 +73,13 @@ def test_any_number_of_microbatches_runs(name, stages, extra):
 def test_zero_bubble_backbones_take_less_time_in_the_memory_of_1f1b(microbatches):
     makespans = {
         name: make_plan(
-            backbone=name,
-            virtual_stages=stages,
-            pipeline_parallel_size=4,
-            microbatches=microbatches,
-            costs=Costs(F=1 / stages, B=2 / stages, I=1 / stages, W=1 / stages, EF=0),
+            PlanRequest(
+                backbone=name,
+                virtual_stages=stages,
+                pipeline_parallel_size=4,
+                microbatches=microbatches,
+                costs=Costs(EF=0),
+            )
         ).makespan
         for name, stages in (("1f1b", 1), ("interleaved_1f1b", 2), ("zb1p", 1), ("zbv", 2))
     }

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bigmac_lightning.schedule.bound import lower_bound
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
@@ -41,19 +42,23 @@ def closed_form(size: int, microbatches: int, group_size: int, costs: Costs, max
 @settings(max_examples=40, deadline=None)
 def test_is_the_closed_form_on_1f1b(size, groups, group_size, forward, backward, limit):
     costs, microbatches = Costs(EF=forward, EB=backward), groups * group_size
-    plan = make_plan(pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size, costs=costs)
+    plan = make_plan(
+        PlanRequest(pipeline_parallel_size=size, microbatches=microbatches, group_size=group_size, costs=costs)
+    )
     limit = max(limit, *plan.peak["encoder_units"])
     bound = lower_bound(plan, limit)
     assert bound >= closed_form(size, microbatches, group_size, costs, limit) - 1e-9 or microbatches < size
     if microbatches >= 2 * size:
         assert bound == pytest.approx(closed_form(size, microbatches, group_size, costs, limit))
     filled = make_plan(
-        policy="filled",
-        pipeline_parallel_size=size,
-        microbatches=microbatches,
-        group_size=group_size,
-        costs=costs,
-        max_encoder_units=limit,
+        PlanRequest(
+            policy="filled",
+            pipeline_parallel_size=size,
+            microbatches=microbatches,
+            group_size=group_size,
+            costs=costs,
+            max_encoder_units=limit,
+        )
     )
     assert filled.makespan >= bound - 1e-9
 
@@ -63,7 +68,7 @@ def test_is_the_closed_form_on_1f1b(size, groups, group_size, forward, backward,
 def test_no_plan_is_below_it(arguments, filled):
     if filled and arguments["policy"] in ("nested", "upfront"):
         arguments |= {"policy": "filled"}
-    plan = make_plan(**arguments)
+    plan = make_plan(PlanRequest(**arguments))
     assert lower_bound(plan) <= plan.makespan + 1e-9
 
 
@@ -71,7 +76,7 @@ def test_no_plan_is_below_it(arguments, filled):
 @settings(max_examples=40, deadline=None)
 def test_a_plan_found_from_another_is_not_below_its_bound(arguments):
     """The bound of the cut, with the memory that `filled` takes, holds for the filled plan, and the other way round."""
-    cut, filled = make_plan(**arguments), make_plan(**arguments | {"policy": "filled"})
+    cut, filled = make_plan(PlanRequest(**arguments)), make_plan(PlanRequest(**arguments | {"policy": "filled"}))
     most = max(cut.peak["encoder_units"] + filled.peak["encoder_units"])
     assert lower_bound(cut, most) <= filled.makespan + 1e-9
     assert lower_bound(filled, most) == pytest.approx(lower_bound(cut, most))
@@ -83,25 +88,27 @@ def test_near_the_known_optima(size, microbatches, group_size, forward, backward
     ideal = 3 * (microbatches + size - 1) + microbatches / size * (forward + backward)
     for backbone, optimum, least in (("1f1b", one, 0.95), ("zb1p", zero, 0.9)):
         plan = make_plan(
-            backbone=backbone,
-            pipeline_parallel_size=size,
-            microbatches=microbatches,
-            group_size=group_size,
-            costs=costs,
+            PlanRequest(
+                backbone=backbone,
+                pipeline_parallel_size=size,
+                microbatches=microbatches,
+                group_size=group_size,
+                costs=costs,
+            )
         )
         assert least * optimum - 0.001 <= lower_bound(plan, 2) / ideal <= optimum + 0.001
 
 
 def test_counts_a_generator_and_a_workload():
-    plan = make_plan(policy="filled", pipeline_parallel_size=8, microbatches=16, costs=Costs(G=9))
+    plan = make_plan(PlanRequest(policy="filled", pipeline_parallel_size=8, microbatches=16, costs=Costs(G=9)))
     assert 0.9 * plan.makespan <= lower_bound(plan) <= plan.makespan
     work = Workload(tuple(MicrobatchWork(0.5 + m % 3, (1.0,) * (m % 4), (0.5,) * (m % 2)) for m in range(24)))
-    plan = make_plan(pipeline_parallel_size=4, microbatches=24, costs=Costs(G=1), workload=work)
+    plan = make_plan(PlanRequest(pipeline_parallel_size=4, microbatches=24, costs=Costs(G=1), workload=work))
     assert 0.8 * plan.makespan <= lower_bound(plan, workload=work) <= plan.makespan + 1e-9
 
 
 def test_more_memory_lowers_it():
-    plan = make_plan(pipeline_parallel_size=4, microbatches=16, costs=Costs(EF=4, EB=8))
+    plan = make_plan(PlanRequest(pipeline_parallel_size=4, microbatches=16, costs=Costs(EF=4, EB=8)))
     bounds = [lower_bound(plan, units) for units in (2, 2.5, 3)]
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] > bounds[-1]

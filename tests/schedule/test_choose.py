@@ -1,34 +1,44 @@
-"""What auto picks: the fastest within the caps, alike everywhere, with its reason."""
+"""What "auto" chooses: the fastest plan within the limits, alike everywhere, with its reason."""
+
+from typing import Any
 
 import pytest
 
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.choose import Case, candidates, choose
-from bigmac_lightning.schedule.make import POLICIES, make_plan
+from bigmac_lightning.schedule.choose import candidates, choose, ideal_makespan
+from bigmac_lightning.schedule.make import make_plan
+from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
+
+from .plans import reference_ends
+
+
+def asked(pipeline_parallel_size: int = 4, microbatches: int = 16, **options: Any) -> PlanRequest:
+    return PlanRequest(pipeline_parallel_size=pipeline_parallel_size, microbatches=microbatches, **options)
 
 
 def test_picks_the_fastest_of_all():
-    case = Case(4, 16, Costs())
-    choice = choose(case, "nested", group_size="auto")
-    assert {candidate.backbone for candidate in choice.candidates} == set(BACKBONES)
-    assert {candidate.group_size for candidate in choice.candidates} == {2, 4, 8}
-    assert choice.best.plan is not None
+    """Against times by a reference that polls the ranks, of all combinations, as they are listed here."""
+    request = asked(backbone="auto", group_size="auto", costs=Costs(F=3, B=5, I=2, W=3, EF=2, EB=3))
+    choice = choose(request)
+    stages = {"interleaved_1f1b": (2, 4), "looped_bfs": (2, 4), "zbv": (2,), "dualpipev": (2,)}
+    expected = {(name, v, size) for name in BACKBONES for v in stages.get(name, (1,)) for size in (2, 4, 8)}
+    assert {(c.backbone, c.virtual_stages, c.group_size) for c in choice.candidates} == expected
+    ends: list[float] = []
     for candidate in choice.candidates:
-        assert candidate.plan is not None
-        assert choice.best.plan.makespan <= candidate.plan.makespan
-        again = make_plan(
-            backbone=candidate.backbone,
-            virtual_stages=candidate.virtual_stages,
-            group_size=candidate.group_size,
-            pipeline_parallel_size=4,
-            microbatches=16,
-            costs=Costs().per_stage(candidate.virtual_stages),
-        )
-        assert again == candidate.plan
-    assert [str(c) for c in choice.candidates] == [str(c) for c in choose(case, "nested", group_size="auto").candidates]
+        plan = candidate.plan
+        assert plan is not None
+        assert (plan.backbone, plan.virtual_stages) == (candidate.backbone, candidate.virtual_stages)
+        assert max(map(len, plan.groups)) == candidate.group_size
+        assert plan.costs.F * plan.virtual_stages == 3, "the costs are those of all the stages of a rank together"
+        assert plan.costs.EF == 2
+        ends.append(max(reference_ends(plan).values()))
+        assert ends[-1] == pytest.approx(plan.makespan)
+    assert ends == sorted(ends)
+    assert choice.best == choice.candidates[0]
     assert choice.reason.splitlines()[0] == f"chosen for policy nested: {choice.best}; the fastest of 27:"
     assert len(choice.reason.splitlines()) == 7
 
@@ -44,7 +54,7 @@ def test_picks_the_fastest_of_all():
 )
 @pytest.mark.parametrize("policy", ["nested", "filled"])
 def test_keeps_the_caps(caps, policy):
-    choice = choose(Case(4, 16, Costs(), **caps), policy, group_size="auto")
+    choice = choose(asked(policy=policy, backbone="auto", group_size="auto", **caps))
     refused = [candidate for candidate in choice.candidates if candidate.plan is None]
     assert refused
     for candidate in refused:
@@ -57,16 +67,16 @@ def test_keeps_the_caps(caps, policy):
 
 
 def test_equal_times_go_to_the_simpler():
-    even = choose(Case(4, 16, Costs()), "nested", "1f1b", group_size="auto")
+    even = choose(asked(group_size="auto"))
     assert even.best.group_size == 4, "all group sizes take as long"
-    assert choose(Case(1, 8, Costs())).best.virtual_stages == 1
-    both = candidates(Case(4, 16, Costs()), ["nested"], ["gpipe", "1f1b"])
+    assert choose(asked(1, 8, backbone="auto")).best.virtual_stages == 1
+    both = candidates(asked(), ["nested"], ["gpipe", "1f1b"], "auto")
     assert [candidate.backbone for candidate in both] == ["1f1b", "gpipe"], "as fast, with less memory"
 
 
 @pytest.mark.parametrize(("layers", "most"), [(4, 1), (8, 2), (16, 4), (12, 1), (None, 4)])
 def test_stages_are_limited_by_the_layers(layers, most):
-    choice = choose(Case(4, 16, Costs(), layers=layers), backbone="auto")
+    choice = choose(asked(layers=layers, backbone="auto"))
     made = [candidate.virtual_stages for candidate in choice.candidates if candidate.plan is not None]
     assert max(made) == most
     problems = " ".join(candidate.problem for candidate in choice.candidates)
@@ -75,10 +85,10 @@ def test_stages_are_limited_by_the_layers(layers, most):
 
 
 def test_named_parts_stay():
-    choice = choose(Case(4, 8, Costs()), "filled", "interleaved_1f1b", "auto", 2)
+    choice = choose(asked(4, 8, policy="filled", backbone="interleaved_1f1b", virtual_stages="auto", group_size=2))
     assert {(c.backbone, c.group_size) for c in choice.candidates} == {("interleaved_1f1b", 2)}
     assert {c.virtual_stages for c in choice.candidates} == {2, 4}
-    two = choose(Case(4, 8, Costs()), "nested", "auto", 2)
+    two = choose(asked(4, 8, backbone="auto", virtual_stages=2))
     assert {c.virtual_stages for c in two.candidates} == {2}
     assert (
         "refused: 1f1b with 2 stages per rank, group_size 4: virtual_stages is 2; this backbone allows 1" in two.reason
@@ -86,21 +96,23 @@ def test_named_parts_stay():
 
 
 def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="is auto; expected values, as `choose` gives them"):
+        make_plan(asked(group_size="auto"))
     with pytest.raises(ValueError, match=r"give no plan that is possible:\n  gpipe, group_size 4: rank 0: EF0 brings"):
-        choose(Case(4, 16, Costs(), max_encoder_units=0.1))
+        choose(asked(backbone="auto", max_encoder_units=0.1))
     with pytest.raises(ValueError, match="policy is 'best'; expected one of nested"):
-        choose(Case(4, 16, Costs()), "best")
+        choose(asked(policy="best", backbone="auto"))
     with pytest.raises(ValueError, match="backbone is 'best'; expected one of gpipe"):
-        choose(Case(4, 16, Costs()), backbone="best")
+        choose(asked(backbone="best", group_size="auto"))
     with pytest.raises(ValueError, match="3 stages are more than the LLM's 2 layers"):
-        choose(Case(3, 6, Costs(), layers=2), group_size="auto")
+        choose(asked(3, 6, layers=2, backbone="auto", group_size="auto"))
 
 
 def test_all_policies_take_a_workload_and_one_ideal():
     work = Workload(tuple(MicrobatchWork(0.5 + m % 3, (1.0,) * (m % 4), (0.5,) * (m % 2)) for m in range(8)))
-    case = Case(3, 8, Costs(G=1), work)
-    found = candidates(case, list(POLICIES), list(BACKBONES))
+    request = asked(3, 8, costs=Costs(G=1), workload=work)
+    found = candidates(request, list(POLICIES), list(BACKBONES), "auto")
     assert all(candidate.plan is not None for candidate in found)
     assert {c.group_size for c in found if c.policy == "first_stage"} == {1}
-    plain = make_plan(pipeline_parallel_size=3, microbatches=8, costs=Costs(G=1), workload=work)
-    assert case.ideal() == plain.ideal
+    plain = make_plan(PlanRequest(pipeline_parallel_size=3, microbatches=8, costs=Costs(G=1), workload=work))
+    assert ideal_makespan(request) == plain.ideal

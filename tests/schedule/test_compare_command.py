@@ -10,8 +10,10 @@ import pytest
 
 from bigmac_lightning.commands.compare import main
 from bigmac_lightning.schedule.backbones import BACKBONES
-from bigmac_lightning.schedule.make import POLICIES, make_plan
+from bigmac_lightning.schedule.make import make_plan
+from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import PlanRequest
 
 from .test_plan_command import PACKAGE, SMALL
 
@@ -53,7 +55,7 @@ def test_writes_numbers(tmp_path, capsys, suffix):
     assert over == {("first_stage", "zbv"), ("disaggregated", "1f1b"), ("disaggregated", "zbv")}
     row = next(r for r in rows if (r["policy"], r["backbone"]) == ("nested", "zbv"))
     plan = make_plan(
-        backbone="zbv", virtual_stages=2, pipeline_parallel_size=2, microbatches=4, costs=Costs().per_stage(2)
+        PlanRequest(backbone="zbv", virtual_stages=2, pipeline_parallel_size=2, microbatches=4, costs=Costs())
     )
     assert float(row["makespan"]) == plan.makespan
     assert float(row["ideal"]) == 21

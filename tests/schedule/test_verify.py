@@ -11,6 +11,7 @@ from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import predecessors
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
+from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 
@@ -26,7 +27,7 @@ def edited(plan: Plan, rank: int, texts: str) -> Plan:
 @pytest.fixture
 def plan() -> Plan:
     """EF0 0F0 0F1 EF1 0B0 0F2 0B1 EB0 0F3 0B2 0B3 EB1 | EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1"""
-    return make_plan(pipeline_parallel_size=2, microbatches=4)
+    return make_plan(PlanRequest(pipeline_parallel_size=2, microbatches=4))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_limits_name_the_action_that_breaks_them(plan):
 @given(plan_arguments(), st.data())
 @settings(max_examples=100, deadline=None)
 def test_lost_doubled_and_moved_actions_are_named(arguments, data):
-    plan = make_plan(**arguments)
+    plan = make_plan(PlanRequest(**arguments))
     rank = data.draw(st.sampled_from([rank for rank, actions in enumerate(plan.ranks) if actions]))
     position = data.draw(st.integers(0, len(plan.ranks[rank]) - 1))
     action = plan.ranks[rank][position]
@@ -134,7 +135,7 @@ def test_lost_doubled_and_moved_actions_are_named(arguments, data):
 @given(plan_arguments(), st.data())
 @settings(max_examples=100, deadline=None)
 def test_actions_placed_before_what_they_need_are_named(arguments, data):
-    plan = make_plan(**arguments)
+    plan = make_plan(PlanRequest(**arguments))
     local = [
         (rank, action, need)
         for (rank, action), needs in predecessors(plan).items()
@@ -154,7 +155,9 @@ def test_actions_placed_before_what_they_need_are_named(arguments, data):
 @settings(max_examples=150, deadline=None)
 def test_exactly_the_shuffles_that_run_are_accepted_by_the_simulation(arguments, random):
     """Against a reference that polls the ranks: a plan runs there if and only if `simulate` gives it a timeline."""
-    plan = make_plan(**(arguments | {"microbatches": min(arguments["microbatches"], 3), **_no_shares(arguments)}))
+    plan = make_plan(
+        PlanRequest(**(arguments | {"microbatches": min(arguments["microbatches"], 3), **_no_shares(arguments)}))
+    )
     actions = random.choice([actions for actions in plan.ranks if actions])
     one, other = random.randrange(len(actions)), random.randrange(len(actions))
     actions[one], actions[other] = actions[other], actions[one]
@@ -171,7 +174,7 @@ def _no_shares(arguments: dict[str, object]) -> dict[str, None]:
 
 
 def test_order_is_by_end_time_and_respects_every_need():
-    plan = make_plan(pipeline_parallel_size=4, microbatches=9, costs=Costs(G=2, latency=0.25, B=1.7))
+    plan = make_plan(PlanRequest(pipeline_parallel_size=4, microbatches=9, costs=Costs(G=2, latency=0.25, B=1.7)))
     timeline = verify(plan)
     ends = [timeline.ends[rank][position] for rank, position in timeline.order]
     assert ends == sorted(ends)

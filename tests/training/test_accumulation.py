@@ -67,8 +67,8 @@ def _schedule(rank: int) -> list[int]:
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-            assert batch.window is not None
-            windows.append(round(batch.window[0] / pl_module.counts(batch)[0]))
+            assert batch.step_counts is not None
+            windows.append(round(batch.step_counts[0] / pl_module.counts(batch)[0]))
 
     accumulation = GradientAccumulationScheduler({0: 1, 1: 3})
     strategy = {"accumulate": "tokens"}

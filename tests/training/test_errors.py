@@ -14,18 +14,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning import Batch, BigMacStrategy, PipelineLayout
+from bigmac_lightning import Batch, PipelineLayout, ScheduleOptions
 from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.toy import VOCABULARY, ToyData, ToyModule
-from tests.training.trainers import on_ranks, pipeline_trainer
+from tests.training.trainers import on_ranks, pipeline_trainer, strategy_of
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"backbone": "2f2b"}, "backbone is '2f2b'; expected one of gpipe, 1f1b, .* or a .csv or .json file"),
-        ({"policy": "magic"}, "policy='magic' is not known; choose one of .*first_stage, nested, recompute, upfront"),
-        ({"virtual_stages": 2}, "virtual_stages=2 does not go with backbone='1f1b'"),
+        ({"policy": "magic"}, "policy is 'magic'; expected one of nested, upfront, first_stage"),
+        ({"virtual_stages": 2}, "virtual_stages is 2; this backbone allows 1"),
+        ({"group_size": 0}, "group_size is 0; expected an integer of at least 1"),
+        ({"pieces": "auto"}, "pieces is 'auto'; expected an integer of at least 1"),
+        ({"partition": "fair"}, "partition is 'fair'; expected"),
+        ({"factors": "guess"}, "factors is 'guess'; expected"),
+        ({"sample_tokens": -1}, "sample_tokens is -1; expected"),
         ({"microbatches": 0}, "microbatches=0 must be an integer of at least 1"),
         ({"microbatches": "auto"}, "microbatches='auto' must be an integer of at least 1"),
         ({"pipeline_parallel_size": "all"}, "pipeline_parallel_size='all' must be"),
@@ -33,7 +38,7 @@ from tests.training.trainers import on_ranks, pipeline_trainer
 )
 def test_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BigMacStrategy(**arguments)
+        strategy_of(**arguments)
 
 
 class _Foreign(pl.LightningModule):
@@ -218,10 +223,10 @@ def test_idle_ranks_are_warned_of() -> None:
 
 def test_backbones_say_how_many_stages_they_need() -> None:
     """A backbone that needs two stages per rank has two where nothing else is said."""
-    assert BigMacStrategy(backbone="zbv").options.stages_per_rank == 2
-    assert BigMacStrategy(backbone="1f1b").options.stages_per_rank == 1
-    with pytest.raises(ValueError, match="virtual_stages=3 does not go with backbone='zbv'"):
-        BigMacStrategy(backbone="zbv", virtual_stages=3)
+    assert ScheduleOptions(backbone="zbv").stages_per_rank == 2
+    assert ScheduleOptions(backbone="1f1b").stages_per_rank == 1
+    with pytest.raises(ValueError, match="virtual_stages is 3; this backbone allows 2"):
+        ScheduleOptions(backbone="zbv", virtual_stages=3)
 
 
 def test_an_owner_without_data_is_named() -> None:

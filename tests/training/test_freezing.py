@@ -105,7 +105,7 @@ def _plans_made(rank: int) -> list[bool]:
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-            ran.append(trainer.strategy.pipeline.last_plan is batch.planned.plan)  # type: ignore[attr-defined]
+            ran.append(trainer.strategy.runner.last_plan is batch.planned.plan)  # type: ignore[attr-defined]
 
     trainer = pipeline_trainer(2, max_epochs=2, callbacks=[_Turns([(2, "encoders", False)]), Watch()])
     trainer.fit(_AllOptimized(), _InWorkers(steps=8))

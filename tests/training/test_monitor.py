@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bigmac_lightning.callbacks import PipelineMonitor
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.contracts.module import StageOutput
+from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.schedule.plan import Plan
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
@@ -76,7 +76,7 @@ class _Timed(ToyModule):
         self.calls.append({})
         self.numbers = {id(m.labels): i for i, m in enumerate(batch.microbatches)}
         loss = super().training_step(batch, batch_idx)
-        self.plans.append(self.trainer.strategy.pipeline.last_plan.to_json())
+        self.plans.append(self.trainer.strategy.runner.last_plan.to_json())
         return loss
 
     def run_stage(self, microbatch: Any, layers: range, *args: Any) -> StageOutput:

@@ -104,7 +104,7 @@ def _refused(rank: int, name: str) -> str:
     ("name", "reason"),
     [
         ("LBFGS", "LBFGS looks at all parameters"),
-        ("ZeroRedundancyOptimizer", "ZeroRedundancyOptimizer deals parameters out to ranks that all have the same"),
+        ("ZeroRedundancyOptimizer", "ZeroRedundancyOptimizer shards parameters over ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(name: str, reason: str) -> None:

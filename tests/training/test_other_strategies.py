@@ -110,7 +110,7 @@ def test_what_another_strategy_has_saved(tmp_path: Path) -> None:
     trainer.fit(module, ToyData(steps=STEPS))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     for error in on_ranks(2, _resume_plain, tmp_path / "plain.ckpt"):
-        assert "saved by another strategy" in error
+        assert "another strategy has saved them" in error
         assert "start from the weights alone" in error
 
 

@@ -1,6 +1,8 @@
 """Plans made by the DataLoader's workers, for each batch's own work, and for what is trained."""
 
+import pickle
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +17,11 @@ from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.runtime.lowering import Needs, Send
 from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.budget import MemoryBudget
-from bigmac_lightning.schedule.placing.uneven_shares import pour
+from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.plan import Costs
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.trained import backward_share
 from tests.models import parts
@@ -38,7 +41,7 @@ def _train(rank: int, data: type[ToyData]) -> tuple[list[float], int, int]:
     module = ToyModule()
     trainer = pipeline_trainer(2, max_epochs=1)
     trainer.fit(module, data(steps=4, microbatches=5))
-    pipeline = trainer.strategy.pipeline
+    pipeline = trainer.strategy.runner
     assert isinstance(pipeline, PipelineRunner)
     return module.losses, len(pipeline.planner.known), len(pipeline.evaluation_planner.known)
 
@@ -55,8 +58,24 @@ def test_workers_plan_what_the_pipeline_runs() -> None:
         assert made == 4  # without workers in the process itself
 
 
+def test_workers_send_a_rank_its_own_program_alone() -> None:
+    """The lists of the other ranks travel as text, which nobody parses unless the plan is asked for."""
+    planner = Planner(PipelineOptions(ScheduleOptions("filled", pieces=2)), 3, 1, Trained((True,) * 3, ENCODERS, True))
+    planned = planner(toy_batch(7, planner.layout).useful())
+    sent = pickle.dumps(planned)
+    arrived: PlannedBatch = pickle.loads(sent)
+    assert isinstance(arrived.source, str)
+    assert arrived.plan == planned.plan
+    assert arrived.plan is arrived.plan
+    whole = replace(planned, source=arrived.source)
+    assert arrived == whole
+    for kind in ("EF", "G"):
+        assert arrived.pieces[kind] == planned.plan.pieces(kind)
+    assert pickle.dumps(arrived) == sent
+
+
 def _plan(trained: Trained, backbone: str = "1f1b", rank: int = 0, media: bool = True) -> Counter[str]:
-    planner = Planner(PipelineOptions(backbone=backbone), 2, rank, trained, ENCODERS)
+    planner = Planner(PipelineOptions(ScheduleOptions(backbone=backbone)), 2, rank, trained, ENCODERS)
     batch = toy_batch(5, PipelineLayout(2, rank, 2), media=media).useful()
     planned = planner(batch)
     assert planner(batch) is planned  # remembered
@@ -116,7 +135,7 @@ def test_a_projector_alone_has_a_short_backward() -> None:
     whole = sum(p.numel() for p in module.encoders.parameters())
     assert share == 1 - sum(p.numel() for e in module.encoders.values() for p in e.tower.parameters()) / whole
     costs, _ = Trained((True,), ENCODERS, True, share).costs(
-        PipelineOptions().costs, Needs((True,), (True,), True), True, True
+        PipelineOptions().costs, 1, Needs((True,), (True,), True), True, True
     )
     assert 2 * share == costs.EB
 
@@ -137,28 +156,31 @@ def test_plans_follow_the_work_of_each_microbatch() -> None:
 
 
 def test_auto_is_named_alike_and_explained() -> None:
-    options = PipelineOptions(backbone="auto", group_size="auto", max_encoder_units=2)
-    named, reason = options.chosen(4, layers=8, encoder=True, generator=True)
-    assert named == options.chosen(4, layers=8, encoder=True, generator=True)[0]
-    assert named.backbone in BACKBONES
-    assert named.group_size in (2, 4, 8)
-    assert reason.startswith(f"chosen for policy nested: {named.backbone}")
+    options = PipelineOptions(ScheduleOptions(backbone="auto", group_size="auto", max_encoder_units=2))
+    named, reason = options.resolved(4, layers=8, encoder=True, generator=True)
+    assert named == options.resolved(4, layers=8, encoder=True, generator=True)[0]
+    assert named.schedule.backbone in BACKBONES
+    assert named.schedule.group_size in (2, 4, 8)
+    assert reason.startswith(f"chosen for policy nested: {named.schedule.backbone}")
     assert "refused" in reason
-    assert named.chosen(4, layers=8, encoder=True, generator=True) == (named, "")
-    few, _ = options.chosen(4, layers=4, encoder=True, generator=True)
-    assert few.stages_per_rank == 1
-    assert options.chosen(4, layers=10, encoder=True, generator=True)[0].stages_per_rank == 1  # 8 stages would differ
-    without, _ = PipelineOptions(group_size="auto").chosen(4, layers=4, encoder=False, generator=False)
-    assert (without.backbone, without.stages_per_rank, without.group_size) == ("1f1b", 1, 4)
+    assert named.resolved(4, layers=8, encoder=True, generator=True) == (named, "")
+    few, _ = options.resolved(4, layers=4, encoder=True, generator=True)
+    assert few.schedule.stages_per_rank == 1
+    assert options.resolved(4, layers=10, encoder=True, generator=True)[0].schedule.stages_per_rank == 1
+    without, _ = PipelineOptions(ScheduleOptions(group_size="auto")).resolved(
+        4, layers=4, encoder=False, generator=False
+    )
+    schedule = without.schedule
+    assert (schedule.backbone, schedule.stages_per_rank, schedule.group_size) == ("1f1b", 1, 4)
 
 
 def _auto(rank: int) -> tuple[str, int, int | str | None]:
     trainer = pipeline_trainer(2, {"backbone": "auto", "memory": MemoryBudget("4GiB", "1GiB", "100MiB")}, max_epochs=1)
     trainer.fit(ToyModule(), ToyData(steps=1))
     assert isinstance(trainer.strategy, BigMacStrategy)
-    plan = trainer.strategy.pipeline.last_plan
+    plan = trainer.strategy.runner.last_plan
     assert plan is not None
-    return plan.backbone, plan.virtual_stages, trainer.strategy.pipeline.options.group_size
+    return plan.backbone, plan.virtual_stages, trainer.strategy.runner.options.schedule.group_size
 
 
 def test_the_strategy_runs_what_auto_has_named() -> None:
@@ -172,7 +194,8 @@ def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
     """As the options say; a rank whose stage is slow does less of the encoders' work, and no item is cut."""
     trained = Trained((True, True), ENCODERS, generator=True)
     options = PipelineOptions(
-        "filled", ramp=True, pieces=4, costs=Costs(EF=8, EB=16, G=1), stage_factors=(1.0, 3.0), max_encoder_units=8
+        ScheduleOptions("filled", ramp=True, pieces=4, costs=Costs(EF=8, EB=16, G=1), max_encoder_units=8),
+        stage_factors=(1.0, 3.0),
     )
     batch = toy_batch(12, options.layout(2, 0)).useful()
     plan = Planner(options, 2, 0, trained)(batch).plan
@@ -193,14 +216,16 @@ def test_shares_in_pieces_ramp_groups_and_slow_stages() -> None:
         for rank in (0, 1):
             assert pieces.get((rank, group), 0) <= sum(item.owner == rank for item in owned)
             load[rank] += sum(item.cost for item in owned if item.owner == rank)
-    wanted = pour([3, 9], 25)
+    wanted = balanced_shares([3, 9], 25)
     assert wanted[1] < 0.5
     assert load[1] / sum(load) == pytest.approx(wanted[1], abs=0.05)
 
 
 def test_stage_factors_estimated_from_layers() -> None:
     costs = LayerCosts((1.0,) * 4, head=2.0)
-    options = PipelineOptions("filled", stage_factors="auto").chosen(2, 4, encoder=True, generator=True)[0]
+    options = PipelineOptions(ScheduleOptions("filled"), stage_factors="auto").resolved(
+        2, 4, encoder=True, generator=True
+    )[0]
     options = options.estimated(costs, make_stages(costs, 2))
     assert options.stage_factors == pytest.approx((2 / 3, 4 / 3))
     weights = options.layout(2, 0).weights
@@ -209,10 +234,12 @@ def test_stage_factors_estimated_from_layers() -> None:
 
 
 def test_stage_factors_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"stage_factors=\(1.0,\) must have one number for each of 2 stages"):
-        PipelineOptions(stage_factors=(1.0,)).chosen(2, 4, encoder=True, generator=True)
-    with pytest.raises(ValueError, match=r"stage_factors=.* does not go with policy='disaggregated'"):
-        PipelineOptions("disaggregated", stage_factors=(1.0,)).chosen(3, 4, encoder=True, generator=True)
+    with pytest.raises(ValueError, match=r"factors=\[1.0\] must have one number for each of 2 stages"):
+        PipelineOptions(stage_factors=(1.0,)).resolved(2, 4, encoder=True, generator=True)
+    with pytest.raises(ValueError, match=r"factors=.* of stages do not go with policy disaggregated"):
+        PipelineOptions(ScheduleOptions("disaggregated"), stage_factors=(1.0,)).resolved(
+            3, 4, encoder=True, generator=True
+        )
 
 
 def _balanced(rank: int) -> list[list[range]]:
@@ -228,7 +255,7 @@ def _balanced(rank: int) -> list[list[range]]:
     loader = torch.utils.data.DataLoader([0, 1], collate_fn=collate)
     for run in (partial(trainer.fit, module, loader, loader), partial(trainer.validate, module, loader)):
         run()
-        found.append(strategy.pipeline.stages)
+        found.append(strategy.runner.stages)
     assert len(list(module.llm.parameters())) > 0
     return found
 

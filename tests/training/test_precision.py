@@ -14,11 +14,12 @@ from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.runtime.autocast import _keeps_graphs
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.refusals import check_settings
-from bigmac_lightning.training.runner import PipelineRunner, part_of, split_layers
+from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
-from tests.toy import ToyData, ToyModule, toy_batch
+from tests.toy import ToyData, ToyModule, split_layers, toy_batch
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 TOLERANCES = {
@@ -176,7 +177,7 @@ def _autocast(rank: int, policy: str, backbone: str) -> tuple[dict[str, torch.Te
     module.part = part_of(rank, split_layers(4, 2), range(2))
     module.configure_model()
     context = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    runner = PipelineRunner(module, mesh, PipelineOptions(policy, backbone), context)
+    runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(policy, backbone)), context)
     with _Casts((36, 12)) as casts:  # of the first matrix of a layer's MLP
         runner(toy_batch(6, runner.layout, text_only=(1, 2)), "train")
     reduce_gradients(runner.places, mesh)

@@ -36,6 +36,7 @@ class _Timeouts(pl.Callback):
 
 
 def _timeouts(rank: int, world: int, dp: int) -> dict[str, timedelta]:
+    dist.barrier()  # so that no rank is still connecting
     dist.destroy_process_group()  # the test's own; Lightning makes another
     timeouts = _Timeouts()
     strategy = {"data_parallel_size": dp, "timeout": timedelta(seconds=47)}

@@ -3,12 +3,13 @@
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from bigmac_lightning import BigMacStrategy
+from bigmac_lightning import BigMacStrategy, ScheduleOptions, StageOptions
 from tests.ranks import run_ranks
 from tests.toy import ToyModule
 
@@ -26,10 +27,19 @@ def plain_trainer(**kwargs: Any) -> pl.Trainer:
     return pl.Trainer(**{**QUIET, "logger": False, "enable_checkpointing": False, "devices": 1, **kwargs})
 
 
+def strategy_of(**arguments: Any) -> BigMacStrategy:
+    """A strategy of arguments among which those of its groups stand, too."""
+    schedule, stages = (
+        kind(**{entry.name: arguments.pop(entry.name) for entry in fields(kind) if entry.name in arguments})
+        for kind in (ScheduleOptions, StageOptions)
+    )
+    return BigMacStrategy(schedule=schedule, stages=stages, **arguments)
+
+
 def pipeline_trainer(world_size: int, strategy: dict[str, Any] | None = None, **kwargs: Any) -> pl.Trainer:
     """To be called on a rank."""
     defaults = {**QUIET, "logger": False, "enable_checkpointing": False}
-    return pl.Trainer(**{**defaults, "devices": world_size, "strategy": BigMacStrategy(**(strategy or {})), **kwargs})
+    return pl.Trainer(**{**defaults, "devices": world_size, "strategy": strategy_of(**(strategy or {})), **kwargs})
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:

@@ -56,8 +56,7 @@ class Backbone:
         Raises:
             ValueError: if this backbone does not allow so many stages per rank.
         """
-        if virtual_stages not in self.virtual_stages:
-            raise ValueError(f"virtual_stages is {virtual_stages}; this backbone allows {self._allowed()}")
+        self.check_virtual_stages(virtual_stages)
         orders = self.builder(pipeline_parallel_size, microbatches + extra_in_flight, virtual_stages)
         if not extra_in_flight:
             return orders
@@ -67,6 +66,9 @@ class Backbone:
         ]
         return [[action for action in actions if 0 <= action.index < microbatches] for actions in earlier]
 
-    def _allowed(self) -> str:
+    def check_virtual_stages(self, number: int) -> None:
+        """Refuse a number of stages per rank that this backbone does not allow; raises ``ValueError``."""
         first, last = self.virtual_stages[0], self.virtual_stages[-1]
-        return str(first) if first == last else f"{first} to {last}"
+        if number not in self.virtual_stages:
+            allowed = str(first) if first == last else f"{first} to {last}"
+            raise ValueError(f"virtual_stages is {number}; this backbone allows {allowed}")

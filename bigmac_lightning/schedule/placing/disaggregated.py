@@ -11,7 +11,7 @@ from dataclasses import replace
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Backbone, Orders, get_backbone
 from bigmac_lightning.schedule.costs import Costs
-from bigmac_lightning.schedule.placing.setting import Setting
+from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import Workload
@@ -119,7 +119,7 @@ def generator_ranks(stage_rank: Sequence[int], size: int) -> range:
     return range(max(stage_rank) + 1, size)
 
 
-def disaggregated(plan: Plan, setting: Setting) -> Orders:
+def disaggregated(plan: Plan, given: PolicyInput) -> Orders:
     """Encoder ranks run forwards ahead, bounded by what stage 0 has in flight, and backwards as gradients come back;
     generator ranks follow the last stage."""
     stages = range(min(plan.stage_rank), max(plan.stage_rank) + 1)
@@ -138,7 +138,7 @@ def disaggregated(plan: Plan, setting: Setting) -> Orders:
             ]
             for rank in range(plan.pipeline_parallel_size)
         ]
-        makespan = simulate(replace(plan, ranks=ranks), setting.workload).makespan
+        makespan = simulate(replace(plan, ranks=ranks), given.workload).makespan
         if best is None or makespan < best[0] * (1 - 1e-6):
             best = (makespan, ranks)
     assert best is not None

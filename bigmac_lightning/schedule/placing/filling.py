@@ -19,7 +19,7 @@ from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_micr
 from bigmac_lightning.schedule.placing.list_scheduling import EPS, Tasks, justify, list_schedule
 from bigmac_lightning.schedule.placing.nested_orders import NestedOrders
 from bigmac_lightning.schedule.placing.nesting import Cut, consistent_cuts, nest
-from bigmac_lightning.schedule.placing.setting import Setting
+from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.placing.swaps import swap
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
@@ -33,24 +33,24 @@ POLISHED, SWAPPED = 10, 4
 """How many of the best schedules are improved by justification, and by swaps."""
 
 
-def fill(plan: Plan, setting: Setting) -> list[list[Action]]:
+def fill(plan: Plan, given: PolicyInput) -> list[list[Action]]:
     """Every rank's actions: the bare backbone of `plan` with its nested work in bubbles.
 
     Args:
         plan: its lists hold the bare backbone.
-        setting: by default 2 encoder units may be alive, or 3 with a generator, or what the cut takes if that is more.
+        given: by default 2 encoder units may be alive, or 3 with a generator, or what the cut takes if that is more.
             Pieces of encoder shares do not get much shorter than half a stage's forward. (The generator's shares are
             not cut: that gains nothing.)
 
     Returns: the cut if nothing better is found, also where the cut has more encoder units alive than allowed.
     """
-    workload, limit = setting.workload, setting.max_encoder_units
-    cut = replace(plan, ranks=nest(plan, setting.bare, workload=workload))
+    workload, limit = given.workload, given.max_encoder_units
+    cut = replace(plan, ranks=nest(plan, given.bare, workload=workload))
     if limit is None:
         peak = max((units for row in live_encoder_units(cut, workload) for units in row), default=0.0)
         limit = max(default_limit(plan), peak)
-    starts = _starts(cut, workload, setting.pieces)
-    found = [_Search(start, plan, setting.bare, workload, limit).run() for start in starts]
+    starts = _starts(cut, workload, given.pieces)
+    found = [_Search(start, plan, given.bare, workload, limit).run() for start in starts]
     return min((lists for lists in found if lists is not None), default=(0.0, cut.ranks), key=lambda lists: lists[0])[1]
 
 

@@ -1,7 +1,4 @@
-"""The policies: how encoder and generator work is placed around a bare backbone.
-
-Knows plans and the passes that place work; knows nothing of how a plan is put together (see ``policies``).
-"""
+"""The policies, by name: how encoder and generator work is placed around a bare backbone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ from bigmac_lightning.schedule.backbones import Orders
 from bigmac_lightning.schedule.placing.disaggregated import disaggregated, encoder_ranks, generator_ranks
 from bigmac_lightning.schedule.placing.filling import fill
 from bigmac_lightning.schedule.placing.nesting import nest
-from bigmac_lightning.schedule.placing.setting import Setting
+from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.plan import Plan
 
 
@@ -20,16 +17,16 @@ class Policy:
     """How encoder and generator work is placed.
 
     Attributes:
-        place: from a plan whose lists hold the bare backbone, and its setting, all ranks' actions.
+        place: gives all ranks' actions, from a plan whose lists hold the bare backbone.
         spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
             rank of stage 0 and generated on that of the last stage.
-        pours: whether uneven shares may be tried where stages differ.
+        uneven_shares: whether ranks may be given unequal shares of the work where stages differ.
         own_ranks: whether encoder and generator work has ranks of its own, which hold no stage.
     """
 
-    place: Callable[[Plan, Setting], Orders]
+    place: Callable[[Plan, PolicyInput], Orders]
     spread: bool = True
-    pours: bool = False
+    uneven_shares: bool = False
     own_ranks: bool = False
 
     def group_size(self, given: int | None, stage_rank: Sequence[int], size: int) -> int:
@@ -52,12 +49,12 @@ class Policy:
         return range(size) if self.spread else stage_rank[-1:]
 
 
-def nested(plan: Plan, setting: Setting) -> Orders:
+def nested(plan: Plan, given: PolicyInput) -> Orders:
     """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
-    return nest(plan, setting.bare, workload=setting.workload)
+    return nest(plan, given.bare, workload=given.workload)
 
 
-def upfront(plan: Plan, setting: Setting) -> Orders:
+def upfront(plan: Plan, given: PolicyInput) -> Orders:
     """All encoder forwards first, all encoder backwards last; the generator nested just the same.
 
     Also the places of `recompute`, whose encoder backwards do the forward once more (Kimi K2.5 style)."""
@@ -69,13 +66,13 @@ def upfront(plan: Plan, setting: Setting) -> Orders:
             if row[rank] > 0
         ]
 
-    inner = nest(plan, setting.bare, ("G",), setting.workload)
+    inner = nest(plan, given.bare, ("G",), given.workload)
     return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
 
 
-def first_stage(plan: Plan, setting: Setting) -> Orders:
+def first_stage(plan: Plan, given: PolicyInput) -> Orders:
     """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
-    del setting
+    del given
     first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
     group_of = {group[0]: g for g, group in enumerate(plan.groups)}
     ranks: Orders = []
@@ -94,19 +91,26 @@ def first_stage(plan: Plan, setting: Setting) -> Orders:
     return ranks
 
 
-def filled(plan: Plan, setting: Setting) -> Orders:
+def filled(plan: Plan, given: PolicyInput) -> Orders:
     """As `nested`, and then moved into the backbone's bubbles; never longer than `nested`."""
-    return fill(plan, setting)
+    return fill(plan, given)
 
 
 POLICIES: dict[str, Policy] = {
     "nested": Policy(nested),
     "upfront": Policy(upfront),
     "first_stage": Policy(first_stage, spread=False),
-    "filled": Policy(filled, pours=True),
+    "filled": Policy(filled, uneven_shares=True),
     "recompute": Policy(upfront),
     "disaggregated": Policy(disaggregated, own_ranks=True),
 }
+
+
+def get_policy(name: str) -> Policy:
+    """The policy of that name; ``ValueError`` lists the names if there is none."""
+    if name not in POLICIES:
+        raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 def _share(rows: list[list[float]], group: int, rank: int) -> float:

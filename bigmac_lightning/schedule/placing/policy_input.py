@@ -1,4 +1,4 @@
-"""What a policy goes by, beside the plan itself. Knows nothing of policies."""
+"""What a policy is given beside the plan that it completes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ from bigmac_lightning.schedule.workload import Workload
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a policy goes by.
+class PolicyInput:
+    """What a policy is given beside a plan that holds the bare backbone.
 
     Attributes:
         bare: the simulated bare backbone.
         workload: the work of each microbatch, where they differ.
-        max_encoder_units: most encoder units that a rank may have alive; most policies leave this to ``verify``.
-        pieces: in how many pieces an encoder share may be cut; one number for all, or one per group and rank.
+        max_encoder_units: most encoder units that a rank may have alive. Only `filled` uses it; what other policies
+            make is checked by ``verify``.
+        pieces: in how many pieces an encoder share may be cut: one number for all, or one per group and rank.
     """
 
     bare: Timeline

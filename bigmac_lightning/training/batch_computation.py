@@ -1,7 +1,4 @@
-"""One batch of a PipelineModule, as the executor sees it: which rows are whose, and what an action computes.
-
-Knows a model's contract and a plan; knows no process groups.
-"""
+"""One batch of a PipelineModule, as the executor sees it: whose rows are whose, and what each action computes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,18 +8,19 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
-from bigmac_lightning.contracts.module import Mode, PipelineModule, StageOutput
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
 from bigmac_lightning.runtime.executor import Outcome
 from bigmac_lightning.runtime.routing import Item, Routing
-from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.exact import apart, parts_of, together
+from bigmac_lightning.training.planner import PlannedBatch
 
 AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
 
-class BatchWork:
-    """The `runtime.executor.Work` of a batch."""
+class BatchComputation:
+    """The executor's `Computation` for a batch."""
 
     def __init__(
         self,
@@ -32,17 +30,17 @@ class BatchWork:
         dtype: torch.dtype,
         contexts: Sequence[Callable[[], AbstractContextManager[object]]],
         batch: Batch,
-        plan: Plan,
+        planned: PlannedBatch,
         mode: Mode,
         scales: Tensor,
     ) -> None:
         """
         Args:
             stages: layers of each stage.
-            rank: of the pipeline.
-            dtype: of hidden states, features and conditions.
-            contexts: entered around every forward.
-            batch: useful microbatches alone.
+            rank: this process's rank in the pipeline.
+            dtype: type of hidden states, features and conditions.
+            contexts: context managers that every forward runs in.
+            batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
         """
         self.module, self.stages, self.rank, self.batch, self.scales = module, stages, rank, batch, scales
@@ -50,8 +48,8 @@ class BatchWork:
         self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
         microbatches = batch.microbatches
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
-        self.features = _routing(media, module.feature_rows, plan, "EF")
-        self.conditions = _routing(targets, lambda item: item.rows, plan, "G")
+        self.features = _routing(media, module.feature_rows, planned, "EF")
+        self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
         self.sums = torch.zeros_like(scales)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
@@ -61,18 +59,18 @@ class BatchWork:
         return (shape.numel() + sum(self._sizes(extras)),) if extras else shape
 
     def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
-        """Of the hidden states, and of the extras, that go into a stage."""
+        """Shapes of the hidden states and of the extras that go into a stage."""
         given = self.batch.microbatches[microbatch]
         extras = self.module.extra_shapes(given, self.stages[stage].start)
         return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
 
     def _sizes(self, extras: dict[str, torch.Size]) -> list[int]:
-        """Of each extra in a message."""
+        """How many numbers each extra takes in a message."""
         exact = self.module.llm.exact_extras
         return [extra.numel() * (parts_of(self.dtype) if name in exact else 1) for name, extra in extras.items()]
 
     def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states and extras travel as one flat tensor where there are extras."""
+        """The hidden states and extras of a message. With extras, a message is one flat tensor."""
         shape, extras = self._shapes(microbatch, stage)
         if not extras:
             return message, {}
@@ -129,7 +127,7 @@ class BatchWork:
         return torch.stack(self._scaled(sums)).sum()
 
     def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:
-        """What to run backward from; the sums are counted."""
+        """The scaled losses, from which the backward starts; the loss sums are added up for the metrics."""
         losses: list[Tensor] = []
         for name, loss in sums.items():
             index = self.module.loss_names.index(name)
@@ -145,6 +143,8 @@ class BatchWork:
             yield
 
 
-def _routing(items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], plan: Plan, kind: str) -> Routing:
+def _routing(
+    items: Sequence[Sequence[AnyItem]], rows: Callable[[AnyItem], int], planned: PlannedBatch, kind: str
+) -> Routing:
     known = [[Item(item.owner, rows(item), item.cost) for item in row] for row in items]
-    return Routing(known, plan.groups, plan.pieces(kind))
+    return Routing(known, planned.groups, planned.pieces[kind])
