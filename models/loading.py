@@ -44,11 +44,14 @@ def materialize(
 def _convert(whole: Any, dtype: torch.dtype) -> None:
     """Convert drawn weights to the types that they would have if they were loaded in this type: the library leaves in
     float32 what it computes with in float32, such as the frequencies of rotary embeddings and some routers."""
+    tensors = [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]
+    if dtype == torch.float32 and all(t.dtype == dtype for _, t in tensors if t.is_floating_point()):
+        return
     with torch.device("meta"):
         model = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype)
         made = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     float32 = [re.compile(pattern.replace("*", ".*")) for pattern in whole._get_dtype_plan(dtype)]
-    for name, tensor in [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]:
+    for name, tensor in tensors:
         exact = any(pattern.search(name) for pattern in float32)
         tensor.data = tensor.data.to(torch.float32 if exact else made[name].dtype)
 

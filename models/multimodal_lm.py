@@ -91,8 +91,8 @@ class MultimodalLM(PipelineModule):
         self._lora_targets = {name: targets_of(self.get_submodule(name), name, s) for name, s in self.lora.items()}
         if isinstance(self.llm, HFDecoder):
             self.llm.check_adapters(self._lora_targets.get("llm", ()))
-        for pattern, settings in self.optimization.items():
-            if unknown := settings.keys() - {"learning_rate", "weight_decay"}:
+        for pattern, values in self.optimization.items():
+            if unknown := values.keys() - {"learning_rate", "weight_decay"}:
                 raise ValueError(
                     f"optimization: {pattern!r} has {sorted(unknown)}; there are learning_rate and weight_decay"
                 )
@@ -180,8 +180,8 @@ class MultimodalLM(PipelineModule):
         self._load_initial_weights(whole)
 
     def adapt(self) -> None:
-        for name, settings in self.lora.items():
-            add_lora(self.get_submodule(name), name, settings, self._lora_targets[name])
+        for name, options in self.lora.items():
+            add_lora(self.get_submodule(name), name, options, self._lora_targets[name])
         self._freeze()
 
     def _freeze(self) -> None:

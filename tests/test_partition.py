@@ -21,8 +21,8 @@ def test_auto_is_the_best_of_all_cuts(stages: int) -> None:
         made = make_stages(costs, stages, "auto")
         assert [layer for stage in made for layer in stage] == list(range(layers))
         assert all(made)
-        dearest = min(max(map(costs.of, cut)) for cut in cuts(layers, stages))
-        assert max(map(costs.of, made)) == pytest.approx(dearest)
+        least = min(max(map(costs.of, cut)) for cut in cuts(layers, stages))
+        assert max(map(costs.of, made)) == pytest.approx(least)
 
 
 def test_even_and_given() -> None:

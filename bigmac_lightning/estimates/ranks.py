@@ -25,7 +25,7 @@ class Precision:
 
     @classmethod
     def of(cls, name: str | int | None) -> "Precision":
-        """The precision that Lightning knows by a name such as "bf16-mixed"."""
+        """The precision of Lightning with a name such as "bf16-mixed"."""
         text = str(name or "32-true")
         size = 2 if "16" in text or "transformer-engine" in text else 8 if "64" in text else None
         return cls(size if text.endswith("-true") or text == "64" else None, size)

@@ -255,12 +255,8 @@ class HFDecoder(HFComponent, LanguageModel):
             if len(features) > len(layers):
                 extras["features"] = features[len(layers) :]
         with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
-            out = self._stage(layers)(
-                h_BSD,
-                position_ids=inputs.get("position_ids"),
-                attention_mask=self._mask(h_BSD, inputs),
-                **further,
-            )
+            mask = self._mask(h_BSD, inputs)
+            out = self._stage(layers)(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
         if self._routers is not None:
             before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
             counted = inputs.get("attention_mask", inputs.get(attention.TOKENS))

@@ -169,7 +169,7 @@ def _starts_problem(stubs: StubDecoder, width: int, position_rows: int, decoder:
                     args, kwargs = stubs.arguments_on_meta(k)
                     layer(*args, **kwargs)
                 if not got_starts or not all(got_starts):
-                    return f"the attention of layer {k} is not told where samples start"
+                    return f"the attention of layer {k} does not get the starts of samples"
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]
     return ""

@@ -99,7 +99,7 @@ class VisionEncoder(Encoder):
         known = {**_TOWERS, **_PATCH_TOWERS}
         if kind not in known:
             raise ValueError(
-                f"VisionEncoder knows the towers {sorted(known)}, not model_type {kind!r}; "
+                f"VisionEncoder supports the towers {sorted(known)}, not model_type {kind!r}; "
                 "for another tower write an Encoder of your own"
             )
         self.kind, self.takes_patches, self.merge = known[kind], kind in _PATCH_TOWERS, merge

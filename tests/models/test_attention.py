@@ -35,7 +35,7 @@ def by_starts(
     max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention as flash attention does it: without a mask, told where samples start in the flattened rows."""
+    """Causal attention as flash attention does it: without a mask, with the starts of samples in the flattened rows."""
     assert attention_mask is None
     rows, length = query.shape[0], query.shape[2]
     starts = [row * length for row in range(rows + 1)] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
@@ -77,7 +77,7 @@ def packed_run(folder: Path, attention: str, device: str = "cpu", dtype: str = "
 
 @pytest.mark.parametrize("name", PACKING)
 def test_samples_stay_apart_without_masks(name: str, tmp_path: Path) -> None:
-    """Where they start is told to every layer of every family; the outcome is that of masks."""
+    """Every layer of every family gets the starts of samples, and the result is that of masks."""
     zoo.save(name, tmp_path)
     loss, gradients = packed_run(tmp_path / name, "by_starts")
     expected, others = packed_run(tmp_path / name, zoo.MODELS[name].attention)

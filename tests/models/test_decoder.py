@@ -156,10 +156,10 @@ def test_inputs_that_would_be_taken_for_something_else() -> None:
 
 def test_what_a_forward_returns_does_not_change_stages() -> None:
     """Settings of the config that only say what else the library is to return."""
-    told = {"output_hidden_states": True, "return_dict": False, "use_cache": True, "num_labels": 7}
+    returned = {"output_hidden_states": True, "return_dict": False, "use_cache": True, "num_labels": 7}
     expected = run(whole("llama"), {"input_ids": ids()}, SPLITS)
-    assert torch.equal(run(whole("llama", **told), {"input_ids": ids()}, SPLITS), expected)
-    decoder = build("llama", output_attentions=True, attn_implementation="eager", **told)
+    assert torch.equal(run(whole("llama", **returned), {"input_ids": ids()}, SPLITS), expected)
+    decoder = build("llama", output_attentions=True, attn_implementation="eager", **returned)
     decoder.materialize(range(LAYERS), True, True)
     assert torch.allclose(run(decoder, {"input_ids": ids()}, SPLITS), expected, rtol=1e-5, atol=1e-6)
 
@@ -179,12 +179,12 @@ def test_a_copy_is_independent() -> None:
     decoder = whole()
     inputs = {"input_ids": ids()}
     expected = run(decoder, inputs, SPLITS)
-    twin = copy.deepcopy(decoder)
+    other = copy.deepcopy(decoder)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in other.parameters():
             parameter.mul_(2)
     assert torch.equal(run(decoder, inputs, SPLITS), expected)
-    assert not torch.equal(run(twin, inputs, SPLITS), expected)
+    assert not torch.equal(run(other, inputs, SPLITS), expected)
 
 
 def test_stages_learn_the_mode() -> None:

@@ -78,13 +78,13 @@ def test_a_rank_reads_its_own_tensors_alone(trained: tuple[Path, dict[str, Tenso
     folder, _ = trained
     parts = on_ranks(2, _train, 2, folder, None, "ranks2.ckpt")
     (folder / "ranks2.ckpt" / "__1_0.distcp").unlink()
-    stored = CheckpointWeights(folder / "ranks2.ckpt")
+    weights = CheckpointWeights(folder / "ranks2.ckpt")
     mine, other = (f"llm.model.language_model.layers.{layer}.self_attn.k_norm.weight" for layer in (0, 4))
     into = torch.empty_like(parts[0][mine], dtype=torch.bfloat16)
-    stored.read_into({mine: into})
+    weights.read_into({mine: into})
     assert torch.equal(into, parts[0][mine].to(torch.bfloat16))
     with pytest.raises(CheckpointException, match=r"__1_0\.distcp"):
-        stored.read_into({other: torch.empty_like(parts[1][other])})
+        weights.read_into({other: torch.empty_like(parts[1][other])})
 
 
 def test_some_components_of_another_model(trained: tuple[Path, dict[str, Tensor]]) -> None:

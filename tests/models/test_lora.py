@@ -35,8 +35,8 @@ OUTPUT = {"llm": {"r": 4, "target_modules": ["lm_head", "v_proj"]}}
 
 
 def module_of(folder: Path, name: str, dtype: str = "float32", lora: Any = None) -> MultimodalLM:
-    settings: dict[str, Any] = {"lora": lora or LORA, "learning_rate": 1e-2, "schedule": "constant", "dtype": dtype}
-    return MultimodalLM.from_pretrained(str(folder / name), **settings)
+    arguments: dict[str, Any] = {"lora": lora or LORA, "learning_rate": 1e-2, "schedule": "constant", "dtype": dtype}
+    return MultimodalLM.from_pretrained(str(folder / name), **arguments)
 
 
 def gradients(module: MultimodalLM) -> dict[str, torch.Tensor]:
@@ -137,15 +137,15 @@ def test_export_folds_adapters(name: str, lora: Any, size: int, adapted: int, tm
 def test_folding_against_the_adapted_layer() -> None:
     torch.manual_seed(0)
     component = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(3, 2)})
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": ["a"]}
-    add_lora(component, "x", settings, targets_of(component, "x", settings))
+    options = {"r": 2, "lora_alpha": 6, "target_modules": ["a"]}
+    add_lora(component, "x", options, targets_of(component, "x", options))
     for parameter in component.parameters():
         parameter.data = torch.randn_like(parameter)
     given = torch.randn(4, 5)
     expected = component["a"](given)
     tensors = {f"x.{name}": tensor for name, tensor in component.state_dict().items()}
     plain = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(3, 2)})
-    folded = {name.removeprefix("x."): tensor for name, tensor in fold_lora(tensors, {"x": settings}).items()}
+    folded = {name.removeprefix("x."): tensor for name, tensor in fold_lora(tensors, {"x": options}).items()}
     plain.load_state_dict(folded)
     torch.testing.assert_close(plain["a"](given), expected)
 

@@ -158,12 +158,12 @@ def test_optimizer_has_what_is_trained_and_decays_matrices() -> None:
 
 
 def test_components_with_settings_of_their_own() -> None:
-    settings = {
+    overrides = {
         "encoders": {"learning_rate": 1e-3},
         "encoders.image.projector": {"learning_rate": 2e-3, "weight_decay": 0.0},
         "llm.lm_head": {"learning_rate": 3e-3},
     }
-    module = built(schedule="constant", learning_rate=1e-4, weight_decay=0.3, optimization=settings)
+    module = built(schedule="constant", learning_rate=1e-4, weight_decay=0.3, optimization=overrides)
     found = {}
     names = {parameter: name for name, parameter in module.named_parameters()}
     for group in module.configure_optimizers()["optimizer"].param_groups:
@@ -279,9 +279,9 @@ def test_predict() -> None:
     batches = [collate("drd", 2), collate("t", 1)]
     results = trainer().predict(built(generators={"image": flow(steps=2)}), loader(*batches))
     assert results is not None
-    drawn, told = results
+    drawn, text = results
     assert isinstance(drawn, dict)
-    assert isinstance(told, dict)
+    assert isinstance(text, dict)
     assert [tuple(sample.shape) for sample in drawn["samples"]] == [(1, 8, 8)] * 2
-    assert told["samples"] == []
-    assert told["predictions"].shape == batches[1].labels.shape
+    assert text["samples"] == []
+    assert text["predictions"].shape == batches[1].labels.shape

@@ -40,7 +40,7 @@ def loss_and_gradients(module: MultimodalLM, name: str = "qwen3_vl") -> tuple[fl
 def test_gradient_checkpointing_changes_nothing(name: str, packed: bool, tmp_path: Path) -> None:
     zoo.save(name, tmp_path)
     attention = zoo.MODELS[name].attention
-    results, kept = [], []
+    results, saved_numbers = [], []
     for checkpointing in (False, True):
         module = whole(tmp_path / name, gradient_checkpointing=checkpointing, attn_implementation=attention)
         saved = 0
@@ -52,14 +52,14 @@ def test_gradient_checkpointing_changes_nothing(name: str, packed: bool, tmp_pat
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = module.pipeline(zoo.batch(zoo.MODELS[name], packed, PipelineLayout())).loss
-        kept.append(saved)
+        saved_numbers.append(saved)
         loss.backward()
         results.append((loss.item(), {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
     (loss, gradients), (again, others) = results
     assert loss == again
     assert gradients.keys() == others.keys()
     assert all(torch.equal(gradients[n], others[n]) for n in gradients)
-    assert kept[1] < 0.6 * kept[0]
+    assert saved_numbers[1] < 0.6 * saved_numbers[0]
 
 
 def test_weights_are_read_in_the_wanted_precision(folder: Path) -> None:
@@ -87,12 +87,12 @@ def test_types_are_those_of_the_library(name: str, tmp_path: Path) -> None:
 def test_a_part_reads_its_slices_only(folder: Path) -> None:
     """Tensors of other parts may even be missing."""
     tensors = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if re.search(r"language_model\.layers\.[12]\.", name)}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    of_part = {name: tensor for name, tensor in tensors.items() if re.search(r"language_model\.layers\.[12]\.", name)}
+    save_file(of_part, folder / "model.safetensors", {"format": "pt"})
     llm = HFDecoder(str(folder), weights=str(folder))
     llm.materialize([1, 2], embedding=False, head=False)
-    assert {name for name, _ in llm.named_parameters()} == kept.keys()
-    assert all(torch.equal(parameter, kept[name]) for name, parameter in llm.named_parameters())
+    assert {name for name, _ in llm.named_parameters()} == of_part.keys()
+    assert all(torch.equal(parameter, of_part[name]) for name, parameter in llm.named_parameters())
 
 
 def _peak(rank: int, folder: Path) -> tuple[float, float]:

@@ -177,13 +177,13 @@ def test_layers_that_mix_samples(name: str, reason: str) -> None:
     assert reason in llm.refuses_packing
 
 
-@pytest.mark.parametrize(("name", "told"), [("llama", True), ("nemotron", False), ("stablelm", False)])
-def test_attention_that_is_not_told_where_samples_start(name: str, told: bool) -> None:
+@pytest.mark.parametrize(("name", "gets_starts"), [("llama", True), ("nemotron", False), ("stablelm", False)])
+def test_attention_that_does_not_get_the_starts_of_samples(name: str, gets_starts: bool) -> None:
     """It may take a mask, but not go without."""
     config = tiny.tiny_config(name)
     assert not HFDecoder(config, attn_implementation="eager").refuses_packing
     llm = HFDecoder(config, attn_implementation="by_starts")
-    assert ("the attention of layer 0 is not told where samples start" in llm.refuses_packing) is not told
+    assert ("the attention of layer 0 does not get the starts of samples" in llm.refuses_packing) is not gets_starts
     assert llm._decoder.config._attn_implementation == "by_starts"
 
 

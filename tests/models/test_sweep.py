@@ -1,9 +1,21 @@
 """Every model of the installed `transformers` is exact or refused by name; what the documentation says of each."""
 
-import pytest
-import transformers as hf
+import re
+from typing import Any
 
-from tests.models import sweep, table
+import pytest
+import torch
+import transformers as hf
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.models import sweep, table, tiny
+
+MULTIPLIER = re.compile("(multiplier|scale|scaling|scaling_factor|scale_emb|scale_depth|soft_?cap(ping)?|clip_qkv)$")
+UNUSED = (
+    "time_step_scale",
+    "rope_scaling",
+    "mtp_loss_scaling_factor",
+)  # of a layer's initial weights; not in a forward
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +27,43 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", sweep.DECODERS)
 def test_decoder(name: str) -> None:
     assert not sweep.decoder(name).wrong
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_multipliers_are_not_one() -> None:
+    """A multiplier of 1, or a cap that is not there, would let a stage apply it twice or never unseen."""
+    found: dict[str, set[str]] = {}
+    for name in sweep.DECODERS:
+        try:
+            config = tiny.tiny_config(name)
+        except Exception:  # it is refused
+            continue
+        config.allow_global_per_layer_attribute_access = True
+        for field in tiny.names_of(CONFIG_MAPPING[name]):
+            value = getattr(config, field, None)
+            if MULTIPLIER.search(field) and field not in UNUSED and not isinstance(value, bool | str | list | dict):
+                assert value not in (None, 0, 1), f"{name}: {field} is {value}"
+                found.setdefault(name, set()).add(field)
+    assert found["granite"] == {
+        "embedding_multiplier",
+        "logits_scaling",
+        "residual_multiplier",
+        "attention_multiplier",
+    }
+    assert len(found) > 40
+
+
+@pytest.mark.parametrize("field", ["embedding_multiplier", "logits_scaling", "residual_multiplier", "scale_emb"])
+def test_multipliers_matter(field: str) -> None:
+    """The unsplit model's logits change with each of them."""
+
+    def logits(**changes: Any) -> torch.Tensor:
+        config = tiny.tiny_config("minicpm3" if field == "scale_emb" else "granite", **changes)
+        torch.manual_seed(0)
+        whole: Any = hf.AutoModelForCausalLM.from_config(config)
+        return whole(input_ids=sweep.samples()[0][None]).logits
+
+    assert not torch.allclose(logits(), logits(**{field: 1}), rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -199,7 +199,7 @@ def test_a_pretrained_tower(kind: str, tmp_path: Path) -> None:
 
 
 def test_another_tower() -> None:
-    with pytest.raises(ValueError, match=r"knows the towers .*, not model_type 'vit'"):
+    with pytest.raises(ValueError, match=r"supports the towers .*, not model_type 'vit'"):
         VisionEncoder({"model_type": "vit"}, WIDTH)
     with pytest.raises(ValueError, match="merges patches itself: leave merge=1"):
         VisionEncoder({"model_type": "qwen3_vl_vision", **GRIDS["qwen3_vl_vision"]}, WIDTH, merge=2)

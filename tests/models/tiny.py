@@ -1,4 +1,4 @@
-"""A tiny config of any decoder of `transformers`, with every setting that changes its forward away from its default.
+"""A tiny config of any decoder of `transformers`, with everything that changes its forward different from its default.
 
 Sizes go by the names of a config's fields; layer patterns are those of the default config, shortened; every
 multiplier, scale, soft cap and window that the class offers is changed. What the names do not tell is in `SPECIAL`.
@@ -102,14 +102,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def tiny_config(model_type: str, **changes: Any) -> Any:
     """
     Raises:
-        Exception: whatever the class makes of settings that do not fit together.
+        Exception: the class does not accept these arguments together.
     """
     kind = CONFIG_MAPPING[model_type]
-    return kind(**{**settings(kind), **SPECIAL.get(model_type, {}), **changes})
+    return kind(**{**arguments(kind), **SPECIAL.get(model_type, {}), **changes})
 
 
-def settings(kind: Any) -> dict[str, Any]:
-    """Arguments of a config class."""
+def arguments(kind: Any) -> dict[str, Any]:
+    """The arguments of a config class for a tiny model."""
     default = kind()
     default.allow_global_per_layer_attribute_access = True
     made: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def settings(kind: Any) -> dict[str, Any]:
         if name in getattr(kind, "sub_configs", {}):
             sub = type(value) if value is not None else None
             if sub is not None and name in ("text_config", "decoder_config"):
-                made[name] = settings(sub)
+                made[name] = arguments(sub)
         elif name in PATTERNS and isinstance(value, list) and value:
             kinds = list(dict.fromkeys(value))
             made[name] = [kinds[k % len(kinds)] for k in range(LAYERS)]

@@ -177,7 +177,8 @@ def save(name: str, folder: Path, config: Any = None) -> None:
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
     auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
-    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=MODELS[name].attention)
+    experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
+    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=MODELS[name].attention, **experts)
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:

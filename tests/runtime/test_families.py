@@ -24,7 +24,6 @@ CASES = [
     (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
 ]
 SIZES = (2, 3)
-EXPERTS = ("qwen3_moe", "mixtral", "qwen3_vl_moe", "qwen3_5_moe")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ class Reference:
     """The unsplit model's loss and gradients, and the names of tied weights.
 
     Attributes:
-        rounding: largest error of a gradient, measured against the same model in float64 (0: experts have no float64).
+        rounding: largest error of a gradient, measured against the same model in float64.
     """
 
     loss: float
@@ -73,7 +72,7 @@ def references(checkpoints: Path) -> dict[tuple[str, bool], Reference]:
     made = {}
     for name, packed in CASES:
         results = []
-        for dtype in (torch.float32,) if name in EXPERTS else (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64):
             whole = zoo.load(name, checkpoints, dtype)
             loss = zoo.reference_loss(whole, zoo.MODELS[name], packed)
             loss.backward()
