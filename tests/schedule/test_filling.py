@@ -149,7 +149,7 @@ def test_swaps_keep_needs_and_never_lengthen(arguments, passes):
     starts = [start for row in simulate(cut).starts for start in row]
     found = swap(tasks, starts, passes)
     assert tasks.makespan(found) <= cut.makespan + 1e-9
-    assert tasks.makespan(found) >= tasks.floor() - 1e-9
+    assert tasks.makespan(found) >= tasks.lower_bound() - 1e-9
     for number, needs in enumerate(tasks.needs):
         assert all(found[number] >= found[need] + lengths[need] - 1e-9 for need, _ in needs)
     for rank in range(len(cut.ranks)):
