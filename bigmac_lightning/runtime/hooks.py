@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextmanager
-def silenced(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def disabled(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Remove the hooks of these parameters inside the block."""
     saved = [(hooks, dict(hooks)) for parameter in parameters for hooks in _hooks_of(parameter)]
     for hooks, _ in saved:

@@ -12,7 +12,7 @@ import torch
 
 
 @contextmanager
-def drawing(device: torch.device, *key: object) -> Iterator[None]:
+def seeded(device: torch.device, *key: object) -> Iterator[None]:
     """Make the random numbers inside the block depend on `key` alone, and restore the generators' states afterwards.
 
     The seed is a SHA-256 hash of the key's text, because Python's own hash of a text differs between processes.

@@ -4,8 +4,8 @@ It starts from the plan of policy `nested`, here called the cut, and its plans a
 order, except that weight gradients (W), for which no action waits, may move as far as the backbone's memory allows. It
 also keeps the limit on live encoder units, and one sequence of nested actions for all ranks.
 
-This module turns a plan into tasks and decides which schedules are tried; ``list_scheduling`` and ``swaps`` compute
-them.
+This module turns a plan into tasks and decides which schedules are tried. ``list_scheduling``, ``justification`` and
+``swaps`` compute them.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,13 @@ from typing import NamedTuple
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
-from bigmac_lightning.schedule.placing.list_scheduling import EPS, Tasks, justify, list_schedule
+from bigmac_lightning.schedule.placing.justification import justify
+from bigmac_lightning.schedule.placing.list_scheduling import list_schedule
 from bigmac_lightning.schedule.placing.nested_orders import NestedOrders
 from bigmac_lightning.schedule.placing.nesting import Cut, consistent_cuts, nest
 from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.placing.swaps import swap
+from bigmac_lightning.schedule.placing.tasks import EPS, Tasks
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
 from bigmac_lightning.schedule.workload import Workload

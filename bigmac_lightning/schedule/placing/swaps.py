@@ -10,7 +10,7 @@ tabu), so that the search leaves local minima.
 from collections.abc import Sequence
 from random import Random
 
-from bigmac_lightning.schedule.placing.list_scheduling import EPS, Tasks
+from bigmac_lightning.schedule.placing.tasks import EPS, Tasks
 
 MIN_TENURE, TENURE_RANGE = 6, 8
 """A swapped pair may not be swapped back for MIN_TENURE to MIN_TENURE + TENURE_RANGE - 1 steps.
