@@ -3,8 +3,8 @@
 One pass runs over one total order of all actions. Right after an action that produces a tensor for another rank, the
 send is appended to the one program and the matching receive to the other. So all messages of a step have one total
 order, which every rank's program follows, and no two ranks can wait for each other, even if each send blocks until it
-is received (``verify`` has the argument). A receive only starts to wait for its message; the action that uses the
-tensor waits for it.
+is received (``verify`` has the argument). A receive instruction does not block; the action that uses the tensor waits
+for it.
 """
 
 from dataclasses import dataclass
@@ -142,8 +142,7 @@ class _Routes:
                 if action.nested:
                     self.pieces_of.setdefault((action.kind, action.index), []).append((rank, action.piece))
         # Per group, the numbers of stage 0's backwards and of the last stage's forwards that are still to come. The
-        # last
-        # one of a group sends the group's gradients or conditions.
+        # last one of a group sends the group's gradients or conditions.
         self.backwards_left = [len(group) for group in plan.groups]
         self.forwards_left = [len(group) for group in plan.groups]
 

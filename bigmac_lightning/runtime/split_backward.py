@@ -5,9 +5,10 @@ tensor, keeps no memory alive except the graph's. Whether a graph can be split i
 of different microbatches may differ. If it cannot be split, one of the halves does the full backward, so that no
 gradient is lost.
 
-The split works as in zero-bubble schedules of torch.distributed.pipelining, whose module `_backward` is used here only.
-It is not public, so pyproject.toml limits the versions of torch. Its own functions are not used, because they lose all
-weight gradients without an error if no input needs a gradient, and fail on a weight that is used more than once.
+The split works as in the zero-bubble schedules of torch.distributed.pipelining. Only this file uses two helpers of its
+module `_backward`, which is not public, so pyproject.toml limits the versions of torch. The module's own split backward
+is not used, because it loses all weight gradients without an error if no input needs a gradient, and fails on a weight
+that is used more than once.
 """
 
 from collections.abc import Sequence
@@ -128,8 +129,7 @@ def _weight_groups(
     weights = [node for node in reverse if hasattr(node, "variable") and node not in leaves]
     found = get_param_groups([leaf for leaf in leaves if leaf in reverse], weights, reverse)
     # If a weight is used more than once, several nodes lead to it, and the weight half would pass the nodes between
-    # them
-    # again for each. `get_param_groups` also misses weights whose paths share no node with a path to an input.
+    # them again for each. `get_param_groups` also misses weights whose paths share no node with a path to an input.
     single = all(len(group["intermediates"]) == 1 for group in found)
     if not single or sum(len(group["params"]) for group in found) < len(weights):
         splits[key] = False

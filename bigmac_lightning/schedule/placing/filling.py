@@ -4,28 +4,26 @@ It starts from the plan of policy `nested`, here called the cut, and its plans a
 order, except that weight gradients (W), for which no action waits, may move as far as the backbone's memory allows. It
 also keeps the limit on live encoder units, and one sequence of nested actions for all ranks.
 
-This module turns a plan into tasks and decides which schedules are tried. ``list_scheduling``, ``justification`` and
-``swaps`` compute them.
+This module decides which schedules are tried. ``plan_tasks`` converts the plan to tasks; ``list_scheduling``,
+``justification`` and ``swaps`` compute the schedules.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from math import ceil, inf
 from typing import NamedTuple
 
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.dataflow import Dataflow
-from bigmac_lightning.schedule.liveness import live_encoder_units, live_llm_microbatches
+from bigmac_lightning.schedule.liveness import live_encoder_units
 from bigmac_lightning.schedule.placing.justification import justify
 from bigmac_lightning.schedule.placing.list_scheduling import list_schedule
 from bigmac_lightning.schedule.placing.nested_orders import NestedOrders
 from bigmac_lightning.schedule.placing.nesting import Cut, consistent_cuts, nest
+from bigmac_lightning.schedule.placing.plan_tasks import PlanTasks, with_pieces
 from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.placing.swaps import swap
 from bigmac_lightning.schedule.placing.tasks import EPS, Tasks
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.schedule.simulate import Timeline, durations, simulate
+from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.schedule.workload import Workload
 
 # These constants were chosen by trial. "Gap" is the mean distance from the proven optima in the settings of
@@ -76,7 +74,7 @@ def fill(plan: Plan, policy_input: PolicyInput) -> list[list[Action]]:
     if limit is None:
         peak = max((units for row in live_encoder_units(cut, workload) for units in row), default=0.0)
         limit = max(default_limit(plan), peak)
-    plans = _with_pieces(cut, workload, policy_input.pieces)
+    plans = with_pieces(cut, workload, policy_input.pieces)
     found = [_Search(start, plan, policy_input.bare, workload, limit).run() for start in plans]
     return min((lists for lists in found if lists is not None), default=(0.0, cut.ranks), key=lambda lists: lists[0])[1]
 
@@ -88,30 +86,6 @@ def default_limit(plan: Plan) -> float:
     microbatches in flight keep the encoder's activations alive for longer.
     """
     return 3.0 if "G" in plan.costs.kinds else 2.0
-
-
-def _with_pieces(cut: Plan, workload: Workload | None, pieces: int | Sequence[Sequence[int]]) -> list[Plan]:
-    """Return the plans to start from: the cut with its encoder shares in pieces, if a share is long enough for pieces,
-    and the cut itself, because neither of them always leads to the better plan."""
-    half = min(cut.cost("F", stage) for stage in range(cut.stages)) / 2
-    ranks: list[list[Action]] = []
-    for rank, (actions, times) in enumerate(zip(cut.ranks, durations(cut, workload), strict=True)):
-        number = {
-            action.index: max(
-                1, min(pieces if isinstance(pieces, int) else pieces[action.index][rank], ceil(time / half - EPS))
-            )
-            for action, time in zip(actions, times, strict=True)
-            if action.kind == "EF"
-        }
-        ranks.append(
-            [
-                replace(action, piece=piece, pieces=count)
-                for action in actions
-                for count in (number[action.index] if action.kind in ("EF", "EB") else 1,)
-                for piece in range(count)
-            ]
-        )
-    return [cut] if ranks == cut.ranks else [replace(cut, ranks=ranks), cut]
 
 
 class _Schedule(NamedTuple):
@@ -141,10 +115,8 @@ class _Search:
         max_encoder_units: limit on the encoder units alive on a rank.
 
     Attributes:
-        lengths: time of each action.
-        main: the LLM's actions.
-        expected: start of each LLM action in the bare backbone; 0 for nested actions.
-        llm_limit: per rank, the largest number of LLM microbatches alive in the bare backbone, which is kept.
+        cuts: the cuts of groups that have work, in order of time.
+        conversion: converts sequences of nested actions to tasks, and schedules to lists.
         budget: remaining number of passes over all tasks.
         best: the shortest schedule found so far.
         lower_bound: a makespan below which there is no schedule.
@@ -154,22 +126,12 @@ class _Search:
     def __init__(
         self, cut: Plan, plan: Plan, bare: Timeline, workload: Workload | None, max_encoder_units: float
     ) -> None:
-        self.cut = cut
-        self.flow = Dataflow(cut)
-        self.lengths = [time for row in durations(cut, workload) for time in row]
-        self.main = {number for number, action in enumerate(self.flow.actions) if not action.nested}
-        times = {
-            action: start
-            for actions, starts in zip(plan.ranks, bare.starts, strict=True)
-            for action, start in zip(actions, starts, strict=True)
-        }
-        self.expected = [times.get(action, 0.0) for action in self.flow.actions]
         cuts = consistent_cuts(plan, bare, workload=workload)
         self.cuts = [cut for cut in cuts if any(plan.shares(cut.kind)[cut.group])]
+        self.conversion = PlanTasks(cut, plan, bare, workload, self.cuts)
         self.orders = NestedOrders(plan, self.cuts, max_encoder_units, workload)
-        self.cut_starts = [start for row in simulate(cut, workload, flow=self.flow).starts for start in row]
-        self.llm_limit = [max(row, default=0.0) for row in live_llm_microbatches(plan)]
-        self.budget = min(MOST_PASSES, max(FEWEST_PASSES, PASSES // max(1, len(self.lengths))))
+        self.cut_starts = [start for row in simulate(cut, workload, flow=self.conversion.flow).starts for start in row]
+        self.budget = min(MOST_PASSES, max(FEWEST_PASSES, PASSES // max(1, len(self.conversion.lengths))))
         self.best: _Schedule | None = None
         self.lower_bound = 0.0
         self.sequences: dict[Tasks, list[Cut]] = {}
@@ -201,7 +163,7 @@ class _Search:
             starts = swap(schedule.tasks, schedule.starts, passes, self.lower_bound)
             self.budget -= 2 * passes
             self._record(schedule.tasks, starts)
-        return self.best.makespan, self._lists(self.best.starts)
+        return self.best.makespan, self.conversion.lists(self.best.starts)
 
     def _first_schedules(self) -> list[_Schedule]:
         """Return the cut, and the results of list scheduling for each sequence of nested actions; the shortest
@@ -215,11 +177,11 @@ class _Search:
             if sequence == self.cuts:
                 makespan = self._record(tasks, self.cut_starts)
                 schedules.append(_Schedule(makespan, len(schedules), self.cut_starts, tasks))
-            for due in self._dues(tasks):
+            for due in self.conversion.dues(tasks):
                 for overshoot in OVERSHOOTS:
                     if len(schedules) >= most or self._is_optimal():
                         return sorted(schedules)
-                    starts = list_schedule(tasks, due, self.expected, overshoot)
+                    starts = list_schedule(tasks, due, self.conversion.expected, overshoot)
                     if starts is None:
                         break
                     if all(starts != schedule.starts for schedule in schedules):
@@ -258,7 +220,7 @@ class _Search:
         """
         least = self.budget - passes
         mirrored = tasks.mirrored()
-        expected = mirrored.earliest(self.main)
+        expected = mirrored.earliest(self.conversion.main)
         gained = True
         while gained and self.budget > least and not self._is_optimal():
             gained, before = False, tasks.makespan(starts)
@@ -269,7 +231,7 @@ class _Search:
                 left = justify(tasks, mirrored.mirror(back))
                 self._record(tasks, left)
                 for again in OVERSHOOTS:
-                    forward = list_schedule(tasks, left, self.expected, again)
+                    forward = list_schedule(tasks, left, self.conversion.expected, again)
                     if forward is not None and self.budget > least:
                         left_again = self._justify(tasks, forward)
                         if tasks.makespan(left_again) < before - EPS:
@@ -283,7 +245,7 @@ class _Search:
         """
         assert self.best is not None
         least = self.budget - passes
-        earlier = DUE_EARLIER * max((self.lengths[number] for number in self.main), default=0.0)
+        earlier = DUE_EARLIER * self.conversion.longest
         gained = True
         while gained:
             gained, (before, _, starts, tasks) = False, self.best
@@ -296,10 +258,10 @@ class _Search:
                     return
                 due = [
                     start - earlier * ((action.kind, action.index) == (other.kind, other.group))
-                    for start, action in zip(starts, self.flow.actions, strict=True)
+                    for start, action in zip(starts, self.conversion.flow.actions, strict=True)
                 ]
                 reordered = self._tasks(sequence)
-                found = list_schedule(reordered, due, self.expected, OVERSHOOTS[0])
+                found = list_schedule(reordered, due, self.conversion.expected, OVERSHOOTS[0])
                 self.budget -= 2
                 if found is not None:
                     self._justify(reordered, found)
@@ -308,84 +270,7 @@ class _Search:
                     break
 
     def _tasks(self, sequence: list[Cut]) -> Tasks:
-        """Return the actions as tasks with this sequence of nested actions.
-
-        Each rank has three chains: F, B and I in the backbone's order; nested actions in the order of the sequence;
-        and W in the order of their Is.
-        """
-        position_of = {(cut.kind, cut.group): position for position, cut in enumerate(sequence)}
-        arcs = [(need, number) for number, needs in enumerate(self.flow.needs) for need in needs]
-        chains: list[list[list[int]]] = []
-        for rank in range(len(self.cut.ranks)):
-            numbers = range(self.flow.first[rank], self.flow.first[rank + 1])
-            kinds = {number: self.flow.actions[number].kind for number in numbers}
-            nested = [number for number in numbers if self.flow.actions[number].nested]
-            # The sort is stable, so the pieces of a share remain in order.
-            nested.sort(key=lambda number: position_of[kinds[number], self.flow.actions[number].index])
-            main = [n for n in numbers if n in self.main and kinds[n] != "W"]
-            halves = {self.flow.needs[n][0]: n for n in numbers if kinds[n] == "W"}
-            weights = [halves[n] for n in main if n in halves]
-            chains.append([main, nested, weights])
-            arcs += self._memory_arcs(rank, main, weights)
-        tasks = Tasks(self.lengths, self.flow.ranks, chains, arcs, self.cut.costs.latency)
+        """Return the tasks for a sequence of nested actions, and remember the sequence."""
+        tasks = self.conversion.tasks(sequence)
         self.sequences[tasks] = sequence
         return tasks
-
-    def _memory_arcs(self, rank: int, main: list[int], weights: list[int]) -> list[tuple[int, int]]:
-        """Return arcs from W actions to the F actions that may only start after them, because of the limit on live LLM
-        microbatches.
-
-        The arcs hold whatever the ranks' other actions do: when F, B and I of the backbone's order bring the number of
-        live activations (each of one stage) above the limit, the next W in order must have freed one before.
-        """
-        limit = round(self.llm_limit[rank] * self.cut.virtual_stages)
-        alive, freed, arcs = 0, 0, []
-        split = {self.flow.needs[weight][0] for weight in weights}  # an I frees nothing: its W does
-        for number in main if weights else []:
-            kind = self.flow.actions[number].kind
-            alive += 1 if kind == "F" else 0 if number in split else -1
-            while alive - freed > limit:
-                freed += 1
-            if kind == "F" and freed:
-                arcs.append((weights[freed - 1], number))
-        return arcs
-
-    def _dues(self, tasks: Tasks) -> list[list[float]]:
-        """Return two lists of due times for list scheduling, in times of the bare backbone.
-
-        By the first rule, a nested action is due at its cut, and an LLM action at its start. By the second rule, a
-        nested action is due when the first LLM action that needs it starts, and an LLM action at its end. EB and W are
-        never due: they fill gaps only (an EB also becomes due if a nested action after it is).
-        """
-        actions = self.flow.actions
-        needing: dict[int, float] = {}
-        for number, needs in enumerate(self.flow.needs):
-            for need in needs:
-                if actions[need].nested and not actions[number].nested:
-                    needing[need] = min(needing.get(need, inf), self.expected[number])
-        cut_times = {(cut.kind, cut.group): cut.time for cut in self.cuts}
-        dues: list[list[float]] = []
-        for by_ends in (False, True):
-            due = [start + by_ends * length for start, length in zip(self.expected, self.lengths, strict=True)]
-            for number, action in enumerate(actions):
-                if action.kind == "W" or action.kind == "EB":
-                    due[number] = inf
-                elif action.nested:
-                    due[number] = needing.get(number, inf) if by_ends else cut_times[action.kind, action.index]
-            for _, nested, _ in tasks.chains:  # a nested action is due no later than the next one in the sequence
-                for before, after in zip(nested[-2::-1], nested[::-1], strict=False):
-                    due[before] = min(due[before], due[after])
-            dues.append(due)
-        return dues
-
-    def _lists(self, starts: list[float]) -> list[list[Action]]:
-        """Return every rank's actions in order of time. Sorting by the middle of each action keeps neighbours in order
-        if one of them takes no time."""
-        middle = [start + length / 2 for start, length in zip(starts, self.lengths, strict=True)]
-        return [
-            [
-                self.flow.actions[n]
-                for n in sorted(range(self.flow.first[r], self.flow.first[r + 1]), key=middle.__getitem__)
-            ]
-            for r in range(len(self.cut.ranks))
-        ]

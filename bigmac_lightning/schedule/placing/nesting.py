@@ -19,7 +19,7 @@ SLACK = 0.1
 """Fraction of the shortest LLM action by which the cut of an EF is earlier, and the cut of a G later, than necessary.
 
 With even costs, ranks start many actions at the same time. This margin puts the G after an action that starts just when
-the G's input is ready, so that the message has the whole time of that action to travel; the same holds for an EF and
+the G's input is ready, so that the message has the whole time of that action to arrive; the same holds for an EF and
 the start of stage 0. The value was chosen, not measured: it must be above rounding errors and below 1.
 """
 
