@@ -35,6 +35,8 @@ COLOURS: dict[Kind, str] = {
     "EB": "#f4a261",
     "G": "#c8a2d8",
 }
+"""Colour of each kind of action, in the terminal and in pictures. Blue and green are the LLM's, warm colours are those
+of encoder and generator."""
 
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7, "frameon": False}
 """Arguments of matplotlib that put a legend to the right of the axes, where it hides nothing."""
@@ -216,7 +218,7 @@ def _write(
     begin = min((spans[0][1] for spans in ranks if spans), default=0.0)
     finish = max((end for spans in ranks for _, _, end in spans), default=1.0)
     longest = max((len(spans) for spans in ranks), default=1)
-    plot = min(max(8.0, 0.34 * longest), 60.0)
+    plot = min(max(8.0, 0.34 * longest), 60.0)  # width in inches, such that the texts of most actions fit
     heights = [max(1.2, 0.45 * len(ranks) + 0.6)] + [1.5] * len(panels)
     figure = Figure(figsize=(plot + 1.8, sum(heights) + 0.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
