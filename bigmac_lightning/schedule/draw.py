@@ -35,8 +35,8 @@ COLOURS: dict[Kind, str] = {
     "EB": "#f4a261",
     "G": "#c8a2d8",
 }
-"""Colour of each kind of action, in the terminal and in pictures. Blue and green are the LLM's; yellow, orange and violet
-are those of encoder and generator."""
+"""Colour of each kind of action, in the terminal and in pictures. Blue and green are the LLM's; yellow, orange and
+violet are those of encoder and generator."""
 
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7, "frameon": False}
 """Arguments of matplotlib that put a legend to the right of the axes, where it hides nothing."""
