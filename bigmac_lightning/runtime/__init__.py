@@ -1,1 +1,4 @@
-"""Runs a plan on torch.distributed. Knows nothing of Lightning, of configs, or of any model."""
+"""Executes a plan with torch.distributed: programs, messages, gradients and measurements.
+
+Models and batches come in through ``executor.Computation``.
+"""

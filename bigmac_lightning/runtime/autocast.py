@@ -1,7 +1,8 @@
-"""Autocast over a step of many actions: every weight is cast once, not once in every action.
+"""Autocast for a step of many actions, such that each weight is cast once per step and not once per action.
 
-Autocast keeps what it has cast until its outermost context ends. With a context around each action, every microbatch in
-flight would keep copies of its own of a stage's weights. Knows torch's autocast; knows nothing of actions.
+torch's autocast caches the cast weights until its outermost context ends. With a separate context around each action,
+every microbatch in flight would save its own cast copy of a stage's weights. Therefore one outer context spans the
+whole step.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,25 +14,30 @@ import torch
 
 @contextmanager
 def one_cache(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[object]]]:
-    """Casts are kept until the block ends. Inside, autocast is off, as it has to be in a backward.
+    """Cache cast weights until the block ends. Autocast is off inside the block, because backwards must run without it.
 
-    Yields: contexts in which autocast is as the caller had it, to be entered around each forward.
+    Yields: a function that returns a context in which autocast is as it was before the block; each forward must enter
+        one.
     """
     kind = device.type
-    wanted: Callable[[], AbstractContextManager[object]] = nullcontext
+    as_before: Callable[[], AbstractContextManager[object]] = nullcontext
     if torch.is_autocast_enabled(kind):
-        wanted = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
+        as_before = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind))
     elif not _keeps_graphs(kind):
-        yield wanted
+        # The model may use autocast itself. Its casts are then not cached over the step, as gradients could be lost.
+        yield as_before
         return
     with torch.autocast(kind, enabled=False):
-        yield wanted
+        yield as_before
 
 
 @cache
 def _keeps_graphs(kind: str) -> bool:
-    """Whether a cast that is made and kept without gradients still leads to the weight when there are gradients: torch
-    had versions in which it did not, so that the weight's gradient was lost."""
+    """Whether a weight gets its gradient although its cast copy was cached while gradients were off.
+
+    In some versions of torch the cached copy has no graph then, and the weight's gradient is lost without an error.
+    This function tries it.
+    """
     weight = torch.ones(1, 1, device=kind, requires_grad=True)
     with torch.autocast(kind, enabled=False):
         for grad in (False, True):

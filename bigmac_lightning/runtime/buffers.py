@@ -1,8 +1,5 @@
-"""Buffers that change in training, such as running statistics: kept equal on ranks that hold the same module, and work
-on other items.
-
-Knows modules and process groups; knows nothing of what the buffers are.
-"""
+"""Synchronizes buffers that change in training, such as running statistics, over ranks that have replicas of a module
+and process different items."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,12 +9,13 @@ from torch import Tensor, nn
 
 
 class ReplicatedBuffers:
-    """Persistent buffers of modules that several ranks hold. Others (tables, positions) are made anew in each process,
-    and never change.
+    """The persistent buffers of replicated modules.
+
+    Buffers that are not persistent, such as tables of positions, are computed in each process and do not change.
 
     Args:
-        modules: the same on all ranks of the group.
-        group: of those ranks; ``None``: all.
+        modules: the modules, in the same order on all ranks of the group.
+        group: process group of the ranks that have replicas; ``None`` means all ranks.
     """
 
     def __init__(self, modules: Iterable[nn.Module], group: dist.ProcessGroup | None) -> None:
@@ -26,26 +24,30 @@ class ReplicatedBuffers:
         self._versions = [buffer._version for buffer in self._buffers]
 
     def synchronize(self) -> None:
-        """Give each buffer that has changed anywhere the mean over the ranks on which it has; integers, the largest
-        value. Collective."""
+        """Replace each buffer that has changed on any rank. Collective: all ranks of the group must call it.
+
+        A floating-point buffer becomes the mean over the ranks on which it changed; an integer buffer (a counter)
+        becomes the largest value of all ranks. A change is recognized by the tensor's version counter.
+        """
         if not self._buffers:
             return
-        now = [buffer._version for buffer in self._buffers]
-        own = [new != old for new, old in zip(now, self._versions, strict=True)]
-        changed = torch.tensor(own, dtype=torch.float32, device=self._buffers[0].device)
-        everywhere = changed.clone()
-        dist.all_reduce(everywhere, group=self._group)
-        for buffer, weight, total in zip(self._buffers, changed.tolist(), everywhere.tolist(), strict=True):
-            if total and buffer.is_floating_point():
-                mean = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)) * (weight / total)
+        versions = [buffer._version for buffer in self._buffers]
+        changed_here = [new != old for new, old in zip(versions, self._versions, strict=True)]
+        changed = torch.tensor(changed_here, dtype=torch.float32, device=self._buffers[0].device)
+        ranks_changed = changed.clone()
+        dist.all_reduce(ranks_changed, group=self._group)
+        for buffer, weight, ranks in zip(self._buffers, changed.tolist(), ranks_changed.tolist(), strict=True):
+            if ranks and buffer.is_floating_point():
+                mean = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)) * (weight / ranks)
                 dist.all_reduce(mean, group=self._group)
                 buffer.copy_(mean)
-            elif total:
+            elif ranks:
                 dist.all_reduce(buffer, dist.ReduceOp.MAX, group=self._group)
         self._versions = [buffer._version for buffer in self._buffers]
 
 
 def _persistent(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers that are part of the module's state dict."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             if name not in child._non_persistent_buffers_set:

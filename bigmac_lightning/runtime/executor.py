@@ -1,8 +1,8 @@
-"""Runs one rank's program: computes the actions, keeps the autograd graphs between forward and backward, and hands
+"""Executes one rank's program: runs the actions, stores the autograd graphs between forward and backward, and passes
 tensors to the transport.
 
-Everything that a model does comes in through `Computation`; the executor itself handles stages, microbatches, groups
-and gradients. It keeps each tensor from the action that makes it to the last action that needs it, and no longer.
+The model and the batch come in through `Computation`. The executor stores each tensor from the action that makes it to
+the last action that needs it, and no longer, because that is what bounds the memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +28,15 @@ from bigmac_lightning.schedule.action import Action
 
 @dataclass
 class Outcome:
-    """What a stage makes of a microbatch.
+    """The outputs of a stage's forward on a microbatch.
 
     Attributes:
-        hidden: hidden states for the next stage; ``None`` after the last.
-        loss: scaled scalar to run backward from (last stage); ``None`` if the microbatch has none.
-        conditions: rows for the generators (last stage); ``None`` if the microbatch has no targets.
+        hidden: hidden states for the next stage, of the shape that ``Computation.hidden_shape`` gives; ``None`` after
+            the last stage.
+        loss: scalar from which the last stage's backward starts, already scaled; ``None`` if the microbatch has no
+            loss.
+        conditions: hidden states of the last stage for the generators, [rows, width]; ``None`` if the microbatch has no
+            generator targets.
     """
 
     hidden: Tensor | None = None
@@ -42,11 +45,13 @@ class Outcome:
 
 
 class Computation(Protocol):
-    """A model and one batch, as the executor sees them.
+    """A model and one batch, as the executor uses them.
 
     Attributes:
-        width, dtype: of hidden states, features and conditions.
-        features, conditions: whose rows are whose.
+        width: last dimension of features and conditions.
+        dtype: dtype of hidden states, features and conditions.
+        features: layout of the encoders' feature rows.
+        conditions: layout of the generators' condition rows.
     """
 
     width: int
@@ -55,26 +60,47 @@ class Computation(Protocol):
     conditions: Routing
 
     def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
-        """Shape of what a stage > 0 gets for a microbatch (hidden states and all), known before anything runs."""
+        """Return the shape of the tensor that a stage above 0 receives for a microbatch. It must be known before any
+        stage runs."""
         ...
 
     def encode(self, group: int, piece: int) -> Tensor:
-        """The rows of a piece, which has items, of this rank's share of a group."""
+        """Run the encoders on a piece of this rank's share of a group, which has at least one item; return the
+        features, [rows, width]."""
         ...
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
-        """One stage on one microbatch."""
+        """Run one stage on one microbatch.
+
+        Args:
+            stage: the stage.
+            microbatch: the microbatch.
+            hidden: hidden states from the stage before; ``None`` for stage 0.
+            features: feature rows of the microbatch, [rows, width], for stage 0; ``None`` without media items.
+        """
         ...
 
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
-        """The scaled loss of a piece, which has items; ``None`` where there is nothing to learn from."""
+        """Run the generators on a piece of this rank's share of a group, which has at least one target; return the
+        scaled loss, or ``None`` if the piece has none.
+
+        Args:
+            group: the group.
+            piece: the piece.
+            conditions: condition rows of the piece, [rows, width].
+        """
         ...
 
 
 @dataclass
 class _Graph:
-    """Kept from a stage's forward on a microbatch to its backward: the leaves it starts from, and where it ends. No
-    output is kept: whoever needs its memory, to save it for the backward, holds it."""
+    """The autograd graph of a stage's forward on a microbatch, stored until its backward.
+
+    Attributes:
+        hidden, features: the inputs, which are leaves of the graph.
+        outputs: by name (as in `Outcome`), the gradient edge of each output. The output tensors themselves are not
+            stored: the graph saves those that its backward needs, and the others can be freed.
+    """
 
     hidden: Tensor | None
     features: Tensor | None
@@ -82,18 +108,18 @@ class _Graph:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The leaves that need gradients."""
+        """The inputs that need gradients."""
         return [x for x in (self.hidden, self.features) if x is not None and x.requires_grad]
 
 
 class Executor:
-    """Runs programs on one rank.
+    """Executes programs on one rank.
 
     Args:
         mesh: the process groups.
         stage_rank: pipeline rank of each stage.
-        memory: counts activation bytes per component; ``None``: no counting.
-        trace: records when each action ran; ``None``: no record.
+        memory: counts the bytes of activations per component; ``None`` means that they are not counted.
+        trace: records when each action ran; ``None`` means that it is not recorded.
     """
 
     def __init__(
@@ -110,12 +136,16 @@ class Executor:
     def run(
         self, program: Sequence[Instruction], computation: Computation, needs: Needs, recompute: bool = False
     ) -> None:
-        """Run one step. Gradients are added to the parameters' ``.grad``.
+        """Execute one step. Gradients are added to the parameters' ``.grad``.
 
         Args:
-            recompute: encoder forwards keep nothing, and encoder backwards do them once more.
+            program: this rank's program.
+            computation: the model and the batch.
+            needs: the parts of the step that need gradients, as for ``lower``.
+            recompute: whether encoder forwards save no activations, so that encoder backwards run the forward again.
 
-        Any error names the rank and the action it happened in.
+        Raises:
+            Exception: any error of the model; a note names the pipeline rank and the action in which it occurred.
         """
         step = _Step(self, computation, needs, recompute)
         for instruction in program:
@@ -129,7 +159,18 @@ class Executor:
 
 
 class _Step:
-    """The state of one run of one program."""
+    """The state of one step: the tensors and graphs that later actions of this rank need.
+
+    Attributes:
+        graphs: by (stage, microbatch), from F to B or I.
+        deferred: by (stage, microbatch), from I to W.
+        encoded: by (group, piece), from EF to EB: the edge of the features, the state of the random number generators
+            if the step recomputes, or ``None`` if no gradient is needed.
+        received: by (kind, group), the features or conditions' gradients of a group's pieces, until all its
+            microbatches have used them.
+        collected: by (kind, group), the conditions or features' gradients of a group's microbatches, until all its
+            pieces are made.
+    """
 
     def __init__(self, executor: Executor, computation: Computation, needs: Needs, recompute: bool) -> None:
         self.executor, self.computation, self.needs, self.recompute = executor, computation, needs, recompute
@@ -138,9 +179,9 @@ class _Step:
         self.transport = Transport(executor.mesh)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
-        self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}  # by group and piece
-        self.arriving: dict[tuple[str, int], _Pieces] = {}  # features and conditions_grad, by group
-        self.leaving: dict[tuple[str, int], _Rows] = {}  # conditions and features_grad, by group
+        self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}
+        self.received: dict[tuple[str, int], _Pieces] = {}
+        self.collected: dict[tuple[str, int], _Rows] = {}
         self.handlers: dict[str, Callable[[Action], Mapping[str, Tensor]]] = {
             "EF": self.encode,
             "EB": self.encode_backward,
@@ -152,6 +193,7 @@ class _Step:
         }
 
     def run(self, instruction: Instruction) -> None:
+        """Execute one instruction."""
         if isinstance(instruction, Send):
             self.transport.send(instruction.message, instruction.peer)
         elif isinstance(instruction, Receive):
@@ -163,11 +205,13 @@ class _Step:
                 self.transport.put(message, self.content(message, results))
 
     def finish(self) -> None:
+        """Wait for all sends, and check that every stored tensor and graph was used."""
         self.transport.finish()
-        kept = [*self.graphs, *self.deferred, *self.encoded, *self.arriving, *self.leaving]
-        assert not kept, f"still held at the end of the step: {kept}"
+        remaining = [*self.graphs, *self.deferred, *self.encoded, *self.received, *self.collected]
+        assert not remaining, f"still stored at the end of the step: {remaining}"
 
     def shape(self, message: Message) -> tuple[int, ...]:
+        """Return the shape of a message's tensor, which the receiver must know without asking the sender."""
         if message.kind == "hidden":
             return self.computation.hidden_shape(message.index, message.place)
         if message.kind == "hidden_grad":
@@ -176,20 +220,22 @@ class _Step:
         return (routing.rows(message.index, (message.place, message.piece)), self.computation.width)
 
     def content(self, message: Message, results: Mapping[str, Tensor]) -> Tensor:
-        """The tensor of a message, after the action that produces it."""
-        if message.kind in ("features_grad", "conditions"):  # the group's last microbatch is done: cut into pieces
+        """Return the tensor of a message, after the action that produces it. `results` are the action's tensors by
+        kind."""
+        if message.kind in ("features_grad", "conditions"):  # lowering asks for these after the group's last microbatch
             routing = self.computation.features if message.kind == "features_grad" else self.computation.conditions
-            rows = self.leaving[message.kind, message.index]
+            rows = self.collected[message.kind, message.index]
             piece = routing.scatter(message.index, (message.place, message.piece), rows.of_microbatch)
             rows.pieces_left -= 1
             if not rows.pieces_left:
-                del self.leaving[message.kind, message.index]
+                del self.collected[message.kind, message.index]
             return piece
         return results[message.kind]
 
     @contextmanager
     def computing(self, action: Action, component: str, grad: bool) -> Iterator[None]:
-        """Around the model's own work on an action: gradients on or off, bytes counted, time recorded."""
+        """The context in which the model computes an action: gradients are on or off, and bytes and time are
+        measured."""
         memory, trace = self.executor.memory, self.executor.trace
         counted: AbstractContextManager[None] = memory.component(component) if memory is not None else nullcontext()
         recorded = trace.action(action) if trace is not None else nullcontext()
@@ -214,11 +260,12 @@ class _Step:
             if isinstance(output, RandomState):
                 with output.restored():
                     output = _edge(self._encode(action))
-            if output is not None:  # a piece may hold only items of a frozen encoder, or none
+            if output is not None:  # it is None if the piece has only items of a frozen encoder, or no items
                 split_backward.backward([output], [gradient])
         return {}
 
     def _encode(self, action: Action) -> Tensor:
+        """Return the features of an EF's piece, [rows, width]; an empty piece has 0 rows and needs no encoder."""
         if not self.computation.features.items(action.index, (self.rank, action.piece)):
             return self._zeros(0)
         return self.computation.encode(action.index, action.piece).to(self.computation.dtype)
@@ -247,13 +294,13 @@ class _Step:
         return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
 
     def backward(self, action: Action) -> Mapping[str, Tensor]:
-        graph, edges, gradients = self._start(action)
+        graph, edges, gradients = self._backward_start(action)
         with self.computing(action, "llm", grad=True):
             split_backward.backward(edges, gradients)
         return self._input_gradients(action, graph)
 
     def backward_input(self, action: Action) -> Mapping[str, Tensor]:
-        graph, edges, gradients = self._start(action)
+        graph, edges, gradients = self._backward_start(action)
         inputs = [] if graph is None else graph.inputs
         stage, splits = _stage(action), self.executor.splits
         with self.computing(action, "llm", grad=True):
@@ -269,81 +316,88 @@ class _Step:
                 split_backward.backward_weight(deferred)
         return {}
 
-    def _start(self, action: Action) -> tuple[_Graph | None, list[GradientEdge], list[Tensor | None]]:
-        """Where the backward of a stage on a microbatch starts, and the gradients there. What comes for an output that
-        nothing trained has led to is dropped."""
+    def _backward_start(self, action: Action) -> tuple[_Graph | None, list[GradientEdge], list[Tensor | None]]:
+        """Return a stage's graph for a microbatch, the edges of its outputs, and their gradients.
+
+        The generators send gradients for a whole group or for none of it. They are received even if this microbatch
+        needs no gradient, and are then not used.
+        """
         stage, microbatch = _stage(action), action.index
         graph = self.graphs.pop((stage, microbatch), None)
-        arrived: dict[str, Tensor | None] = {"loss": None}
+        output_gradients: dict[str, Tensor | None] = {"loss": None}
         if graph is not None and stage < self.last:
-            arrived["hidden"] = self.transport.take(Message("hidden_grad", microbatch, stage))
+            output_gradients["hidden"] = self.transport.take(Message("hidden_grad", microbatch, stage))
         if (
             stage == self.last
             and self.computation.conditions.has_items(microbatch)
-            and self._are_conditions_learnt(microbatch)
+            and self._conditions_have_gradients(microbatch)
         ):
-            arrived["conditions"] = self._gather("conditions_grad", self.computation.conditions, microbatch)
+            output_gradients["conditions"] = self._gather("conditions_grad", self.computation.conditions, microbatch)
         outputs = {} if graph is None else graph.outputs
-        return graph, list(outputs.values()), [arrived[name] for name in outputs]
+        return graph, list(outputs.values()), [output_gradients[name] for name in outputs]
 
     def _input_gradients(self, action: Action, graph: _Graph | None) -> Mapping[str, Tensor]:
-        """What a backward gives to the stage before, or to the encoders."""
+        """Return the gradients of a backward for the stage before; store those for the encoders until the whole group's
+        are there."""
         stage, microbatch = _stage(action), action.index
         if stage == 0 and self.needs.encoder and self.computation.features.has_items(microbatch):
             features = None if graph is None else graph.features
             rows = self.computation.features.rows_of(microbatch)
-            given = self._zeros(rows) if features is None else _gradient(features)
-            self._collect("features_grad", self.computation.features, microbatch, given)
+            gradient = self._zeros(rows) if features is None else _gradient(features)
+            self._collect("features_grad", self.computation.features, microbatch, gradient)
         if graph is not None and graph.hidden is not None and graph.hidden.requires_grad:
             return {"hidden_grad": _gradient(graph.hidden)}
         return {}
 
-    def _are_conditions_learnt(self, microbatch: int) -> bool:
-        """Whether gradients come back from the generators for the microbatch's group."""
+    def _conditions_have_gradients(self, microbatch: int) -> bool:
+        """Whether the generators send gradients for the conditions of the microbatch's group."""
         group = self.computation.conditions.groups[self.computation.conditions.group_of[microbatch]]
         return any(self.needs.through(self.last, m) for m in group)
 
     def _zeros(self, rows: int) -> Tensor:
-        """Rows of features that nothing is computed for, or their gradient if nothing is learnt from them."""
+        """Return zeros, [rows, width], for features of an empty piece, or for the gradient of features that need
+        none."""
         return torch.zeros(rows, self.computation.width, dtype=self.computation.dtype, device=self.executor.mesh.device)
 
     # -- generator -------------------------------------------------------------------------------------------------
 
     def generate(self, action: Action) -> Mapping[str, Tensor]:
         conditions = self.transport.take(Message("conditions", action.index, self.rank, action.piece))
-        back = any(self.needs.through(self.last, m) for m in self.computation.conditions.groups[action.index])
-        conditions.requires_grad_(back)
-        with self.computing(action, "generator", back or self.needs.generator):
+        needs_gradient = any(self.needs.through(self.last, m) for m in self.computation.conditions.groups[action.index])
+        conditions.requires_grad_(needs_gradient)
+        with self.computing(action, "generator", needs_gradient or self.needs.generator):
             has_items = self.computation.conditions.items(action.index, (self.rank, action.piece))
             loss = self.computation.generate(action.index, action.piece, conditions) if has_items else None
             if loss is not None and loss.requires_grad:
                 loss.backward()
-        return {"conditions_grad": _gradient(conditions)} if back else {}
+        return {"conditions_grad": _gradient(conditions)} if needs_gradient else {}
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _gather(self, kind: MessageKind, routing: Routing, microbatch: int) -> Tensor:
-        """A microbatch's rows of what the ranks sent for its group; waits for all of the group's pieces."""
+        """Return a microbatch's rows from the messages for its group. The group's first call waits for all its
+        pieces."""
         group = routing.group_of[microbatch]
-        pieces = self.arriving.get((kind, group))
+        pieces = self.received.get((kind, group))
         if pieces is None:
             buffers = {place: self.transport.take(Message(kind, group, *place)) for place in routing.places(group)}
-            pieces = self.arriving[kind, group] = _Pieces(buffers, sum(map(routing.has_items, routing.groups[group])))
+            pieces = self.received[kind, group] = _Pieces(buffers, sum(map(routing.has_items, routing.groups[group])))
         pieces.microbatches_left -= 1
         if not pieces.microbatches_left:
-            del self.arriving[kind, group]
+            del self.received[kind, group]
         return routing.gather(microbatch, pieces.of_place)
 
     def _collect(self, kind: MessageKind, routing: Routing, microbatch: int, rows: Tensor) -> None:
-        """Keep a microbatch's rows until its whole group can be cut into pieces."""
+        """Store a microbatch's rows until those of its whole group are there and can be cut into pieces."""
         group = routing.group_of[microbatch]
-        collected = self.leaving.setdefault((kind, group), _Rows({}, len(routing.places(group))))
+        collected = self.collected.setdefault((kind, group), _Rows({}, len(routing.places(group))))
         collected.of_microbatch[microbatch] = rows
 
 
 @dataclass
 class _Pieces:
-    """A group's buffers, until the last of its microbatches has taken its rows."""
+    """The buffers of a group's pieces, stored until all microbatches of the group that have items have used their
+    rows."""
 
     of_place: dict[Place, Tensor]
     microbatches_left: int
@@ -351,7 +405,7 @@ class _Pieces:
 
 @dataclass
 class _Rows:
-    """A group's rows by microbatch, until the last piece has been cut from them."""
+    """The rows of a group's microbatches, stored until all pieces of the group have been made from them."""
 
     of_microbatch: dict[int, Tensor]
     pieces_left: int
@@ -363,10 +417,10 @@ def _stage(action: Action) -> int:
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
-    """The end of the graph that made a tensor, without the tensor; ``None`` if nothing trained has led to it."""
+    """Return the gradient edge of a tensor; ``None`` if the tensor needs no gradient."""
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
 def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient that has reached a leaf; zeros if nothing depends on it."""
+    """Return the gradient of a leaf; zeros if the loss does not depend on the leaf."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

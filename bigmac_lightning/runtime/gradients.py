@@ -1,7 +1,7 @@
-"""Sums gradients over the ranks that hold a parameter, and computes the norm of all of them, each counted once.
+"""Sums gradients over the ranks that have the same parameter, and computes the norm of all gradients of the model.
 
-Losses are divided by the step's global counts before the backward, so gradients are summed, never averaged.
-A parameter that no rank used keeps ``grad=None``, as in one process: its optimizer then leaves it alone.
+Each loss is divided by the step's global counts before its backward, so gradients are summed and never averaged. A
+parameter that no rank used keeps ``grad=None``, as it would in one process, so that its optimizer skips it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,20 +13,22 @@ from torch import Tensor, nn
 
 from bigmac_lightning.runtime.mesh import PipelineMesh
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 BUCKET_ELEMENTS = 8 * 2**20
-"""Gradients are reduced in flat buckets of about this many elements."""
+"""Number of elements from which a bucket of gradients is reduced. This makes 32 MiB in float32, near the 25 MiB of
+torch's DistributedDataParallel; it was not tuned."""
 
 
 @dataclass
 class ParameterPlaces:
-    """Where each trainable parameter of this rank lives elsewhere too.
+    """The trainable parameters of this rank by name, according to the other ranks that have the same parameter.
 
     Attributes:
-        replicated: on every rank of the world (encoders, generators).
-        stage: on the same pipeline rank of every replica (layers of the LLM).
-        tied: on the first and the last stage's ranks of every replica (a tied embedding whose copies lie apart).
+        replicated: parameters that every rank of the world has (those of encoders and generators).
+        stage: parameters that the same pipeline rank of every pipeline has (those of the LLM's layers).
+        tied: parameters that the first and the last stage's ranks of every pipeline have (a tied embedding, if the two
+            stages are on different ranks).
     """
 
     replicated: Mapping[str, nn.Parameter] = field(default_factory=dict)
@@ -35,7 +37,7 @@ class ParameterPlaces:
 
 
 def reduce_gradients(places: ParameterPlaces, mesh: PipelineMesh) -> None:
-    """Make every gradient the sum over all ranks that hold its parameter. Collective over the world."""
+    """Replace every gradient by its sum over all ranks that have the parameter. Collective: all ranks must call it."""
     if mesh.pp_size * mesh.dp_size > 1:
         _reduce(list(places.replicated.values()), None, mesh.device)
     if mesh.dp_size > 1:
@@ -45,13 +47,18 @@ def reduce_gradients(places: ParameterPlaces, mesh: PipelineMesh) -> None:
 
 
 def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Sum the gradients of these parameters over a group.
+
+    The ranks first agree on the parameters that any of them used: all ranks must reduce the same list, and a rank that
+    did not use a parameter contributes zeros.
+    """
     if not parameters:
         return
     used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
     gradients: list[Tensor] = []
-    for parameter, somewhere in zip(parameters, used.tolist(), strict=True):
-        if somewhere:
+    for parameter, used_on_a_rank in zip(parameters, used.tolist(), strict=True):
+        if used_on_a_rank:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
             gradients.append(parameter.grad)
@@ -64,6 +71,7 @@ def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None,
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the gradients in lists of one dtype each, with at least BUCKET_ELEMENTS elements except the last ones."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
         bucket = by_type.setdefault(gradient.dtype, [])
@@ -74,12 +82,12 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def global_norm(places: ParameterPlaces, mesh: PipelineMesh) -> Tensor:
-    """2-norm of all gradients of the model, each parameter counted once; the same scalar on every rank.
-
-    Call after `reduce_gradients`.
+    """Return the 2-norm of all gradients of the model, a float64 scalar that is equal on every rank. Collective over
+    the pipeline. Each parameter counts once. `reduce_gradients` must have been called before.
     """
     own = list(places.stage.values())
-    if mesh.tied_group is None or dist.get_rank(mesh.tied_group) % 2 == 0:  # of the two copies the first counts
+    # The tied group has the first and the last stage's rank of each pipeline in turn; only the first one's copy counts.
+    if mesh.tied_group is None or dist.get_rank(mesh.tied_group) % 2 == 0:
         own += list(places.tied.values())
     square = _square(own, mesh.device)
     if mesh.pp_size > 1:
@@ -88,6 +96,7 @@ def global_norm(places: ParameterPlaces, mesh: PipelineMesh) -> Tensor:
 
 
 def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
+    """Return the sum of the squares of these parameters' gradients, in float64."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
@@ -95,17 +104,18 @@ def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
 
 
 def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:
-    """Let the gradients of parameters in half precision be summed up in `dtype`; ``None``: in the parameter's own.
+    """Make autograd accumulate the gradients of half-precision parameters in `dtype`; ``None`` means the parameter's
+    dtype.
 
-    Parameters that have a gradient go on as before.
+    Parameters that already have a gradient are not changed.
     """
     for parameter in parameters:
-        if parameter.grad is None and parameter.dtype in HALF:
+        if parameter.grad is None and parameter.dtype in HALF_PRECISION:
             parameter.grad_dtype = dtype or parameter.dtype
 
 
 def round_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give gradients that were summed up in a wider type their parameter's type, which optimizers expect."""
+    """Convert gradients that were accumulated in another dtype to their parameter's dtype, which optimizers expect."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None and gradient.dtype != parameter.dtype:

@@ -1,7 +1,8 @@
-"""Users' hooks on parameters: they see a step's whole gradient, once, as in one process.
+"""Calls the hooks that users registered on parameters, once per step and with the whole gradient, as in one process.
 
-A pipeline runs one backward per microbatch, in which torch would call them with that microbatch's part, and not at all
-where a backward is split. Knows parameters; knows nothing of microbatches or ranks.
+A pipeline runs one backward per microbatch. torch would call the hooks in each of them with that microbatch's part of
+the gradient, and would not call them where a backward is split. Therefore the hooks are removed during the step and
+called afterwards.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,20 +13,21 @@ from torch import nn
 
 
 @contextmanager
-def silenced(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """No hook of these parameters is called inside."""
+def disabled(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Remove the hooks of these parameters inside the block."""
     saved = [(hooks, dict(hooks)) for parameter in parameters for hooks in _hooks_of(parameter)]
     for hooks, _ in saved:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, known in saved:
-            hooks.update(known)
+        for hooks, copy in saved:
+            hooks.update(copy)
 
 
 def call(parameters: Iterable[nn.Parameter]) -> None:
-    """Call the hooks of each parameter that has a gradient: those on gradients, then those after accumulation."""
+    """Call the hooks of each parameter that has a gradient: first those of ``register_hook``, which may replace the
+    gradient, then those of ``register_post_accumulate_grad_hook``."""
     for parameter in parameters:
         for hook in list((parameter._backward_hooks or {}).values()):
             if parameter.grad is not None:
@@ -37,5 +39,6 @@ def call(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _hooks_of(parameter: nn.Parameter) -> list[dict[Any, Any]]:
+    """Return torch's own dictionaries of the parameter's hooks; changing one changes the parameter's hooks."""
     found = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
     return [hooks for hooks in found if hooks]

@@ -1,10 +1,10 @@
-"""From a verified plan to programs: each rank's computations with the sends and receives between them.
+"""Lowers a verified plan to programs: each rank's computations with the sends and receives between them.
 
-One pass over one total order of all actions. Where an action produces something for another rank, its send and the
-matching receive are emitted at that same moment, so all messages of a step stand in one total order that every rank's
-program follows: no two ranks can wait for each other, not even if every send blocked until it is received.
-
-Knows plans; knows no tensors and no process groups.
+One pass runs over one total order of all actions. Right after an action that produces a tensor for another rank, the
+send is appended to the one program and the matching receive to the other. So all messages of a step have one total
+order, which every rank's program follows, and no two ranks can wait for each other, even if each send blocks until it
+is received (``verify`` has the argument). A receive instruction does not block; the action that uses the tensor waits
+for it.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,17 @@ MESSAGE_KINDS: tuple[MessageKind, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Names one tensor that an action produces for another action.
+    """The name of a tensor that one action produces for another one.
 
     Attributes:
-        kind: ``hidden``/``hidden_grad``: a microbatch's hidden states between stages and their gradient;
-            ``features``/``features_grad``: encoder features of a piece of a rank's share of a group, their gradient;
-            ``conditions``/``conditions_grad``: generator conditions of such a piece and their gradient.
-        index: microbatch (hidden) or group (features, conditions).
-        place: the stage that consumes the hidden states or produced them; the rank that owns the share.
-        piece: which piece of the share.
+        kind: ``hidden`` and ``hidden_grad``: a microbatch's hidden states between two stages, and their gradient;
+            ``features`` and ``features_grad``: the encoder features of a piece of a rank's share of a group, and their
+            gradient; ``conditions`` and ``conditions_grad``: the hidden states that condition the generator for such a
+            piece, and their gradient.
+        index: the microbatch for ``hidden`` and ``hidden_grad``, the group for the other kinds.
+        place: the stage that uses the tensor for ``hidden`` and ``hidden_grad``, the rank that has the share for the
+            other kinds.
+        piece: the number of the piece of the share.
     """
 
     kind: MessageKind
@@ -45,7 +47,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """An action, and what it must put out: for other ranks (sent by the next instructions) or for this one."""
+    """Execute an action.
+
+    Attributes:
+        action: the action.
+        produces: the tensors that it must produce, for other ranks (the next instructions send them) or for this rank.
+    """
 
     action: Action
     produces: tuple[Message, ...]
@@ -53,12 +60,16 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Send:
+    """Start to send a tensor to the pipeline rank `peer`."""
+
     message: Message
     peer: int
 
 
 @dataclass(frozen=True, slots=True)
 class Receive:
+    """Start to receive a tensor from the pipeline rank `peer`."""
+
     message: Message
     peer: int
 
@@ -68,12 +79,12 @@ Instruction = Compute | Send | Receive
 
 @dataclass(frozen=True)
 class Needs:
-    """Where gradients are needed in a step, so that no useless backward runs and no useless gradient travels.
+    """The parts of a step that need gradients. Elsewhere, no backward runs and no gradient is sent.
 
     Attributes:
-        weights: per stage, whether it has trained weights.
-        encoded: per microbatch, whether it has features of a trained encoder.
-        generator: whether any generator is trained.
+        weights: per stage, whether it has trainable weights.
+        encoded: per microbatch, whether it has features of a trainable encoder.
+        generator: whether a generator is trainable.
     """
 
     weights: tuple[bool, ...]
@@ -82,26 +93,28 @@ class Needs:
 
     @classmethod
     def nothing(cls, stages: int, microbatches: int) -> "Needs":
+        """Return the needs of a step without gradients, such as an evaluation."""
         return cls((False,) * stages, (False,) * microbatches, generator=False)
 
     @property
     def encoder(self) -> bool:
-        """Whether any encoder has something to learn from the step."""
+        """Whether a trainable encoder has items in the step."""
         return any(self.encoded)
 
     def through(self, stage: int, microbatch: int) -> bool:
-        """Whether a microbatch's gradients flow through a stage: it or an earlier one is trained, or an encoder whose
-        features the microbatch has."""
+        """Whether the backward of a microbatch must pass through a stage, because this stage, an earlier one, or an
+        encoder of the microbatch's features is trainable."""
         return self.encoded[microbatch] or any(self.weights[: stage + 1])
 
 
 def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[Instruction]]:
-    """The program of every rank.
+    """Return the program of every rank.
 
     Args:
         plan: a verified plan.
-        order: (rank, position) of all actions in one total order that respects every dependency (`Timeline.order`).
-        needs: where gradients flow.
+        order: all actions as (rank, position in its list), in a total order that respects every dependency and every
+            rank's list, such as ``Timeline.order``.
+        needs: the parts of the step that need gradients.
     """
     programs: list[list[Instruction]] = [[] for _ in plan.ranks]
     routes = _Routes(plan, needs)
@@ -117,7 +130,7 @@ def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[I
 
 
 class _Routes:
-    """Who gets what each action produces."""
+    """The messages of each action, and the ranks that receive them. Actions must be passed in a total order."""
 
     def __init__(self, plan: Plan, needs: Needs) -> None:
         self.plan, self.needs = plan, needs
@@ -128,11 +141,13 @@ class _Routes:
             for action in actions:
                 if action.nested:
                     self.pieces_of.setdefault((action.kind, action.index), []).append((rank, action.piece))
-        # stage 0's backwards and the last stage's forwards still to come per group: the last one sends for the group
+        # Per group, the numbers of stage 0's backwards and of the last stage's forwards that are still to come. The
+        # last one of a group sends the group's gradients or conditions.
         self.backwards_left = [len(group) for group in plan.groups]
         self.forwards_left = [len(group) for group in plan.groups]
 
     def produced(self, rank: int, action: Action) -> list[tuple[Message, int]]:
+        """Return the messages that an action produces, each with the rank that receives it."""
         stage_rank, index, stage = self.plan.stage_rank, action.index, action.stage
         if action.kind == "EF":
             return [(Message("features", index, rank, action.piece), stage_rank[0])]
@@ -153,6 +168,7 @@ class _Routes:
     def _for_group(
         self, left: list[int], kind: str, message: MessageKind, microbatch: int
     ) -> list[tuple[Message, int]]:
+        """Count one of a group's microbatches; after the last one, return the messages for all pieces of the group."""
         group = self.group_of[microbatch]
         left[group] -= 1
         if left[group]:

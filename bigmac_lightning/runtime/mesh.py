@@ -1,4 +1,4 @@
-"""The processes of a run as a (dp, pp) mesh, and the process groups that messages and gradients travel in."""
+"""The processes of a run as a (dp, pp) mesh, and the process groups for messages and gradients."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -16,16 +16,17 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class PipelineMesh:
-    """This process's view of the mesh.
+    """The mesh as one process sees it. It has dp pipelines of pp ranks each.
 
     Attributes:
-        device: where this process computes.
-        mesh: the DeviceMesh with dimensions "dp" and "pp"; consecutive global ranks form a pipeline.
-        pp_ranks: global ranks of this process's pipeline, by pipeline rank.
-        channels: one process group per kind of message and direction (whether it goes to a higher rank), so that none
-            waits behind another (empty if P = 1).
-        tied_group: the ranks of the first and the last stage of all replicas; ``None`` on other ranks or if P = 1.
-        host_group: this pipeline's ranks, for what they tell each other on the CPU; ``None`` if P = 1.
+        device: device on which this process computes.
+        mesh: the DeviceMesh with dimensions "dp" and "pp". Consecutive global ranks form a pipeline.
+        pp_ranks: global rank of each pipeline rank of this process's pipeline.
+        channels: process groups of this pipeline by (kind of message, whether it goes to a higher pipeline rank). With
+            separate groups, no message waits for one of another kind or direction. Empty if pp is 1.
+        tied_group: process group of the first and the last stage's ranks of all pipelines; ``None`` on other ranks, or
+            if pp is 1.
+        host_group: process group of this pipeline for objects on the CPU (gloo); ``None`` if pp is 1.
     """
 
     device: torch.device
@@ -37,34 +38,41 @@ class PipelineMesh:
 
     @property
     def pp_size(self) -> int:
+        """Number of ranks of a pipeline."""
         return len(self.pp_ranks)
 
     @property
     def pp_rank(self) -> int:
+        """This process's rank in its pipeline."""
         return self.pp_ranks.index(dist.get_rank())
 
     @property
     def dp_size(self) -> int:
+        """Number of pipelines."""
         return self.mesh["dp"].size()
 
     @property
     def dp_rank(self) -> int:
+        """Number of this process's pipeline."""
         return self.mesh["dp"].get_local_rank()
 
     @property
     def pp_group(self) -> Group:
+        """Process group of this process's pipeline."""
         return self.mesh.get_group("pp")
 
     @property
     def dp_group(self) -> Group:
+        """Process group of the processes with the same pipeline rank in all pipelines."""
         return self.mesh.get_group("dp")
 
 
 def mesh_shape(world_size: int, pipeline_parallel_size: int | str, data_parallel_size: int | str) -> tuple[int, int]:
-    """(dp, pp) for a world size, with "auto" resolved.
+    """Return (dp, pp). A size that is "auto" becomes the world size divided by the other size; if both are "auto", pp
+    is the world size and dp is 1.
 
     Raises:
-        ValueError: the sizes do not multiply to the world size.
+        ValueError: the product of the sizes is not the world size.
     """
     pp, dp = pipeline_parallel_size, data_parallel_size
     if pp == "auto":
@@ -75,7 +83,7 @@ def mesh_shape(world_size: int, pipeline_parallel_size: int | str, data_parallel
     if pp < 1 or dp < 1 or pp * dp != world_size:
         raise ValueError(
             f"{world_size} processes cannot form pipelines: pipeline_parallel_size={pipeline_parallel_size} x "
-            f"data_parallel_size={data_parallel_size} must be {world_size}. Change devices, num_nodes or one of these."
+            f"data_parallel_size={data_parallel_size} must be {world_size}. Change devices, num_nodes or the sizes."
         )
     return dp, pp
 
@@ -83,10 +91,15 @@ def mesh_shape(world_size: int, pipeline_parallel_size: int | str, data_parallel
 def build_mesh(
     device: torch.device, dp: int, pp: int, stage_rank: Iterable[int], timeout: timedelta | None = None
 ) -> PipelineMesh:
-    """Create all process groups. Collective: every rank of the world calls it with the same sizes.
+    """Create the mesh and all its process groups. Collective: every rank of the world must call it with the same
+    arguments (apart from `device`).
 
     Args:
-        stage_rank: pipeline rank of each stage; the first and last entry own the embedding and the head.
+        device: device on which this process computes.
+        dp: number of pipelines.
+        pp: number of ranks of each pipeline.
+        stage_rank: pipeline rank of each stage. The first stage has the embedding, the last stage has the head.
+        timeout: timeout of all process groups; by default that of torch.
     """
     rank = dist.get_rank()
     pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
@@ -104,7 +117,7 @@ def build_mesh(
                 if not _used(kind, upwards, stage_rank, pp):
                     continue
                 group = dist.new_group(list(pipeline), timeout=timeout)
-                if isinstance(group, Group):  # else this rank is in another pipeline
+                if isinstance(group, Group):  # otherwise this rank is in another pipeline
                     channels[kind, upwards] = group
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
         group = dist.new_group(owners, timeout=timeout)
@@ -113,14 +126,17 @@ def build_mesh(
 
 
 def _own_group(ranks: Iterable[Sequence[int]], timeout: timedelta | None) -> Group:
-    """Make all these groups, which every rank does in the same order; returns the one that this rank is in."""
+    """Create a process group of each of these lists of ranks, and return the one that this process is in.
+
+    torch requires that all processes create all groups, in the same order.
+    """
     made = [dist.new_group(list(members), timeout=timeout) for members in ranks]
     (own,) = (group for group in made if isinstance(group, Group))
     return own
 
 
 def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int], pp: int) -> bool:
-    """Whether messages of a kind go in a direction at all, given where the stages are."""
+    """Whether any message of this kind goes in this direction. Unused process groups would only take memory."""
     ranks = range(pp)
     pairs = {
         "hidden": list(itertools.pairwise(stage_rank)),

@@ -1,7 +1,7 @@
-"""The random number generators that a computation draws from: a state of them, so that it can be done once more, and
-numbers of one's own.
+"""Controls torch's random number generators: random numbers that depend on a given key, and a saved state with which a
+computation can run again with the same random numbers.
 
-Knows the CPU's generator and that of one other device.
+Both apply to the CPU's generator and, on other devices, to the generator of one device.
 """
 
 import hashlib
@@ -12,11 +12,14 @@ import torch
 
 
 @contextmanager
-def drawing(device: torch.device, *key: object) -> Iterator[None]:
-    """Whatever is drawn inside depends on `key` alone, and the state outside is left alone.
+def seeded(device: torch.device, *key: object) -> Iterator[None]:
+    """Make the random numbers inside the block depend on `key` alone, and restore the generators' states afterwards.
+
+    The seed is a SHA-256 hash of the key's text, because Python's own hash of a text differs between processes.
 
     Args:
-        device: whose generator counts besides the CPU's.
+        device: device whose generator is seeded besides the CPU's.
+        key: values such as (seed, step, rank), whose ``repr`` must be the same in every run.
     """
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
     others = [] if device.type == "cpu" else [device]
@@ -29,10 +32,10 @@ def drawing(device: torch.device, *key: object) -> Iterator[None]:
 
 
 class RandomState:
-    """The state at the moment of construction.
+    """The state of the generators at the time at which this object is created.
 
     Args:
-        device: whose generator counts besides the CPU's.
+        device: device whose generator is saved besides the CPU's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +45,7 @@ class RandomState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Draw from this state inside the block, and go on afterwards as if it had never run."""
+        """Set the generators to this state inside the block, and restore their states afterwards."""
         others = [] if self._other is None else [self._device]
         with torch.random.fork_rng(others, device_type=self._device.type):
             torch.set_rng_state(self._cpu)

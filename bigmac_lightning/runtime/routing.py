@@ -1,9 +1,12 @@
-"""Which rows of which rank belong to which microbatch.
+"""Maps the rows of encoder features (or generator conditions) between ranks' pieces and microbatches.
 
-A rank's share of a group may be cut into pieces: runs of items of nearly equal cost. A piece's rows lie one after
-another in a buffer, item by item, microbatch by microbatch; a microbatch's rows lie item by item whoever owns them.
-`gather` and `scatter` go from one to the other, for values and gradients alike.
-Pure bookkeeping over metadata: every rank computes the same.
+Each media item (or generator target) has a number of rows, and one rank owns it. A rank's share of a group may be cut
+into pieces, which are runs of items with nearly equal costs. There are two layouts of the same rows. The buffer of a
+piece, [rows, width], has the rows of its items, microbatch by microbatch. The rows of a microbatch, [rows, width], are
+in the order of its items, whichever ranks own them. `gather` goes from pieces to a microbatch, `scatter` from
+microbatches to a piece, for values and gradients alike.
+
+The layouts follow from metadata that all ranks have, so every rank computes the same ones and no sizes need to be sent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +16,17 @@ import torch
 from torch import Tensor
 
 Place = tuple[int, int]
-"""A rank, and the piece of its share."""
+"""A rank, and the number of a piece of its share."""
 
 
 class Item(NamedTuple):
-    """One media item or generator target, as far as routing has to know it."""
+    """One media item or generator target.
+
+    Attributes:
+        owner: pipeline rank that computes it.
+        rows: number of its rows of features or conditions.
+        cost: its cost in any unit, by which a share is cut into pieces.
+    """
 
     owner: int
     rows: int
@@ -25,12 +34,12 @@ class Item(NamedTuple):
 
 
 class Routing:
-    """Rows of all items of a batch.
+    """The layout of the rows of all items of a batch.
 
     Args:
         items: per microbatch, its items in order.
-        groups: microbatches of each group.
-        pieces: by group and rank, into how many pieces that rank's share is cut; 1 where nothing is said.
+        groups: per group, its microbatches.
+        pieces: by (group, rank), the number of pieces that the rank's share is cut into; 1 for keys that are missing.
     """
 
     def __init__(
@@ -67,30 +76,31 @@ class Routing:
                     offset += item.rows
 
     def rows(self, group: int, place: Place) -> int:
-        """Rows of a piece of a rank's share of a group; 0 if there are fewer items than pieces."""
+        """Number of rows of a piece; 0 for an empty piece, as there is if a share has fewer items than pieces."""
         return self._rows.get((group, place), 0)
 
     def items(self, group: int, place: Place) -> list[tuple[int, int]]:
-        """(microbatch, position in the microbatch's items) of each item of a piece."""
+        """The items of a piece, each as (microbatch, position in the microbatch's items)."""
         return self._items.get((group, place), [])
 
     def places(self, group: int) -> list[Place]:
-        """All pieces of the ranks that own something of the group, also empty ones."""
+        """All pieces of a group, also empty ones, of all ranks that own items of the group."""
         return self._places[group]
 
     def has_items(self, microbatch: int) -> bool:
+        """Whether a microbatch has items."""
         return bool(self._slices[microbatch])
 
     def rows_of(self, microbatch: int) -> int:
-        """Rows of a microbatch's items together."""
+        """Number of rows of all items of a microbatch."""
         return sum(rows for *_, rows in self._slices[microbatch])
 
     def gather(self, microbatch: int, buffers: Mapping[Place, Tensor]) -> Tensor:
-        """A microbatch's rows, from the buffers of all pieces."""
+        """Return the rows of a microbatch, [rows, width], from the buffers of its group's pieces."""
         return _joined([buffers[place][start : start + rows] for place, start, _, rows in self._slices[microbatch]])
 
     def scatter(self, group: int, place: Place, microbatches: Mapping[int, Tensor]) -> Tensor:
-        """A piece's buffer, from the rows of the group's microbatches."""
+        """Return the buffer of a piece, [rows, width], from the rows of its group's microbatches."""
         parts = [
             microbatches[m][offset : offset + rows]
             for m in self.groups[group]
@@ -103,17 +113,22 @@ class Routing:
 
 
 class _Cutter:
-    """Cuts a run of items into pieces: an item goes where the middle of its cost lies."""
+    """Cuts a rank's items of a group into pieces of nearly equal cost, item by item in order.
+
+    Imagine the items in a row, as long as their costs, which is divided into equal parts: an item belongs to the part
+    that has the item's middle.
+    """
 
     def __init__(self, total: float, pieces: int) -> None:
         self.total, self.pieces, self.before = total, pieces, 0.0
 
     def piece_of_next(self, cost: float) -> int:
+        """Return the number of the piece of the next item."""
         middle = self.before + cost / 2
         self.before += cost
         return min(self.pieces - 1, int(middle / self.total * self.pieces)) if self.total else 0
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Without a copy where there is nothing to join."""
+    """Concatenate tensors. A single tensor is detached and not copied."""
     return parts[0].detach() if len(parts) == 1 else torch.cat(parts)

@@ -1,10 +1,14 @@
-"""A backward from gradient edges, whole or in two halves: input gradients now (I), weight gradients later (W).
+"""Runs a backward in full, or in two halves: input gradients now (I), weight gradients later (W).
 
-An edge stands for a tensor that a graph ends in, without holding the tensor's memory. Everything is decided by looking
-at the graph at hand, as it may differ from one microbatch to the next. Where a graph cannot be split, one half does
-everything, so that no gradient is ever lost.
+Backwards start from gradient edges. A ``GradientEdge`` names an output of the autograd graph and, unlike the output
+tensor, keeps no memory alive except the graph's. Whether a graph can be split is decided for each graph, since graphs
+of different microbatches may differ. If it cannot be split, one of the halves does the full backward, so that no
+gradient is lost.
 
-The one place that uses torch.distributed.pipelining's `_backward` (no public name; torch's range is pinned).
+The split works as in the zero-bubble schedules of torch.distributed.pipelining. Only this file uses two helpers of its
+module `_backward`, which is not public, so pyproject.toml limits the versions of torch. The module's own split backward
+is not used, because it loses all weight gradients without an error if no input needs a gradient, and fails on a weight
+that is used more than once.
 """
 
 from collections.abc import Sequence
@@ -17,41 +21,48 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.distributed.pipelining._backward import construct_reverse_graph, get_param_groups
 
 Splits = dict[tuple[int, int], bool]
-"""Whether graphs are to be split, by stage and number of nodes: a graph that is made otherwise has another number."""
+"""Whether a graph can be split, by (stage, number of the graph's nodes). Looking at all nodes takes time, so the result
+is reused for graphs of the same stage and size, which the same code has made."""
 
 
 @dataclass
 class Deferred:
-    """What the weight half of a backward still has to do.
+    """The part of a backward that the weight half must still run.
 
     Attributes:
-        groups: weights, and what is known of the way to them.
-        edges, gradients: where the whole backward starts, if nothing was done yet.
+        groups: the weights, and the gradients from which their backward starts.
+        edges, gradients: if the input half did nothing, the start of the full backward; otherwise empty.
     """
 
-    groups: "list[_Group]"
+    groups: "list[_WeightGroup]"
     edges: list[GradientEdge]
     gradients: list[Tensor | None]
 
 
 @dataclass
-class _Group:
-    """Weights that hang on one node, and the gradients that have arrived there."""
+class _WeightGroup:
+    """Weights whose gradients pass through the same node of the graph.
+
+    Attributes:
+        node: the node, which lies on the path to an input.
+        weights: the weights.
+        gradients: gradients of the node's outputs, recorded when the input half passes the node.
+    """
 
     node: Node
     weights: list[Tensor]
-    arrived: Sequence[Tensor | None] = ()
+    gradients: Sequence[Tensor | None] = ()
 
-    def arrive(self, gradients: Sequence[Tensor | None]) -> None:
-        self.arrived = gradients
+    def record(self, gradients: Sequence[Tensor | None]) -> None:
+        self.gradients = gradients
 
 
 def backward(edges: list[GradientEdge], gradients: list[Tensor | None]) -> None:
-    """All gradients, into the leaves' ``.grad``.
+    """Run a full backward, which adds to the ``.grad`` of all leaves.
 
     Args:
-        edges: where to start; none: there is nothing to do.
-        gradients: of each edge; ``None``: the edge is a scalar's, whose gradient is 1.
+        edges: the outputs to start from; without any, nothing is done.
+        gradients: gradient of each output; ``None`` for a scalar output, whose gradient is 1.
     """
     if edges:
         torch.autograd.backward(edges, gradients)
@@ -60,26 +71,29 @@ def backward(edges: list[GradientEdge], gradients: list[Tensor | None]) -> None:
 def backward_input(
     edges: list[GradientEdge], gradients: list[Tensor | None], inputs: Sequence[Tensor], splits: Splits, stage: int
 ) -> Deferred | None:
-    """Compute the gradients of `inputs` (into their ``.grad``) and keep what the weights' gradients need.
+    """Run the input half of a backward, which adds to the ``.grad`` of `inputs` only.
 
     Args:
-        edges, gradients: as of `backward`.
-        inputs: leaves that need a gradient. Empty (the first stage without features of a trained encoder): all is left
-            for later, as the split would lose the weights' gradients.
-        splits: what is known of graphs that came before.
-        stage: that the graph is of.
+        edges, gradients: the start of the backward, as for `backward`.
+        inputs: leaves that need a gradient. If there are none (the first stage, without features of a trainable
+            encoder), the full backward is left to the weight half.
+        splits: results for earlier graphs, which this function extends.
+        stage: stage that the graph belongs to.
 
-    Returns: ``None`` if the whole backward was done.
+    Returns: the weight half, for `backward_weight`; ``None`` if the full backward was run because the graph cannot be
+        split, or if there was nothing to do.
     """
     if not edges:
         return None
     if not inputs:
         return Deferred([], edges, gradients)
-    groups = _groups(edges, inputs, splits, stage)
+    groups = _weight_groups(edges, inputs, splits, stage)
     if not groups:
         backward(edges, gradients)
         return None
-    handles = [group.node.register_prehook(group.arrive) for group in groups]
+    # The prehooks record the gradients that reach the nodes. The graph is retained, as the weight half starts from
+    # them.
+    handles = [group.node.register_prehook(group.record) for group in groups]
     try:
         torch.autograd.backward(edges, gradients, inputs=list(inputs), retain_graph=True)
     finally:
@@ -89,41 +103,46 @@ def backward_input(
 
 
 def backward_weight(deferred: Deferred) -> None:
-    """Compute the weights' gradients, adding to their ``.grad``."""
+    """Run the weight half of a backward, which adds to the ``.grad`` of the weights."""
     backward(deferred.edges, deferred.gradients)
-    while deferred.groups:  # what is done is let go
+    while deferred.groups:  # removing each group when it is done frees its part of the graph
         group = deferred.groups.pop()
-        arrived = [(i, gradient) for i, gradient in enumerate(group.arrived) if gradient is not None]
-        if arrived:
-            edges = [GradientEdge(group.node, i) for i, _ in arrived]
-            torch.autograd.backward(edges, [gradient for _, gradient in arrived], inputs=group.weights)
+        recorded = [(i, gradient) for i, gradient in enumerate(group.gradients) if gradient is not None]
+        if recorded:
+            edges = [GradientEdge(group.node, i) for i, _ in recorded]
+            torch.autograd.backward(edges, [gradient for _, gradient in recorded], inputs=group.weights)
 
 
-def _groups(
+def _weight_groups(
     edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits, stage: int
-) -> "list[_Group] | None":
-    """The weights of a graph by the node on the way to the inputs that they hang on; ``None``: not to be split."""
+) -> "list[_WeightGroup] | None":
+    """Return the weights of a graph, grouped by the node at which the paths to them leave the paths to the inputs;
+    ``None`` if the graph cannot be split."""
     roots = [edge.node for edge in edges]
-    reverse = construct_reverse_graph(roots)  # by node, where it is come from
+    reverse = construct_reverse_graph(roots)  # per node, the nodes that pass gradients to it
     key = stage, len(reverse)
     if key not in splits:
-        splits[key] = not any(map(_keeps_together, {*roots, *reverse}))
+        splits[key] = not any(map(_prevents_split, {*roots, *reverse}))
     if not splits[key]:
         return None
     leaves = [get_gradient_edge(leaf).node for leaf in inputs]
     weights = [node for node in reverse if hasattr(node, "variable") and node not in leaves]
     found = get_param_groups([leaf for leaf in leaves if leaf in reverse], weights, reverse)
-    # a weight that is used more than once hangs on several nodes, each of which would run what lies between them again
+    # If a weight is used more than once, several nodes lead to it, and the weight half would pass the nodes between
+    # them again for each. `get_param_groups` also misses weights whose paths share no node with a path to an input.
     single = all(len(group["intermediates"]) == 1 for group in found)
     if not single or sum(len(group["params"]) for group in found) < len(weights):
         splits[key] = False
         return None
-    return [_Group(next(iter(g["intermediates"])), [node.variable for node in g["params"]]) for g in found]
+    return [_WeightGroup(next(iter(g["intermediates"])), [node.variable for node in g["params"]]) for g in found]
 
 
-def _keeps_together(node: Any) -> bool:
-    """Whether this node keeps its graph from being split: it belongs to torch.utils.checkpoint, so that each half would
-    recompute the forward; or it is compiled, and gives its memory away the first time that it runs."""
+def _prevents_split(node: Any) -> bool:
+    """Whether a graph with this node cannot be split.
+
+    A node of torch.utils.checkpoint would recompute its forward in each half. A node of torch.compile frees its saved
+    tensors when it runs for the first time, even if the graph is retained.
+    """
     if node.name().startswith(("CheckpointFunction", "CompiledFunction")):
         return True
     for name in dir(node):

@@ -1,9 +1,10 @@
-"""Moves tensors between the ranks of a pipeline: asynchronous sends and receives, a process group per message kind and
-direction.
+"""Sends and receives tensors between the ranks of a pipeline, asynchronously, with a process group per kind of message
+and direction.
 
-Tensors without elements (empty pieces) do not travel: both sides know their shape.
-No tags (NCCL has none): messages between two ranks in one group arrive in the order of the programs, which follow one
-total order. `Work.wait()` blocks the CPU on gloo and only the current stream on CUDA.
+Messages have no tags, because NCCL has none. Messages between two ranks in one group arrive in the order in which they
+are sent, and the programs of both ranks follow one total order (see ``lowering``), so each receive gets its own
+message. Tensors without elements (empty pieces) are not sent: the receiver knows their shapes and makes them.
+``Work.wait()`` blocks the CPU with gloo, but only the current stream with NCCL.
 """
 
 from collections.abc import Sequence
@@ -17,50 +18,52 @@ from bigmac_lightning.runtime.mesh import PipelineMesh
 
 
 class Transport:
-    """In- and outbox of one rank for one step. Tensors for the own rank never leave it."""
+    """The messages of one rank in one step, including those that an action produces for another one on the same
+    rank."""
 
     def __init__(self, mesh: PipelineMesh) -> None:
         self._mesh = mesh
         self._tensors: dict[Message, Tensor] = {}
-        self._arriving: dict[Message, dist.Work] = {}
-        self._leaving: list[tuple[dist.Work, Tensor]] = []
+        self._receiving: dict[Message, dist.Work] = {}
+        self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def put(self, message: Message, tensor: Tensor) -> None:
-        """Keep a tensor for `send` or for the own `take`."""
+        """Store a tensor until `send` sends it or `take` returns it on this rank."""
         self._tensors[message] = tensor
 
     def send(self, message: Message, peer: int) -> None:
-        """Start sending what was put, to the pipeline rank `peer`."""
+        """Start to send a stored tensor to the pipeline rank `peer`."""
         tensor = self._tensors.pop(message).contiguous()
         if not tensor.numel():
             return
-        self._leaving = [(work, kept) for work, kept in self._leaving if not work.is_completed()]
+        # A tensor must stay in memory until it is sent. Those that have been sent meanwhile are released here.
+        self._sending = [(work, sent) for work, sent in self._sending if not work.is_completed()]
         group = self._mesh.channels[message.kind, peer > self._mesh.pp_rank]
         work = dist.isend(tensor, self._mesh.pp_ranks[peer], group=group)
         assert work is not None
-        self._leaving.append((work, tensor))
+        self._sending.append((work, tensor))
 
     def receive(self, message: Message, peer: int, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Start receiving from the pipeline rank `peer`."""
+        """Start to receive a tensor of this shape and dtype from the pipeline rank `peer`."""
         tensor = self._tensors[message] = torch.empty(tuple(shape), dtype=dtype, device=self._mesh.device)
         if not tensor.numel():
             return
         group = self._mesh.channels[message.kind, self._mesh.pp_rank > peer]
         work = dist.irecv(tensor, self._mesh.pp_ranks[peer], group=group)
         assert work is not None
-        self._arriving[message] = work
+        self._receiving[message] = work
 
     def take(self, message: Message) -> Tensor:
-        """The tensor, once it is there; it is forgotten here."""
-        work = self._arriving.pop(message, None)
+        """Wait for a tensor, remove it from this object, and return it."""
+        work = self._receiving.pop(message, None)
         if work is not None:
             work.wait()
         return self._tensors.pop(message)
 
     def finish(self) -> None:
-        """Wait until everything sent has left."""
-        for work, _ in self._leaving:
+        """Wait until all tensors have been sent."""
+        for work, _ in self._sending:
             work.wait()
-        self._leaving.clear()
-        never_taken = [*self._tensors, *self._arriving]
-        assert not never_taken, never_taken
+        self._sending.clear()
+        never_taken = [*self._tensors, *self._receiving]
+        assert not never_taken, f"these messages were never used: {never_taken}"

@@ -1,4 +1,5 @@
-"""Plans as data: what every rank of a pipeline does, in which order, and how long that takes.
+"""Plans as data: the actions of every rank of a pipeline, their order, and the time they take.
 
-Pure Python. Knows pipeline schedules, costs and dependencies; knows nothing of tensors, processes or Lightning.
+This package is pure Python: it imports neither torch nor Lightning, so that `bigmac plan` starts fast. The runtime
+executes the plans that are made here.
 """

@@ -1,29 +1,27 @@
-"""One entry of a rank's list, and its text form.
-
-Knows the notation that plans, logs, tests, traces and profiler ranges share; knows nothing of ranks or of order.
-"""
+"""One action of a rank's list, and its text such as "2F0", which plan files, logs, traces and profiler ranges use."""
 
 import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
 Kind = Literal["F", "B", "I", "W", "EF", "EB", "G"]
-"""F, B: forward and full backward of a stage. I, W: the halves of B that give input and weight gradients.
-EF, EB: forward and backward of a rank's share of a group's encoder work. G: forward and backward of the generator's."""
+"""F and B are the forward and the full backward of a stage; I and W are the halves of B that compute input gradients
+and weight gradients. EF and EB are the forward and the backward of a rank's share of a group's encoder work. G is the
+forward and the backward of a rank's share of a group's generator work."""
 
 _PATTERN = re.compile(r"(?:(\d+)([FBIW])(\d+)|(EF|EB|G)(\d+)(?:\.(\d+)/(\d+))?)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One piece of work in a rank's list.
+    """One entry of a rank's list.
 
     Attributes:
-        kind: what is done.
+        kind: the kind of computation, see ``Kind``.
         index: the microbatch of F, B, I and W; the group of EF, EB and G.
         stage: the stage of F, B, I and W; ``None`` for EF, EB and G.
-        piece: which of `pieces` equal parts of the share this is, counted from 0.
-        pieces: in how many parts the share is cut.
+        piece: the number of this piece of the rank's share, counted from 0.
+        pieces: the number of equal pieces that the share is cut into.
     """
 
     kind: Kind
@@ -34,7 +32,7 @@ class Action:
 
     @property
     def nested(self) -> bool:
-        """Whether this is encoder or generator work, nested into the backbone."""
+        """Whether this action is encoder or generator work, which is nested into the backbone."""
         return self.stage is None
 
     def __str__(self) -> str:
@@ -45,10 +43,10 @@ class Action:
 
     @classmethod
     def parse(cls, text: str) -> "Action":
-        """The action whose text this is.
+        """Return the action that has this text.
 
         Raises:
-            ValueError: for anything that ``str(action)`` cannot give.
+            ValueError: no action has this text.
         """
         match = _PATTERN.fullmatch(text)
         if match:

@@ -1,6 +1,7 @@
-"""How much memory a plan's live activations take on each rank, and how much they may.
+"""The memory that a plan takes on each rank, in bytes, and its limit.
 
-Knows bytes of what ``liveness`` counts; knows nothing of tensors: see the runtime's memory meter for measured bytes.
+``liveness`` counts the encoder units and LLM microbatches that are alive; this module multiplies the counts by given
+bytes. The runtime measures real bytes: see ``runtime.measure.memory``.
 """
 
 import math
@@ -13,7 +14,7 @@ from bigmac_lightning.schedule.plan import Plan, PlanError
 from bigmac_lightning.schedule.workload import Workload
 
 Size = str | int
-"""Bytes, or a text such as "16GiB", "1.5 GB", "300MiB"."""
+"""A number of bytes, or a text such as "16GiB", "1.5 GB" or "300MiB"."""
 
 _UNITS = {"": 1} | {
     f"{letter}{end}": base**power
@@ -25,14 +26,18 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of a rank's memory, each as a number or as a text such as "16GiB".
+    """The memory of a rank. Each attribute is a number of bytes or a text such as "16GiB".
 
     Attributes:
-        budget: the most that may be in use at any moment; ``None``: memory is told, not limited.
-        encoder_unit: what one encoder unit alive takes (the encoder's activations of one whole microbatch).
-        llm_microbatch: what one LLM microbatch alive takes on all the stages of a rank together.
-        static: what is always there: weights, gradients, optimizer states, and room for what one action needs while
-            it runs.
+        budget: the most memory that may be in use at any moment; ``None`` means that memory is reported, but not
+            limited.
+        encoder_unit: memory of one live encoder unit (the encoder's activations of one mean microbatch).
+        llm_microbatch: memory of one live LLM microbatch (its activations on all stages of a rank together).
+        static: memory that is always in use: weights, gradients, optimizer states, and the temporary tensors of one
+            action.
+
+    Raises:
+        ValueError: an attribute is not a size.
     """
 
     budget: Size | None = None
@@ -48,11 +53,11 @@ class MemoryBudget:
 
     @property
     def limit(self) -> float:
-        """The budget in bytes; infinite without one."""
+        """The budget in bytes; infinite if there is none."""
         return math.inf if self.budget is None else float(parse_size(self.budget))
 
     def bytes(self, encoder_units: float, llm_microbatches: float) -> float:
-        """What a rank uses with so much alive."""
+        """Bytes in use on a rank while this many encoder units and LLM microbatches are alive."""
         return (
             parse_size(self.static)
             + encoder_units * parse_size(self.encoder_unit)
@@ -60,7 +65,7 @@ class MemoryBudget:
         )
 
     def steps(self, plan: Plan, workload: Workload | None = None) -> list[list[tuple[float, float]]]:
-        """Per rank and position, the bytes in use while that action runs, and right after it."""
+        """Per rank and position in its list, the bytes in use while that action runs, and right after it."""
         units, microbatches = encoder_unit_steps(plan, workload), llm_microbatch_steps(plan)
         return [
             [(self.bytes(u, m), self.bytes(v, n)) for (u, v), (m, n) in zip(us, ms, strict=True)]
@@ -72,13 +77,20 @@ class MemoryBudget:
         return [max((during for during, _ in row), default=self.bytes(0, 0)) for row in self.steps(plan, workload)]
 
     def encoder_units(self, llm_microbatches: list[float]) -> float:
-        """The most encoder units that surely fit on every rank beside its peak of LLM microbatches."""
+        """The number of encoder units that fit on every rank, given each rank's peak of LLM microbatches.
+
+        More may fit in a plan whose two peaks occur at different moments.
+        """
         unit = parse_size(self.encoder_unit)
-        free = min((self.limit - self.bytes(0, most) for most in llm_microbatches), default=math.inf)
+        free = min((self.limit - self.bytes(0, peak) for peak in llm_microbatches), default=math.inf)
         return max(0.0, free / unit) if unit else math.inf
 
     def check(self, plan: Plan, workload: Workload | None = None) -> None:
-        """Refuse a plan that needs more than the budget; raises ``PlanError``, which names rank, action and bytes."""
+        """Check that a plan stays within the budget.
+
+        Raises:
+            PlanError: an action brings the memory of its rank above the budget; names rank, action and bytes.
+        """
         for rank, (actions, row) in enumerate(zip(plan.ranks, self.steps(plan, workload), strict=True)):
             for position, (action, (used, _)) in enumerate(zip(actions, row, strict=True)):
                 if used > self.limit * (1 + 1e-9):
@@ -90,7 +102,7 @@ class MemoryBudget:
         units, _ = encoder_unit_steps(plan, workload)[rank][position]
         microbatches, _ = llm_microbatch_steps(plan)[rank][position]
         if self.bytes(0, 0) > self.limit:
-            advice = "memory.static alone is more: use more ranks or a smaller model"
+            advice = "memory.static alone is above it: use more ranks or a smaller model"
         elif self.bytes(0, microbatches) > self.limit:
             advice = "use a backbone with fewer LLM microbatches in flight, or smaller microbatches"
         else:
@@ -103,10 +115,10 @@ class MemoryBudget:
 
 
 def parse_size(size: Size, name: str = "size") -> int:
-    """Bytes of "16GiB", "1.5 GB", "4096" or 4096; KiB = 1024, KB = 1000 bytes, and so on.
+    """Return the bytes of a size such as "16GiB", "1.5 GB", "4096" or 4096. KiB is 1024 bytes, KB is 1000 bytes.
 
     Raises:
-        ValueError: if the text is no size; starts with `name`.
+        ValueError: `size` is not a size; the message begins with `name`.
     """
     match = _SIZE.fullmatch(str(size).strip())
     if match is None:
@@ -117,6 +129,6 @@ def parse_size(size: Size, name: str = "size") -> int:
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: "1.5 GiB"."""
+    """Return a number of bytes as a short text such as "1.5 GiB"."""
     power = min(4, int(math.log(size, 1024))) if size >= 1 else 0
     return f"{size / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,8 +1,8 @@
-"""Compares plans of different policies, backbones and group sizes, and picks the fastest one within the limits.
+"""Compares plans of different policies, backbones and group sizes, and chooses the fastest one within the limits.
 
-The same request gives the same choice everywhere, so that all ranks of a pipeline choose alike. Plans of different
-backbones compare, because the costs of F, B, I and W are those of all the stages of a rank together, and because the
-ideal is always that of plain 1F1B.
+The same request gives the same choice in every process, so all ranks of a pipeline choose the same plan. The makespans
+of different backbones can be compared, because the costs of F, B, I and W are those of all stages of a rank together,
+and because the ideal is always that of plain 1F1B.
 """
 
 import time
@@ -18,25 +18,25 @@ from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.request import Auto, PlanRequest, ScheduleOptions
 
 SHOWN = 5
-"""``Choice.reason`` describes this many candidates: as many as are read at a glance."""
+"""Number of candidates that ``Choice.reason`` describes; chosen so that the text stays short."""
 
 
 def ideal_makespan(request: PlanRequest) -> float:
-    """Makespan of the bare 1F1B, and the nested work spread evenly over the ranks."""
+    """Return the makespan of the bare 1F1B backbone plus the nested work's time divided by the number of ranks."""
     size, microbatches = request.pipeline_parallel_size, request.microbatches
     return make_plan(ScheduleOptions(costs=request.costs).request(size, microbatches, workload=request.workload)).ideal
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to plan.
+    """One combination of options, with its plan.
 
     Attributes:
-        policy, backbone, virtual_stages, group_size: as in ``ScheduleOptions``.
-        plan: the plan made in this way; ``None`` if none is possible.
-        problem: why there is no plan; empty if there is one.
-        memory: per rank, the peak bytes; empty without a ``MemoryBudget``.
-        seconds: how long planning took.
+        policy, backbone, virtual_stages, group_size: the options, as in ``ScheduleOptions``.
+        plan: the plan; ``None`` if these options give none.
+        problem: the reason why there is no plan; empty if there is one.
+        memory: per rank, the peak of the memory in use, in bytes; empty without a ``MemoryBudget``.
+        seconds: time that planning took, in seconds.
     """
 
     policy: str
@@ -54,9 +54,11 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """The key to sort by: the fastest first; at equal times fewer stages, then groups of P, then less memory.
+        """The key that sorts candidates: by makespan; at equal makespans by fewer stages per rank, then by groups
+        nearer to P microbatches, then by fewer live encoder units and LLM microbatches. Candidates without a plan come
+        last.
 
-        Times are rounded to nine digits, so that rounding errors decide nothing.
+        Makespans are rounded to nine digits, because rounding errors of the simulation must not decide.
         """
         if self.plan is None:
             return (float("inf"),)
@@ -72,11 +74,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest candidate within the limits, and all others.
+    """The result of a comparison.
 
     Attributes:
-        best: has a plan.
-        candidates: all of them, the best first, those without a plan last.
+        best: the fastest candidate, which has a plan.
+        candidates: all candidates, the fastest first and those without a plan last.
     """
 
     best: Candidate
@@ -84,7 +86,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """A few lines that say why: the fastest candidates with their makespans and peaks, and the refused ones."""
+        """A few lines of text that give the fastest candidates with their makespans and peaks, and the refused ones."""
         made = [candidate for candidate in self.candidates if candidate.plan is not None]
         refused = [candidate for candidate in self.candidates if candidate.plan is None]
         lines = [f"chosen for policy {self.best.policy}: {self.best}; the fastest of {len(made)}:"]
@@ -98,10 +100,10 @@ class Choice:
 
 
 def choose(request: PlanRequest) -> Choice:
-    """The fastest plan within the limits, over all values of the options that are "auto".
+    """Choose the fastest plan within the limits, over all values of the options that are "auto".
 
     Raises:
-        ValueError: no plan is possible within the limits; the message has the reason of each candidate.
+        ValueError: no plan is possible within the limits; the message gives the reason for each candidate.
     """
     stages = request.virtual_stages
     if stages is None:
@@ -119,12 +121,14 @@ def choose(request: PlanRequest) -> Choice:
 def candidates(
     request: PlanRequest, policies: Sequence[str], backbones: Sequence[str], virtual_stages: Sequence[int] | Auto
 ) -> list[Candidate]:
-    """All combinations, the fastest first; those without a plan come last and say why.
+    """Plan every combination of the given options. The fastest comes first; those without a plan come last.
 
     Args:
-        request: everything else about the plans. Its `group_size` may be "auto": P, half and twice of it are tried.
-        policies, backbones: names.
-        virtual_stages: numbers of stages per rank to try; "auto": what the backbone needs, or 2 and 4 if it takes any.
+        request: all other options. If its `group_size` is "auto", groups of P, P / 2 and 2 P microbatches are tried.
+        policies: names of policies.
+        backbones: names or files of backbones.
+        virtual_stages: numbers of stages per rank to try. "auto" tries 2 and 4 where the backbone allows them, and
+            otherwise the smallest number that it allows.
 
     Raises:
         ValueError: a name is unknown.
@@ -153,7 +157,7 @@ def _group_sizes(request: PlanRequest, policy: str) -> list[int]:
 
 
 def _make(request: PlanRequest, policy: str, backbone: str, virtual_stages: int, group_size: int) -> Candidate:
-    """A candidate with its plan, or with the reason why there is none."""
+    """Return a candidate with its plan, or with the reason why there is none."""
     candidate, begin = Candidate(policy, backbone, virtual_stages, group_size), time.perf_counter()
     try:
         _check_layers(request, virtual_stages)
@@ -166,15 +170,16 @@ def _make(request: PlanRequest, policy: str, backbone: str, virtual_stages: int,
 
 
 def _check_layers(request: PlanRequest, virtual_stages: int) -> None:
+    """Raise ``ValueError`` if the LLM's layers cannot be cut into this many stages per rank."""
     stages, layers = request.pipeline_parallel_size * virtual_stages, request.layers
     if layers is not None and stages > layers:
         raise ValueError(f"{stages} stages are more than the LLM's {layers} layers")
     if layers is not None and virtual_stages > 1 and layers % stages:
-        raise ValueError(f"the LLM's {layers} layers do not make {stages} stages of the same size")
+        raise ValueError(f"the LLM's {layers} layers cannot be divided into {stages} stages of the same size")
 
 
 def _result_text(candidate: Candidate) -> str:
-    """Makespan and peaks of a candidate that has a plan."""
+    """Return a text with the makespan and the peaks of a candidate, which must have a plan."""
     plan = candidate.plan
     assert plan is not None
     units, microbatches = (max(plan.peak[key], default=0.0) for key in ("encoder_units", "llm_microbatches"))

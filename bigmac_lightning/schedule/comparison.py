@@ -1,4 +1,4 @@
-"""Shows candidates side by side: a table for the terminal, and the numbers in it for files."""
+"""Shows candidates side by side, as a table for the terminal and as records for files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,18 +14,22 @@ from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 
 LEGEND = """\
-* the fastest
+*: the fastest plan
 V: stages per rank
-ratio: to the ideal, which is plain 1F1B and the nested work spread evenly
-bubble %: of the rank with the least and of that with the most
-units, mbs: most encoder units and LLM microbatches alive on a rank
-plan s: seconds of planning"""
+ratio: makespan over the ideal, which is plain 1F1B plus the nested work spread evenly over the ranks
+bubble %: idle time of the rank with the least and of the rank with the most, as a percentage of the makespan
+units, mbs: the most encoder units and LLM microbatches alive on a rank
+plan s: seconds that planning took"""
 
 
 def numbers(request: PlanRequest, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One flat record per candidate: its options, "makespan", its "ratio" to the ideal, "bubble_share_min" and "_max"
-    over the ranks, the peaks of the rank with the highest ones ("peak_memory" in bytes), "planning_seconds" and
-    "problem". Values that do not apply are ``None``."""
+    """Return one flat record per candidate. Values that do not apply are ``None``.
+
+    A record has the candidate's options; "makespan", "ideal" and their "ratio"; "bubble_share_min" and
+    "bubble_share_max", the smallest and the largest idle time of a rank as a fraction of the makespan;
+    "peak_encoder_units", "peak_llm_microbatches" and "peak_memory" (bytes), each on the rank where it is highest;
+    "planning_seconds"; and "problem", the reason why there is no plan.
+    """
     ideal = ideal_makespan(request)
     records: list[dict[str, Any]] = []
     for candidate in candidates:
@@ -53,7 +57,8 @@ def numbers(request: PlanRequest, candidates: Sequence[Candidate]) -> list[dict[
 
 
 def comparison(request: PlanRequest, candidates: Sequence[Candidate]) -> Group:
-    """A table of the candidates in the order given, the fastest marked; below it, why others have no plan."""
+    """Return a table of the candidates in the given order, with the fastest marked and, below it, the reasons why
+    candidates have no plan."""
     records = numbers(request, candidates)
     made = [record for record in records if not record["problem"]]
     best = min((record["makespan"] for record in made), default=0.0)
@@ -66,7 +71,7 @@ def comparison(request: PlanRequest, candidates: Sequence[Candidate]) -> Group:
         padding=0,
     )
     for heading in ("policy", "backbone"):
-        table.add_column(heading, overflow="ellipsis")  # these give way in a narrow terminal
+        table.add_column(heading, overflow="ellipsis")  # these columns are shortened in a narrow terminal
     headings = ["V", "group", "makespan", "ratio", "bubble %", "units", "mbs"]
     for heading in headings + ["memory"] * (request.memory is not None) + ["plan s"]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -96,7 +101,7 @@ def _range(least: float, most: float) -> str:
 
 
 def _refusals(candidates: Sequence[Candidate]) -> list[str]:
-    """One line for each reason, with all candidates that it refuses."""
+    """Return one line for each reason, with all candidates that have no plan for this reason."""
     reasons: dict[str, list[str]] = {}
     for candidate in candidates:
         if candidate.problem:
@@ -109,6 +114,7 @@ def _refusals(candidates: Sequence[Candidate]) -> list[str]:
 
 
 def _bubble_shares(request: PlanRequest, candidate: Candidate) -> list[float]:
+    """Per rank, the idle time as a fraction of the makespan; empty if there is no plan."""
     plan = candidate.plan
     if plan is None or not plan.makespan:
         return []

@@ -1,8 +1,7 @@
-"""What an action needs: the single source of truth on dependencies.
+"""The dependencies between actions: for each action, the actions that must end before it can start.
 
-Knows which actions must have ended before another can start; knows nothing of times, list order or policies.
-
-The rules, for microbatch m of group g, stages 0 .. L:
+Simulation, verification, bounds and the filling pass all take the dependencies from here. The rules for microbatch m of
+group g, with stages 0 .. L, are:
 
 =========  ====================================================================================================
 action     needs
@@ -19,21 +18,21 @@ G g        LF on all microbatches of g
 =========  ====================================================================================================
 """
 
-from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Plan, PlanError
 
 
 class Dataflow:
-    """The dependencies of a plan's actions, which are numbered rank by rank in list order.
+    """The dependencies of a plan's actions. Actions are numbered rank by rank, in the order of each rank's list.
 
     Attributes:
         actions: all actions.
-        ranks: the rank of each.
-        first: per rank, the number of its first action; one more entry for the end.
-        needs: for each action, the numbers of those that must have ended before it starts.
+        ranks: the rank of each action.
+        first: per rank, the number of its first action; a last entry holds the number of all actions.
+        needs: per action, the numbers of the actions that must end before it starts. The order of a rank's list is not
+            a dependency.
 
     Raises:
-        PlanError: if something that is needed is in no list.
+        PlanError: an action that another one needs is in no list.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -58,7 +57,7 @@ class Dataflow:
         self.needs = [self._needs_of(number) for number in range(len(self.actions))]
 
     def position(self, number: int) -> tuple[int, int]:
-        """(rank, position in its list) of an action."""
+        """Return (rank, position in the rank's list) of the action with this number."""
         rank = self.ranks[number]
         return rank, number - self.first[rank]
 
@@ -107,19 +106,4 @@ class Dataflow:
         return self._groups[index]
 
     def _missing(self, number: int, text: str) -> PlanError:
-        return PlanError(
-            f"rank {self.ranks[number]}: {self.actions[number]} needs {text}, which is nowhere in the plan"
-        )
-
-
-def predecessors(plan: Plan) -> dict[tuple[int, Action], list[tuple[int, Action]]]:
-    """What each (rank, action) needs, as (rank, action) of its own and of other ranks.
-
-    The order of a rank's list is no dependency here.
-
-    Raises:
-        PlanError: if something that is needed is in no list.
-    """
-    flow = Dataflow(plan)
-    keys = list(zip(flow.ranks, flow.actions, strict=True))
-    return {key: [keys[need] for need in needs] for key, needs in zip(keys, flow.needs, strict=True)}
+        return PlanError(f"rank {self.ranks[number]}: {self.actions[number]} needs {text}, which is not in the plan")

@@ -1,6 +1,7 @@
-"""Shows plans and executed steps to people: tables and timelines for the terminal, pictures for files.
+"""Shows plans and executed steps: tables and timelines for the terminal, pictures for files.
 
-Knows colours and layout; returns what can be printed and prints nothing. Needs matplotlib for pictures only.
+The functions return objects that `rich` can print, or write a file; they print nothing themselves. Only pictures need
+matplotlib, which is imported when one is drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Span = tuple[Action, float, float]
-"""An action with its start and end time."""
+"""An action with its start time and its end time."""
 
 COLOURS: dict[Kind, str] = {
     "F": "#8ecae6",
@@ -34,19 +35,22 @@ COLOURS: dict[Kind, str] = {
     "EB": "#f4a261",
     "G": "#c8a2d8",
 }
+"""Colour of each kind of action, in the terminal and in pictures. Blue and green are the LLM's; yellow, orange and
+violet are those of encoder and generator."""
 
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 7, "frameon": False}
-"""Where legends are: to the right, where they hide nothing."""
+"""Arguments of matplotlib that put a legend to the right of the axes, where it hides nothing."""
 
 
 def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Sequence[float] | None = None) -> Table:
-    """Makespan, ideal and bubble share in the title; bubble and peaks per rank in the rows.
+    """Return a table with the makespan, the ideal and the bubble share in its title, and each rank's bubble (idle time)
+    and peaks in its rows.
 
     Args:
         plan: the plan.
-        timeline: what ``simulate`` or ``verify`` gave for it.
-        bound: what ``lower_bound`` gave for it, told below.
-        memory: the peak bytes of each rank, a column of its own.
+        timeline: the result of ``simulate`` or ``verify`` for the plan.
+        bound: the result of ``lower_bound`` for the plan, which is printed below the table.
+        memory: per rank, the peak of the memory in use, in bytes, which gets a column.
     """
     share, ratio = timeline.bubble_share, timeline.makespan / plan.ideal if plan.ideal else float("nan")
     title = (
@@ -57,8 +61,8 @@ def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Se
     result = Table(title=title, title_justify="left", caption_justify="left")
     if bound:
         gap = f"{max(0.0, timeline.makespan / bound - 1):.1%}"
-        told = "this is the optimum" if gap == "0.0%" else f"at most {gap} above the optimum"
-        result.caption = f"lower bound {bound:g}; {told}\nof this backbone's order, groups, shares and encoder units"
+        verdict = "this is the optimum" if gap == "0.0%" else f"at most {gap} above the optimum"
+        result.caption = f"lower bound {bound:g}; {verdict}\nof this backbone's order, groups, shares and encoder units"
     headings = ["rank", "actions", "bubble", "bubble share", "peak encoder units", "peak LLM microbatches"]
     for heading in headings + ["peak memory"] * (memory is not None):
         result.add_column(heading, justify="right")
@@ -77,13 +81,13 @@ def table(plan: Plan, timeline: Timeline, bound: float | None = None, memory: Se
 
 
 class TerminalTimeline:
-    """A timeline for the terminal: one line per rank, cut into bands where the terminal is too narrow.
+    """A timeline for the terminal with one line per rank; several bands of lines if the terminal is too narrow for one.
 
-    Blocks too narrow for their action's text are filled with a letter: F, B, I, W, and e, b, g for EF, EB, G.
+    A block that is too narrow for its action's text is filled with a letter: F, B, I, W, or f, b, g for EF, EB, G.
 
     Args:
-        ranks: spans per rank.
-        bands: the most bands to cut it into; time is squeezed until it fits.
+        ranks: per rank, the spans of its actions in order of time.
+        bands: the largest number of bands; the scale of time is chosen so that the timeline fits into them.
     """
 
     def __init__(self, ranks: Sequence[Sequence[Span]], bands: int = 6) -> None:
@@ -124,7 +128,7 @@ class TerminalTimeline:
 
 
 def spans_of(plan: Plan, timeline: Timeline) -> list[list[Span]]:
-    """A simulated plan as spans per rank."""
+    """Per rank, the spans of the actions of a simulated plan."""
     return [
         list(zip(actions, timeline.starts[rank], timeline.ends[rank], strict=True))
         for rank, actions in enumerate(plan.ranks)
@@ -138,14 +142,15 @@ def picture(
     workload: Workload | None = None,
     memory: MemoryBudget | None = None,
 ) -> None:
-    """Write a picture of a simulated plan: actions, and below them what is alive on each rank over time.
+    """Write a picture of a simulated plan: its actions, and below them curves over time of each rank's live encoder
+    units and LLM microbatches.
 
     Args:
         plan: the plan.
-        timeline: what ``simulate`` or ``verify`` gave for it.
-        path: ends with .png, .svg or .pdf.
-        workload: what the timeline was simulated for.
-        memory: adds a curve of the bytes in use.
+        timeline: the result of ``simulate`` or ``verify`` for the plan.
+        path: a file name that ends with .png, .svg or .pdf.
+        workload: the workload that the timeline was simulated with.
+        memory: if given, the picture also has a curve of each rank's memory in use, in GiB.
     """
     ratio = f", {timeline.makespan / plan.ideal:.3f} of the ideal" if plan.ideal else ""
     stages = f" with {plan.virtual_stages} stages per rank" if plan.virtual_stages > 1 else ""
@@ -165,10 +170,10 @@ def picture(
 
 
 def _curves(timeline: Timeline, steps: Sequence[Sequence[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
-    """Per rank, (time, amount) at each change, from the amounts during and after each action."""
+    """Per rank, (time, amount) pairs at each change, from the amounts during and after each action."""
     curves: list[list[tuple[float, float]]] = []
     for starts, ends, row in zip(timeline.starts, timeline.ends, steps, strict=True):
-        points: dict[float, float] = {}  # of several changes at one time only the last is seen
+        points: dict[float, float] = {}  # where several changes have the same time, the last one is drawn
         for start, end, (during, after) in zip(starts, ends, row, strict=True):
             points[start] = during
             points[end] = after
@@ -185,10 +190,10 @@ def measured_picture(
     """Write a picture of an executed step.
 
     Args:
-        ranks: executed actions per rank, times in seconds.
-        path: ends with .png, .svg or .pdf.
-        title: what to write above.
-        memory: per rank, (seconds, component, bytes alive from then on) at each change.
+        ranks: per rank, the spans of the executed actions, in seconds.
+        path: a file name that ends with .png, .svg or .pdf.
+        title: the title of the picture.
+        memory: per rank, a triple (seconds, component, bytes alive from then on) at each change.
     """
     panels: dict[str, list[list[tuple[float, float]]]] = {}
     for component in dict.fromkeys(name for curve in memory or () for _, name, _ in curve):
@@ -205,7 +210,7 @@ def _write(
     unit: str,
     panels: dict[str, list[list[tuple[float, float]]]],
 ) -> None:
-    """Actions on top; one panel per set of curves, one curve per rank, below."""
+    """Write the spans as the top panel, and each set of curves as a panel below it with one curve per rank."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -213,18 +218,18 @@ def _write(
     begin = min((spans[0][1] for spans in ranks if spans), default=0.0)
     finish = max((end for spans in ranks for _, _, end in spans), default=1.0)
     longest = max((len(spans) for spans in ranks), default=1)
-    plot = min(max(8.0, 0.34 * longest), 60.0)
+    plot = min(max(8.0, 0.34 * longest), 60.0)  # width in inches, such that the texts of most actions fit
     heights = [max(1.2, 0.45 * len(ranks) + 0.6)] + [1.5] * len(panels)
     figure = Figure(figsize=(plot + 1.8, sum(heights) + 0.6), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     axes[0].set_title(title, loc="left", fontsize=10)
     _draw_spans(axes[0], ranks, begin, finish, points=72 * plot / (finish - begin))
-    colours = colormaps["viridis"].resampled(len(ranks) + 1)  # without its last, the palest
+    colours = colormaps["viridis"].resampled(len(ranks) + 1)  # its last colour is too pale, and is not used
     for axis, (name, curves) in zip(axes[1:], panels.items(), strict=True):
         for rank, curve in enumerate(curves):
             times, values = [begin, *(t for t, _ in curve), finish], [0.0, *(value for _, value in curve)]
-            thin = 0.8 + 2 * (len(curves) - 1 - rank) / len(curves)  # those below stay visible where curves meet
-            axis.step(times, [*values, values[-1]], where="post", linewidth=thin, color=colours(rank))
+            width = 0.8 + 2 * (len(curves) - 1 - rank) / len(curves)  # thinner on top: curves that coincide all show
+            axis.step(times, [*values, values[-1]], where="post", linewidth=width, color=colours(rank))
         axis.set_ylabel(name, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.set_ylim(bottom=0)
@@ -238,7 +243,10 @@ def _write(
 
 
 def _draw_spans(axis: "Axes", ranks: Sequence[Sequence[Span]], begin: float, finish: float, points: float) -> None:
-    """One lane per rank; what stays hatched is bubble. `points` is the width of one unit of time on paper."""
+    """Draw one row per rank on a hatched background, which remains visible in bubbles.
+
+    `points` is the width of one unit of time in the picture, in typographic points.
+    """
     from matplotlib.patches import Patch
 
     seen: dict[str, Patch] = {}
@@ -266,7 +274,7 @@ def _draw_spans(axis: "Axes", ranks: Sequence[Sequence[Span]], begin: float, fin
 
 
 def _fitting(text: str, points: float) -> Iterator[tuple[str, float]]:
-    """The text with the font size that fits into so many points, unless it would be too small to read."""
+    """Yield the text with the font size that fits into this width; nothing if that size is too small to read."""
     size = min(8.0, points / (0.7 * len(text)))
     if size >= 3:
         yield text, size

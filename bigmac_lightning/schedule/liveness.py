@@ -1,6 +1,6 @@
-"""What is alive in memory while each action of a plan runs.
+"""Counts the encoder units and LLM microbatches whose activations are alive while each action of a plan runs.
 
-Knows which actions hold and free activations; knows nothing of times, as a rank's list order says it all.
+Only the order of a rank's own list matters for this, not the times of its actions.
 """
 
 from bigmac_lightning.schedule.action import Action, Kind
@@ -8,12 +8,13 @@ from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.workload import Workload
 
 FOLLOWERS: dict[Kind, tuple[Kind, ...]] = {"F": ("B",), "B": (), "I": ("W",), "W": ()}
-"""What still needs a microbatch's activations after an action on it, on the same stage."""
+"""Per kind, the kinds of later actions on the same stage and microbatch that still need its activations. ("B" stands
+for both forms of the backward.) An action frees the activations if none of these kinds occurs on its stage."""
 
 
 def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
-    """Encoder units of each group: its number of microbatches, or, where microbatches differ, its encoder work
-    in multiples of the mean microbatch's."""
+    """Return the encoder units of each group: the number of its microbatches or, with a workload, its encoder time
+    divided by that of the mean microbatch."""
     if workload is None:
         return [float(len(group)) for group in plan.groups]
     mean = workload.total("EF") / plan.microbatches
@@ -21,12 +22,12 @@ def group_units(plan: Plan, workload: Workload | None = None) -> list[float]:
 
 
 def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[list[tuple[float, float]]]:
-    """Per rank and position, the encoder units alive while that action runs, and right after it.
+    """Per rank and position in its list, the encoder units alive while that action runs, and right after it.
 
-    EF takes them at its start; EB frees them at its end (without EB, EF at its own end). Where a plan recomputes, both
-    take them and free them.
+    EF allocates the units of the rank's share at its start, and EB frees them at its end. If the plan has no EB, or if
+    it recomputes, then each EF and each EB allocates them at its start and frees them at its end.
     """
-    units, kept = group_units(plan, workload), "EB" in plan.costs.kinds and not plan.recomputes
+    units, saves_activations = group_units(plan, workload), "EB" in plan.costs.kinds and not plan.recomputes
     ranks: list[list[tuple[float, float]]] = []
     for rank, actions in enumerate(plan.ranks):
         alive, row = 0.0, []
@@ -34,11 +35,11 @@ def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[lis
             during = after = alive
             if action.kind in ("EF", "EB"):
                 size = units[action.index] * plan.encoder_shares[action.index][rank] / action.pieces
-                if action.kind == "EB" and kept:
+                if action.kind == "EB" and saves_activations:
                     after = max(0.0, alive - size)
                 else:
                     during = alive + size
-                    after = during if kept else alive
+                    after = during if saves_activations else alive
             row.append((during, after))
             alive = after
         ranks.append(row)
@@ -46,15 +47,16 @@ def encoder_unit_steps(plan: Plan, workload: Workload | None = None) -> list[lis
 
 
 def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
-    """Per rank and position, the encoder units alive while that action runs."""
+    """Per rank and position in its list, the encoder units alive while that action runs."""
     return [[during for during, _ in row] for row in encoder_unit_steps(plan, workload)]
 
 
 def llm_microbatch_steps(plan: Plan) -> list[list[tuple[float, float]]]:
-    """Per rank and position, the LLM microbatches alive while that action runs, and right after it; one stage of V
-    counts 1 / V.
+    """Per rank and position in its list, the LLM microbatches alive while that action runs, and right after it.
 
-    F takes them at its start; B or W frees them at its end (I if no W follows, F if no backward does).
+    F allocates a microbatch's activations on its stage at its start, and the last action on that stage and microbatch
+    frees them at its end: B or W, or I on a frozen stage, or F without a backward. A rank has V stages, and the
+    activations of each of them count as 1 / V microbatch.
     """
     size = 1 / plan.virtual_stages
     frees = {
@@ -76,5 +78,5 @@ def llm_microbatch_steps(plan: Plan) -> list[list[tuple[float, float]]]:
 
 
 def live_llm_microbatches(plan: Plan) -> list[list[float]]:
-    """Per rank and position, the LLM microbatches alive while that action runs."""
+    """Per rank and position in its list, the LLM microbatches alive while that action runs."""
     return [[during for during, _ in row] for row in llm_microbatch_steps(plan)]

@@ -1,4 +1,5 @@
-"""Makes plans: a backbone, with encoder and generator work placed around it by a policy."""
+"""Makes plans: builds a backbone, lets a policy place the encoder and generator work around it, and verifies the
+result."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,10 @@ from bigmac_lightning.schedule.verify import check_header, check_stage_costs, ve
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Planning makes very many small objects and no cycles: looking for cycles among them would take half the time."""
+    """Pause Python's cyclic garbage collector inside the block.
+
+    Planning makes many small objects and no reference cycles; searching them for cycles would take half of its time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -33,9 +37,14 @@ def _collector_paused() -> Iterator[None]:
 def make_plan(request: PlanRequest) -> Plan:
     """Make a plan and verify it.
 
+    Args:
+        request: the options, none of which may be "auto" (``choose`` replaces "auto" by values).
+
+    Returns: the verified plan with its makespan, ideal and peaks.
+
     Raises:
-        ValueError: names the option, its value and what is expected; an option is "auto" (see ``choose``).
-        PlanError: the plan breaks a rule or a limit; see ``verify``.
+        ValueError: an option is "auto", or its value does not fit the others; the message names the option.
+        PlanError: the plan breaks a rule or exceeds a limit; see ``verify``.
     """
     if request.has_auto:
         raise ValueError("backbone, virtual_stages or group_size is auto; expected values, as `choose` gives them")
@@ -52,18 +61,20 @@ def make_plan(request: PlanRequest) -> Plan:
         plan = _with_generator_hidden(plan)
     bare = simulate(plan, workload)
     pieces = request.pieces if request.group_pieces is None else request.group_pieces
-    given = PolicyInput(bare, workload, _most_encoder_units(bare, request), pieces)
-    placed = replace(plan, ranks=policy.place(plan, given))
+    policy_input = PolicyInput(bare, workload, _encoder_unit_limit(bare, request), pieces)
+    placed = replace(plan, ranks=policy.place(plan, policy_input))
     if policy.uneven_shares and not (request.encoder_shares or request.generator_shares or workload):
-        placed = _with_best_shares(placed, plan, given)
+        placed = _with_best_shares(placed, plan, policy_input)
     timeline = verify(placed, request.max_encoder_units, request.max_llm_microbatches, workload, request.memory)
     peak = {"encoder_units": timeline.encoder_units, "llm_microbatches": timeline.llm_microbatches}
     return replace(placed, makespan=timeline.makespan, ideal=ideal, peak=peak)
 
 
 def _on_fastest_ranks(request: PlanRequest) -> Plan:
-    """The fastest plan of a policy whose stages may lie on some of the ranks; the limits are checked at the end only,
-    so that they name what is wrong with the fastest one."""
+    """Make the fastest plan of a policy that has separate ranks for encoder, LLM and generator.
+
+    The limits are checked only at the end, so that an error is about the fastest plan.
+    """
     unlimited = replace(request, max_encoder_units=None, max_llm_microbatches=None, memory=None)
     costs, size = request.action_costs, request.pipeline_parallel_size
     backbone = get_backbone(request.backbone)
@@ -78,7 +89,7 @@ def _on_fastest_ranks(request: PlanRequest) -> Plan:
 
 
 def _without_actions(request: PlanRequest) -> Plan:
-    """All of a plan but its ranks' actions."""
+    """Make the plan with everything but its ranks' actions, which are filled in later."""
     policy, size, costs = POLICIES[request.policy], request.pipeline_parallel_size, request.action_costs
     stage_rank = request.stage_rank
     if stage_rank is None:
@@ -118,77 +129,94 @@ def _without_actions(request: PlanRequest) -> Plan:
 
 
 def _with_backbone(plan: Plan, extra_in_flight: int) -> Plan:
-    """The plan with the bare backbone's actions."""
+    """Return the plan with the bare backbone's actions, with this many more microbatches in flight."""
     size, ranks, kinds = plan.pipeline_parallel_size, len(set(plan.stage_rank)), plan.costs.kinds
     orders = get_backbone(plan.backbone).build(ranks, plan.microbatches, extra_in_flight, plan.virtual_stages)
     if POLICIES[plan.policy].own_ranks:
         orders = at_stages(orders, plan.stage_rank, size)
     if "B" in kinds and "I" not in kinds and any(action.kind == "I" for actions in orders for action in actions):
-        raise ValueError(f"costs.I or costs.W is 0; expected more, as {plan.backbone} splits backwards into I and W")
+        raise ValueError(
+            f"costs.I or costs.W is 0; expected times above 0, as {plan.backbone} splits backwards into I and W"
+        )
     return replace(plan, ranks=[[action for action in actions if plan.occurs(action)] for actions in orders])
 
 
 def _with_generator_hidden(plan: Plan) -> Plan:
-    """The bare backbone with so many microbatches in flight that each group's generator work fits between the last
-    stage's forwards of the group and its first backward of it."""
+    """Return the plan with the bare backbone's actions, with the fewest extra microbatches in flight that let each
+    group's generator work run between the last stage's forwards of the group and its first backward of it.
+
+    With separate ranks twice the group size is needed: the generator's ranks work on one group while the last stage
+    forwards the next one.
+    """
     least = max(map(len, plan.groups)) * (2 if POLICIES[plan.policy].own_ranks else 1)
-    numbers = range(min(least, plan.microbatches), plan.microbatches + 1)  # M: all forwards first, always enough
+    numbers = range(min(least, plan.microbatches), plan.microbatches + 1)  # with M, all forwards come first: it fits
     return next(longer for longer in (_with_backbone(plan, number) for number in numbers) if _generator_fits(longer))
 
 
 def _generator_fits(plan: Plan) -> bool:
     """Whether the last stage forwards every group's microbatches before its first backward of the group."""
     last = plan.stages - 1
-    place = {
+    position_of = {
         (action.kind == "F", action.index): position
         for position, action in enumerate(plan.ranks[plan.stage_rank[last]])
         if action.stage == last and action.kind != "W"
     }
-    trained = (False, 0) in place
+    trained = (False, 0) in position_of
     return not trained or all(
-        max(place[True, microbatch] for microbatch in group) < min(place[False, microbatch] for microbatch in group)
-        for group in plan.groups
+        max(position_of[True, m] for m in group) < min(position_of[False, m] for m in group) for group in plan.groups
     )
 
 
-def _with_best_shares(placed: Plan, bare: Plan, given: PolicyInput) -> Plan:
-    """The plan with the fastest of the uneven shares, if one is faster and has no more encoder units alive."""
-    policy, best, timeline = POLICIES[bare.policy], placed, simulate(placed, given.workload)
-    limit = given.max_encoder_units or max(*timeline.encoder_units, default_limit(bare))
-    given = replace(given, max_encoder_units=limit)
+def _with_best_shares(placed: Plan, bare: Plan, policy_input: PolicyInput) -> Plan:
+    """Return the plan with the fastest of several uneven shares, or `placed` if none of them is faster within the limit
+    on encoder units.
+
+    Args:
+        placed: the plan with even shares and all its actions.
+        bare: the same plan with only the bare backbone's actions.
+        policy_input: the input of the policy that made `placed`.
+    """
+    policy, best, timeline = POLICIES[bare.policy], placed, simulate(placed, policy_input.workload)
+    limit = policy_input.max_encoder_units or max(*timeline.encoder_units, default_limit(bare))
+    policy_input = replace(policy_input, max_encoder_units=limit)
     for encoder, generator in uneven_shares(bare):
         uneven = replace(
             bare,
             encoder_shares=encoder if bare.encoder_shares else [],
             generator_shares=generator if bare.generator_shares else [],
         )
-        uneven.ranks = policy.place(uneven, given)
+        uneven.ranks = policy.place(uneven, policy_input)
         found = simulate(uneven)
         if max(found.encoder_units) <= limit + 1e-9 and found.makespan < timeline.makespan:
             best, timeline = uneven, found
     return best
 
 
-def _most_encoder_units(bare: Timeline, request: PlanRequest) -> float | None:
-    """The most encoder units that fit into the memory beside the LLM's microbatches, or fewer if fewer are allowed."""
-    memory, most = request.memory, request.max_encoder_units
+def _encoder_unit_limit(bare: Timeline, request: PlanRequest) -> float | None:
+    """The limit on live encoder units: the requested one, or what the memory budget leaves room for if that is less.
+    ``None`` if neither is given."""
+    memory, limit = request.memory, request.max_encoder_units
     if memory is None or memory.budget is None or not memory.encoder_unit:
-        return most
+        return limit
     fits = memory.encoder_units(bare.llm_microbatches)
-    return fits if most is None else min(fits, most)
+    return fits if limit is None else min(fits, limit)
 
 
 def _shares(name: str, plan: Plan, kind: str, ranks: Sequence[int], request: PlanRequest) -> list[list[float]]:
-    """The rows that are given, or rows that spread the work evenly over the ranks that may do it."""
+    """Return the requested shares (per group, one per rank), or shares that spread the work evenly over `ranks`.
+
+    Raises:
+        ValueError: `ranks` is empty, or the requested shares give work to other ranks.
+    """
     size, workload = plan.pipeline_parallel_size, request.workload
-    given: Sequence[Sequence[float]] | None = getattr(request, name)
+    requested: Sequence[Sequence[float]] | None = getattr(request, name)
     if not ranks:
         raise ValueError(f"stage_rank is {plan.stage_rank}, which leaves no rank for {kind}; expected at least one")
-    if given is None:
+    if requested is None:
         even = [1 / len(ranks) if rank in ranks else 0.0 for rank in range(size)]
-        idle = [workload is not None and not workload.total(kind, group) for group in plan.groups]
-        return [[0.0] * size if nothing else list(even) for nothing in idle]
-    rows = [list(row) for row in given]
+        without_work = [workload is not None and not workload.total(kind, group) for group in plan.groups]
+        return [[0.0] * size if nothing else list(even) for nothing in without_work]
+    rows = [list(row) for row in requested]
     for group, row in enumerate(rows):
         if any(share for rank, share in enumerate(row) if rank not in ranks):
             raise ValueError(
@@ -199,7 +227,7 @@ def _shares(name: str, plan: Plan, kind: str, ranks: Sequence[int], request: Pla
 
 
 def _nested_time(plan: Plan, request: PlanRequest) -> float:
-    """Encoder and generator time of all ranks together, without any recomputation."""
+    """The sum over all ranks of their encoder and generator time, not counting recomputation."""
     return sum(
         group_cost(plan, request.workload, kind, group) * sum(share)
         for kind in ("EF", "EB", "G")

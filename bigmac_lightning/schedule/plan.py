@@ -1,6 +1,6 @@
-"""A plan: what every rank of a pipeline does, in which order, with the costs it was made for.
+"""A plan: every rank's actions in order, with the costs they were planned for; and the plan file format.
 
-Knows the plan file format; knows nothing of how plans are made, checked (see ``verify``) or run.
+``make`` makes plans, ``verify`` checks them, and ``runtime.lowering`` turns them into programs.
 """
 
 import json
@@ -16,35 +16,36 @@ from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, par
 __all__ = ["FORMAT", "Costs", "Plan", "PlanError", "even_groups", "ramp_groups"]
 
 FORMAT = "bigmac-plan/1"
+"""The name and version of the plan file format, which every plan file contains."""
 
 
 class PlanError(ValueError):
-    """A plan that is malformed, incomplete, cannot progress or breaks a limit."""
+    """Raised for a plan that is malformed or incomplete, that would deadlock, or that exceeds a limit."""
 
 
 @dataclass
 class Plan:
-    """The lists of all ranks, and what they are about.
+    """The actions of all ranks, and the shapes and costs that they were planned for.
 
     Attributes:
-        policy: how encoder and generator work was placed.
-        backbone: the LLM-only schedule it was placed into.
+        policy: name of the policy that placed the encoder and generator work.
+        backbone: name of the LLM-only schedule.
         pipeline_parallel_size: number of ranks, P.
-        virtual_stages: stages per rank, V.
+        virtual_stages: number of stages per rank, V.
         microbatches: number of microbatches, M.
-        stage_rank: the rank of each of the P * V stages.
-        groups: the microbatches of each group.
-        encoder_shares: per group, the fraction of its encoder work that each rank does. A row sums to 1, or is all
-            zero if the group has no such work. Empty if there is no encoder.
-        generator_shares: the same for the generator.
-        ranks: each rank's actions in order.
-        costs: the times the plan was made for.
-        stage_costs: per stage, its times of F, B, I and W, where stages differ; empty: as `costs` says. A kind whose
-            time is 0 there does not occur on that stage: B, I and W where no gradient is needed, W where the stage is
-            frozen.
-        makespan: simulated time of the whole plan.
-        ideal: simulated time of the bare backbone, and the nested work spread evenly over the ranks.
-        peak: per rank, the most "encoder_units" and "llm_microbatches" alive at any time.
+        stage_rank: rank of each stage, P * V entries (fewer if some ranks have only encoder or generator work).
+        groups: microbatches of each group.
+        encoder_shares: per group, each rank's fraction of the group's encoder work. A row has P entries and sums to 1,
+            or is all 0 if the group has no such work. Empty if there is no encoder.
+        generator_shares: per group, each rank's fraction of the group's generator work, in the same form.
+        ranks: per rank, its actions in order.
+        costs: times of the actions.
+        stage_costs: per stage, its times of F, B, I and W, where stages differ; empty if all stages take the times in
+            `costs`. A kind whose time is 0 does not occur on that stage: B, I and W on stages that no gradient passes,
+            W on frozen stages.
+        makespan: simulated time of the whole plan, in the unit of `costs`.
+        ideal: simulated time of the bare backbone plus the nested work's time divided by P, in the same unit.
+        peak: for the keys "encoder_units" and "llm_microbatches", the largest number alive at any time on each rank.
     """
 
     policy: str
@@ -65,35 +66,35 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        """Number of stages, P * V."""
+        """Number of stages: P * V, or less if some ranks have only encoder or generator work."""
         return len(self.stage_rank)
 
     def cost(self, kind: Kind, stage: int) -> float:
-        """Time of F, B, I or W of a stage."""
+        """Time of one F, B, I or W action of a stage on a mean microbatch."""
         if self.stage_costs:
             return self.stage_costs[stage]["FBIW".index(kind)]
         return {"F": self.costs.F, "B": self.costs.B, "I": self.costs.I, "W": self.costs.W}[kind]
 
     def occurs(self, action: Action) -> bool:
-        """Whether such an action may occur, by the costs."""
+        """Whether the costs allow this action, that is, its kind and its stage's time are not 0."""
         kinds = self.costs.kinds
         return action.kind in kinds and (action.stage is None or self.cost(action.kind, action.stage) > 0)
 
     def pieces(self, kind: str) -> dict[tuple[int, int], int]:
-        """By group and rank, in how many pieces that rank's share of EF, EB or G is cut."""
+        """By (group, rank), the number of pieces that the rank's EF, EB or G share of the group is cut into."""
         return {(a.index, rank): a.pieces for rank, row in enumerate(self.ranks) for a in row if a.kind == kind}
 
     @property
     def recomputes(self) -> bool:
-        """Whether encoder activations are not kept: EB then starts with the forward once more."""
+        """Whether EF saves no activations, so that EB starts with running the encoder's forward again."""
         return self.policy == "recompute"
 
     def shares(self, kind: str) -> list[list[float]]:
-        """The shares that an EF, EB or G action is measured by."""
+        """The shares of the work of this kind, EF, EB or G: per group, one per rank."""
         return self.generator_shares if kind == "G" else self.encoder_shares
 
     def to_json(self) -> str:
-        """The plan file's text. Rows are kept on one line each."""
+        """Return the text of the plan file. Each row of a table is on one line."""
         values = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["ranks"] = [[str(action) for action in actions] for actions in self.ranks]
         values["costs"] = asdict(self.costs)
@@ -103,14 +104,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> "Plan":
-        """The plan of a plan file's text. Does not check that the plan makes sense: see ``verify``.
+        """Return the plan of a plan file's text. It is not verified: see ``verify``.
 
         Args:
-            text: what ``to_json`` gives.
-            source: a name for the text in errors.
+            text: text in the form that ``to_json`` returns.
+            source: name of the text, for errors.
 
         Raises:
-            PlanError: names the source, the key and what is expected there.
+            PlanError: the text is not JSON, or a key is missing, unknown or has a wrong value; names source and key.
         """
         reader = Reader(parse_json(text, source, PlanError), source, PlanError)
         if reader.text("format") != FORMAT:
@@ -119,7 +120,7 @@ class Plan:
         stage_costs: list[list[float]] = []
         if "stage_costs" in reader.data:
             stage_costs = reader.rows("stage_costs", "a list with the times of F, B, I, W per stage", is_amount)
-        amounts, share = "a list with a list of numbers of at least 0 per group", is_amount
+        shares = "a list with a list of numbers of at least 0 per group"
         return cls(
             policy=reader.text("policy"),
             backbone=reader.text("backbone"),
@@ -128,8 +129,8 @@ class Plan:
             microbatches=reader.integer("microbatches", 1),
             stage_rank=reader.items("stage_rank", "a list with the rank of each stage", is_integer),
             groups=reader.rows("groups", "a list with a list of microbatches per group", is_integer),
-            encoder_shares=reader.rows("encoder_shares", amounts, share),
-            generator_shares=reader.rows("generator_shares", amounts, share),
+            encoder_shares=reader.rows("encoder_shares", shares, is_amount),
+            generator_shares=reader.rows("generator_shares", shares, is_amount),
             ranks=_read_ranks(reader),
             costs=_read_costs(reader),
             makespan=reader.number("makespan"),
@@ -145,20 +146,24 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Plan":
-        """Read a plan file; raises ``PlanError`` as ``from_json`` does."""
+        """Read a plan file. It is not verified: see ``verify``.
+
+        Raises:
+            PlanError: the file cannot be read, or ``from_json`` refuses its text.
+        """
         return cls.from_json(read_text(str(path), PlanError), str(path))
 
 
 def even_groups(microbatches: int, group_size: int) -> list[list[int]]:
-    """Consecutive groups of `group_size` microbatches; the last one may be smaller."""
+    """Return consecutive groups of `group_size` microbatches; the last group may be smaller."""
     return [list(range(first, min(first + group_size, microbatches))) for first in range(0, microbatches, group_size)]
 
 
 def ramp_groups(microbatches: int, group_size: int) -> list[list[int]]:
-    """Consecutive groups of 1, 1, 2, 4 .. `group_size` .. 4, 2, 1, 1 microbatches.
+    """Return consecutive groups of 1, 1, 2, 4 .. `group_size` .. 4, 2, 1, 1 microbatches.
 
-    Nothing else can be done while the first group is encoded, or after the last group's gradients have come: the
-    smaller these groups, the shorter that time.
+    While the first group's features are computed, and while the last group's encoder backward runs, the ranks have
+    nothing else to do. The smaller these groups are, the shorter that time is.
     """
     ramp = [1]
     while sum(ramp) < group_size:

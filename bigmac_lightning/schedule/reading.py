@@ -1,7 +1,4 @@
-"""Reads values out of parsed JSON, with errors that name the file, the key and what is expected there.
-
-Knows JSON; knows nothing of what plans and workloads mean.
-"""
+"""Reads values from the JSON of plan and workload files; errors name the file, the key and the expected value."""
 
 import json
 import math
@@ -12,12 +9,14 @@ T = TypeVar("T")
 
 
 class Reader:
-    """An object of a JSON file.
+    """Reads values from one object of a JSON file.
 
     Args:
         data: the parsed object.
-        source: name of the file, for errors.
-        error: the exception to raise.
+        source: name of the file, and of the place in it, for errors.
+        error: class of the exceptions to raise.
+
+    All methods raise `error` if a key is missing or its value is not as expected.
     """
 
     def __init__(self, data: Any, source: str, error: type[ValueError]) -> None:
@@ -28,27 +27,29 @@ class Reader:
         self.data: dict[str, Any] = data
 
     def refuse(self, key: str, expected: str, found: Any) -> ValueError:
-        """The exception for a wrong value."""
+        """Return the exception for a wrong value."""
         return self.error(f"{self.source}: {key}: expected {expected}, found {_show(found)}")
 
     def get(self, key: str, expected: str) -> Any:
-        """The value of a key that must be there."""
+        """Return the value of a key, which must exist; `expected` describes the value in the error."""
         if key not in self.data:
             raise self.error(f"{self.source}: {key} is missing; expected {expected}")
         return self.data[key]
 
     def only(self, keys: set[str]) -> None:
-        """Refuse all other keys, which would be typing errors."""
+        """Check that the object has no other keys: an unknown key is most likely a typing error."""
         if unknown := sorted(self.data.keys() - keys):
             raise self.error(f"{self.source}: {unknown[0]}: no such key; known are {', '.join(sorted(keys))}")
 
     def text(self, key: str) -> str:
+        """Return a string."""
         value = self.get(key, "a string")
         if not isinstance(value, str):
             raise self.refuse(key, "a string", value)
         return value
 
     def integer(self, key: str, least: int) -> int:
+        """Return an integer that is at least `least`."""
         expected = f"an integer of at least {least}"
         value = self.get(key, expected)
         if not is_integer(value) or value < least:
@@ -56,6 +57,7 @@ class Reader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number of at least 0; the default, if there is one, where the key is missing."""
         expected = "a number of at least 0"
         value = self.get(key, expected) if default is None else self.data.get(key, default)
         if not is_amount(value):
@@ -63,7 +65,7 @@ class Reader:
         return value
 
     def items(self, key: str, expected: str, item: Callable[[Any], bool]) -> list[Any]:
-        """A list whose every item passes a check."""
+        """Return a list. Each of its items must pass the check `item`."""
         value = self.get(key, expected)
         if not isinstance(value, list):
             raise self.refuse(key, expected, value)
@@ -73,7 +75,7 @@ class Reader:
         return value
 
     def rows(self, key: str, expected: str, item: Callable[[Any], bool]) -> list[list[Any]]:
-        """A list of lists whose every item passes a check."""
+        """Return a list of lists. Each item of the inner lists must pass the check `item`."""
         rows = self.items(key, expected, lambda row: isinstance(row, list))
         for number, row in enumerate(rows):
             for position, entry in enumerate(row):
@@ -83,7 +85,7 @@ class Reader:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer (``True`` is none)."""
+    """Whether a value is an integer. ``True`` and ``False`` do not count as integers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -93,7 +95,7 @@ def is_amount(value: Any) -> bool:
 
 
 def parse_json(text: str, source: str, error: type[ValueError]) -> Any:
-    """Parsed JSON, or an error that names the file and the place."""
+    """Return the parsed JSON; raise `error` with the file and the position if the text is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as problem:
@@ -101,7 +103,7 @@ def parse_json(text: str, source: str, error: type[ValueError]) -> Any:
 
 
 def read_text(path: str, error: type[ValueError]) -> str:
-    """A file's text, or an error that names the file."""
+    """Return the text of a file; raise `error` with its name if it cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()

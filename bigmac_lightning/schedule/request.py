@@ -1,4 +1,4 @@
-"""What a plan is asked for: the options that users set, and what a batch and a model add to them."""
+"""The request for a plan: the options that users set, and the further values that come from a batch and a model."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
@@ -15,37 +15,38 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """How plans are made: the same options for training, for `bigmac plan` and for `bigmac compare`.
+    """The options that decide how plans are made. Training, `bigmac plan` and `bigmac compare` have the same ones.
 
     Attributes:
-        policy: How encoder and generator work is placed. nested: in the pauses of a consistent cut of the backbone;
-            filled: as nested, then moved into bubbles; upfront: all encoder forwards first; recompute: as upfront, but
-            encoder forwards keep nothing and run again before their backwards; first_stage: encoder and generator in
-            the first and the last stage; disaggregated: on ranks of their own, as many as take the least time.
+        policy: How encoder and generator work is placed. nested: in the pauses of consistent cuts of the backbone;
+            filled: as nested, and then moved into bubbles; upfront: all encoder forwards first, all encoder backwards
+            last; recompute: as upfront, but encoder forwards save no activations and run again before their backwards;
+            first_stage: the encoder with the first stage, the generator with the last stage; disaggregated: on separate
+            ranks, whose numbers are chosen so that the plan is the fastest.
         backbone: The LLM-only schedule: gpipe, 1f1b, interleaved_1f1b, looped_bfs, zb1p, zbv, dualpipev, or a .csv or
             .json file. auto: the fastest one within the limits.
-        group_size: Microbatches per group of encoder and generator work; by default the number of ranks that share
-            this work, which is the number of all ranks except under disaggregated; first_stage always takes 1. auto:
-            the number of ranks, half or twice of it, whichever is the fastest.
-        virtual_stages: Stages per rank; by default as few as the backbone allows. auto, and the default if the
-            backbone is auto: the fastest number.
-        ramp: Make the first and the last groups smaller (1, 1, 2, 4, ..), because the pipeline waits for them.
-        pieces: In how many pieces filled may cut a rank's encoder work of a group, so that it fits into smaller
-            bubbles. In training, a piece is at least one media item.
-        extra_in_flight: Microbatches in flight beyond those of the backbone. By default as many as a group has if
-            there is a generator whose work is spread (more where the backbone needs it, twice as many under
-            disaggregated), and none otherwise.
-        costs: Relative times of the actions on a mean microbatch; F, B, I and W are those of all the stages of a rank
-            together. By default 1 for F, 2 for B, 1 for I, W and EF, 2 for EB; in training also 3 for G.
-        max_encoder_units: Most encoder units that a rank may have alive (a unit: the encoder's activations of one
-            mean microbatch). filled uses what is allowed, by default 2, or 3 with a generator, or what nested takes
-            if that is more. Plans of other policies that take more are refused.
-        max_llm_microbatches: Most LLM microbatches that a rank may have in flight; other plans are refused.
-        memory: Bytes, such as 16GiB, of an encoder unit, of an LLM microbatch and of what is always there, and the
-            budget of a rank: filled has as many encoder units alive as fit, and plans above the budget are refused.
+        group_size: Microbatches per group of encoder and generator work. The default is the number of ranks that share
+            this work (all ranks, except under disaggregated). first_stage always takes 1. auto: the number of ranks,
+            half of it or twice of it, whichever gives the fastest plan.
+        virtual_stages: Stages per rank. The default is the smallest number that the backbone allows. auto, which is the
+            default if the backbone is auto: the fastest number.
+        ramp: Make the first and the last groups smaller (1, 1, 2, 4, ..), because the ranks wait for these groups.
+        pieces: Largest number of pieces that filled may cut a rank's encoder work of a group into, so that it fits into
+            smaller bubbles. In training, a piece has at least one media item.
+        extra_in_flight: Microbatches in flight in addition to those of the backbone. The default is 0 without a
+            generator and under first_stage. Otherwise it is the size of the largest group (twice that under
+            disaggregated), or more if the backbone needs more to make time for the generator.
+        costs: Relative times of the actions on a mean microbatch; F, B, I and W are for all stages of a rank together.
+            The defaults are 1 for F, I, W and EF, 2 for B and EB, and 0 for G (in training 3).
+        max_encoder_units: Limit on the encoder units that are alive on a rank (a unit is the encoder's activations of
+            one mean microbatch). filled uses as many as the limit allows; its default is 2, or 3 with a generator, or
+            what nested takes if that is more. Plans of other policies that exceed the limit are refused.
+        max_llm_microbatches: Limit on the LLM microbatches in flight on a rank. Plans that exceed it are refused.
+        memory: Sizes, such as 16GiB, of an encoder unit, of an LLM microbatch, of the memory that is always in use, and
+            of the budget of a rank. filled uses as many encoder units as fit; plans above the budget are refused.
 
     Raises:
-        ValueError: names the option, its value and what is expected.
+        ValueError: an option has a wrong value; the message names the option, its value and the expected values.
     """
 
     policy: str = "nested"
@@ -74,23 +75,27 @@ class ScheduleOptions:
 
     @property
     def has_auto(self) -> bool:
-        """Whether some option is "auto", so that plans have to be compared first; see ``choose``."""
+        """Whether an option is "auto", so that ``choose`` must compare plans before one can be made."""
         return "auto" in (self.backbone, self.virtual_stages, self.group_size)
 
     @property
     def stages_per_rank(self) -> int:
-        """The virtual stages, V; neither they nor the backbone may be "auto" any more."""
+        """The number of stages per rank, V.
+
+        Raises:
+            ValueError: `virtual_stages` or `backbone` is "auto".
+        """
         if self.virtual_stages == "auto" or self.backbone == "auto":
             raise ValueError("virtual_stages or backbone is auto; choose a plan first")
         return self.virtual_stages or get_backbone(self.backbone).virtual_stages[0]
 
     @property
     def own_ranks(self) -> bool:
-        """Whether encoder and generator work has ranks of its own."""
+        """Whether the policy has separate ranks for encoder and generator work, which have no LLM stage."""
         return POLICIES[self.policy].own_ranks
 
     def request(self, pipeline_parallel_size: int, microbatches: int, **further: Any) -> "PlanRequest":
-        """A request for a plan by these options; `further` are fields of ``PlanRequest``."""
+        """Return a request for a plan with these options; `further` are other fields of ``PlanRequest``."""
         options: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(ScheduleOptions)}
         options |= {"pipeline_parallel_size": pipeline_parallel_size, "microbatches": microbatches}
         return PlanRequest(**options | further)
@@ -98,23 +103,28 @@ class ScheduleOptions:
 
 @dataclass(frozen=True)
 class PlanRequest(ScheduleOptions):
-    """All that a plan is made from.
+    """Everything that a plan is made from: the options, and the values that come from the run, a batch and a model.
 
     Attributes:
         pipeline_parallel_size: number of ranks, P.
         microbatches: number of microbatches, M.
-        workload: the work of each microbatch, where they differ.
-        groups: the microbatches of each group, if they are not as `group_size` and `ramp` make them.
-        group_pieces: per group and rank, the most pieces of its encoder share; by default `pieces` for all.
-        encoder_shares: per group, each rank's fraction of its encoder work, a row of zeros for a group without any;
-            by default the same for all ranks that may have some (for first_stage: the rank of stage 0; for filled,
-            where stages differ: whatever is fastest).
-        generator_shares: the same for the generator (first_stage: the rank of the last stage).
+        workload: the work of each microbatch, where microbatches differ.
+        groups: microbatches of each group; by default `group_size` and `ramp` decide.
+        group_pieces: per group and rank, the largest number of pieces of the rank's encoder share; by default `pieces`.
+        encoder_shares: per group, each rank's fraction of the group's encoder work; a row of zeros for a group without
+            encoder work. By default the work is spread evenly over all ranks that may have some (for first_stage only
+            the rank of stage 0); if stages differ, filled tries uneven shares as well.
+        generator_shares: per group, each rank's fraction of the group's generator work, with the same defaults (for
+            first_stage only the rank of the last stage).
         stage_costs: per stage, its times of F, B, I and W, where stages differ; see ``Plan.stage_costs``.
-        stage_rank: for disaggregated, the rank of each stage; ranks before them are the encoder's, ranks after them
-            the generator's. By default the numbers of ranks that take the least time. `costs` and `stage_costs` are
-            those of stages on all ranks; fewer stages take longer by as much.
-        layers: of the LLM; more stages than that, or several per rank that differ in size, are not chosen for "auto".
+        stage_rank: rank of each stage, for disaggregated only. Lower ranks are the encoder's, higher ranks are the
+            generator's. The default is chosen so that the plan is the fastest. `costs` and `stage_costs` are for an LLM
+            on all P ranks; on fewer ranks a stage takes proportionally longer.
+        layers: number of layers of the LLM. For "auto", only as many stages as layers are chosen, and several stages
+            per rank only if all stages have the same number of layers.
+
+    Raises:
+        ValueError: an option has a wrong value, or does not fit the policy.
     """
 
     _: KW_ONLY
@@ -144,5 +154,6 @@ class PlanRequest(ScheduleOptions):
 
     @property
     def action_costs(self) -> Costs:
-        """Times of the actions, where F, B, I and W are those of one stage."""
+        """Times of the actions, where F, B, I and W are for one stage (in `costs` they are for all stages of a
+        rank)."""
         return (self.costs or Costs()).per_stage(self.stages_per_rank)

@@ -1,7 +1,4 @@
-"""Runs a plan on paper: when every action starts and ends if each takes its time.
-
-Knows costs, latency and dependencies; knows nothing of how the plan was made.
-"""
+"""Simulates a plan: computes when every action starts and ends, from costs, dependencies and latency."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -18,17 +15,17 @@ LLM_KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
 
 @dataclass
 class Timeline:
-    """A simulated plan. Lists per rank are parallel to ``plan.ranks``.
+    """The result of a simulation. Times are in the unit of the plan's costs; the step starts at 0.
 
     Attributes:
-        starts: per rank, the start time of each action.
-        ends: per rank, the end time of each action.
-        makespan: when the last action ends.
-        bubbles: per rank, the idle time until the makespan.
-        encoder_units: per rank, the most encoder units alive at any time.
-        llm_microbatches: per rank, the most LLM microbatches in flight at any time.
-        order: (rank, position) of all actions in one total order by end time, which respects all dependencies and
-            every rank's list.
+        starts: per rank, the start time of each action in its list.
+        ends: per rank, the end time of each action in its list.
+        makespan: end time of the last action.
+        bubbles: per rank, its idle time between 0 and the makespan.
+        encoder_units: per rank, the largest number of encoder units alive at any time.
+        llm_microbatches: per rank, the largest number of LLM microbatches alive at any time.
+        order: all actions as (rank, position in its list), sorted by end time. This total order respects all
+            dependencies and every rank's list.
     """
 
     starts: list[list[float]]
@@ -41,23 +38,23 @@ class Timeline:
 
     @property
     def bubble_share(self) -> float:
-        """Idle time of all ranks, as a fraction of their time."""
+        """Idle time of all ranks together, as a fraction of the makespan times the number of ranks."""
         whole = self.makespan * len(self.bubbles)
         return sum(self.bubbles) / whole if whole else 0.0
 
 
 def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]:
-    """Per rank, the time of each action.
+    """Return, per rank, the time of each action in its list.
+
+    If the plan recomputes, the time of an encoder backward includes that of the second encoder forward.
 
     Args:
         plan: its costs and shares give the times.
-        workload: the work of each microbatch, where they differ: scales LLM actions and replaces the costs of
-            encoder forwards and of the generator; encoder backwards take costs.EB / costs.EF times the forward.
-
-    Where a plan recomputes, an encoder backward takes a forward's time more.
+        workload: the work of each microbatch, where microbatches differ. It scales the times of F, B, I and W, and it
+            replaces the costs of EF and G; an encoder backward takes costs.EB / costs.EF times as long as its forward.
 
     Raises:
-        ValueError: if the workload is of another number of microbatches.
+        ValueError: the workload has another number of microbatches than the plan.
     """
     check_workload(plan, workload)
     llm_cost = [{kind: plan.cost(kind, stage) for kind in LLM_KINDS} for stage in range(plan.stages)]
@@ -79,7 +76,7 @@ def durations(plan: Plan, workload: Workload | None = None) -> list[list[float]]
 
 
 def check_workload(plan: Plan, workload: Workload | None) -> None:
-    """Refuse, by ``ValueError``, a workload of another number of microbatches."""
+    """Raise ``ValueError`` if the workload has another number of microbatches than the plan."""
     if workload is not None and len(workload.microbatches) != plan.microbatches:
         raise ValueError(
             f"the workload has {len(workload.microbatches)} microbatches, the plan has {plan.microbatches}; "
@@ -93,16 +90,16 @@ def simulate(
     durations: Sequence[Sequence[float]] | None = None,
     flow: Dataflow | None = None,
 ) -> Timeline:
-    """Start every action as early as its rank's list and its dependencies allow.
+    """Simulate a plan in which every action starts as early as its rank's list and its dependencies allow.
 
     Args:
-        plan: need not be verified.
-        workload: see ``durations``.
-        durations: the time of each action, if not that of the plan's costs; lists per rank.
-        flow: the plan's dependencies, if they have been worked out already.
+        plan: any plan; it need not be verified.
+        workload: the work of each microbatch, see ``durations``.
+        durations: per rank, the time of each action; by default ``durations(plan, workload)``.
+        flow: the plan's dependencies, if the caller has already made them.
 
     Raises:
-        PlanError: if the plan cannot progress; shows every rank's list around the action it is stuck at.
+        PlanError: the plan would deadlock; the message shows each rank's list around the action that cannot start.
     """
     times = _durations(plan, workload) if durations is None else durations
     flow, latency = flow or Dataflow(plan), plan.costs.latency
@@ -139,7 +136,8 @@ def simulate(
     if len(progress) < total:
         raise PlanError(_stuck(plan, flow, set(progress)))
 
-    progress.sort(key=end.__getitem__)  # stable: where end times are equal, what is needed stays first
+    # The sort is stable, so that of actions with equal end times (costs near 0) the one that others need stays first.
+    progress.sort(key=end.__getitem__)
     makespan = max(end, default=0.0)
     rows = [slice(flow.first[rank], flow.first[rank + 1]) for rank in range(len(plan.ranks))]
     return Timeline(
@@ -153,11 +151,11 @@ def simulate(
     )
 
 
-_durations = durations  # the name that `simulate` can use beside its argument
+_durations = durations  # a second name, because `simulate` has an argument that is called `durations`
 
 
 def group_cost(plan: Plan, workload: Workload | None, kind: str, group: list[int]) -> float:
-    """Time of a whole group's work of kind EF, EB or G on one rank, without any recomputation."""
+    """Return the time of a whole group's EF, EB or G on one rank, not counting recomputation."""
     cost = getattr(plan.costs, kind)
     if workload is None or not cost:
         return cost * len(group)
@@ -167,8 +165,9 @@ def group_cost(plan: Plan, workload: Workload | None, kind: str, group: list[int
 
 
 def _stuck(plan: Plan, flow: Dataflow, done: set[int], around: int = 3) -> str:
-    """The rank x step grid with the spot of each rank marked, and what is waited for."""
-    spots: list[str] = []
+    """Return the message for a deadlock: the action that each rank waits for, and each rank's list around its first
+    action that cannot start, which is marked."""
+    waiting: list[str] = []
     lines: list[str] = []
     for rank, actions in enumerate(plan.ranks):
         first = flow.first[rank]
@@ -177,10 +176,10 @@ def _stuck(plan: Plan, flow: Dataflow, done: set[int], around: int = 3) -> str:
             lines.append(f"  rank {rank}: done")
             continue
         needs = [need for need in flow.needs[first + step] if need not in done]
-        waits = ", ".join(f"{flow.actions[need]} of rank {flow.ranks[need]}" for need in needs)
-        spots.append(f"rank {rank} at {actions[step]} for {waits}")
+        missing = ", ".join(f"{flow.actions[need]} of rank {flow.ranks[need]}" for need in needs)
+        waiting.append(f"rank {rank} at {actions[step]} for {missing}")
         shown = range(max(0, step - around), min(len(actions), step + around + 1))
         cells = [f">{actions[i]}<" if i == step else str(actions[i]) for i in shown]
         before, after = [".."] * (shown.start > 0), [".."] * (shown.stop < len(actions))
         lines.append(f"  rank {rank}, step {step}: {' '.join([*before, *cells, *after])}")
-    return "\n".join([f"the plan cannot progress; waiting: {'; '.join(spots)}", *lines])
+    return "\n".join([f"the plan cannot progress; waiting: {'; '.join(waiting)}", *lines])

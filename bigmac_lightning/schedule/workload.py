@@ -1,7 +1,4 @@
-"""The work of one batch, microbatch by microbatch, where microbatches differ.
-
-Knows times only; knows nothing of plans, media or models.
-"""
+"""The work of the microbatches of one batch, as times, for batches whose microbatches differ."""
 
 from dataclasses import dataclass
 from os import PathLike
@@ -11,12 +8,12 @@ from bigmac_lightning.schedule.reading import Reader, is_amount, parse_json, rea
 
 @dataclass(frozen=True)
 class MicrobatchWork:
-    """The work of one microbatch.
+    """The work of one microbatch. Times are in the unit of ``Costs``.
 
     Attributes:
-        llm: the costs of its stage actions are multiplied by this.
-        encoder: forward time of each of its media items; a backward takes costs.EB / costs.EF times as long.
-        generator: time of each of its generator targets.
+        llm: factor that the times of its F, B, I and W actions are multiplied by.
+        encoder: encoder forward time of each of its media items; the backward takes costs.EB / costs.EF times as long.
+        generator: forward and backward time of each of its generator targets.
     """
 
     llm: float = 1.0
@@ -26,21 +23,26 @@ class MicrobatchWork:
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of all microbatches of a batch, in order."""
+    """The work of all microbatches of a batch.
+
+    Attributes:
+        microbatches: the work of each microbatch, in order.
+    """
 
     microbatches: tuple[MicrobatchWork, ...]
 
     def total(self, kind: str, microbatches: list[int] | None = None) -> float:
-        """Encoder forward time ("EF") or generator time ("G") of some microbatches; of all by default."""
-        chosen = self.microbatches if microbatches is None else [self.microbatches[m] for m in microbatches]
-        return sum(sum(work.generator if kind == "G" else work.encoder) for work in chosen)
+        """Return the encoder forward time (kind "EF") or the generator time (kind "G") of these microbatches together,
+        by default of all microbatches."""
+        works = self.microbatches if microbatches is None else [self.microbatches[m] for m in microbatches]
+        return sum(sum(work.generator if kind == "G" else work.encoder) for work in works)
 
     @classmethod
     def from_json(cls, text: str, source: str = "workload") -> "Workload":
         """Read ``[{"llm": f, "encoder": [item times], "generator": [item times]}, ...]``; keys may be left out.
 
         Raises:
-            ValueError: names the source, the microbatch, the key and what is expected there.
+            ValueError: the text has another form; names the source, the microbatch, the key and the expected value.
         """
         data = parse_json(text, source, ValueError)
         if not isinstance(data, list) or not data:
@@ -49,7 +51,11 @@ class Workload:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Workload":
-        """Read a workload file; raises ``ValueError`` as ``from_json`` does."""
+        """Read a workload file.
+
+        Raises:
+            ValueError: the file cannot be read, or ``from_json`` refuses its text.
+        """
         return cls.from_json(read_text(str(path), ValueError), str(path))
 
 

@@ -82,7 +82,7 @@ class LightningSteps:
         one = torch.ones((), dtype=torch.float32, device=self._runner.mesh.device)
         scale = one if scaler is None else scaler.scale(one)
         self._runner.gradient_scale = scale if batch.step_counts else scale / self._batches
-        with hooks.silenced(parameters):
+        with hooks.disabled(parameters):
             output = self._runner(batch, mode)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:

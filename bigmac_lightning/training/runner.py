@@ -16,7 +16,7 @@ from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.randomness import drawing
+from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
@@ -231,7 +231,7 @@ class PipelineRunner:
             return nullcontext()
         step = self.step if mode == "train" else f"{mode} {self._evaluated}"
         self._evaluated += mode != "train"
-        return drawing(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank)
+        return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank)
 
     # -- results for every rank ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import BACKBONES
-from bigmac_lightning.schedule.dataflow import predecessors
+from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations
 
@@ -123,6 +123,13 @@ def reference_ends(plan: Plan) -> dict[tuple[int, str], float]:
                 spots[rank] += 1
                 moved = True
     return ends
+
+
+def predecessors(plan: Plan) -> dict[tuple[int, Action], list[tuple[int, Action]]]:
+    """The dependencies of each (rank, action), as (rank, action) pairs."""
+    flow = Dataflow(plan)
+    keys = list(zip(flow.ranks, flow.actions, strict=True))
+    return {key: [keys[need] for need in needs] for key, needs in zip(keys, flow.needs, strict=True)}
 
 
 def rendezvous_completes(plan: Plan, timeline: Timeline) -> bool:

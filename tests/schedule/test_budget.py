@@ -62,7 +62,7 @@ def test_adds_up_what_is_alive_at_the_same_moment():
             "the budget is 10 GiB: use a smaller group_size",
         ),
         (MemoryBudget("3GiB", 0, "1GiB"), "the budget is 3 GiB: use a backbone with fewer LLM microbatches in flight"),
-        (MemoryBudget("1GiB", static="2GiB"), "the budget is 1 GiB: memory.static alone is more"),
+        (MemoryBudget("1GiB", static="2GiB"), "the budget is 1 GiB: memory.static alone is above it"),
     ],
 )
 def test_plans_above_it_are_refused(memory, message):

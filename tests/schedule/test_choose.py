@@ -81,7 +81,7 @@ def test_stages_are_limited_by_the_layers(layers, most):
     assert max(made) == most
     problems = " ".join(candidate.problem for candidate in choice.candidates)
     assert ("stages are more than the LLM's 4 layers" in problems) == (layers == 4)
-    assert ("the LLM's 12 layers do not make 8 stages of the same size" in problems) == (layers == 12)
+    assert ("the LLM's 12 layers cannot be divided into 8 stages of the same size" in problems) == (layers == 12)
 
 
 def test_named_parts_stay():

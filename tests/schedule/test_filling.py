@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.placing.list_scheduling import Tasks
 from bigmac_lightning.schedule.placing.swaps import swap
+from bigmac_lightning.schedule.placing.tasks import Tasks
 from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.plan import Costs, PlanError, ramp_groups
 from bigmac_lightning.schedule.request import PlanRequest
@@ -125,7 +125,7 @@ def test_idle_ranks_get_larger_shares(backbone, generator):
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.5, 7.0]), min_size=1, max_size=6), st.sampled_from([0.5, 3.0, 40.0]))
-def test_pouring_ends_together(busy, work):
+def test_balanced_shares_end_together(busy, work):
     shares = balanced_shares(busy, work)
     assert sum(shares) == pytest.approx(1)
     ends = [time + share * work for time, share in zip(busy, shares, strict=True)]
@@ -148,7 +148,7 @@ def test_swaps_keep_needs_and_never_lengthen(arguments, passes):
     starts = [start for row in simulate(cut).starts for start in row]
     found = swap(tasks, starts, passes)
     assert tasks.makespan(found) <= cut.makespan + 1e-9
-    assert tasks.makespan(found) >= tasks.floor() - 1e-9
+    assert tasks.makespan(found) >= tasks.lower_bound() - 1e-9
     for number, needs in enumerate(tasks.needs):
         assert all(found[number] >= found[need] + lengths[need] - 1e-9 for need, _ in needs)
     for rank in range(len(cut.ranks)):

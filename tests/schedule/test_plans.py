@@ -231,7 +231,7 @@ def test_groups_without_work_have_no_actions():
         ({"extra_in_flight": -1}, "extra_in_flight is -1; expected"),
         ({"backbone": "zbv", "virtual_stages": 1}, "virtual_stages is 1; this backbone allows 2"),
         ({"backbone": "looped_bfs", "virtual_stages": 1001}, "this backbone allows 1 to 1000"),
-        ({"backbone": "zb1p", "costs": Costs(W=0)}, "costs.I or costs.W is 0; expected more, as zb1p splits"),
+        ({"backbone": "zb1p", "costs": Costs(W=0)}, "costs.I or costs.W is 0; expected times above 0, as zb1p splits"),
         ({"virtual_stages": 2}, "virtual_stages is 2; this backbone allows"),
         ({"policy": "best"}, "policy is 'best'; expected one of nested, upfront, first_stage"),
         ({"backbone": "2f2b"}, "backbone is '2f2b'; expected one of gpipe, 1f1b"),
@@ -243,7 +243,7 @@ def test_groups_without_work_have_no_actions():
         ({"policy": "disaggregated", "pipeline_parallel_size": 1}, "pipeline_parallel_size is 1; policy disaggregated"),
         (
             {"policy": "disaggregated", "costs": Costs(G=1)},
-            "expects at least 3, as encoder, LLM, generator have ranks",
+            "expects at least 3, as encoder, LLM, generator have separate ranks",
         ),
         ({"policy": "disaggregated", "encoder_shares": [[1.0, 0.0]] * 2}, "stage_rank is missing"),
         ({"policy": "disaggregated", "stage_rank": [0]}, "which leaves no rank for EF; expected at least one"),

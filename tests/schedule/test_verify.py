@@ -8,14 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.dataflow import predecessors
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.verify import verify
 
-from .plans import plan_arguments, reference_ends
+from .plans import plan_arguments, predecessors, reference_ends
 
 
 def edited(plan: Plan, rank: int, texts: str) -> Plan:
@@ -42,17 +41,21 @@ def plan() -> Plan:
         (1, "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 0F0", "rank 1: 0F0 belongs to rank 0"),
         (1, "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 2F0", "rank 1: 2F0 does not exist"),
         (1, "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 1F4", "rank 1: 1F4 does not exist"),
-        (1, "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 EF2", "rank 1: EF2 is of no group; expected 0 .. 1"),
+        (
+            1,
+            "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 EF2",
+            "rank 1: EF2 does not exist; expected groups 0 .. 1",
+        ),
         (1, "EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1 G0", "rank 1: G0 cannot occur, as costs.G"),
         (1, "EF1 1F0 1B0 EF0 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: EF1 is placed before EF0, rank 0 has them"),
-        (1, "EF0 1F0 1I0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: both 1B0 and 1I0 are there"),
+        (1, "EF0 1F0 1I0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: both 1B0 and 1I0 occur"),
         (1, "EF0 1F0 1I0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: 1W0 is missing"),
         (1, "EF0 1F0 1W0 1I0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: 1W0 is placed before 1I0, which it needs"),
         (1, "EF0.0/2 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: EF0.1/2 is missing"),
         (
             1,
             "EF0.0/2 EF0 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1",
-            "rank 1: EF0 is cut in pieces of different size",
+            "rank 1: EF0 is cut into pieces of different sizes",
         ),
         (1, "EF0.0/2 EF0.1/2 1F0 1B0 EF1 1F1 1B1 1F2 1B2 EB0 1F3 1B3 EB1", "rank 1: EB0 has no EF0; expected the same"),
     ],
@@ -85,8 +88,8 @@ def test_pieces_and_halves_are_understood(plan):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"groups": [[0, 1], [2]]}, "groups must hold each of the microbatches 0 .. 3 exactly once"),
-        ({"groups": [[0, 1], [2, 2, 3]]}, "groups must hold each of the microbatches"),
+        ({"groups": [[0, 1], [2]]}, "groups must contain each of the microbatches 0 .. 3 exactly once"),
+        ({"groups": [[0, 1], [2, 2, 3]]}, "groups must contain each of the microbatches"),
         ({"groups": [[0, 1], [2, 3], []]}, "groups: group 2 is empty"),
         ({"stage_rank": [0, 0]}, "stage_rank gives rank 0 2 stages; expected 1"),
         ({"stage_rank": [0, 2]}, "stage_rank is [0, 2]; expected the rank, 0 .. 1, of each stage"),
@@ -96,7 +99,7 @@ def test_pieces_and_halves_are_understood(plan):
         ({"encoder_shares": []}, "encoder_shares has 0 rows; expected one for each of 2 groups"),
         ({"encoder_shares": [[0.5, 0.4]] * 2}, "encoder_shares: the shares of group 0 add up to 0.9"),
         ({"generator_shares": [[0.5, 0.5]] * 2}, "generator_shares has 2 rows; expected none, as its costs are 0"),
-        ({"encoder_shares": [[1, 0], [0.5, 0.5]]}, "rank 1: EF0 does not belong here: this rank's share of it is 0"),
+        ({"encoder_shares": [[1, 0], [0.5, 0.5]]}, "rank 1: EF0 cannot be on this rank, whose share"),
         ({"microbatches": 0}, "microbatches is 0; expected at least 1"),
     ],
 )

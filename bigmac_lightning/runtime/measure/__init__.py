@@ -1,1 +1,1 @@
-"""What is observed while a plan runs: times of actions, and bytes of activations."""
+"""Measurements while a plan runs: times of actions, and bytes of activations."""

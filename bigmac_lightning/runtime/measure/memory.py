@@ -1,6 +1,7 @@
-"""Counts the activation bytes that autograd keeps alive, per component, by saved-tensor hooks.
+"""Counts the bytes of the activations that autograd saves, per component, by saved-tensor hooks.
 
-A storage counts once however often it is saved; parameters do not count. Bytes are freed when the graph is.
+A storage counts once per component, even if several tensors share it; parameters do not count. Bytes count as freed
+when the graph that saved them is freed.
 """
 
 import time
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 class _Saved:
-    """A saved tensor; its death is the release of its bytes."""
+    """A saved tensor. It calls `release` when it is deleted, that is, when autograd frees it."""
 
     __slots__ = ("release", "tensor")
 
@@ -25,12 +26,16 @@ class _Saved:
 
 
 class MemoryTracker:
-    """Live and peak bytes per component.
+    """Counts live and peak bytes per component.
+
+    Args:
+        parameters: parameters of the model, whose storages are not counted.
 
     Attributes:
-        live: bytes alive now, by component.
-        peak: the most that was alive since `reset_peak`, by component.
-        curve: (seconds, component, bytes alive) at each change, filled only while `recording`.
+        live: by component, the bytes that are alive now.
+        peak: by component, the largest number of bytes that were alive at one time since `reset_peak`.
+        curve: a triple (seconds of ``time.perf_counter``, component, bytes alive) for each change, while `recording`.
+        recording: whether changes are appended to `curve`.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
@@ -42,12 +47,13 @@ class MemoryTracker:
         self.recording = False
 
     def reset_peak(self) -> None:
+        """Set the peaks to the bytes that are alive now, and empty the curve."""
         self.peak = dict(self.live)
         self.curve = []
 
     @contextmanager
     def component(self, name: str) -> Iterator[None]:
-        """Count what is saved for backward inside this block under `name`."""
+        """Count the tensors that autograd saves inside this block for the component `name`."""
 
         def pack(tensor: Tensor) -> _Saved | Tensor:
             storage = tensor.untyped_storage()

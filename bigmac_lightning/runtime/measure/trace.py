@@ -1,4 +1,5 @@
-"""When each action of a step really ran: spans by the device's own clock, and a Chrome/Perfetto file of all ranks."""
+"""Records when each action of a step ran, by the device's own clock, and writes a Chrome/Perfetto trace of all
+ranks."""
 
 import json
 import time
@@ -13,7 +14,12 @@ from bigmac_lightning.schedule.action import Action
 
 
 class Span(NamedTuple):
-    """One executed action: its text, start and end in seconds since the trace began."""
+    """One executed action.
+
+    Attributes:
+        action: the action's text.
+        start, end: its times in seconds since the trace began.
+    """
 
     action: str
     start: float
@@ -21,7 +27,12 @@ class Span(NamedTuple):
 
 
 class Trace:
-    """Records spans on one rank. On CUDA by events on the current stream, so that recording waits for nothing."""
+    """Records the spans of one rank. On CUDA it records events on the current stream, so that the CPU need not wait for
+    the device.
+
+    Attributes:
+        origin_seconds: time of ``time.perf_counter`` at which the trace began.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -37,7 +48,7 @@ class Trace:
         self._marks.append((str(action), start, self._now()))
 
     def spans(self) -> list[Span]:
-        """All spans so far. On CUDA this waits for the device."""
+        """Return all spans so far. On CUDA, this waits until the device has finished."""
         if self._cuda:
             torch.cuda.synchronize()
         return [Span(text, self._since(start), self._since(end)) for text, start, end in self._marks]
@@ -58,7 +69,7 @@ class Trace:
 
 
 def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Span]]) -> None:
-    """Write the spans of all ranks as one trace, a row per rank, for chrome://tracing or Perfetto."""
+    """Write the spans of all ranks as one trace with a row per rank, for chrome://tracing or Perfetto."""
     events: list[dict[str, object]] = []
     for rank, spans in enumerate(ranks):
         events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}})

@@ -1,6 +1,7 @@
-"""The LLM-only schedules that encoder and generator work is nested into, by name.
+"""The backbones, by name: LLM-only schedules, around which the policies place encoder and generator work.
 
-To add one: a file with a pure builder, and an entry here; or, without code, the name of a file as in ``files``.
+To add a backbone, write a file with a pure builder function and add an entry to ``BACKBONES``. Users can also pass the
+name of a file with a backbone, see ``files``.
 """
 
 from bigmac_lightning.schedule.backbones.base import Backbone, Orders, round_robin, v_shape
@@ -16,6 +17,7 @@ from bigmac_lightning.schedule.backbones.zbv import zbv
 __all__ = ["BACKBONES", "Backbone", "Orders", "get_backbone", "round_robin", "v_shape"]
 
 ANY = range(1, 1001)
+"""Numbers of stages per rank of the backbones that allow any number; no LLM has 1000 layers per rank."""
 
 BACKBONES: dict[str, Backbone] = {
     "gpipe": Backbone(gpipe),
@@ -29,7 +31,11 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def get_backbone(name: str) -> Backbone:
-    """The backbone of that name, or of that .csv or .json file; ``ValueError`` lists the names if there is none."""
+    """Return the backbone with this name, or the one in this .csv or .json file.
+
+    Raises:
+        ValueError: there is no such backbone (the message lists the names), or the file is wrong.
+    """
     if name.endswith(SUFFIXES):
         return read_backbone(name)
     if name not in BACKBONES:

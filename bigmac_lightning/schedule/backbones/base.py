@@ -1,7 +1,4 @@
-"""What a backbone is: a pure function that gives every rank's LLM actions in order, and where the stages live.
-
-Knows nothing of encoders, generators or costs.
-"""
+"""A backbone: a pure function that builds every rank's LLM actions in order, and the rank of each stage."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,16 +6,17 @@ from dataclasses import dataclass, replace
 from bigmac_lightning.schedule.action import Action
 
 Orders = list[list[Action]]
-"""Per rank, its actions in order."""
+"""Per rank, its list of actions in order."""
 
 
 def round_robin(pipeline_parallel_size: int, virtual_stages: int) -> list[int]:
-    """Stage s lives on rank s modulo P."""
+    """Return the rank of each stage, where stage s is on rank s modulo P."""
     return [stage % pipeline_parallel_size for stage in range(pipeline_parallel_size * virtual_stages)]
 
 
 def v_shape(pipeline_parallel_size: int, virtual_stages: int) -> list[int]:
-    """Stages go down the ranks and back up: the first and the last of two live on rank 0."""
+    """Return the rank of each stage, where the stages run down the ranks and back up. With two stages per rank, the
+    first and the last stage are both on rank 0."""
     down = list(range(pipeline_parallel_size))
     return [rank for chunk in range(virtual_stages) for rank in (down[::-1] if chunk % 2 else down)]
 
@@ -28,10 +26,10 @@ class Backbone:
     """An LLM-only schedule.
 
     Attributes:
-        builder: called with pipeline_parallel_size, microbatches and virtual_stages; gives every rank's actions.
-            Each stage's forwards come in the order of the microbatches.
-        virtual_stages: the numbers of stages per rank that it allows.
-        stage_rank: from pipeline_parallel_size and virtual_stages, the rank of each stage.
+        builder: function that takes pipeline_parallel_size, microbatches and virtual_stages, and returns every rank's
+            actions. Each stage must forward the microbatches in their order.
+        virtual_stages: allowed numbers of stages per rank, in ascending order.
+        stage_rank: function that takes pipeline_parallel_size and virtual_stages, and returns the rank of each stage.
     """
 
     builder: Callable[[int, int, int], Orders]
@@ -41,33 +39,35 @@ class Backbone:
     def build(
         self, pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0, virtual_stages: int = 1
     ) -> Orders:
-        """Every rank's actions in order.
+        """Return every rank's actions in order.
 
-        More microbatches in flight are had from the order of that many more microbatches: its backward of
-        microbatch m + extra_in_flight becomes that of m. This breaks no dependency, as a stage's forward of m comes
-        before that of m + extra_in_flight.
+        For more microbatches in flight, this takes the order of M + extra_in_flight microbatches and renumbers its
+        backwards: the backward of microbatch m + extra_in_flight becomes that of m, and actions of microbatches outside
+        0 .. M - 1 are left out. Each backward is then as many microbatches later than in the backbone. No dependency
+        breaks, because a stage forwards m before m + extra_in_flight.
 
         Args:
             pipeline_parallel_size: number of ranks.
-            microbatches: number of microbatches, at least 1.
-            extra_in_flight: how many more microbatches are forwarded before the first backward.
-            virtual_stages: stages per rank.
+            microbatches: number of microbatches, M, at least 1.
+            extra_in_flight: number of microbatches that are forwarded before the first backward in addition to those of
+                the backbone.
+            virtual_stages: number of stages per rank.
 
         Raises:
-            ValueError: if this backbone does not allow so many stages per rank.
+            ValueError: this backbone does not allow this number of stages per rank.
         """
         self.check_virtual_stages(virtual_stages)
         orders = self.builder(pipeline_parallel_size, microbatches + extra_in_flight, virtual_stages)
         if not extra_in_flight:
             return orders
-        earlier = [
+        renumbered = [
             [replace(a, index=a.index if a.kind == "F" else a.index - extra_in_flight) for a in actions]
             for actions in orders
         ]
-        return [[action for action in actions if 0 <= action.index < microbatches] for actions in earlier]
+        return [[action for action in actions if 0 <= action.index < microbatches] for actions in renumbered]
 
     def check_virtual_stages(self, number: int) -> None:
-        """Refuse a number of stages per rank that this backbone does not allow; raises ``ValueError``."""
+        """Raise ``ValueError`` if this backbone does not allow this number of stages per rank."""
         first, last = self.virtual_stages[0], self.virtual_stages[-1]
         if number not in self.virtual_stages:
             allowed = str(first) if first == last else f"{first} to {last}"

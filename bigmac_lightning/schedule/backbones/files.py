@@ -1,7 +1,8 @@
-"""A user's own backbone: every rank's actions from a CSV or JSON file.
+"""Reads a user's own backbone, that is, every rank's actions, from a CSV or JSON file.
 
-CSV: one line per rank, one action per cell, empty cells ignored; what torch's pipeline schedules dump, if they dump
-computations only. JSON: a list with a list of action texts per rank. Stages live where their actions are.
+A CSV file has one line per rank and one action per cell; empty cells are ignored. This is the format in which torch's
+pipeline schedules dump their computations. A JSON file has a list of action texts per rank, in one list. The rank of
+each stage is the one that has its actions.
 """
 
 import csv
@@ -15,12 +16,14 @@ SUFFIXES = (".csv", ".json")
 
 
 def read_backbone(path: str) -> Backbone:
-    """The backbone of a file, for as many ranks and at most as many microbatches as the file has.
+    """Return the backbone in a file, for the file's number of ranks and at most its number of microbatches.
 
-    What is left of a schedule without its last microbatches is a schedule, too.
+    For fewer microbatches the actions of the last ones are left out. The rest is a valid schedule, because no action
+    needs one of another microbatch.
 
     Raises:
-        ValueError: names the file, the rank and the cell, and what is expected.
+        ValueError: the file is wrong; names the file, the rank, the action and what is expected. The backbone's builder
+            raises it for another number of ranks or for too many microbatches.
     """
     orders = [_actions(path, rank, row) for rank, row in enumerate(_rows(path))]
     if not any(orders):
@@ -32,20 +35,21 @@ def read_backbone(path: str) -> Backbone:
             raise ValueError(f"{path}: rank {rank} has {stage_rank.count(rank)} stages; expected {stages} on each rank")
     microbatches = 1 + max(action.index for actions in orders for action in actions)
 
-    def build(size: int, wanted: int, _: int) -> Orders:
+    def build(size: int, requested: int, _: int) -> Orders:
         if size != len(orders):
             raise ValueError(f"{path} is a backbone of {len(orders)} ranks; pipeline_parallel_size is {size}")
-        if wanted > microbatches:
+        if requested > microbatches:
             raise ValueError(
-                f"{path} is a backbone of {microbatches} microbatches; {wanted} are needed, counting those that are "
+                f"{path} is a backbone of {microbatches} microbatches; {requested} are needed, counting those that are "
                 "in flight because of a generator (extra_in_flight)"
             )
-        return [[action for action in actions if action.index < wanted] for actions in orders]
+        return [[action for action in actions if action.index < requested] for actions in orders]
 
     return Backbone(build, (stages,), lambda size, virtual_stages: list(stage_rank))
 
 
 def _rows(path: str) -> list[list[str]]:
+    """Return the texts of each rank's actions."""
     if Path(path).suffix == ".csv":
         lines = csv.reader(read_text(path, ValueError).splitlines())
         return [[cell.strip() for cell in row if cell.strip()] for row in lines if row]
@@ -56,7 +60,12 @@ def _rows(path: str) -> list[list[str]]:
 
 
 def _actions(path: str, rank: int, row: list[str]) -> list[Action]:
-    """A rank's actions; each stage's forwards must come in the order of the microbatches."""
+    """Return a rank's actions.
+
+    Raises:
+        ValueError: a text is not an F, B, I or W action, or a stage does not forward the microbatches in their order
+            (as ``Backbone.build`` requires for extra microbatches in flight).
+    """
     actions: list[Action] = []
     forwards: dict[int, int] = {}
     for text in row:
@@ -65,13 +74,13 @@ def _actions(path: str, rank: int, row: list[str]) -> list[Action]:
         except ValueError as problem:
             raise ValueError(f"{path}: rank {rank}: {problem}") from None
         if action.stage is None:
-            raise ValueError(f"{path}: rank {rank}: {text} is not of the LLM; a backbone has F, B, I and W only")
+            raise ValueError(f"{path}: rank {rank}: {text} is not an LLM action; a backbone has F, B, I and W only")
         if action.kind == "F":
             expected = forwards.get(action.stage, 0)
             if action.index != expected:
                 raise ValueError(
-                    f"{path}: rank {rank}: found {text}, expected {action.stage}F{expected}, as forwards "
-                    "of a stage come in the order of the microbatches"
+                    f"{path}: rank {rank}: found {text}, expected {action.stage}F{expected}, as a stage must "
+                    "forward the microbatches in their order"
                 )
             forwards[action.stage] = expected + 1
         actions.append(action)
@@ -79,6 +88,11 @@ def _actions(path: str, rank: int, row: list[str]) -> list[Action]:
 
 
 def _stage_rank(path: str, orders: Orders) -> list[int]:
+    """Return the rank of each stage.
+
+    Raises:
+        ValueError: a stage has actions on two ranks, or the stages are not numbered 0, 1, 2 ...
+    """
     owner: dict[int, int] = {}
     for rank, actions in enumerate(orders):
         for action in actions:
@@ -86,5 +100,5 @@ def _stage_rank(path: str, orders: Orders) -> list[int]:
             if owner.setdefault(action.stage, rank) != rank:
                 raise ValueError(f"{path}: stage {action.stage} is on ranks {owner[action.stage]} and {rank}")
     if sorted(owner) != list(range(len(owner))):
-        raise ValueError(f"{path}: has the stages {sorted(owner)}; expected 0 .. {len(owner) - 1}")
+        raise ValueError(f"{path} has the stages {sorted(owner)}; expected 0 .. {len(owner) - 1}")
     return [owner[stage] for stage in range(len(owner))]

@@ -1,8 +1,9 @@
-"""Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473), depth first, with V stages per rank.
+"""Interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473), with V stages per rank, in depth-first order.
 
-Microbatches go in rounds: all microbatches of a round pass one stage of a rank, then its next one. The paper wants
-rounds of P microbatches; here M // P rounds of as equal sizes as possible take any M (as does Llama 3's flexible
-schedule, section 3.3.2 of arXiv 2407.21783, and torch where all rounds are equal). With M < P there is one round.
+The microbatches are divided into rounds: all microbatches of a round pass the first stage of a rank, then its next
+stage, and so on. The paper requires rounds of P microbatches. To allow any M, this file makes max(1, M // P) rounds
+whose sizes differ by at most one, similar to Llama 3's flexible schedule (arXiv 2407.21783, section 3.3.2) and equal to
+torch's ScheduleInterleaved1F1B where all rounds have the same size.
 """
 
 from itertools import pairwise
@@ -12,7 +13,12 @@ from bigmac_lightning.schedule.backbones.base import Orders
 
 
 def interleaved_1f1b(pipeline_parallel_size: int, microbatches: int, virtual_stages: int) -> Orders:
-    """Every rank's actions: a warm-up of V - 1 stages of the first round and 2 more forwards per later rank."""
+    """Return every rank's actions: warm-up forwards, then one forward and one backward in turn, then the last
+    backwards.
+
+    The warm-up of the last rank has the first round's forwards on all its stages but the last one. Each rank before it
+    has two forwards more: one forward for each step of the way to the last rank, and one for each step of the way back.
+    """
     rounds = _rounds(pipeline_parallel_size, microbatches)
     orders: Orders = []
     for rank in range(pipeline_parallel_size):
@@ -28,7 +34,8 @@ def interleaved_1f1b(pipeline_parallel_size: int, microbatches: int, virtual_sta
 
 
 def _rounds(size: int, microbatches: int) -> list[range]:
-    """Consecutive microbatches, the longer rounds first: no later round then needs more warm-up than the first."""
+    """Return rounds of consecutive microbatches. The longer rounds come first, so that the warm-up, whose length
+    follows from the first round, is long enough for all rounds."""
     number = max(1, microbatches // size)
     length, longer = divmod(microbatches, number)
     starts = [index * length + min(index, longer) for index in range(number + 1)]
@@ -36,4 +43,5 @@ def _rounds(size: int, microbatches: int) -> list[range]:
 
 
 def _passes(kind: Kind, rounds: list[range], stages: list[int]) -> list[Action]:
+    """Return the actions of one kind in the order in which the rounds pass these stages."""
     return [Action(kind, microbatch, stage) for members in rounds for stage in stages for microbatch in members]

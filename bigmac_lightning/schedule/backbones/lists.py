@@ -1,6 +1,6 @@
-"""A rank's list, written down by kind and stage: each new action takes the stage's next microbatch of that kind.
+"""Builds a rank's list by kind and stage only: each new action takes the next microbatch of its stage and kind.
 
-Knows counting only; for builders whose papers tell schedules as loops over phases.
+It serves builders of schedules that the papers describe as loops over phases.
 """
 
 from collections import Counter, deque
@@ -12,43 +12,47 @@ class RankList:
     """The actions of one rank.
 
     Attributes:
-        actions: what has been added so far.
+        actions: the actions that have been added so far, in order.
     """
 
     def __init__(self) -> None:
         self.actions: list[Action] = []
         self._counts: Counter[tuple[str, int]] = Counter()
-        self._owed: deque[tuple[int, int]] = deque()
+        self._pending_weights: deque[tuple[int, int]] = deque()  # (microbatch, stage) of each I that has no W yet
 
     def add(self, stage: int, kinds: str) -> None:
-        """Add these kinds, one letter each, on the stage's next microbatch; a W is then owed for each I.
+        """Add actions of these kinds ("F", "B" or "I", one letter each) on the stage's next microbatch of that kind.
 
-        "B" and "I" share one count: a microbatch has the one or the other.
+        "B" and "I" share one count, because a microbatch has the one or the other. The W of an "I" is pending until
+        `add_weights` adds it.
         """
         for kind in kinds:
             counted = ("F" if kind == "F" else "B", stage)
             microbatch = self._counts[counted]
             self._counts[counted] += 1
-            self._put("F" if kind == "F" else "B" if kind == "B" else "I", microbatch, stage)
+            self._append("F" if kind == "F" else "B" if kind == "B" else "I", microbatch, stage)
             if kind == "I":
-                self._owed.append((microbatch, stage))
+                self._pending_weights.append((microbatch, stage))
 
     def add_weights(self, stage: int | None = None, most: int = 1) -> None:
-        """Add the oldest owed Ws, up to `most`; of one stage, or of any."""
+        """Add the oldest pending Ws of a stage, or of all stages if it is ``None``, but at most `most` of them."""
         for _ in range(most):
-            found = next((entry for entry in self._owed if stage in (None, entry[1])), None)
+            found = next((entry for entry in self._pending_weights if stage in (None, entry[1])), None)
             if found is None:
                 return
-            self._owed.remove(found)
-            self._put("W", *found)
+            self._pending_weights.remove(found)
+            self._append("W", *found)
 
     def count(self, kind: str, stage: int) -> int:
-        """How many forwards ("F") or backwards ("B") the stage has."""
+        """Return the number of forwards (kind "F") or of backwards (kind "B", which counts both B and I) of a stage."""
         return self._counts[kind, stage]
 
     def first(self, microbatches: int) -> list[Action]:
-        """The actions of the first `microbatches` only: what is left of a valid schedule is a valid one."""
+        """Return the actions of the first microbatches only.
+
+        They are a valid schedule, because no action needs one of another microbatch.
+        """
         return [action for action in self.actions if action.index < microbatches]
 
-    def _put(self, kind: Kind, microbatch: int, stage: int) -> None:
+    def _append(self, kind: Kind, microbatch: int, stage: int) -> None:
         self.actions.append(Action(kind, microbatch, stage))

@@ -1,6 +1,7 @@
 """Looped breadth-first pipeline (Lamy-Poirier 2022, arXiv 2211.05953), with V stages per rank.
 
-All microbatches pass a rank's first stage, then its next one; backwards in the opposite order.
+All microbatches pass the first stage of a rank, then its next stage, and so on. The backwards run in the opposite
+order.
 """
 
 from bigmac_lightning.schedule.action import Action
@@ -8,7 +9,7 @@ from bigmac_lightning.schedule.backbones.base import Orders
 
 
 def looped_bfs(pipeline_parallel_size: int, microbatches: int, virtual_stages: int) -> Orders:
-    """Every rank's actions: all forwards stage by stage, then all backwards the same way back."""
+    """Return every rank's actions: all forwards stage by stage, then all backwards in exactly the opposite order."""
     orders: Orders = []
     for rank in range(pipeline_parallel_size):
         stages = range(rank, pipeline_parallel_size * virtual_stages, pipeline_parallel_size)

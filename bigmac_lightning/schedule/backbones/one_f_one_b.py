@@ -1,14 +1,13 @@
-"""1F1B (PipeDream-Flush, Narayanan et al. 2021, arXiv 2006.09503): after a warm-up, forwards and backwards alternate.
-
-Knows one stage per rank; knows nothing of costs.
-"""
+"""1F1B (PipeDream-Flush, Narayanan et al. 2021, arXiv 2006.09503), one stage per rank: after a warm-up, forwards and
+backwards alternate."""
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones.base import Orders
 
 
 def one_f_one_b(pipeline_parallel_size: int, microbatches: int, virtual_stages: int = 1) -> Orders:
-    """Every rank's actions: stage s warms up with P - 1 - s forwards."""
+    """Return every rank's actions. The warm-up of stage s has P - 1 - s forwards, as many as there are later stages, so
+    that its first backward comes when the first gradient can arrive."""
     assert virtual_stages == 1
     orders: Orders = []
     for stage in range(pipeline_parallel_size):

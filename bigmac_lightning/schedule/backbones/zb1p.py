@@ -1,7 +1,8 @@
-"""ZB1P (zero bubble with 1F1B's memory: Qi et al. 2023, arXiv 2401.10241, there ZB-H1), one stage per rank.
+"""ZB1P, one stage per rank: a zero-bubble schedule with the memory of 1F1B (Qi et al. 2023, arXiv 2401.10241, where it
+is called ZB-H1).
 
-1F1B with the backward split in I (input gradients), which the rank before waits for, and W (weight gradients), which
-nobody waits for.
+It is 1F1B with each backward split into I (input gradients), for which the rank before waits, and W (weight gradients),
+for which no action waits.
 """
 
 from bigmac_lightning.schedule.action import Action
@@ -9,10 +10,11 @@ from bigmac_lightning.schedule.backbones.base import Orders
 
 
 def zb1p(pipeline_parallel_size: int, microbatches: int, virtual_stages: int = 1) -> Orders:
-    """Every rank's actions: stage s does W s microbatches after I, which keeps P microbatches in flight on all ranks.
+    """Return every rank's actions. On stage s, the W of a microbatch comes after the I of the s-th microbatch after it.
 
-    Where F, I and W take equally long this is the greedy choice: a W is done when its memory is needed, or nothing
-    else can be.
+    This keeps P microbatches in flight on all ranks, since the warm-up of stage s is s forwards shorter than that of
+    stage 0. If F, I and W take equally long, this is the greedy choice: a W runs when its memory is needed for the next
+    forward, or when no other action can run.
     """
     assert virtual_stages == 1
     orders: Orders = []

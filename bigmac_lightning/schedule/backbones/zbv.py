@@ -1,6 +1,8 @@
 """ZBV (Qi et al. 2023, arXiv 2401.10241, section 6): two stages per rank in V shape, with split backwards.
 
-Rank r has the stages r ("down") and 2P - 1 - r ("up"), so that losses and first backwards are on rank 0.
+Rank r has the stages r (`down`) and 2P - 1 - r (`up`). So rank 0 has both the first stage and the last stage, where the
+losses are computed and the backwards begin. The loops below are the phases of the schedule if F, I and W take equally
+long: warm-up (the first three loops), steady state, cool-down.
 """
 
 from bigmac_lightning.schedule.backbones.base import Orders
@@ -8,7 +10,11 @@ from bigmac_lightning.schedule.backbones.lists import RankList
 
 
 def zbv(pipeline_parallel_size: int, microbatches: int, virtual_stages: int = 2) -> Orders:
-    """Every rank's actions. Fewer microbatches than fill the pipeline are the first ones of a full one."""
+    """Return every rank's actions.
+
+    The phases need at least 2P - 1 microbatches. For fewer, the list for 2P - 1 is built and the actions of the others
+    are removed.
+    """
     assert virtual_stages == 2
     size, full = pipeline_parallel_size, max(microbatches, 2 * pipeline_parallel_size - 1)
     orders: Orders = []

@@ -1,1 +1,1 @@
-"""Policies: how the work of encoders and generators is placed around a backbone, and the tools for it."""
+"""The policies, which place encoder and generator work around a backbone, and the algorithms that they use."""

@@ -1,6 +1,6 @@
-"""Sequences that nested actions may be done in, the same one on all ranks, within a limit on live encoder units.
+"""Orders in which all ranks may execute the nested actions, within a limit on the live encoder units.
 
-Knows cuts, shares and units; knows nothing of times.
+A plan has one such sequence for all ranks (see ``verify``). The filling pass tries several of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,13 @@ from bigmac_lightning.schedule.workload import Workload
 
 
 class NestedOrders:
-    """The sequences of a plan's nested actions.
+    """Sequences of a plan's nested actions.
 
     Args:
         plan: its shares and groups give the encoder units.
-        cuts: the nested actions in the order of the cuts; those without any share left out.
-        max_encoder_units: most encoder units that a rank may have alive.
-        workload: see ``liveness.group_units``.
+        cuts: the cuts in order of time, without those whose group has no such work.
+        max_encoder_units: limit on the encoder units alive on a rank.
+        workload: the work of each microbatch, see ``liveness.group_units``.
     """
 
     def __init__(self, plan: Plan, cuts: list[Cut], max_encoder_units: float, workload: Workload | None = None) -> None:
@@ -31,7 +31,11 @@ class NestedOrders:
         ]
 
     def sequences(self) -> Iterator[list[Cut]]:
-        """The order of the cuts, and those with encoder forwards up to 1, 2, 4 .. groups earlier; each only once."""
+        """Yield the order of the cuts, then those in which encoder forwards are up to 1, 2, 4 .. groups earlier.
+
+        Each sequence is yielded once, and only if it keeps the limit. Doubling the number keeps the sequences few,
+        since the filling pass makes several schedules of each.
+        """
         seen: list[list[Cut]] = []
         ahead = 0
         while True:
@@ -44,37 +48,39 @@ class NestedOrders:
             ahead = 2 * ahead or 1
 
     def keeps_limit(self, sequence: Sequence[Cut]) -> bool:
-        """Whether no rank ever has more encoder units alive than it may."""
+        """Whether the encoder units alive on a rank never exceed the limit."""
         alive = [0.0] * max(map(len, self._sizes), default=0)
         for cut in sequence:
             if cut.kind == "EF" and not self._fits(alive, cut):
                 return False
-            self._hold(alive, cut)
+            self._update(alive, cut)
         return True
 
     def _sequence(self, ahead: int) -> list[Cut]:
-        """Encoder forwards as early as the limit allows, but at most `ahead` groups earlier than in the cuts."""
+        """Return the sequence with encoder forwards as early as the limit allows, but at most `ahead` groups earlier
+        than in the order of the cuts. It may exceed the limit if the order of the cuts does."""
         alive = [0.0] * max(map(len, self._sizes), default=0)
         forwards = [cut for cut in self._cuts if cut.kind == "EF"]
         result: list[Cut] = []
-        wanted = done = 0
+        due = done = 0
         for cut in self._cuts:
             if cut.kind == "EF":
-                wanted += 1
-            while done < min(wanted + ahead, len(forwards)) and self._fits(alive, forwards[done]):
+                due += 1
+            while done < min(due + ahead, len(forwards)) and self._fits(alive, forwards[done]):
                 result.append(forwards[done])
-                self._hold(alive, forwards[done])
+                self._update(alive, forwards[done])
                 done += 1
             if cut.kind != "EF":
                 result.append(cut)
-                self._hold(alive, cut)
+                self._update(alive, cut)
         return result + forwards[done:]
 
     def _fits(self, alive: list[float], cut: Cut) -> bool:
-        return all(held + size <= self._limit for held, size in zip(alive, self._sizes[cut.group], strict=True))
+        """Whether an encoder forward's units can be added to those that are alive on each rank."""
+        return all(units + size <= self._limit for units, size in zip(alive, self._sizes[cut.group], strict=True))
 
-    def _hold(self, alive: list[float], cut: Cut) -> None:
-        """Take an encoder forward's units, or free those of a backward."""
+    def _update(self, alive: list[float], cut: Cut) -> None:
+        """Add the units of an encoder forward to those alive on each rank, or subtract those of an encoder backward."""
         if cut.kind != "G" and self._trained:
             for rank, size in enumerate(self._sizes[cut.group]):
                 alive[rank] += size if cut.kind == "EF" else -size

@@ -1,10 +1,10 @@
-"""The nesting pass: puts encoder and generator work into the pauses of consistent cuts of any LLM schedule.
+"""The nesting pass: inserts encoder and generator work at consistent cuts of any LLM schedule (BigMac, arXiv
+2605.25451).
 
-A cut is a moment of the bare schedule. Whatever starts at or after it starts later by the length of the pause, on
-every rank; no dependency breaks, because nothing from after the cut is needed before it. So each pause costs its own
-length and nothing more, whether or not the ranks' running actions end at the same moment (BigMac, arXiv 2605.25451).
-
-Knows LLM order, times and groups; knows nothing of policies or memory limits.
+A cut is a point in time of the bare schedule. All actions that start at or after it are delayed by the same time, the
+pause, on every rank. No dependency breaks, because no action before the cut needs one after it. So a pause makes the
+schedule longer by exactly its own length, even if the ranks' running actions end at different times, and each rank can
+execute its share of a group's work in the pause.
 """
 
 from collections.abc import Collection
@@ -16,22 +16,24 @@ from bigmac_lightning.schedule.simulate import Timeline, durations
 from bigmac_lightning.schedule.workload import Workload
 
 SLACK = 0.1
-"""Share of the shortest LLM action by which an encoder forward comes earlier, and a generator later, than it must.
+"""Fraction of the shortest LLM action by which the cut of an EF is earlier, and the cut of a G later, than necessary.
 
-Where several ranks act at the very same moment of the schedule, messages then have a whole action's time to travel.
+With even costs, ranks start many actions at the same time. This margin puts the G after an action that starts just when
+the G's input is ready, so that the message has the whole time of that action to arrive; the same holds for an EF and
+the start of stage 0. The value was chosen, not measured: it must be above rounding errors and below 1.
 """
 
-_RANK_AT_EQUAL_TIME: dict[Kind, int] = {"EB": 0, "G": 1, "EF": 2}  # free memory before taking more
+_RANK_AT_EQUAL_TIME: dict[Kind, int] = {"EB": 0, "G": 1, "EF": 2}  # EB comes first: it frees memory that EF allocates
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A moment of the bare schedule at which a group's work of one kind is put in.
+    """A point in time of the bare schedule at which a group's work of one kind is inserted.
 
     Attributes:
-        time: actions that start at or after it come after the work.
-        kind: EF, EB or G.
-        group: whose work.
+        time: the time; actions that start at or after it come after the inserted work.
+        kind: kind of the work, EF, EB or G.
+        group: number of the group.
     """
 
     time: float
@@ -42,16 +44,17 @@ class Cut:
 def consistent_cuts(
     plan: Plan, bare: Timeline, kinds: Collection[Kind] = ("EF", "EB", "G"), workload: Workload | None = None
 ) -> list[Cut]:
-    """The cuts of all groups in order of time; at equal times first EB, then G, then EF.
+    """Return the cuts of all groups in order of time; at equal times EB comes first, then G, then EF.
 
     Args:
-        plan: its lists hold the bare backbone.
-        bare: the simulated bare backbone.
-        kinds: which work is to be nested; kinds that do not occur are left out.
-        workload: see ``simulate.durations``.
+        plan: a plan whose lists have only the bare backbone's actions.
+        bare: the simulated timeline of that backbone.
+        kinds: kinds of the work to be nested; kinds that do not occur in the plan are left out.
+        workload: the work of each microbatch, see ``simulate.durations``.
 
     Raises:
-        ValueError: if a group's generator work has no place, as too few microbatches are in flight.
+        ValueError: too few microbatches are in flight for the generator: the last stage must run its first backward of
+            a group before it has forwarded the whole group.
     """
     latency, slack = plan.costs.latency, _slack(plan, workload)
     starts: dict[tuple[str, int, int], float] = {}
@@ -65,7 +68,8 @@ def consistent_cuts(
     cuts: list[Cut] = []
     for g, group in enumerate(plan.groups):
         if "EF" in kinds and "EF" in plan.costs.kinds:
-            # the features must be at stage 0 when it starts, also those of a rank whose running action ends last
+            # A rank that is busy at the cut begins its EF when its running action ends, at most `longest` later. Its
+            # features must still arrive before stage 0 starts on the group.
             due = min(starts["F", 0, microbatch] for microbatch in group)
             cuts.append(Cut(due - longest - slack if g else float("-inf"), "EF", g))
         if "G" in kinds and "G" in plan.costs.kinds:
@@ -78,9 +82,10 @@ def consistent_cuts(
 def nest(
     plan: Plan, bare: Timeline, kinds: Collection[Kind] = ("EF", "EB", "G"), workload: Workload | None = None
 ) -> list[list[Action]]:
-    """Every rank's actions: the bare backbone of `plan`, with the work of these kinds put in at its cuts.
+    """Return every rank's actions: the bare backbone of `plan`, with the work of these kinds inserted at its cuts.
 
-    Ranks whose share is zero get no action. Arguments and errors as ``consistent_cuts``.
+    A rank whose share of a group's work is 0 gets no action for it. Arguments and errors are those of
+    ``consistent_cuts``.
     """
     cuts, tolerance = consistent_cuts(plan, bare, kinds, workload), _tolerance(plan, workload)
     ranks: list[list[Action]] = []
@@ -104,32 +109,39 @@ def _generator_cut(
     ends: dict[tuple[str, int, int], float],
     slack: float,
 ) -> Cut:
-    """After the last stage's forward of the group, and before its first backward."""
+    """Return the cut of group g's G, which lies after the last stage's forwards of the group and before its first
+    backward.
+
+    `starts` and `ends` are the times in the bare schedule by (kind, stage, microbatch), where "B" stands for I as well.
+    """
     last, group = plan.stages - 1, plan.groups[g]
-    known = max(ends["F", last, microbatch] for microbatch in group)
+    available = max(ends["F", last, microbatch] for microbatch in group)
     if "B" not in plan.costs.kinds:
-        return Cut(known + slack, "G", g)
+        return Cut(available + slack, "G", g)
     due = min(starts["B", last, microbatch] for microbatch in group)
-    if due < known:
+    if due < available:
         raise ValueError(
             f"extra_in_flight is too small for {plan.backbone}: its last stage needs the generator's gradients of "
-            f"group {g} before it has done the forwards of this group's {len(group)} microbatches; "
+            f"group {g} before it has forwarded this group's {len(group)} microbatches; "
             f"expected at least {max(len(group) - 1, 1)}, or the default"
         )
-    return Cut(min(known + slack, due), "G", g)
+    return Cut(min(available + slack, due), "G", g)
 
 
 def _slack(plan: Plan, workload: Workload | None) -> float:
+    """Return the time by which cuts of EF and G differ from the necessary time: the latency and a little more."""
     return plan.costs.latency + SLACK * min(time for row in durations(plan, workload) for time in row)
 
 
 def _tolerance(plan: Plan, workload: Workload | None) -> float:
-    """Times nearer than this are equal: far below any action's length, far above rounding errors."""
+    """Return the difference below which times count as equal: far below any action's time, far above rounding
+    errors."""
     return 1e-6 * min(time for row in durations(plan, workload) for time in row)
 
 
 def _sorted(cuts: list[Cut], tolerance: float) -> list[Cut]:
-    """In order of time; times that differ by rounding errors are made equal first."""
+    """Return the cuts in order of time. Times that differ only by rounding errors are made equal first, so that the
+    order of kinds decides."""
     cuts = sorted(cuts, key=lambda cut: cut.time)
     for later in range(1, len(cuts)):
         if cuts[later].time - cuts[later - 1].time < tolerance:

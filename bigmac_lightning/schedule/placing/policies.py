@@ -1,4 +1,4 @@
-"""The policies, by name: how encoder and generator work is placed around a bare backbone."""
+"""The policies by name. A policy places encoder and generator work around a bare backbone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from bigmac_lightning.schedule.plan import Plan
 
 @dataclass(frozen=True)
 class Policy:
-    """How encoder and generator work is placed.
+    """A way to place encoder and generator work.
 
     Attributes:
-        place: gives all ranks' actions, from a plan whose lists hold the bare backbone.
-        spread: whether groups' work is spread over the ranks; if not, groups are single microbatches, encoded on the
-            rank of stage 0 and generated on that of the last stage.
-        uneven_shares: whether ranks may be given unequal shares of the work where stages differ.
-        own_ranks: whether encoder and generator work has ranks of its own, which hold no stage.
+        place: function that returns all ranks' actions, for a plan whose lists have only the bare backbone's actions.
+        spread: whether a group's work is spread over the ranks. If not, each group is one microbatch, the rank of stage
+            0 does the encoder work, and the rank of the last stage does the generator work.
+        uneven_shares: whether ranks may get uneven shares of the work by default if stages differ.
+        own_ranks: whether encoder and generator work is on separate ranks, which have no LLM stage.
     """
 
     place: Callable[[Plan, PolicyInput], Orders]
@@ -29,50 +29,53 @@ class Policy:
     uneven_shares: bool = False
     own_ranks: bool = False
 
-    def group_size(self, given: int | None, stage_rank: Sequence[int], size: int) -> int:
-        """Microbatches per group: as given, or one for each rank that may have some of the work."""
+    def group_size(self, requested: int | None, stage_rank: Sequence[int], size: int) -> int:
+        """Return the number of microbatches per group: the requested one, or the number of ranks that share the
+        work."""
         if not self.spread:
             return 1
         ranks = max(len(self.encoder_ranks(stage_rank, size)), len(self.generator_ranks(stage_rank, size)), 1)
-        return ranks if given is None else given
+        return ranks if requested is None else requested
 
     def encoder_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
-        """The ranks, of `size`, that may have encoder work."""
+        """Return the ranks that may have encoder work; `size` is the number of all ranks."""
         if self.own_ranks:
             return encoder_ranks(stage_rank)
         return range(size) if self.spread else stage_rank[:1]
 
     def generator_ranks(self, stage_rank: Sequence[int], size: int) -> Sequence[int]:
-        """The ranks, of `size`, that may have generator work."""
+        """Return the ranks that may have generator work; `size` is the number of all ranks."""
         if self.own_ranks:
             return generator_ranks(stage_rank, size)
         return range(size) if self.spread else stage_rank[-1:]
 
 
-def nested(plan: Plan, given: PolicyInput) -> Orders:
-    """BigMac (arXiv 2605.25451): every group's work in the pause of a consistent cut."""
-    return nest(plan, given.bare, workload=given.workload)
+def nested(plan: Plan, policy_input: PolicyInput) -> Orders:
+    """Place every group's work in the pause of a consistent cut, as BigMac does (arXiv 2605.25451)."""
+    return nest(plan, policy_input.bare, workload=policy_input.workload)
 
 
-def upfront(plan: Plan, given: PolicyInput) -> Orders:
-    """All encoder forwards first, all encoder backwards last; the generator nested just the same.
+def upfront(plan: Plan, policy_input: PolicyInput) -> Orders:
+    """Place all encoder forwards first and all encoder backwards last (as Optimus and LoongForge do); the generator's
+    work is placed as by `nested`.
 
-    Also the places of `recompute`, whose encoder backwards do the forward once more (Kimi K2.5 style)."""
+    `recompute` has the same order; there each encoder backward runs the forward again first (as Kimi K2.5 does)."""
 
-    def work(kind: str, rank: int) -> list[Action]:
+    def encoder_actions(kind: str, rank: int) -> list[Action]:
         return [
             Action("EF" if kind == "EF" else "EB", group)
             for group, row in enumerate(plan.encoder_shares if kind in plan.costs.kinds else [])
             if row[rank] > 0
         ]
 
-    inner = nest(plan, given.bare, ("G",), given.workload)
-    return [work("EF", rank) + actions + work("EB", rank) for rank, actions in enumerate(inner)]
+    inner = nest(plan, policy_input.bare, ("G",), policy_input.workload)
+    return [encoder_actions("EF", rank) + actions + encoder_actions("EB", rank) for rank, actions in enumerate(inner)]
 
 
-def first_stage(plan: Plan, given: PolicyInput) -> Orders:
-    """The encoder inside stage 0 and the generator inside the last stage, microbatch by microbatch (Megatron style)."""
-    del given
+def first_stage(plan: Plan, policy_input: PolicyInput) -> Orders:
+    """Place the encoder with stage 0 and the generator with the last stage, microbatch by microbatch (as Megatron
+    does)."""
+    del policy_input
     first, last, kinds = plan.stage_rank[0], plan.stage_rank[-1], plan.costs.kinds
     group_of = {group[0]: g for g, group in enumerate(plan.groups)}
     ranks: Orders = []
@@ -91,9 +94,9 @@ def first_stage(plan: Plan, given: PolicyInput) -> Orders:
     return ranks
 
 
-def filled(plan: Plan, given: PolicyInput) -> Orders:
-    """As `nested`, and then moved into the backbone's bubbles; never longer than `nested`."""
-    return fill(plan, given)
+def filled(plan: Plan, policy_input: PolicyInput) -> Orders:
+    """Start from the plan of `nested` and move the work into the backbone's bubbles; the plan is never longer."""
+    return fill(plan, policy_input)
 
 
 POLICIES: dict[str, Policy] = {
@@ -107,11 +110,16 @@ POLICIES: dict[str, Policy] = {
 
 
 def get_policy(name: str) -> Policy:
-    """The policy of that name; ``ValueError`` lists the names if there is none."""
+    """Return the policy with this name.
+
+    Raises:
+        ValueError: there is no such policy; the message lists the names.
+    """
     if name not in POLICIES:
         raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
 def _share(rows: list[list[float]], group: int, rank: int) -> float:
+    """Return a rank's share of a group's work; 0 if there is no such work at all."""
     return rows[group][rank] if rows else 0.0

@@ -1,4 +1,4 @@
-"""What a policy is given beside the plan that it completes."""
+"""The input of a policy, besides the plan that it completes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from bigmac_lightning.schedule.workload import Workload
 
 @dataclass(frozen=True)
 class PolicyInput:
-    """What a policy is given beside a plan that holds the bare backbone.
+    """The input of a policy, besides a plan whose lists have only the bare backbone's actions.
 
     Attributes:
-        bare: the simulated bare backbone.
-        workload: the work of each microbatch, where they differ.
-        max_encoder_units: most encoder units that a rank may have alive. Only `filled` uses it; what other policies
-            make is checked by ``verify``.
-        pieces: in how many pieces an encoder share may be cut: one number for all, or one per group and rank.
+        bare: the simulated timeline of the bare backbone.
+        workload: the work of each microbatch, where microbatches differ.
+        max_encoder_units: limit on the encoder units alive on a rank. Only `filled` uses it; the plans of other
+            policies are checked by ``verify``.
+        pieces: largest number of pieces of an encoder share: one number for all shares, or one per group and rank.
     """
 
     bare: Timeline

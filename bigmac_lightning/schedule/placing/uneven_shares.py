@@ -1,18 +1,20 @@
-"""Uneven shares for uneven stages: ranks whose stages take less time do more of the encoder and generator work."""
+"""Uneven shares for uneven stages: ranks whose LLM stages take less time get more of the encoder and generator work."""
 
 from collections.abc import Iterator, Sequence
 
 from bigmac_lightning.schedule.plan import Plan
 
 Rows = list[list[float]]
+"""Per group, each rank's share."""
 
 
 def uneven_shares(plan: Plan) -> Iterator[tuple[Rows, Rows]]:
-    """Encoder and generator shares per group that a policy may try; none if all stages take the same time.
+    """Yield (encoder shares, generator shares) that a policy may try; nothing if all ranks' stages take the same time.
 
-    `full` lets all ranks end together. It also makes the first and the last group longer, for which every rank waits,
-    and it takes more memory on the ranks with more work; so the halfway shares, and full ones only in the middle of
-    the batch or only for the generator, are tried as well.
+    With the shares `full`, all ranks end at the same time. But these shares make the EFs of the first group and the EBs
+    of the last group longer, for which all ranks wait, and they take more memory on the ranks with more work. Therefore
+    other shares are yielded as well: those halfway between `even` and `full`; `full` only in the middle of the batch;
+    and `full` only for the generator.
     """
     size, groups, costs = plan.pipeline_parallel_size, len(plan.groups), plan.costs
     even, busy = [1 / size] * size, _busy(plan)
@@ -30,14 +32,14 @@ def uneven_shares(plan: Plan) -> Iterator[tuple[Rows, Rows]]:
 
 
 def balanced_shares(busy: Sequence[float], time: float) -> list[float]:
-    """Each rank's share of some work, so that all ranks whose share is not 0 end together.
+    """Return each rank's share of some work, such that all ranks whose share is not 0 end at the same time.
 
-    The least busy ranks are brought up to the next busier one, until nothing is left (the water-filling algorithm of
-    resource allocation).
+    This is the water-filling algorithm of resource allocation: the least busy ranks get work until they are as busy as
+    the next rank, and so on until no work is left.
 
     Args:
         busy: per rank, the time for which it is busy with other work.
-        time: how long the whole work would take on one rank.
+        time: time that the whole work would take on one rank, in the same unit.
     """
     level, left = 0.0, time
     ranks = sorted(range(len(busy)), key=lambda rank: busy[rank])
@@ -51,7 +53,7 @@ def balanced_shares(busy: Sequence[float], time: float) -> list[float]:
 
 
 def _busy(plan: Plan) -> list[float]:
-    """Per rank, the time of its stages on one microbatch."""
+    """Return, per rank, the time of its stages' forwards and backwards on one mean microbatch."""
     busy = [0.0] * plan.pipeline_parallel_size
     for stage, rank in enumerate(plan.stage_rank):
         busy[rank] += plan.cost("F", stage) + ("B" in plan.costs.kinds) * plan.cost("B", stage)
