@@ -1,7 +1,4 @@
-"""All processes of a run telling each other small things, on the CPU, whatever the strategy.
-
-Knows torch.distributed's default group; knows nothing of pipelines, data or models.
-"""
+"""Exchanges small objects between all processes of a run, on the CPU and under any strategy."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,25 +9,27 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """The processes of a run; one process where there are no others. The group is made when it is first needed."""
+    """The processes of a run, which may be only one. The process group is made when it is first needed."""
 
     def __init__(self) -> None:
         self._group: Any = None
 
     @property
     def rank(self) -> int:
-        """Of this process among all."""
+        """This process's rank among all processes."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-    def tell(self, own: Any, check: int = 0) -> Callable[[], tuple[list[Any], bool]]:
-        """Say something to every rank, without waiting for the others. Collective.
+    def exchange(self, own: Any, check: int = 0) -> Callable[[], tuple[list[Any], bool]]:
+        """Start to send an object to every rank, without waiting for the others. Collective.
+
+        If all objects are empty (``bool(own)`` is false), only three numbers are exchanged.
 
         Args:
-            own: anything that can be pickled.
+            own: an object that can be pickled.
             check: a number that should be the same on all ranks.
 
-        Returns: waits for the others, and gives what every rank says and whether they have the same number. It says
-        nothing if all say something empty, which costs three numbers. Collective; to be called before the next `tell`.
+        Returns: a function that waits for the others. It gives the objects by rank, or an empty list if all are empty;
+        and whether `check` is the same on all ranks. Collective; call it before the next `exchange`.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: ([own], True)
@@ -42,24 +41,21 @@ class Ranks:
 
         def everyone() -> tuple[list[Any], bool]:
             work.wait()
-            said, most, least = numbers.tolist()
-            told: list[Any] = []
-            if said:
-                told = self.gather(own)
-            return told, most == -least
+            any_object, most, least = numbers.tolist()
+            return self.gather(own) if any_object else [], most == -least
 
         return everyone
 
     def gather(self, own: Any) -> list[Any]:
-        """What every rank says, by rank. Collective."""
+        """The objects of all ranks, by rank. Collective."""
         if self._group is None:
             return [own]
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, own, group=self._group)
-        return told
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own, group=self._group)
+        return everyone
 
 
 def _timeout_of_the_run() -> timedelta:
-    """Of the default group, which the strategy has made; a group that is made without one would wait 30 minutes."""
+    """The timeout of the default group, which the strategy has set; a new group would have torch's 30 minutes."""
     world: Any = dist.group.WORLD
     return world._get_backend(world._device_types[0]).options._timeout

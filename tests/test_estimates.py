@@ -164,8 +164,8 @@ def test_time_of_each_rank_by_hand() -> None:
     step = estimated(module)
     forward = module.llm.costs()
     per_step = 8 * TOKENS * 2 / 1e12
-    image = module.encoders["image"].work(32).multiplications * 2 * 2 / 1e12
-    (target,) = (g.work((1, 16, 16), 4).multiplications * 2 * 2 / 1e12 for g in module.generators.values())
+    image = module.encoders["image"].forward_cost(32).multiplications * 2 * 2 / 1e12
+    (target,) = (g.forward_cost((1, 16, 16), 4).multiplications * 2 * 2 / 1e12 for g in module.generators.values())
     assert pytest.approx((image, 2 * image)) == (step.costs.EF, step.costs.EB)
     nested = 4 * (3 * image + step.costs.G)
     assert step.ranks[0].tflop == pytest.approx(3 * per_step * sum(forward.layers[:2]) + nested)

@@ -78,7 +78,7 @@ class SampleImages(pl.Callback):
             with nullcontext() if module.runner is not None else precision.forward_context():
                 own += [sample.float().cpu() for sample in module.pipeline(given, sample=True).samples or []]
         replicas, replica = replicas_of(trainer)
-        gathered, _ = self._ranks.tell((replica, own))()
+        gathered, _ = self._ranks.exchange((replica, own))()
         by_replica = dict(gathered)
         rounds = zip_longest(*(by_replica[r] for r in range(replicas)))
         return [image for turn in rounds for image in turn if image is not None]

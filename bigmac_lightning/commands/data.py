@@ -17,7 +17,8 @@ from rich.text import Text
 
 from bigmac_lightning.commands.answer import answer
 from bigmac_lightning.commands.config import ConfigReader
-from bigmac_lightning.commands.plan import PICTURES, check_suffix
+from bigmac_lightning.commands.plan import PICTURES
+from bigmac_lightning.commands.request import check_suffix
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]
     ExampleError,
     MultimodalDataModule,

@@ -1,6 +1,6 @@
 """The contracts of a model's components: encoders, a language model that can be cut between layers, generators.
 
-All single-device code. Knows tensors, items and estimates of work; knows nothing of Lightning, ranks or schedules.
+A component is single-device code. Ranks, schedules and Lightning do not appear in it.
 
 Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N rows of features or conditions,
 V vocabulary.
@@ -21,14 +21,14 @@ from bigmac_lightning.estimates.partition import LayerCosts
 
 
 class Encoder(nn.Module, ABC):
-    """Turns media into features of the LLM's width. Single-device; items are independent of one another.
+    """Turns media into features of the LLM's width. The features of an item must not depend on other items.
 
     Attributes:
-        width: of the features, D; 0: not known before it runs.
-        levels: feature rows per token of an item: 1, or more where layers of the LLM take features of their own besides
-            the embedding's (see `LanguageModel.run_layers`).
-        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
-        dtype: of the weights, where `materialize` changes it.
+        width: width of the features, D; 0 if it is not known before the encoder runs.
+        levels: feature rows per token of an item: 1; or more, if further layers of the LLM besides the embedding take
+            features (see `LanguageModel.run_layers`).
+        gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
+        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
     """
 
     width: int = 0
@@ -37,14 +37,17 @@ class Encoder(nn.Module, ABC):
     dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
-        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+        """Give weights to the parameters that ``__init__`` left on the meta device. Called once, before all else."""
 
     def input_dtype(self) -> torch.dtype | None:
-        """What floating-point data of an item are turned into: the type of the weights; ``None``: they stay."""
+        """The type that an item's floating-point data are converted to: here, that of the weights; ``None``: no change."""
         return weight_dtype(self)
 
-    def work(self, rows: int) -> ForwardCost:
-        """Estimated work of the forward of an item that makes so many rows; here, each row meets every matrix."""
+    def forward_cost(self, rows: int) -> ForwardCost:
+        """Estimated cost of the forward on an item of so many feature rows.
+
+        By default every matrix multiplies every row. Override it where that is not so.
+        """
         return forward_cost(self, rows)
 
     @abstractmethod
@@ -52,35 +55,35 @@ class Encoder(nn.Module, ABC):
         """Encode items of any mix of sizes.
 
         Args:
-            pixels: of each item what the DataModule put into `MediaItem.data`: a tensor, or a dict of tensors where
-                the encoder has to know more of it. Floating-point ones have the `input_dtype`.
+            pixels: `MediaItem.data` of each item: a tensor, or a dict of tensors. Floating-point tensors have the
+                `input_dtype`.
 
         Returns: features_ND, the rows of all items one after another; N is the sum of the items' `rows` * `levels`.
-            An item's rows stand level after level.
+            The rows of an item are ordered by level.
         """
 
 
 class LanguageModel(nn.Module, ABC):
-    """A decoder that can be cut between layers. Built without weights; `materialize` fills the part that is kept.
+    """A decoder that can be cut between layers. It is built without weights; `materialize` gives it those of a part.
 
     Attributes:
         num_layers: number of layers that can be spread over stages.
-        width: D.
-        vocabulary: V, which token ids must lie below, and by which the loss bounds how many logits it holds at once; 0:
-            not known.
-        placeholders: token ids that features replace; they need not lie in the vocabulary.
-        tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` where the output weight is the embedding, by names
-            inside this module; empty where nothing is tied. In one process it is one parameter; where the two lie on
-            different ranks each holds a copy and their gradients are summed.
-        auxiliary_losses: default weight of each loss that comes from the layers themselves (load balancing of experts),
-            by name. Such a loss is a mean over microbatches.
-        exact_extras: names of extras (see below) that travel in float32 whatever the type of the weights.
-        refuses_packing: why a row must not hold several samples; empty: it may.
-        gradient_checkpointing: whether layers keep their inputs only and run again in the backward.
-        dtype: of the weights, where `materialize` changes it.
+        width: width of the hidden states, D.
+        vocabulary: number of token ids, V. Ids must be below it, and the loss bounds by it how many logits are in
+            memory at once. 0 if it is not known.
+        placeholders: token ids that features replace; they may lie beyond the vocabulary.
+        tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` if the output weight is the embedding, by names
+            inside this module; empty if nothing is tied. In one process both are one parameter. If they are on
+            different ranks, each rank has a copy, and the gradients of the copies are summed.
+        auxiliary_losses: names of the losses that layers give (load balancing of experts), with their default weights.
+            Such a loss is a mean over microbatches.
+        exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
+        refuses_packing: the reason why a row must not have several samples; empty if it may.
+        gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
+        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
-    stage; gradients flow back through them. A model without any ignores them.
+    stage; gradients flow back through them. Most models have none.
     """
 
     num_layers: int
@@ -102,14 +105,16 @@ class LanguageModel(nn.Module, ABC):
         """
 
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
-        """Drop all but these layers, the embedding and the head, once all of them have weights.
+        """Drop all weights but those of these layers, and of the embedding and the head if they are wanted.
+
+        It is called on a model that has all of its weights.
 
         Raises:
-            ValueError: this model cannot.
+            ValueError: this model cannot drop weights.
         """
         raise ValueError(
-            f"{type(self).__name__} has all its weights already, and has no `keep`, by which a rank would drop what is "
-            "not its own: train a module whose configure_model has not been called"
+            f"{type(self).__name__} has all its weights already, and has no method `keep` that drops those of other "
+            "ranks: train a module whose configure_model has not been called"
         )
 
     @abstractmethod
@@ -121,42 +126,43 @@ class LanguageModel(nn.Module, ABC):
         """h_BSD after these consecutive layers; after the last one the final norm is applied as well.
 
         Args:
-            extras: what came with the hidden states; changed in place to what goes on with them. Layer 0 gets
-                "features" of shape (levels - 1, N, D), whose rows belong to the tokens at `inputs["media_positions"]`,
-                if encoders give more than one level.
+            extras: the extras that came with the hidden states. They are changed in place to those that go on. If
+                encoders give more than one level, layer 0 gets "features" of shape (levels - 1, N, D), whose rows
+                belong to the tokens at `inputs["media_positions"]`.
         """
 
     def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras that go into `layer` > 0, in a fixed order.
 
         Args:
-            media_rows: N, tokens of the microbatch that features replace.
-            levels: of those features; 1 if there are none.
+            media_rows: N, number of the microbatch's tokens that features replace.
+            levels: number of levels of those features; 1 if there are none.
         """
         return {}
 
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The `auxiliary_losses` of a microbatch, scalars, from the extras that came out of the last layer."""
+        """The auxiliary losses of a microbatch, scalars by name, from the extras after the last layer."""
         return {}
 
     def costs(self, sample_tokens: int = 0) -> LayerCosts:
-        """Estimated forward time per token of each layer and of what the first and last stage do besides.
+        """Estimated forward time per token of each layer, of the embedding, and of the head, in one unit.
 
         Args:
-            sample_tokens: of a sample, which attention's part of the time grows with; 0: leave that part out.
+            sample_tokens: number of tokens of a sample, with which attention's part of the time grows; 0: this part is
+                left out.
         """
         return LayerCosts((1.0,) * self.num_layers)
 
-    def kept(self) -> LayerCosts:
-        """Estimated numbers per token that each part keeps for the backward, without `gradient_checkpointing`."""
+    def saved_activations(self) -> LayerCosts:
+        """Estimated numbers per token that each part saves for the backward without `gradient_checkpointing`."""
         return LayerCosts((0.0,) * self.num_layers)
 
     def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterable[nn.Parameter]:
-        """What `materialize` would keep, while nothing has been dropped yet; nothing if that is not known."""
+        """The parameters that `materialize` would give weights to, before it is called; empty if they are not known."""
         return ()
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Complete a microbatch's inputs by what all stages need (positions, ...); does nothing the second time."""
+        """A microbatch's inputs with all that its stages need (positions, ...). Calling it twice changes nothing."""
         return inputs
 
     @abstractmethod
@@ -164,18 +170,18 @@ class LanguageModel(nn.Module, ABC):
         """logits_LV of normed hidden states."""
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
-        """The sum of the token losses of normed hidden states, made together with its gradients; see
-        `fused_token_loss`. ``None``: it is to be made of `logits`."""
+        """The sum of the token losses of normed hidden states, computed together with its gradients (see
+        `fused_token_loss`). ``None``: the loss is computed from `logits`."""
         return None
 
 
 class Generator(nn.Module, ABC):
-    """Learns to make targets (images, ...) conditioned on the LLM's final hidden states. Single-device.
+    """Learns to generate targets (images, ...) conditioned on the LLM's final hidden states.
 
     Attributes:
-        width: of the conditions, D; 0: any.
-        gradient_checkpointing: whether its layers keep their inputs only and run again in the backward.
-        dtype: of the weights, where `materialize` changes it.
+        width: width of the conditions, D; 0: any width.
+        gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
+        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
     """
 
     width: int = 0
@@ -183,19 +189,21 @@ class Generator(nn.Module, ABC):
     dtype: torch.dtype | None = None
 
     def materialize(self) -> None:
-        """Give weights to what ``__init__`` left on the meta device; called once, before anything else is."""
+        """Give weights to the parameters that ``__init__`` left on the meta device. Called once, before all else."""
 
     def input_dtype(self) -> torch.dtype | None:
-        """What conditions and targets are turned into: the type of the weights; ``None``: they stay."""
+        """The type that conditions and targets are converted to: here, that of the weights; ``None``: no change."""
         return weight_dtype(self)
 
-    def work(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
-        """Estimated work of the forward on a target, the backward left out; here, each condition row and each cell of
-        the target meets every matrix.
+    def forward_cost(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
+        """Estimated cost of the forward on a target, without the backward.
+
+        By default every matrix multiplies every condition row and every cell of the target. Override it where that is
+        not so.
 
         Args:
-            shape: of the target.
-            rows: of the conditions.
+            shape: shape of the target.
+            rows: number of condition rows.
         """
         return forward_cost(self, rows + math.prod(shape[1:]))
 
@@ -210,11 +218,11 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
-        """Make one thing of shape `item.shape` per item; `item.data` is not read."""
+        """Generate one tensor of shape `item.shape` per item; `item.data` is not read."""
 
 
 def trained_share(parameters: Iterable[nn.Parameter]) -> float:
-    """The share of the weights that is trained; of none: 1."""
+    """The fraction of the weights that is trained; 1 if there are none."""
     known = list(parameters)
     whole = sum(parameter.numel() for parameter in known)
     return sum(parameter.numel() for parameter in known if parameter.requires_grad) / whole if whole else 1.0

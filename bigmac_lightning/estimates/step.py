@@ -62,7 +62,9 @@ class StepEstimate:
         self.microbatch, self.precision = microbatch, precision
         self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
         self._media = self._media_cost()
-        self._target = _mean(g.work(microbatch.target_shape, microbatch.target_rows) for g in _generators(module))
+        self._target = _mean(
+            g.forward_cost(microbatch.target_shape, microbatch.target_rows) for g in _generators(module)
+        )
         self._trained = self._find_trained()
         estimated = self._estimate_costs()
         self.costs = options.costs
@@ -85,7 +87,7 @@ class StepEstimate:
     def _media_cost(self) -> ForwardCost:
         """The cost of the forward of all media of a microbatch."""
         encoders = [e for e in self.module.encoders.values() if isinstance(e, Encoder)]
-        item = _mean(e.work(self.microbatch.item_rows) for e in encoders)
+        item = _mean(e.forward_cost(self.microbatch.item_rows) for e in encoders)
         return item * (self.microbatch.media_rows / self.microbatch.item_rows)
 
     def _estimate_costs(self) -> Costs:
@@ -159,7 +161,9 @@ class StepEstimate:
             self._number_size,
             self.module.trained_layers.passes,
         )
-        saved = LayerCosts.of_parts([numbers * there for numbers, there in zip(llm.kept().parts, passes, strict=True)])
+        saved = LayerCosts.of_parts(
+            [numbers * there for numbers, there in zip(llm.saved_activations().parts, passes, strict=True)]
+        )
         at_once = 0.0
         if llm.gradient_checkpointing:
             at_once = max((saved.layers[k] for stage in held.layers for k in stage), default=0.0)

@@ -72,7 +72,7 @@ class Agreement:
         - SourceError, on every rank, if a rank could not make its batch, or the ranks have read different examples.
         """
         own: list[Failure] | str = str(batch) if isinstance(batch, SourceError) else failures(batch, self.replica)
-        wait = self.ranks.tell(own, checksum)
+        wait = self.ranks.exchange(own, checksum)
         return lambda: self._complete(batch, read, *wait())
 
     def _complete(

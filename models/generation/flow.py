@@ -113,7 +113,7 @@ class FlowGenerator(Generator):
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
-    def work(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
+    def forward_cost(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
         """The cost without the codec, which is small and has no backward."""
         *_, height, width = shape if self.codec is None else self.codec.latent_shape(shape)
         patches, conditions = height * width // self.patch_size**2, self.queries or rows

@@ -207,7 +207,7 @@ class HFDecoder(HFComponent, LanguageModel):
         )
         return LayerCosts(layers, head=float(self.vocabulary * self.width))
 
-    def kept(self) -> LayerCosts:
+    def saved_activations(self) -> LayerCosts:
         return LayerCosts(tuple(cost.activations for cost in self._costs), head=2.0 * self.width)
 
     # -- running -----------------------------------------------------------------------------------------------------

@@ -35,5 +35,5 @@ def completed_inputs(inputs: dict[str, Tensor], takes_masks: bool, refuses_packi
         )
     if (mask_BS is not None or refuses_packing) and attention.is_packed(text_BS, mask_BS):
         reason = refuses_packing or "with an attention_mask, transformers takes a packed row for one sample"
-        raise ValueError(f"{reason}: give each sample a row of its own (packed=False)")
+        raise ValueError(f"{reason}: give each sample a row of its own (MultimodalDataModule: packing.packed=False)")
     return inputs

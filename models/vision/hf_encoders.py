@@ -68,7 +68,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         self._keep_vision(whole)
         self._hold(whole)
 
-    def work(self, rows: int) -> ForwardCost:
+    def forward_cost(self, rows: int) -> ForwardCost:
         """The cost for an item that is one picture, whose patches all see each other."""
         vision: Any = self.config.vision_config
         patches = rows * _patches_per_row(self.config)

@@ -134,7 +134,7 @@ class VisionEncoder(Encoder):
             with seeded(self.seed, "projector"):
                 self.projector = frozen_as(self.projector, self._new_projector())
 
-    def work(self, rows: int) -> ForwardCost:
+    def forward_cost(self, rows: int) -> ForwardCost:
         """The cost for an item that is one picture, whose patches all see each other."""
         config = self.config
         side = config.spatial_merge_size if self.takes_patches else self.merge

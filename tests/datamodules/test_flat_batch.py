@@ -50,12 +50,12 @@ def test_only_batches_of_workers_are_flattened() -> None:
 
 def _tell(rank: int) -> list[tuple[list[Any], bool]]:
     ranks, ready = Ranks(), torch.zeros(1)
-    assert ranks.tell(None)() == ([], True)  # makes the group, which is collective
+    assert ranks.exchange(None)() == ([], True)  # makes the group, which is collective
     heard: list[tuple[list[Any], bool]] = []
     for own, check in ((None, 5), (f"rank {rank}", -5), ("" if rank else "rank 0 alone", 2**55 + rank)):
         if rank == 1:
             dist.recv(ready, 0)
-        told = ranks.tell(own, check)
+        told = ranks.exchange(own, check)
         if rank == 0:
             dist.send(ready, 1)  # would never come if `tell` waited for rank 1
         heard.append(told())

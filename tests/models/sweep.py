@@ -91,7 +91,7 @@ def decoder(model_type: str, attentions: Sequence[str] = ("sdpa", "eager"), rout
         without.router = verdict.refused
         return without
     if made is not None and made.family is None:  # else see `vision_language`
-        assert len(made.costs(64).layers) == len(made.kept().layers) == made.num_layers
+        assert len(made.costs(64).layers) == len(made.saved_activations().layers) == made.num_layers
         assert not isinstance(config, dict), "it is not refused, and needs a row of SPECIAL in tests/models/tiny.py"
         _compare(made, verdict)
     return verdict

@@ -127,7 +127,7 @@ def test_work_against_counted_operations(kind: str) -> None:
     item = picture(0, 1, 4, 4, 96) if kind in GRIDS else picture(0, 3, 8, 16)
     with counting() as counted:
         rows = encoder([item])
-    assert encoder.work(len(rows)).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
+    assert encoder.forward_cost(len(rows)).multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("name", zoo.VISION_LANGUAGE)
@@ -139,7 +139,7 @@ def test_work_of_vision_language_models(name: str) -> None:
     with counting() as counted:
         features = (HFVideoEncoder(encoder) if drawn.encoder == "video" else encoder)([drawn.data])
     assert features.shape[1] == encoder.width
-    work = encoder.work(len(features) // encoder.levels)
+    work = encoder.forward_cost(len(features) // encoder.levels)
     assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.2)
 
 

@@ -29,7 +29,7 @@ class _Timeouts(pl.Callback):
         self.ranks = Ranks()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.ranks.tell(None)()
+        self.ranks.exchange(None)()
         for group in dist.distributed_c10d._world.pg_map:
             for device in group._device_types:
                 self.found[group.group_name] = group._get_backend(device).options._timeout
