@@ -40,7 +40,7 @@ class Encoder(nn.Module, ABC):
         """Give weights to the parameters that ``__init__`` left on the meta device. Called once, before all else."""
 
     def input_dtype(self) -> torch.dtype | None:
-        """The type that an item's floating-point data are converted to: here, that of the weights; ``None``: no change."""
+        """The type that an item's floating-point data are converted to: here, that of the weights; ``None``: none."""
         return weight_dtype(self)
 
     def forward_cost(self, rows: int) -> ForwardCost:
