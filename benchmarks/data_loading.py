@@ -169,7 +169,7 @@ def padded(path: Path) -> float:
 
 
 def simulated(path: Path) -> tuple[float, float, float, float]:
-    """Makespan / ideal, and the dearest group's encoder cost / the mean group's, of 16 microbatches on 4 ranks: in any
+    """Makespan / ideal, and the costliest group's encoder cost / the mean group's, of 16 microbatches on 4 ranks: in any
     order, and as the DataModule orders them."""
     made = datamodule(path, microbatches=16, mixture=MixtureOptions(samples_per_epoch=4 * SAMPLES))
     made.setup("fit")
@@ -248,8 +248,8 @@ def main() -> None:
         rows["encoder max/mean in a group of 4 ranks, in turn"] = f"{encoder_imbalance(batches, owners_in_turn):.3f}"
         rows["encoder max/mean in a group of 4 ranks, balanced"] = f"{encoder_imbalance(batches, assign_owners):.3f}"
         any_order, ordered, any_groups, ordered_groups = simulated(path)
-        rows["simulated step time / ideal, 4 ranks, any order / dearest first"] = f"{any_order:.3f} / {ordered:.3f}"
-        rows["encoder max/mean of a step's groups, any order / dearest first"] = (
+        rows["simulated step time / ideal, 4 ranks, any order / costliest first"] = f"{any_order:.3f} / {ordered:.3f}"
+        rows["encoder max/mean of a step's groups, any order / costliest first"] = (
             f"{any_groups:.2f} / {ordered_groups:.2f}"
         )
         for workers in (0, 2):

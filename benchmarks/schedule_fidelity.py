@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from bigmac_lightning.runtime.executor import Executor, Outcome
+from bigmac_lightning.runtime.computation import Outcome
+from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.lowering import Needs, lower
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh
 from bigmac_lightning.runtime.routing import Item, Routing

@@ -71,13 +71,13 @@ def _assign(rows: Rows, groups: Sequence[Sequence[int]]) -> Owners:
     return [[next(owner) for _ in rows[m]] for group, owner in zip(groups, rest, strict=True) for m in group]
 
 
-def dearest_first(rows: Rows) -> Rows:
-    """Microbatches by their dearest item, as the DataModule orders them."""
+def costliest_first(rows: Rows) -> Rows:
+    """Microbatches by their costliest item, as the DataModule orders them."""
     return sorted(rows, key=max, reverse=True)
 
 
 def groups_of_even_cost(rows: Rows) -> Rows:
-    """Microbatches so that all groups cost about as much: dearest first, each into the cheapest group with room."""
+    """Microbatches so that all groups cost about as much: costliest first, each into the cheapest group with room."""
     groups: list[Rows] = [[] for _ in GROUPS]
     for row in sorted(rows, key=sum, reverse=True):
         min((group for group in groups if len(group) < RANKS), key=_total).append(row)
@@ -120,10 +120,10 @@ CASES = {
 ORDERS = {
     "nested, any order": Case("nested", carried_over),
     "nested, groups of even cost": Case("nested", carried_over, order=groups_of_even_cost),
-    "nested, dearest item first": Case("nested", carried_over, order=dearest_first),
+    "nested, costliest item first": Case("nested", carried_over, order=costliest_first),
     "filled, any order": Case("filled", carried_over),
     "filled, groups of even cost": Case("filled", carried_over, order=groups_of_even_cost),
-    "filled, dearest item first": Case("filled", carried_over, order=dearest_first),
+    "filled, costliest item first": Case("filled", carried_over, order=costliest_first),
 }
 """The same owners, with microbatches in several orders."""
 

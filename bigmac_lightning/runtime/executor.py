@@ -8,7 +8,6 @@ the last action that needs it, and no longer, because that is what bounds the me
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,80 +15,15 @@ from torch.autograd import profiler
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bigmac_lightning.runtime import split_backward
-from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, MessageKind, Needs, Receive, Send
+from bigmac_lightning.runtime.computation import Computation
+from bigmac_lightning.runtime.group_rows import GroupRows
+from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, Needs, Receive, Send
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import RandomState
-from bigmac_lightning.runtime.routing import Place, Routing
 from bigmac_lightning.runtime.transport import Transport
 from bigmac_lightning.schedule.action import Action
-
-
-@dataclass
-class Outcome:
-    """The outputs of a stage's forward on a microbatch.
-
-    Attributes:
-        hidden: hidden states for the next stage, of the shape that ``Computation.hidden_shape`` gives; ``None`` after
-            the last stage.
-        loss: scalar from which the last stage's backward starts, already scaled; ``None`` if the microbatch has no
-            loss.
-        conditions: hidden states of the last stage for the generators, [rows, width]; ``None`` if the microbatch has no
-            generator targets.
-    """
-
-    hidden: Tensor | None = None
-    loss: Tensor | None = None
-    conditions: Tensor | None = None
-
-
-class Computation(Protocol):
-    """A model and one batch, as the executor uses them.
-
-    Attributes:
-        width: last dimension of features and conditions.
-        dtype: dtype of hidden states, features and conditions.
-        features: layout of the encoders' feature rows.
-        conditions: layout of the generators' condition rows.
-    """
-
-    width: int
-    dtype: torch.dtype
-    features: Routing
-    conditions: Routing
-
-    def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
-        """Return the shape of the tensor that a stage above 0 receives for a microbatch. It must be known before any
-        stage runs."""
-        ...
-
-    def encode(self, group: int, piece: int) -> Tensor:
-        """Run the encoders on a piece of this rank's share of a group, which has at least one item; return the
-        features, [rows, width]."""
-        ...
-
-    def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
-        """Run one stage on one microbatch.
-
-        Args:
-            stage: the stage.
-            microbatch: the microbatch.
-            hidden: hidden states from the stage before; ``None`` for stage 0.
-            features: feature rows of the microbatch, [rows, width], for stage 0; ``None`` without media items.
-        """
-        ...
-
-    def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
-        """Run the generators on a piece of this rank's share of a group, which has at least one target; return the
-        scaled loss, or ``None`` if the piece has none.
-
-        Args:
-            group: the group.
-            piece: the piece.
-            conditions: condition rows of the piece, [rows, width].
-        """
-        ...
 
 
 @dataclass
@@ -166,10 +100,8 @@ class _Step:
         deferred: by (stage, microbatch), from I to W.
         encoded: by (group, piece), from EF to EB: the edge of the features, the state of the random number generators
             if the step recomputes, or ``None`` if no gradient is needed.
-        received: by (kind, group), the features or conditions' gradients of a group's pieces, until all its
-            microbatches have used them.
-        collected: by (kind, group), the conditions or features' gradients of a group's microbatches, until all its
-            pieces are made.
+        features: rows of features and of their gradients, between pieces and microbatches.
+        conditions: rows of conditions and of their gradients, between pieces and microbatches.
     """
 
     def __init__(self, executor: Executor, computation: Computation, needs: Needs, recompute: bool) -> None:
@@ -180,8 +112,8 @@ class _Step:
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
         self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}
-        self.received: dict[tuple[str, int], _Pieces] = {}
-        self.collected: dict[tuple[str, int], _Rows] = {}
+        self.features = GroupRows(computation.features, self.transport)
+        self.conditions = GroupRows(computation.conditions, self.transport)
         self.handlers: dict[str, Callable[[Action], Mapping[str, Tensor]]] = {
             "EF": self.encode,
             "EB": self.encode_backward,
@@ -207,7 +139,7 @@ class _Step:
     def finish(self) -> None:
         """Wait for all sends, and check that every stored tensor and graph was used."""
         self.transport.finish()
-        remaining = [*self.graphs, *self.deferred, *self.encoded, *self.received, *self.collected]
+        remaining = [*self.graphs, *self.deferred, *self.encoded, *self.features.remaining, *self.conditions.remaining]
         assert not remaining, f"still stored at the end of the step: {remaining}"
 
     def shape(self, message: Message) -> tuple[int, ...]:
@@ -222,14 +154,10 @@ class _Step:
     def content(self, message: Message, results: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor of a message, after the action that produces it. `results` are the action's tensors by
         kind."""
-        if message.kind in ("features_grad", "conditions"):  # lowering asks for these after the group's last microbatch
-            routing = self.computation.features if message.kind == "features_grad" else self.computation.conditions
-            rows = self.collected[message.kind, message.index]
-            piece = routing.scatter(message.index, (message.place, message.piece), rows.of_microbatch)
-            rows.pieces_left -= 1
-            if not rows.pieces_left:
-                del self.collected[message.kind, message.index]
-            return piece
+        if message.kind == "features_grad":  # lowering asks for it after the group's last microbatch
+            return self.features.piece(message)
+        if message.kind == "conditions":  # likewise
+            return self.conditions.piece(message)
         return results[message.kind]
 
     @contextmanager
@@ -280,7 +208,7 @@ class _Step:
             hidden = self.transport.take(Message("hidden", microbatch, stage))
             hidden.requires_grad_(self.needs.through(stage - 1, microbatch))
         elif self.computation.features.has_items(microbatch):
-            features = self._gather("features", self.computation.features, microbatch)
+            features = self.features.gather("features", microbatch)
             features.requires_grad_(self.needs.encoded[microbatch])
         with self.computing(action, "llm", grad):
             outcome = self.computation.forward(stage, microbatch, hidden, features)
@@ -290,7 +218,7 @@ class _Step:
             ends = {name: edge for name, edge in edges.items() if edge is not None}
             self.graphs[stage, microbatch] = _Graph(hidden, features, ends)
         if outcome.conditions is not None:
-            self._collect("conditions", self.computation.conditions, microbatch, outcome.conditions.detach())
+            self.conditions.collect("conditions", microbatch, outcome.conditions.detach())
         return {} if outcome.hidden is None else {"hidden": outcome.hidden.detach()}
 
     def backward(self, action: Action) -> Mapping[str, Tensor]:
@@ -332,7 +260,7 @@ class _Step:
             and self.computation.conditions.has_items(microbatch)
             and self._conditions_have_gradients(microbatch)
         ):
-            output_gradients["conditions"] = self._gather("conditions_grad", self.computation.conditions, microbatch)
+            output_gradients["conditions"] = self.conditions.gather("conditions_grad", microbatch)
         outputs = {} if graph is None else graph.outputs
         return graph, list(outputs.values()), [output_gradients[name] for name in outputs]
 
@@ -344,7 +272,7 @@ class _Step:
             features = None if graph is None else graph.features
             rows = self.computation.features.rows_of(microbatch)
             gradient = self._zeros(rows) if features is None else _gradient(features)
-            self._collect("features_grad", self.computation.features, microbatch, gradient)
+            self.features.collect("features_grad", microbatch, gradient)
         if graph is not None and graph.hidden is not None and graph.hidden.requires_grad:
             return {"hidden_grad": _gradient(graph.hidden)}
         return {}
@@ -371,44 +299,6 @@ class _Step:
             if loss is not None and loss.requires_grad:
                 loss.backward()
         return {"conditions_grad": _gradient(conditions)} if needs_gradient else {}
-
-    # -- pieces ------------------------------------------------------------------------------------------------------
-
-    def _gather(self, kind: MessageKind, routing: Routing, microbatch: int) -> Tensor:
-        """Return a microbatch's rows from the messages for its group. The group's first call waits for all its
-        pieces."""
-        group = routing.group_of[microbatch]
-        pieces = self.received.get((kind, group))
-        if pieces is None:
-            buffers = {place: self.transport.take(Message(kind, group, *place)) for place in routing.places(group)}
-            pieces = self.received[kind, group] = _Pieces(buffers, sum(map(routing.has_items, routing.groups[group])))
-        pieces.microbatches_left -= 1
-        if not pieces.microbatches_left:
-            del self.received[kind, group]
-        return routing.gather(microbatch, pieces.of_place)
-
-    def _collect(self, kind: MessageKind, routing: Routing, microbatch: int, rows: Tensor) -> None:
-        """Store a microbatch's rows until those of its whole group are there and can be cut into pieces."""
-        group = routing.group_of[microbatch]
-        collected = self.collected.setdefault((kind, group), _Rows({}, len(routing.places(group))))
-        collected.of_microbatch[microbatch] = rows
-
-
-@dataclass
-class _Pieces:
-    """The buffers of a group's pieces, stored until all microbatches of the group that have items have used their
-    rows."""
-
-    of_place: dict[Place, Tensor]
-    microbatches_left: int
-
-
-@dataclass
-class _Rows:
-    """The rows of a group's microbatches, stored until all pieces of the group have been made from them."""
-
-    of_microbatch: dict[int, Tensor]
-    pieces_left: int
 
 
 def _stage(action: Action) -> int:

@@ -11,7 +11,7 @@ from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
-from bigmac_lightning.runtime.executor import Outcome
+from bigmac_lightning.runtime.computation import Outcome
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.training.exact import apart, parts_of, together
 from bigmac_lightning.training.planner import PlannedBatch

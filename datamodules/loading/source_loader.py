@@ -18,20 +18,20 @@ from .collate import Sample, make_batch
 from .failures import Agreement
 
 
-def dearest_first(microbatches: Sequence[list[Sample]]) -> list[list[Sample]]:
-    """The microbatches of a step, sorted by the cost of their dearest media item, then of their dearest target.
+def costliest_first(microbatches: Sequence[list[Sample]]) -> list[list[Sample]]:
+    """The microbatches of a step, sorted by the cost of their costliest media item, then of their costliest target.
 
-    Dear items are then encoded in the same groups, in which all ranks can share them evenly. A single dear item among
-    cheap ones keeps its owner busy while all other ranks wait. Spreading dear items evenly over the groups is slower
+    Costly items are then encoded in the same groups, in which all ranks can share them evenly. A single costly item among
+    cheap ones keeps its owner busy while all other ranks wait. Spreading costly items evenly over the groups is slower
     than a random order (benchmarks/uneven_data.py).
     """
 
-    def dearest(samples: list[Sample]) -> tuple[float, float]:
+    def costliest(samples: list[Sample]) -> tuple[float, float]:
         media = (item.cost for sample in samples for item in sample.media)
         targets = (item.cost for sample in samples for item in sample.targets)
         return max(media, default=0.0), max(targets, default=0.0)
 
-    return sorted(microbatches, key=dearest, reverse=True)
+    return sorted(microbatches, key=costliest, reverse=True)
 
 
 class EncodedSteps(Dataset):
@@ -39,7 +39,7 @@ class EncodedSteps(Dataset):
 
     Args:
         augment: whether media are augmented.
-        ordered: whether microbatches keep the order of the step; otherwise the order is that of `dearest_first`.
+        ordered: whether microbatches keep the order of the step; otherwise the order is that of `costliest_first`.
         sampling: whether generators make the targets, so that none is loaded.
     """
 
@@ -59,7 +59,7 @@ class EncodedSteps(Dataset):
         """The samples; or the error, which all ranks must know before any rank raises it."""
         try:
             microbatches = [[self._sample(step.epoch, *pick) for pick in picks] for picks in step.bins]
-            return microbatches if self.ordered else dearest_first(microbatches)
+            return microbatches if self.ordered else costliest_first(microbatches)
         except SourceError as error:
             return error
 

@@ -27,7 +27,7 @@ from ..sources.stream import Stream
 from .agreed_loader import Position, Progress
 from .collate import Sample
 from .mixture import Mixture
-from .source_loader import dearest_first
+from .source_loader import costliest_first
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class StreamSteps(IterableDataset):
             for k in range(position["step"], len(steps)):
                 microbatches = [[buffer.samples[i] for i in b] for b in steps[k][self.replica]]
                 if not self.packing.ordered:
-                    microbatches = dearest_first(microbatches)
+                    microbatches = costliest_first(microbatches)
                 after = {**position, "step": k + 1} if k + 1 < len(steps) else next_buffer
                 yield StreamStep(microbatches, Progress(after, () if k else tuple(buffer.left_out), checksum))
             position = next_buffer

@@ -133,7 +133,7 @@ def pack(
 
 
 def _even(packed: list[Bin], tokens: Sequence[int], costs: Sequence[float], budget: int) -> list[Bin]:
-    """The samples in as many bins of nearly equal cost: each sample, dearest first, goes into the cheapest bin that has
+    """The samples in as many bins of nearly equal cost: each sample, costliest first, goes into the cheapest bin that has
     room for it. If the budget does not allow that, `packed` is returned."""
     bins: list[Bin] = [[] for _ in packed]
     loads, rooms = [0.0] * len(bins), [budget] * len(bins)
@@ -182,7 +182,7 @@ def deal(
 
 
 def _resize(bins: list[Bin], costs: Sequence[float], number: int) -> list[Bin]:
-    """Exactly `number` bins: the first ones, or all, of which the dearest are split or all are repeated."""
+    """Exactly `number` bins: the first ones, or all, of which the costliest are split or all are repeated."""
     bins = bins[:number]
     while len(bins) < number:
         at = max(range(len(bins)), key=lambda b: (len(bins[b]) > 1, sum(costs[i] for i in bins[b])))
@@ -200,7 +200,7 @@ def _half(samples: Bin, costs: Sequence[float]) -> int:
 
 
 def _share(bins: Sequence[Bin], costs: Sequence[float], replicas: int) -> list[list[Bin]]:
-    """Equally many bins for each replica: each bin, dearest first, goes to the replica with the lowest cost that has
+    """Equally many bins for each replica: each bin, costliest first, goes to the replica with the lowest cost that has
     not got its number of bins yet. The bins of a replica keep their order."""
     each = len(bins) // replicas
     cost = [sum(costs[i] for i in b) for b in bins]

@@ -301,7 +301,7 @@ def check_what_only_its_owner_finds(
         folder = tmp_path / f"broken-{k}"
         folder.mkdir()
         path = write_mixed(folder, 20)
-        others = [record_of(CLIPS[0], folder / str(i)) for i in range(3)]  # as dear as it, so that its owner varies
+        others = [record_of(CLIPS[0], folder / str(i)) for i in range(3)]  # as costly as it, so that its owner varies
         with open(path, "a") as lines:
             lines.writelines(json.dumps(made) + "\n" for made in (record_of(item, folder / "broken"), *others))
         file, sample, seed = owned(path, f"broken/{item.write(folder).name}", faulty_rank(k))

@@ -9,7 +9,7 @@ import torch
 
 from bigmac_lightning.datamodules import PackingOptions
 from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_batch
-from bigmac_lightning.datamodules.loading.source_loader import StepLoader, dearest_first
+from bigmac_lightning.datamodules.loading.source_loader import StepLoader, costliest_first
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner, Trained
@@ -19,7 +19,7 @@ RANKS, MICROBATCHES = 4, 16
 
 
 def in_order(loader: StepLoader) -> list[bool]:
-    """Of each step, whether its microbatches come by their dearest item; after a look at what samples it has."""
+    """Of each step, whether its microbatches come by their costliest item; after a look at what samples it has."""
     found: list[bool] = []
     for step, batch in zip(loader.sampler, loader, strict=True):
         given = sorted(len(m.origins) for m in batch.microbatches)
@@ -46,7 +46,7 @@ def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
 
 
 def test_dear_items_in_the_same_group_take_less_time_than_in_a_random_order() -> None:
-    """Lognormal items, one to four in a microbatch: a single dear item in a group is what the other ranks wait for."""
+    """Lognormal items, one to four in a microbatch: a single costly item in a group is what the other ranks wait for."""
     trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):
         planner, ratios = Planner(PipelineOptions(ScheduleOptions(policy)), RANKS, 0, trained), []
@@ -56,5 +56,5 @@ def test_dear_items_in_the_same_group_take_less_time_than_in_a_random_order() ->
                 costs = [draw.lognormvariate(0, 1) for _ in range(draw.randint(1, 4))]
                 media = [Media("image", 8 * i, 8, partial(torch.zeros, 1), cost) for i, cost in enumerate(costs)]
                 parts.append([Sample([1] * 64, [False] * 64, media)])
-            ratios.append(makespan(planner, dearest_first(parts)) / makespan(planner, parts))
+            ratios.append(makespan(planner, costliest_first(parts)) / makespan(planner, parts))
         assert mean(ratios) < 0.985, policy
