@@ -169,8 +169,8 @@ def padded(path: Path) -> float:
 
 
 def simulated(path: Path) -> tuple[float, float, float, float]:
-    """Makespan / ideal, and the costliest group's encoder cost / the mean group's, of 16 microbatches on 4 ranks: in any
-    order, and as the DataModule orders them."""
+    """Makespan / ideal, and the costliest group's encoder cost / the mean group's, of 16 microbatches on 4 ranks: in
+    any order, and as the DataModule orders them."""
     made = datamodule(path, microbatches=16, mixture=MixtureOptions(samples_per_epoch=4 * SAMPLES))
     made.setup("fit")
     options, trained = PipelineOptions(), Trained((True,) * RANKS, frozenset({"image"}))

@@ -21,9 +21,9 @@ from .failures import Agreement
 def costliest_first(microbatches: Sequence[list[Sample]]) -> list[list[Sample]]:
     """The microbatches of a step, sorted by the cost of their costliest media item, then of their costliest target.
 
-    Costly items are then encoded in the same groups, in which all ranks can share them evenly. A single costly item among
-    cheap ones keeps its owner busy while all other ranks wait. Spreading costly items evenly over the groups is slower
-    than a random order (benchmarks/uneven_data.py).
+    Costly items are then encoded in the same groups, in which all ranks can share them evenly. A single costly item
+    among cheap ones keeps its owner busy while all other ranks wait. Spreading costly items evenly over the groups is
+    slower than a random order (benchmarks/uneven_data.py).
     """
 
     def costliest(samples: list[Sample]) -> tuple[float, float]:

@@ -133,8 +133,8 @@ def pack(
 
 
 def _even(packed: list[Bin], tokens: Sequence[int], costs: Sequence[float], budget: int) -> list[Bin]:
-    """The samples in as many bins of nearly equal cost: each sample, costliest first, goes into the cheapest bin that has
-    room for it. If the budget does not allow that, `packed` is returned."""
+    """The samples in as many bins of nearly equal cost: each sample, costliest first, goes into the cheapest bin that
+    has room for it. If the budget does not allow that, `packed` is returned."""
     bins: list[Bin] = [[] for _ in packed]
     loads, rooms = [0.0] * len(bins), [budget] * len(bins)
     for i in sorted((i for b in packed for i in b), key=lambda i: (-costs[i], i)):

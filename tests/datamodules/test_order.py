@@ -46,7 +46,7 @@ def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
 
 
 def test_dear_items_in_the_same_group_take_less_time_than_in_a_random_order() -> None:
-    """Lognormal items, one to four in a microbatch: a single costly item in a group is what the other ranks wait for."""
+    """Lognormal items, one to four in a microbatch: all other ranks wait for a single costly item in a group."""
     trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):
         planner, ratios = Planner(PipelineOptions(ScheduleOptions(policy)), RANKS, 0, trained), []
