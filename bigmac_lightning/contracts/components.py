@@ -28,7 +28,7 @@ class Encoder(nn.Module, ABC):
         levels: feature rows per token of an item: 1; or more, if further layers of the LLM besides the embedding take
             features (see `LanguageModel.run_layers`).
         gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
-        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
+        dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
     """
 
     width: int = 0
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module, ABC):
         exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
         refuses_packing: the reason why a row must not have several samples; empty if it may.
         gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
-        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
+        dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
     stage; gradients flow back through them. Most models have none.
@@ -181,7 +181,7 @@ class Generator(nn.Module, ABC):
     Attributes:
         width: width of the conditions, D; 0: any width.
         gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
-        dtype: type that `materialize` gives the weights; ``None``: torch's default type.
+        dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
     """
 
     width: int = 0
