@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmac_lightning.schedule.assign import assign
+from bigmac_lightning.schedule.groups import even_groups
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.plan import Costs, even_groups
+from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload

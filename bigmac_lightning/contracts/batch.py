@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.schedule.assign import assign
-from bigmac_lightning.schedule.plan import even_groups, ramp_groups
+from bigmac_lightning.schedule.groups import even_groups, ramp_groups
 
 MediaData = Tensor | dict[str, Tensor]
 """Pixels of an item; or a dict with the pixels as "pixel_values" and further tensors that its encoder takes."""

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bigmac_lightning.schedule.backbones import get_backbone
+from bigmac_lightning.schedule.groups import even_groups, ramp_groups
 from bigmac_lightning.schedule.placing.disaggregated import at_stages, fastest, longer_stages, stage_ranks, whole_llm
 from bigmac_lightning.schedule.placing.filling import default_limit
 from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.placing.uneven_shares import uneven_shares
-from bigmac_lightning.schedule.plan import Plan, even_groups, ramp_groups
+from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import Timeline, check_workload, group_cost, simulate
 from bigmac_lightning.schedule.verify import check_header, check_stage_costs, verify

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmac_lightning.schedule.dataflow import Dataflow
+from bigmac_lightning.schedule.groups import ramp_groups
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.placing.swaps import swap
 from bigmac_lightning.schedule.placing.tasks import Tasks
 from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
-from bigmac_lightning.schedule.plan import Costs, PlanError, ramp_groups
+from bigmac_lightning.schedule.plan import Costs, PlanError
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.simulate import durations, simulate
 from bigmac_lightning.schedule.verify import verify
