@@ -85,8 +85,8 @@ FAULTS = [
     Fault(
         "encoders' gradients are not summed over the ranks of a pipeline",
         f"{PACKAGE}/runtime/gradients.py",
-        "    if mesh.pp_size * mesh.dp_size > 1:",
-        "    if mesh.dp_size > 1:",
+        "    if replicated and mesh.pp_size * mesh.dp_size > 1:",
+        "    if replicated and mesh.dp_size > 1:",
         "tests/runtime/test_matrix.py",
     ),
     Fault(

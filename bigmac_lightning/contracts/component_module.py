@@ -16,6 +16,7 @@ from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.contracts.resumable import ResumableModule
 from bigmac_lightning.contracts.token_loss import token_loss
+from bigmac_lightning.host import from_host
 
 
 class ComponentModule(ResumableModule):
@@ -196,7 +197,8 @@ class ComponentModule(ResumableModule):
 
     def scales(self, counts: Tensor) -> Tensor:
         """Factor of each loss sum: weight / count of the whole step. A count of 0, whose sum is 0, is taken as 1."""
-        return counts.new_tensor([self.loss_weights.get(name, 1.0) for name in self.loss_names]) / counts.clamp(min=1.0)
+        weights = [self.loss_weights.get(name, 1.0) for name in self.loss_names]
+        return from_host(weights, counts.dtype, counts.device) / counts.clamp(min=1.0)
 
     def metrics(self, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Named scalars from the step's loss sums and counts."""

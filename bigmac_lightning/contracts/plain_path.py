@@ -8,6 +8,7 @@ from torch import Tensor
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.component_module import ComponentModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
+from bigmac_lightning.host import from_host
 
 
 def run_plain(module: ComponentModule, batch: Batch, mode: Mode) -> PipelineOutput:
@@ -31,7 +32,7 @@ def run_plain(module: ComponentModule, batch: Batch, mode: Mode) -> PipelineOutp
             for name, loss in module.generate(conditions, microbatch.targets).items():
                 sums[name] = sums[name] + loss
     local = torch.stack([sums[name].to(module.sum_dtype) for name in module.loss_names])
-    counts, total = torch.tensor(module.counts(batch), dtype=module.sum_dtype, device=module.device), local.detach()
+    counts, total = from_host(module.counts(batch), module.sum_dtype, module.device), local.detach()
     world = 1
     if mode == "train" and module._trainer is not None and module._trainer.world_size > 1:
         counts, total = _over_replicas(module._trainer, counts, total)

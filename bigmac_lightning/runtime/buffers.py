@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bigmac_lightning.host import from_host
+
 
 class ReplicatedBuffers:
     """The persistent buffers of replicated modules.
@@ -33,12 +35,11 @@ class ReplicatedBuffers:
             return
         versions = [buffer._version for buffer in self._buffers]
         changed_here = [new != old for new, old in zip(versions, self._versions, strict=True)]
-        changed = torch.tensor(changed_here, dtype=torch.float32, device=self._buffers[0].device)
-        ranks_changed = changed.clone()
+        ranks_changed = from_host(changed_here, torch.float32, self._buffers[0].device)
         dist.all_reduce(ranks_changed, group=self._group)
-        for buffer, weight, ranks in zip(self._buffers, changed.tolist(), ranks_changed.tolist(), strict=True):
+        for buffer, changed, ranks in zip(self._buffers, changed_here, ranks_changed.tolist(), strict=True):
             if ranks and buffer.is_floating_point():
-                mean = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)) * (weight / ranks)
+                mean = buffer.detach().to(torch.promote_types(buffer.dtype, torch.float32)) * (changed / ranks)
                 dist.all_reduce(mean, group=self._group)
                 buffer.copy_(mean)
             elif ranks:

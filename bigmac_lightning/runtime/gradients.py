@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.mesh import PipelineMesh
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -38,30 +39,38 @@ class ParameterPlaces:
 
 def reduce_gradients(places: ParameterPlaces, mesh: PipelineMesh) -> None:
     """Replace every gradient by its sum over all ranks that have the parameter. Collective: all ranks must call it."""
-    if mesh.pp_size * mesh.dp_size > 1:
-        _reduce(list(places.replicated.values()), None, mesh.device)
-    if mesh.dp_size > 1:
-        _reduce(list(places.stage.values()), mesh.dp_group, mesh.device)
-    if places.tied:
-        _reduce(list(places.tied.values()), mesh.tied_group, mesh.device)
-
-
-def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Sum the gradients of these parameters over a group.
-
-    The ranks first agree on the parameters that any of them used: all ranks must reduce the same list, and a rank that
-    did not use a parameter contributes zeros.
-    """
-    if not parameters:
+    replicated, stage, tied = (list(kind.values()) for kind in (places.replicated, places.stage, places.tied))
+    shared: list[tuple[list[nn.Parameter], dist.ProcessGroup | None]] = []
+    if replicated and mesh.pp_size * mesh.dp_size > 1:
+        shared.append((replicated, None))
+    if stage and mesh.dp_size > 1:
+        shared.append((stage, mesh.dp_group))
+    if tied:
+        shared.append((tied, mesh.tied_group))
+    used = [_used_on_a_rank(parameters, group, mesh.device) for parameters, group in shared]
+    if not used:
         return
-    used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=device)
+    flags = iter(torch.cat(used).tolist())  # the only point at which the host waits for the device
+    for parameters, group in shared:
+        _reduce([parameter for parameter in parameters if next(flags)], group)
+
+
+def _used_on_a_rank(
+    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device
+) -> Tensor:
+    """Whether any rank of a group used each parameter, as int32 on the device: all ranks must reduce the same list."""
+    used = from_host([parameter.grad is not None for parameter in parameters], torch.int32, device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
+    return used
+
+
+def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """Sum the gradients of these parameters over a group. A rank that did not use a parameter contributes zeros."""
     gradients: list[Tensor] = []
-    for parameter, used_on_a_rank in zip(parameters, used.tolist(), strict=True):
-        if used_on_a_rank:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            gradients.append(parameter.grad)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+        gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=group)

@@ -49,12 +49,12 @@ class PipelineMesh:
     @property
     def dp_size(self) -> int:
         """Number of pipelines."""
-        return self.mesh["dp"].size()
+        return self.mesh.size(0)
 
     @property
     def dp_rank(self) -> int:
         """Number of this process's pipeline."""
-        return self.mesh["dp"].get_local_rank()
+        return self.mesh.get_local_rank("dp")
 
     @property
     def pp_group(self) -> Group:

@@ -12,6 +12,7 @@ from bigmac_lightning.contracts.batch import Batch, MediaItem
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.estimates.partition import make_stages
+from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
@@ -127,7 +128,7 @@ class PipelineRunner:
         self.check(batch, mode)
         module, training = self.module, mode == "train"
         own = module.counts(batch)
-        known = torch.tensor([own, batch.step_counts or own], dtype=module.sum_dtype, device=self.mesh.device)
+        known = from_host([own, batch.step_counts or own], module.sum_dtype, self.mesh.device)
         if training and self.mesh.dp_size > 1:
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step

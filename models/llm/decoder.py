@@ -28,7 +28,7 @@ from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
-from .text_inputs import completed_inputs
+from .text_inputs import completed_inputs, known_samples
 
 ROUTER_LOSS = "router"
 
@@ -254,7 +254,8 @@ class HFDecoder(HFComponent, LanguageModel):
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
             if len(features) > len(layers):
                 extras["features"] = features[len(layers) :]
-        with recorded_logits(self._decoder, layers if self._routers is not None else range(0)) as router_logits:
+        recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
+        with recording as router_logits, known_samples(inputs):
             mask = self._mask(h_BSD, inputs)
             out = self._stage(layers)(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
         if self._routers is not None:

@@ -1,13 +1,22 @@
-"""What every decoder's inputs need: positions, and the starts of samples where attention takes no mask.
+"""What every decoder's inputs need: positions, the samples of packed rows, and their starts where attention takes no
+mask.
 
 Shape suffixes: B samples, S tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from transformers import masking_utils
+from transformers.masking_utils import find_packed_sequence_indices
 
 from . import attention
 from .multimodal_inputs import text_positions
+
+SAMPLES = "sample_ids"
+"""The input with the number of each token's sample in its row, (B, S); (B, 0) if every row has one sample."""
 
 
 def completed_inputs(inputs: dict[str, Tensor], takes_masks: bool, refuses_packing: str) -> dict[str, Tensor]:
@@ -25,6 +34,9 @@ def completed_inputs(inputs: dict[str, Tensor], takes_masks: bool, refuses_packi
     if "position_ids" not in inputs:
         inputs["position_ids"] = torch.arange(ids_BS.shape[1], device=ids_BS.device).repeat(len(ids_BS), 1)
     text_BS = text_positions(inputs["position_ids"])
+    if "attention_mask" not in inputs and SAMPLES not in inputs:
+        sample_BS = find_packed_sequence_indices(text_BS)
+        inputs[SAMPLES] = text_BS[:, :0] if sample_BS is None else sample_BS
     known = inputs.keys() & {"attention_mask", attention.STARTS}
     if not takes_masks and not refuses_packing and not known:
         inputs[attention.STARTS] = attention.sample_starts(text_BS)
@@ -37,3 +49,23 @@ def completed_inputs(inputs: dict[str, Tensor], takes_masks: bool, refuses_packi
         reason = refuses_packing or "with an attention_mask, transformers takes a packed row for one sample"
         raise ValueError(f"{reason}: give each sample a row of its own (MultimodalDataModule: packing.packed=False)")
     return inputs
+
+
+@contextmanager
+def known_samples(inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Within this context, the library's masks are made of the samples that `completed_inputs` has found.
+
+    The library would find them out again in every forward, by a comparison that waits for the device. Here the shape
+    of the input says whether rows are packed.
+    """
+    sample_BS = inputs.get(SAMPLES)
+    if sample_BS is None:
+        yield
+        return
+    original = masking_utils.find_packed_sequence_indices
+    found = sample_BS if sample_BS.shape[1] else None
+    masking_utils.find_packed_sequence_indices = lambda position_ids: found
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
