@@ -260,7 +260,7 @@ def test_work_against_counted_operations(kind: str, queries: int | None) -> None
     conditions, items = given(1)
     with counting() as counted:
         generator([conditions[0].requires_grad_()], items)
-    work = generator.work(items[0].shape, items[0].rows)
+    work = generator.forward_cost(items[0].shape, items[0].rows)
     assert work.multiplications == pytest.approx(counted.get_total_flops() / 2, rel=0.05)
 
 

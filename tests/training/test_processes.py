@@ -202,4 +202,4 @@ def test_a_module_that_has_all_its_weights(reference: Any) -> None:
         assert validated == pytest.approx(logged, rel=1e-5)
     assert not {name for name in results[0][0] if name.startswith("llm.")} & set(results[1][0])
     for error in on_ranks(2, _fit_whole, True):
-        assert "_KeepsAll has all its weights already, and has no `keep`" in error
+        assert "_KeepsAll has all its weights already, and has no method `keep`" in error
