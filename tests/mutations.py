@@ -223,6 +223,20 @@ FAULTS = [
         "tests/test_estimates.py -k frozen_parts",
     ),
     Fault(
+        "every forward waits for the device to find packed samples",
+        "models/llm/decoder.py",
+        "        with recording as router_logits, known_samples(inputs):",
+        "        with recording as router_logits:",
+        "tests/runtime/test_host_waits.py",
+    ),
+    Fault(
+        "packed samples are taken for one",
+        "models/llm/text_inputs.py",
+        "inputs[SAMPLES] = text_BS[:, :0] if sample_BS is None else sample_BS",
+        "inputs[SAMPLES] = text_BS[:, :0]",
+        "tests/runtime/test_families.py",
+    ),
+    Fault(
         "a stage is taken for as long as all the stages of its rank",
         f"{PACKAGE}/schedule/request.py",
         "return (self.costs or Costs()).per_stage(self.stages_per_rank)",
