@@ -6,7 +6,7 @@ in a runner, which calls the same functions of the components from the pipeline.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -161,11 +161,7 @@ class PipelineModule(ComponentModule):
             [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Prepare a batch while it is on the CPU (a Lightning hook): on the device, this would wait for the device."""
-        return self.prepare(batch) if isinstance(batch, Batch) else batch
-
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with all inputs that the LLM needs. It is called before the batch is moved to the device, and by
-        `pipeline` for batches that come another way. Calling it twice changes nothing."""
+        """The batch with all inputs that the LLM needs. `pipeline` calls this, and strategy="bigmac" already before the
+        batch is moved to the device. Calling it twice changes nothing."""
         return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])

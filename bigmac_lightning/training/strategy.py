@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints.resuming import go_on
-from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
@@ -205,6 +205,13 @@ class BigMacStrategy(SavingStrategy):
         if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
             return counting(dataloader, module.trainer, module.counts)
         return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Prepare a batch while it is on the CPU. On the device, this would wait for the device."""
+        module = self.lightning_module
+        if isinstance(batch, Batch) and isinstance(module, PipelineModule):
+            batch = module.prepare(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     # -- model and optimizers ------------------------------------------------------------------------------------------
 

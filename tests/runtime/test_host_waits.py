@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
@@ -17,7 +17,8 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
 from tests.runtime.test_real_models import LAYERS, batch, build
-from tests.toy import split_layers
+from tests.toy import ToyData, ToyLLM, ToyModule, split_layers
+from tests.training.trainers import on_ranks, pipeline_trainer
 
 OPERATIONS = ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "unique", "_unique2")
 METHODS = (Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
@@ -57,7 +58,7 @@ def _reads(rank: int, size: int) -> tuple[Counter[str], Counter[str]]:
     module.part = part_of(rank, split_layers(LAYERS, size), stage_rank)
     module.configure_model()
     runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
-    given = module.on_before_batch_transfer(batch(runner.layout), 0)
+    given = module.prepare(batch(runner.layout))
     runner(given, "train")  # the first batch's token ids are checked
     step, reduction = Counter[str](), Counter[str]()
     with _Methods(step), _Operations(step):
@@ -75,12 +76,25 @@ def test_a_step_waits_for_the_device_once(size: int) -> None:
         assert reduction == ({"tolist": 1} if size > 1 else {})
 
 
+class _OnTheWay(ToyModule):
+    """Notes which batches are prepared before they are moved."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.prepared = "prepared" in batch.microbatches[0].inputs
+        return super().training_step(batch, batch_idx)
+
+
+class _Prepares(ToyLLM):
+    def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return inputs | {"prepared": torch.ones(1)}
+
+
+def _train(rank: int) -> bool:
+    module = _OnTheWay()
+    module.llm.__class__ = _Prepares
+    pipeline_trainer(2, max_steps=1).fit(module, ToyData(steps=1))
+    return module.prepared
+
+
 def test_batches_are_prepared_before_they_are_moved() -> None:
-    """Their packed samples are then found on the CPU."""
-    module = build("qwen3", tied=True)
-    given = batch(PipelineLayout())
-    prepared = module.on_before_batch_transfer(given, 0)
-    assert isinstance(prepared, Batch)
-    assert all("sample_ids" not in m.inputs for m in given.microbatches)
-    assert all("sample_ids" in m.inputs for m in prepared.microbatches)
-    assert module.on_before_batch_transfer({"x": 1}, 0) == {"x": 1}
+    assert on_ranks(2, _train) == [True, True]
