@@ -104,31 +104,35 @@ def build_mesh(
     rank = dist.get_rank()
     pipelines = [tuple(range(replica * pp, (replica + 1) * pp)) for replica in range(dp)]
     replicas = list(zip(*pipelines, strict=True))
-    replica, place = divmod(rank, pp)
-    groups = [_new_group(replicas[place], timeout), _new_group(pipelines[replica], timeout)]
+    groups = [_own_group(replicas, timeout), _own_group(pipelines, timeout)]
     mesh = DeviceMesh.from_group(groups, device.type, mesh=[list(p) for p in pipelines], mesh_dim_names=("dp", "pp"))
     stage_rank = list(stage_rank)
     channels: dict[tuple[MessageKind, bool], Group] = {}
     tied_group = host_group = None
     if pp > 1:
-        host_group = _new_group(pipelines[replica], timeout, "gloo")
-        for kind, upwards in itertools.product(MESSAGE_KINDS, (True, False)):
-            if _used(kind, upwards, stage_rank, pp):
-                channels[kind, upwards] = _new_group(pipelines[replica], timeout)
+        for pipeline in pipelines:
+            group = dist.new_group(list(pipeline), timeout=timeout, backend="gloo")
+            host_group = group if isinstance(group, Group) else host_group
+            for kind, upwards in itertools.product(MESSAGE_KINDS, (True, False)):
+                if not _used(kind, upwards, stage_rank, pp):
+                    continue
+                group = dist.new_group(list(pipeline), timeout=timeout)
+                if isinstance(group, Group):  # otherwise this rank is in another pipeline
+                    channels[kind, upwards] = group
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
-        tied_group = _new_group(owners, timeout) if rank in owners else None
-    return PipelineMesh(device, mesh, pipelines[replica], channels, tied_group, host_group)
+        group = dist.new_group(owners, timeout=timeout)
+        tied_group = group if isinstance(group, Group) else None
+    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group, host_group)
 
 
-def _new_group(ranks: Sequence[int], timeout: timedelta | None, backend: str | None = None) -> Group:
-    """Create a process group of which this process is a member. Collective over these ranks only.
+def _own_group(ranks: Iterable[Sequence[int]], timeout: timedelta | None) -> Group:
+    """Create a process group of each of these lists of ranks, and return the one that this process is in.
 
-    By default, torch lets every process take part in the creation of every group, which takes long with many
-    pipelines. No two processes wait for each other here, because all create their groups in the same order.
+    torch requires that all processes create all groups, in the same order.
     """
-    group = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
-    assert isinstance(group, Group)
-    return group
+    made = [dist.new_group(list(members), timeout=timeout) for members in ranks]
+    (own,) = (group for group in made if isinstance(group, Group))
+    return own
 
 
 def _used(kind: MessageKind, upwards: bool, stage_rank: Sequence[int], pp: int) -> bool:
