@@ -20,9 +20,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.distributed.pipelining._backward import construct_reverse_graph, get_param_groups
 
-Splits = dict[tuple[int, int], bool]
-"""Whether a graph can be split, by (stage, number of the graph's nodes). Looking at all nodes takes time, so the result
-is reused for graphs of the same stage and size, which the same code has made."""
+Structure = tuple[object, ...]
+"""The names of a graph's nodes in a fixed order, the positions of the nodes that each passes gradients to, and the
+positions of outputs and inputs. Graphs with equal structures can be split at the same positions."""
+
+Split = tuple[tuple[int, tuple[int, ...]], ...]
+"""For each group of weights, the position of its node, and the positions of the nodes that accumulate the weights'
+gradients."""
+
+Splits = dict[Structure, Split | None]
+"""How graphs are split, by their structure; ``None`` if they cannot be split. A stage's graphs have the same structure
+for most microbatches, and to find the groups takes as long as a backward of small layers."""
 
 
 @dataclass
@@ -69,7 +77,7 @@ def backward(edges: list[GradientEdge], gradients: list[Tensor | None]) -> None:
 
 
 def backward_input(
-    edges: list[GradientEdge], gradients: list[Tensor | None], inputs: Sequence[Tensor], splits: Splits, stage: int
+    edges: list[GradientEdge], gradients: list[Tensor | None], inputs: Sequence[Tensor], splits: Splits
 ) -> Deferred | None:
     """Run the input half of a backward, which adds to the ``.grad`` of `inputs` only.
 
@@ -78,7 +86,6 @@ def backward_input(
         inputs: leaves that need a gradient. If there are none (the first stage, without features of a trainable
             encoder), the full backward is left to the weight half.
         splits: results for earlier graphs, which this function extends.
-        stage: stage that the graph belongs to.
 
     Returns: the weight half, for `backward_weight`; ``None`` if the full backward was run because the graph cannot be
         split, or if there was nothing to do.
@@ -87,7 +94,7 @@ def backward_input(
         return None
     if not inputs:
         return Deferred([], edges, gradients)
-    groups = _weight_groups(edges, inputs, splits, stage)
+    groups = _weight_groups(edges, inputs, splits)
     if not groups:
         backward(edges, gradients)
         return None
@@ -107,34 +114,107 @@ def backward_weight(deferred: Deferred) -> None:
     backward(deferred.edges, deferred.gradients)
     while deferred.groups:  # removing each group when it is done frees its part of the graph
         group = deferred.groups.pop()
-        recorded = [(i, gradient) for i, gradient in enumerate(group.gradients) if gradient is not None]
-        if recorded:
-            edges = [GradientEdge(group.node, i) for i, _ in recorded]
-            torch.autograd.backward(edges, [gradient for _, gradient in recorded], inputs=group.weights)
+        starts = _next_gradients(group)
+        if starts is None:
+            starts = [(GradientEdge(group.node, i), g) for i, g in enumerate(group.gradients) if g is not None]
+        if starts:
+            edges, gradients = [edge for edge, _ in starts], [gradient for _, gradient in starts]
+            torch.autograd.backward(edges, gradients, inputs=group.weights)
+
+
+def _next_gradients(group: _WeightGroup) -> list[tuple[GradientEdge, Tensor]] | None:
+    """Compute the gradients that a matrix product or a product with a vector of weights passes on to the weights.
+
+    From a node itself, the engine would walk through the whole graph below it, up to the stage's input, for each group.
+    From the nodes after it, it walks to the weights only. The formulas are those of torch's derivatives.yaml.
+
+    Returns: ``None`` for other nodes, and if a path from the node does not lead to one weight alone.
+    """
+    node: Any = group.node
+    name, gradient = node.name(), group.gradients[0] if len(group.gradients) == 1 else None
+    known = name in ("MmBackward0", "AddmmBackward0", "MulBackward0")
+    if gradient is None or not known or gradient.is_complex():
+        return None
+    ends = [_only_weight(following) for following, _ in node.next_functions]
+    found: dict[int, Tensor] = {}
+    for position, weight in enumerate(ends):
+        if weight is None or not any(weight is one for one in group.weights):
+            continue
+        if name == "MulBackward0":
+            other = node._saved_other if position == 0 else node._saved_self
+            found[position] = (gradient * other).sum_to_size(weight.shape)
+        elif position == len(ends) - 1:  # of a linear layer, whose second matrix is the transposed weight
+            if name == "AddmmBackward0" and node._saved_alpha != 1:
+                return None
+            inputs = node._saved_self if name == "MmBackward0" else node._saved_mat1
+            found[position] = (gradient.t() @ inputs).t()
+        elif name == "AddmmBackward0" and position == 0 and node._saved_beta == 1:
+            found[position] = gradient.sum_to_size(weight.shape)
+    if len(found) != len(group.weights):
+        return None
+    return [(GradientEdge(*node.next_functions[position]), one) for position, one in found.items()]
+
+
+def _only_weight(node: Any) -> Tensor | None:
+    """The weight that a node leads to over transpositions and conversions of its type alone; ``None`` if there is no
+    such weight."""
+    while node is not None and node.name() in ("TBackward0", "ToCopyBackward0"):
+        ((node, _),) = node.next_functions
+    return node.variable if node is not None and hasattr(node, "variable") else None
 
 
 def _weight_groups(
-    edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits, stage: int
+    edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits
 ) -> "list[_WeightGroup] | None":
     """Return the weights of a graph, grouped by the node at which the paths to them leave the paths to the inputs;
     ``None`` if the graph cannot be split."""
-    roots = [edge.node for edge in edges]
-    reverse = construct_reverse_graph(roots)  # per node, the nodes that pass gradients to it
-    key = stage, len(reverse)
-    if key not in splits:
-        splits[key] = not any(map(_prevents_split, {*roots, *reverse}))
-    if not splits[key]:
-        return None
     leaves = [get_gradient_edge(leaf).node for leaf in inputs]
+    nodes, structure = _structure(edges, leaves)
+    if structure not in splits:
+        splits[structure] = _find_split([edge.node for edge in edges], leaves, nodes)
+    split = splits[structure]
+    if split is None:
+        return None
+    return [_WeightGroup(nodes[node], [nodes[weight].variable for weight in weights]) for node, weights in split]
+
+
+def _structure(edges: Sequence[GradientEdge], leaves: Sequence[Node]) -> tuple[list[Any], Structure]:
+    """Return all nodes of a graph, and its structure."""
+    nodes: list[Any] = list(dict.fromkeys(edge.node for edge in edges))
+    positions = {node: position for position, node in enumerate(nodes)}
+    rows: list[tuple[object, ...]] = []
+    for node in nodes:  # the list grows meanwhile
+        row: list[object] = [node.name()]
+        for following, output in node.next_functions:
+            if following is None:
+                row.append(None)
+                continue
+            if following not in positions:
+                positions[following] = len(nodes)
+                nodes.append(following)
+            row += (positions[following], output)
+        rows.append(tuple(row))
+    starts = tuple((positions[edge.node], edge.output_nr) for edge in edges)
+    return nodes, (starts, tuple(positions.get(leaf) for leaf in leaves), tuple(rows))
+
+
+def _find_split(roots: list[Node], leaves: list[Node], nodes: list[Any]) -> Split | None:
+    """Find the groups of weights of a graph; ``None`` if the graph cannot be split."""
+    if any(map(_prevents_split, nodes)):
+        return None
+    reverse = construct_reverse_graph(roots)  # per node, the nodes that pass gradients to it
     weights = [node for node in reverse if hasattr(node, "variable") and node not in leaves]
     found = get_param_groups([leaf for leaf in leaves if leaf in reverse], weights, reverse)
     # If a weight is used more than once, several nodes lead to it, and the weight half would pass the nodes between
     # them again for each. `get_param_groups` also misses weights whose paths share no node with a path to an input.
     single = all(len(group["intermediates"]) == 1 for group in found)
     if not single or sum(len(group["params"]) for group in found) < len(weights):
-        splits[key] = False
         return None
-    return [_WeightGroup(next(iter(g["intermediates"])), [node.variable for node in g["params"]]) for g in found]
+    positions = {node: position for position, node in enumerate(nodes)}
+    return tuple(
+        (positions[next(iter(group["intermediates"]))], tuple(positions[weight] for weight in group["params"]))
+        for group in found
+    )
 
 
 def _prevents_split(node: Any) -> bool:

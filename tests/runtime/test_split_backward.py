@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from bigmac_lightning.runtime.split_backward import Splits, backward_input, backward_weight
+from bigmac_lightning.models import HFDecoder
+from bigmac_lightning.runtime.split_backward import Splits, _next_gradients, backward_input, backward_weight
 
 
 class Stage(nn.Module):
@@ -33,8 +34,50 @@ def _checkpointed(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
     return lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant)
 
 
+class _Norm(nn.Module):
+    """As in decoders: a vector of weights, broadcast; on either side of the product."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        self.weight, self.left = nn.Parameter(torch.tensor([0.5, 2.0, -1.0, 3.0, 1.5])), left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x if self.left else x * self.weight
+
+
+class _Products(nn.Module):
+    """Matrix products by functions: a weight that is not transposed, one on the left, and factors other than 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right, self.left = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(4, 4))
+        self.scaled, self.bias = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, self.left @ (x @ self.right).tanh(), self.scaled.t(), beta=0.5, alpha=2.0)
+
+
+def _with(part: nn.Module) -> Stage:
+    stage = Stage()
+    stage.first.append(part)
+    return stage
+
+
+class _Converted(nn.Linear):
+    """As under autocast: the weight is converted before it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return nn.functional.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
 STAGES = {
     "plain": (Stage(), True),
+    "norm on the left": (_with(_Norm(left=True)), True),
+    "norm on the right": (_with(_Norm(left=False)), True),
+    "products": (_with(_Products()), True),
+    "without bias": (_with(nn.Linear(5, 5, bias=False)), True),
+    "converted": (_with(_Converted(5, 5)), True),
     "sliced output": (Stage(out=lambda y: y[1:]), True),
     "transposed output": (Stage(out=lambda y: y.transpose(0, 1)), True),
     "checkpointed": (Stage(_checkpointed(reentrant=False)), False),
@@ -56,14 +99,43 @@ def test_against_a_whole_backward(name: str) -> None:
     known: Splits = {}
     for _ in range(2):  # looked at, and remembered
         edge = get_gradient_edge(stage(x))
-        deferred = backward_input([edge], [gradient], [x], known, 0)
+        deferred = backward_input([edge], [gradient], [x], known)
         assert (deferred is not None) == splits
         assert all((weight.grad is None) == splits for weight in weights)
         given = [_taken(x)]
         if deferred is not None:
             backward_weight(deferred)
         torch.testing.assert_close([*given, *map(_taken, weights)], expected)
-    assert list(known.values()) == [splits]
+    assert [split is not None for split in known.values()] == [splits]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_weight_half_of_a_decoder_walks_to_the_weights_alone(precision: torch.dtype) -> None:
+    """From a node below which the whole stage lies, the engine would walk through the stage for each weight."""
+    decoder = HFDecoder(
+        {
+            "model_type": "qwen3",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "vocab_size": 8,
+        }
+    )
+    decoder.materialize(range(2), embedding=False, head=False)
+    inputs = decoder.prepare({"input_ids": torch.arange(6)[None]})
+    h_BSD = torch.randn(1, 6, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        out = decoder.run_layers(h_BSD, inputs, range(2), {})
+    deferred = backward_input([get_gradient_edge(out)], [torch.randn_like(out)], [h_BSD], {})
+    assert deferred is not None
+    weights = {id(weight) for group in deferred.groups for weight in group.weights}
+    assert weights == {
+        id(weight) for name, weight in decoder.named_parameters() if ".layers." in name or "model.norm" in name
+    }
+    assert all(_next_gradients(group) for group in deferred.groups)
 
 
 def test_without_an_input_gradient_all_is_left_for_later() -> None:
@@ -73,7 +145,7 @@ def test_without_an_input_gradient_all_is_left_for_later() -> None:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     stage(x).sum().backward()
     expected = [_taken(weight) for weight in weights]
-    deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [], {}, 0)
+    deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [], {})
     assert deferred is not None
     assert all(weight.grad is None for weight in weights)
     backward_weight(deferred)
@@ -85,7 +157,7 @@ def test_a_weight_that_no_input_leads_to_keeps_its_gradient() -> None:
     stage, alone = Stage(), nn.Parameter(torch.tensor(3.0))
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     edges = [get_gradient_edge(stage(x).sum()), get_gradient_edge(alone.square())]
-    assert backward_input(edges, [None, None], [x], {}, 0) is None
+    assert backward_input(edges, [None, None], [x], {}) is None
     assert alone.grad == 6
     assert all(weight.grad is not None for weight in stage.parameters())
 
@@ -93,7 +165,7 @@ def test_a_weight_that_no_input_leads_to_keeps_its_gradient() -> None:
 def test_an_input_that_nothing_depends_on() -> None:
     stage = Stage()
     x, unused = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
-    assert backward_input([get_gradient_edge(stage(x.detach()).sum())], [None], [unused], {}, 0) is None
+    assert backward_input([get_gradient_edge(stage(x.detach()).sum())], [None], [unused], {}) is None
     assert unused.grad is None
     assert all(weight.grad is not None for weight in stage.parameters())
 
@@ -104,7 +176,7 @@ def test_nothing_is_remembered_of_another_graph() -> None:
     known: Splits = {}
     x = torch.randn(4, 5, requires_grad=True)
     for stage, splits in ((once, True), (twice, False), (once, True)):
-        deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [x], known, 0)
+        deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [x], known)
         assert (deferred is not None) == splits
 
 
