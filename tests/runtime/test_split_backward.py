@@ -52,8 +52,10 @@ class _Products(nn.Module):
         super().__init__()
         self.right, self.left = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(4, 4))
         self.scaled, self.bias = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
+        self.first = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(torch.ones(5), x, self.first.t(), alpha=3.0)
         return torch.addmm(self.bias, self.left @ (x @ self.right).tanh(), self.scaled.t(), beta=0.5, alpha=2.0)
 
 
@@ -178,6 +180,19 @@ def test_nothing_is_remembered_of_another_graph() -> None:
     for stage, splits in ((once, True), (twice, False), (once, True)):
         deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [x], known)
         assert (deferred is not None) == splits
+
+
+def test_graphs_of_the_same_nodes_with_other_connections() -> None:
+    """In the second graph a weight is used twice, and the nodes have the same names in the same order."""
+    one, other = (nn.Parameter(torch.tensor([value, 2.0])) for value in (3.0, 5.0))
+    x = torch.tensor([7.0, 11.0], requires_grad=True)
+    known: Splits = {}
+    for function in (lambda: one * x + x * other, lambda: one * x + one * other, lambda: one * x + x * other):
+        expected = torch.autograd.grad(function().sum(), [x, one, other])
+        deferred = backward_input([get_gradient_edge(function().sum())], [None], [x], known)
+        if deferred is not None:
+            backward_weight(deferred)
+        torch.testing.assert_close([_taken(x), _taken(one), _taken(other)], list(expected))
 
 
 def _taken(leaf: Tensor) -> Tensor:
