@@ -230,10 +230,11 @@ class _Step:
     def backward_input(self, action: Action) -> Mapping[str, Tensor]:
         graph, edges, gradients = self._backward_start(action)
         inputs = [] if graph is None else graph.inputs
+        stage, splits = _stage(action), self.executor.splits
         with self.computing(action, "llm", grad=True):
-            deferred = split_backward.backward_input(edges, gradients, inputs, self.executor.splits)
+            deferred = split_backward.backward_input(edges, gradients, inputs, splits, stage)
         if deferred is not None:
-            self.deferred[_stage(action), action.index] = deferred
+            self.deferred[stage, action.index] = deferred
         return self._input_gradients(action, graph)
 
     def backward_weight(self, action: Action) -> Mapping[str, Tensor]:

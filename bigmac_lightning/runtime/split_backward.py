@@ -28,9 +28,9 @@ Split = tuple[tuple[int, tuple[int, ...]], ...]
 """For each group of weights, the position of its node, and the positions of the nodes that accumulate the weights'
 gradients."""
 
-Splits = dict[Structure, Split | None]
-"""How graphs are split, by their structure; ``None`` if they cannot be split. A stage's graphs have the same structure
-for most microbatches, and to find the groups takes as long as a backward of small layers."""
+Splits = dict[tuple[int, Structure], Split | None]
+"""How graphs are split, by stage and structure; ``None`` if they cannot be split. Most graphs of a stage have the same
+structure, and to find the groups takes as long as a backward of small layers."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ def backward(edges: list[GradientEdge], gradients: list[Tensor | None]) -> None:
 
 
 def backward_input(
-    edges: list[GradientEdge], gradients: list[Tensor | None], inputs: Sequence[Tensor], splits: Splits
+    edges: list[GradientEdge], gradients: list[Tensor | None], inputs: Sequence[Tensor], splits: Splits, stage: int
 ) -> Deferred | None:
     """Run the input half of a backward, which adds to the ``.grad`` of `inputs` only.
 
@@ -86,6 +86,7 @@ def backward_input(
         inputs: leaves that need a gradient. If there are none (the first stage, without features of a trainable
             encoder), the full backward is left to the weight half.
         splits: results for earlier graphs, which this function extends.
+        stage: stage that the graph belongs to.
 
     Returns: the weight half, for `backward_weight`; ``None`` if the full backward was run because the graph cannot be
         split, or if there was nothing to do.
@@ -94,7 +95,7 @@ def backward_input(
         return None
     if not inputs:
         return Deferred([], edges, gradients)
-    groups = _weight_groups(edges, inputs, splits)
+    groups = _weight_groups(edges, inputs, splits, stage)
     if not groups:
         backward(edges, gradients)
         return None
@@ -164,15 +165,16 @@ def _only_weight(node: Any) -> Tensor | None:
 
 
 def _weight_groups(
-    edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits
+    edges: Sequence[GradientEdge], inputs: Sequence[Tensor], splits: Splits, stage: int
 ) -> "list[_WeightGroup] | None":
     """Return the weights of a graph, grouped by the node at which the paths to them leave the paths to the inputs;
     ``None`` if the graph cannot be split."""
     leaves = [get_gradient_edge(leaf).node for leaf in inputs]
     nodes, structure = _structure(edges, leaves)
-    if structure not in splits:
-        splits[structure] = _find_split([edge.node for edge in edges], leaves, nodes)
-    split = splits[structure]
+    key = stage, structure
+    if key not in splits:
+        splits[key] = _find_split([edge.node for edge in edges], leaves, nodes)
+    split = splits[key]
     if split is None:
         return None
     return [_WeightGroup(nodes[node], [nodes[weight].variable for weight in weights]) for node, weights in split]

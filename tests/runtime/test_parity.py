@@ -237,7 +237,7 @@ def splits_by_stage(runner: PipelineRunner) -> dict[int, bool]:
     """Whether the stages of this rank have been split: all of their graphs, or none."""
     found: dict[int, set[bool]] = defaultdict(set)
     for (stage, _), split in runner.executor.splits.items():
-        found[stage].add(split)
+        found[stage].add(split is not None)
     return {stage: min(answers) for stage, answers in found.items()}
 
 

@@ -101,7 +101,7 @@ def test_against_a_whole_backward(name: str) -> None:
     known: Splits = {}
     for _ in range(2):  # looked at, and remembered
         edge = get_gradient_edge(stage(x))
-        deferred = backward_input([edge], [gradient], [x], known)
+        deferred = backward_input([edge], [gradient], [x], known, 0)
         assert (deferred is not None) == splits
         assert all((weight.grad is None) == splits for weight in weights)
         given = [_taken(x)]
@@ -131,7 +131,7 @@ def test_the_weight_half_of_a_decoder_walks_to_the_weights_alone(precision: torc
     h_BSD = torch.randn(1, 6, 16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         out = decoder.run_layers(h_BSD, inputs, range(2), {})
-    deferred = backward_input([get_gradient_edge(out)], [torch.randn_like(out)], [h_BSD], {})
+    deferred = backward_input([get_gradient_edge(out)], [torch.randn_like(out)], [h_BSD], {}, 0)
     assert deferred is not None
     weights = {id(weight) for group in deferred.groups for weight in group.weights}
     assert weights == {
@@ -147,7 +147,7 @@ def test_without_an_input_gradient_all_is_left_for_later() -> None:
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     stage(x).sum().backward()
     expected = [_taken(weight) for weight in weights]
-    deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [], {})
+    deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [], {}, 0)
     assert deferred is not None
     assert all(weight.grad is None for weight in weights)
     backward_weight(deferred)
@@ -159,7 +159,7 @@ def test_a_weight_that_no_input_leads_to_keeps_its_gradient() -> None:
     stage, alone = Stage(), nn.Parameter(torch.tensor(3.0))
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     edges = [get_gradient_edge(stage(x).sum()), get_gradient_edge(alone.square())]
-    assert backward_input(edges, [None, None], [x], {}) is None
+    assert backward_input(edges, [None, None], [x], {}, 0) is None
     assert alone.grad == 6
     assert all(weight.grad is not None for weight in stage.parameters())
 
@@ -167,7 +167,7 @@ def test_a_weight_that_no_input_leads_to_keeps_its_gradient() -> None:
 def test_an_input_that_nothing_depends_on() -> None:
     stage = Stage()
     x, unused = (torch.randn(4, 5, requires_grad=True) for _ in range(2))
-    assert backward_input([get_gradient_edge(stage(x.detach()).sum())], [None], [unused], {}) is None
+    assert backward_input([get_gradient_edge(stage(x.detach()).sum())], [None], [unused], {}, 0) is None
     assert unused.grad is None
     assert all(weight.grad is not None for weight in stage.parameters())
 
@@ -178,7 +178,7 @@ def test_nothing_is_remembered_of_another_graph() -> None:
     known: Splits = {}
     x = torch.randn(4, 5, requires_grad=True)
     for stage, splits in ((once, True), (twice, False), (once, True)):
-        deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [x], known)
+        deferred = backward_input([get_gradient_edge(stage(x).sum())], [None], [x], known, 0)
         assert (deferred is not None) == splits
 
 
@@ -189,7 +189,7 @@ def test_graphs_of_the_same_nodes_with_other_connections() -> None:
     known: Splits = {}
     for function in (lambda: one * x + x * other, lambda: one * x + one * other, lambda: one * x + x * other):
         expected = torch.autograd.grad(function().sum(), [x, one, other])
-        deferred = backward_input([get_gradient_edge(function().sum())], [None], [x], known)
+        deferred = backward_input([get_gradient_edge(function().sum())], [None], [x], known, 0)
         if deferred is not None:
             backward_weight(deferred)
         torch.testing.assert_close([_taken(x), _taken(one), _taken(other)], list(expected))
