@@ -136,30 +136,35 @@ def _next_gradients(group: _WeightGroup) -> list[tuple[GradientEdge, Tensor]] | 
     known = name in ("MmBackward0", "AddmmBackward0", "MulBackward0")
     if gradient is None or not known or gradient.is_complex():
         return None
-    ends = [_only_weight(following) for following, _ in node.next_functions]
+    last = len(node.next_functions) - 1
     found: dict[int, Tensor] = {}
-    for position, weight in enumerate(ends):
+    reached: set[int] = set()
+    for position, (following, _) in enumerate(node.next_functions):
+        is_matrix = name != "MulBackward0" and position == last  # a linear layer's second matrix: its transposed weight
+        weight = _only_weight(following, transposed=is_matrix)
         if weight is None or not any(weight is one for one in group.weights):
             continue
+        reached.add(id(weight))
         if name == "MulBackward0":
             other = node._saved_other if position == 0 else node._saved_self
             found[position] = (gradient * other).sum_to_size(weight.shape)
-        elif position == len(ends) - 1:  # of a linear layer, whose second matrix is the transposed weight
+        elif is_matrix:
             if name == "AddmmBackward0" and node._saved_alpha != 1:
                 return None
             inputs = node._saved_self if name == "MmBackward0" else node._saved_mat1
             found[position] = (gradient.t() @ inputs).t()
         elif name == "AddmmBackward0" and position == 0 and node._saved_beta == 1:
             found[position] = gradient.sum_to_size(weight.shape)
-    if len(found) != len(group.weights):
+    if not len(found) == len(reached) == len(group.weights):
         return None
     return [(GradientEdge(*node.next_functions[position]), one) for position, one in found.items()]
 
 
-def _only_weight(node: Any) -> Tensor | None:
-    """The weight that a node leads to over transpositions and conversions of its type alone; ``None`` if there is no
-    such weight."""
-    while node is not None and node.name() in ("TBackward0", "ToCopyBackward0"):
+def _only_weight(node: Any, transposed: bool) -> Tensor | None:
+    """The weight that a node leads to over conversions of its type alone, or, if `transposed`, also over
+    transpositions; ``None`` if there is no such weight."""
+    passed = ("TBackward0", "ToCopyBackward0") if transposed else ("ToCopyBackward0",)
+    while node is not None and node.name() in passed:
         ((node, _),) = node.next_functions
     return node.variable if node is not None and hasattr(node, "variable") else None
 

@@ -45,6 +45,20 @@ class _Norm(nn.Module):
         return self.weight * x if self.left else x * self.weight
 
 
+class _Transposed(nn.Module):
+    """Transposed weights that are broadcast: their gradients are sums over the other dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.summand = nn.Parameter(torch.randn(1, 5)), nn.Parameter(torch.randn(1, 5))
+        self.matrix = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = torch.cat([x, x[:1]])  # sums over the wrong dimension have the right shape
+        square = self.factor.t() * square.t()
+        return torch.addmm(self.summand.t(), square, self.matrix.t())[:4]
+
+
 class _Products(nn.Module):
     """Matrix products by functions: a weight that is not transposed, one on the left, and factors other than 1."""
 
@@ -78,6 +92,7 @@ STAGES = {
     "norm on the left": (_with(_Norm(left=True)), True),
     "norm on the right": (_with(_Norm(left=False)), True),
     "products": (_with(_Products()), True),
+    "transposed": (_with(_Transposed()), True),
     "without bias": (_with(nn.Linear(5, 5, bias=False)), True),
     "converted": (_with(_Converted(5, 5)), True),
     "sliced output": (Stage(out=lambda y: y[1:]), True),
