@@ -19,6 +19,9 @@ from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.workload import Workload
 
 PICTURES = (".png", ".svg", ".pdf")
+CHECKED = ("plan", "output", "workload", "memory", "max_encoder_units", "max_llm_microbatches")
+"""The options that apply to the plan of a file."""
+
 STAGE_COSTS: Any = list[list[float]] | None
 TEXT: Any = str | None
 
@@ -31,17 +34,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plan", type=TEXT, default=None, help="Check and show this plan file instead of making one.")
     output = "Write plan.json, or a picture: .png, .svg, .pdf. Default: the terminal."
     parser.add_argument("--output", type=TEXT, default=None, help=output)
-    return answer("plan", lambda: _run(parser.parse_args(list(argv))))
+    return answer("plan", lambda: _run(parser.parse_args(list(argv)), parser.get_defaults()))
 
 
-def _run(arguments: Namespace) -> None:
+def _run(arguments: Namespace, defaults: Namespace) -> None:
     suffix, console = check_suffix(arguments.output, (".json", *PICTURES)), Console()
     if arguments.plan is None:
         request = request_of(arguments, " (or --plan FILE)", stage_costs=arguments.stage_costs)
         plan, reason = _make(request)
         workload, memory = request.workload, request.memory
     else:
-        plan, workload, memory = _read(arguments)
+        plan, workload, memory = _read(arguments, defaults)
         reason = ""
     limits = (arguments.max_encoder_units, arguments.max_llm_microbatches)
     timeline = verify(plan, *limits, workload, memory)
@@ -72,10 +75,15 @@ def _make(request: PlanRequest) -> tuple[Plan, str]:
     return choice.best.plan, choice.reason
 
 
-def _read(arguments: Namespace) -> tuple[Plan, Workload | None, MemoryBudget | None]:
-    """The plan of a file, and the workload and the memory that it is checked against."""
-    if arguments.pipeline_parallel_size is not None or arguments.microbatches is not None:
-        raise ValueError("--plan takes everything from its file; leave out the options that make a new plan")
+def _read(arguments: Namespace, defaults: Namespace) -> tuple[Plan, Workload | None, MemoryBudget | None]:
+    """The plan of a file, and the workload and the memory that it is checked against.
+
+    Raises:
+        ValueError: an option is given that only a new plan could follow.
+    """
+    ignored = [name for name in vars(defaults) if name not in CHECKED and arguments[name] != defaults[name]]
+    if ignored:
+        raise ValueError(f"--plan takes everything from its file; leave out --{', --'.join(ignored)}")
     plan = Plan.load(arguments.plan)
     arguments.pipeline_parallel_size, arguments.microbatches = plan.pipeline_parallel_size, plan.microbatches
     request = request_of(arguments)

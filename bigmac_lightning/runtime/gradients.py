@@ -50,7 +50,7 @@ def reduce_gradients(places: ParameterPlaces, mesh: PipelineMesh) -> None:
     used = [_used_on_a_rank(parameters, group, mesh.device) for parameters, group in shared]
     if not used:
         return
-    flags = iter(torch.cat(used).tolist())  # the only point at which the host waits for the device
+    flags = iter(torch.cat(used).tolist())  # here the host waits for the device, once for all parameters
     for parameters, group in shared:
         _reduce([parameter for parameter in parameters if next(flags)], group)
 

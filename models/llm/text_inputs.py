@@ -15,7 +15,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from . import attention
 from .multimodal_inputs import text_positions
 
-SAMPLES = "sample_ids"
+SAMPLES = "packed_sample_ids"
 """The input with the number of each token's sample in its row, (B, S); (B, 0) if every row has one sample."""
 
 

@@ -45,7 +45,7 @@ def makespan(planner: Planner, parts: list[list[Sample]]) -> float:
     return planner(make_batch(parts, planner.layout)).plan.makespan
 
 
-def test_dear_items_in_the_same_group_take_less_time_than_in_a_random_order() -> None:
+def test_costly_items_in_the_same_group_take_less_time_than_in_a_random_order() -> None:
     """Lognormal items, one to four in a microbatch: all other ranks wait for a single costly item in a group."""
     trained = Trained((True,) * RANKS, frozenset({"image"}))
     for policy in ("nested", "filled"):

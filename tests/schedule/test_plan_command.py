@@ -130,7 +130,8 @@ def test_refuses_an_edited_plan(tmp_path, capsys):
         ([*SMALL, "--output", "/nowhere/x.json"], "/nowhere/x.json"),
         ([*SMALL, "--workload", "/nowhere/w.json"], "/nowhere/w.json: cannot be read: No such file or directory"),
         ([*SMALL, "--max_encoder_units", "1"], "rank 0: EF1 brings the live encoder units to 2; the limit is 1"),
-        ([*SMALL, "--plan", "p.json"], "--plan takes everything from its file"),
+        ([*SMALL, "--plan", "p.json"], "everything from its file; leave out --pipeline_parallel_size, --microbatches"),
+        (["--plan", "p.json", "--policy", "filled", "--costs.EF", "3"], "leave out --policy, --costs"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
