@@ -6,6 +6,7 @@ each stage is the one that has its actions.
 """
 
 import csv
+from functools import lru_cache
 from pathlib import Path
 
 from bigmac_lightning.schedule.action import Action
@@ -25,6 +26,16 @@ def read_backbone(path: str) -> Backbone:
         ValueError: the file is wrong; names the file, the rank, the action and what is expected. The backbone's builder
             raises it for another number of ranks or for too many microbatches.
     """
+    try:
+        changed = Path(path).stat().st_mtime_ns
+    except OSError:
+        changed = 0  # reading the file raises the error that says what is wrong
+    return _read(path, changed)
+
+
+@lru_cache(maxsize=8)  # every batch is planned with its backbone; more files than these are hardly used in one run
+def _read(path: str, changed: int) -> Backbone:
+    """Read the backbone of a file that was last changed at this time (nanoseconds)."""
     orders = [_actions(path, rank, row) for rank, row in enumerate(_rows(path))]
     if not any(orders):
         raise ValueError(f"{path}: expected a line of actions such as '0F0' per rank, found none")
