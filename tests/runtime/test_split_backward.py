@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.runtime.split_backward import Splits, _next_gradients, backward_input, backward_weight
+from tests.models import tiny
+
+KINDS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 class Stage(nn.Module):
@@ -153,6 +157,48 @@ def test_the_weight_half_of_a_decoder_walks_to_the_weights_alone(precision: torc
         id(weight) for name, weight in decoder.named_parameters() if ".layers." in name or "model.norm" in name
     }
     assert all(_next_gradients(group) for group in deferred.groups)
+
+
+FEW = ("gemma3_text", "gpt_neox", "granite", "mixtral", "olmo2", "phi", "qwen3_moe")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "kind", [*FEW, *(pytest.param(kind, marks=pytest.mark.wide) for kind in sorted(KINDS - set(FEW)))]
+)
+def test_decoders_of_the_library(kind: str, autocast: bool) -> None:
+    """With non-default multipliers; the wide run has every decoder that a tiny config builds."""
+    try:
+        decoder = HFDecoder(tiny.tiny_config(kind))
+        decoder.materialize(range(decoder.num_layers), embedding=True, head=True)
+    except Exception as error:
+        if kind in FEW:
+            raise
+        pytest.skip(f"refused: {error}")
+    decoder.eval()
+    inputs = decoder.prepare({"input_ids": torch.arange(3, 12)[None]})
+
+    def run() -> tuple[Tensor, Tensor]:
+        h_BSD = decoder.embed(inputs).detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return h_BSD, decoder.run_layers(h_BSD, inputs, range(decoder.num_layers), {})
+
+    h_BSD, out = run()
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    out.backward(gradient)
+    leaves = dict(decoder.named_parameters())
+    expected = {name: leaf.grad for name, leaf in leaves.items()} | {"": h_BSD.grad}
+    decoder.zero_grad()
+    h_BSD, out = run()
+    deferred = backward_input([get_gradient_edge(out)], [gradient], [h_BSD], {}, 0)
+    if deferred is not None:
+        backward_weight(deferred)
+    found = {name: leaf.grad for name, leaf in leaves.items()} | {"": h_BSD.grad}
+    for name, one in expected.items():
+        other = found[name]
+        assert (other is None) == (one is None), name
+        if one is not None and other is not None:
+            assert (other - one).norm() <= 1e-5 * one.norm(), name
 
 
 def test_without_an_input_gradient_all_is_left_for_later() -> None:
