@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import TargetItem
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.precision import weight_dtype
 from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 from bigmac_lightning.estimates.partition import LayerCosts
@@ -116,6 +117,24 @@ class LanguageModel(nn.Module, ABC):
             f"{type(self).__name__} has all its weights already, and has no method `keep` that drops those of other "
             "ranks: train a module whose configure_model has not been called"
         )
+
+    def why_not_parallel(self, sizes: ParallelSizes) -> str:
+        """Why the work of a stage cannot be divided so, in words that name what to change; empty if it can.
+
+        It is asked before any weights are made.
+        """
+        if sizes == ParallelSizes():
+            return ""
+        return f"{type(self).__name__} has no method `parallelize`: leave out the sizes of tensor, context, expert"
+
+    def parallelize(self, peers: StagePeers) -> None:
+        """Divide the work of this part over several ranks. Called once, after `materialize`, on all of these ranks.
+
+        Weights of which each rank has a slice become DTensors on the given meshes. From then on the methods below are
+        called on all ranks together. Hidden states and their gradients are the same on the ranks of `peers.tensor`. On
+        the ranks of `peers.context`, ``h_BSD`` has the rank's slice of each row.
+        """
+        raise ValueError(self.why_not_parallel(ParallelSizes(2, 2, 2)))
 
     @abstractmethod
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
