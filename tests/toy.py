@@ -104,6 +104,9 @@ class ToyEncoder(Encoder):
         hidden = [self.tower(item) for item in pixels]
         return torch.cat([self.projector(h + h.mean(0)) for h in hidden])
 
+    def smallest(self) -> Tensor:
+        return torch.zeros(1, self.tower[0].in_features, dtype=self.input_dtype())
+
 
 class ToyGenerator(Generator):
     def __init__(self, name: str) -> None:
@@ -119,6 +122,10 @@ class ToyGenerator(Generator):
             given = torch.cat([condition.mean(0).expand(item.shape[0], -1), noise + item.data], -1)
             total = total + (self.net(given) - item.data).square().mean()
         return total
+
+    def smallest(self) -> tuple[Tensor, TargetItem]:
+        data = torch.zeros(1, TARGET, dtype=self.input_dtype())
+        return torch.zeros(1, WIDTH, dtype=self.input_dtype()), TargetItem("", 1, (1, TARGET), data=data)
 
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
         made = []

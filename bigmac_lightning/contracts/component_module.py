@@ -5,7 +5,8 @@ Shape suffixes: B samples, S tokens, D width of the LLM, L labelled positions, N
 V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.contracts.resumable import ResumableModule
 from bigmac_lightning.contracts.token_loss import token_loss
 from bigmac_lightning.host import from_host
+
+Result = TypeVar("Result")
+EncoderCall = Callable[[Encoder, list[MediaData], list[int]], Tensor]
+"""A function (encoder, data of each item, rows of each item) -> features_ND."""
+GeneratorCall = Callable[[Generator, list[Tensor], list[TargetItem]], Result]
+"""A function (generator, condition_ND of each item, items) -> the sum of losses, or samples."""
 
 
 class ComponentModule(ResumableModule):
@@ -56,27 +63,37 @@ class ComponentModule(ResumableModule):
         """The losses' names, in the order of `counts` and `scales`."""
         return ["text", *self.llm.auxiliary_losses, *self.generators]
 
-    def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
-        """features_ND of each item, in their order. Items of one encoder are encoded together."""
+    def encode(
+        self, items: Sequence[MediaItem], names: Collection[str] = (), call: EncoderCall | None = None
+    ) -> list[Tensor]:
+        """features_ND of each item, in their order. Items of one encoder are encoded together.
+
+        Args:
+            names: encoders that run even if they have no items; the empty features that they give come last.
+            call: runs an encoder of `names`.
+        """
         features: list[Tensor | None] = [None] * len(items)
+        empty: list[Tensor] = []
         for name, encoder in self.encoders.items():
             assert isinstance(encoder, Encoder)
             mine = [i for i, item in enumerate(items) if item.encoder == name]
-            if mine:
+            if mine or name in names:
                 dtype, expected = encoder.input_dtype(), [self.feature_rows(items[i]) for i in mine]
-                encoded = encoder([_data(converted(items[i], dtype)) for i in mine])
+                pixels = [_data(converted(items[i], dtype)) for i in mine]
+                encoded = call(encoder, pixels, expected) if call is not None and name in names else encoder(pixels)
                 if encoded.shape != (sum(expected), self.llm.width):
                     raise ValueError(
                         f"encoder {name!r} made features of shape {tuple(encoded.shape)} of items with {expected} "
                         f"rows, but they must be of shape ({sum(expected)}, {self.llm.width}): the DataModule's "
                         "MediaItem.rows must say how many rows an item makes, and their width is that of the LLM"
                     )
-                for i, row in zip(mine, encoded.split(expected), strict=True):
+                empty += [] if mine else [encoded]
+                for i, row in zip(mine, encoded.split(expected) if mine else (), strict=True):
                     features[i] = row
         for item, feature in zip(items, features, strict=True):
             if feature is None:
                 raise ValueError(f"a media item names encoder {item.encoder!r}; the model has {list(self.encoders)}")
-        return [feature for feature in features if feature is not None]
+        return [*(feature for feature in features if feature is not None), *empty]
 
     def levels(self, items: Sequence[MediaItem]) -> int:
         """The largest number of feature levels of the items' encoders; 1 without items."""
@@ -155,23 +172,44 @@ class ComponentModule(ResumableModule):
         joined = torch.cat(padded, dim=1)
         return joined[0], {"features": joined[1:]}
 
-    def generate(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> dict[str, Tensor]:
-        """The sum of the items' losses, for each generator that has items."""
+    def generate(
+        self,
+        conditions: list[Tensor],
+        items: Sequence[TargetItem],
+        names: Collection[str] = (),
+        call: GeneratorCall[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The sum of the items' losses, for each generator that has items.
+
+        Args:
+            names: generators that run even if they have no items.
+            call: runs a generator of `names`.
+        """
         sums: dict[str, Tensor] = {}
         for name, generator in self.generators.items():
+            assert isinstance(generator, Generator)
             mine = [i for i, item in enumerate(items) if item.generator == name]
-            if mine:
-                sums[name] = generator(*self._generator_inputs(generator, conditions, items, mine))
+            if mine or name in names:
+                inputs = self._generator_inputs(generator, conditions, items, mine)
+                sums[name] = call(generator, *inputs) if call is not None and name in names else generator(*inputs)
         return sums
 
-    def sample(self, conditions: list[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
-        """One generated tensor per item, float32."""
+    def sample(
+        self,
+        conditions: list[Tensor],
+        items: Sequence[TargetItem],
+        names: Collection[str] = (),
+        call: GeneratorCall[list[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """One generated tensor per item, float32. Arguments as of `generate`."""
         made: list[Tensor | None] = [None] * len(items)
         for name, generator in self.generators.items():
             mine = [i for i, item in enumerate(items) if item.generator == name]
-            if mine:
+            if mine or name in names:
                 assert isinstance(generator, Generator)
-                results = generator.sample(*self._generator_inputs(generator, conditions, items, mine))
+                inputs = self._generator_inputs(generator, conditions, items, mine)
+                run = call if call is not None and name in names else type(generator).sample
+                results = run(generator, *inputs)
                 for i, result in zip(mine, results, strict=True):
                     made[i] = result.float()
         return [thing for thing in made if thing is not None]

@@ -63,6 +63,23 @@ class Encoder(nn.Module, ABC):
             The rows of an item are ordered by level.
         """
 
+    def batches(self, pixels: Sequence[Any]) -> list[list[int]]:
+        """Indices of the items that one pass through the layers takes together: here, all of them. If weights are
+        sharded as fsdp, each batch is a call of its own. Override it if `forward` runs its layers more than once."""
+        return [list(range(len(pixels)))]
+
+    def smallest(self) -> Any:
+        """The data of a smallest item, in the `input_dtype`. If weights are sharded as fsdp, ranks without items run
+        it, because all ranks gather weights together.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no method `smallest`, which fsdp needs: define it, or set sharding.encoders to "
+            "zero1 or ddp"
+        )
+
 
 class LanguageModel(nn.Module, ABC):
     """A decoder that can be cut between layers. It is built without weights; `materialize` gives it those of a part.
@@ -238,6 +255,23 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
         """Generate one tensor of shape `item.shape` per item; `item.data` is not read."""
+
+    def batches(self, items: Sequence[TargetItem]) -> list[list[int]]:
+        """Indices of the items that one pass through the layers takes together: here, all of them. If weights are
+        sharded as fsdp, each batch is a call of its own. Override it if `forward` runs its layers more than once."""
+        return [list(range(len(items)))]
+
+    def smallest(self) -> tuple[Tensor, TargetItem]:
+        """A smallest item with its data, and its condition_ND, both in the `input_dtype`. If weights are sharded as
+        fsdp, ranks without items run it, because all ranks gather weights together.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no method `smallest`, which fsdp needs: define it, or set sharding.generators "
+            "to zero1 or ddp"
+        )
 
 
 def trained_share(parameters: Iterable[nn.Parameter]) -> float:

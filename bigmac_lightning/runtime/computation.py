@@ -48,8 +48,8 @@ class Computation(Protocol):
         ...
 
     def encode(self, group: int, piece: int) -> Tensor:
-        """Run the encoders on a piece of this rank's share of a group, which has at least one item; return the
-        features, [rows, width]."""
+        """Run the encoders on a piece of this rank's share of a group; return the features, [rows, width]. An empty
+        piece has 0 rows."""
         ...
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
@@ -64,8 +64,8 @@ class Computation(Protocol):
         ...
 
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
-        """Run the generators on a piece of this rank's share of a group, which has at least one target; return the
-        scaled loss, or ``None`` if the piece has none.
+        """Run the generators on a piece of this rank's share of a group, which may be empty; return the scaled loss, or
+        ``None`` if the piece has none.
 
         Args:
             group: the group.

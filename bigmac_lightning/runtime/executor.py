@@ -193,9 +193,7 @@ class _Step:
         return {}
 
     def _encode(self, action: Action) -> Tensor:
-        """Return the features of an EF's piece, [rows, width]; an empty piece has 0 rows and needs no encoder."""
-        if not self.computation.features.items(action.index, (self.rank, action.piece)):
-            return self._zeros(0)
+        """Return the features of an EF's piece, [rows, width]."""
         return self.computation.encode(action.index, action.piece).to(self.computation.dtype)
 
     # -- LLM ---------------------------------------------------------------------------------------------------------
@@ -283,8 +281,7 @@ class _Step:
         return any(self.needs.through(self.last, m) for m in group)
 
     def _zeros(self, rows: int) -> Tensor:
-        """Return zeros, [rows, width], for features of an empty piece, or for the gradient of features that need
-        none."""
+        """Return zeros, [rows, width], for the gradient of features that need none."""
         return torch.zeros(rows, self.computation.width, dtype=self.computation.dtype, device=self.executor.mesh.device)
 
     # -- generator -------------------------------------------------------------------------------------------------
@@ -294,8 +291,7 @@ class _Step:
         needs_gradient = any(self.needs.through(self.last, m) for m in self.computation.conditions.groups[action.index])
         conditions.requires_grad_(needs_gradient)
         with self.computing(action, "generator", needs_gradient or self.needs.generator):
-            has_items = self.computation.conditions.items(action.index, (self.rank, action.piece))
-            loss = self.computation.generate(action.index, action.piece, conditions) if has_items else None
+            loss = self.computation.generate(action.index, action.piece, conditions)
             if loss is not None and loss.requires_grad:
                 loss.backward()
         return {"conditions_grad": _gradient(conditions)} if needs_gradient else {}

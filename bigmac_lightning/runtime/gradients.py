@@ -4,15 +4,17 @@ Each loss is divided by the step's global counts before its backward, so gradien
 parameter that no rank used keeps ``grad=None``, as it would in one process, so that its optimizer skips it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.sharding import local
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -21,56 +23,61 @@ BUCKET_ELEMENTS = 8 * 2**20
 torch's DistributedDataParallel; it was not tuned."""
 
 
-@dataclass
-class ParameterPlaces:
-    """The trainable parameters of this rank by name, according to the other ranks that have the same parameter.
+@dataclass(frozen=True)
+class SharedParameters:
+    """Trainable parameters of this rank, all of which the same ranks have.
 
     Attributes:
-        replicated: parameters that every rank of the world has (those of encoders and generators).
-        stage: parameters that the same pipeline rank of every pipeline has (those of the LLM's layers).
-        tied: parameters that the first and the last stage's ranks of every pipeline have (a tied embedding, if the two
-            stages are on different ranks).
+        parameters: by name; whole ones, or this rank's shards.
+        everyone: process group of all ranks that have the parameters, or shards of them; ``None`` if only this rank has
+            them.
+        summed: process group of the ranks that have the same parameters, or the same shards, and must still sum their
+            gradients; ``None`` if there is nothing to sum.
+        copies: how many ranks of the world have each number of the parameters.
+        used: gives the names of those shards that this rank has used; ``None``: those that have a gradient.
     """
 
-    replicated: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    stage: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    tied: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, nn.Parameter]
+    everyone: dist.ProcessGroup | None
+    summed: dist.ProcessGroup | None
+    copies: int
+    used: Callable[[], Collection[str]] | None = None
 
 
-def reduce_gradients(places: ParameterPlaces, mesh: PipelineMesh) -> None:
+def reduce_gradients(places: Sequence[SharedParameters], mesh: PipelineMesh) -> None:
     """Replace every gradient by its sum over all ranks that have the parameter. Collective: all ranks must call it."""
-    replicated, stage, tied = (list(kind.values()) for kind in (places.replicated, places.stage, places.tied))
-    shared: list[tuple[list[nn.Parameter], dist.ProcessGroup | None]] = []
-    if replicated and mesh.pp_size * mesh.dp_size > 1:
-        shared.append((replicated, None))
-    if stage and mesh.dp_size > 1:
-        shared.append((stage, mesh.dp_group))
-    if tied:
-        shared.append((tied, mesh.tied_group))
-    used = [_used_on_a_rank(parameters, group, mesh.device) for parameters, group in shared]
+    shared = [place for place in places if place.parameters and place.everyone is not None]
+    used = [_used_on_a_rank(place, mesh.device) for place in shared]
     if not used:
         return
     flags = iter(torch.cat(used).tolist())  # here the host waits for the device, once for all parameters
-    for parameters, group in shared:
-        _reduce([parameter for parameter in parameters if next(flags)], group)
+    for place in shared:
+        parameters = list[nn.Parameter]()
+        for parameter in place.parameters.values():
+            if next(flags):
+                parameters.append(parameter)
+            else:
+                parameter.grad = None  # shards have zeros
+        if place.summed is not None:
+            _reduce(parameters, place.summed)
 
 
-def _used_on_a_rank(
-    parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None, device: torch.device
-) -> Tensor:
-    """Whether any rank of a group used each parameter, as int32 on the device: all ranks must reduce the same list."""
-    used = from_host([parameter.grad is not None for parameter in parameters], torch.int32, device)
-    dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
+def _used_on_a_rank(place: SharedParameters, device: torch.device) -> Tensor:
+    """Whether any rank used each parameter, as int32 on the device: all ranks must reduce the same list."""
+    known = None if place.used is None else place.used()
+    flags = [p.grad is not None if known is None else name in known for name, p in place.parameters.items()]
+    used = from_host(flags, torch.int32, device)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group=place.everyone)
     return used
 
 
-def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum the gradients of these parameters over a group. A rank that did not use a parameter contributes zeros."""
     gradients: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        gradients.append(parameter.grad)
+        gradients.append(local(parameter.grad))
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=group)
@@ -90,23 +97,21 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield from by_type.values()
 
 
-def global_norm(places: ParameterPlaces, mesh: PipelineMesh) -> Tensor:
+def global_norm(places: Sequence[SharedParameters], mesh: PipelineMesh) -> Tensor:
     """Return the 2-norm of all gradients of the model, a float64 scalar that is equal on every rank. Collective over
-    the pipeline. Each parameter counts once. `reduce_gradients` must have been called before.
+    all ranks. Each number counts once. `reduce_gradients` must have been called before.
     """
-    own = list(places.stage.values())
-    # The tied group has the first and the last stage's rank of each pipeline in turn; only the first one's copy counts.
-    if mesh.tied_group is None or dist.get_rank(mesh.tied_group) % 2 == 0:
-        own += list(places.tied.values())
-    square = _square(own, mesh.device)
-    if mesh.pp_size > 1:
-        dist.all_reduce(square, group=mesh.pp_group)
-    return (square + _square(list(places.replicated.values()), mesh.device)).sqrt()
+    square = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for place in places:
+        square += _square(list(place.parameters.values()), mesh.device) / place.copies
+    if mesh.pp_size * mesh.dp_size > 1:
+        dist.all_reduce(square)
+    return square.sqrt()
 
 
 def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
-    """Return the sum of the squares of these parameters' gradients, in float64."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    """Return the sum of the squares of these parameters' gradients on this rank, in float64."""
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float64).square()
@@ -119,7 +124,8 @@ def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter])
     Parameters that already have a gradient are not changed.
     """
     for parameter in parameters:
-        if parameter.grad is None and parameter.dtype in HALF_PRECISION:
+        is_shard = isinstance(parameter, DTensor)  # FSDP2 sums in the type of its own policy
+        if parameter.grad is None and parameter.dtype in HALF_PRECISION and not is_shard:
             parameter.grad_dtype = dtype or parameter.dtype
 
 

@@ -26,6 +26,7 @@ class PipelineMesh:
             separate groups, no message waits for one of another kind or direction. Empty if pp is 1.
         tied_group: process group of the first and the last stage's ranks of all pipelines; ``None`` on other ranks, or
             if pp is 1.
+        tied_pair: process group of the first and the last stage's ranks of this pipeline; likewise.
         host_group: process group of this pipeline for objects on the CPU (gloo); ``None`` if pp is 1.
     """
 
@@ -34,6 +35,7 @@ class PipelineMesh:
     pp_ranks: tuple[int, ...]
     channels: dict[tuple[MessageKind, bool], Group]
     tied_group: Group | None
+    tied_pair: Group | None
     host_group: Group | None = None
 
     @property
@@ -108,7 +110,7 @@ def build_mesh(
     mesh = DeviceMesh.from_group(groups, device.type, mesh=[list(p) for p in pipelines], mesh_dim_names=("dp", "pp"))
     stage_rank = list(stage_rank)
     channels: dict[tuple[MessageKind, bool], Group] = {}
-    tied_group = host_group = None
+    tied_group = tied_pair = host_group = None
     if pp > 1:
         for pipeline in pipelines:
             group = dist.new_group(list(pipeline), timeout=timeout, backend="gloo")
@@ -121,8 +123,11 @@ def build_mesh(
                     channels[kind, upwards] = group
         owners = sorted({pipeline[r] for pipeline in pipelines for r in (stage_rank[0], stage_rank[-1])})
         group = dist.new_group(owners, timeout=timeout)
-        tied_group = group if isinstance(group, Group) else None
-    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group, host_group)
+        tied_group = tied_pair = group if isinstance(group, Group) else None
+        for pipeline in pipelines if dp > 1 else ():
+            group = dist.new_group(sorted({pipeline[r] for r in (stage_rank[0], stage_rank[-1])}), timeout=timeout)
+            tied_pair = group if isinstance(group, Group) else tied_pair
+    return PipelineMesh(device, mesh, pipelines[rank // pp], channels, tied_group, tied_pair, host_group)
 
 
 def _own_group(ranks: Iterable[Sequence[int]], timeout: timedelta | None) -> Group:

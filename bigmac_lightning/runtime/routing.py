@@ -39,7 +39,8 @@ class Routing:
     Args:
         items: per microbatch, its items in order.
         groups: per group, its microbatches.
-        pieces: by (group, rank), the number of pieces that the rank's share is cut into; 1 for keys that are missing.
+        pieces: by (group, rank), the number of pieces that the rank's share is cut into, also if it is empty; 1 for
+            keys that are missing.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Routing:
         self._places: list[list[Place]] = []
         # per microbatch: (place, first row in that buffer, first row in the microbatch, rows)
         self._slices: list[list[tuple[Place, int, int, int]]] = [[] for _ in items]
+        ranks_of: dict[int, list[int]] = {}
+        for g, rank in self._pieces:
+            ranks_of.setdefault(g, []).append(rank)
         for g, group in enumerate(groups):
             cutters: dict[int, _Cutter] = {}
             owned: dict[int, list[float]] = {}
@@ -64,6 +68,8 @@ class Routing:
                     owned.setdefault(item.owner, []).append(item.cost)
             for rank, costs in owned.items():
                 cutters[rank] = _Cutter(sum(costs), self._pieces.get((g, rank), 1))
+            for rank in ranks_of.get(g, ()):
+                cutters.setdefault(rank, _Cutter(0.0, self._pieces[g, rank]))
             self._places.append([(rank, piece) for rank in sorted(cutters) for piece in range(cutters[rank].pieces)])
             for m in group:
                 offset = 0

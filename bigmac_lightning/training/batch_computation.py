@@ -15,6 +15,7 @@ from bigmac_lightning.runtime.computation import Outcome
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.training.exact import apart, parts_of, together
 from bigmac_lightning.training.planner import PlannedBatch
+from bigmac_lightning.training.sharding import Sharding, Together
 
 AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
@@ -33,6 +34,7 @@ class BatchComputation:
         planned: PlannedBatch,
         mode: Mode,
         scales: Tensor,
+        sharding: Sharding,
     ) -> None:
         """
         Args:
@@ -42,6 +44,7 @@ class BatchComputation:
             contexts: context managers that every forward runs in.
             batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
+            sharding: tells which components all ranks run together.
         """
         self.module, self.stages, self.rank, self.batch, self.scales = module, stages, rank, batch, scales
         self.mode: Mode = mode
@@ -50,6 +53,7 @@ class BatchComputation:
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
         self.features = _routing(media, module.feature_rows, planned, "EF")
         self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
+        self._sharding, self._together = sharding, Together(sharding.calls)
         self.sums = torch.zeros_like(scales)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
@@ -96,8 +100,12 @@ class BatchComputation:
     def encode(self, group: int, piece: int) -> Tensor:
         places = self.features.items(group, (self.rank, piece))
         items = [self.batch.microbatches[m].media[i] for m, i in places]
+        known = {item.encoder for m in self.features.groups[group] for item in self.batch.microbatches[m].media}
+        names = {name for name in known if self._sharding.meets(f"encoders.{name}")}
+        if not items and not names:
+            return torch.zeros(0, self.width, dtype=self.dtype, device=self.sums.device)
         with self._forward_context():
-            return torch.cat(self.module.encode(items))
+            return torch.cat(self.module.encode(items, names, self._together.encode))
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
         layers, extras = self.stages[stage], {}
@@ -117,13 +125,17 @@ class BatchComputation:
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
         places = self.conditions.items(group, (self.rank, piece))
         items: list[TargetItem] = [self.batch.microbatches[m].targets[i] for m, i in places]
-        rows = list(conditions.split([item.rows for item in items]))
+        known = {item.generator for m in self.conditions.groups[group] for item in self.batch.microbatches[m].targets}
+        names = {name for name in known if self._sharding.meets(f"generators.{name}")}
+        if not items and not names:
+            return None
+        rows = list(conditions.split([item.rows for item in items])) if items else []
         with self._forward_context():
             if self.mode == "sample":
-                made = self.module.sample(rows, items)
+                made = self.module.sample(rows, items, names, self._together.sample)
                 self.samples.update(zip(places, made, strict=True))
                 return None
-            sums = self.module.generate(rows, items)
+            sums = self.module.generate(rows, items, names, self._together.generate)
         return torch.stack(self._scaled(sums)).sum()
 
     def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:

@@ -53,6 +53,42 @@ class StageOptions:
             raise ValueError(f"sample_tokens is {self.sample_tokens}; expected at least 0")
 
 
+SHARDINGS = ("ddp", "zero1", "fsdp")
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """Which weights, gradients and optimizer states lie in shards on several ranks, instead of whole on each.
+
+    ddp: everything is whole on each rank that has the component. zero1: a rank has whole weights and gradients during a
+    batch only; between batches, and in the optimizer, it has its shard. fsdp: moreover, whole weights of a block of
+    layers exist only while the block runs, and its gradients are summed into the shards at once.
+
+    Attributes:
+        encoders: For encoders: ddp; zero1, over all ranks; or fsdp, over the ranks of each pipeline.
+        generators: For generators, likewise.
+        stages: For the stages of the LLM: ddp; or zero1, over the pipelines.
+
+    Raises:
+        ValueError: names the option, its value and what is expected.
+    """
+
+    encoders: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    generators: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    stages: Literal["ddp", "zero1"] = "ddp"
+
+    def __post_init__(self) -> None:
+        for name, known in (("encoders", SHARDINGS), ("generators", SHARDINGS), ("stages", SHARDINGS[:2])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"sharding.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+
+    @property
+    def meeting(self) -> frozenset[str]:
+        """The kinds of actions inside which all ranks of a pipeline meet in collectives."""
+        encoders = ("EF", "EB") if self.encoders == "fsdp" else ()
+        return frozenset((*encoders, *(("G",) if self.generators == "fsdp" else ())))
+
+
 @dataclass(frozen=True)
 class PipelineOptions:
     """How batches are planned and the LLM is cut, for one run.
@@ -64,6 +100,10 @@ class PipelineOptions:
         stage_factors: ``StageOptions.factors``; "auto" until `estimated` has replaced it.
         sample_tokens: see ``StageOptions``.
         own_stage_rank: the rank of each stage under a policy that leaves it open; set by `resolved`.
+        sharding: which weights lie in shards.
+
+    Raises:
+        ValueError: the schedule does not go with shards that all ranks gather together.
     """
 
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -72,9 +112,32 @@ class PipelineOptions:
     stage_factors: tuple[float, ...] | Auto | None = None
     sample_tokens: int = 0
     own_stage_rank: tuple[int, ...] | None = None
+    sharding: ShardingOptions = ShardingOptions()
+
+    def __post_init__(self) -> None:
+        for kind, name in (("EF", "encoders"), ("G", "generators")):
+            if kind not in self.sharding.meeting:
+                continue
+            if not POLICIES[self.schedule.policy].spread or self.schedule.own_ranks:
+                raise ValueError(
+                    f"sharding.{name} is fsdp, but under policy {self.schedule.policy} only some ranks run {name}, and "
+                    "all ranks must gather their weights: use zero1 or ddp, or policy nested, filled, upfront or "
+                    "recompute"
+                )
+            if kind == "EF" and self.schedule.pieces > 1:
+                raise ValueError(
+                    f"sharding.encoders is fsdp, so all ranks run encoders at the same time, and pieces="
+                    f"{self.schedule.pieces} of different size are not possible: leave pieces out, or use zero1 or ddp"
+                )
 
     @classmethod
-    def of(cls, schedule: ScheduleOptions, stages: StageOptions, microbatches: int | None) -> "PipelineOptions":
+    def of(
+        cls,
+        schedule: ScheduleOptions,
+        stages: StageOptions,
+        microbatches: int | None,
+        sharding: ShardingOptions | None = None,
+    ) -> "PipelineOptions":
         """The options as a user gives them."""
         partition, factors = stages.partition, stages.factors
         return cls(
@@ -83,6 +146,7 @@ class PipelineOptions:
             tuple(partition) if isinstance(partition, list) else partition,
             tuple(factors) if isinstance(factors, list) else factors,
             stages.sample_tokens,
+            sharding=sharding or ShardingOptions(),
         )
 
     @property

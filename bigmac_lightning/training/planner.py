@@ -1,7 +1,7 @@
 """Plans batches from their metadata alone: in the training process, or in a worker of the DataLoader while the step
 before still runs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -10,9 +10,10 @@ import torch
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.plan import Costs, Plan
+from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
 from bigmac_lightning.training.options import PipelineOptions
@@ -198,7 +199,7 @@ class Planner:
                 self.known.pop(next(iter(self.known)))
             needs = trained.needs(batch)
             plan, workload = self._plan(batch, trained, needs)
-            order = simulate(plan, workload).order  # make_plan has verified it
+            order = self._order(plan, workload)
             planned = PlannedBatch.of(key, plan, lower(plan, order, needs)[self.rank], needs)
         self.known[key] = planned
         return planned
@@ -206,7 +207,7 @@ class Planner:
     def _plan(self, batch: Batch, trained: Trained, needs: Needs) -> tuple[Plan, Workload]:
         groups = self.layout.groups(len(batch))
         media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
-        encoder, generator = self._shares(media, groups), self._shares(targets, groups)
+        encoder, generator = self._shares("EF", media, groups), self._shares("G", targets, groups)
         schedule, factors = self.options.schedule, self.options.stage_factors
         costs, stage_costs = trained.costs(
             self.options.costs, schedule.stages_per_rank, needs, _any(encoder), _any(generator)
@@ -228,7 +229,15 @@ class Planner:
             stage_costs=stage_costs,
             stage_rank=self.options.own_stage_rank,
         )
-        return make_plan(request), workload
+        plan, meeting = make_plan(request), self.options.sharding.meeting
+        if meeting and not _can_meet(plan, meeting, workload):
+            plan = make_plan(replace(request, policy="nested"))  # filled moves a rank's actions past those of others
+        return plan, workload
+
+    def _order(self, plan: Plan, workload: Workload) -> list[tuple[int, int]]:
+        """The order of all actions, from which programs are made."""
+        order, meeting = simulate(plan, workload).order, self.options.sharding.meeting  # make_plan has verified it
+        return collective_order(plan, meeting, order) if meeting else order
 
     def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
         """Per group and rank, the most pieces of its share: no more than the rank has items, as no item is cut."""
@@ -240,14 +249,16 @@ class Planner:
             for group in groups
         ]
 
-    def _shares(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
-        """Per group, each rank's fraction of the cost."""
+    def _shares(self, kind: str, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
+        """Per group, each rank's fraction of the cost. Where all ranks meet, ranks without items have a small one."""
         rows: list[list[float]] = []
         for group in groups:
             row = [0.0] * self.size
             for m in group:
                 for owner, cost in items[m]:
                     row[owner] += cost
+            if kind in self.options.sharding.meeting and any(row):
+                row = [max(cost, NEGLIGIBLE * sum(row)) for cost in row]
             total = sum(row)
             rows.append([cost / total for cost in row] if total else row)
         return rows
@@ -291,6 +302,14 @@ def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[flo
     total = sum(cost for row in items for _, cost in row)
     factor = cost * len(items) / total if total else 0.0
     return [tuple(cost * factor for _, cost in row) for row in items]
+
+
+def _can_meet(plan: Plan, meeting: Collection[str], workload: Workload) -> bool:
+    try:
+        collective_order(plan, meeting, simulate(plan, workload).order)
+    except PlanError:
+        return False
+    return True
 
 
 def _any(rows: list[list[float]]) -> bool:

@@ -15,13 +15,14 @@ from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
-from bigmac_lightning.runtime.gradients import ParameterPlaces, global_norm
+from bigmac_lightning.runtime.gradients import SharedParameters, global_norm
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
+from bigmac_lightning.training.sharding import Sharding
 from bigmac_lightning.training.trained import TrainedParts
 
 
@@ -79,19 +80,20 @@ class PipelineRunner:
         options: PipelineOptions,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        self.dtype = _find_dtype(module, mesh, options.stage_rank(mesh.pp_size))
+        self.sharding = Sharding(module, mesh, options.sharding)
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
         self.executor = Executor(mesh, self.stage_rank)
-        self.dtype = self._find_dtype()
         self._last_planned: PlannedBatch | None = None
         self.last_metrics: dict[str, Tensor] = {}
         self.gradient_scale: Tensor | float = 1.0
         self.seed, self.step = torch.initial_seed(), 0
         self._evaluated = 0
         self._seen: set[Mode] = set()
-        self.trained = TrainedParts(module, mesh, self.stage_rank)
+        self.trained = TrainedParts(module, mesh, self.stage_rank, self.sharding)
         nothing, place = Trained.nothing(len(self.stages)), (mesh.pp_size, mesh.pp_rank)
         self.planner = Planner(options, *place, nothing, module.encoders)
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
@@ -99,6 +101,7 @@ class PipelineRunner:
 
     def refresh(self) -> None:
         """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+        self.sharding.release()
         if self.trained.refresh():
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
@@ -109,7 +112,7 @@ class PipelineRunner:
         return None if self._last_planned is None else self._last_planned.plan
 
     @property
-    def places(self) -> ParameterPlaces:
+    def places(self) -> list[SharedParameters]:
         """Which of this rank's trained parameters other ranks have as well."""
         return self.trained.places
 
@@ -137,6 +140,7 @@ class PipelineRunner:
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
+        self.sharding.gather()
         if batch.microbatches:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
@@ -144,11 +148,22 @@ class PipelineRunner:
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
                 computation = BatchComputation(
-                    module, self.stages, self.mesh.pp_rank, self.dtype, contexts, batch, planned, mode, scales
+                    module,
+                    self.stages,
+                    self.mesh.pp_rank,
+                    self.dtype,
+                    contexts,
+                    batch,
+                    planned,
+                    mode,
+                    scales,
+                    self.sharding,
                 )
                 self.executor.run(planned.program, computation, planned.needs, planned.recomputes)
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
+        if training:
+            self.sharding.reduce()
         if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.pp_group)
         metrics = self.last_metrics = module.metrics(sums, counts)
@@ -213,16 +228,6 @@ class PipelineRunner:
                         f"vocabulary has {vocabulary}: use the tokenizer that belongs to the model, or set vocab_size"
                     )
 
-    def _find_dtype(self) -> torch.dtype:
-        """The type of the LLM's weights, also on ranks that have none of them. Collective over the pipeline."""
-        own = next(self.module.llm.parameters(), None)
-        found = [None if own is None else own.dtype]
-        if self.mesh.pp_size > 1:
-            first = self.mesh.pp_ranks[self.stage_rank[0]]
-            dist.broadcast_object_list(found, first, group=self.mesh.pp_group, device=self.mesh.device)
-        assert found[0] is not None
-        return found[0]
-
     def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
         """Within this context ranks draw different random numbers, because layers must not share dropout masks.
 
@@ -257,3 +262,14 @@ class PipelineRunner:
                 dist.broadcast(sample, self.mesh.pp_ranks[item.owner], group=self.mesh.pp_group)
             results.append(sample)
         return results
+
+
+def _find_dtype(module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> torch.dtype:
+    """The type of the LLM's weights, also on ranks that have none of them. Collective over the pipeline."""
+    own = next(module.llm.parameters(), None)
+    found = [None if own is None else own.dtype]
+    if mesh.pp_size > 1:
+        first = mesh.pp_ranks[stage_rank[0]]
+        dist.broadcast_object_list(found, first, group=mesh.pp_group, device=mesh.device)
+    assert found[0] is not None
+    return found[0]

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.runtime.gradients import ParameterPlaces
+from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.training.planner import Trained
+from bigmac_lightning.training.sharding import Sharding
 
 
 class TrainedParts:
@@ -18,16 +19,20 @@ class TrainedParts:
 
     Attributes:
         now: what is trained, as `refresh` found it last.
-        places: which of this rank's trained parameters other ranks have as well.
+        places: which ranks have which of this rank's trained parameters.
 
     Args:
         module: the module with this rank's part of the LLM.
         stage_rank: the pipeline rank of each stage.
+        sharding: which components lie in shards.
     """
 
-    def __init__(self, module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> None:
+    def __init__(
+        self, module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int], sharding: Sharding
+    ) -> None:
+        self._sharding, self.places = sharding, list[SharedParameters]()
         self._module, self._mesh, self._stage_rank = module, mesh, tuple(stage_rank)
-        self.now, self.places = Trained.nothing(len(stage_rank)), ParameterPlaces()
+        self.now = Trained.nothing(len(stage_rank))
         self._flags: list[bool] | None = None
         apart = self._stage_rank[0] != self._stage_rank[-1]
         copies = {name: pair for pair, names in enumerate(module.llm.tied.items()) for name in names}
@@ -98,13 +103,9 @@ class TrainedParts:
         trained = _is_trained(self._module.llm)
         return {stage: trained for stage, rank in enumerate(self._stage_rank) if rank == self._mesh.pp_rank}
 
-    def _find_places(self) -> ParameterPlaces:
-        replicated, stage, tied = dict[str, nn.Parameter](), dict[str, nn.Parameter](), dict[str, nn.Parameter]()
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
-                kind = replicated if not name.startswith("llm.") else tied if name in self._tied else stage
-                kind[name] = parameter
-        return ParameterPlaces(replicated, stage, tied)
+    def _find_places(self) -> list[SharedParameters]:
+        trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        return self._sharding.places(trained, self._tied)
 
 
 def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
@@ -22,7 +23,7 @@ from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, seeded, split_layers, toy_batch
@@ -132,6 +133,7 @@ def draw(seed: int, pp: int, dp: int) -> Case:
             pieces=random.choice([1, 1, 3]),
         )
     )
+    options = replace(options, sharding=_sharding(random, options.schedule))
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
     tied = random.random() < 0.4
     return Case(
@@ -146,6 +148,18 @@ def draw(seed: int, pp: int, dp: int) -> Case:
         tuple(_frozen(random, layers, tied) for _ in range(STEPS)),
         tuple(tuple(_kinds(random) for _ in range(dp)) for _ in range(STEPS)),
         random.random() < 0.3,
+    )
+
+
+def _sharding(random: Random, schedule: ScheduleOptions) -> ShardingOptions:
+    """Every second case has none."""
+    if random.random() < 0.5:
+        return ShardingOptions()
+    spread = schedule.policy not in ("first_stage", "disaggregated")
+    return ShardingOptions(
+        encoders=random.choice(["ddp", "zero1", *["fsdp"] * (2 * (spread and schedule.pieces == 1))]),
+        generators=random.choice(["ddp", "zero1", *["fsdp"] * (2 * spread)]),
+        stages=random.choice(["ddp", "zero1"]),
     )
 
 
@@ -266,12 +280,18 @@ def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
     for step in range(STEPS):
         freeze(module, case.frozen[step])
         runner.refresh()
+        runner.sharding.forget_used()
         module.zero_grad(set_to_none=True)
         out = runner(case.batch(step, mesh.dp_rank, runner.layout), "train")
         reduce_gradients(runner.places, mesh)
-        gradients = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+        gradients = {n: whole(p.grad) for n, p in module.named_parameters() if p.requires_grad}
         results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients))
     return results
+
+
+def whole(tensor: Tensor | None) -> Tensor | None:
+    """The whole tensor that may lie in shards. Collective over the ranks that have shards of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def differences(case: Case, expected: list[Result], by_rank: list[list[Result]]) -> Iterator[str]:

@@ -1,0 +1,138 @@
+"""Weights that lie in shards on several ranks, by torch's `fully_shard` (FSDP2).
+
+Between steps, a rank has its shard of each weight, a DTensor, and the optimizer sees only that. For computing, whole
+weights are gathered: for a whole step, or for each block of layers when it runs. Gradients of whole weights are summed
+over the ranks (never averaged) into the shards.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class ShardedModule:
+    """One module whose weights lie in shards on the ranks of a mesh.
+
+    Attributes:
+        used: names of the weights that this rank has used in a backward since `forget_used`. The others have gradients
+            of zeros only because other weights of their block were used.
+        gathered: whether the module has whole weights now, by `gather`.
+
+    Args:
+        module: the module, with whole weights that are the same on all ranks.
+        mesh: a mesh of one dimension, over which each weight is cut along its first dimension.
+        by_block: whether each block of layers gathers its weights whenever it runs, and sums its gradients at once.
+            All ranks must then run the same blocks in the same order. Otherwise `gather` and `reduce` do it.
+        precision: types of gathered weights and of sums of gradients.
+        offload: where shards lie while they are not used.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        by_block: bool,
+        precision: MixedPrecisionPolicy | None = None,
+        offload: OffloadPolicy | None = None,
+    ) -> None:
+        self.module, self.by_block, self.group = module, by_block, mesh.get_group()
+        self.ranks = dist.get_world_size(self.group)
+        further = {"mp_policy": precision or MixedPrecisionPolicy(), "offload_policy": offload or OffloadPolicy()}
+        names = [name for name, _ in module.named_parameters()]
+        self._parts: list[FSDPModule] = []
+        for part in [*blocks_of(module), module]:
+            fully_shard(part, mesh=mesh, reshard_after_forward=by_block, **further)
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
+            part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+            self._parts.append(part)
+        whole = self._parts[-1]
+        whole.set_reduce_scatter_unused_params(True)  # ranks may have used different weights
+        if not by_block:
+            whole.set_requires_gradient_sync(False)
+            whole.set_reshard_after_backward(False)
+        whole._get_fsdp_state()._lazy_init()  # the module's own forward might never run, but only its layers'
+        assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
+        self._whole: dict[str, nn.Parameter] = {}
+        self.used: set[str] = set()
+        self.gathered = False
+        if by_block:
+            self._watch()
+
+    def gather(self) -> None:
+        """Let the module have whole weights until `release`. Collective over the mesh."""
+        if not self.gathered:
+            for part in self._parts:
+                part.unshard()
+            self._whole = dict(self.module.named_parameters())
+            self.gathered = True
+
+    def release(self) -> None:
+        """Let the module have its shards again. Not collective."""
+        if self.gathered:
+            for part in self._parts:
+                part.reshard()
+            self.gathered = False
+
+    def reduce(self) -> None:
+        """Sum the gradients of the whole weights over the ranks, and add them to those of the shards; then `release`.
+        Collective over the mesh. It does nothing if blocks do it by themselves."""
+        if self.by_block or not self.gathered:
+            return
+        self.used |= {name for name, parameter in self._whole.items() if parameter.grad is not None}
+        whole = self._parts[-1]
+        whole.set_requires_gradient_sync(True)
+        whole.set_reshard_after_backward(True)
+        groups = [group for part in self._parts for group in part._get_fsdp_state()._fsdp_param_groups]
+        for group in groups:  # as torch.distributed.pipelining ends the backwards of a stage
+            group.post_backward()
+        for group in groups:
+            group.finalize_backward()
+        whole.set_requires_gradient_sync(False)
+        whole.set_reshard_after_backward(False)
+        self.gathered = False
+
+    def forget_used(self) -> None:
+        """Make `used` empty."""
+        self.used.clear()
+
+    def _watch(self) -> None:
+        """Note which whole weights get gradients. FSDP2 makes these parameters once and keeps them. Collective."""
+        for part in self._parts:
+            part.unshard()
+        for name, parameter in self.module.named_parameters():
+            trained = parameter.requires_grad
+            parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
+            parameter.requires_grad_(trained)
+        for part in self._parts:
+            part.reshard()
+
+
+def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a module: the members of its outermost lists and dicts of modules that have weights."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from (member for member in child.children() if next(member.parameters(), None) is not None)
+        else:
+            yield from blocks_of(child)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor's part on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """The shard of a whole tensor that a parameter's rank has, placed as the parameter is; the tensor itself if the
+    parameter is whole or of another shape. Nothing is sent."""
+    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor) or whole.shape != parameter.shape:
+        return whole
+    moved = whole.to(parameter.device)
+    with torch.no_grad():
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,203 @@
+"""Shards the weights of a PipelineModule's components over ranks, as the strategy's options say."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from bigmac_lightning.contracts.batch import MediaData, TargetItem
+from bigmac_lightning.contracts.components import Encoder, Generator
+from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.gradients import SharedParameters
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.sharding import ShardedModule
+from bigmac_lightning.training.options import ShardingOptions
+
+
+class Sharding:
+    """The components of a module whose weights lie in shards.
+
+    Args:
+        module: the module with this rank's part of the LLM, with whole weights.
+        mesh: the process groups.
+        options: what is sharded.
+
+    Raises:
+        ValueError: a component cannot be sharded so; the message says why, and what to change.
+    """
+
+    def __init__(self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> None:
+        self._mesh, self._sharded = mesh, dict[str, ShardedModule]()
+        world: Any = dist.group.WORLD
+        over_world = DeviceMesh.from_group(world, mesh.device.type) if _ranks() > 1 else None
+        over_pipeline = mesh.mesh["pp"] if mesh.pp_size > 1 else None
+        over_replicas = mesh.mesh["dp"] if mesh.dp_size > 1 else None
+        chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
+        chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
+        chosen += [("llm", module.llm, options.stages)]
+        _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
+        for name, part, kind in chosen:
+            over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
+            if kind != "ddp" and over is not None and next(part.parameters(), None) is not None:
+                if kind == "fsdp":
+                    _check_meetings(name, part)
+                self._sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp")
+                if isinstance(part, Generator):
+                    register_fsdp_forward_method(part, "sample")
+
+    def gather(self) -> None:
+        """Let components that are sharded as zero1 have whole weights. Collective over all ranks, if they have not."""
+        for sharded in self._sharded.values():
+            if not sharded.by_block:
+                sharded.gather()
+
+    def reduce(self) -> None:
+        """Sum gradients into the shards, which the module then has. Collective over all ranks."""
+        for sharded in self._sharded.values():
+            sharded.reduce()
+
+    def release(self) -> None:
+        """Let the module have its shards, which optimizers and checkpoints need."""
+        for sharded in self._sharded.values():
+            sharded.release()
+
+    def forget_used(self) -> None:
+        """Forget which weights were used: an optimizer's step begins."""
+        for sharded in self._sharded.values():
+            sharded.forget_used()
+
+    def meets(self, name: str) -> bool:
+        """Whether all ranks of a pipeline must run a component, such as "encoders.image", together."""
+        return name in self._sharded and self._sharded[name].by_block
+
+    def calls(self, own: int) -> int:
+        """How often every rank of the pipeline must run a component, if this rank has work for `own` calls. Collective
+        over the pipeline."""
+        most = torch.tensor(own)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._mesh.host_group)
+        return int(most)
+
+    def places(self, trained: Mapping[str, nn.Parameter], tied: Mapping[str, Any]) -> list[SharedParameters]:
+        """Which ranks have which of this rank's trained parameters.
+
+        Args:
+            trained: the parameters by their names in the module.
+            tied: names of parameters of which the first and the last stage's ranks have copies.
+        """
+        mesh, found = self._mesh, list[SharedParameters]()
+        world = dist.group.WORLD if _ranks() > 1 else None
+        replicas = mesh.dp_group if mesh.dp_size > 1 else None
+        llm = {name: p for name, p in trained.items() if name.startswith("llm.")}
+        rest = {name: p for name, p in trained.items() if name not in llm}
+        for prefix, sharded in self._sharded.items():
+            if prefix == "llm":
+                continue
+            own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
+            summed, copies = (replicas, mesh.dp_size) if sharded.by_block else (None, 1)
+            found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded)))
+        found.append(SharedParameters(rest, world, world, _ranks()))
+        copied = {name: p for name, p in llm.items() if name in tied}
+        single = {name: p for name, p in llm.items() if name not in tied}
+        if "llm" in self._sharded:
+            used = _Used("llm", self._sharded["llm"])
+            found.append(SharedParameters(single, replicas, None, 1, used))
+            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used))
+        else:
+            found.append(SharedParameters(single, replicas, replicas, mesh.dp_size))
+            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_group, 2 * mesh.dp_size))
+        return found
+
+
+class Together:
+    """Runs components whose weights all ranks of a pipeline gather together: each rank makes as many calls as the rank
+    with the most batches. A rank that has no batch left runs a smallest item. That changes neither results nor
+    gradients.
+
+    Args:
+        calls: gives the number of calls on all ranks from that of this rank.
+    """
+
+    def __init__(self, calls: Callable[[int], int]) -> None:
+        self._calls = calls
+
+    def encode(self, encoder: Encoder, pixels: Sequence[MediaData], rows: Sequence[int]) -> Tensor:
+        """The features of items, [rows, width], as `encoder(pixels)` gives them; there may be no items.
+
+        Args:
+            rows: number of rows of each item.
+        """
+        batches, made = encoder.batches(pixels) if pixels else [], dict[int, Tensor]()
+        calls = self._calls(len(batches))
+        for batch in batches:
+            encoded = encoder([pixels[i] for i in batch])
+            made.update(zip(batch, encoded.split([rows[i] for i in batch]), strict=True))
+        missing = [encoder([encoder.smallest()]) for _ in range(calls - len(batches))]
+        features = torch.cat([made[i] for i in range(len(pixels))]) if made else missing[0][:0]
+        return features + sum(extra.sum() for extra in missing) * 0.0 if missing else features
+
+    def generate(self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem]) -> Tensor:
+        """The sum of the items' losses, as `generator(conditions, items)` gives it; there may be no items."""
+        batches = generator.batches(items) if items else []
+        calls = self._calls(len(batches))
+        losses = [generator([conditions[i] for i in batch], [items[i] for i in batch]) for batch in batches]
+        for _ in range(calls - len(batches)):
+            losses.append(generator(*self._smallest(generator)) * 0.0)
+        return torch.stack(losses).sum()
+
+    def sample(self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
+        """One tensor per item, as `generator.sample(conditions, items)` gives them; there may be no items."""
+        batches, made = generator.batches(items) if items else [], dict[int, Tensor]()
+        calls = self._calls(len(batches))
+        for batch in batches:
+            samples = generator.sample([conditions[i] for i in batch], [items[i] for i in batch])
+            made.update(zip(batch, samples, strict=True))
+        for _ in range(calls - len(batches)):
+            generator.sample(*self._smallest(generator))
+        return [made[i] for i in range(len(items))]
+
+    @staticmethod
+    def _smallest(generator: Generator) -> tuple[list[Tensor], list[TargetItem]]:
+        condition, item = generator.smallest()
+        # Like a real condition it needs a gradient, so that blocks end their backwards in the same order on all ranks.
+        return [condition.requires_grad_(torch.is_grad_enabled())], [item]
+
+
+class _Used:
+    """The names, in the whole module, of the shards that were used."""
+
+    def __init__(self, prefix: str, sharded: ShardedModule) -> None:
+        self._prefix, self._sharded = prefix, sharded
+
+    def __call__(self) -> set[str]:
+        return {f"{self._prefix}.{name}" for name in self._sharded.used}
+
+
+def _ranks() -> int:
+    return dist.get_world_size()
+
+
+def _check_apart(sharded: Sequence[tuple[str, nn.Module]], module: PipelineModule) -> None:
+    """Check that a component that is to be sharded shares no weight with another one."""
+    for prefix, part in sharded:
+        own = {id(parameter) for parameter in part.parameters()}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) in own and not name.startswith(f"{prefix}."):
+                raise ValueError(
+                    f"{prefix} and {name} share a weight, so it cannot lie in shards: set sharding of "
+                    f"{prefix.partition('.')[0]} to ddp"
+                )
+
+
+def _check_meetings(name: str, part: nn.Module) -> None:
+    assert isinstance(part, Encoder | Generator)
+    for child_name, child in part.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training and child.track_running_stats:
+            raise ValueError(
+                f"{name}.{child_name} is a batch norm in training mode, whose statistics would count the smallest "
+                "items that ranks without work run under fsdp: use ddp or zero1, or freeze it (eval mode)"
+            )
+    part.smallest()  # it raises an error if the component has none
