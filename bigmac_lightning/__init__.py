@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bigmac_lightning.schedule.budget import MemoryBudget
     from bigmac_lightning.schedule.costs import Costs
     from bigmac_lightning.schedule.request import ScheduleOptions
-    from bigmac_lightning.training.options import StageOptions
+    from bigmac_lightning.training.options import ShardingOptions, StageOptions
     from bigmac_lightning.training.strategy import BigMacStrategy
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "PipelineModule",
     "PipelineOutput",
     "ScheduleOptions",
+    "ShardingOptions",
     "StageOptions",
     "TargetItem",
     "assign_owners",
@@ -47,7 +48,7 @@ _PLACES = {
     "schedule.budget": ("MemoryBudget",),
     "schedule.costs": ("Costs",),
     "schedule.request": ("ScheduleOptions",),
-    "training.options": ("StageOptions",),
+    "training.options": ("ShardingOptions", "StageOptions"),
     "training.strategy": ("BigMacStrategy",),
 }
 

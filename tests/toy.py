@@ -32,6 +32,12 @@ def split_layers(layers: int, stages: int) -> list[range]:
     return make_stages(LayerCosts((1.0,) * layers), stages)
 
 
+def through(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 class ToyLayer(nn.Module):
     """Causal mixing over positions, so that every later token depends on every earlier one."""
 
@@ -96,23 +102,27 @@ class ToyEncoder(Encoder):
     def __init__(self, name: str) -> None:
         super().__init__()
         seeded(name)
-        self.tower = nn.Sequential(nn.Linear(PIXELS[name], 7), nn.Tanh(), nn.Linear(7, 7))
+        self.channels = PIXELS[name]
+        self.tower = nn.ModuleList([nn.Linear(PIXELS[name], 7), nn.Tanh(), nn.Linear(7, 7)])  # fsdp's blocks
         self.projector = nn.Linear(7, WIDTH)
         self.unused = nn.Linear(2, 2)  # as the pooling heads of real towers
 
     def forward(self, pixels: list[Tensor]) -> Tensor:
-        hidden = [self.tower(item) for item in pixels]
+        hidden = [through(self.tower, item) for item in pixels]
         return torch.cat([self.projector(h + h.mean(0)) for h in hidden])
 
+    def batches(self, pixels: Sequence[Tensor]) -> list[list[int]]:
+        return [[i] for i in range(len(pixels))]
+
     def smallest(self) -> Tensor:
-        return torch.zeros(1, self.tower[0].in_features, dtype=self.input_dtype())
+        return torch.zeros(1, self.channels, dtype=self.input_dtype())
 
 
 class ToyGenerator(Generator):
     def __init__(self, name: str) -> None:
         super().__init__()
         seeded(name)
-        self.net = nn.Sequential(nn.Linear(WIDTH + TARGET, 9), nn.Tanh(), nn.Linear(9, TARGET))
+        self.net = nn.ModuleList([nn.Linear(WIDTH + TARGET, 9), nn.Tanh(), nn.Linear(9, TARGET)])
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         total = torch.zeros((), dtype=conditions[0].dtype)
@@ -120,8 +130,11 @@ class ToyGenerator(Generator):
             assert item.data is not None
             noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition.dtype)
             given = torch.cat([condition.mean(0).expand(item.shape[0], -1), noise + item.data], -1)
-            total = total + (self.net(given) - item.data).square().mean()
+            total = total + (through(self.net, given) - item.data).square().mean()
         return total
+
+    def batches(self, items: Sequence[TargetItem]) -> list[list[int]]:
+        return [[i] for i in range(len(items))]
 
     def smallest(self) -> tuple[Tensor, TargetItem]:
         data = torch.zeros(1, TARGET, dtype=self.input_dtype())
@@ -131,7 +144,7 @@ class ToyGenerator(Generator):
         made = []
         for condition, item in zip(conditions, items, strict=True):
             noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition.dtype)
-            made.append(self.net(torch.cat([condition.mean(0).expand(item.shape[0], -1), noise], -1)))
+            made.append(through(self.net, torch.cat([condition.mean(0).expand(item.shape[0], -1), noise], -1)))
         return made
 
 

@@ -117,6 +117,17 @@ def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float64).square()
 
 
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm in the whole model is `norm`, so that it becomes `most` if it is more.
+
+    It is ``torch.nn.utils.clip_grads_with_norm_``, which does not take shards on different sets of ranks together.
+    """
+    factor = torch.clamp(most / (norm + 1e-6), max=1.0)
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
 def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:
     """Make autograd accumulate the gradients of half-precision parameters in `dtype`; ``None`` means the parameter's
     dtype.

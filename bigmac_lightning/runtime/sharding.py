@@ -6,6 +6,7 @@ over the ranks (never averaged) into the shards.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ class ShardedModule:
     Attributes:
         used: names of the weights that this rank has used in a backward since `forget_used`. The others have gradients
             of zeros only because other weights of their block were used.
-        gathered: whether the module has whole weights now, by `gather`.
 
     Args:
         module: the module, with whole weights that are the same on all ranks.
@@ -60,24 +60,30 @@ class ShardedModule:
         assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
         self._whole: dict[str, nn.Parameter] = {}
         self.used: set[str] = set()
-        self.gathered = False
         if by_block:
             self._watch()
 
+    @property
+    def _groups(self) -> list[Any]:
+        """FSDP2's groups of parameters that are gathered together."""
+        return [group for part in self._parts for group in part._get_fsdp_state()._fsdp_param_groups]
+
+    @property
+    def gathered(self) -> bool:
+        """Whether the module has whole weights now."""
+        return all(group.is_unsharded for group in self._groups)
+
     def gather(self) -> None:
-        """Let the module have whole weights until `release`. Collective over the mesh."""
+        """Let the module have whole weights until `release`. Collective over the mesh, if it has not."""
         if not self.gathered:
             for part in self._parts:
                 part.unshard()
             self._whole = dict(self.module.named_parameters())
-            self.gathered = True
 
     def release(self) -> None:
         """Let the module have its shards again. Not collective."""
-        if self.gathered:
-            for part in self._parts:
-                part.reshard()
-            self.gathered = False
+        for part in self._parts:
+            part.reshard()
 
     def reduce(self) -> None:
         """Sum the gradients of the whole weights over the ranks, and add them to those of the shards; then `release`.
@@ -88,14 +94,12 @@ class ShardedModule:
         whole = self._parts[-1]
         whole.set_requires_gradient_sync(True)
         whole.set_reshard_after_backward(True)
-        groups = [group for part in self._parts for group in part._get_fsdp_state()._fsdp_param_groups]
-        for group in groups:  # as torch.distributed.pipelining ends the backwards of a stage
+        for group in self._groups:  # as torch.distributed.pipelining ends the backwards of a stage
             group.post_backward()
-        for group in groups:
+        for group in self._groups:
             group.finalize_backward()
         whole.set_requires_gradient_sync(False)
         whole.set_reshard_after_backward(False)
-        self.gathered = False
 
     def forget_used(self) -> None:
         """Make `used` empty."""
@@ -128,10 +132,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The shard of a whole tensor that a parameter's rank has, placed as the parameter is; the tensor itself if the
-    parameter is whole or of another shape. Nothing is sent."""
-    if not isinstance(parameter, DTensor) or isinstance(whole, DTensor) or whole.shape != parameter.shape:
+def shard_like(whole: Any, parameter: Any) -> Any:
+    """The shard of a whole tensor that a parameter's rank has, placed as the parameter is; the value itself if it is
+    none of a parameter in shards, or of another shape. Nothing is sent."""
+    alike = isinstance(whole, Tensor) and isinstance(parameter, DTensor) and whole.shape == parameter.shape
+    if not alike or isinstance(whole, DTensor):
         return whole
     moved = whole.to(parameter.device)
     with torch.no_grad():

@@ -19,12 +19,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.reading import single_process_dcp
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.sharding import shard_like
 
 
 def names_of(module: PipelineModule) -> Names:
@@ -58,7 +60,7 @@ def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
     `save_directory`."""
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
-    own = {path: value.cpu() if isinstance(value, Tensor) else value for path, value in _leaves(tensors)}
+    own = {path: _on_cpu(value) for path, value in _leaves(tensors)}
     everyone = from_everyone(set(own) if replica == 0 else set())
     before = set().union(*everyone[: dist.get_rank()]) if dist.is_initialized() else set()
     own = {path: value for path, value in own.items() if replica == 0 and path not in before}
@@ -131,7 +133,8 @@ def load_weights(
         mismatches(stored, model, strict),
         f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint",
     )
-    module.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
+    fitting = {name: value for name, value in state.items() if name in wanted}
+    module.load_state_dict({name: shard_like(value, wanted[name]) for name, value in fitting.items()}, strict=False)
 
 
 def agree(problems: Sequence[str], what: str) -> None:
@@ -206,6 +209,13 @@ def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
     for key, value in tree.items():
         found += _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
     return found
+
+
+def _on_cpu(value: Any) -> Any:
+    """A whole tensor on the CPU. Collective over the ranks that have shards of it."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _room(entry: Any, own: Any) -> Any:

@@ -4,6 +4,7 @@ the whole model."""
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.module import Part, PipelineModule
 
@@ -34,7 +35,7 @@ def take_part(module: PipelineModule, part: Part) -> None:
 def close(module: PipelineModule) -> None:
     """Let `state_dict` and `pipeline` raise errors until `open_again`, if this process has only a part of the model."""
     module.runner = None
-    if is_whole(module, module.part) or not module._materialized:
+    if not module._materialized or (is_whole(module, module.part) and not _in_shards(module)):
         return
     text = (
         f"{_held(module)}, as the others are on other ranks: trainer.save_checkpoint(PATH) writes the whole model, and "
@@ -75,7 +76,13 @@ def _same(module: PipelineModule, part: Part) -> bool:
 
 def _held(module: nn.Module) -> str:
     assert isinstance(module, PipelineModule)
-    return f"this process holds {_layers(module.part)} of {type(module).__name__}"
+    shards = "shards of " if _in_shards(module) else ""
+    return f"this process holds {shards}{_layers(module.part)} of {type(module).__name__}"
+
+
+def _in_shards(module: nn.Module) -> bool:
+    """Whether some weights are not whole on this rank."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def _layers(part: Part) -> str:

@@ -74,6 +74,7 @@ class LightningSteps:
             raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
         parameters = self._trained()
         if self._first_of_step:
+            self._runner.sharding.forget_used()
             for parameter in parameters:
                 parameter.grad = None
             wide = self._sums_in_float32(batch)

@@ -71,6 +71,7 @@ class PipelineRunner:
     Args:
         module: the module with the weights of this rank's part of the LLM.
         forward_context: context manager that every forward runs in (for precision).
+        sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class PipelineRunner:
         mesh: PipelineMesh,
         options: PipelineOptions,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        sharding: Sharding | None = None,
     ) -> None:
         self.dtype = _find_dtype(module, mesh, options.stage_rank(mesh.pp_size))
-        self.sharding = Sharding(module, mesh, options.sharding)
+        self.sharding = sharding or Sharding(module, mesh, options.sharding)
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)

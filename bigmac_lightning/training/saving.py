@@ -24,6 +24,7 @@ from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numb
 from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
 
@@ -228,6 +229,9 @@ class SavingStrategy(DDPStrategy):
                 problems.append(str(error))
         checkpoints.agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
         for optimizer, state in zip(self.optimizers, numbered, strict=True):
+            parameters = [p for group in bare(optimizer).param_groups for p in group["params"]]
+            for number, entries in state["state"].items():
+                state["state"][number] = {key: shard_like(value, parameters[number]) for key, value in entries.items()}
             bare(optimizer).load_state_dict(state)
 
     def _refuse_remote(self, path: str) -> None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import MediaData, TargetItem
 from bigmac_lightning.contracts.components import Encoder, Generator
@@ -39,6 +40,11 @@ class Sharding:
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            raise ValueError(
+                f"the weights of this {type(module).__name__} lie in shards already, from an earlier run: save a "
+                f"checkpoint, and give a new {type(module).__name__} to this run, with ckpt_path"
+            )
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
         for name, part, kind in chosen:
             over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline

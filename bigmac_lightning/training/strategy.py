@@ -33,6 +33,7 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
+from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
@@ -41,7 +42,7 @@ from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
-from bigmac_lightning.training.options import PipelineOptions, StageOptions
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from bigmac_lightning.training.saving import SavingStrategy
@@ -62,6 +63,7 @@ class BigMacStrategy(SavingStrategy):
         schedule: how plans are made: policy, backbone, sizes of groups, costs, limits. Rank 0 logs what "auto" in it
             has become, and why.
         stages: how the LLM is cut into stages.
+        sharding: which weights, gradients and optimizer states lie in shards on several ranks.
         float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
             which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
             microbatches.
@@ -90,6 +92,7 @@ class BigMacStrategy(SavingStrategy):
         microbatches: int | None = None,
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008  (frozen)
         stages: StageOptions = StageOptions(),  # noqa: B008  (frozen)
+        sharding: ShardingOptions = ShardingOptions(),  # noqa: B008  (frozen)
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         process_group_backend: str | None = None,
@@ -123,7 +126,7 @@ class BigMacStrategy(SavingStrategy):
             if value != otherwise and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
         self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches)
+        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches, sharding)
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
@@ -230,7 +233,9 @@ class BigMacStrategy(SavingStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         self._synchronize_initial_state(module)
-        self._runner = PipelineRunner(module, self.mesh, self._options, self.precision_plugin.forward_context)
+        known = self._runner.sharding if self._runner is not None and self._runner.module is module else None
+        context = self.precision_plugin.forward_context
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -274,7 +279,7 @@ class BigMacStrategy(SavingStrategy):
 
     def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, self.runner.gradient_norm())
+        clip_gradients(parameters, clip_val, self.runner.gradient_norm())
 
     def teardown(self) -> None:
         module = self.lightning_module
@@ -301,6 +306,18 @@ class BigMacStrategy(SavingStrategy):
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
+
+    def on_validation_start(self) -> None:
+        self.runner.sharding.gather()  # here, as replicas may have different numbers of batches
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        self.runner.sharding.gather()
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        self.runner.sharding.gather()
+        super().on_predict_start()
 
     def on_exception(self, exception: BaseException) -> None:
         """End the child processes at once, instead of letting them wait for this rank until their timeout."""

@@ -61,7 +61,7 @@ class _Statistics(ToyModule):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         encoder: Any = self.encoders["image"]
-        encoder.tower = nn.Sequential(_RunningMean(), encoder.tower)
+        encoder.tower = nn.ModuleList([_RunningMean(), *encoder.tower])
 
 
 def _fit(rank: int, dp: int) -> tuple[dict[str, torch.Tensor], int]:

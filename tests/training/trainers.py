@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning import BigMacStrategy, ScheduleOptions, StageOptions
 from tests.ranks import run_ranks
@@ -67,7 +68,12 @@ def _with_environment(
 
 
 def weights(module: ToyModule) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """Of what this rank has; collective where weights lie in shards."""
+    return {name: whole(parameter.detach()).clone() for name, parameter in module.named_parameters()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
