@@ -125,7 +125,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float, norm: Tensor
     factor = torch.clamp(most / (norm + 1e-6), max=1.0)
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:

@@ -40,11 +40,6 @@ class Sharding:
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            raise ValueError(
-                f"the weights of this {type(module).__name__} lie in shards already, from an earlier run: save a "
-                f"checkpoint, and give a new {type(module).__name__} to this run, with ckpt_path"
-            )
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
         for name, part, kind in chosen:
             over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
@@ -180,6 +175,18 @@ class _Used:
 
     def __call__(self) -> set[str]:
         return {f"{self._prefix}.{name}" for name in self._sharded.used}
+
+
+def check_whole(module: PipelineModule) -> None:
+    """
+    Raises:
+        ValueError: an earlier run has left the module's weights in shards.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise ValueError(
+            f"the weights of this {type(module).__name__} lie in shards already, from an earlier run: save a "
+            f"checkpoint, and give a new {type(module).__name__} to this run, with ckpt_path"
+        )
 
 
 def _ranks() -> int:

@@ -38,6 +38,7 @@ from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
 from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
@@ -46,6 +47,7 @@ from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, 
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from bigmac_lightning.training.saving import SavingStrategy
+from bigmac_lightning.training.sharding import check_whole
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -232,8 +234,10 @@ class BigMacStrategy(SavingStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
-        self._synchronize_initial_state(module)
         known = self._runner.sharding if self._runner is not None and self._runner.module is module else None
+        if known is None:
+            check_whole(module)
+            self._synchronize_initial_state(module)
         context = self.precision_plugin.forward_context
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
@@ -264,18 +268,8 @@ class BigMacStrategy(SavingStrategy):
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = self._clip_by_global_norm  # the plugin's own would see this rank's parameters only
         scaler = getattr(plugin, "scaler", None)
-        if scaler is not None:
-            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-            if not isinstance(scaler, ShardedGradScaler):  # this one lets all ranks skip the same steps
-                plugin.scaler = ShardedGradScaler(
-                    device=self.root_device.type,
-                    init_scale=scaler.get_scale(),
-                    growth_factor=scaler.get_growth_factor(),
-                    backoff_factor=scaler.get_backoff_factor(),
-                    growth_interval=scaler.get_growth_interval(),
-                    process_group=dist.group.WORLD,
-                )
+        if scaler is not None and not isinstance(scaler, PipelineGradScaler):
+            plugin.scaler = PipelineGradScaler.like(scaler, self.root_device)
 
     def _clip_by_global_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,0 +1,190 @@
+"""Sharded components under the Trainer: checkpoints, evaluation, and what is refused. That gradients and weights are
+those of one process is shown by test_training.py and tests/runtime/matrix.py."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bigmac_lightning import ShardingOptions
+from bigmac_lightning.schedule.request import ScheduleOptions
+from bigmac_lightning.training.options import PipelineOptions
+from tests.toy import ToyData, ToyEncoder, ToyGenerator, ToyModule
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
+
+STEPS = 3
+WHOLE = ShardingOptions()
+ZERO1 = ShardingOptions("zero1", "zero1", "zero1")
+FSDP = ShardingOptions("fsdp", "fsdp", "zero1")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run's processes, and what they shard. Two replicas train on one batch each, a single one on both."""
+
+    world: int
+    dp: int
+    sharding: ShardingOptions
+    directory: bool = True
+
+    def trainer(self, epochs: int) -> Any:
+        strategy = {
+            "data_parallel_size": self.dp,
+            "sharding": self.sharding,
+            "save_distributed_checkpoint": self.directory,
+        }
+        return pipeline_trainer(self.world, strategy, max_epochs=epochs, limit_val_batches=0)
+
+    @property
+    def data(self) -> ToyData:
+        return ToyData(steps=STEPS, replicas=3 - self.dp)
+
+
+LAYOUTS = {
+    "fsdp-P2xdp2": Layout(4, 2, FSDP),
+    "zero1-P2xdp2": Layout(4, 2, ZERO1),
+    "zero1-dp2-file": Layout(2, 2, ZERO1, directory=False),
+    "fsdp-P3-file": Layout(3, 1, FSDP, directory=False),
+    "whole-P2": Layout(2, 1, WHOLE),
+}
+PAIRS = [
+    ("fsdp-P2xdp2", "whole-P2"),
+    ("whole-P2", "fsdp-P2xdp2"),
+    ("zero1-P2xdp2", "fsdp-P3-file"),
+    ("fsdp-P3-file", "zero1-dp2-file"),
+    ("zero1-dp2-file", "zero1-P2xdp2"),
+]
+
+
+def _run(rank: int, layout: Layout, epochs: int, start: Path | None, save: Path | None) -> dict[str, torch.Tensor]:
+    module, trainer = ToyModule(tied=True), layout.trainer(epochs)
+    trainer.fit(module, layout.data, ckpt_path=start)
+    if save is not None:
+        trainer.save_checkpoint(save)
+        with pytest.raises(ValueError, match="this process holds"):
+            module.state_dict()
+    trainer.strategy.open_module()
+    return weights(module)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    """The weights after two epochs in one process."""
+    module = ToyModule(tied=True)
+    plain_trainer(max_epochs=2, limit_val_batches=0).fit(module, ToyData(steps=STEPS, replicas=2))
+    return weights(module)
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids="->".join)
+def test_resume(before: str, after: str, tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """A run that goes on with other processes and other shards ends with the weights of one run in one process."""
+    path = tmp_path / "first.ckpt"
+    on_ranks(LAYOUTS[before].world, _run, LAYOUTS[before], 1, None, path)
+    for found in on_ranks(LAYOUTS[after].world, _run, LAYOUTS[after], 2, path, tmp_path / "second.ckpt"):
+        assert_close(found, expected, 2e-6)
+    whole = ToyModule.load_from_checkpoint(tmp_path / "second.ckpt", tied=True)
+    assert_close(weights(whole), expected, 2e-6)
+
+
+class _UnevenValidation(ToyData):
+    """The second replica has one more batch to validate."""
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer is not None
+        return self.loader(1 + self.trainer.strategy.mesh.dp_rank, first=50)  # pyright: ignore
+
+
+def _evaluate(rank: int, sharding: ShardingOptions, dp: int) -> tuple[dict[str, float], list[Any], int]:
+    """Replicas have different numbers of validation batches."""
+    data, module = _UnevenValidation(steps=2, replicas=3 - dp), ToyModule()
+    trainer = pipeline_trainer(2 * dp, {"data_parallel_size": dp, "sharding": sharding}, max_epochs=2)
+    trainer.fit(module, data)
+    (validated,) = trainer.validate(module, data, verbose=False)
+    samples = trainer.predict(module, data)
+    whole = sum(p.numel() for p in module.parameters())
+    stored = sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
+    return validated, [[t.sum().item() for t in batch] for batch in samples], stored / whole
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_evaluation(dp: int) -> None:
+    """Metrics and samples are those of whole weights; a rank stores a part of the weights only."""
+    expected = on_ranks(2 * dp, _evaluate, WHOLE, dp)
+    for sharding in (ZERO1, FSDP):
+        for (validated, samples, share), (should, made, _) in zip(
+            on_ranks(2 * dp, _evaluate, sharding, dp), expected, strict=True
+        ):
+            assert validated == pytest.approx(should, rel=1e-5)
+            for one, other in zip(samples, made, strict=True):
+                assert one == pytest.approx(other, rel=1e-5)
+            assert share < 0.9
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sharding", "words"),
+    [
+        ({"policy": "first_stage"}, ShardingOptions(encoders="fsdp"), "sharding.encoders is fsdp, but under policy"),
+        ({"policy": "disaggregated"}, ShardingOptions(generators="fsdp"), "sharding.generators is fsdp, but"),
+        ({"policy": "filled", "pieces": 2}, ShardingOptions(encoders="fsdp"), "pieces=2"),
+    ],
+)
+def test_schedules_that_fsdp_refuses(schedule: dict[str, Any], sharding: ShardingOptions, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PipelineOptions(ScheduleOptions(**schedule), sharding=sharding)
+    with pytest.raises(ValueError, match="expected one of ddp, zero1"):
+        ShardingOptions(stages="fsdp")  # pyright: ignore[reportArgumentType]
+
+
+class _WithoutSmallest(ToyEncoder):
+    smallest = ToyEncoder.__mro__[1].smallest  # pyright: ignore
+
+
+class _Counting(ToyEncoder):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.norm = nn.BatchNorm1d(3)
+
+
+def _refused(rank: int, change: str) -> str:
+    module = ToyModule()
+    if change == "smallest":
+        module.encoders["image"] = _WithoutSmallest("image")
+    elif change == "batch norm":
+        module.encoders["image"] = _Counting("image")
+    elif change == "shared":
+        image, audio = module.encoders["image"], module.encoders["audio"]
+        image.projector = audio.projector
+    trainer = pipeline_trainer(2, {"sharding": replace(FSDP, generators="ddp")}, max_steps=1)
+    if change == "twice":
+        trainer.fit(module, ToyData(steps=1))
+        trainer = pipeline_trainer(2, {"sharding": FSDP}, max_steps=1)
+    try:
+        trainer.fit(module, ToyData(steps=1))
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("smallest", "has no method `smallest`, which fsdp needs"),
+        ("batch norm", "encoders.image.norm is a batch norm in training mode"),
+        ("shared", "share a weight"),
+        ("twice", "lie in shards already, from an earlier run"),
+    ],
+)
+def test_modules_that_fsdp_refuses(change: str, words: str) -> None:
+    for message in on_ranks(2, _refused, change):
+        assert words in message
+
+
+def test_toys_have_smallest_items() -> None:
+    """They are items like all others."""
+    encoder, generator = ToyEncoder("image"), ToyGenerator("drawing")
+    assert len(encoder([encoder.smallest()])) == 1
+    condition, item = generator.smallest()
+    assert generator([condition], [item]).isfinite()
