@@ -32,7 +32,7 @@ class Sharding:
     """
 
     def __init__(self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> None:
-        self._mesh, self._sharded = mesh, dict[str, ShardedModule]()
+        self._mesh, self._sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         world: Any = dist.group.WORLD
         over_world = DeviceMesh.from_group(world, mesh.device.type) if _ranks() > 1 else None
         over_pipeline = mesh.mesh["pp"] if mesh.pp_size > 1 else None
@@ -43,9 +43,12 @@ class Sharding:
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
         for name, part, kind in chosen:
             over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
-            if kind != "ddp" and over is not None and next(part.parameters(), None) is not None:
-                if kind == "fsdp":
-                    _check_meetings(name, part)
+            if kind == "ddp" or over is None:
+                continue
+            if kind == "fsdp":
+                _check_meetings(name, part)
+                self._meeting.add(name)
+            if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
                 self._sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp")
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
@@ -73,7 +76,7 @@ class Sharding:
 
     def meets(self, name: str) -> bool:
         """Whether all ranks of a pipeline must run a component, such as "encoders.image", together."""
-        return name in self._sharded and self._sharded[name].by_block
+        return name in self._meeting
 
     def calls(self, own: int) -> int:
         """How often every rank of the pipeline must run a component, if this rank has work for `own` calls. Collective

@@ -8,7 +8,7 @@ Shape suffixes: B items, C channels, H and W pixels (or latent cells), N conditi
 the conditions inside the transformer, K queries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,9 +130,24 @@ class FlowGenerator(Generator):
                 if name in self.kind.unused:
                     module.requires_grad_(False)
 
+    def batches(self, items: Sequence[TargetItem]) -> list[list[int]]:
+        """Items of the same shape and number of condition rows are computed together."""
+        alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, item in enumerate(items):
+            alike.setdefault((tuple(item.shape), item.rows), []).append(i)
+        return list(alike.values())
+
+    def smallest(self) -> tuple[Tensor, TargetItem]:
+        side, channels = self.patch_size, self._arguments.get("out_channels") or self._arguments["in_channels"]
+        if self.codec is not None:
+            side, channels = side * self.codec.factor, self.codec.autoencoder.config.in_channels
+        dtype, shape = self.input_dtype(), (channels, side, side)
+        item = TargetItem("", 1, shape, data=torch.zeros(shape, dtype=dtype))
+        return torch.zeros(1, self.width, dtype=dtype), item
+
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         losses: list[Tensor] = []
-        for indices in _alike(items):
+        for indices in self.batches(items):
             draws = [_Draw(items[i], self._shape(items[i])) for i in indices]
             x_BCHW = torch.stack([_data(items[i]) for i in indices])
             x_BCHW = x_BCHW if self.codec is None else self.codec.encode(x_BCHW)
@@ -150,7 +165,7 @@ class FlowGenerator(Generator):
     @torch.no_grad()
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
         made: dict[int, Tensor] = {}
-        for indices in _alike(items):
+        for indices in self.batches(items):
             conditions_BNE = self._connect([conditions[i] for i in indices])
             x_BCHW = torch.stack([_Draw(items[i], self._shape(items[i])).noise for i in indices]).to(
                 conditions_BNE.device
@@ -218,14 +233,6 @@ class _Draw:
         self.noise = torch.randn(shape, generator=generator)
         self.time = torch.randn((), generator=generator).sigmoid()
         self.uniform = torch.rand((), generator=generator)
-
-
-def _alike(items: Iterable[TargetItem]) -> Iterator[list[int]]:
-    """The indices of items that can be batched, as they have the same shape and number of condition rows."""
-    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for i, item in enumerate(items):
-        groups.setdefault((tuple(item.shape), item.rows), []).append(i)
-    yield from groups.values()
 
 
 def _data(item: TargetItem) -> Tensor:

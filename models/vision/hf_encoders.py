@@ -92,19 +92,31 @@ class HFVisionEncoder(HFComponent, Encoder):
             if part is not None:
                 meta_model.drop(whole, meta_model.path_of(part, whole))
 
-    def forward(self, pixels: list[MediaData]) -> Tensor:
-        assert self.family is not None, "the constructor refuses models without a vision part"
-        return self.encode(pixels, self.family.image)
-
-    def encode(self, pixels: Sequence[MediaData], encode: Encode) -> Tensor:
-        """features_ND of all items. Items of the same shape, or of any shape if the model can, are encoded together."""
-        attention.check_device(self._attention, next(self.parameters()).device)
-        base = self._whole.base_model
+    def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
+        """Items of the same shape, or of any shape if the model can, are encoded together."""
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
             of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
+        return list(of_shape.values())
+
+    def smallest(self) -> Tensor:
+        vision: Any = self.config.vision_config
+        if self._mixes_shapes:
+            return smallest_grid(vision).to(self.input_dtype())
+        side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        # ones, because Idefics takes an image of zeros for padding, and leaves it out
+        return torch.ones(getattr(vision, "num_channels", 3), side, side, dtype=self.input_dtype())
+
+    def forward(self, pixels: list[MediaData], encode: Encode | None = None) -> Tensor:
+        """
+        Args:
+            encode: encodes items of the same shape; ``None``: as images.
+        """
+        attention.check_device(self._attention, pixels_of(pixels[0]).device)
+        assert self.family is not None, "the constructor refuses models without a vision part"
+        base, encode = self._whole.base_model, encode or self.family.image
         rows: dict[int, Tensor] = {}
-        for indices in of_shape.values():
+        for indices in self.batches(pixels):
             out = encode(base, [pixels[i] for i in indices])
             levels = [out.pooler_output, *(out.deepstack_features if self.levels > 1 else ())]
             by_item = zip(*(_by_item(level, len(indices)) for level in levels), strict=True)
@@ -139,12 +151,29 @@ class HFVideoEncoder(Encoder):
     def input_dtype(self) -> torch.dtype | None:
         return self._unregistered[0].input_dtype()
 
+    def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
+        return self._unregistered[0].batches(pixels)
+
+    def smallest(self) -> Tensor:
+        image = self._unregistered[0].smallest()
+        return image[None] if image.ndim == 3 else image
+
     def forward(self, pixels: list[MediaData]) -> Tensor:
-        return self._unregistered[0].encode(pixels, self._encode)
+        return self._unregistered[0](pixels, self._encode)
 
 
 _AFTER_MERGING = re.compile("merger|projector|connector")
 """The modules that get rows: several patches joined to one."""
+
+
+def smallest_grid(vision: Any) -> Tensor:
+    """An item of zeros for Qwen's towers, (t, h, w, values of a patch), that makes one row of features.
+
+    Args:
+        vision: the config of the tower.
+    """
+    side, channels = vision.spatial_merge_size, getattr(vision, "in_channels", None) or vision.in_chans
+    return torch.zeros(1, side, side, channels * vision.temporal_patch_size * vision.patch_size**2)
 
 
 def _patches_per_row(config: Any) -> int:

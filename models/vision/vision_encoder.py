@@ -20,6 +20,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost,
 from .. import loading, meta_model
 from ..initialization import frozen_as, seeded, to_config
 from ..llm import attention
+from .hf_encoders import smallest_grid
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,19 @@ class VisionEncoder(Encoder):
             patches_BTE = self._merged(self._encode(images_BCHW), images_BCHW.shape[-2:])
             rows.update(zip(indices, self.projector(patches_BTE).unbind(), strict=True))
         return torch.cat([rows[i] for i in range(len(images))])
+
+    def batches(self, pixels: Sequence[Tensor]) -> list[list[int]]:
+        """Images of one size, and videos of frames of this size, are encoded together."""
+        of_size: dict[torch.Size | None, list[int]] = {}
+        for i, item in enumerate(pixels):
+            of_size.setdefault(None if self.takes_patches else item.shape[-3:], []).append(i)
+        return list(of_size.values())
+
+    def smallest(self) -> Tensor:
+        if self.takes_patches:
+            return smallest_grid(self.config).to(self.input_dtype())
+        side = self.config.patch_size * self.merge
+        return torch.zeros(self.config.num_channels, side, side, dtype=self.input_dtype())
 
     def _encode(self, images_BCHW: Tensor) -> Tensor:
         further = {"interpolate_pos_encoding": True} if self.kind.interpolates else {}

@@ -14,16 +14,18 @@ from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.models import zoo
 from tests.ranks import run_ranks
+from tests.runtime.matrix import whole
 from tests.toy import split_layers
 
 CASES = [
     (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
 ]
-SIZES = (2, 3)
+SIZES = {2: ShardingOptions(), 3: ShardingOptions(encoders="fsdp")}
+"""Numbers of pipeline ranks, and what lies in shards."""
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,11 @@ def _pipelined(rank: int, size: int, folder: Path) -> dict[tuple[str, bool], Any
         module = MultimodalLM.from_pretrained(str(folder / name), zoo.MODELS[name].attention)
         module.part = part_of(rank, split_layers(zoo.LAYERS, size), range(size))
         module.configure_model()
-        module.runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
+        options = PipelineOptions(ScheduleOptions(group_size=2), sharding=SIZES[size])
+        module.runner = PipelineRunner(module, mesh, options)
         out = module.pipeline(zoo.batch(zoo.MODELS[name], packed, module.runner.layout))
         reduce_gradients(module.runner.places, mesh)
-        results[name, packed] = out.loss.item(), {n: p.grad for n, p in module.named_parameters()}
+        results[name, packed] = out.loss.item(), {n: whole(p.grad) for n, p in module.named_parameters()}
     return results
 
 
