@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
@@ -15,7 +16,8 @@ from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.runtime.sharding import local
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
 from tests.models.parts import counting
 from tests.ranks import run_ranks
@@ -101,6 +103,49 @@ def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, An
         held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
         held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         assert report.static == sum(tensor.nbytes for tensor in held)
+
+
+SHARDINGS = [ShardingOptions("fsdp", "fsdp", "zero1"), ShardingOptions("zero1", "zero1", "ddp")]
+
+
+def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
+    """The bytes between steps, and of what is gathered at a time by zero1, for each kind of shards."""
+    found: list[tuple[int, int]] = []
+    for sharding in SHARDINGS:
+        module = built(freeze=["encoders.image.tower"])
+        options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding), pp)
+        mesh = build_mesh(torch.device("cpu"), 2 // pp, pp, options.stage_rank(pp))
+        module.part = part_of(rank % pp, stages, options.stage_rank(pp))
+        module.configure_model()
+        runner = PipelineRunner(module, mesh, options)
+        runner(batch(runner.layout, 4), "train")
+        optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
+        optimizer.step()
+        held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
+        held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        runner.sharding.gather()
+        zero1 = [p for name, p in runner.sharding.sharded.items() if not p.by_block]
+        whole = [p for part in zero1 for p in part.module.parameters()]
+        assert not any(isinstance(parameter, DTensor) for parameter in whole)
+        found.append((sum(local(t).nbytes for t in held), sum(p.nbytes * (1 + p.requires_grad) for p in whole)))
+    return found
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_memory_of_shards_is_that_of_the_run(pp: int) -> None:
+    """Shards of weights, gradients and moments of every rank, to the byte; and what zero1 gathers."""
+    told = [built(freeze=["encoders.image.tower"]) for _ in SHARDINGS]
+    for rank, results in enumerate(run_ranks(2, _stored, pp)):
+        for sharding, module, (stored, gathered) in zip(SHARDINGS, told, results, strict=True):
+            options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding), pp)
+            report = ranks_of(module, options, stages, pp, replicas=2 // pp)[rank % pp]
+            if rank < pp:  # the report is about the first pipeline
+                assert report.static == stored
+            whole = sum(
+                Precision().gathered(part, "fsdp") for part in (*module.encoders.values(), *module.generators.values())
+            )
+            blocks = whole if sharding.encoders == "fsdp" and pp > 1 else 0
+            assert report.gathered == gathered + blocks
 
 
 def batch(layout: PipelineLayout, microbatches: int) -> Batch:

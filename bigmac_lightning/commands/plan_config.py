@@ -20,6 +20,7 @@ from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
+from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
 
@@ -114,7 +115,7 @@ def _show(run: RunReader, console: Console) -> None:
     name = run.config["trainer"]["precision"]
     costs_given = strategy.options.schedule.costs is not None
     estimate = StepEstimate(
-        module, options, stages, size, microbatch, microbatches, Precision.of(name), estimate_costs=not costs_given
+        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp
     )
     if reason:
         console.print(reason, highlight=False, soft_wrap=True)
@@ -152,6 +153,13 @@ def _components(module: PipelineModule) -> str:
     return "\n".join(lines)
 
 
+def _shards(options: PipelineOptions) -> str:
+    """Which of them lie in shards."""
+    kinds = {name: kind for name, kind in asdict(options.sharding).items() if kind != "ddp"}
+    listed = ", ".join(f"{kind} for {name}" for name, kind in kinds.items())
+    return f", in shards ({listed})" if kinds else ""
+
+
 def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
     """The caption of the table: the assumptions of the estimates."""
     sample_tokens = run.strategy.options.sample_tokens
@@ -163,7 +171,8 @@ def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: in
     return (
         f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks; {microbatches} microbatches of {microbatch.tokens} tokens"
         f"{media}{targets}.\n"
-        f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments; "
+        f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments"
+        f"{_shards(run.strategy.options)}; "
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "
         f"allocator, and codecs at work. Attention {seen}."
     )

@@ -7,8 +7,11 @@ from torch import nn
 
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.runtime.sharding import blocks_of
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import part_of
+
+Component = Encoder | LanguageModel | Generator
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,38 @@ class Precision:
         size = 2 if "16" in text or "transformer-engine" in text else 8 if "64" in text else None
         return cls(size if text.endswith("-true") or text == "64" else None, size)
 
-    def static(self, component: Encoder | LanguageModel | Generator, parameters: Iterable[nn.Parameter]) -> int:
-        """The bytes of these weights of a component. A trained weight has a gradient and AdamW's two moments besides,
-        so it counts four times."""
-        size = self.weights or (component.dtype.itemsize if component.dtype else None)
-        return sum(p.numel() * (size or p.element_size()) * (4 if p.requires_grad else 1) for p in parameters)
+    def size(self, component: Component, parameter: nn.Parameter) -> int:
+        """The bytes of a number of a component's weight."""
+        return self.weights or (component.dtype.itemsize if component.dtype else parameter.element_size())
+
+    def static(self, component: Component, parameters: Iterable[nn.Parameter], rank: int = 0, shards: int = 1) -> int:
+        """The bytes of a rank's shards of these weights of a component. A trained weight has a gradient and AdamW's two
+        moments besides, so it counts four times.
+
+        Args:
+            rank: which shard the rank has.
+            shards: number of shards, into which the rows of a weight are divided; 1: the weights are whole.
+        """
+        return sum(_part(p, rank, shards) * self.size(component, p) * (4 if p.requires_grad else 1) for p in parameters)
+
+    def gathered(self, component: Component, kind: str) -> int:
+        """The bytes of whole weights and gradients that exist at the same time if a component lies in shards.
+
+        Args:
+            kind: "zero1": those of the whole component; "fsdp": those of the largest block and of what lies in no
+                block, with the weights of the block that runs next.
+        """
+
+        def bytes_of(parameters: Iterable[nn.Parameter], gradients: bool = True) -> int:
+            return sum(p.numel() * self.size(component, p) * (1 + (gradients and p.requires_grad)) for p in parameters)
+
+        if kind == "zero1":
+            return bytes_of(component.parameters())
+        blocks = [list(block.parameters()) for block in blocks_of(component)]
+        inside = {id(parameter) for block in blocks for parameter in block}
+        root = bytes_of(parameter for parameter in component.parameters() if id(parameter) not in inside)
+        largest = max(blocks, key=bytes_of, default=[])
+        return root + bytes_of(largest) + bytes_of(largest, gradients=False)
 
 
 @dataclass(frozen=True)
@@ -46,7 +76,9 @@ class RankEstimate:
         llm: the number of parameters of its part of the LLM.
         replicated: the number of parameters of encoders and generators, which every rank has.
         share: its share of the LLM's time.
-        static: bytes of weights, gradients and AdamW's two moments.
+        static: bytes of weights, gradients and AdamW's two moments, as far as this rank has them between steps.
+        gathered: bytes of the further weights and gradients that a rank has at a time while it computes, of components
+            that lie in shards.
         activations: bytes at the peak, by "LLM", "encoder", "generator" and "logits"; empty: not estimated.
         tflop: TFLOP in a step.
     """
@@ -56,13 +88,14 @@ class RankEstimate:
     replicated: int
     share: float
     static: int = 0
+    gathered: int = 0
     activations: dict[str, float] = field(default_factory=dict)
     tflop: float = 0.0
 
     @property
     def memory(self) -> float:
         """Bytes of everything together. That is an upper bound, as the peaks need not come at the same time."""
-        return self.static + sum(self.activations.values())
+        return self.static + self.gathered + sum(self.activations.values())
 
 
 def ranks_of(
@@ -71,19 +104,22 @@ def ranks_of(
     stages: Sequence[range],
     size: int,
     precision: Precision = Precision(),
+    replicas: int = 1,
 ) -> list[RankEstimate]:
-    """What each rank holds, without activations and FLOPs.
+    """What each rank of the first pipeline holds, without activations and FLOPs.
 
     Args:
         module: a module on the meta device.
         options, stages: what `training.runner.resolve_options` returns.
         size: the number of ranks of the pipeline, P.
         precision: the bytes of weights.
+        replicas: the number of pipelines.
     """
     stage_rank, made = options.stage_rank(size), list[RankEstimate]()
-    replicated = {component: list(component.parameters()) for component in _replicated(module)}
-    count = sum(map(_count, replicated.values()))
-    static = sum(precision.static(component, parameters) for component, parameters in replicated.items())
+    count = sum(_count(component.parameters()) for component, _ in _replicated(module, options.sharding))
+    gathered = 0
+    for component, kind in _replicated(module, options.sharding):
+        gathered += precision.gathered(component, kind) if _shards(kind, size, replicas) > 1 else 0
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
@@ -91,14 +127,37 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        made.append(RankEstimate(layers, _count(own), count, share, static + precision.static(module.llm, own)))
+        stages_apart = options.sharding.stages == "zero1" and replicas > 1
+        static = precision.static(module.llm, own, 0, replicas if stages_apart else 1)
+        for component, kind in _replicated(module, options.sharding):
+            static += precision.static(component, component.parameters(), rank, _shards(kind, size, replicas))
+        whole_stages = sum(
+            p.numel() * precision.size(module.llm, p) * (1 + p.requires_grad) for p in own if stages_apart
+        )
+        made.append(RankEstimate(layers, _count(own), count, share, static, gathered + whole_stages))
     return made
+
+
+def _shards(kind: str, size: int, replicas: int) -> int:
+    """Into how many shards the weights of an encoder or a generator are cut."""
+    return {"ddp": 1, "zero1": size * replicas, "fsdp": size}[kind]
+
+
+def _part(parameter: nn.Parameter, rank: int, shards: int) -> int:
+    """How many numbers of a parameter are in a shard."""
+    if shards == 1:
+        return parameter.numel()
+    rows = len(parameter)
+    most = -(-rows // shards)
+    return min(max(rows - rank * most, 0), most) * (parameter.numel() // max(rows, 1))
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _replicated(module: PipelineModule) -> list[Encoder | Generator]:
-    found = [*module.encoders.values(), *module.generators.values()]
-    return [component for component in found if isinstance(component, Encoder | Generator)]
+def _replicated(module: PipelineModule, sharding: ShardingOptions) -> list[tuple[Encoder | Generator, str]]:
+    """Encoders and generators, and how each is sharded."""
+    found = [(part, sharding.encoders) for part in module.encoders.values()]
+    found += [(part, sharding.generators) for part in module.generators.values()]
+    return [(part, kind) for part, kind in found if isinstance(part, Encoder | Generator)]

@@ -47,10 +47,11 @@ class StepEstimate:
         microbatches: int,
         precision: Precision,
         estimate_costs: bool = True,
+        replicas: int = 1,
     ) -> None:
         """
         Args:
-            module, options, stages, size, precision: see `ranks_of`.
+            module, options, stages, size, precision, replicas: see `ranks_of`.
             microbatch: what each microbatch holds.
             microbatches: the number of microbatches in a step, M.
             estimate_costs: whether to plan with estimated costs instead of the costs of the options.
@@ -79,7 +80,7 @@ class StepEstimate:
         self.timeline: Timeline = simulate(self.plan)
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
-            for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision))
+            for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision, replicas))
         ]
 
     # -- time ----------------------------------------------------------------------------------------------------------

@@ -12,16 +12,22 @@ from bigmac_lightning.schedule.budget import size_text
 
 def partition_table(ranks: Sequence[RankEstimate]) -> Table:
     """A line for each rank: layers, parameters and time; memory and TFLOP only where they are estimated."""
-    kinds = list(ranks[0].activations)
+    kinds, gathers = list(ranks[0].activations), any(rank.gathered for rank in ranks)
     table = Table(title="stages of the LLM; times are estimated", title_justify="left", caption_justify="left")
     for heading in ("rank", "layers", "LLM parameters", "encoders + generators", "of the LLM's time"):
         table.add_column(heading, justify="right")
     if kinds:
         table.title = "estimated needs of each rank"
-        for heading in ("static memory", *(f"{kind}, peak" for kind in kinds), "memory", "TFLOP per step"):
+        for heading in (
+            "static memory",
+            *["whole weights, peak"] * gathers,
+            *(f"{kind}, peak" for kind in kinds),
+            "memory",
+            "TFLOP per step",
+        ):
             table.add_column(heading, justify="right")
     for number, rank in enumerate(ranks):
-        sizes = [rank.static, *rank.activations.values(), rank.memory] if kinds else []
+        sizes = [rank.static, *[rank.gathered] * gathers, *rank.activations.values(), rank.memory] if kinds else []
         table.add_row(
             str(number),
             ", ".join(f"{stage.start}..{stage.stop - 1}" for stage in rank.layers) or "none",

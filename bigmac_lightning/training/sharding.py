@@ -22,6 +22,9 @@ from bigmac_lightning.training.options import ShardingOptions
 class Sharding:
     """The components of a module whose weights lie in shards.
 
+    Attributes:
+        sharded: these components by name, such as "encoders.image" or "llm".
+
     Args:
         module: the module with this rank's part of the LLM, with whole weights.
         mesh: the process groups.
@@ -32,7 +35,7 @@ class Sharding:
     """
 
     def __init__(self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> None:
-        self._mesh, self._sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
+        self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         world: Any = dist.group.WORLD
         over_world = DeviceMesh.from_group(world, mesh.device.type) if _ranks() > 1 else None
         over_pipeline = mesh.mesh["pp"] if mesh.pp_size > 1 else None
@@ -49,29 +52,29 @@ class Sharding:
                 _check_meetings(name, part)
                 self._meeting.add(name)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
-                self._sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp")
+                self.sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp")
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
     def gather(self) -> None:
         """Let components that are sharded as zero1 have whole weights. Collective over all ranks, if they have not."""
-        for sharded in self._sharded.values():
+        for sharded in self.sharded.values():
             if not sharded.by_block:
                 sharded.gather()
 
     def reduce(self) -> None:
         """Sum gradients into the shards, which the module then has. Collective over all ranks."""
-        for sharded in self._sharded.values():
+        for sharded in self.sharded.values():
             sharded.reduce()
 
     def release(self) -> None:
         """Let the module have its shards, which optimizers and checkpoints need."""
-        for sharded in self._sharded.values():
+        for sharded in self.sharded.values():
             sharded.release()
 
     def forget_used(self) -> None:
         """Forget which weights were used: an optimizer's step begins."""
-        for sharded in self._sharded.values():
+        for sharded in self.sharded.values():
             sharded.forget_used()
 
     def meets(self, name: str) -> bool:
@@ -97,7 +100,7 @@ class Sharding:
         replicas = mesh.dp_group if mesh.dp_size > 1 else None
         llm = {name: p for name, p in trained.items() if name.startswith("llm.")}
         rest = {name: p for name, p in trained.items() if name not in llm}
-        for prefix, sharded in self._sharded.items():
+        for prefix, sharded in self.sharded.items():
             if prefix == "llm":
                 continue
             own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
@@ -106,8 +109,8 @@ class Sharding:
         found.append(SharedParameters(rest, world, world, _ranks()))
         copied = {name: p for name, p in llm.items() if name in tied}
         single = {name: p for name, p in llm.items() if name not in tied}
-        if "llm" in self._sharded:
-            used = _Used("llm", self._sharded["llm"])
+        if "llm" in self.sharded:
+            used = _Used("llm", self.sharded["llm"])
             found.append(SharedParameters(single, replicas, None, 1, used))
             found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used))
         else:
