@@ -51,7 +51,9 @@ class PipelineMonitor(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         executor = _executor(trainer)
         if executor is not None and self.memory:
-            executor.memory = MemoryTracker(pl_module.parameters())
+            strategy = trainer.strategy
+            assert isinstance(strategy, BigMacStrategy)
+            executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
         self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
         self._trace_next = executor is not None and self.trace_step is not None
 

@@ -20,6 +20,7 @@ class ShardedModule:
     """One module whose weights lie in shards on the ranks of a mesh.
 
     Attributes:
+        whole: the whole weights by name, which have memory only while they are gathered.
         used: names of the weights that this rank has used in a backward since `forget_used`. The others have gradients
             of zeros only because other weights of their block were used.
 
@@ -58,10 +59,9 @@ class ShardedModule:
             whole.set_reshard_after_backward(False)
         whole._get_fsdp_state()._lazy_init()  # the module's own forward might never run, but only its layers'
         assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
-        self._whole: dict[str, nn.Parameter] = {}
+        self.whole: dict[str, nn.Parameter] = {}
         self.used: set[str] = set()
-        if by_block:
-            self._watch()
+        self._find_whole()
 
     @property
     def _groups(self) -> list[Any]:
@@ -78,7 +78,6 @@ class ShardedModule:
         if not self.gathered:
             for part in self._parts:
                 part.unshard()
-            self._whole = dict(self.module.named_parameters())
 
     def release(self) -> None:
         """Let the module have its shards again. Not collective."""
@@ -90,7 +89,7 @@ class ShardedModule:
         Collective over the mesh. It does nothing if blocks do it by themselves."""
         if self.by_block or not self.gathered:
             return
-        self.used |= {name for name, parameter in self._whole.items() if parameter.grad is not None}
+        self.used |= {name for name, parameter in self.whole.items() if parameter.grad is not None}
         whole = self._parts[-1]
         whole.set_requires_gradient_sync(True)
         whole.set_reshard_after_backward(True)
@@ -105,17 +104,21 @@ class ShardedModule:
         """Make `used` empty."""
         self.used.clear()
 
-    def _watch(self) -> None:
-        """Note which whole weights get gradients. FSDP2 makes these parameters once and keeps them. Collective."""
+    def _find_whole(self) -> None:
+        """Find the whole weights, which FSDP2 makes when it gathers them first and then keeps. Collective.
+
+        Blocks reduce gradients themselves, so it is noted which of the weights get any.
+        """
         for part in self._parts:
             part.unshard()
-        for name, parameter in self.module.named_parameters():
+            own = {name: p for name, p in self.module.named_parameters() if not isinstance(p, DTensor)}
+            part.reshard()
+            self.whole |= own
+        for name, parameter in self.whole.items() if self.by_block else ():
             trained = parameter.requires_grad
             parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
             parameter.requires_grad_(trained)
-        for part in self._parts:
-            part.reshard()
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

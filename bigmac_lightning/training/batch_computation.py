@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -135,7 +136,8 @@ class BatchComputation:
                 made = self.module.sample(rows, items, names, self._together.sample)
                 self.samples.update(zip(places, made, strict=True))
                 return None
-            sums = self.module.generate(rows, items, names, self._together.generate)
+            together = partial(self._together.generate, through=conditions.requires_grad)
+            sums = self.module.generate(rows, items, names, together)
         return torch.stack(self._scaled(sums)).sum()
 
     def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:

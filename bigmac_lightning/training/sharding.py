@@ -77,6 +77,10 @@ class Sharding:
         for sharded in self.sharded.values():
             sharded.forget_used()
 
+    def whole(self) -> list[nn.Parameter]:
+        """The whole weights of which this rank has shards."""
+        return [parameter for sharded in self.sharded.values() for parameter in sharded.whole.values()]
+
     def meets(self, name: str) -> bool:
         """Whether all ranks of a pipeline must run a component, such as "encoders.image", together."""
         return name in self._meeting
@@ -146,13 +150,21 @@ class Together:
         features = torch.cat([made[i] for i in range(len(pixels))]) if made else missing[0][:0]
         return features + sum(extra.sum() for extra in missing) * 0.0 if missing else features
 
-    def generate(self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem]) -> Tensor:
-        """The sum of the items' losses, as `generator(conditions, items)` gives it; there may be no items."""
+    def generate(
+        self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem], through: bool
+    ) -> Tensor:
+        """The sum of the items' losses, as `generator(conditions, items)` gives it; there may be no items.
+
+        Args:
+            through: whether conditions need gradients, on all ranks alike. That of a smallest item gets one, too, so
+                that blocks have the same backwards on all ranks.
+        """
         batches = generator.batches(items) if items else []
         calls = self._calls(len(batches))
         losses = [generator([conditions[i] for i in batch], [items[i] for i in batch]) for batch in batches]
         for _ in range(calls - len(batches)):
-            losses.append(generator(*self._smallest(generator)) * 0.0)
+            condition, item = generator.smallest()
+            losses.append(generator([condition.requires_grad_(through)], [item]) * 0.0)
         return torch.stack(losses).sum()
 
     def sample(self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
@@ -163,14 +175,9 @@ class Together:
             samples = generator.sample([conditions[i] for i in batch], [items[i] for i in batch])
             made.update(zip(batch, samples, strict=True))
         for _ in range(calls - len(batches)):
-            generator.sample(*self._smallest(generator))
+            condition, item = generator.smallest()
+            generator.sample([condition], [item])
         return [made[i] for i in range(len(items))]
-
-    @staticmethod
-    def _smallest(generator: Generator) -> tuple[list[Tensor], list[TargetItem]]:
-        condition, item = generator.smallest()
-        # Like a real condition it needs a gradient, so that blocks end their backwards in the same order on all ranks.
-        return [condition.requires_grad_(torch.is_grad_enabled())], [item]
 
 
 class _Used:

@@ -35,7 +35,7 @@ def test_the_papers_workload_at_full_size(capsys: pytest.CaptureFixture[str], tm
     assert rows[-1][2] == "47"
     parameters = [float(count[:-2]) * (1 if count.endswith("B") else 1e-3) for *_, count, _ in rows]
     assert sum(parameters) == pytest.approx(30.53, abs=0.05)
-    assert 180 < float(rows[1][-1]) < 200  # weights, gradients and moments of what is replicated: 162 GiB of it
+    assert 30 < max(float(row[-1]) for row in rows) < 48  # GiB, of 80: encoder and generator lie in shards
     assert "1 pipeline of 16 ranks; 64 microbatches of 8192 tokens, 2048 of them of media" in shown
     assert "nested on 1f1b: 16 ranks, 64 microbatches" in shown
     assert "rank 15" in shown

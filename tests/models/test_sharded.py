@@ -126,7 +126,7 @@ def _generators(rank: int) -> list[tuple[str, float, float, float]]:
             reference(list(given.values()), list(items.values())).backward()
             expected = {seed: condition.grad for seed, condition in given.items()}
             own = [given[seed].detach().requires_grad_() for seed in shares[rank]]
-            together.generate(generator, own, [items[seed] for seed in shares[rank]]).backward()
+            together.generate(generator, own, [items[seed] for seed in shares[rank]], through=True).backward()
             for seed, condition in zip(shares[rank], own, strict=True):
                 assert condition.grad is not None
                 should = expected[seed]

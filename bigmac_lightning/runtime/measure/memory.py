@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class _Saved:
@@ -29,7 +30,7 @@ class MemoryTracker:
     """Counts live and peak bytes per component.
 
     Args:
-        parameters: parameters of the model, whose storages are not counted.
+        parameters: parameters of the model, whose storages are not counted. Shards are left out.
 
     Attributes:
         live: by component, the bytes that are alive now.
@@ -39,7 +40,9 @@ class MemoryTracker:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
-        self._ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        # By the storage, not by its address: weights in shards are whole at other addresses each time.
+        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        self._ignored = {parameter.untyped_storage()._cdata for parameter in whole}
         self._references: dict[tuple[str, int], int] = {}
         self.live: dict[str, int] = {}
         self.peak: dict[str, int] = {}
@@ -57,7 +60,7 @@ class MemoryTracker:
 
         def pack(tensor: Tensor) -> _Saved | Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() in self._ignored:
+            if storage._cdata in self._ignored:
                 return tensor
             key, size = (name, storage.data_ptr()), storage.nbytes()
             count = self._references.get(key, 0)
