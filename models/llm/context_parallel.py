@@ -253,7 +253,8 @@ def masks_of_whole_rows(h_BsD: Tensor, positions_BS: Tensor) -> Iterator[Tensor]
         layer_idx: Any,
         encoder_hidden_states: Any = None,
     ) -> Any:
-        return originals[0](config, whole_BSD, attention_mask, cache, positions_BS, layer_idx, encoder_hidden_states)
+        positions = None if position_ids is None else positions_BS
+        return originals[0](config, whole_BSD, attention_mask, cache, positions, layer_idx, encoder_hidden_states)
 
     def remap(mask_function: Any, position_ids: Any) -> Any:
         return originals[1](mask_function, positions_BS)

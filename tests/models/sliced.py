@@ -38,6 +38,8 @@ def parts_of(module: MultimodalLM, stages: Sequence[range]) -> list[MultimodalLM
     made = []
     for layers in stages:
         part = copy.deepcopy(module)
+        if part.llm.dtype == torch.float64:  # other kernels have none
+            part.llm._whole.set_experts_implementation("eager")
         part.llm.materialize(layers, embedding=layers.start == 0, head=layers.stop == last)
         for encoder in {id(e): e for e in part.encoders.values()}.values():
             assert isinstance(encoder, Encoder)
@@ -131,13 +133,13 @@ def _direction(like: Tensor) -> Tensor:
 
 
 def errors_on_ranks(
-    rank: int, size: int, config: Any, batch: Batch, stages: Sequence[range], split: bool = False, **options: Any
+    rank: int, size: int, config: Any, batch: Batch, stages: Sequence[range], split: bool = False, force: bool = False, **options: Any
 ) -> dict[str, float]:
     """The errors of losses and gradients, summed over the ranks; of weights relative to the gradient's norm, or to a
     thousandth of the largest norm."""
     module = module_of(config, **options)
     assert isinstance(module.llm, HFDecoder)
-    if reason := module.llm.why_not_parallel(ParallelSizes(context=size)):
+    if not force and (reason := module.llm.why_not_parallel(ParallelSizes(context=size))):
         raise ValueError(reason)
     whole = module.prepare(batch)
     layers = module.llm.num_layers
