@@ -28,8 +28,19 @@ TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 """The types of layers in which tokens meet in the attention function alone."""
 SLICE = 103
 """Tokens of a slice in the run on the meta device: a prime number, which no other size is likely to be."""
-MIXING = ("cumsum", "cumprod", "roll", "flip", "constant_pad_nd", "convolution", "logcumsumexp", "cummax", "cummin")
-"""Operations by which tokens can meet, if they run along the tokens."""
+ALONG: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "flip", "select"), (1, None)),
+    **dict.fromkeys(("mean", "sum", "prod", "amax", "amin", "max", "min", "std", "var", "logsumexp"), (1, None)),
+    **dict.fromkeys(("_softmax", "_log_softmax", "index_select", "unfold"), (1, None)),
+    "slice": (1, 0),
+    "sort": (1, -1),
+    "roll": (2, None),
+    "topk": (2, -1),
+}
+"""Operations by which tokens can meet, if they run along the tokens: which of their arguments says along what, and what
+it is if it is not given; ``None``: all dimensions."""
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+"""Products of matrices, which are the last two arguments."""
 
 
 def why_not_sliced(
@@ -135,16 +146,30 @@ class _Mixing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0]
-        given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        mixes = any(tuple(t.shape).count(SLICE) > 1 for t in tree_leaves(out) if isinstance(t, Tensor))
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
-            mixes |= given[-1].shape[-2] == SLICE
-        if name in MIXING and given and SLICE in given[0].shape:
-            dim = next((arg for arg in args[1:2] if isinstance(arg, int)), None)
-            mixes |= dim is None or given[0].shape[dim] == SLICE
-        if mixes:
+        if _mixes(name, args, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]):
             raise _MixingError(name)
         return out
+
+
+def _mixes(name: str, args: Any, results: list[Tensor]) -> bool:
+    """Whether tokens meet in an operation with these arguments and results. What is counted in integers (the tokens of
+    an expert) is no reason."""
+    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    if any(tuple(result.shape).count(SLICE) > 1 for result in results):
+        return True
+    if name in PRODUCTS and given[-1].shape[-2] == SLICE:
+        return True
+    if not given or SLICE not in given[0].shape or not given[0].is_floating_point():
+        return False
+    if name in ALONG:
+        place, default = ALONG[name]
+        dims = args[place] if len(args) > place else default
+        dims = [dims] if isinstance(dims, int) else dims or range(given[0].ndim)
+        cut = name != "slice" or given[0].shape != results[0].shape
+        return cut and any(given[0].shape[dim] == SLICE for dim in dims)
+    if name == "constant_pad_nd":
+        return SLICE in given[0].shape[-(len(args[1]) // 2) :]
+    return "convolution" in name or "scaled_dot_product" in name
 
 
 class _MixingError(Exception):
