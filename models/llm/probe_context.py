@@ -8,6 +8,7 @@ and no other operation may bring tokens together.
 Shape suffixes: B samples, S tokens, D width.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def _layers_problem(
     exchange = _NoExchange(0, ranks)
     tokens = ranks * SLICE
     positions = _positions((tokens,), position_rows)
-    h_BsD = torch.zeros(1, SLICE, width)
+    h_BsD = torch.zeros(1, SLICE, width, dtype=torch.bfloat16)  # kernels for experts know no other type on "meta"
     readable = implementation if implementation in READABLE else "sdpa"
     stubs.config._attn_implementation = readable
     name = f"probes_context_{readable}"
@@ -206,14 +207,16 @@ def _layer_problem(layer: nn.Module, k: int, stubs: StubDecoder, exchange: _NoEx
     problem = ""
     try:
         with _Mixing():
-            layer(*args, **kwargs)
+            copy.deepcopy(layer).to(torch.bfloat16)(*args, **kwargs)
     except _HeadsError as error:
         over = f"{sizes.context} ranks" + (f" times {sizes.tensor} of tensor parallelism" if sizes.tensor > 1 else "")
         return f"layer {k} has {error} attention heads, which cannot be divided over {over}"
     except _MixingError as error:
         return f"layer {k} brings tokens together outside of its attention function (by {error})"
-    except Exception as error:  # the routing of experts may need values, which the meta device does not have
+    except NotImplementedError as error:  # routing may need values, which the meta device does not have
         problem = f" ({type(error).__name__}: {error})"
+    except Exception as error:
+        return f"layer {k} cannot work on slices ({type(error).__name__}: {error})"
     if exchange.begun != exchange.finished:
         return f"the attention of layer {k} cannot work on some of its heads{problem}"
     if not exchange.begun:
