@@ -8,7 +8,6 @@ Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from .. import meta_model
 from ..hf_component import HFComponent
 from ..meta_model import PassThrough
 from . import attention, context_parallel, liger, probe_context, probe_cut, probe_packing
+from .exchange import Exchange, sum_of_ranks
 from .head import check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
@@ -113,7 +113,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
-        self._exchange: context_parallel.Exchange | None = None
+        self._exchange: Exchange | None = None
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -217,7 +217,7 @@ class HFDecoder(HFComponent, LanguageModel):
     def parallelize(self, peers: StagePeers) -> None:
         if peers.context is not None:
             mesh = peers.context
-            exchange = context_parallel.Exchange(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+            exchange = Exchange(mesh.get_local_rank(), mesh.size(), mesh.get_group())
             context_parallel.cut_attention(self._decoder, exchange, self._attention)
             if self.gradient_checkpointing:
                 how = {"use_reentrant": False, "context_fn": exchange.checkpoint_contexts}
@@ -276,7 +276,9 @@ class HFDecoder(HFComponent, LanguageModel):
         attention.check_device(self._attention, h_BSD.device)
         further: dict[str, Any] = {}
         if attention.STARTS in inputs:
-            further = attention.sample_arguments(inputs[attention.STARTS], _positions(inputs).shape[-1])
+            further = attention.sample_arguments(
+                inputs[attention.STARTS], inputs.get(WHOLE_POSITIONS, inputs["input_ids"]).shape[-1]
+            )
         features = extras.pop("features", None)
         if features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
@@ -284,40 +286,24 @@ class HFDecoder(HFComponent, LanguageModel):
                 extras["features"] = features[len(layers) :]
         recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
         stage = self._stage(layers)
-        with recording as router_logits, known_samples(inputs), self._whole_rows(stage, h_BSD, inputs) as whole_BSD:
+        whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
+        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
             mask = self._mask(whole_BSD, inputs)
             out = stage(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
             if self._routers is not None:
                 before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
-                extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *self._counted(whole_BSD, inputs))
+                counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
+                extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *counted)
         return out
-
-    def _whole_rows(self, stage: Stage, h_BSD: Tensor, inputs: dict[str, Tensor]) -> AbstractContextManager[Tensor]:
-        """A context in which attention sees whole rows, and a tensor of their shape."""
-        if (self._exchange is None) != (WHOLE_POSITIONS not in inputs):
-            raise ValueError("slices of rows are for ranks of context parallelism, which work on nothing else")
-        if self._exchange is None:
-            return nullcontext(h_BSD)
-        return context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs[WHOLE_POSITIONS])
-
-    def _counted(self, whole_BSD: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | float | None]:
-        """Which tokens count for router losses, and of a slice how many in the whole rows."""
-        mask_BS = inputs.get("attention_mask", inputs.get(attention.TOKENS))
-        if self._exchange is None:
-            return mask_BS, None
-        if mask_BS is None:
-            return None, whole_BSD[..., 0].numel()
-        start, stop = self._exchange.bounds
-        return mask_BS[:, start:stop], mask_BS.sum()
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
         """What the decoder gets as its attention mask; ``None``: it makes its own."""
         config = self._decoder.config
         if self._bidirectional and "token_type_ids" in inputs:
             return bidirectional_masks(config, h_BSD, inputs)
-        mask = inputs.get("attention_mask")
-        if mask is None and self._needs_masks and "position_ids" in inputs:
-            return attention.packed_masks(config, h_BSD, text_positions(_positions(inputs)))
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is None and self._needs_masks and positions is not None:
+            return attention.packed_masks(config, h_BSD, text_positions(positions))
         return mask
 
     def _stage(self, layers: range) -> Stage:
@@ -345,10 +331,5 @@ class HFDecoder(HFComponent, LanguageModel):
             return {}
         sums_2E = extras[ROUTER_LOSS]
         if self._exchange is not None:
-            sums_2E = context_parallel.sum_of_ranks(sums_2E, self._exchange.group)
+            sums_2E = sum_of_ranks(sums_2E, self._exchange.group)
         return {ROUTER_LOSS: self._routers.loss(sums_2E)}
-
-
-def _positions(inputs: dict[str, Tensor]) -> Tensor:
-    """The positions of whole rows."""
-    return inputs.get(WHOLE_POSITIONS, inputs["position_ids"])

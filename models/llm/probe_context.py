@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bigmac_lightning.contracts.parallel import ParallelSizes
+from bigmac_lightning.contracts.slices import WHOLE_POSITIONS
 
 from ..meta_model import Names
-from .context_parallel import Exchange, attention_over, whole_rows
+from .context_parallel import attention_over, whole_rows
+from .exchange import Exchange
 from .probe_cut import attention_set_to, probed, same
 from .probe_packing import LENGTHS, READABLE
 from .stub_decoder import SHORT, StubDecoder
@@ -114,7 +116,7 @@ def _arguments_problem(stubs: StubDecoder, width: int, attention: str, position_
         with exchange.rows_of(tokens):
             start, stop = exchange.bounds
         h_BsD = h_BSD[:, start:stop]
-        with whole_rows(exchange, stubs.shell, h_BsD, positions):
+        with whole_rows(exchange, stubs.shell, h_BsD, {WHOLE_POSITIONS: positions}):
             run = stubs.run(h_BsD, positions[..., start:stop], mask=mask)
         for k, others in enumerate(run.others):
             if not same(run.hidden[k], whole.hidden[k][:, start:stop]):
@@ -191,7 +193,7 @@ def _layers_problem(
     name = f"probes_context_{readable}"
     ALL_ATTENTION_FUNCTIONS[name] = attention_over(exchange, readable)
     try:
-        with whole_rows(exchange, stubs.shell, h_BsD, positions), attention_set_to(decoder, name):
+        with whole_rows(exchange, stubs.shell, h_BsD, {WHOLE_POSITIONS: positions}), attention_set_to(decoder, name):
             stubs.run(h_BsD, positions[..., :SLICE])
             for k, layer in enumerate(decoder.layers):
                 if reason := _layer_problem(layer, k, stubs, exchange, sizes):
