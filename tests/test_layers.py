@@ -7,10 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "models").rglob("*.py"), *(ROOT / "datamodules").rglob("*.py")])
+COLLECTIVES = ("llm/exchange.py",)
+"""What computes a stage together with other ranks, on meshes that it is given."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_single_device_code_knows_no_ranks(path: Path) -> None:
+    if f"{path.parent.name}/{path.name}" in COLLECTIVES:
+        return
     tree = ast.parse(path.read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

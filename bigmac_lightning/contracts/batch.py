@@ -157,9 +157,14 @@ class Microbatch:
         return batch, tokens
 
     @property
+    def has_labels(self) -> bool:
+        """Whether it has a text loss."""
+        return len(self.labels) > 0
+
+    @property
     def is_useful(self) -> bool:
         """Whether it has labels or targets. Without them there is no loss, and nothing to generate."""
-        return bool(len(self.labels) or self.targets)
+        return self.has_labels or bool(self.targets)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
         """A copy with every tensor passed through `function`."""

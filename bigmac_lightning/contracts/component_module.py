@@ -16,6 +16,7 @@ from bigmac_lightning.contracts.components import Encoder, Generator, LanguageMo
 from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.contracts.resumable import ResumableModule
+from bigmac_lightning.contracts.slices import MicrobatchSlice
 from bigmac_lightning.contracts.token_loss import token_loss
 from bigmac_lightning.host import from_host
 
@@ -125,6 +126,10 @@ class ComponentModule(ResumableModule):
     ) -> StageOutput:
         """One stage on one microbatch.
 
+        Of a slice of a microbatch, the text loss is the sum of its own tokens, and the conditions are its own rows. An
+        auxiliary loss is that of the whole microbatch on every slice's rank, so it must be counted once; its gradients
+        are those of the slice's own tokens.
+
         Args:
             layers: this stage's layers; the first stage embeds, the last one computes loss and conditions.
             hidden: h_BSD from the stage before; ``None`` for the first stage.
@@ -136,6 +141,9 @@ class ComponentModule(ResumableModule):
             hidden = llm.embed(microbatch.inputs)
             if features is not None:
                 features, extras = self._by_level(microbatch.media, features)
+                if isinstance(microbatch, MicrobatchSlice):  # also with no rows of its own: gradients are then zeros
+                    features = features[microbatch.feature_rows]
+                    extras = {name: levels[:, microbatch.feature_rows] for name, levels in extras.items()}
                 flat = hidden.flatten(0, 1).index_copy(0, microbatch.media_positions, features.to(hidden.dtype))
                 hidden = flat.view_as(hidden)
         assert hidden is not None, "only the first stage starts without hidden states"
@@ -147,7 +155,7 @@ class ComponentModule(ResumableModule):
         if microbatch.is_useful:
             out.losses = llm.auxiliary(extras)
         flat = hidden.flatten(0, 1)
-        if len(microbatch.labels):
+        if microbatch.has_labels:
             h_LD, labels = flat[microbatch.label_positions], microbatch.labels
             fused = llm.fused_loss(h_LD, labels) if mode == "train" else None
             if fused is None:

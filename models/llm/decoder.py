@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from bigmac_lightning.contracts.components import LanguageModel
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
+from bigmac_lightning.contracts.slices import WHOLE_POSITIONS
 from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
 from ..hf_component import HFComponent
 from ..meta_model import PassThrough
-from . import attention, liger, probe_cut, probe_packing
+from . import attention, context_parallel, liger, probe_context, probe_cut, probe_packing
+from .exchange import Exchange, sum_of_ranks
 from .head import check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
@@ -110,6 +113,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
+        self._exchange: Exchange | None = None
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -133,9 +137,13 @@ class HFDecoder(HFComponent, LanguageModel):
                 "apart",
                 False,
             )
-        rows = 4 if self.family is not None and self.family.multimodal_positions else 1
-        reason, needs_masks = probe_packing.packing(decoder, self._names, self.width, rows, self._takes_masks)
+        reason, needs_masks = probe_packing.packing(decoder, self._names, self.width, self._rows, self._takes_masks)
         return reason and f"{kind}: {reason}", needs_masks
+
+    @property
+    def _rows(self) -> int:
+        """Rows of position ids."""
+        return 4 if self.family is not None and self.family.multimodal_positions else 1
 
     @property
     def _decoder(self) -> Any:
@@ -196,6 +204,26 @@ class HFDecoder(HFComponent, LanguageModel):
         found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
         yield from found.values()
 
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def why_not_parallel(self, sizes: ParallelSizes) -> str:
+        if sizes.context > 1:
+            decoder = self._build_whole().get_submodule(self._names.decoder)
+            reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
+            if reason:
+                return f"model_type {self.config.model_type!r} cannot have context parallelism: {reason}"
+        return ""
+
+    def parallelize(self, peers: StagePeers) -> None:
+        if peers.context is not None:
+            mesh = peers.context
+            exchange = Exchange(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+            context_parallel.cut_attention(self._decoder, exchange, self._attention)
+            if self.gradient_checkpointing:
+                how = {"use_reentrant": False, "context_fn": exchange.checkpoint_contexts}
+                self._whole.activation_checkpointing_enable(how)
+            self._exchange = exchange
+
     # -- estimates ---------------------------------------------------------------------------------------------------
 
     def costs(self, sample_tokens: int = 0) -> LayerCosts:
@@ -248,20 +276,24 @@ class HFDecoder(HFComponent, LanguageModel):
         attention.check_device(self._attention, h_BSD.device)
         further: dict[str, Any] = {}
         if attention.STARTS in inputs:
-            further = attention.sample_arguments(inputs[attention.STARTS], inputs["input_ids"].shape[-1])
+            further = attention.sample_arguments(
+                inputs[attention.STARTS], inputs.get(WHOLE_POSITIONS, inputs["input_ids"]).shape[-1]
+            )
         features = extras.pop("features", None)
-        if features is not None:
+        if features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
             if len(features) > len(layers):
                 extras["features"] = features[len(layers) :]
         recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
-        with recording as router_logits, known_samples(inputs):
-            mask = self._mask(h_BSD, inputs)
-            out = self._stage(layers)(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
-        if self._routers is not None:
-            before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
-            counted = inputs.get("attention_mask", inputs.get(attention.TOKENS))
-            extras[ROUTER_LOSS] = self._routers.add(before, router_logits, counted)
+        stage = self._stage(layers)
+        whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
+        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
+            mask = self._mask(whole_BSD, inputs)
+            out = stage(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
+            if self._routers is not None:
+                before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
+                counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
+                extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *counted)
         return out
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
@@ -288,11 +320,16 @@ class HFDecoder(HFComponent, LanguageModel):
         return logits_of(self._whole, self._names, h_LD)
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
-        if not self._fused:
+        if not self._fused or not len(labels):  # a slice may have none, and kernels want some
             return None
         output = self._whole.get_output_embeddings()
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 
     def auxiliary(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {} if self._routers is None else {ROUTER_LOSS: self._routers.loss(extras[ROUTER_LOSS])}
+        if self._routers is None:
+            return {}
+        sums_2E = extras[ROUTER_LOSS]
+        if self._exchange is not None:
+            sums_2E = sum_of_ranks(sums_2E, self._exchange.group)
+        return {ROUTER_LOSS: self._routers.loss(sums_2E)}

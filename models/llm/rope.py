@@ -8,6 +8,8 @@ Shape suffixes: B samples, S tokens.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,25 @@ def changes_with_length(module: nn.Module) -> bool:
     return "dynamic" in kind or "longrope" in kind
 
 
+@contextmanager
+def frequencies_of_whole_rows(module: nn.Module, positions: Tensor, bounds: tuple[int, int]) -> Iterator[None]:
+    """Within this context, the replacements among a decoder's modules get positions of slices of rows, and take their
+    frequencies from the whole rows.
+
+    Args:
+        positions: the position ids of the whole rows, (B, S) or (4, B, S), text positions first.
+        bounds: the first token of the slice in the whole rows, and the token after its last one.
+    """
+    ropes = [inner for inner in module.modules() if isinstance(inner, _Stateless)]
+    for rope in ropes:
+        rope.whole = positions, bounds
+    try:
+        yield
+    finally:
+        for rope in ropes:
+            rope.whole = None
+
+
 def _has_state(module: nn.Module) -> bool:
     inner = module if isinstance(module, nn.ModuleList) else (module,)
     return any(map(changes_with_length, inner))
@@ -39,7 +60,13 @@ def _stateless(module: nn.Module) -> nn.Module:
 
 
 class _Stateless(nn.Module):
-    """A rotary embedding that starts afresh at each call, and at each sample of a packed row."""
+    """A rotary embedding that starts afresh at each call, and at each sample of a packed row.
+
+    Attributes:
+        whole: if it is given the positions of a slice, those of the whole rows, and where in them the slice lies.
+    """
+
+    whole: tuple[Tensor, tuple[int, int]] | None = None
 
     def __init__(self, rope: nn.Module) -> None:
         super().__init__()
@@ -57,6 +84,17 @@ class _Stateless(nn.Module):
             x: a tensor with the type and the device that the result is to have.
             position_ids: (B, S), or (3, B, S).
         """
+        if self.whole is None:
+            return self._of_rows(x, position_ids, *args, **kwargs)
+        positions, (start, stop) = self.whole
+        if positions.ndim != position_ids.ndim:  # the layers get text positions, or those without them
+            positions = positions[0]
+        elif positions.ndim == 3:
+            positions = positions[-len(position_ids) :]
+        whole = self._of_rows(x, positions, *args, **kwargs)
+        return tuple(tensor[..., start:stop, :] for tensor in whole)
+
+    def _of_rows(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if position_ids.ndim != 2 or not is_packed(position_ids):
             return self._fresh()(x, position_ids, *args, **kwargs)
         rows = []

@@ -44,13 +44,21 @@ class Routers:
     per_token: int
     coefficient: float
 
-    def add(self, sums_2E: Tensor, router_logits: Iterable[Tensor], mask_T: Tensor | None) -> Tensor:
+    def add(
+        self,
+        sums_2E: Tensor,
+        router_logits: Iterable[Tensor],
+        mask_T: Tensor | None,
+        tokens: Tensor | float | None = None,
+    ) -> Tensor:
         """Sums over routers of the share of tokens sent to each expert (row 0) and of its mean probability (row 1).
 
         Args:
             sums_2E: the sums over the routers of the layers before.
             router_logits: logits_TE of each router of these layers.
             mask_T: 0 for tokens that do not count; ``None``: all tokens count.
+            tokens: the number of tokens that shares and means are taken over; ``None``: of those that count. If these
+                are a slice of a microbatch, it is the number of the whole microbatch, so that results of slices add up.
         """
         for logits_TE in router_logits:
             probabilities_TE = logits_TE.softmax(-1)
@@ -60,7 +68,8 @@ class Routers:
             weights_T = ones_T if mask_T is None else mask_T.flatten().float()
             counts_E = weights_T.new_zeros(self.experts)
             counts_E = counts_E.scatter_add(0, experts_TK.flatten(), weights_T.repeat_interleave(self.per_token))
-            layer_2E = torch.stack([counts_E, (probabilities_TE * weights_T[:, None]).sum(0)]) / weights_T.sum()
+            layer_2E = torch.stack([counts_E, (probabilities_TE * weights_T[:, None]).sum(0)])
+            layer_2E = layer_2E / (weights_T.sum() if tokens is None else tokens)
             sums_2E = sums_2E.float() + layer_2E
         return sums_2E
 
