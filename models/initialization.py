@@ -43,8 +43,13 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
     Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name). So a
     part of a model gets the weights that it has in the whole model. Non-persistent buffers, such as rotary frequencies,
     are made anew as well. Tied parameters are untied.
+
+    Raises:
+        ValueError: the class of some module has no rule for one of its parameters or buffers.
     """
     model.to_empty(device="cpu")
+    for tensor in (tensor for module in model.modules() for tensor in _own_tensors(module).values()):
+        tensor.data.fill_(torch.nan)  # so that what no rule sets is found below; it would be any memory
     owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module, as a vision tower has its own rules
     for name, module in model.named_modules():
         around = owners[name.rpartition(".")[0]] if name else model
@@ -55,6 +60,34 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
             continue  # its parameters were dropped, which the rules of its class do not expect
         with seeded(seed, name), torch.no_grad():
             owners[name]._init_weights(module)
+    for name, module in model.named_modules():
+        if any(tensor.isnan().any() for tensor in _own_tensors(module).values()):
+            with torch.device("cpu"):
+                _initialize_as_constructed(module, f"{type(model).__name__}: {name}")
+
+
+def _initialize_as_constructed(module: nn.Module, name: str) -> None:
+    """Give a module the values that its constructor sets, as no rule of its model does (xIELU, an activation).
+
+    Raises:
+        ValueError: its constructor needs arguments, which are not known.
+    """
+    try:
+        made = _own_tensors(type(module)())
+    except TypeError:
+        made = {}
+    own = _own_tensors(module)
+    if {n: t.shape for n, t in made.items()} != {n: t.shape for n, t in own.items()}:
+        raise ValueError(
+            f"{name} has no rule for its initial values: start from the weights of a checkpoint (weights: DIR)"
+        )
+    for key, tensor in own.items():
+        tensor.data = made[key].data
+
+
+def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bigmac_lightning.models import HFDecoder
+from bigmac_lightning.models.initialization import allocate_and_initialize
 from tests.models import tiny
 from tests.models.parts import LAYERS, VOCABULARY, WIDTH, decoder_config
 
@@ -237,3 +238,23 @@ def test_logits_that_cannot_be_fused(config: dict[str, Any], message: str) -> No
     sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64}
     with pytest.raises(ValueError, match=message):
         HFDecoder({**sizes, **config}, fused_loss=True, attn_implementation="eager")
+
+
+def test_values_that_no_rule_sets() -> None:
+    """The activation of Apertus sets its parameters in its constructor, which does not run on the CPU."""
+    made = HFDecoder(tiny.tiny_config("apertus"))
+    made.materialize(range(1), True, True)
+    activation = made.get_submodule("model.layers.0.mlp.act_fn")
+    for name, tensor in type(activation)().state_dict().items():
+        assert torch.equal(activation.state_dict()[name], tensor), name
+
+    class Unknown(torch.nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(size))
+
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(tiny.tiny_config("qwen3"))
+        whole.model.layers[0].mlp.act_fn = Unknown(3)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.act_fn has no rule for its initial values"):
+        allocate_and_initialize(whole, 0)
