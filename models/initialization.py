@@ -5,7 +5,7 @@ process holds.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,12 +37,17 @@ def seeded(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
+def allocate_and_initialize(
+    model: PreTrainedModel, seed: int, finish: Callable[[str], None] = lambda name: None
+) -> None:
     """Give a model that was built on the meta device weights and buffers on the CPU, in place.
 
     Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name). So a
     part of a model gets the weights that it has in the whole model. Non-persistent buffers, such as rotary frequencies,
     are made anew as well. Tied parameters are untied.
+
+    Args:
+        finish: gets the name of each module once it and all that is in it have their values.
     """
     model.to_empty(device="cpu")
     owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module, as a vision tower has its own rules
@@ -51,10 +56,10 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
         owners[name] = module if isinstance(module, PreTrainedModel) else around
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
         own = module._parameters.values()
-        if own and all(parameter is None for parameter in own):
-            continue  # its parameters were dropped, which the rules of its class do not expect
-        with seeded(seed, name), torch.no_grad():
-            owners[name]._init_weights(module)
+        if not own or any(parameter is not None for parameter in own):  # rules do not expect dropped parameters
+            with seeded(seed, name), torch.no_grad():
+                owners[name]._init_weights(module)
+        finish(name)
 
 
 def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:

@@ -16,19 +16,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from bigmac_lightning.contracts.components import LanguageModel
-from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
+from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss, token_loss
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
 from ..hf_component import HFComponent
 from ..meta_model import PassThrough
-from . import attention, liger, probe_cut, probe_packing
-from .head import check_plain, logits_of
+from . import attention, expert_parallel, liger, probe_cut, probe_packing, tensor_parallel
+from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .text_inputs import completed_inputs, known_samples
+from .vocabulary_parallel import VocabularySlice
 
 ROUTER_LOSS = "router"
 
@@ -110,6 +112,9 @@ class HFDecoder(HFComponent, LanguageModel):
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
+        self._tensor_plan = tensor_parallel.plan_of(whole, self._names)
+        self._expert_plan = expert_parallel.plan_of(whole)
+        self._vocabulary_slice: VocabularySlice | None = None
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -143,7 +148,9 @@ class HFDecoder(HFComponent, LanguageModel):
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+    def materialize(
+        self, layers: Collection[int], embedding: bool, head: bool, peers: StagePeers = StagePeers()
+    ) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
             raise ValueError("this decoder has weights already: materialize it once")
         if outside := [k for k in layers if not 0 <= k < self.num_layers]:
@@ -156,7 +163,8 @@ class HFDecoder(HFComponent, LanguageModel):
                 layers=layers,
                 embedding=embedding or tie,  # a tied head starts from the embedding's weights
                 head=head,
-            )
+            ),
+            partial(self._cut, peers=peers) if peers.tensor is not None or peers.expert is not None else None,
         )
         if tie:
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
@@ -168,6 +176,63 @@ class HFDecoder(HFComponent, LanguageModel):
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
         meta_model.keep_language_model(self._whole, self._names, layers, embedding, head)
         self._stages.clear()
+
+    # -- weights in slices ---------------------------------------------------------------------------------------------
+
+    def why_not_parallel(self, sizes: ParallelSizes) -> str:
+        whole = self._whole
+        if sizes.context > 1:
+            return super().why_not_parallel(sizes)
+        if sizes.tensor > 1:
+            if reason := tensor_parallel.why_not(
+                whole, self._names, self._tensor_plans(sizes.expert > 1), self._layer_configs, sizes.tensor
+            ):
+                return reason
+            if not acts_on_each_logit(whole, self._names):
+                return (
+                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} does not treat each logit alone: "
+                    "leave tensor out"
+                )
+            if self._fused == "liger":
+                return f"tensor={sizes.tensor}: fused_loss='liger' needs all logits on one rank: use fused_loss=True"
+        if sizes.expert > 1:
+            return expert_parallel.why_not(whole, self._expert_plan, sizes.expert)
+        return ""
+
+    def _tensor_plans(self, experts_apart: bool) -> tensor_parallel.Plan:
+        if not experts_apart:
+            return self._tensor_plan
+        return expert_parallel.without_experts(self._tensor_plan, self._expert_plan)
+
+    def _plans(self, whole: Any, peers: StagePeers) -> Iterator[tuple[tensor_parallel.Plan, Any]]:
+        """The plans for what is here of a model, each with the mesh that it is for."""
+        if peers.tensor is not None:
+            yield tensor_parallel.present(whole, self._tensor_plans(peers.expert is not None)), peers.tensor
+        if peers.expert is not None:
+            yield tensor_parallel.present(whole, self._expert_plan), peers.expert
+
+    def _cut(self, whole: Any, inside: str, peers: StagePeers) -> None:
+        for plan, mesh in self._plans(whole, peers):
+            tensor_parallel.cut(whole, plan, mesh, inside)
+
+    def _ends(self, whole: Any) -> list[Any]:
+        """The embedding and the output layer, or what stands in for them."""
+        names = self._names
+        return [whole.get_submodule(name) for name in (f"{names.decoder}.{names.embedding}", names.output)]
+
+    def parallelize(self, peers: StagePeers) -> None:
+        whole = self._whole
+        tied = [module for module in self._ends(whole) if self.tied and not isinstance(module, PassThrough)]
+        self._cut(whole, "", peers)
+        if len(tied) == 2:
+            tied[1].weight = tied[0].weight
+        for plan, mesh in self._plans(whole, peers):
+            if mesh is peers.expert:
+                expert_parallel.install(whole, plan, mesh, peers.experts_see_same_tokens)
+            else:
+                tensor_parallel.install(whole, plan, mesh)
+        if peers.tensor is not None:
+            self._vocabulary_slice = VocabularySlice(peers.tensor, self.vocabulary // peers.tensor.size())
 
     def check_adapters(self, targets: Collection[str]) -> None:
         """
@@ -285,12 +350,22 @@ class HFDecoder(HFComponent, LanguageModel):
         return stage
 
     def logits(self, h_LD: Tensor) -> Tensor:
-        return logits_of(self._whole, self._names, h_LD)
+        logits = logits_of(self._whole, self._names, h_LD)
+        return logits if self._vocabulary_slice is None else self._vocabulary_slice.whole(logits)
+
+    def text_loss(self, h_LD: Tensor, labels: Tensor, predict: bool) -> tuple[Tensor, Tensor | None]:
+        own = self._vocabulary_slice
+        if own is None:
+            return super().text_loss(h_LD, labels, predict)
+        of_slice = partial(logits_of, self._whole, self._names)
+        return token_loss(of_slice, h_LD, labels, own.size, predict, loss_of=own.loss)
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         if not self._fused:
             return None
         output = self._whole.get_output_embeddings()
+        if self._vocabulary_slice is not None:
+            return fused_token_loss(h_LD, output.weight.to_local(), labels, self._vocabulary_slice.gradients)
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 

@@ -1,0 +1,190 @@
+"""A decoder whose stages several ranks compute together, against the same decoder in one process.
+
+``python -m tests.models.divided [--expert] [TYPE ...]`` prints how exact each decoder of the library is on two ranks.
+"""
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers as hf
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
+from bigmac_lightning.models import HFDecoder
+from tests.models import sweep
+from tests.ranks import run_ranks
+
+Inputs = dict[str, Tensor]
+Built = Callable[[], HFDecoder]
+
+
+def tensor_peers(size: int) -> StagePeers:
+    return StagePeers(tensor=init_device_mesh("cpu", (size,)))
+
+
+def batches(llm: HFDecoder, seed: int = 0) -> list[Inputs]:
+    """Two microbatches, of packed samples where the decoder takes them, with tokens at the ends of slices."""
+    made = []
+    for microbatch in range(2):
+        generator = torch.Generator().manual_seed(10 * seed + microbatch)
+        ids = [torch.randint(0, llm.vocabulary, (length,), generator=generator) for length in (9, 6)]
+        ids[0][:5] = torch.tensor([0, 1, llm.vocabulary // 2 - 1, llm.vocabulary // 2, llm.vocabulary - 1])
+        positions = torch.cat([torch.arange(len(row)) for row in ids])
+        if llm.refuses_packing:
+            ids, positions = [ids[0]], torch.arange(9)
+        made.append({"input_ids": torch.cat(ids)[None], "position_ids": positions[None]})
+    return made
+
+
+def loss_of(stages: list[tuple[HFDecoder, range]], inputs: Inputs, fused: bool = False) -> Tensor:
+    """The loss of a microbatch, with the load balancing loss, stage after stage."""
+    first, last, extras = stages[0][0], stages[-1][0], dict[str, Tensor]()
+    inputs = first.prepare({**inputs, "media_positions": torch.empty(0, dtype=torch.long)})
+    h = first.embed(inputs)
+    for llm, layers in stages:
+        h = llm.run_layers(h, inputs, layers, extras)
+    labels = inputs["input_ids"][0].roll(-1)
+    loss = last.fused_loss(h[0], labels) if fused else last.text_loss(h[0], labels, False)[0]
+    assert loss is not None
+    for value in last.auxiliary(extras).values():
+        loss = loss + 3.0 * value
+    return loss
+
+
+def stages_of(built: Built, peers: StagePeers, weights: dict[str, Tensor], **after: Any) -> list[tuple[HFDecoder, range]]:
+    """Two stages, one after the other in this process, with slices of these weights."""
+    made = []
+    count = built().num_layers
+    for layers in (range(count // 2), range(count // 2, count)):
+        llm = built()
+        llm.materialize(layers, embedding=layers.start == 0, head=layers.stop == count)
+        for change in after.values():
+            change(llm)
+        llm.load_state_dict({name: weights[name] for name in llm.state_dict()})
+        llm.parallelize(peers)
+        made.append((llm.train(), layers))
+    return made
+
+
+def one_process(built: Built, seed: int = 2, **after: Any) -> HFDecoder:
+    """The whole decoder, with random weights, also of those that start as zeros or ones."""
+    llm = built()
+    llm.materialize(range(llm.num_layers), True, True)
+    for change in after.values():
+        change(llm)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return llm.train()
+
+
+def whole_gradients(stages: list[tuple[HFDecoder, range]], tied: dict[str, str]) -> dict[str, Tensor]:
+    """The gradients of all stages, whole; those of tied copies are added, slice by slice."""
+    found: dict[str, Tensor] = {}
+    for llm, _ in stages:
+        for name, parameter in llm.named_parameters():
+            if parameter.grad is not None:
+                name = tied.get(name, name)
+                found[name] = found[name] + parameter.grad if name in found else parameter.grad
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor | None]) -> dict[str, float]:
+    """Errors of gradients, relative to their norms, or to a thousandth of the largest norm (see `sweep`)."""
+    floor = 1e-3 * max(float(g.norm()) for g in expected.values() if g is not None)
+    return {name: sweep._error(found.get(name), g, floor) for name, g in expected.items()}
+
+
+def compare(built: Built, peers: StagePeers, seeds: list[int] | None = None, **after: Any) -> dict[str, float]:
+    """The errors on this rank of the loss and of each gradient after two microbatches.
+
+    Args:
+        seeds: the seeds of each rank's microbatches if ranks have different ones; their gradients are then summed.
+    """
+    whole = one_process(built, **after)
+    mine = seeds[dist.get_rank()] if seeds else 0
+    stages = stages_of(built, peers, {n: t.detach() for n, t in whole.state_dict().items()}, **after)
+    rest = [(whole, range(whole.num_layers))]
+    losses = [(loss_of(stages, inputs), loss_of(rest, inputs)) for inputs in batches(whole, mine)]
+    for loss, _ in losses:
+        loss.backward()
+    for _, loss in losses:
+        loss.backward()
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+    if seeds:
+        for name, gradient in expected.items():
+            for other in set(seeds) - {mine}:
+                del other
+            if gradient is not None:
+                dist.all_reduce(gradient)
+    found = whole_gradients(stages, whole.tied)
+    return {"loss": max(sweep._error(a.detach(), b.detach()) for a, b in losses), **errors(found, expected)}
+
+
+def decoder_of(model_type: str) -> Built | None:
+    """Builds a decoder of the sweep; ``None`` if it is refused already without tensor parallelism."""
+    for config in (sweep._tiny_config({"model_type": model_type}), {"model_type": model_type}):
+        for router_loss in (True, False):
+            if not router_loss and isinstance(config, dict):
+                continue
+            config = copy.deepcopy(config)
+            if not router_loss:
+                config.output_router_logits = False
+            made, verdict = sweep._first_built(config, ("sdpa", "eager"))
+            if made is not None:
+                return lambda: sweep._first_built(copy.deepcopy(config), (verdict.attention,))[0]
+    return None
+
+
+def verdict(model_type: str, peers: StagePeers) -> str:
+    built = decoder_of(model_type)
+    if built is None:
+        return "not cut"
+    size = 2
+    sizes = ParallelSizes(*(1 if m is None else size for m in (peers.tensor, peers.context, peers.expert)))
+    if reason := built().why_not_parallel(sizes):
+        return f"refused {reason}"
+    try:
+        found = compare(built, peers)
+    except Exception as problem:
+        import traceback
+
+        place = traceback.extract_tb(problem.__traceback__)[-1]
+        return f"FAILED {type(problem).__name__}: {str(problem)[:200]} {place.filename.split('/')[-1]}:{place.lineno}"
+    wrong = {name: error for name, error in found.items() if not error <= 1e-6}
+    if not wrong:
+        return f"exact {max(found.values()):.1e}"
+    return f"WRONG {dict(list(wrong.items())[:6])} of {len(wrong)}"
+
+
+def _all(rank: int, names: list[str], expert: str) -> None:
+    warnings.simplefilter("ignore")
+    hf.utils.logging.set_verbosity_error()
+    mesh = init_device_mesh("cpu", (2,))
+    peers = {
+        "": StagePeers(tensor=mesh),
+        "same": StagePeers(expert=mesh, experts_see_same_tokens=True),
+        "both": StagePeers(tensor=mesh, expert=mesh, experts_see_same_tokens=True),
+    }[expert]
+    for name in names:
+        text = verdict(name, peers)
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, text)
+        if rank == 0:
+            print(f"{name:24}", text if both[0].split()[0] == both[1].split()[0] else both, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--expert", default="")
+    parser.add_argument("types", nargs="*")
+    options = parser.parse_args()
+    run_ranks(2, _all, options.types or sweep.DECODERS, options.expert, timeout=1200)
