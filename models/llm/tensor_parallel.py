@@ -50,6 +50,16 @@ class _SummedGradients(TensorParallelLayer):
 _OWN_STYLES = {"replicated_with_grad_allreduce": _SummedGradients(), "vocabulary_embedding": VocabularyEmbedding()}
 
 
+_MISSING_RULES = {
+    "apertus": {"mlp.act_fn": "replicated_with_grad_allreduce"},
+    "apertus1p5_text": {"mlp.act_fn": "replicated_with_grad_allreduce"},
+    "sarvam_moe": dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "replicated_with_grad_allreduce"),
+}
+"""What the library's plans have left out: parameters whose gradient would be another one on each rank."""
+_WRONG_PLANS = {"doge": "one that does not fit its attention"}
+"""Plans of the library with which a model does not run."""
+
+
 def _style(name: str) -> Any:
     return _OWN_STYLES.get(name) or ALL_PARALLEL_STYLES[name]
 
@@ -62,7 +72,9 @@ def plan_of(whole: Any, names: Names) -> Plan:
     """
     if not whole.tp_plan:
         return {}
-    plan: Plan = whole._expand_parallel_plan(whole.tp_plan)
+    kind = whole.config.get_text_config().model_type
+    missing = {f"{names.decoder}.layers.*.{rule}": style for rule, style in _MISSING_RULES.get(kind, {}).items()}
+    plan: Plan = whole._expand_parallel_plan({**whole.tp_plan, **missing})
     embedding = f"{names.decoder}.{names.embedding}"
     for path, style in ((embedding, "vocabulary_embedding"), (names.output, "colwise")):
         for name in [name for name in plan if name == path or name.startswith(f"{path}.")]:
@@ -162,6 +174,13 @@ def why_not(whole: Any, names: Names, plan: Plan, layer_configs: list[Any], size
     kind = f"tensor={size}: model_type {whole.config.model_type!r}"
     if not plan:
         return f"{kind} has no plan for it in transformers (base_model_tp_plan): leave tensor out"
+    config = whole.config.get_text_config()
+    if problem := _WRONG_PLANS.get(config.model_type, ""):
+        return f"{kind} has a plan in transformers, but {problem}: leave tensor out"
+    if not any(name.startswith(f"{names.decoder}.layers.") for name in plan):
+        return f"{kind} has a plan in transformers that cuts none of its layers: leave tensor out"
+    if getattr(config, "clip_qkv", None) is not None and config.model_type in ("olmo", "olmoe"):
+        return f"{kind} changes slices in place: set clip_qkv to null in the config, or leave tensor out"
     for reason in (*_odd_sizes(whole, names, plan, size), *_odd_heads(plan, layer_configs, size)):
         return f"{kind} has {reason}: choose a number of tensor ranks that divides it"
     embedding = whole.get_submodule(f"{names.decoder}.{names.embedding}")
