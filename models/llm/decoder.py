@@ -184,10 +184,14 @@ class HFDecoder(HFComponent, LanguageModel):
         if sizes.context > 1:
             return super().why_not_parallel(sizes)
         if sizes.tensor > 1:
-            if reason := tensor_parallel.why_not(
-                whole, self._names, self._tensor_plans(sizes.expert > 1), self._layer_configs, sizes.tensor
-            ):
+            plan = self._tensor_plans(sizes.expert > 1)
+            if reason := tensor_parallel.why_not(whole, self._names, plan, self._layer_configs, sizes.tensor):
                 return reason
+            if sizes.expert == 1 and not any(name.startswith(f"{self._names.decoder}.layers.") for name in plan):
+                return (
+                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} has a plan in transformers that "
+                    "cuts none of its layers: leave tensor out"
+                )
             if not acts_on_each_logit(whole, self._names):
                 return (
                     f"tensor={sizes.tensor}: model_type {self.config.model_type!r} does not treat each logit alone: "
@@ -204,16 +208,11 @@ class HFDecoder(HFComponent, LanguageModel):
             return self._tensor_plan
         return expert_parallel.without_experts(self._tensor_plan, self._expert_plan)
 
-    def _plans(self, whole: Any, peers: StagePeers) -> Iterator[tuple[tensor_parallel.Plan, Any]]:
-        """The plans for what is here of a model, each with the mesh that it is for."""
-        if peers.tensor is not None:
-            yield tensor_parallel.present(whole, self._tensor_plans(peers.expert is not None)), peers.tensor
-        if peers.expert is not None:
-            yield tensor_parallel.present(whole, self._expert_plan), peers.expert
-
     def _cut(self, whole: Any, inside: str, peers: StagePeers) -> None:
-        for plan, mesh in self._plans(whole, peers):
-            tensor_parallel.cut(whole, plan, mesh, inside)
+        if peers.tensor is not None:
+            tensor_parallel.cut(whole, self._tensor_plans(peers.expert is not None), peers.tensor, inside)
+        if peers.expert is not None:
+            tensor_parallel.cut(whole, self._expert_plan, peers.expert, inside)
 
     def _ends(self, whole: Any) -> list[Any]:
         """The embedding and the output layer, or what stands in for them."""
@@ -226,12 +225,10 @@ class HFDecoder(HFComponent, LanguageModel):
         self._cut(whole, "", peers)
         if len(tied) == 2:
             tied[1].weight = tied[0].weight
-        for plan, mesh in self._plans(whole, peers):
-            if mesh is peers.expert:
-                expert_parallel.install(whole, plan, mesh, peers.experts_see_same_tokens)
-            else:
-                tensor_parallel.install(whole, plan, mesh)
+        if peers.expert is not None:
+            expert_parallel.install(whole, self._expert_plan, peers.expert, peers.experts_see_same_tokens)
         if peers.tensor is not None:
+            tensor_parallel.install(whole, self._tensor_plans(peers.expert is not None), peers.tensor)
             self._vocabulary_slice = VocabularySlice(peers.tensor, self.vocabulary // peers.tensor.size())
 
     def check_adapters(self, targets: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-from .tensor_parallel import Plan
+from .tensor_parallel import Plan, present
 
 
 def plan_of(whole: Any) -> Plan:
@@ -33,7 +33,7 @@ def without_experts(plan: Plan, expert_plan: Plan) -> Plan:
 
 def install(whole: Any, plan: Plan, mesh: DeviceMesh, same_tokens: bool) -> None:
     """Let the modules of experts communicate, after their weights have been cut."""
-    for name, style_name in plan.items():
+    for name, style_name in present(whole, plan).items():
         style = ALL_PARALLEL_STYLES[style_name]
         if isinstance(style, EpDispatchExpertsParallel):
             own, how = (mesh, "all_reduce") if same_tokens else (_alone(mesh), "all_to_all")

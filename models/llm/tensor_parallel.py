@@ -106,7 +106,7 @@ def cut(whole: Any, plan: Plan, mesh: DeviceMesh, inside: str = "") -> None:
         whole: a model with the same weights on all ranks, or without weights.
         inside: the name of the module whose parameters are cut; all by default.
     """
-    for name, style in plan.items():
+    for name, style in present(whole, plan).items():
         path, _, own = name.rpartition(".")
         if inside and not name.startswith(f"{inside}."):
             continue
@@ -127,7 +127,7 @@ def _release(parameter: Any) -> None:
 
 def install(whole: Any, plan: Plan, mesh: DeviceMesh) -> None:
     """Let the modules of a plan communicate. Low-rank adapters beside linear layers are cut and communicate as well."""
-    for name, style in plan.items():
+    for name, style in present(whole, plan).items():
         if name.rpartition(".")[2] in _adapted(whole, name.rpartition(".")[0])._parameters:
             continue
         module, base = whole.get_submodule(name), _adapted(whole, name)
@@ -177,8 +177,6 @@ def why_not(whole: Any, names: Names, plan: Plan, layer_configs: list[Any], size
     config = whole.config.get_text_config()
     if problem := _WRONG_PLANS.get(config.model_type, ""):
         return f"{kind} has a plan in transformers, but {problem}: leave tensor out"
-    if not any(name.startswith(f"{names.decoder}.layers.") for name in plan):
-        return f"{kind} has a plan in transformers that cuts none of its layers: leave tensor out"
     if getattr(config, "clip_qkv", None) is not None and config.model_type in ("olmo", "olmoe"):
         return f"{kind} changes slices in place: set clip_qkv to null in the config, or leave tensor out"
     for reason in (*_odd_sizes(whole, names, plan, size), *_odd_heads(plan, layer_configs, size)):

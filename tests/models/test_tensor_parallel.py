@@ -79,3 +79,214 @@ def _cases(rank: int, names: list[str]) -> dict[str, dict[str, float]]:
 def test_against_one_process() -> None:
     for found in run_ranks(2, _cases, list(CASES)):
         assert not any(found.values()), found
+
+
+# -- the halves of a backward ------------------------------------------------------------------------------------------
+
+
+def _halves(rank: int) -> dict[str, dict[str, float]]:
+    """The errors of the upper stage's gradients, and of its input's, after a backward in two halves."""
+    peers, found = divided.tensor_peers(2), {}
+    for name in ("qwen3", "experts", "checkpointing", "fused", "adapters", "soft caps"):
+        built, more = CASES[name]
+        changes = [change for change in more.values() if callable(change)]
+        llm = divided.one_process(built, **{str(k): change for k, change in enumerate(changes)})
+        weights = {n: t.detach().clone() for n, t in llm.state_dict().items()}
+        gradients = []
+        for stage in (llm, divided.stages_of(built, peers, weights, **{str(k): c for k, c in enumerate(changes)})[1][0]):
+            splits: dict[Any, Any] = {}
+            taken: dict[str, Tensor] = {}
+            for microbatch, inputs in enumerate(divided.batches(llm)):
+                generator = torch.Generator().manual_seed(microbatch)
+                length = inputs["input_ids"].shape[1]
+                h = torch.randn(1, length, llm.width, generator=generator, requires_grad=True)
+                extras = {"router": torch.rand(2, 4, generator=generator)} if llm.auxiliary_losses else {}
+                loss = divided.loss_of([(stage, range(2, 4))], {**inputs, "h": h}, "fused" in more, extras)
+                if stage is llm:
+                    loss.backward()
+                else:
+                    deferred = backward_input([get_gradient_edge(loss)], [None], [h], splits, 1)
+                    assert (deferred is None) == (name == "checkpointing")
+                    if deferred is not None:
+                        assert all(p.grad is None for p in stage.parameters()) or microbatch
+                        backward_weight(deferred)
+                taken[f"input {microbatch}"] = h.grad if h.grad is not None else torch.empty(0)
+            gradients.append({**divided.whole_gradients([(stage, range(0))], {}), **taken})
+        found[name] = {n: e for n, e in divided.errors(gradients[1], gradients[0]).items() if not e <= 5e-6}
+    return found
+
+
+def test_halves_of_a_backward() -> None:
+    for found in run_ranks(2, _halves):
+        assert not any(found.values()), found
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _made_in_slices(rank: int, folder: Path, source: bool) -> dict[str, bool]:
+    """Whether each weight that is made in slices is the one that is made whole, and has no more memory than it needs."""
+    peers, equal = divided.tensor_peers(2), {}
+    both = StagePeers(tensor=peers.tensor, expert=peers.tensor, experts_see_same_tokens=True)
+    for name in ("qwen3", "qwen3_moe", "gemma2", "mixtral"):
+        for dtype in ("float32", "bfloat16"):
+            for here in (peers, both) if name == "qwen3_moe" else (peers,):
+                arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+                if source:
+                    arguments["weights"] = str(folder / name)
+                whole, part = (HFDecoder(zoo.MODELS[name].config(), **arguments) for _ in range(2))
+                whole.materialize(range(zoo.LAYERS), True, True)
+                part.materialize(range(zoo.LAYERS), True, True, here)
+                expected = whole.state_dict()
+                assert part.state_dict().keys() == expected.keys()
+                for weight, tensor in part.state_dict().items():
+                    assert tensor.dtype == expected[weight].dtype
+                    if isinstance(tensor, DTensor):
+                        local = tensor.to_local()
+                        assert local.untyped_storage().nbytes() == local.nbytes
+                        assert local.numel() * 2 == tensor.numel()
+                        tensor = tensor.full_tensor()
+                    equal[f"{name} {dtype} {weight}"] = torch.equal(tensor, expected[weight])
+                sliced = {weight for weight, tensor in part.state_dict().items() if isinstance(tensor, DTensor)}
+                part.parallelize(here)
+                assert sliced == {weight for weight, tensor in part.state_dict().items() if isinstance(tensor, DTensor)}
+                assert len(list(part.parameters())) == len(list(whole.parameters()))  # tied ones are one
+    return equal
+
+
+@pytest.mark.parametrize("source", [False, True], ids=["drawn", "read"])
+def test_weights_are_made_in_slices(source: bool, tmp_path: Path) -> None:
+    for name in ("qwen3", "qwen3_moe", "gemma2", "mixtral"):
+        zoo.save(name, tmp_path)
+    for equal in run_ranks(2, _made_in_slices, tmp_path, source):
+        assert len(equal) > 200
+        assert all(equal.values()), [name for name, same in equal.items() if not same]
+
+
+# -- logits ------------------------------------------------------------------------------------------------------------
+
+
+def _logits(rank: int) -> None:
+    for name in ("qwen3", "soft caps", "scaled logits"):
+        whole = divided.one_process(CASES[name][0])
+        weights = {n: t.detach() for n, t in whole.state_dict().items()}
+        last, _ = divided.stages_of(CASES[name][0], divided.tensor_peers(2), weights)[1]
+        h_LD = torch.randn(7, whole.width, generator=torch.Generator().manual_seed(1))
+        h_LD[3] = 0.0  # all logits are equal
+        labels = torch.tensor([0, 19, 20, 39, 5, 25, 3])
+        assert torch.allclose(last.logits(h_LD), whole.logits(h_LD), atol=1e-6)
+        (loss, predicted), (expected, likeliest) = (llm.text_loss(h_LD, labels, True) for llm in (last, whole))
+        assert predicted is not None
+        assert likeliest is not None
+        assert torch.allclose(loss, expected)
+        assert predicted.tolist() == likeliest.tolist()
+        assert last.text_loss(h_LD, labels, False)[1] is None
+        leaves = [h_LD.clone().requires_grad_() for _ in range(3)]
+        own = last._vocabulary_slice
+        assert own is not None
+        of_slice = partial(divided.slice_of_logits, last)
+        token_loss(of_slice, leaves[0], labels, own.size, False, 2 * own.size, own.loss)[0].backward()  # in 4 chunks
+        last.text_loss(leaves[1], labels, False)[0].backward()
+        whole.text_loss(leaves[2], labels, False)[0].backward()
+        for leaf in leaves[:2]:
+            assert sweep._error(leaf.grad, leaves[2].grad) < 1e-6
+
+
+def test_logits_and_predictions() -> None:
+    run_ranks(2, _logits)
+
+
+def _half_precision(rank: int) -> dict[str, tuple[float, float]]:
+    """The errors of the gradients in bfloat16, of two ranks and of one process, against single precision."""
+    found, peers = {}, divided.tensor_peers(2)
+    for name, dtype, autocast in (("qwen3", "bfloat16", False), ("experts", "bfloat16", False), ("fused", "float32", True)):
+        built, more = CASES[name]
+        exact = divided.one_process(built)
+        weights = {n: t.detach() for n, t in exact.state_dict().items()}
+        layers = range(exact.num_layers)
+        runs: list[list[tuple[HFDecoder, range]]] = [[(exact, layers)]]
+
+        def lower(llm: HFDecoder, dtype: str = dtype) -> None:
+            llm.to(getattr(torch, dtype))
+
+        alone = divided.one_process(built, dtype=lower)
+        alone.load_state_dict(weights)
+        runs += [[(alone, layers)], divided.stages_of(built, peers, weights, dtype=lower)]
+        gradients = []
+        for k, stages in enumerate(runs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and k > 0):
+                loss = divided.loss_of(stages, divided.batches(exact)[0], "fused" in more)
+            loss.backward()
+            gradients.append(divided.whole_gradients(stages, {}))
+        one, two = (torch.tensor(list(divided.errors(g, gradients[0]).values())) for g in gradients[1:])
+        found[name] = float(one.mean()), float(two.mean())
+    return found
+
+
+def test_half_precision() -> None:
+    for found in run_ranks(2, _half_precision):
+        for one, two in found.values():
+            assert 1e-4 < two < 1.5 * one
+
+
+# -- vision-language models --------------------------------------------------------------------------------------------
+
+
+def _vision(rank: int, names: list[str]) -> dict[str, dict[str, float]]:
+    sweep_change = divided.tensor_peers(2)
+    return {name: sweep.vision_language(name, lambda part: part.parallelize(sweep_change)).wrong for name in names}
+
+
+def test_vision_language_models() -> None:
+    """Deepstack features, M-RoPE, packed rows, images seen both ways."""
+    for found in run_ranks(2, _vision, ["qwen3_vl", "qwen3_vl_moe", "gemma3"]):
+        assert not any(found.values()), found
+
+
+@pytest.mark.wide
+@pytest.mark.timeout(1200)
+def test_all_vision_language_models() -> None:
+    for found in run_ranks(2, _vision, list(zoo.VISION_LANGUAGE), timeout=1200):
+        assert not any(found.values()), found
+
+
+@pytest.mark.wide
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("expert", ["", "same", "both", "different"])
+def test_all_decoders(expert: str) -> None:
+    """Each decoder of the library is exact, or refused by name."""
+    for verdicts in run_ranks(2, divided.all_verdicts, sweep.DECODERS, expert, timeout=1800):
+        assert not {name: text for name, text in verdicts.items() if text.startswith(("WRONG", "FAILED"))}
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("built", "size", "text"),
+    [
+        (build("stablelm"), 2, "'stablelm' has no plan for it in transformers (base_model_tp_plan): leave tensor out"),
+        (build(), 3, "has a vocabulary of 40 tokens: choose a number of tensor ranks that divides it"),
+        (build(config={"intermediate_size": 50}), 4, "has 50 rows in model.layers.0.mlp.gate_proj.weight: choose"),
+        (build(), 4, "has num_key_value_heads = 2: choose a number of tensor ranks that divides it"),
+        (build(config={"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}), 2, "num_attention_heads = 3"),
+        (build("gpt_oss"), 2, "has a plan in transformers that cuts none of its layers: leave tensor out"),
+        (build("doge"), 2, "has a plan in transformers, but one that does not fit its attention: leave tensor out"),
+        (build("olmo", {"clip_qkv": 2.0}), 2, "set clip_qkv to null in the config"),
+        (build(config={"attention_dropout": 0.1}), 2, "layers.0.self_attn.attention_dropout = 0.1, but ranks that"),
+        (build("phi", {"resid_pdrop": 0.2}), 2, "layers.0.resid_dropout.p = 0.2, but ranks that"),
+    ],
+)
+def test_refusals(built: Callable[[], HFDecoder], size: int, text: str) -> None:
+    llm = built()
+    found = llm.why_not_parallel(ParallelSizes(tensor=size))
+    assert text in found
+    assert found.startswith(f"tensor={size}: model_type ")
+    assert all(parameter.is_meta for parameter in llm.parameters())
+    assert llm.why_not_parallel(ParallelSizes()) == ""
+
+
+def test_liger_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    assert "use fused_loss=True" in build(fused_loss="liger")().why_not_parallel(ParallelSizes(tensor=2))
