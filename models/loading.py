@@ -44,7 +44,10 @@ def materialize(
         ValueError: the checkpoint cannot be read, or belongs to another model.
     """
     if source is not None:
-        return _load(type(whole), keep, source, whole.config, dtype, cut)
+        loaded = _load(type(whole), keep, source, whole.config, dtype, cut)
+        if cut is not None:
+            cut(loaded, "")  # the loader may have read views of more than slices
+        return loaded
     keep(whole)
     convert = _conversion(whole, dtype)
     slices: dict[str, tuple[Any, int]] = {}

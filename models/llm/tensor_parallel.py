@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -53,9 +54,10 @@ _OWN_STYLES = {"replicated_with_grad_allreduce": _SummedGradients(), "vocabulary
 _MISSING_RULES = {
     "apertus": {"mlp.act_fn": "replicated_with_grad_allreduce"},
     "apertus1p5_text": {"mlp.act_fn": "replicated_with_grad_allreduce"},
-    "sarvam_moe": dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "replicated_with_grad_allreduce"),
 }
 """What the library's plans have left out: parameters whose gradient would be another one on each rank."""
+_HEAD_NORM = re.compile(r"(.*\.)(q|k|v|query|key|value)_(norm|layernorm)")
+"""Norms of heads, which some of the library's plans have left out as well (those of sarvam_moe, qwen3_vl_moe)."""
 _WRONG_PLANS = {"doge": "one that does not fit its attention"}
 """Plans of the library with which a model does not run."""
 
@@ -75,6 +77,10 @@ def plan_of(whole: Any, names: Names) -> Plan:
     kind = whole.config.get_text_config().model_type
     missing = {f"{names.decoder}.layers.*.{rule}": style for rule, style in _MISSING_RULES.get(kind, {}).items()}
     plan: Plan = whole._expand_parallel_plan({**whole.tp_plan, **missing})
+    for path, _ in whole.named_modules():
+        norm = _HEAD_NORM.fullmatch(path)
+        if norm and path not in plan and plan.get(f"{norm[1]}{norm[2]}_proj") == "colwise":
+            plan[path] = "replicated_with_grad_allreduce"
     embedding = f"{names.decoder}.{names.embedding}"
     for path, style in ((embedding, "vocabulary_embedding"), (names.output, "colwise")):
         for name in [name for name in plan if name == path or name.startswith(f"{path}.")]:
@@ -114,7 +120,24 @@ def cut(whole: Any, plan: Plan, mesh: DeviceMesh, inside: str = "") -> None:
         parameter = module._parameters.get(own)
         if parameter is not None and not isinstance(parameter, DTensor):
             _style(style).shard_param(module, own, mesh)
-            _release(module._parameters[own])
+        _release(module._parameters.get(own))
+
+
+def unequal_gradients(module: nn.Module, mesh: DeviceMesh) -> list[str]:
+    """The names of whole parameters whose gradients are not the same on all ranks of a mesh of tensor parallelism, but
+    for rounding. There are some if a plan has left out a parameter of which each rank has a part of the gradient.
+
+    All ranks must call it, with gradients of the same parameters.
+    """
+    found = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None and not isinstance(p, DTensor)]
+    if not found:
+        return []
+    norms = torch.stack([gradient.detach().double().norm() for _, gradient in found])
+    largest, least = norms.clone(), norms.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group())
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.get_group())
+    unequal = (largest - least) > 1e-3 * largest
+    return [name for (name, _), bad in zip(found, unequal.tolist(), strict=True) if bad]
 
 
 def _release(parameter: Any) -> None:
