@@ -17,7 +17,6 @@ from bigmac_lightning.checkpoints.mismatches import first_few
 
 from .initialization import allocate_and_initialize
 
-
 Cut = Callable[[Any, str], None]
 """Replaces the parameters of a module of this name (all modules: "") in a model by this rank's slices of them."""
 
@@ -82,9 +81,7 @@ def _conversion(whole: Any, dtype: torch.dtype | None) -> Callable[[Any, str], N
     leaves in float32 what it computes with in float32, such as the frequencies of rotary embeddings and some routers.
     It gets the module and what its names begin with in the model."""
     tensors = [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]
-    if dtype is None or (
-        dtype == torch.float32 and all(t.dtype == dtype for _, t in tensors if t.is_floating_point())
-    ):
+    if dtype is None or (dtype == torch.float32 and all(t.dtype == dtype for _, t in tensors if t.is_floating_point())):
         return lambda module, prefix: None
     with torch.device("meta"):
         model = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype)

@@ -1,4 +1,4 @@
-"""The experts of a mixture spread over ranks: expert parallelism (GShard, arXiv 2006.16668), without any capacity limit.
+"""The experts of a mixture spread over ranks: expert parallelism (GShard, arXiv 2006.16668), without a capacity limit.
 
 The library's own plan (`base_model_ep_plan` of a config) names the experts. If the ranks have different tokens, each
 token goes to the ranks of its experts and back. If they have the same tokens, each rank computes its own experts' part
@@ -42,7 +42,7 @@ def install(whole: Any, plan: Plan, mesh: DeviceMesh, same_tokens: bool) -> None
 
 def _alone(mesh: DeviceMesh) -> DeviceMesh:
     """A mesh of this rank alone, which no other rank has to take part in making."""
-    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    group: Any = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return DeviceMesh.from_group(group, mesh.device_type)
 
 

@@ -1,9 +1,10 @@
 """Weights of a decoder in slices on several ranks that compute the same tokens: tensor parallelism (arXiv 1909.08053).
 
-Which weight is cut how says the library's own plan (`base_model_tp_plan` of a config), whose styles also do the
-communication. A weight that is cut is a DTensor from then on. Everything else is on all ranks, and its gradient, too, is
-whole and the same on all of them: each style makes sure of that for the weights that it knows, and the tests for all
-others. Embedding and output layer are cut by the vocabulary whatever the plan says (see vocabulary_parallel.py).
+The library's own plan (`base_model_tp_plan` of a config) says which weight is cut and how, and its styles communicate.
+A weight that is cut is a DTensor from then on. Every other weight is on all ranks, and its gradient is whole and the
+same on all of them: the styles make sure of that, and tests look at every decoder of the library, because a plan may
+leave out a weight of which each rank has a part of the gradient. Embedding and output layer are cut by the vocabulary
+whatever the plan says (see vocabulary_parallel.py).
 """
 
 import re
@@ -149,7 +150,11 @@ def _release(parameter: Any) -> None:
 
 
 def install(whole: Any, plan: Plan, mesh: DeviceMesh) -> None:
-    """Let the modules of a plan communicate. Low-rank adapters beside linear layers are cut and communicate as well."""
+    """Let the modules of a plan communicate. Low-rank adapters beside linear layers are cut and communicate as well.
+
+    Raises:
+        ValueError: an adapter has dropout.
+    """
     for name, style in present(whole, plan).items():
         if name.rpartition(".")[2] in _adapted(whole, name.rpartition(".")[0])._parameters:
             continue
@@ -163,8 +168,10 @@ def install(whole: Any, plan: Plan, mesh: DeviceMesh) -> None:
 
 
 def _install_adapters(layer: Any, style: Any, mesh: DeviceMesh) -> None:
-    """Adapters of a linear layer, y = x W' + x A' B'. If each rank has a slice of y, it has these columns of B'; if each
-    rank has a slice of x, it has these rows of A'."""
+    """Cut the adapters of a linear layer, y = x W' + x A' B'. If each rank has a slice of y, it has these columns of
+    B'; if each rank has a slice of x, it has these rows of A'."""
+    if any(_random(layer.lora_dropout)):
+        raise ValueError("lora_dropout: ranks that have slices of the same activations cannot draw it: set it to 0")
     if isinstance(style, ColwiseParallel) and style.output_layouts.is_shard():
         pairs = layer.lora_B
     elif isinstance(style, RowwiseParallel) and style.input_layouts.is_shard():
@@ -246,7 +253,9 @@ def _cut_dimension(style: str, parameter: str, ndim: int) -> tuple[int | None, i
 
 def _odd_heads(plan: Plan, layer_configs: list[Any], size: int) -> Iterator[str]:
     """Numbers of heads that cannot be shared out among ranks each of which computes some heads."""
-    if not any(style == "colwise" and re.search(r"(attn|attention)\..*\.weight$", name) for name, style in plan.items()):
+    if not any(
+        style == "colwise" and re.search(r"(attn|attention)\..*\.weight$", name) for name, style in plan.items()
+    ):
         return
     for config in layer_configs:
         for field in ("num_attention_heads", "num_key_value_heads"):

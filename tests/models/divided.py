@@ -67,12 +67,15 @@ def loss_of(
     return loss
 
 
-def stages_of(built: Built, peers: StagePeers, weights: dict[str, Tensor], **after: Any) -> list[tuple[HFDecoder, range]]:
+def stages_of(
+    built: Built, peers: StagePeers, weights: dict[str, Tensor], **after: Any
+) -> list[tuple[HFDecoder, range]]:
     """Two stages, one after the other in this process, with slices of these weights."""
     made = []
-    count = built().num_layers
-    for layers in (range(count // 2), range(count // 2, count)):
+    for upper in (False, True):
         llm = built()
+        count = llm.num_layers
+        layers = range(count // 2, count) if upper else range(count // 2)
         llm.materialize(layers, embedding=layers.start == 0, head=layers.stop == count)
         for change in after.values():
             change(llm)

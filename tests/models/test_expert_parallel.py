@@ -40,7 +40,7 @@ def test_against_one_process() -> None:
 def _four(rank: int) -> dict[str, dict[str, float]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     across = StagePeers(tensor=mesh["tp"], expert=mesh["dp"])  # the ranks of each tensor mesh have the same tokens
-    return {name: divided.wrong_of(BUILT[name], across) for name in ("qwen3_moe", "deepseek_v3")}
+    return {name: divided.wrong_of(BUILT[name], across) for name in ("deepseek_v3",)}
 
 
 def test_slices_within_and_experts_across_replicas() -> None:
@@ -64,14 +64,14 @@ def test_all_tokens_go_to_the_experts_of_one_rank() -> None:
 
 def _slices(rank: int) -> tuple[int, set[str]]:
     llm = BUILT["qwen3_moe"]()
-    llm.materialize(range(4), True, True, StagePeers(expert=init_device_mesh("cpu", (2,))))
+    llm.materialize(range(2), True, True, StagePeers(expert=init_device_mesh("cpu", (2,))))
     sliced = {name: p for name, p in llm.named_parameters() if isinstance(p, DTensor)}
     return sum(p.to_local().untyped_storage().nbytes() for p in sliced.values()), {n.rpartition(".")[2] for n in sliced}
 
 
 def test_each_rank_has_its_experts_only() -> None:
     for size, names in run_ranks(2, _slices):
-        assert size == 4 * 4 * 2 * (3 * 32 * 32)  # layers, bytes, experts, their weights
+        assert size == 2 * 4 * 2 * (3 * 32 * 32)  # layers, bytes, experts, their weights
         assert names == {"gate_up_proj", "down_proj"}
 
 
