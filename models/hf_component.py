@@ -74,9 +74,9 @@ class HFComponent(nn.Module):
     def _whole(self) -> Any:
         return self._unregistered[0]
 
-    def _materialized(self, keep: Callable[[Any], None]) -> Any:
+    def _materialized(self, keep: Callable[[Any], None], cut: loading.Cut | None = None) -> Any:
         """A model with weights on the CPU for what `keep` leaves of it; see `loading.materialize`."""
-        whole = loading.materialize(self._whole, keep, self.source, self.seed, self.dtype)
+        whole = loading.materialize(self._whole, keep, self.source, self.seed, self.dtype, cut)
         if self.gradient_checkpointing:
             whole.activation_checkpointing_enable({"use_reentrant": False})
         return whole

@@ -5,7 +5,7 @@ process holds.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -37,12 +37,17 @@ def seeded(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
+def allocate_and_initialize(
+    model: PreTrainedModel, seed: int, finish: Callable[[str], None] = lambda name: None
+) -> None:
     """Give a model that was built on the meta device weights and buffers on the CPU, in place.
 
     Every submodule gets the initial values that its own Hugging Face class gives it, drawn from (seed, its name). So a
     part of a model gets the weights that it has in the whole model. Non-persistent buffers, such as rotary frequencies,
     are made anew as well. Tied parameters are untied.
+
+    Args:
+        finish: gets the name of each module once it and all that is in it have their values.
 
     Raises:
         ValueError: the class of some module has no rule for one of its parameters or buffers.
@@ -54,35 +59,41 @@ def allocate_and_initialize(model: PreTrainedModel, seed: int) -> None:
     for name, module in model.named_modules():
         around = owners[name.rpartition(".")[0]] if name else model
         owners[name] = module if isinstance(module, PreTrainedModel) else around
+    left: list[tuple[str, nn.Module]] = []
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
         own = module._parameters.values()
-        if own and all(parameter is None for parameter in own):
-            continue  # its parameters were dropped, which the rules of its class do not expect
-        with seeded(seed, name), torch.no_grad():
-            owners[name]._init_weights(module)
-    for name, module in model.named_modules():
-        if any(tensor.isnan().any() for tensor in _own_tensors(module).values()):
-            with torch.device("cpu"):
-                _initialize_as_constructed(module, f"{type(model).__name__}: {name}")
+        if not own or any(parameter is not None for parameter in own):  # rules do not expect dropped parameters
+            with seeded(seed, name), torch.no_grad():
+                owners[name]._init_weights(module)
+                if _is_unset(module) and not _initialize_as_constructed(module):
+                    left.append((name, module))  # the rule of a module around it may set it yet
+        finish(name)
+    if unset := [name for name, module in left if _is_unset(module)]:
+        raise ValueError(
+            f"{type(model).__name__} has no rule for the initial values of {unset[0]}: start from the weights of a "
+            "checkpoint (weights: DIR)"
+        )
 
 
-def _initialize_as_constructed(module: nn.Module, name: str) -> None:
+def _is_unset(module: nn.Module) -> bool:
+    return any(tensor.isnan().any() for tensor in _own_tensors(module).values())
+
+
+def _initialize_as_constructed(module: nn.Module) -> bool:
     """Give a module the values that its constructor sets, as no rule of its model does (xIELU, an activation).
 
-    Raises:
-        ValueError: its constructor needs arguments, which are not known.
+    Returns: whether that is possible. It is not if the constructor needs arguments, which are not known.
     """
     try:
         made = _own_tensors(type(module)())
     except TypeError:
-        made = {}
+        return False
     own = _own_tensors(module)
     if {n: t.shape for n, t in made.items()} != {n: t.shape for n, t in own.items()}:
-        raise ValueError(
-            f"{name} has no rule for its initial values: start from the weights of a checkpoint (weights: DIR)"
-        )
+        return False
     for key, tensor in own.items():
         tensor.data = made[key].data
+    return True
 
 
 def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:

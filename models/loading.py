@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -16,9 +17,17 @@ from bigmac_lightning.checkpoints.mismatches import first_few
 
 from .initialization import allocate_and_initialize
 
+Cut = Callable[[Any, str], None]
+"""Replaces the parameters of a module of this name (all modules: "") in a model by this rank's slices of them."""
+
 
 def materialize(
-    whole: PreTrainedModel, keep: Callable[[Any], None], source: str | None, seed: int, dtype: torch.dtype | None
+    whole: PreTrainedModel,
+    keep: Callable[[Any], None],
+    source: str | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    cut: Cut | None = None,
 ) -> Any:
     """Drop the modules that are not needed and give the others weights, on the CPU.
 
@@ -28,32 +37,64 @@ def materialize(
         source: the folder of a checkpoint; only tensors of modules that are left are read. ``None``: draw the weights.
         seed: the seed of drawn weights.
         dtype: the type of the weights; ``None``: as in the checkpoint.
+        cut: makes slices of parameters. Only slices are read from a checkpoint; drawn weights are cut layer by layer.
 
     Raises:
         ValueError: the checkpoint cannot be read, or belongs to another model.
     """
-    if source is None:
-        keep(whole)
-        allocate_and_initialize(whole, seed)
-        if dtype is not None:
-            _convert(whole, dtype)
-        return whole
-    return _load(type(whole), keep, source, whole.config, dtype)
+    if source is not None:
+        loaded = _load(type(whole), keep, source, whole.config, dtype, cut)
+        if cut is not None:
+            cut(loaded, "")  # the loader may have read views of more than slices
+        return loaded
+    keep(whole)
+    convert = _conversion(whole, dtype)
+    slices: dict[str, tuple[Any, int]] = {}
+
+    def finish(name: str) -> None:
+        if cut is not None and name.rpartition(".")[0].endswith("layers"):
+            convert(whole.get_submodule(name), f"{name}.")
+            cut(whole, name)
+            slices.update(_slices(whole.get_submodule(name), f"{name}."))
+
+    allocate_and_initialize(whole, seed, finish)
+    convert(whole, "")
+    for name, (local, version) in slices.items():
+        if local._version != version:
+            raise ValueError(
+                f"{type(whole).__name__} draws {name} anew after its layer, which cannot be done in slices: start from "
+                "a checkpoint of it"
+            )
+    if cut is not None:
+        cut(whole, "")
+    return whole
 
 
-def _convert(whole: Any, dtype: torch.dtype) -> None:
-    """Convert drawn weights to the types that they would have if they were loaded in this type: the library leaves in
-    float32 what it computes with in float32, such as the frequencies of rotary embeddings and some routers."""
+def _slices(module: Any, prefix: str) -> dict[str, tuple[Any, int]]:
+    """The slices in a module, with their versions, which grow when something is written to them."""
+    found = {f"{prefix}{n}": p._local_tensor for n, p in module.named_parameters() if isinstance(p, DTensor)}
+    return {name: (local, local._version) for name, local in found.items()}
+
+
+def _conversion(whole: Any, dtype: torch.dtype | None) -> Callable[[Any, str], None]:
+    """Converts a module's drawn weights to the types that they would have if they were loaded in this type: the library
+    leaves in float32 what it computes with in float32, such as the frequencies of rotary embeddings and some routers.
+    It gets the module and what its names begin with in the model."""
     tensors = [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers()]
-    if dtype == torch.float32 and all(t.dtype == dtype for _, t in tensors if t.is_floating_point()):
-        return
+    if dtype is None or (dtype == torch.float32 and all(t.dtype == dtype for _, t in tensors if t.is_floating_point())):
+        return lambda module, prefix: None
     with torch.device("meta"):
         model = type(whole)._from_config(copy.deepcopy(whole.config), dtype=dtype)
         made = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     float32 = [re.compile(pattern.replace("*", ".*")) for pattern in whole._get_dtype_plan(dtype)]
-    for name, tensor in tensors:
-        exact = any(pattern.search(name) for pattern in float32)
-        tensor.data = tensor.data.to(torch.float32 if exact else made[name].dtype)
+
+    def convert(module: Any, prefix: str) -> None:
+        for own, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+            if not isinstance(tensor, DTensor):  # slices have been converted
+                exact = any(pattern.search(f"{prefix}{own}") for pattern in float32)
+                tensor.data = tensor.data.to(torch.float32 if exact else made[f"{prefix}{own}"].dtype)
+
+    return convert
 
 
 def _load(
@@ -62,6 +103,7 @@ def _load(
     source: str,
     config: PreTrainedConfig,
     dtype: torch.dtype | None,
+    cut: Cut | None,
 ) -> Any:
     """Load through a subclass whose constructor drops modules. The library's loader then reads only the tensors of
     what is left, one by one, and knows how the names of tensors have changed over time."""
@@ -69,6 +111,8 @@ def _load(
     def build(self: Any, *args: Any, **kwargs: Any) -> None:
         model.__init__(self, *args, **kwargs)
         keep(self)
+        if cut is not None:
+            cut(self, "")  # on the meta device: the loader reads what slices there are
 
     # The subclass has the same name and module, because the library looks up conversions of names by them.
     part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})

@@ -271,6 +271,55 @@ FAULTS = [
         "timeline = verify(placed, request.max_encoder_units, None, workload, request.memory)",
         "tests/schedule/test_choose.py",
     ),
+    Fault(
+        "each rank keeps its own heads' part of a norm's gradient",
+        "models/llm/tensor_parallel.py",
+        "{name: with_summed_gradient(p, mesh.get_group()) for name, p in own.items()}",
+        "own",
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "norms of heads that a plan leaves out are forgotten",
+        "models/llm/tensor_parallel.py",
+        '            plan[path] = "replicated_with_grad_allreduce"',
+        "            pass",
+        "tests/models/test_tensor_parallel.py -k vision",
+    ),
+    Fault(
+        "the padding token is looked for in every slice of the vocabulary",
+        "models/llm/vocabulary_parallel.py",
+        "own = None if padding is None else padding - part.first",
+        "own = padding",
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "the label's logit is taken from every slice",
+        "models/llm/vocabulary_parallel.py",
+        "shares.scatter_add_(1, own, -mine.to(shares.dtype)[:, None])",
+        "shares.scatter_add_(1, own, -torch.ones_like(own, dtype=shares.dtype))",
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "gradients of hidden states are those of one slice of the vocabulary",
+        "models/llm/vocabulary_parallel.py",
+        "        dist.all_reduce(by_hidden, group=self.mesh.get_group())",
+        "        pass",
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "adapters of sliced layers are whole",
+        "models/llm/tensor_parallel.py",
+        "pairs = layer.lora_A",
+        "return",
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "ranks with different tokens sum their experts' outputs",
+        "models/llm/expert_parallel.py",
+        "if same_tokens else",
+        "if True else",
+        "tests/models/test_expert_parallel.py -k against",
+    ),
 ]
 
 

@@ -17,7 +17,6 @@ from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import converted
 from bigmac_lightning.contracts.resumable import ResumableModule
 from bigmac_lightning.contracts.slices import MicrobatchSlice
-from bigmac_lightning.contracts.token_loss import token_loss
 from bigmac_lightning.host import from_host
 
 Result = TypeVar("Result")
@@ -159,9 +158,7 @@ class ComponentModule(ResumableModule):
             h_LD, labels = flat[microbatch.label_positions], microbatch.labels
             fused = llm.fused_loss(h_LD, labels) if mode == "train" else None
             if fused is None:
-                out.losses["text"], out.predictions = token_loss(
-                    llm.logits, h_LD, labels, llm.vocabulary, predict=mode != "train"
-                )
+                out.losses["text"], out.predictions = llm.text_loss(h_LD, labels, predict=mode != "train")
             else:
                 out.losses["text"] = fused
         if microbatch.targets:

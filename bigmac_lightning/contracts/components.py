@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.precision import weight_dtype
+from bigmac_lightning.contracts.token_loss import token_loss
 from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 from bigmac_lightning.estimates.partition import LayerCosts
 
@@ -116,10 +117,16 @@ class LanguageModel(nn.Module, ABC):
     dtype: torch.dtype | None = None
 
     @abstractmethod
-    def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+    def materialize(
+        self, layers: Collection[int], embedding: bool, head: bool, peers: StagePeers = StagePeers()
+    ) -> None:
         """Allocate and initialise these layers, the embedding and the head (final norm, output weight); drop the rest.
 
         Weights depend on the seed and the parameter's name only. Names stay those of the whole model.
+
+        Args:
+            peers: the ranks that `parallelize` will be called with, if it will be. A model may then make only this
+                rank's slices of the weights, so that no rank needs memory for whole layers.
         """
 
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -205,9 +212,13 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, h_LD: Tensor) -> Tensor:
         """logits_LV of normed hidden states."""
 
+    def text_loss(self, h_LD: Tensor, labels: Tensor, predict: bool) -> tuple[Tensor, Tensor | None]:
+        """The sum of the token losses of normed hidden states; with `predict` also the most likely tokens, (L,)."""
+        return token_loss(self.logits, h_LD, labels, self.vocabulary, predict)
+
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         """The sum of the token losses of normed hidden states, computed together with its gradients (see
-        `fused_token_loss`). ``None``: the loss is computed from `logits`."""
+        `fused_token_loss`). ``None``: the loss is that of `text_loss`."""
         return None
 
 

@@ -16,6 +16,16 @@ from bigmac_lightning.contracts.precision import widened
 CHUNK_ELEMENTS = 2**26
 """Most logits in memory at once: 256 MiB of fp32, small beside a stage's activations, and still large matrices."""
 
+LossOfLogits = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""A function (logits_LV, labels, whether to predict) -> (the sum of the token losses, the most likely tokens or
+``None``)."""
+
+
+def cross_entropy_of(logits_LV: Tensor, labels: Tensor, predict: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of the token losses, and with `predict` the most likely tokens."""
+    loss = nn.functional.cross_entropy(widened(logits_LV), labels, reduction="sum")
+    return loss, logits_LV.argmax(-1) if predict else None
+
 
 def token_loss(
     logits: Callable[[Tensor], Tensor],
@@ -24,6 +34,7 @@ def token_loss(
     vocabulary: int,
     predict: bool,
     chunk_elements: int = CHUNK_ELEMENTS,
+    loss_of: LossOfLogits | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of the token losses, and the most likely tokens.
 
@@ -37,14 +48,13 @@ def token_loss(
         vocabulary: V; 0 if it is not known: all positions then make one chunk.
         predict: whether to return predictions.
         chunk_elements: largest number of logits in memory.
+        loss_of: computes the result from the logits of a chunk; by default `cross_entropy_of`.
 
     Returns: the sum, a scalar; and the most likely tokens, (L,) token ids, or ``None`` without `predict`.
     """
 
     def of_chunk(h_LD: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits_LV = logits(h_LD)
-        loss = nn.functional.cross_entropy(widened(logits_LV), labels, reduction="sum")
-        return loss, logits_LV.argmax(-1) if predict else None
+        return (loss_of or cross_entropy_of)(logits(h_LD), labels, predict)
 
     positions = max(1, chunk_elements // max(1, vocabulary))
     if positions >= len(labels):

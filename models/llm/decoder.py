@@ -18,20 +18,30 @@ from transformers import PreTrainedConfig
 from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.slices import WHOLE_POSITIONS
-from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss
+from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss, token_loss
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
 from ..hf_component import HFComponent
 from ..meta_model import PassThrough
-from . import attention, context_parallel, liger, probe_context, probe_cut, probe_packing
+from . import (
+    attention,
+    context_parallel,
+    expert_parallel,
+    liger,
+    probe_context,
+    probe_cut,
+    probe_packing,
+    tensor_parallel,
+)
 from .exchange import Exchange, sum_of_ranks
-from .head import check_plain, logits_of
+from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .text_inputs import completed_inputs, known_samples
+from .vocabulary_parallel import VocabularySlice
 
 ROUTER_LOSS = "router"
 
@@ -114,6 +124,9 @@ class HFDecoder(HFComponent, LanguageModel):
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
         self._exchange: Exchange | None = None
+        self._tensor_plan = tensor_parallel.plan_of(whole, self._names)
+        self._expert_plan = expert_parallel.plan_of(whole)
+        self._vocabulary_slice: VocabularySlice | None = None
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -151,7 +164,9 @@ class HFDecoder(HFComponent, LanguageModel):
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def materialize(self, layers: Collection[int], embedding: bool, head: bool) -> None:
+    def materialize(
+        self, layers: Collection[int], embedding: bool, head: bool, peers: StagePeers = StagePeers()
+    ) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
             raise ValueError("this decoder has weights already: materialize it once")
         if outside := [k for k in layers if not 0 <= k < self.num_layers]:
@@ -164,7 +179,8 @@ class HFDecoder(HFComponent, LanguageModel):
                 layers=layers,
                 embedding=embedding or tie,  # a tied head starts from the embedding's weights
                 head=head,
-            )
+            ),
+            partial(self._cut, peers=peers) if peers.tensor is not None or peers.expert is not None else None,
         )
         if tie:
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
@@ -176,6 +192,72 @@ class HFDecoder(HFComponent, LanguageModel):
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
         meta_model.keep_language_model(self._whole, self._names, layers, embedding, head)
         self._stages.clear()
+
+    # -- several ranks -----------------------------------------------------------------------------------------------
+
+    def why_not_parallel(self, sizes: ParallelSizes) -> str:
+        whole = self._whole
+        if sizes.context > 1:
+            decoder = self._build_whole().get_submodule(self._names.decoder)
+            reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
+            if reason:
+                return f"model_type {self.config.model_type!r} cannot have context parallelism: {reason}"
+        if sizes.tensor > 1:
+            plan = self._tensor_plans(sizes.expert > 1)
+            if reason := tensor_parallel.why_not(whole, self._names, plan, self._layer_configs, sizes.tensor):
+                return reason
+            if sizes.expert == 1 and not any(name.startswith(f"{self._names.decoder}.layers.") for name in plan):
+                return (
+                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} has a plan in transformers that "
+                    "cuts none of its layers: leave tensor out"
+                )
+            if not acts_on_each_logit(whole, self._names):
+                return (
+                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} does not treat each logit alone: "
+                    "leave tensor out"
+                )
+            if self._fused == "liger":
+                return f"tensor={sizes.tensor}: fused_loss='liger' needs all logits on one rank: use fused_loss=True"
+        if sizes.tensor > 1 and sizes.expert > 1 and self.config.get_text_config().model_type == "flint":
+            # The ranks' collectives have been seen to get out of step after it; the cause is not known yet.
+            return f"tensor={sizes.tensor}, expert={sizes.expert}: model_type 'flint' takes only one of them"
+        if sizes.expert > 1:
+            return expert_parallel.why_not(whole, self._expert_plan, sizes.expert)
+        return ""
+
+    def _tensor_plans(self, experts_apart: bool) -> tensor_parallel.Plan:
+        if not experts_apart:
+            return self._tensor_plan
+        return expert_parallel.without_experts(self._tensor_plan, self._expert_plan)
+
+    def _cut(self, whole: Any, inside: str, peers: StagePeers) -> None:
+        if peers.tensor is not None:
+            tensor_parallel.cut(whole, self._tensor_plans(peers.expert is not None), peers.tensor, inside)
+        if peers.expert is not None:
+            tensor_parallel.cut(whole, self._expert_plan, peers.expert, inside)
+
+    def _ends(self, whole: Any) -> list[Any]:
+        """The embedding and the output layer, or what stands in for them."""
+        names = self._names
+        return [whole.get_submodule(name) for name in (f"{names.decoder}.{names.embedding}", names.output)]
+
+    def parallelize(self, peers: StagePeers) -> None:
+        whole = self._whole
+        tied = [module for module in self._ends(whole) if self.tied and not isinstance(module, PassThrough)]
+        self._cut(whole, "", peers)
+        if len(tied) == 2:
+            tied[1].weight = tied[0].weight
+        if peers.expert is not None:
+            expert_parallel.install(whole, self._expert_plan, peers.expert, peers.experts_see_same_tokens)
+        if peers.tensor is not None:
+            tensor_parallel.install(whole, self._tensor_plans(peers.expert is not None), peers.tensor)
+            self._vocabulary_slice = VocabularySlice(peers.tensor, self.vocabulary // peers.tensor.size())
+        if peers.context is not None:
+            self._exchange = Exchange(peers.context.get_local_rank(), peers.context.size(), peers.context.get_group())
+            context_parallel.cut_attention(self._decoder, self._exchange, self._attention)
+            if self.gradient_checkpointing:
+                how = {"use_reentrant": False, "context_fn": self._exchange.checkpoint_contexts}
+                self._whole.activation_checkpointing_enable(how)
 
     def check_adapters(self, targets: Collection[str]) -> None:
         """
@@ -203,26 +285,6 @@ class HFDecoder(HFComponent, LanguageModel):
         parts += [decoder.get_submodule(self._names.norm), output] * head
         found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
         yield from found.values()
-
-    # -- several ranks -----------------------------------------------------------------------------------------------
-
-    def why_not_parallel(self, sizes: ParallelSizes) -> str:
-        if sizes.context > 1:
-            decoder = self._build_whole().get_submodule(self._names.decoder)
-            reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
-            if reason:
-                return f"model_type {self.config.model_type!r} cannot have context parallelism: {reason}"
-        return ""
-
-    def parallelize(self, peers: StagePeers) -> None:
-        if peers.context is not None:
-            mesh = peers.context
-            exchange = Exchange(mesh.get_local_rank(), mesh.size(), mesh.get_group())
-            context_parallel.cut_attention(self._decoder, exchange, self._attention)
-            if self.gradient_checkpointing:
-                how = {"use_reentrant": False, "context_fn": exchange.checkpoint_contexts}
-                self._whole.activation_checkpointing_enable(how)
-            self._exchange = exchange
 
     # -- estimates ---------------------------------------------------------------------------------------------------
 
@@ -317,12 +379,22 @@ class HFDecoder(HFComponent, LanguageModel):
         return stage
 
     def logits(self, h_LD: Tensor) -> Tensor:
-        return logits_of(self._whole, self._names, h_LD)
+        logits = logits_of(self._whole, self._names, h_LD)
+        return logits if self._vocabulary_slice is None else self._vocabulary_slice.whole(logits)
+
+    def text_loss(self, h_LD: Tensor, labels: Tensor, predict: bool) -> tuple[Tensor, Tensor | None]:
+        own = self._vocabulary_slice
+        if own is None:
+            return super().text_loss(h_LD, labels, predict)
+        of_slice = partial(logits_of, self._whole, self._names)
+        return token_loss(of_slice, h_LD, labels, own.size, predict, loss_of=own.loss)
 
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         if not self._fused or not len(labels):  # a slice may have none, and kernels want some
             return None
         output = self._whole.get_output_embeddings()
+        if self._vocabulary_slice is not None:
+            return fused_token_loss(h_LD, output.weight.to_local(), labels, self._vocabulary_slice.gradients)
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 

@@ -44,6 +44,17 @@ def check_plain(whole: Any, names: Names) -> None:
     )
 
 
+def acts_on_each_logit(whole: Any, names: Names) -> bool:
+    """Whether a model does to each logit alone whatever it does to them, so that it may get a part of them."""
+    with torch.no_grad(), torch.device("cpu"):
+        half = max(1, len(whole.get_output_embeddings().weight) // 2)
+        logits_LV = torch.linspace(-9, 9, 2 * half, dtype=torch.float32)[None]
+        bare = shell_of(whole, **{names.output: nn.Identity()})
+        made = logits_of(bare, names, logits_LV)
+        parts = [logits_of(bare, names, part) for part in logits_LV.split(half, dim=-1)]
+        return made.shape == logits_LV.shape and torch.equal(made, torch.cat(parts, dim=-1))
+
+
 def library_router_loss(whole: Any, names: Names, logits_TE: Sequence[Tensor], mask: Tensor) -> Tensor | None:
     """The load balancing loss that transformers computes from the logits of some routers; ``None``: it has none.
 

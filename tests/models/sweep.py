@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto import modeling_auto
@@ -200,6 +201,7 @@ class Parts:
         for part in self.parts:
             for name, gradient in _taken(part).items():
                 name = part.tied.get(name, name)
+                gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
                 both = [g for g in (found.get(name), gradient) if g is not None]
                 found[name] = torch.stack(both).sum(0) if both else None
         return found
@@ -226,8 +228,11 @@ def _loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @cache
-def vision_language(name: str) -> Verdict:
+def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part: None) -> Verdict:
     """The verdict on a vision-language model, from pictures to the loss.
+
+    Args:
+        change: is done to each part of the LLM.
 
     Raises:
         Exception: what is neither exact nor refused by name.
@@ -246,6 +251,8 @@ def vision_language(name: str) -> Verdict:
     made = HFDecoder(config, attn_implementation=attention)
     verdict = Verdict(packing=made.refuses_packing, attention=attention)
     parts = Parts(made, whole.state_dict())
+    for part in parts.parts:
+        change(part)
     image = HFVisionEncoder(config, attn_implementation=attention)
     image.materialize()
     image.load_state_dict({weight: whole.state_dict()[weight] for weight in image.state_dict()})

@@ -256,5 +256,5 @@ def test_values_that_no_rule_sets() -> None:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(tiny.tiny_config("qwen3"))
         whole.model.layers[0].mlp.act_fn = Unknown(3)
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.act_fn has no rule for its initial values"):
+    with pytest.raises(ValueError, match=r"no rule for the initial values of model.layers.0.mlp.act_fn"):
         allocate_and_initialize(whole, 0)
