@@ -262,7 +262,7 @@ def toy_batch(
     assign_owners(made, layout)
     for microbatch in made:
         for item in [*microbatch.media, *microbatch.targets]:
-            if item.owner != layout.rank:
+            if not layout.owns(item):
                 item.data = None
     return Batch(made, layout)
 

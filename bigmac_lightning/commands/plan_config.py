@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
 def _show(run: RunReader, console: Console) -> None:
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
-    dp, size = mesh_shape(run.world_size, *strategy.sizes)
+    dp, size = mesh_shape(run.world_size, *strategy.sizes, peers=strategy.options.parallel.peers)
     options, stages, reason = resolve_options(module, strategy.options, size)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()

@@ -34,6 +34,8 @@ class PipelineLayout:
         generator_ranks: ranks that may own generator targets; ``None``: all.
         ramp: whether the first and the last groups are smaller; see ``ramp_groups``.
         weights: each rank's fraction of the encoder and generator work; ``None``: all ranks do equally much.
+        peers: number of processes that a rank consists of, which divide its items among themselves.
+        peer: which of them this process is.
     """
 
     size: int = 1
@@ -44,6 +46,12 @@ class PipelineLayout:
     generator_ranks: tuple[int, ...] | None = None
     ramp: bool = False
     weights: tuple[float, ...] | None = None
+    peers: int = 1
+    peer: int = 0
+
+    def owns(self, item: "MediaItem | TargetItem") -> bool:
+        """Whether this process decodes and computes an item."""
+        return item.owner == self.rank and item.peer == self.peer
 
     def groups(self, microbatches: int) -> list[list[int]]:
         """The microbatches of each group."""
@@ -59,6 +67,7 @@ class MediaItem:
         rows: number of feature rows (LLM tokens) it turns into.
         cost: encoder forward time in any unit shared by all items of a batch.
         owner: rank of the pipeline that decodes and encodes it.
+        peer: which of the rank's processes does.
         data: on the owner, the encoder's input; ``None`` on other ranks.
         origin: index of its sample in `Microbatch.origins`.
         error: on the owner, the reason if `data` could not be read; else ``None``.
@@ -68,6 +77,7 @@ class MediaItem:
     rows: int
     cost: float = 1.0
     owner: int = 0
+    peer: int = 0
     data: MediaData | None = None
     origin: int = 0
     error: str | None = None
@@ -84,6 +94,7 @@ class TargetItem:
         seed: seed of the noise and the timestep that are drawn for it, so that they do not depend on the ranks.
         cost: generator time in any unit shared by all items of a batch.
         owner: rank of the pipeline that runs the generator on it.
+        peer: which of the rank's processes does.
         data: the target on the owner, ``None`` elsewhere (and when sampling).
         origin: index of its sample in `Microbatch.origins`.
         error: on the owner, the reason if `data` could not be read; else ``None``.
@@ -95,6 +106,7 @@ class TargetItem:
     seed: int = 0
     cost: float = 1.0
     owner: int = 0
+    peer: int = 0
     data: Tensor | None = None
     origin: int = 0
     error: str | None = None
@@ -302,6 +314,17 @@ def assign_owners(microbatches: Sequence[Microbatch], layout: PipelineLayout) ->
     targets = [[item for m in group for item in microbatches[m].targets] for group in groups]
     _share_out(media, layout.encoder_ranks or everyone, layout.weights)
     _share_out(targets, layout.generator_ranks or everyone, layout.weights)
+    if layout.peers > 1:
+        for rank in everyone:
+            for groups_of_items in (media, targets):
+                _share_out_among_peers([[i for i in items if i.owner == rank] for items in groups_of_items], layout)
+
+
+def _share_out_among_peers(groups: Sequence[Sequence[MediaItem | TargetItem]], layout: PipelineLayout) -> None:
+    peers = assign([[item.cost for item in items] for items in groups], range(layout.peers))
+    for items, of_items in zip(groups, peers, strict=True):
+        for item, peer in zip(items, of_items, strict=True):
+            item.peer = peer
 
 
 def _share_out(

@@ -15,6 +15,7 @@ from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.component_module import ComponentModule
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
+from bigmac_lightning.contracts.parallel import StagePeers
 from bigmac_lightning.contracts.plain_path import run_plain
 from bigmac_lightning.estimates.partition import TrainedLayers
 
@@ -26,11 +27,13 @@ class Part:
     Attributes:
         layers: global indices of its layers; ``None``: all.
         embedding, head: whether it has the input embedding, and the final norm with the output weight.
+        peers: the ranks that compute this part together; ``None``: it computes it alone.
     """
 
     layers: Collection[int] | None = None
     embedding: bool = True
     head: bool = True
+    peers: StagePeers | None = None
 
 
 class Runner(Protocol):
@@ -90,6 +93,8 @@ class PipelineModule(ComponentModule):
                 if name in frozen:  # the user froze it before it had its weights
                     parameter.requires_grad_(False)
             self.adapt()
+            if self.part.peers is not None:
+                self.llm.parallelize(self.part.peers)
             self._materialized = True
 
     def materialize(self) -> None:
@@ -98,7 +103,8 @@ class PipelineModule(ComponentModule):
             assert isinstance(component, Encoder | Generator)
             component.materialize()
         layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
-        self.llm.materialize(layers, self.part.embedding, self.part.head)
+        further = [] if self.part.peers is None else [self.part.peers]
+        self.llm.materialize(layers, self.part.embedding, self.part.head, *further)
 
     def adapt(self) -> None:
         """Change the components once they have their weights: freeze parts, add adapters.

@@ -19,6 +19,11 @@ class ParallelSizes:
     context: int = 1
     expert: int = 1
 
+    @property
+    def peers(self) -> int:
+        """Number of processes that compute a stage together."""
+        return self.tensor * self.context
+
 
 @dataclass(frozen=True)
 class StagePeers:

@@ -104,7 +104,7 @@ def global_norm(places: Sequence[SharedParameters], mesh: PipelineMesh) -> Tenso
     square = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for place in places:
         square += _square(list(place.parameters.values()), mesh.device) / place.copies
-    if mesh.pp_size * mesh.dp_size > 1:
+    if dist.get_world_size() > 1:
         dist.all_reduce(square)
     return square.sqrt()
 

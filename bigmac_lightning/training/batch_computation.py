@@ -8,11 +8,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
+from bigmac_lightning.contracts.slices import MicrobatchSlice, slice_of
 from bigmac_lightning.runtime.computation import Outcome
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.peers import Peers, row_indices
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.training.exact import apart, parts_of, together
 from bigmac_lightning.training.planner import PlannedBatch
@@ -28,7 +31,7 @@ class BatchComputation:
         self,
         module: PipelineModule,
         stages: Sequence[range],
-        rank: int,
+        mesh: PipelineMesh,
         dtype: torch.dtype,
         contexts: Sequence[Callable[[], AbstractContextManager[object]]],
         batch: Batch,
@@ -40,14 +43,17 @@ class BatchComputation:
         """
         Args:
             stages: layers of each stage.
-            rank: this process's rank in the pipeline.
+            mesh: tells which rank this is, and its peers.
             dtype: type of hidden states, features and conditions.
             contexts: context managers that every forward runs in.
             batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
             sharding: tells which components all ranks run together.
         """
-        self.module, self.stages, self.rank, self.batch, self.scales = module, stages, rank, batch, scales
+        self.module, self.stages, self.batch, self.scales = module, stages, batch, scales
+        self.mesh, self.rank = mesh, mesh.pp_rank
+        self._peers = Peers(mesh) if mesh.peers > 1 else None
+        self._given = [_slice(m, mesh) for m in batch.microbatches]
         self.mode: Mode = mode
         self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
         microbatches = batch.microbatches
@@ -65,7 +71,7 @@ class BatchComputation:
 
     def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
         """Shapes of the hidden states and of the extras that go into a stage."""
-        given = self.batch.microbatches[microbatch]
+        given = self._given[microbatch]
         extras = self.module.extra_shapes(given, self.stages[stage].start)
         return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
 
@@ -104,22 +110,36 @@ class BatchComputation:
         known = {item.encoder for m in self.features.groups[group] for item in self.batch.microbatches[m].media}
         names = {name for name in known if self._sharding.meets(f"encoders.{name}")}
         if not items and not names:
-            return torch.zeros(0, self.width, dtype=self.dtype, device=self.sums.device)
+            return self._no_rows()
+        mine = [item.peer == self.mesh.peer for item in items]
+        own = [item for item, is_mine in zip(items, mine, strict=True) if is_mine]
         with self._forward_context():
-            return torch.cat(self.module.encode(items, names, self._together.encode))
+            encoded = self.module.encode(own, names, self._together.encode)
+            features = torch.cat(encoded) if encoded else self._no_rows()
+        if self._peers is None:
+            return features
+        rows = [self.module.feature_rows(item) for item in items]
+        indices = row_indices(rows, mine, features.device)
+        return self._peers.joined(features.to(self.dtype), indices, sum(rows))
+
+    def _no_rows(self) -> Tensor:
+        return torch.zeros(0, self.width, dtype=self.dtype, device=self.sums.device)
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
         layers, extras = self.stages[stage], {}
         if hidden is not None:
             hidden, extras = self._unpack(hidden, microbatch, stage)
-        given = self.batch.microbatches[microbatch]
+        given = self._given[microbatch]
         with self._forward_context():
             out = self.module.run_stage(given, layers, hidden, extras, features, self.mode)
         if out.predictions is not None:
-            self.predictions[microbatch] = out.predictions
+            self.predictions[microbatch] = _in_whole(given, out.predictions)
         losses = self._scaled(out.losses)
         loss = torch.stack(losses).sum() if losses else None
-        conditions = None if out.conditions is None else out.conditions.to(self.dtype)
+        conditions = out.conditions
+        if conditions is not None and isinstance(given, MicrobatchSlice):
+            conditions = given.in_whole(conditions)
+        conditions = None if conditions is None else conditions.to(self.dtype)
         message = self._pack(out, microbatch, stage + 1)
         return Outcome(message, loss if loss is not None and loss.requires_grad else None, conditions)
 
@@ -130,24 +150,40 @@ class BatchComputation:
         names = {name for name in known if self._sharding.meets(f"generators.{name}")}
         if not items and not names:
             return None
-        rows = list(conditions.split([item.rows for item in items])) if items else []
+        lengths, mine = [item.rows for item in items], [item.peer == self.mesh.peer for item in items]
+        needed, nothing = conditions.requires_grad, None
+        if self._peers is not None:
+            conditions = self._peers.selected(conditions, row_indices(lengths, mine, conditions.device))
+            nothing = conditions.sum() * 0.0  # whose backward all peers take part in, also those without items
+            own = [i for i, is_mine in enumerate(mine) if is_mine]
+            places, items, lengths = [places[i] for i in own], [items[i] for i in own], [lengths[i] for i in own]
+        rows = list(conditions.split(lengths)) if items else []
         with self._forward_context():
             if self.mode == "sample":
                 made = self.module.sample(rows, items, names, self._together.sample)
                 self.samples.update(zip(places, made, strict=True))
                 return None
-            together = partial(self._together.generate, through=conditions.requires_grad)
+            together = partial(self._together.generate, through=needed)
             sums = self.module.generate(rows, items, names, together)
-        return torch.stack(self._scaled(sums)).sum()
+        losses = self._scaled(sums) + ([] if nothing is None else [nothing])
+        return torch.stack(losses).sum()
 
     def _scaled(self, sums: dict[str, Tensor]) -> list[Tensor]:
         """The scaled losses, from which the backward starts; the loss sums are added up for the metrics."""
         losses: list[Tensor] = []
         for name, loss in sums.items():
             index = self.module.loss_names.index(name)
-            self.sums[index] += loss.detach()
+            if self._counts(name):
+                self.sums[index] += loss.detach()
             losses.append(widened(loss) * self.scales[index])
         return losses
+
+    def _counts(self, name: str) -> bool:
+        """Whether this process adds a loss to the metrics. Tensor peers have the same losses of the LLM; context peers
+        have parts of the text loss, and the same auxiliary losses. Generators have losses of own items."""
+        if name in self.module.generators:
+            return True
+        return self.mesh.tp_rank == 0 and (name == "text" or self.mesh.cp_rank == 0)
 
     @contextmanager
     def _forward_context(self) -> Iterator[None]:
@@ -155,6 +191,18 @@ class BatchComputation:
             for context in self._contexts:
                 stack.enter_context(context())
             yield
+
+
+def _slice(microbatch: Microbatch, mesh: PipelineMesh) -> Microbatch:
+    """What this process's stages compute of a microbatch."""
+    return microbatch if mesh.cp_size == 1 else slice_of(microbatch, mesh.cp_rank, mesh.cp_size)
+
+
+def _in_whole(given: Microbatch, predictions: Tensor) -> Tensor:
+    """The predictions of a whole microbatch, of which those of other slices are zero."""
+    if not isinstance(given, MicrobatchSlice):
+        return predictions
+    return predictions.new_zeros(given.whole_labels).index_copy(0, given.label_rows, predictions)
 
 
 def _routing(

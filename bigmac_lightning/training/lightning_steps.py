@@ -52,7 +52,7 @@ class LightningSteps:
         self._warned = dist.get_rank() > 0
         mesh = runner.mesh
         self._buffers = [ReplicatedBuffers([module.encoders, module.generators], None)] * (dist.get_world_size() > 1)
-        self._buffers += [ReplicatedBuffers([module.llm], mesh.dp_group)] * (mesh.dp_size > 1)
+        self._buffers += [ReplicatedBuffers([module.llm], mesh.data_group)] * (mesh.dp_size * mesh.cp_size > 1)
 
     def gradient_norm(self) -> Tensor:
         """See `PipelineModule.gradient_norm`."""

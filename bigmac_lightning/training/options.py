@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.estimates.partition import LayerCosts, Partition
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.choose import choose
@@ -101,6 +102,7 @@ class PipelineOptions:
         sample_tokens: see ``StageOptions``.
         own_stage_rank: the rank of each stage under a policy that leaves it open; set by `resolved`.
         sharding: which weights lie in shards.
+        parallel: over how many processes the work of a stage is divided.
 
     Raises:
         ValueError: the schedule does not go with shards that all ranks gather together.
@@ -113,8 +115,20 @@ class PipelineOptions:
     sample_tokens: int = 0
     own_stage_rank: tuple[int, ...] | None = None
     sharding: ShardingOptions = ShardingOptions()
+    parallel: ParallelSizes = field(default_factory=ParallelSizes)
 
     def __post_init__(self) -> None:
+        parallel = self.parallel
+        if parallel.expert not in (1, parallel.tensor):
+            raise ValueError(
+                f"expert_parallel_size={parallel.expert} must be 1 or tensor_parallel_size={parallel.tensor}, as "
+                "experts are spread over the tensor peers"
+            )
+        if parallel.tensor > 1 and self.sharding.stages != "ddp":
+            raise ValueError(
+                f"sharding.stages is {self.sharding.stages}, which does not go with tensor_parallel_size="
+                f"{parallel.tensor}, as its weights lie in slices already: leave out one of the two"
+            )
         for kind, name in (("EF", "encoders"), ("G", "generators")):
             if kind not in self.sharding.meeting:
                 continue
@@ -137,6 +151,7 @@ class PipelineOptions:
         stages: StageOptions,
         microbatches: int | None,
         sharding: ShardingOptions | None = None,
+        parallel: ParallelSizes | None = None,
     ) -> "PipelineOptions":
         """The options as a user gives them."""
         partition, factors = stages.partition, stages.factors
@@ -147,6 +162,7 @@ class PipelineOptions:
             tuple(factors) if isinstance(factors, list) else factors,
             stages.sample_tokens,
             sharding=sharding or ShardingOptions(),
+            parallel=parallel or ParallelSizes(),
         )
 
     @property
@@ -209,8 +225,8 @@ class PipelineOptions:
             return list(self.own_stage_rank)
         return get_backbone(self.schedule.backbone).stage_rank(size, self.schedule.stages_per_rank)
 
-    def layout(self, size: int, rank: int) -> PipelineLayout:
-        """What the DataModule of pipeline rank `rank` of `size` has to know."""
+    def layout(self, size: int, rank: int, peer: int = 0) -> PipelineLayout:
+        """What the DataModule of process `peer` of pipeline rank `rank` of `size` has to know."""
         schedule = self.schedule
         assert schedule.group_size != "auto", "not resolved yet"
         policy, stage_rank = POLICIES[schedule.policy], self.stage_rank(size)
@@ -223,6 +239,8 @@ class PipelineOptions:
             generator_ranks=_unless_all(policy.generator_ranks(stage_rank, size), size),
             ramp=schedule.ramp and policy.spread,
             weights=self._weights(stage_rank, size) if policy.uneven_shares and self.stage_factors else None,
+            peers=self.parallel.peers,
+            peer=peer,
         )
 
     def _weights(self, stage_rank: Sequence[int], size: int) -> tuple[float, ...]:

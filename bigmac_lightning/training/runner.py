@@ -11,6 +11,7 @@ from torch import Tensor
 from bigmac_lightning.contracts.batch import Batch, MediaItem
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
@@ -33,6 +34,19 @@ def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Pa
         layers=tuple(layer for s in own for layer in stages[s]),
         embedding=0 in own,
         head=len(stages) - 1 in own,
+    )
+
+
+def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
+    """The processes that compute a stage together with this one; ``None`` if it computes it alone."""
+    if mesh.peers == 1:
+        return None
+    tensor = mesh.mesh["tp"] if mesh.tp_size > 1 else None
+    return StagePeers(
+        tensor=tensor,
+        context=mesh.mesh["cp"] if mesh.cp_size > 1 else None,
+        expert=tensor if sizes.expert > 1 else None,
+        experts_see_same_tokens=True,
     )
 
 
@@ -87,7 +101,7 @@ class PipelineRunner:
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
-        self.layout = options.layout(mesh.pp_size, mesh.pp_rank)
+        self.layout = options.layout(mesh.pp_size, mesh.pp_rank, mesh.peer)
         self.executor = Executor(mesh, self.stage_rank)
         self._last_planned: PlannedBatch | None = None
         self.last_metrics: dict[str, Tensor] = {}
@@ -152,7 +166,7 @@ class PipelineRunner:
                 computation = BatchComputation(
                     module,
                     self.stages,
-                    self.mesh.pp_rank,
+                    self.mesh,
                     self.dtype,
                     contexts,
                     batch,
@@ -166,8 +180,8 @@ class PipelineRunner:
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if training:
             self.sharding.reduce()
-        if self.mesh.pp_size * (self.mesh.dp_size if training else 1) > 1:
-            dist.all_reduce(sums, group=None if training else self.mesh.pp_group)
+        if len(self.mesh.replica_ranks) * (self.mesh.dp_size if training else 1) > 1:
+            dist.all_reduce(sums, group=None if training else self.mesh.replica_group)
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],
@@ -187,7 +201,8 @@ class PipelineRunner:
                 f"the pipeline got a {type(batch).__name__}; a DataModule for strategy='bigmac' "
                 "must collate samples to a bigmac_lightning.Batch"
             )
-        made_for = replace(batch.layout, rank=self.layout.rank, microbatches=self.layout.microbatches)
+        own = self.layout
+        made_for = replace(batch.layout, rank=own.rank, peer=own.peer, microbatches=own.microbatches)
         if made_for != self.layout:
             raise ValueError(
                 f"the DataModule made this batch for {batch.layout}, but the pipeline is {self.layout}: "
@@ -235,11 +250,12 @@ class PipelineRunner:
 
         The ranks' common random state, by which DataModules may draw the same samples on all ranks, stays unchanged.
         """
-        if self.mesh.pp_size * self.mesh.dp_size == 1:
+        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:
             return nullcontext()
         step = self.step if mode == "train" else f"{mode} {self._evaluated}"
         self._evaluated += mode != "train"
-        return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank)
+        context = [self.mesh.cp_rank] * (self.mesh.cp_size > 1)  # tensor peers draw the same for the same tokens
+        return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank, *context)
 
     # -- results for every rank ----------------------------------------------------------------------------------------
 
@@ -247,6 +263,8 @@ class PipelineRunner:
         result = torch.empty(len(batch.labels), dtype=torch.long, device=self.mesh.device)
         if predictions:
             torch.cat([predictions[m] for m in sorted(predictions)], out=result)
+            if self.mesh.cp_size > 1:
+                dist.all_reduce(result, group=self.mesh.cp_group)
         if self.mesh.pp_size > 1 and len(result):
             last = self.mesh.pp_ranks[self.stage_rank[-1]]
             dist.broadcast(result, last, group=self.mesh.pp_group)
@@ -259,9 +277,10 @@ class PipelineRunner:
             sample = made.get((m, i))
             if sample is None:
                 sample = torch.empty(item.shape, dtype=torch.float32, device=self.mesh.device)
-            if self.mesh.pp_size > 1:
+            if len(self.mesh.replica_ranks) > 1:
                 sample = sample.contiguous()
-                dist.broadcast(sample, self.mesh.pp_ranks[item.owner], group=self.mesh.pp_group)
+                owner = self.mesh.replica_ranks[item.owner * self.mesh.peers + item.peer]
+                dist.broadcast(sample, owner, group=self.mesh.replica_group)
             results.append(sample)
         return results
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import MediaData, TargetItem
@@ -37,9 +37,9 @@ class Sharding:
     def __init__(self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> None:
         self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         world: Any = dist.group.WORLD
-        over_world = DeviceMesh.from_group(world, mesh.device.type) if _ranks() > 1 else None
-        over_pipeline = mesh.mesh["pp"] if mesh.pp_size > 1 else None
-        over_replicas = mesh.mesh["dp"] if mesh.dp_size > 1 else None
+        over_world = _mesh_of(world, mesh)
+        over_pipeline = _mesh_of(mesh.replica_group, mesh)
+        over_replicas = _mesh_of(mesh.data_group, mesh)
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
@@ -102,6 +102,7 @@ class Sharding:
         mesh, found = self._mesh, list[SharedParameters]()
         world = dist.group.WORLD if _ranks() > 1 else None
         replicas = mesh.dp_group if mesh.dp_size > 1 else None
+        data = mesh.data_group if mesh.dp_size * mesh.cp_size > 1 else None
         llm = {name: p for name, p in trained.items() if name.startswith("llm.")}
         rest = {name: p for name, p in trained.items() if name not in llm}
         for prefix, sharded in self.sharded.items():
@@ -115,11 +116,16 @@ class Sharding:
         single = {name: p for name, p in llm.items() if name not in tied}
         if "llm" in self.sharded:
             used = _Used("llm", self.sharded["llm"])
-            found.append(SharedParameters(single, replicas, None, 1, used))
+            found.append(SharedParameters(single, data, None, 1, used))
             found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used))
         else:
-            found.append(SharedParameters(single, replicas, replicas, mesh.dp_size))
-            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_group, 2 * mesh.dp_size))
+            copies = mesh.dp_size * mesh.cp_size
+            for own, group, times in ((single, data, 1), (copied, mesh.tied_group, 2)):
+                # Tensor peers have slices, or the same weights with the same gradients.
+                slices = {name: p for name, p in own.items() if isinstance(p, DTensor)}
+                whole = {name: p for name, p in own.items() if name not in slices}
+                found.append(SharedParameters(slices, group, group, times * copies))
+                found.append(SharedParameters(whole, group, group, times * copies * mesh.tp_size))
         return found
 
 
@@ -190,12 +196,17 @@ class _Used:
         return {f"{self._prefix}.{name}" for name in self._sharded.used}
 
 
+def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh) -> DeviceMesh | None:
+    """A mesh of the ranks of a group; ``None`` for a single rank."""
+    return DeviceMesh.from_group(group, mesh.device.type) if dist.get_world_size(group) > 1 else None
+
+
 def check_whole(module: PipelineModule) -> None:
     """
     Raises:
         ValueError: an earlier run has left the module's weights in shards.
     """
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
         raise ValueError(
             f"the weights of this {type(module).__name__} lie in shards already, from an earlier run: save a "
             f"checkpoint, and give a new {type(module).__name__} to this run, with ckpt_path"

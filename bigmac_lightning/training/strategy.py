@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -31,10 +32,12 @@ from torch.optim import Optimizer
 from bigmac_lightning.checkpoints.resuming import go_on
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
 from bigmac_lightning.training.accumulation_loader import counting
@@ -45,7 +48,7 @@ from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
-from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
+from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.sharding import check_whole
 
@@ -61,6 +64,9 @@ class BigMacStrategy(SavingStrategy):
         pipeline_parallel_size: number of ranks per pipeline; "auto": the number of processes, divided by
             `data_parallel_size` if that is given.
         data_parallel_size: number of pipelines; "auto": the number of processes / `pipeline_parallel_size`.
+        tensor_parallel_size: over how many processes the weights of a stage are divided, which compute the same tokens.
+        context_parallel_size: over how many processes the rows of a stage's microbatches are divided.
+        expert_parallel_size: over how many processes the experts of a mixture are spread: 1, or the tensor peers.
         microbatches: how many microbatches every training batch must have; ``None``: as many as the DataModule makes.
         schedule: how plans are made: policy, backbone, sizes of groups, costs, limits. Rank 0 logs what "auto" in it
             has become, and why.
@@ -91,6 +97,9 @@ class BigMacStrategy(SavingStrategy):
         self,
         pipeline_parallel_size: int | Literal["auto"] = "auto",
         data_parallel_size: int | Literal["auto"] = "auto",
+        tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         microbatches: int | None = None,
         schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008  (frozen)
         stages: StageOptions = StageOptions(),  # noqa: B008  (frozen)
@@ -123,12 +132,16 @@ class BigMacStrategy(SavingStrategy):
         for name, value, otherwise in (
             ("pipeline_parallel_size", pipeline_parallel_size, "auto"),
             ("data_parallel_size", data_parallel_size, "auto"),
+            ("tensor_parallel_size", tensor_parallel_size, 1),
+            ("context_parallel_size", context_parallel_size, 1),
+            ("expert_parallel_size", expert_parallel_size, 1),
             ("microbatches", microbatches, None),
         ):
             if value != otherwise and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
         self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
-        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches, sharding)
+        parallel = ParallelSizes(tensor_parallel_size, context_parallel_size, expert_parallel_size)
+        self.options = self._options = PipelineOptions.of(schedule, stages, microbatches, sharding, parallel)
         self._mesh: PipelineMesh | None = None
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
@@ -141,14 +154,14 @@ class BigMacStrategy(SavingStrategy):
 
     @property
     def mesh(self) -> PipelineMesh:
-        """The (dp, pp) mesh with its process groups."""
+        """The (dp, pp, cp, tp) mesh with its process groups."""
         if self._mesh is None:
             raise RuntimeError("the mesh exists only once the processes are set up, inside trainer.fit and the like")
         return self._mesh
 
     @property
     def device_mesh(self) -> DeviceMesh:
-        """The DeviceMesh with dimensions "dp" and "pp"."""
+        """The DeviceMesh with dimensions "dp" and "pp", and "cp" and "tp" if a stage has several processes."""
         return self.mesh.mesh
 
     @property
@@ -161,11 +174,11 @@ class BigMacStrategy(SavingStrategy):
     @property
     def pipeline_layout(self) -> PipelineLayout:
         """This rank's place in the pipeline, for a DataModule's collate function."""
-        return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank)
+        return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank, self.mesh.peer)
 
     @property
     def replica(self) -> int:
-        return 0 if self._mesh is None else self._mesh.dp_rank
+        return 0 if self._mesh is None else self._mesh.dp_rank * self._mesh.cp_size + self._mesh.cp_rank
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -179,16 +192,20 @@ class BigMacStrategy(SavingStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
-        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes)
+        parallel = self.options.parallel
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
+        if reason := module.llm.why_not_parallel(parallel):
+            raise ValueError(reason)
         self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
         super().setup_environment()
         if reason:
             rank_zero_info(reason)
         if self._mesh is None:
-            self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout)
+            sizes = {"cp": parallel.context, "tp": parallel.tensor}
+            self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout, **sizes)
         self.open_module()
-        take_part(module, part_of(self.mesh.pp_rank, stages, stage_rank))
+        take_part(module, replace(part_of(self.mesh.pp_rank, stages, stage_rank), peers=peers_of(self.mesh, parallel)))
         module._device_mesh = self.device_mesh
         if self.options.partition != "even" and not module._materialized:
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
@@ -257,11 +274,13 @@ class BigMacStrategy(SavingStrategy):
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
-        groups = {True: self.mesh.dp_group, False: None}
+        groups = {True: self.mesh.data_group, False: None}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             group = groups[name.startswith("llm.")]
             if dist.get_world_size(group) > 1:
-                dist.broadcast(tensor.detach(), 0 if group is None else dist.get_global_rank(group, 0), group=group)
+                dist.broadcast(
+                    local(tensor.detach()), 0 if group is None else dist.get_global_rank(group, 0), group=group
+                )
 
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()

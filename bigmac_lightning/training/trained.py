@@ -72,7 +72,7 @@ class TrainedParts:
 
     def _agree(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on any rank of the pipeline. Collective."""
-        if self._mesh.pp_size == 1:
+        if self._mesh.host_group is None:
             return list(flags)
         numbers = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._mesh.host_group)

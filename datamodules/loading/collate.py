@@ -170,7 +170,7 @@ def make_batch(
         loads: list[Callable[[], Any] | None] = [item.load for sample in part for item in sample.media]
         loads += [item.load for sample in part for item in sample.targets]
         for item, load in zip([*microbatch.media, *microbatch.targets], loads, strict=True):
-            if load is None or item.owner != layout.rank:
+            if load is None or not layout.owns(item):
                 continue
             try:
                 item.data = load()
