@@ -84,6 +84,7 @@ class Case:
             {"image": VisionEncoder(tower, width=32)},
             generators,
             freeze=list(self.freeze),
+            schedule="constant",
         )
 
     def batch(self, layout: PipelineLayout, replica: int) -> Batch:

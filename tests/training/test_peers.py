@@ -1,0 +1,108 @@
+"""Ranks of several processes under the Trainer: weights after some steps, checkpoints, and sizes that are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.models import MultimodalLM
+from tests.runtime.test_peers import FSDP, Case
+from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer, weights
+
+STEPS = 4
+CASES = {
+    "tp-fsdp": Case(1, 2, 1, 2, "tied", sharding=FSDP),
+    "cp-tp": Case(1, 1, 2, 2, "tied"),
+    "dp-cp": Case(2, 1, 2, 1, "tied"),
+    "ep": Case(1, 2, 1, 2, "experts", 2),
+}
+
+
+def module(case: Case) -> MultimodalLM:
+    """With SGD: AdamW would make as large a step where a gradient is nothing but rounding (biases of keys)."""
+
+    def configure_optimizers() -> Any:
+        return torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+    made: Any = case.module()
+    made.configure_optimizers = configure_optimizers
+    return made
+
+
+class Digits(pl.LightningDataModule):
+    """The batches of `Case`, a new one in each step. One replica gets those of `replicas`."""
+
+    def __init__(self, case: Case, replicas: int) -> None:
+        super().__init__()
+        self.case, self.replicas = case, replicas
+
+    def collate(self, indices: list[int]) -> Batch:
+        assert self.trainer is not None
+        layout = getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
+        world = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        first = self.replicas * indices[0]
+        seeds = [first + world["rank"]] if world["num_replicas"] > 1 else range(first, first + self.replicas)
+        batches = [self.case.batch(layout, seed) for seed in seeds]
+        return batches[0].replace(microbatches=[m for batch in batches for m in batch])
+
+    def train_dataloader(self) -> Any:
+        return self.loader(0, STEPS)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(STEPS, 1)
+
+    def loader(self, first: int, steps: int) -> Any:
+        steps_of: Any = range(first, first + steps)
+        return torch.utils.data.DataLoader(steps_of, batch_size=1, collate_fn=self.collate)
+
+
+def _fit(
+    rank: int, case: Case, replicas: int, epochs: int, start: Path | None, save: Path | None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    strategy = {
+        "data_parallel_size": case.dp,
+        "tensor_parallel_size": case.tp,
+        "context_parallel_size": case.cp,
+        "expert_parallel_size": case.expert,
+        "sharding": case.sharding,
+        "save_distributed_checkpoint": case.expert == 1,
+    }
+    trainer = pipeline_trainer(case.world, strategy, max_epochs=epochs, gradient_clip_val=0.5)
+    made = module(case)
+    trainer.fit(made, Digits(case, replicas), ckpt_path=start)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    trainer.strategy.open_module()  # pyright: ignore[reportAttributeAccessIssue]
+    return weights(made), {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def expected(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    made = module(case)
+    trainer = plain_trainer(max_epochs=2, gradient_clip_val=0.5)
+    trainer.fit(made, Digits(case, 2))
+    return weights(made), {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("tp-fsdp", "dp-cp"), ("dp-cp", "cp-tp"), ("cp-tp", "tp-fsdp"), ("ep", "ep")]
+)
+def test_two_runs_against_one_process(before: str, after: str, tmp_path: Path) -> None:
+    """The second run goes on from the first one's checkpoint, in another layout."""
+    should, metrics = expected(CASES[after])
+    path = tmp_path / "first.ckpt"
+    on_ranks(CASES[before].world, _fit, CASES[before], 2, 1, None, path)
+    for found, logged in on_ranks(CASES[after].world, _fit, CASES[after], 2, 2, path, tmp_path / "second.ckpt"):
+        names = {name: name if name in should else "llm.model.embed_tokens.weight" for name in found}
+        for name, value in found.items():
+            error = (value - should[names[name]]).norm() / should[names[name]].norm().clamp(min=1e-2)
+            assert error < 1e-5, f"{name}: {error:.1e}"  # biases of keys stay near 0, as their gradients are rounding
+        for name, value in metrics.items():
+            assert logged[name] == pytest.approx(value, rel=1e-3, abs=2e-3), name
+    (validated,) = plain_trainer().validate(
+        module(CASES[after]), Digits(CASES[after], 2), ckpt_path=tmp_path / "second.ckpt", verbose=False
+    )
+    for name, value in validated.items():
+        assert value == pytest.approx(metrics[name], rel=1e-3, abs=2e-3), name
