@@ -92,7 +92,7 @@ def _initialize_as_constructed(module: nn.Module) -> bool:
     if {n: t.shape for n, t in made.items()} != {n: t.shape for n, t in own.items()}:
         return False
     for key, tensor in own.items():
-        tensor.data = made[key].data
+        tensor.data.copy_(made[key])  # in the type that the model gave it
     return True
 
 
