@@ -99,7 +99,8 @@ FAULTS = [
     Fault(
         "layers on different ranks share their dropout masks",
         f"{PACKAGE}/training/runner.py",
-        "        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:\n            return nullcontext()",
+        "        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:\n"
+        "            return nullcontext()",
         "        return nullcontext()",
         "tests/runtime/test_randomness.py",
     ),

@@ -10,8 +10,23 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim import LBFGS, Optimizer
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 from bigmac_lightning.checkpoints.optimizer_state import bare
 from bigmac_lightning.contracts.module import PipelineModule
@@ -30,6 +45,10 @@ HOOKS = (
     "optimizer_step",
     "training_step",
 )
+
+
+BY_NUMBER = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Rprop, ASGD)
+"""The optimizers of torch that step each number of a parameter by itself."""
 
 
 def check_settings(trainer: pl.Trainer, module: PipelineModule, precision: Precision, layer_sync: object) -> None:
@@ -101,6 +120,27 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise ValueError(
             f"{type(optimizer).__name__} {reason}: use an optimizer that steps each parameter by itself, such as "
             "AdamW, SGD, Adafactor or Muon"
+        )
+    _check_shards(optimizer)
+
+
+def _check_shards(optimizer: Optimizer) -> None:
+    """Refuse what an optimizer cannot do if some of its parameters lie in shards, or in slices of tensor parallelism."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return
+    name = type(optimizer).__name__
+    if type(optimizer) not in BY_NUMBER:
+        raise ValueError(
+            f"{name} is not known to step each number of a parameter by itself, as it must where weights lie in shards "
+            f"or slices: use {', '.join(sorted(kind.__name__ for kind in BY_NUMBER))}, or leave out sharding and "
+            "tensor_parallel_size"
+        )
+    at_once = [key for key in ("foreach", "fused") if any(group.get(key) for group in optimizer.param_groups)]
+    if at_once and len({getattr(parameter, "device_mesh", None) for parameter in parameters}) > 1:
+        raise ValueError(
+            f"{name}({at_once[0]}=True) steps whole parameters and shards on different ranks at once, which torch "
+            f"cannot: leave out {at_once[0]}"
         )
 
 

@@ -157,6 +157,12 @@ def _refused(rank: int, change: str) -> str:
     elif change == "shared":
         image, audio = module.encoders["image"], module.encoders["audio"]
         image.projector = audio.projector
+    optimizers: dict[str, Any] = {
+        "muon": lambda: torch.optim.Muon([p for p in module.parameters() if p.ndim == 2]),
+        "fused": lambda: torch.optim.AdamW(module.parameters(), fused=True),
+    }
+    if change in optimizers:
+        module.configure_optimizers = optimizers[change]
     trainer = pipeline_trainer(2, {"sharding": replace(FSDP, generators="ddp")}, max_steps=1)
     if change == "twice":
         trainer.fit(module, ToyData(steps=1))
@@ -174,6 +180,8 @@ def _refused(rank: int, change: str) -> str:
         ("smallest", "has no method `smallest`, which fsdp needs"),
         ("batch norm", "encoders.image.norm is a batch norm in training mode"),
         ("shared", "share a weight"),
+        ("muon", "Muon is not known to step each number of a parameter by itself"),
+        ("fused", "AdamW(fused=True) steps whole parameters and shards on different ranks at once"),
         ("twice", "lie in shards already, from an earlier run"),
     ],
 )
