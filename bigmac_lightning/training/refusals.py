@@ -125,7 +125,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _check_shards(optimizer: Optimizer) -> None:
-    """Refuse what an optimizer cannot do if some of its parameters lie in shards, or in slices of tensor parallelism."""
+    """Refuse what an optimizer cannot do if some of its parameters lie in shards, or in slices of tensor peers."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return
