@@ -117,6 +117,24 @@ def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float64).square()
 
 
+def unequal_gradients(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> list[str]:
+    """The names of those whole parameters whose gradients are not the same on all ranks of a group, but for rounding.
+
+    Tensor peers compute the same gradient of a parameter that they all have, unless the model's plan has left out a
+    parameter of which each of them has a part of the gradient. Collective: all ranks must have the same gradients.
+    """
+    found = [(n, p.grad) for n, p in parameters.items() if p.grad is not None and not isinstance(p, DTensor)]
+    if not found:
+        return []
+    norms = torch.stack([gradient.detach().double().norm() for _, gradient in found])
+    largest, least = norms.clone(), norms.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    # A gradient that is nothing but rounding beside the others (that of a bias of keys) may differ.
+    unequal = (largest - least) > torch.maximum(1e-3 * largest, 1e-6 * largest.max())
+    return [name for (name, _), bad in zip(found, unequal.tolist(), strict=True) if bad]
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
     """Scale gradients, whose norm in the whole model is `norm`, so that it becomes `most` if it is more.
 

@@ -19,7 +19,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.runtime import hooks
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
-from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients
+from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients, unequal_gradients
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.training.runner import PipelineRunner
 
@@ -49,7 +49,7 @@ class LightningSteps:
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
         self._first_of_step = True
         self._batches = 1  # in an optimizer step
-        self._warned = dist.get_rank() > 0
+        self._warned, self._compared = dist.get_rank() > 0, False
         mesh = runner.mesh
         self._buffers = [ReplicatedBuffers([module.encoders, module.generators], None)] * (dist.get_world_size() > 1)
         self._buffers += [ReplicatedBuffers([module.llm], mesh.data_group)] * (mesh.dp_size * mesh.cp_size > 1)
@@ -120,11 +120,29 @@ class LightningSteps:
         self._stash = None
         if last_of_step:
             reduce_gradients(self._runner.places, self._runner.mesh)
+            self._check_tensor_peers()
             for buffers in self._buffers:
                 buffers.synchronize()
             parameters = self._trained()
             round_gradients(parameters)
             hooks.call(parameters)
+
+    def _check_tensor_peers(self) -> None:
+        """Compare the tensor peers' gradients after the first step, because a model's plan may be wrong.
+
+        Raises:
+            RuntimeError: they are not equal; raised on all peers.
+        """
+        mesh = self._runner.mesh
+        if self._compared or mesh.tp_size == 1:
+            return
+        self._compared = True
+        if wrong := unequal_gradients(dict(self._module.llm.named_parameters()), mesh.mesh.get_group("tp")):
+            raise RuntimeError(
+                f"the gradients of {wrong[0]} and {len(wrong) - 1} more parameters are not the same on the tensor "
+                f"peers, as transformers' plan for {type(self._module.llm).__name__} leaves them out: set "
+                "tensor_parallel_size to 1, and please report the model type"
+            )
 
     def _warn_of_waste(self) -> None:
         """Log a warning if ranks are idle for much of the first batch's plan."""

@@ -11,8 +11,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -122,23 +120,6 @@ def cut(whole: Any, plan: Plan, mesh: DeviceMesh, inside: str = "") -> None:
         if parameter is not None and not isinstance(parameter, DTensor):
             _style(style).shard_param(module, own, mesh)
         _release(module._parameters.get(own))
-
-
-def unequal_gradients(module: nn.Module, mesh: DeviceMesh) -> list[str]:
-    """The names of whole parameters whose gradients are not the same on all ranks of a mesh of tensor parallelism, but
-    for rounding. There are some if a plan has left out a parameter of which each rank has a part of the gradient.
-
-    All ranks must call it, with gradients of the same parameters.
-    """
-    found = [(n, p.grad) for n, p in module.named_parameters() if p.grad is not None and not isinstance(p, DTensor)]
-    if not found:
-        return []
-    norms = torch.stack([gradient.detach().double().norm() for _, gradient in found])
-    largest, least = norms.clone(), norms.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group())
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.get_group())
-    unequal = (largest - least) > 1e-3 * largest
-    return [name for (name, _), bad in zip(found, unequal.tolist(), strict=True) if bad]
 
 
 def _release(parameter: Any) -> None:

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.token_loss import token_loss
 from bigmac_lightning.models import HFDecoder
-from bigmac_lightning.models.llm.tensor_parallel import unequal_gradients
 from bigmac_lightning.models.lora import add_lora
+from bigmac_lightning.runtime.gradients import unequal_gradients
 from bigmac_lightning.runtime.split_backward import backward_input, backward_weight
 from tests.models import divided, sweep, zoo
 from tests.models.parts import decoder_config
@@ -293,7 +293,8 @@ def _left_out(rank: int) -> tuple[list[str], list[str]]:
         stages = divided.stages_of(built, peers, weights)
         divided.loss_of(stages, divided.batches(stages[0][0])[0]).backward()
         assert peers.tensor is not None
-        found.append([name for llm, _ in stages for name in unequal_gradients(llm, peers.tensor)])
+        group = peers.tensor.get_group()
+        found.append([name for llm, _ in stages for name in unequal_gradients(dict(llm.named_parameters()), group)])
     return found[0], found[1]
 
 

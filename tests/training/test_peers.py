@@ -7,9 +7,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.models import MultimodalLM
-from tests.runtime.test_peers import FSDP, Case
+from tests.runtime.test_peers import FSDP, ZERO1, Case
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 2
@@ -115,3 +116,57 @@ def test_two_runs_against_one_process(before: str, after: str, tmp_path: Path) -
     )
     for name, value in validated.items():
         assert value == pytest.approx(metrics[name], rel=1e-3, abs=2e-3), name
+
+
+def _with_a_wrong_plan(rank: int, case: Case) -> str:
+    trainer = pipeline_trainer(case.world, {"tensor_parallel_size": case.tp}, max_steps=1, limit_val_batches=0)
+    made: Any = module(case)
+    made.llm._tensor_plan = {n: s for n, s in made.llm._tensor_plan.items() if "layers.1.self_attn.k_norm" not in n}
+    try:
+        trainer.fit(made, Digits(case, 1))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was found"
+
+
+def test_a_plan_that_leaves_out_a_parameter() -> None:
+    """Each tensor peer then has a part of its gradient, which no sum would ever put right."""
+    for message in on_ranks(2, _with_a_wrong_plan, Case(1, 1, 1, 2)):
+        assert message.startswith("the gradients of model.layers.1.self_attn.k_norm.weight and 0 more parameters")
+
+
+def _refused(rank: int, sizes: dict[str, int]) -> str:
+    trainer = pipeline_trainer(2, sizes, max_steps=1)
+    made = module(Case(1, 1, 1, 1))
+    try:
+        trainer.fit(made, Digits(Case(1, 1, 1, 1), 1))
+    except ValueError as error:
+        assert all(parameter.is_meta for parameter in made.llm.parameters())
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor_parallel_size": 2, "expert_parallel_size": 2}, "qwen3"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "x 2 tensor and context peers must be 2"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+    """Before any weights are made."""
+    for found in on_ranks(2, _refused, sizes):
+        assert message in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tensor_parallel_size": 2, "expert_parallel_size": 4}, "expert_parallel_size=4 must be 1 or"),
+        ({"tensor_parallel_size": 2, "sharding": ZERO1}, "does not go with tensor_parallel_size=2"),
+        ({"context_parallel_size": 0}, "context_parallel_size=0 must be an integer of at least 1"),
+    ],
+)
+def test_sizes_that_do_not_go_together(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BigMacStrategy(**arguments)
