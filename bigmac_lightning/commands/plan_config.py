@@ -109,6 +109,8 @@ def _show(run: RunReader, console: Console) -> None:
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
     dp, size = mesh_shape(run.world_size, *strategy.sizes, peers=strategy.options.parallel.peers)
+    if refused := module.llm.why_not_parallel(strategy.options.parallel):
+        raise ValueError(refused)
     options, stages, reason = resolve_options(module, strategy.options, size)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
@@ -168,9 +170,11 @@ def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: in
     )
     media = f", {microbatch.media_rows} of them of media, {microbatch.item_rows} each" if microbatch.media_rows else ""
     targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
+    peers = run.strategy.options.parallel.peers
+    divided = f", each of {peers} processes, which divide what the table tells (not counted)" if peers > 1 else ""
     return (
-        f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks; {microbatches} microbatches of {microbatch.tokens} tokens"
-        f"{media}{targets}.\n"
+        f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks{divided}; "
+        f"{microbatches} microbatches of {microbatch.tokens} tokens{media}{targets}.\n"
         f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments"
         f"{_shards(run.strategy.options)}; "
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "
