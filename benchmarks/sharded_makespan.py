@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.ranks import run_ranks
+from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of
 
@@ -32,7 +33,7 @@ class _Sleep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
         time.sleep(seconds)
-        return x.view_as(x)
+        return x.clone()  # FSDP2 warns of views
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
@@ -133,15 +134,17 @@ def batch(microbatches: int, layout: PipelineLayout) -> Batch:
     return Batch(made, layout)
 
 
-def measure(rank: int, size: int, microbatches: int, unit: float, repeats: int) -> dict[str, float]:
+def measure(rank: int, size: int, microbatches: int, unit: float, repeats: int, group: int) -> dict[str, float]:
     """Median seconds of a step for each kind of shards."""
+    prompt_wake_ups()
     mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), {}
     for kind in ("ddp", "fsdp"):
         torch.manual_seed(0)
         module = PipelineModule(_LLM(size, unit), {"image": _Encoder(unit)}, {"drawing": _Generator(unit)})
         module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
         module.configure_model()
-        options = PipelineOptions(sharding=ShardingOptions(kind, kind))  # pyright: ignore[reportArgumentType]
+        sharding = ShardingOptions(kind, kind)  # pyright: ignore[reportArgumentType]
+        options = PipelineOptions(ScheduleOptions(group_size=group), sharding=sharding)
         runner, seconds = PipelineRunner(module, mesh, options), []
         for _ in range(repeats + 1):
             given = batch(microbatches, runner.layout)
@@ -161,11 +164,13 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--unit", type=float, default=0.05, help="seconds of a stage's forward")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--group_size", type=int, help="default: the number of ranks")
     arguments = parser.parse_args()
-    found = run_ranks(
-        arguments.ranks, measure, arguments.ranks, arguments.microbatches, arguments.unit, arguments.repeats
-    )
-    table = Table(title=f"P={arguments.ranks}, M={arguments.microbatches}: median seconds of a step, slowest rank")
+    group = arguments.group_size or arguments.ranks
+    with awake_cores():
+        options = (arguments.microbatches, arguments.unit, arguments.repeats, group)
+        found = run_ranks(arguments.ranks, measure, arguments.ranks, *options)
+    table = Table(title=f"P={arguments.ranks}, M={arguments.microbatches}, group_size={group}: seconds, slowest rank")
     for column in ("shards", "seconds", "of ddp"):
         table.add_column(column, justify="right")
     whole = max(rank["ddp"] for rank in found)

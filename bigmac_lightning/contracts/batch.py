@@ -230,6 +230,7 @@ class Batch:
         progress: a note of the DataModule about its own progress, which nothing else reads.
         step_counts: the divisors of the loss sums over the whole optimizer step (see `PipelineModule.counts`), if the
             step has several batches and they are read ahead.
+        slices: of each microbatch the slice that this process's stages compute, under context parallelism.
     """
 
     def __init__(
@@ -239,7 +240,9 @@ class Batch:
         planned: object = None,
         progress: object = None,
         step_counts: Sequence[float] | None = None,
+        slices: list[Microbatch] | None = None,
     ) -> None:
+        self.slices = slices
         self.microbatches, self.layout = microbatches, layout or PipelineLayout()
         self.planned, self.progress, self.step_counts = planned, progress, step_counts
 
@@ -262,11 +265,15 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return self.replace(microbatches=[microbatch.map(function) for microbatch in self.microbatches])
+        slices = None if self.slices is None else [one.map(function) for one in self.slices]
+        microbatches = [microbatch.map(function) for microbatch in self.microbatches]
+        return self.replace(microbatches=microbatches, slices=slices)
 
     def useful(self) -> "Batch":
         """A copy without the microbatches that have neither labels nor targets."""
-        return Batch([m for m in self.microbatches if m.is_useful], self.layout)
+        useful = [i for i, microbatch in enumerate(self.microbatches) if microbatch.is_useful]
+        slices = None if self.slices is None else [self.slices[i] for i in useful]
+        return Batch([self.microbatches[i] for i in useful], self.layout, slices=slices)
 
     def problem(self, size: int) -> str:
         """The reason why no plan can be made for a pipeline of `size` ranks; empty if one can be made."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Microbatch
+from bigmac_lightning.contracts.batch import Batch, Microbatch
 
 WHOLE_POSITIONS = "whole_position_ids"
 """The input of a slice with the `position_ids` of the whole rows, of which it is a part."""
@@ -147,6 +147,23 @@ def slice_of(microbatch: Microbatch, index: int, number: int) -> MicrobatchSlice
         whole_conditions=len(microbatch.target_positions),
         **whole,
     )
+
+
+def with_slices(batch: Batch, index: int, number: int) -> Batch:
+    """The batch with a slice of each microbatch, without the data of items, which the whole microbatch has.
+
+    Call it while the batch is on the CPU: cutting reads positions, which on a device would wait for the device.
+
+    Args:
+        batch: a batch that `PipelineModule.prepare` has completed.
+        index, number: see `slice_of`.
+    """
+    slices = list[Microbatch]()
+    for microbatch in batch.microbatches:
+        media = [replace(item, data=None) for item in microbatch.media]
+        targets = [replace(item, data=None) for item in microbatch.targets]
+        slices.append(slice_of(replace(microbatch, media=media, targets=targets), index, number))
+    return batch.replace(slices=slices)
 
 
 def _cut(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ All peers run these functions together, forwards and backwards.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.mesh import PipelineMesh
 
 
@@ -50,9 +52,9 @@ class Peers:
 
 def row_indices(lengths: Sequence[int], own: Sequence[bool], device: torch.device) -> Tensor:
     """Where the rows of own items lie among the rows of all items, which have these lengths."""
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = list(accumulate(lengths, initial=0))[: len(lengths)]
     mine = [range(start, start + n) for start, n, is_own in zip(starts, lengths, own, strict=True) if is_own]
-    return torch.tensor([row for rows in mine for row in rows], dtype=torch.long, device=device)
+    return from_host([row for rows in mine for row in rows], torch.long, device)
 
 
 class _Joined(torch.autograd.Function):

@@ -12,7 +12,7 @@ from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, Targe
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, StageOutput
 from bigmac_lightning.contracts.precision import widened
-from bigmac_lightning.contracts.slices import MicrobatchSlice, slice_of
+from bigmac_lightning.contracts.slices import MicrobatchSlice, with_slices
 from bigmac_lightning.runtime.computation import Outcome
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.peers import Peers, row_indices
@@ -53,7 +53,9 @@ class BatchComputation:
         self.module, self.stages, self.batch, self.scales = module, stages, batch, scales
         self.mesh, self.rank = mesh, mesh.pp_rank
         self._peers = Peers(mesh) if mesh.peers > 1 else None
-        self._given = [_slice(m, mesh) for m in batch.microbatches]
+        if mesh.cp_size > 1 and batch.slices is None:
+            batch = with_slices(batch, mesh.cp_rank, mesh.cp_size)
+        self._given = batch.slices or batch.microbatches
         self.mode: Mode = mode
         self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
         microbatches = batch.microbatches
@@ -191,11 +193,6 @@ class BatchComputation:
             for context in self._contexts:
                 stack.enter_context(context())
             yield
-
-
-def _slice(microbatch: Microbatch, mesh: PipelineMesh) -> Microbatch:
-    """What this process's stages compute of a microbatch."""
-    return microbatch if mesh.cp_size == 1 else slice_of(microbatch, mesh.cp_rank, mesh.cp_size)
 
 
 def _in_whole(given: Microbatch, predictions: Tensor) -> Tensor:

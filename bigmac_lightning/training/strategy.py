@@ -33,6 +33,7 @@ from bigmac_lightning.checkpoints.resuming import go_on
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
+from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
@@ -233,6 +234,8 @@ class BigMacStrategy(SavingStrategy):
         module = self.lightning_module
         if isinstance(batch, Batch) and isinstance(module, PipelineModule):
             batch = module.prepare(batch)
+            if self.mesh.cp_size > 1:
+                batch = with_slices(batch, self.mesh.cp_rank, self.mesh.cp_size)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     # -- model and optimizers ------------------------------------------------------------------------------------------
