@@ -95,20 +95,35 @@ def fused_token_loss(h_LD: Tensor, weight_VD: Tensor, labels: Tensor, gradients:
     return _FusedTokenLoss.apply(h_LD, weight_VD, labels, gradients)
 
 
+def loss_and_gradient(logits_LV: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the token losses, and its gradient by the logits."""
+    logarithms = logits_LV.log_softmax(-1)
+    loss = -logarithms.gather(1, labels[:, None]).sum()
+    by_logits = logarithms.exp_()
+    return loss, by_logits.scatter_add_(1, labels[:, None], by_logits.new_full((len(labels), 1), -1.0))
+
+
 def chunked_gradients(
-    h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool, chunk_elements: int = CHUNK_ELEMENTS
+    h_LD: Tensor,
+    weight_VD: Tensor,
+    labels: Tensor,
+    of_weight: bool,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    of_logits: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = loss_and_gradient,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and gradients by plain PyTorch, with at most `chunk_elements` logits in memory; sums are taken in fp32."""
+    """Loss and gradients by plain PyTorch, with at most `chunk_elements` logits in memory; sums are taken in fp32.
+
+    Args:
+        of_logits: computes loss and gradient from the logits of a chunk.
+    """
     sums = torch.promote_types(h_LD.dtype, torch.float32)
     loss, hidden = torch.zeros((), dtype=sums, device=h_LD.device), list[Tensor]()
     gradient_VD = torch.zeros_like(weight_VD, dtype=sums) if of_weight else None
     positions = max(1, chunk_elements // len(weight_VD))
     for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
         logits = h @ weight_VD.T
-        logarithms = widened(logits).log_softmax(-1)
-        loss -= logarithms.gather(1, wanted[:, None]).sum()
-        by_logits = logarithms.exp_()
-        by_logits.scatter_add_(1, wanted[:, None], by_logits.new_full((len(h), 1), -1.0))
+        chunk_loss, by_logits = of_logits(widened(logits), wanted)
+        loss += chunk_loss
         by_logits = by_logits.to(logits.dtype)
         hidden.append((by_logits @ weight_VD).to(h_LD.dtype))
         if gradient_VD is not None:

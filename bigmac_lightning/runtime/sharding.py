@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -29,25 +28,14 @@ class ShardedModule:
         mesh: a mesh of one dimension, over which each weight is cut along its first dimension.
         by_block: whether each block of layers gathers its weights whenever it runs, and sums its gradients at once.
             All ranks must then run the same blocks in the same order. Otherwise `gather` and `reduce` do it.
-        precision: types of gathered weights and of sums of gradients.
-        offload: where shards lie while they are not used.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        mesh: DeviceMesh,
-        by_block: bool,
-        precision: MixedPrecisionPolicy | None = None,
-        offload: OffloadPolicy | None = None,
-    ) -> None:
-        self.module, self.by_block, self.group = module, by_block, mesh.get_group()
-        self.ranks = dist.get_world_size(self.group)
-        further = {"mp_policy": precision or MixedPrecisionPolicy(), "offload_policy": offload or OffloadPolicy()}
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, by_block: bool) -> None:
+        self.module, self.by_block = module, by_block
         names = [name for name, _ in module.named_parameters()]
         self._parts: list[FSDPModule] = []
         for part in [*blocks_of(module), module]:
-            fully_shard(part, mesh=mesh, reshard_after_forward=by_block, **further)
+            fully_shard(part, mesh=mesh, reshard_after_forward=by_block)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums

@@ -75,7 +75,7 @@ class BigMacStrategy(SavingStrategy):
         sharding: which weights, gradients and optimizer states lie in shards on several ranks.
         float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
             which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
-            microbatches.
+            microbatches. Shards are always summed in the type of their weights.
         accumulate: how gradients are averaged over the batches of `Trainer(accumulate_grad_batches=N)`. "batches":
             each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
             token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
@@ -147,6 +147,11 @@ class BigMacStrategy(SavingStrategy):
         self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
             raise ValueError(f'accumulate={accumulate!r}: choose "batches" or "tokens"')
+        if float32_gradients and sharding != ShardingOptions():
+            raise ValueError(
+                "float32_gradients=True does not go with sharding, as shards hold gradients of their weights' type: "
+                "leave it out, or train with weights of float32 (precision 32-true or bf16-mixed)"
+            )
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
         self._synchronize = True

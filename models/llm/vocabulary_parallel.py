@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.distributed.tensor_parallel import EmbeddingParallel
 
 from bigmac_lightning.contracts.precision import widened
-from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
+from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS, chunked_gradients
 
 from .tensor_sums import summed
 
@@ -61,21 +61,12 @@ class VocabularySlice:
         self, h_LD: Tensor, weight_VD: Tensor, labels: Tensor, of_weight: bool, chunk_elements: int = CHUNK_ELEMENTS
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `chunked_gradients`, of this rank's slice of the output weight."""
-        sums = torch.promote_types(h_LD.dtype, torch.float32)
-        loss, hidden = torch.zeros((), dtype=sums, device=h_LD.device), list[Tensor]()
-        gradient_VD = torch.zeros_like(weight_VD, dtype=sums) if of_weight else None
-        positions = max(1, chunk_elements // len(weight_VD))
-        for h, wanted in zip(h_LD.split(positions), labels.split(positions), strict=True):
-            logits = h @ weight_VD.T
-            chunk_loss, by_logits = self.loss_and_gradient(widened(logits), wanted)
-            loss += chunk_loss
-            by_logits = by_logits.to(logits.dtype)
-            hidden.append(by_logits @ weight_VD)
-            if gradient_VD is not None:
-                gradient_VD += by_logits.T @ h
-        by_hidden = torch.cat(hidden).to(sums)
+        loss, part_LD, gradient_VD = chunked_gradients(
+            h_LD, weight_VD, labels, of_weight, chunk_elements, self.loss_and_gradient
+        )
+        by_hidden = part_LD.to(torch.promote_types(h_LD.dtype, torch.float32))
         dist.all_reduce(by_hidden, group=self.mesh.get_group())
-        return loss, by_hidden.to(h_LD.dtype), None if gradient_VD is None else gradient_VD.to(weight_VD.dtype)
+        return loss, by_hidden.to(h_LD.dtype), gradient_VD
 
     def loss_and_gradient(self, logits_LV: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the token losses, and its gradient by the logits of this rank."""

@@ -20,6 +20,7 @@ from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of
 from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
+from tests.runtime.test_real_models import MMDIT, TOWER
 from tests.toy import split_layers
 
 LAYERS = 4
@@ -58,16 +59,6 @@ class Case:
         return self.dp * self.pp * self.cp * self.tp
 
     def module(self) -> MultimodalLM:
-        tower: dict[str, Any] = {
-            "model_type": "siglip_vision_model",
-            "image_size": 8,
-            "patch_size": 2,
-            "num_channels": 1,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
         common = {
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -77,11 +68,10 @@ class Case:
             "vocab_size": 64,
             "tie_word_embeddings": False,
         }
-        mmdit = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
-        generators = {"image": FlowGenerator(32, channels=1, config=mmdit)} if self.generator else {}
+        generators = {"image": FlowGenerator(32, channels=1, config=MMDIT)} if self.generator else {}
         return MultimodalLM(
             HFDecoder({**common, **DECODERS[self.decoder]}),
-            {"image": VisionEncoder(tower, width=32)},
+            {"image": VisionEncoder(TOWER, width=32)},
             generators,
             freeze=list(self.freeze),
             schedule="constant",

@@ -26,6 +26,19 @@ LAYERS = 5
 MICROBATCHES = 7
 
 
+TOWER: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+MMDIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
+
+
 def build(family: str, tied: bool, fused: Any = False) -> MultimodalLM:
     decoder: dict[str, Any] = {
         "model_type": family,
@@ -37,21 +50,10 @@ def build(family: str, tied: bool, fused: Any = False) -> MultimodalLM:
         "vocab_size": 64,
         "tie_word_embeddings": tied,
     }
-    tower: dict[str, Any] = {
-        "model_type": "siglip_vision_model",
-        "image_size": 8,
-        "patch_size": 2,
-        "num_channels": 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    mmdit = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
     return MultimodalLM(
         HFDecoder(decoder | ({"head_dim": 8} if family == "qwen3" else {}), fused_loss=fused),
-        {"image": VisionEncoder(tower, width=32)},
-        {"image": FlowGenerator(32, channels=1, config=mmdit)},
+        {"image": VisionEncoder(TOWER, width=32)},
+        {"image": FlowGenerator(32, channels=1, config=MMDIT)},
     )
 
 

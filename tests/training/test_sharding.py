@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bigmac_lightning import ShardingOptions
+from bigmac_lightning import BigMacStrategy, ShardingOptions
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from tests.toy import ToyData, ToyEncoder, ToyGenerator, ToyModule
@@ -196,3 +196,25 @@ def test_toys_have_smallest_items() -> None:
     assert len(encoder([encoder.smallest()])) == 1
     condition, item = generator.smallest()
     assert generator([condition], [item]).isfinite()
+
+
+def _in_bfloat16(rank: int, sharding: ShardingOptions) -> dict[str, torch.Tensor]:
+    """Ten microbatches: gradients of whole weights are then summed in float32."""
+    trainer = pipeline_trainer(2, {"sharding": sharding}, max_steps=3, precision="bf16-true")
+    module = ToyModule(optimizer="sgd")
+    trainer.fit(module, ToyData(microbatches=10, text_only=(0, 3)))
+    trainer.strategy.open_module()  # pyright: ignore[reportAttributeAccessIssue]
+    return weights(module)
+
+
+def test_weights_of_bfloat16() -> None:
+    """Shards give what whole weights give, but for a few roundings of 8 bits."""
+    expected = on_ranks(2, _in_bfloat16, WHOLE)
+    for sharding in (ZERO1, FSDP):
+        for found, should in zip(on_ranks(2, _in_bfloat16, sharding), expected, strict=True):
+            assert_close({n: w.float() for n, w in found.items()}, {n: w.float() for n, w in should.items()}, 1e-2)
+
+
+def test_sums_in_float32_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32_gradients=True does not go with sharding"):
+        BigMacStrategy(float32_gradients=True, sharding=FSDP)
