@@ -178,6 +178,10 @@ class Microbatch:
         """Whether it has labels or targets. Without them there is no loss, and nothing to generate."""
         return self.has_labels or bool(self.targets)
 
+    def without_media(self) -> "Microbatch":
+        """A copy without media items."""
+        return replace(self, media=[], media_positions=self.media_positions[:0])
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Microbatch":
         """A copy with every tensor passed through `function`."""
 
@@ -274,6 +278,15 @@ class Batch:
         useful = [i for i, microbatch in enumerate(self.microbatches) if microbatch.is_useful]
         slices = None if self.slices is None else [self.slices[i] for i in useful]
         return Batch([self.microbatches[i] for i in useful], self.layout, slices=slices)
+
+    def useful_media(self) -> "Batch":
+        """A copy with all microbatches, but without the media of those that have neither labels nor targets."""
+
+        def changed(microbatches: Sequence[Microbatch]) -> list[Any]:
+            return [m if m.is_useful else m.without_media() for m in microbatches]
+
+        slices = None if self.slices is None else changed(self.slices)
+        return Batch(changed(self.microbatches), self.layout, slices=slices)
 
     def problem(self, size: int) -> str:
         """The reason why no plan can be made for a pipeline of `size` ranks; empty if one can be made."""

@@ -150,7 +150,7 @@ class ComponentModule(ResumableModule):
         hidden = llm.run_layers(hidden, inputs, layers, extras)
         if layers.stop < llm.num_layers:
             return StageOutput(hidden=hidden, extras=extras)
-        out = StageOutput()
+        out = StageOutput(last=hidden)
         if microbatch.is_useful:
             out.losses = llm.auxiliary(extras)
         flat = hidden.flatten(0, 1)

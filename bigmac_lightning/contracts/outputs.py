@@ -33,6 +33,7 @@ class StageOutput:
 
     Attributes:
         hidden: h_BSD for the next stage; ``None`` after the last.
+        last: h_BSD after the last stage.
         extras: further tensors for the next stage; see `LanguageModel`.
         losses: "text", the sum of the token losses, if there are labels; and auxiliary losses (last stage only).
         conditions: condition_ND rows of all generator targets (last stage; ``None`` if there are none).
@@ -40,6 +41,7 @@ class StageOutput:
     """
 
     hidden: Tensor | None = None
+    last: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     conditions: Tensor | None = None

@@ -63,6 +63,9 @@ class MicrobatchSlice(Microbatch):
         """Whether the whole microbatch has labels: a slice without any takes part in the loss, with a sum of 0."""
         return self.whole_labels > 0
 
+    def without_media(self) -> "MicrobatchSlice":
+        return replace(self, media=[], media_positions=self.media_positions[:0], feature_rows=self.feature_rows[:0])
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "MicrobatchSlice":
         mapped = super().map(function)
         assert isinstance(mapped, MicrobatchSlice)

@@ -127,7 +127,7 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        stages_apart = options.sharding.stages == "zero1" and replicas > 1
+        stages_apart = options.sharding.stages != "ddp" and replicas > 1
         static = precision.static(module.llm, own, 0, replicas if stages_apart else 1)
         for component, kind in _replicated(module, options.sharding):
             static += precision.static(component, component.parameters(), rank, _shards(kind, size, replicas))

@@ -5,7 +5,8 @@ weights are gathered: for a whole step, or for each block of layers when it runs
 over the ranks (never averaged) into the shards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class ShardedModule:
     """One module whose weights lie in shards on the ranks of a mesh.
 
+    Blocks of layers can gather their weights whenever they run, and sum their gradients at once; all ranks must then
+    run the same blocks in the same order. For other weights, `gather` and `reduce` do it.
+
     Attributes:
         whole: the whole weights by name, which have memory only while they are gathered.
         used: names of the weights that this rank has used in a backward since `forget_used`. The others have gradients
@@ -26,67 +30,87 @@ class ShardedModule:
     Args:
         module: the module, with whole weights that are the same on all ranks.
         mesh: a mesh of one dimension, over which each weight is cut along its first dimension.
-        by_block: whether each block of layers gathers its weights whenever it runs, and sums its gradients at once.
-            All ranks must then run the same blocks in the same order. Otherwise `gather` and `reduce` do it.
+        by_block: whether blocks gather their weights themselves.
+        stages: if stages run instead of the module's own forward, the blocks of each stage, in their order. The weights
+            beside them are then gathered by `gather` alone.
     """
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh, by_block: bool) -> None:
-        self.module, self.by_block = module, by_block
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, by_block: bool, stages: Sequence[Sequence[nn.Module]] = ()
+    ) -> None:
+        self.module = module
         names = [name for name, _ in module.named_parameters()]
-        self._parts: list[FSDPModule] = []
-        for part in [*blocks_of(module), module]:
-            fully_shard(part, mesh=mesh, reshard_after_forward=by_block)
+        stages = [stage for stage in stages if stage]
+        blocks = [block for stage in stages for block in stage] if stages else list(blocks_of(module))
+        self._by_themselves: list[FSDPModule] = []
+        self._others: list[FSDPModule] = []
+        for part in [*blocks, module]:
+            by_itself = by_block and not (part is module and stages)
+            fully_shard(part, mesh=mesh, reshard_after_forward=by_itself)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
-            self._parts.append(part)
-        whole = self._parts[-1]
-        whole.set_reduce_scatter_unused_params(True)  # ranks may have used different weights
-        if not by_block:
-            whole.set_requires_gradient_sync(False)
-            whole.set_reshard_after_backward(False)
-        whole._get_fsdp_state()._lazy_init()  # the module's own forward might never run, but only its layers'
+            part.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may have used different weights
+            if not by_itself:
+                _let_reduce(part, False)
+            (self._by_themselves if by_itself else self._others).append(part)
+        _state(module)._lazy_init()  # the module's own forward might never run, but only its layers'
         assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
+        for stage in stages if by_block else ():
+            _set_apart(stage)
         self.whole: dict[str, nn.Parameter] = {}
         self.used: set[str] = set()
+        self._held, self._used_before = False, set[str]()
         self._find_whole()
 
-    @property
-    def _groups(self) -> list[Any]:
-        """FSDP2's groups of parameters that are gathered together."""
-        return [group for part in self._parts for group in part._get_fsdp_state()._fsdp_param_groups]
-
-    @property
-    def gathered(self) -> bool:
-        """Whether the module has whole weights now."""
-        return all(group.is_unsharded for group in self._groups)
-
     def gather(self) -> None:
-        """Let the module have whole weights until `release`. Collective over the mesh, if it has not."""
-        if not self.gathered:
-            for part in self._parts:
+        """Let parts that do not do it themselves have whole weights until `release`. Collective over the mesh, if they
+        have not."""
+        if self._held:
+            self.release()
+        self._used_before = set(self.used)
+        if not all(group.is_unsharded for group in _groups(self._others)):
+            for part in self._others:
                 part.unshard()
+
+    def hold(self) -> None:
+        """Let the module have all whole weights until `release`, so that ranks can run it as often as they like.
+        Collective over the mesh, if it has not."""
+        self.gather()
+        for part in self._by_themselves:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        self._held = True
 
     def release(self) -> None:
         """Let the module have its shards again. Not collective."""
-        for part in self._parts:
+        for part in self._by_themselves if self._held else ():
+            part.set_reshard_after_forward(True, recurse=False)
+        self._held = False
+        for part in (*self._by_themselves, *self._others):
             part.reshard()
 
-    def reduce(self) -> None:
-        """Sum the gradients of the whole weights over the ranks, and add them to those of the shards; then `release`.
-        Collective over the mesh. It does nothing if blocks do it by themselves."""
-        if self.by_block or not self.gathered:
+    def reduce(self, uses_weights: bool) -> None:
+        """Sum the gradients of whole weights that `gather` has gathered over the ranks, and add them to those of the
+        shards, which the module then has. Collective over the mesh.
+
+        Args:
+            uses_weights: whether this rank's gradients since `gather` are those of a loss.
+        """
+        groups = _groups(self._others)
+        if not all(group.is_unsharded for group in groups):
             return
         self.used |= {name for name, parameter in self.whole.items() if parameter.grad is not None}
-        whole = self._parts[-1]
-        whole.set_requires_gradient_sync(True)
-        whole.set_reshard_after_backward(True)
-        for group in self._groups:  # as torch.distributed.pipelining ends the backwards of a stage
+        if not uses_weights:
+            self.used = self._used_before
+        for part in self._others:
+            _let_reduce(part, True)
+        for group in groups:  # as torch.distributed.pipelining ends the backwards of a stage
             group.post_backward()
-        for group in self._groups:
+        for group in groups:
             group.finalize_backward()
-        whole.set_requires_gradient_sync(False)
-        whole.set_reshard_after_backward(False)
+        for part in self._others:
+            _let_reduce(part, False)
 
     def forget_used(self) -> None:
         """Make `used` empty."""
@@ -95,27 +119,67 @@ class ShardedModule:
     def _find_whole(self) -> None:
         """Find the whole weights, which FSDP2 makes when it gathers them first and then keeps. Collective.
 
-        Blocks reduce gradients themselves, so it is noted which of the weights get any.
+        Blocks that reduce their gradients themselves have none afterwards, so it is noted which of the weights get any.
         """
-        for part in self._parts:
+        for part in (*self._by_themselves, *self._others):
             part.unshard()
             own = {name: p for name, p in self.module.named_parameters() if not isinstance(p, DTensor)}
             part.reshard()
             self.whole |= own
-        for name, parameter in self.whole.items() if self.by_block else ():
-            trained = parameter.requires_grad
-            parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
-            parameter.requires_grad_(trained)
+            for name, parameter in own.items() if part in self._by_themselves else ():
+                trained = parameter.requires_grad
+                parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
+                parameter.requires_grad_(trained)
+
+
+def _state(part: Any) -> Any:
+    return part._get_fsdp_state()
+
+
+def _groups(parts: Sequence[FSDPModule]) -> list[Any]:
+    """FSDP2's groups of parameters that are gathered together."""
+    return [group for part in parts for group in _state(part)._fsdp_param_groups]
+
+
+def _let_reduce(part: FSDPModule, reduces: bool) -> None:
+    """Set whether a backward of a part sums its gradients and releases its whole weights."""
+    part.set_requires_gradient_sync(reduces, recurse=False)
+    part.set_reshard_after_backward(reduces, recurse=False)
+
+
+def _set_apart(stage: Sequence[Any]) -> None:
+    """Let the blocks of a stage be a whole to FSDP2: the end of a backward is the end of theirs only, and each block
+    starts to gather the weights of the next one before it computes."""
+    context = type(_state(stage[0])._state_ctx)()
+    for block in stage:
+        _state(block)._state_ctx = context
+        context.all_states.append(_state(block))
+    for block, following in pairwise(stage):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    # FSDP2 would choose one by the order of the last forwards, which were those of other microbatches. Its own weights
+    # are there already.
+    stage[0].set_modules_to_backward_prefetch([stage[0]])
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers of a module: the members of its outermost lists and dicts of modules that have weights."""
+    for found in lists_of(module):
+        yield from (member for member in found.children() if has_weights(member))
+
+
+def lists_of(module: nn.Module) -> Iterator[nn.ModuleList | nn.ModuleDict]:
+    """Yield the outermost lists and dicts of modules in a module."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from (member for member in child.children() if next(member.parameters(), None) is not None)
+            yield child
         else:
-            yield from blocks_of(child)
+            yield from lists_of(child)
+
+
+def has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ and because the ideal is always that of plain 1F1B.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -84,6 +84,23 @@ class Choice:
     best: Candidate
     candidates: tuple[Candidate, ...]
 
+    def among(self, possible: Callable[[Plan], bool], otherwise: str) -> "Choice":
+        """The choice among those candidates whose plans are possible.
+
+        Args:
+            otherwise: why the others are refused.
+
+        Raises:
+            ValueError: none is.
+        """
+        marked = [
+            replace(candidate, plan=None, problem=otherwise)
+            if candidate.plan is not None and not possible(candidate.plan)
+            else candidate
+            for candidate in self.candidates
+        ]
+        return _chosen(sorted(marked, key=lambda candidate: candidate.order))
+
     @property
     def reason(self) -> str:
         """A few lines of text that give the fastest candidates with their makespans and peaks, and the refused ones."""
@@ -110,11 +127,13 @@ def choose(request: PlanRequest) -> Choice:
         stages = "auto" if request.backbone == "auto" else request.stages_per_rank
     backbones = list(BACKBONES) if request.backbone == "auto" else [request.backbone]
     found = candidates(request, [request.policy], backbones, "auto" if stages == "auto" else [stages])
+    return _chosen(found)
+
+
+def _chosen(found: Sequence[Candidate]) -> Choice:
     if found[0].plan is None:
         problems = "".join(f"\n  {candidate}: {candidate.problem}" for candidate in found)
-        raise ValueError(
-            f"backbone {request.backbone!r} and policy {request.policy!r} give no plan that is possible:{problems}"
-        )
+        raise ValueError(f"policy {found[0].policy!r} gives no plan that is possible:{problems}")
     return Choice(found[0], tuple(found))
 
 

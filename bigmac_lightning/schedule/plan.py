@@ -4,7 +4,8 @@
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -87,6 +88,16 @@ class Plan:
     def recomputes(self) -> bool:
         """Whether EF saves no activations, so that EB starts with running the encoder's forward again."""
         return self.policy == "recompute"
+
+    @property
+    def splits_backwards(self) -> bool:
+        """Whether backwards are cut into I and W."""
+        return any(action.kind == "W" for actions in self.ranks for action in actions)
+
+    def without(self, unneeded: Collection[tuple[Kind, int]]) -> "Plan":
+        """A copy without all ranks' actions of these kinds and groups, such as ("EF", 0)."""
+        ranks = [[action for action in row if (action.kind, action.index) not in unneeded] for row in self.ranks]
+        return replace(self, ranks=ranks)
 
     def shares(self, kind: str) -> list[list[float]]:
         """The shares of the work of this kind, EF, EB or G: per group, one per rank."""

@@ -19,7 +19,7 @@ from bigmac_lightning.runtime.peers import Peers, row_indices
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.training.exact import apart, parts_of, together
 from bigmac_lightning.training.planner import PlannedBatch
-from bigmac_lightning.training.sharding import Sharding, Together
+from bigmac_lightning.training.sharding import Sharding, Together, nothing_of
 
 AnyItem = TypeVar("AnyItem", MediaItem, TargetItem)
 
@@ -63,6 +63,8 @@ class BatchComputation:
         self.features = _routing(media, module.feature_rows, planned, "EF")
         self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
         self._sharding, self._together = sharding, Together(sharding.calls)
+        # If pipelines gather the LLM's weights together, the graphs of their microbatches must pass the same blocks.
+        self._alike, self._trains_encoders = mode == "train" and sharding.meets("llm"), planned.needs.encoder
         self.sums = torch.zeros_like(scales)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
@@ -129,6 +131,8 @@ class BatchComputation:
 
     def forward(self, stage: int, microbatch: int, hidden: Tensor | None, features: Tensor | None) -> Outcome:
         layers, extras = self.stages[stage], {}
+        if self._alike and stage == 0 and features is None:
+            features = self._no_rows().requires_grad_(self._trains_encoders)
         if hidden is not None:
             hidden, extras = self._unpack(hidden, microbatch, stage)
         given = self._given[microbatch]
@@ -137,6 +141,8 @@ class BatchComputation:
         if out.predictions is not None:
             self.predictions[microbatch] = _in_whole(given, out.predictions)
         losses = self._scaled(out.losses)
+        if self._alike and out.last is not None and not losses:
+            losses.append(nothing_of(out.last))
         loss = torch.stack(losses).sum() if losses else None
         conditions = out.conditions
         if conditions is not None and isinstance(given, MicrobatchSlice):
@@ -156,7 +162,7 @@ class BatchComputation:
         needed, nothing = conditions.requires_grad, None
         if self._peers is not None:
             conditions = self._peers.selected(conditions, row_indices(lengths, mine, conditions.device))
-            nothing = conditions.sum() * 0.0  # whose backward all peers take part in, also those without items
+            nothing = nothing_of(conditions)  # all peers take part in its backward, also those without items
             own = [i for i, is_mine in enumerate(mine) if is_mine]
             places, items, lengths = [places[i] for i in own], [items[i] for i in own], [lengths[i] for i in own]
         rows = list(conditions.split(lengths)) if items else []

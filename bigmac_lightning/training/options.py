@@ -20,6 +20,11 @@ DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
 """A backward takes about twice its forward, and a generator's action is a forward and a backward. That encoder,
 generator and a rank's part of the LLM take equally long is a guess until costs are given."""
 
+SPLIT = (
+    "splits backwards into I and W, between which the weights of a block would have to stay: use 1f1b, gpipe, "
+    "interleaved_1f1b or looped_bfs, or set sharding.stages to zero1"
+)
+
 MICROBATCHES_PER_RANK = 4
 """"auto" compares plans of so many microbatches per rank, where their number is not given: with fewer the bubbles at
 both ends would decide, more would only take longer to plan."""
@@ -68,7 +73,9 @@ class ShardingOptions:
     Attributes:
         encoders: For encoders: ddp; zero1, over all ranks; or fsdp, over the ranks of each pipeline.
         generators: For generators, likewise.
-        stages: For the stages of the LLM: ddp; or zero1, over the pipelines.
+        stages: For the stages of the LLM: ddp; or zero1 or fsdp, over the pipelines (and context peers). Embedding and
+            output layer are always gathered for a whole batch. fsdp needs the same number of microbatches in each
+            pipeline, and plans take all microbatches and items as equal.
 
     Raises:
         ValueError: names the option, its value and what is expected.
@@ -76,12 +83,12 @@ class ShardingOptions:
 
     encoders: Literal["ddp", "zero1", "fsdp"] = "ddp"
     generators: Literal["ddp", "zero1", "fsdp"] = "ddp"
-    stages: Literal["ddp", "zero1"] = "ddp"
+    stages: Literal["ddp", "zero1", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
-        for name, known in (("encoders", SHARDINGS), ("generators", SHARDINGS), ("stages", SHARDINGS[:2])):
-            if getattr(self, name) not in known:
-                raise ValueError(f"sharding.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        for name in ("encoders", "generators", "stages"):
+            if getattr(self, name) not in SHARDINGS:
+                raise ValueError(f"sharding.{name} is {getattr(self, name)!r}; expected one of {', '.join(SHARDINGS)}")
 
     @property
     def meeting(self) -> frozenset[str]:
@@ -196,11 +203,17 @@ class PipelineOptions:
         schedule, reason = self.schedule, ""
         if schedule.has_auto:
             choice = choose(replace(schedule, costs=costs).request(size, microbatches, layers=layers))
+            if self.sharding.stages == "fsdp":
+                choice = choice.among(lambda plan: not plan.splits_backwards, SPLIT)
             best, reason = choice.best, choice.reason
             schedule = replace(
                 schedule, backbone=best.backbone, virtual_stages=best.virtual_stages, group_size=best.group_size
             )
         options = replace(self, schedule=schedule)
+        if self.sharding.stages == "fsdp" and not schedule.own_ranks:
+            plan = make_plan(replace(schedule, costs=costs).request(size, microbatches))
+            if plan.splits_backwards:
+                raise ValueError(f"sharding.stages is fsdp, but backbone {schedule.backbone} {SPLIT}")
         if schedule.own_ranks:
             unlimited = replace(schedule, costs=costs, max_encoder_units=None, max_llm_microbatches=None, memory=None)
             plan = make_plan(unlimited.request(size, microbatches))

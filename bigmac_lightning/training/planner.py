@@ -4,12 +4,14 @@ before still runs."""
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
 from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.make import make_plan
@@ -149,7 +151,13 @@ class Planner:
     """
 
     def __init__(
-        self, options: PipelineOptions, size: int, rank: int, trained: Trained, encoders: Iterable[str] = ()
+        self,
+        options: PipelineOptions,
+        size: int,
+        rank: int,
+        trained: Trained,
+        encoders: Iterable[str] = (),
+        alike: Collection[str] | None = None,
     ) -> None:
         """
         Args:
@@ -157,7 +165,10 @@ class Planner:
             size, rank: number of the pipeline's ranks, and which of them this is.
             trained: what is trained now.
             encoders: names of encoders that may be trained later.
+            alike: if given, all pipelines must run the LLM's actions in the same order, whatever their batches are. So
+                plans are made for microbatches that are all alike, with the kinds of action (EF, G) named here.
         """
+        self.alike = alike
         self.options, self.size, self.rank = options, size, rank
         self.layout = options.layout(size, rank)
         self.known: dict[object, PlannedBatch] = {}
@@ -179,6 +190,10 @@ class Planner:
             trained: what is trained; ``None``: what is trained now.
         """
         trained = self.trained if trained is None else trained
+        if self.alike is not None:
+            return trained, tuple(
+                (bool(microbatch.media), bool(microbatch.targets)) for microbatch in batch.microbatches
+            )
         return trained, tuple(
             (
                 microbatch.cost,
@@ -190,7 +205,7 @@ class Planner:
         )
 
     def __call__(self, batch: Batch) -> PlannedBatch:
-        """Plan a batch, all of whose microbatches are useful (see `Batch.useful`)."""
+        """Plan a batch that `run_of` has returned."""
         trained = self.trained
         key = self.key(batch, trained)
         planned = self.known.pop(key, None)
@@ -198,15 +213,28 @@ class Planner:
             if len(self.known) >= CACHED_PLANS:
                 self.known.pop(next(iter(self.known)))
             needs = trained.needs(batch)
+            if self.alike is not None:
+                needs = replace(needs, encoded=(bool(trained.encoders),) * len(batch))
             plan, workload = self._plan(batch, trained, needs)
             order = self._order(plan, workload)
+            if self.alike is not None:
+                plan, order = _without_unneeded(plan, order, batch)
             planned = PlannedBatch.of(key, plan, lower(plan, order, needs)[self.rank], needs)
         self.known[key] = planned
         return planned
 
+    def run_of(self, batch: Batch) -> Batch:
+        """What of a batch is run: the microbatches that are useful, or all if all pipelines must run equally many."""
+        return batch.useful() if self.alike is None else batch.useful_media()
+
     def _plan(self, batch: Batch, trained: Trained, needs: Needs) -> tuple[Plan, Workload]:
         groups = self.layout.groups(len(batch))
         media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
+        llm = [m.cost for m in batch.microbatches]
+        if self.alike is not None:
+            llm = [1.0] * len(batch)
+            media = [self._one_each(self.layout.encoder_ranks) if "EF" in self.alike else []] * len(batch)
+            targets = [self._one_each(self.layout.generator_ranks) if "G" in self.alike else []] * len(batch)
         encoder, generator = self._shares("EF", media, groups), self._shares("G", targets, groups)
         schedule, factors = self.options.schedule, self.options.stage_factors
         costs, stage_costs = trained.costs(
@@ -217,7 +245,7 @@ class Planner:
             one = costs.per_stage(schedule.stages_per_rank)
             rows = stage_costs or [[one.F, one.B, one.I, one.W]] * len(factors)
             stage_costs = [[time * factor for time in row] for row, factor in zip(rows, factors, strict=True)]
-        workload = _workload([m.cost for m in batch.microbatches], media, targets, costs)
+        workload = _workload(llm, media, targets, costs)
         request = replace(schedule, costs=costs).request(
             self.size,
             len(batch),
@@ -233,6 +261,11 @@ class Planner:
         if meeting and not _can_meet(plan, meeting, workload):
             plan = make_plan(replace(request, policy="nested"))  # filled moves a rank's actions past those of others
         return plan, workload
+
+    def _one_each(self, ranks: Sequence[int] | None) -> list[OwnedCost]:
+        """An item for each of these ranks, or of all, as large as the rank's share of the work."""
+        weights = self.layout.weights or (1.0,) * self.size
+        return [(rank, weights[rank]) for rank in (range(self.size) if ranks is None else ranks)]
 
     def _order(self, plan: Plan, workload: Workload) -> list[tuple[int, int]]:
         """The order of all actions, from which programs are made."""
@@ -276,9 +309,9 @@ class PlanningCollate:
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
         if isinstance(batch, Batch) and batch.layout == self.planner.layout:
-            useful = batch.useful()
-            if useful.microbatches and not useful.problem(self.planner.size):
-                batch.planned = self.planner(useful)
+            run = self.planner.run_of(batch)
+            if run.microbatches and not run.problem(self.planner.size):
+                batch.planned = self.planner(run)
         return batch
 
 
@@ -302,6 +335,21 @@ def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[flo
     total = sum(cost for row in items for _, cost in row)
     factor = cost * len(items) / total if total else 0.0
     return [tuple(cost * factor for _, cost in row) for row in items]
+
+
+def _without_unneeded(plan: Plan, order: Sequence[tuple[int, int]], batch: Batch) -> tuple[Plan, list[tuple[int, int]]]:
+    """A plan and its order without encoder work of groups that have no media, and generator work of groups without
+    targets. Plans for other batches, without other actions, still go together with this one."""
+    unneeded: set[tuple[Kind, int]] = set()
+    for g, group in enumerate(plan.groups):
+        microbatches = [batch.microbatches[m] for m in group]
+        if not any(m.media for m in microbatches):
+            unneeded |= {("EF", g), ("EB", g)}
+        if not any(m.targets for m in microbatches):
+            unneeded.add(("G", g))
+    kept = [[(a.kind, a.index) not in unneeded for a in row] for row in plan.ranks]
+    new = [list(accumulate(row, initial=0)) for row in kept]
+    return plan.without(unneeded), [(rank, new[rank][position]) for rank, position in order if kept[rank][position]]
 
 
 def _can_meet(plan: Plan, meeting: Collection[str], workload: Workload) -> bool:

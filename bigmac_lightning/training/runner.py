@@ -96,11 +96,12 @@ class PipelineRunner:
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         sharding: Sharding | None = None,
     ) -> None:
-        self.dtype = _find_dtype(module, mesh, options.stage_rank(mesh.pp_size))
-        self.sharding = sharding or Sharding(module, mesh, options.sharding)
-        self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
+        self.dtype = _find_dtype(module, mesh, self.stage_rank)
+        own_stages = [stage for stage, rank in zip(self.stages, self.stage_rank, strict=True) if rank == mesh.pp_rank]
+        self.sharding = sharding or Sharding(module, mesh, options.sharding, own_stages)
+        self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank, mesh.peer)
         self.executor = Executor(mesh, self.stage_rank)
         self._last_planned: PlannedBatch | None = None
@@ -111,7 +112,9 @@ class PipelineRunner:
         self._seen: set[Mode] = set()
         self.trained = TrainedParts(module, mesh, self.stage_rank, self.sharding)
         nothing, place = Trained.nothing(len(self.stages)), (mesh.pp_size, mesh.pp_rank)
-        self.planner = Planner(options, *place, nothing, module.encoders)
+        kinds = [kind for kind, known in (("EF", module.encoders), ("G", module.generators)) if known]
+        alike = kinds if self.sharding.meets("llm") else None
+        self.planner = Planner(options, *place, nothing, module.encoders, alike)
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
         self.refresh()
 
@@ -152,11 +155,14 @@ class PipelineRunner:
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
-        batch = batch.useful()
+        useful, batch = bool(batch.useful().microbatches), planner.run_of(batch)
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
-        self.sharding.gather()
+        if training:
+            self.sharding.gather()
+        else:
+            self.sharding.hold()
         if batch.microbatches:
             if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
                 planned = planner(batch)
@@ -179,7 +185,7 @@ class PipelineRunner:
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if training:
-            self.sharding.reduce()
+            self.sharding.reduce(uses_weights=useful)
         if len(self.mesh.replica_ranks) * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.replica_group)
         metrics = self.last_metrics = module.metrics(sums, counts)

@@ -11,11 +11,11 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import MediaData, TargetItem
-from bigmac_lightning.contracts.components import Encoder, Generator
+from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.sharding import ShardedModule
+from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, lists_of
 from bigmac_lightning.training.options import ShardingOptions
 
 
@@ -29,12 +29,15 @@ class Sharding:
         module: the module with this rank's part of the LLM, with whole weights.
         mesh: the process groups.
         options: what is sharded.
+        own_stages: the layers of each of this rank's stages.
 
     Raises:
         ValueError: a component cannot be sharded so; the message says why, and what to change.
     """
 
-    def __init__(self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> None:
+    def __init__(
+        self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions, own_stages: Sequence[range]
+    ) -> None:
         self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         world: Any = dist.group.WORLD
         over_world = _mesh_of(world, mesh)
@@ -49,23 +52,37 @@ class Sharding:
             if kind == "ddp" or over is None:
                 continue
             if kind == "fsdp":
-                _check_meetings(name, part)
                 self._meeting.add(name)
+                if name != "llm":
+                    _check_meetings(name, part)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
-                self.sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp")
+                stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
+                self.sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp", stages=stages)
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
     def gather(self) -> None:
-        """Let components that are sharded as zero1 have whole weights. Collective over all ranks, if they have not."""
+        """Let weights be whole that do not gather themselves, until `reduce` or `release`. Collective over all ranks,
+        if they are not."""
         for sharded in self.sharded.values():
-            if not sharded.by_block:
-                sharded.gather()
+            sharded.gather()
 
-    def reduce(self) -> None:
-        """Sum gradients into the shards, which the module then has. Collective over all ranks."""
+    def hold(self) -> None:
+        """Let all weights be whole that lie in shards on several pipelines, until `release`: in an evaluation, these
+        may have different numbers of batches. Collective over all ranks, if they are not."""
+        for name, sharded in self.sharded.items():
+            if name == "llm" or not self.meets(name):
+                sharded.hold()
+
+    def reduce(self, uses_weights: bool) -> None:
+        """Sum gradients into the shards, which the module then has. Collective over all ranks.
+
+        Args:
+            uses_weights: whether this pipeline had a loss since `gather`. It may have run without any, because others
+                had one.
+        """
         for sharded in self.sharded.values():
-            sharded.reduce()
+            sharded.reduce(uses_weights)
 
     def release(self) -> None:
         """Let the module have its shards, which optimizers and checkpoints need."""
@@ -82,7 +99,8 @@ class Sharding:
         return [parameter for sharded in self.sharded.values() for parameter in sharded.whole.values()]
 
     def meets(self, name: str) -> bool:
-        """Whether all ranks of a pipeline must run a component, such as "encoders.image", together."""
+        """Whether ranks must run a component together: all ranks of a pipeline one such as "encoders.image", all ranks
+        of equal place the "llm"."""
         return name in self._meeting
 
     def calls(self, own: int) -> int:
@@ -109,7 +127,7 @@ class Sharding:
             if prefix == "llm":
                 continue
             own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
-            summed, copies = (replicas, mesh.dp_size) if sharded.by_block else (None, 1)
+            summed, copies = (replicas, mesh.dp_size) if self.meets(prefix) else (None, 1)
             found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded)))
         found.append(SharedParameters(rest, world, world, _ranks()))
         copied = {name: p for name, p in llm.items() if name in tied}
@@ -154,7 +172,7 @@ class Together:
             made.update(zip(batch, encoded.split([rows[i] for i in batch]), strict=True))
         missing = [encoder([encoder.smallest()]) for _ in range(calls - len(batches))]
         features = torch.cat([made[i] for i in range(len(pixels))]) if made else missing[0][:0]
-        return features + sum(extra.sum() for extra in missing) * 0.0 if missing else features
+        return features + sum(map(nothing_of, missing)) if missing else features
 
     def generate(
         self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem], through: bool
@@ -170,7 +188,7 @@ class Together:
         losses = [generator([conditions[i] for i in batch], [items[i] for i in batch]) for batch in batches]
         for _ in range(calls - len(batches)):
             condition, item = generator.smallest()
-            losses.append(generator([condition.requires_grad_(through)], [item]) * 0.0)
+            losses.append(nothing_of(generator([condition.requires_grad_(through)], [item])))
         return torch.stack(losses).sum()
 
     def sample(self, generator: Generator, conditions: Sequence[Tensor], items: Sequence[TargetItem]) -> list[Tensor]:
@@ -184,6 +202,12 @@ class Together:
             condition, item = generator.smallest()
             generator.sample([condition], [item])
         return [made[i] for i in range(len(items))]
+
+
+def nothing_of(tensor: Tensor) -> Tensor:
+    """Zero, a scalar, whose backward passes through all that made the tensor, with gradients of zero. The tensor's own
+    values do not matter, even if they are infinite."""
+    return tensor.flatten()[:0].sum()
 
 
 class _Used:
@@ -215,6 +239,31 @@ def check_whole(module: PipelineModule) -> None:
 
 def _ranks() -> int:
     return dist.get_world_size()
+
+
+def _blocks_by_stage(llm: LanguageModel, own_stages: Sequence[range]) -> list[list[nn.Module]]:
+    """The layers with weights of each of this rank's stages, in their order.
+
+    They are the members of an outermost list or dict of modules, which has one for each of the LLM's layers, or for
+    each of this rank's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = [layer for stage in own_stages for layer in stage]
+    every = [list(found.children()) for found in lists_of(llm)]
+    fitting = [members for members in every if len(members) in (llm.num_layers, len(own)) and members]
+    if not own:
+        return []
+    if not fitting:
+        raise ValueError(
+            f"sharding.stages is fsdp, but {type(llm).__name__} has no list of modules (nn.ModuleList) with its "
+            f"{llm.num_layers} layers: use zero1, or keep the layers in one"
+        )
+    layers = max(fitting, key=lambda members: sum(p.numel() for member in members for p in member.parameters()))
+    numbers = range(llm.num_layers) if len(layers) == llm.num_layers else sorted(own)
+    layer_of = dict(zip(numbers, layers, strict=True))
+    return [[layer_of[k] for k in stage if has_weights(layer_of[k])] for stage in own_stages]
 
 
 def _check_apart(sharded: Sequence[tuple[str, nn.Module]], module: PipelineModule) -> None:

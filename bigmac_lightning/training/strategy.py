@@ -202,6 +202,11 @@ class BigMacStrategy(SavingStrategy):
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
         if reason := module.llm.why_not_parallel(parallel):
             raise ValueError(reason)
+        if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
+            raise ValueError(
+                "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
+                "microbatches=N, and the DataModule a batch size that makes so many"
+            )
         self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
         super().setup_environment()
@@ -329,15 +334,15 @@ class BigMacStrategy(SavingStrategy):
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_validation_start(self) -> None:
-        self.runner.sharding.gather()  # here, as replicas may have different numbers of batches
+        self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         super().on_validation_start()
 
     def on_test_start(self) -> None:
-        self.runner.sharding.gather()
+        self.runner.sharding.hold()
         super().on_test_start()
 
     def on_predict_start(self) -> None:
-        self.runner.sharding.gather()
+        self.runner.sharding.hold()
         super().on_predict_start()
 
     def on_exception(self, exception: BaseException) -> None:

@@ -40,6 +40,8 @@ BACKBONES = {
     "dualpipev": (2,),
 }
 POLICIES = ("nested", "filled", "upfront", "recompute", "first_stage", "disaggregated")
+NUMBERS = (1, 2, 3, 4, 5, 7)
+SPLITTING = ("zb1p", "zbv", "dualpipev")
 KINDS = ("all", "all", "text", "unlabelled", "targets", "media", "nothing")
 
 
@@ -135,6 +137,7 @@ def draw(seed: int, pp: int, dp: int) -> Case:
     )
     options = replace(options, sharding=_sharding(random, options.schedule))
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
+    number = random.choice(NUMBERS) if options.sharding.stages == "fsdp" else None
     tied = random.random() < 0.4
     return Case(
         seed,
@@ -146,7 +149,7 @@ def draw(seed: int, pp: int, dp: int) -> Case:
         tuple(k for k in range(layers) if random.random() < 0.15),
         _adapters(random, layers, tied) if random.random() < 0.3 else (),
         tuple(_frozen(random, layers, tied) for _ in range(STEPS)),
-        tuple(tuple(_kinds(random) for _ in range(dp)) for _ in range(STEPS)),
+        tuple(tuple(_kinds(random, number) for _ in range(dp)) for _ in range(STEPS)),
         random.random() < 0.3,
     )
 
@@ -159,7 +162,7 @@ def _sharding(random: Random, schedule: ScheduleOptions) -> ShardingOptions:
     return ShardingOptions(
         encoders=random.choice(["ddp", "zero1", *["fsdp"] * (2 * (spread and schedule.pieces == 1))]),
         generators=random.choice(["ddp", "zero1", *["fsdp"] * (2 * spread)]),
-        stages=random.choice(["ddp", "zero1"]),
+        stages=random.choice(["ddp", "zero1", *["fsdp"] * (2 * (schedule.backbone not in SPLITTING))]),
     )
 
 
@@ -185,8 +188,8 @@ def _adapters(random: Random, layers: int, tied: bool) -> tuple[tuple[str, froze
     return tuple((name, frozenset(places[name])) for name in places if name in chosen and places[name])
 
 
-def _kinds(random: Random) -> tuple[str, ...]:
-    number = random.choice([1, 2, 3, 4, 5, 7])
+def _kinds(random: Random, number: int | None) -> tuple[str, ...]:
+    number = number or random.choice(NUMBERS)
     if random.random() < 0.2:
         return (random.choice(KINDS),) * number
     return tuple(random.choice(KINDS) for _ in range(number))
