@@ -124,7 +124,7 @@ def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
         held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
         held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         runner.sharding.gather()
-        zero1 = [p for name, p in runner.sharding.sharded.items() if not p.by_block]
+        zero1 = [p for name, p in runner.sharding.sharded.items() if not runner.sharding.meets(name)]
         whole = [p for part in zero1 for p in part.module.parameters()]
         assert not any(isinstance(parameter, DTensor) for parameter in whole)
         found.append((sum(local(t).nbytes for t in held), sum(p.nbytes * (1 + p.requires_grad) for p in whole)))

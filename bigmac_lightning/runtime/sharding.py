@@ -76,6 +76,8 @@ class ShardedModule:
     def hold(self) -> None:
         """Let the module have all whole weights until `release`, so that ranks can run it as often as they like.
         Collective over the mesh, if it has not."""
+        if self._held:
+            return
         self.gather()
         for part in self._by_themselves:
             part.set_reshard_after_forward(False, recurse=False)

@@ -18,7 +18,7 @@ from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, pl
 STEPS = 3
 WHOLE = ShardingOptions()
 ZERO1 = ShardingOptions("zero1", "zero1", "zero1")
-FSDP = ShardingOptions("fsdp", "fsdp", "zero1")
+FSDP = ShardingOptions("fsdp", "fsdp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Layout:
         strategy = {
             "data_parallel_size": self.dp,
             "sharding": self.sharding,
+            "microbatches": 3 if self.dp == 2 else None,
             "save_distributed_checkpoint": self.directory,
         }
         return pipeline_trainer(self.world, strategy, max_epochs=epochs, limit_val_batches=0)
@@ -100,7 +101,9 @@ class _UnevenValidation(ToyData):
 def _evaluate(rank: int, sharding: ShardingOptions, dp: int) -> tuple[dict[str, float], list[Any], int]:
     """Replicas have different numbers of validation batches."""
     data, module = _UnevenValidation(steps=2, replicas=3 - dp), ToyModule()
-    trainer = pipeline_trainer(2 * dp, {"data_parallel_size": dp, "sharding": sharding}, max_epochs=2)
+    trainer = pipeline_trainer(
+        2 * dp, {"data_parallel_size": dp, "sharding": sharding, "microbatches": 3 if dp == 2 else None}, max_epochs=2
+    )
     trainer.fit(module, data)
     (validated,) = trainer.validate(module, data, verbose=False)
     samples = trainer.predict(module, data)
@@ -135,7 +138,29 @@ def test_schedules_that_fsdp_refuses(schedule: dict[str, Any], sharding: Shardin
     with pytest.raises(ValueError, match=words):
         PipelineOptions(ScheduleOptions(**schedule), sharding=sharding)
     with pytest.raises(ValueError, match="expected one of ddp, zero1"):
-        ShardingOptions(stages="fsdp")  # pyright: ignore[reportArgumentType]
+        ShardingOptions(stages="fsdp2")  # pyright: ignore[reportArgumentType]
+
+
+def test_backbones_that_fsdp_stages_refuse() -> None:
+    """A split backward would need a layer's weights twice; "auto" leaves such backbones out."""
+    sharding = ShardingOptions(stages="fsdp")
+    for name in ("zb1p", "zbv", "dualpipev"):
+        with pytest.raises(ValueError, match=f"stages is fsdp, but backbone {name} splits backwards"):
+            PipelineOptions(ScheduleOptions(backbone=name), sharding=sharding).resolved(2, 8, True, True)
+    chosen, reason = PipelineOptions(ScheduleOptions(backbone="auto"), sharding=sharding).resolved(4, 16, True, True)
+    assert chosen.schedule.backbone in ("1f1b", "gpipe", "interleaved_1f1b", "looped_bfs")
+    assert "zb1p" in reason
+
+
+def _fit_unequal(rank: int, microbatches: int | None) -> None:
+    strategy = {"data_parallel_size": 2, "sharding": ShardingOptions(stages="fsdp"), "microbatches": microbatches}
+    pipeline_trainer(2, strategy, max_epochs=1).fit(ToyModule(), ToyData(steps=1))
+
+
+@pytest.mark.parametrize(("microbatches", "words"), [(None, "give the strategy microbatches=N"), (4, "microbatches=4")])
+def test_fsdp_stages_need_equally_many_microbatches(microbatches: int | None, words: str) -> None:
+    with pytest.raises(AssertionError, match=words):
+        on_ranks(2, _fit_unequal, microbatches)
 
 
 class _WithoutSmallest(ToyEncoder):

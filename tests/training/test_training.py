@@ -33,7 +33,7 @@ class Run:
         return {**self.trainer, "precision": None, "plugins": [plugin]}
 
 
-FSDP = ShardingOptions(encoders="fsdp", generators="fsdp", stages="zero1")
+FSDP = ShardingOptions(encoders="fsdp", generators="fsdp", stages="fsdp")
 ZERO1 = ShardingOptions(encoders="zero1", generators="zero1", stages="zero1")
 
 RUNS = {
@@ -86,7 +86,18 @@ RUNS = {
     "bf16-mixed": Run(trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
     "fsdp": Run(world=3, strategy={"sharding": FSDP}, data={"text_only": (0, 1)}, module={"tied": True}),
     "fsdp-P2xdp2": Run(
-        world=4, dp=2, strategy={"sharding": FSDP}, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+        world=4,
+        dp=2,
+        strategy={"sharding": FSDP, "microbatches": 3},
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        data={"text_only": (0, 1)},
+    ),
+    "fsdp-dp2-fp16-mixed": Run(
+        dp=2,
+        strategy={"sharding": FSDP, "microbatches": 3},
+        trainer={"precision": "16-mixed", "gradient_clip_val": 0.1},
+        module={"tied": True},
+        tolerance=2e-3,
     ),
     "zero1": Run(strategy={"sharding": ZERO1, "backbone": "zb1p"}, trainer={"gradient_clip_val": 0.1}),
     "zero1-P2xdp2": Run(
@@ -98,9 +109,6 @@ RUNS = {
     ),
     "zero1-dp2-only": Run(dp=2, strategy={"sharding": ZERO1}, module={"tied": True}),
     "fsdp-frozen": Run(strategy={"sharding": FSDP}, module={"freeze": ("encoders.image.tower", "generators")}),
-    "fsdp-fp16-mixed": Run(
-        strategy={"sharding": FSDP}, trainer={"precision": "16-mixed", "gradient_clip_val": 0.1}, tolerance=2e-3
-    ),
     "zero1-bf16-mixed": Run(strategy={"sharding": ZERO1}, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
     "bf16-mixed-P3": Run(world=3, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
 }
