@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.computation import Computation
 from bigmac_lightning.runtime.group_rows import GroupRows
-from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, Needs, Receive, Send
+from bigmac_lightning.runtime.lowering import Compute, Done, Instruction, Message, Needs, Receive, Send
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
@@ -68,7 +68,12 @@ class Executor:
         self.splits: split_backward.Splits = {}
 
     def run(
-        self, program: Sequence[Instruction], computation: Computation, needs: Needs, recompute: bool = False
+        self,
+        program: Sequence[Instruction],
+        computation: Computation,
+        needs: Needs,
+        recompute: bool = False,
+        done: Callable[[str], None] | None = None,
     ) -> None:
         """Execute one step. Gradients are added to the parameters' ``.grad``.
 
@@ -77,6 +82,7 @@ class Executor:
             computation: the model and the batch.
             needs: the parts of the step that need gradients, as for ``lower``.
             recompute: whether encoder forwards save no activations, so that encoder backwards run the forward again.
+            done: is called with "generators", "llm" and "encoders", each when all its gradients are there.
 
         Raises:
             Exception: any error of the model; a note names the pipeline rank and the action in which it occurred.
@@ -84,7 +90,10 @@ class Executor:
         step = _Step(self, computation, needs, recompute)
         for instruction in program:
             try:
-                step.run(instruction)
+                if not isinstance(instruction, Done):
+                    step.run(instruction)
+                elif done is not None:
+                    done(instruction.part)
             except Exception as error:
                 where = instruction.action if isinstance(instruction, Compute) else instruction
                 error.add_note(f"in {where} on pipeline rank {self.mesh.pp_rank} of {self.mesh.pp_size}")
@@ -124,7 +133,7 @@ class _Step:
             "G": self.generate,
         }
 
-    def run(self, instruction: Instruction) -> None:
+    def run(self, instruction: Compute | Send | Receive) -> None:
         """Execute one instruction."""
         if isinstance(instruction, Send):
             self.transport.send(instruction.message, instruction.peer)

@@ -18,9 +18,9 @@ from bigmac_lightning.runtime.sharding import local
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
-BUCKET_ELEMENTS = 8 * 2**20
-"""Number of elements from which a bucket of gradients is reduced. This makes 32 MiB in float32, near the 25 MiB of
-torch's DistributedDataParallel; it was not tuned."""
+LARGE = 2**20
+"""Number of elements from which a gradient is summed in place, and not copied into a bucket with others: the copies of
+buckets are kept until the end of a step."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class SharedParameters:
             gradients; ``None`` if there is nothing to sum.
         copies: how many ranks of the world have each number of the parameters.
         used: gives the names of those shards that this rank has used; ``None``: those that have a gradient.
+        part: to which part of the model, of `PARTS`, they belong.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -42,57 +43,104 @@ class SharedParameters:
     summed: dist.ProcessGroup | None
     copies: int
     used: Callable[[], Collection[str]] | None = None
+    part: str = "llm"
+
+
+PARTS = ("generators", "llm", "encoders", "rest")
+"""The parts of a model whose gradients are summed together, in the order in which a step is done with them. The rest
+is there only at its end: shards of weights that were whole during it, and weights of which two stages have copies."""
+
+
+class Reductions:
+    """Replaces gradients by their sums over all ranks that have the parameters, in the background, part by part.
+
+    All ranks must use it, and have the same parts; they may be done with them in any order.
+
+    Args:
+        places: which ranks have which parameters.
+        mesh: the process groups.
+    """
+
+    def __init__(self, places: Sequence[SharedParameters], mesh: PipelineMesh) -> None:
+        self._places, self._device = places, mesh.device
+        self._left, self._done = list(PARTS), set[str]()
+        self._used: list[tuple[SharedParameters, Tensor]] = []
+        self._works: list[dist.Work | None] = []
+        self._flat: list[tuple[Tensor, list[Tensor]]] = []
+
+    def done(self, part: str) -> None:
+        """Say that this rank has all its gradients of a part of `PARTS`. All ranks sum the parts in the same order, so
+        a part waits for those before it."""
+        self._done.add(part)
+        while self._left and self._left[0] in self._done:
+            self._start(self._left.pop(0))
+
+    def all_computed(self) -> None:
+        """Say that this rank has all gradients but the rest."""
+        for part in PARTS[:-1]:
+            self.done(part)
+
+    def finish(self) -> None:
+        """Sum what is left, and wait for all sums."""
+        for part in PARTS:
+            self.done(part)
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        for flat, gradients in self._flat:
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        if not self._used:
+            return
+        flags = iter(torch.cat([used for _, used in self._used]).tolist())  # the host waits for the device, once
+        for place, _ in self._used:
+            for parameter in place.parameters.values():
+                if not next(flags):
+                    parameter.grad = None  # no rank has used it: these are zeros
+
+    def _start(self, part: str) -> None:
+        for place in self._places:
+            if place.part != part or not place.parameters or place.everyone is None:
+                continue
+            known = None if place.used is None else place.used()
+            flags = [p.grad is not None if known is None else name in known for name, p in place.parameters.items()]
+            used = from_host(flags, torch.int32, self._device)
+            self._works.append(dist.all_reduce(used, dist.ReduceOp.MAX, group=place.everyone, async_op=True))
+            self._used.append((place, used))
+            if place.summed is not None:
+                self._sum(place.parameters.values(), place.summed)
+
+    def _sum(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        """Start to sum the gradients of these parameters. A rank that did not use one contributes zeros."""
+        gradients: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            gradients.append(local(parameter.grad))
+        for bucket in _buckets(gradients):
+            flat = bucket[0] if len(bucket) == 1 and bucket[0].is_contiguous() else None
+            if flat is None:
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                self._flat.append((flat, bucket))
+            self._works.append(dist.all_reduce(flat, group=group, async_op=True))
 
 
 def reduce_gradients(places: Sequence[SharedParameters], mesh: PipelineMesh) -> None:
     """Replace every gradient by its sum over all ranks that have the parameter. Collective: all ranks must call it."""
-    shared = [place for place in places if place.parameters and place.everyone is not None]
-    used = [_used_on_a_rank(place, mesh.device) for place in shared]
-    if not used:
-        return
-    flags = iter(torch.cat(used).tolist())  # here the host waits for the device, once for all parameters
-    for place in shared:
-        parameters = list[nn.Parameter]()
-        for parameter in place.parameters.values():
-            if next(flags):
-                parameters.append(parameter)
-            else:
-                parameter.grad = None  # shards have zeros
-        if place.summed is not None:
-            _reduce(parameters, place.summed)
-
-
-def _used_on_a_rank(place: SharedParameters, device: torch.device) -> Tensor:
-    """Whether any rank used each parameter, as int32 on the device: all ranks must reduce the same list."""
-    known = None if place.used is None else place.used()
-    flags = [p.grad is not None if known is None else name in known for name, p in place.parameters.items()]
-    used = from_host(flags, torch.int32, device)
-    dist.all_reduce(used, dist.ReduceOp.MAX, group=place.everyone)
-    return used
-
-
-def _reduce(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum the gradients of these parameters over a group. A rank that did not use a parameter contributes zeros."""
-    gradients: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        gradients.append(local(parameter.grad))
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+    Reductions(places, mesh).finish()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the gradients in lists of one dtype each, with at least BUCKET_ELEMENTS elements except the last ones."""
+    """Yield large gradients alone, and the others in lists of one dtype each."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for gradient in gradients:
+        if gradient.numel() >= LARGE:
+            yield [gradient]
+            continue
         bucket = by_type.setdefault(gradient.dtype, [])
         bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS:
+        if sum(g.numel() for g in bucket) >= LARGE:
             yield by_type.pop(gradient.dtype)
     yield from by_type.values()
 

@@ -74,7 +74,17 @@ class Receive:
     peer: int
 
 
-Instruction = Compute | Send | Receive
+@dataclass(frozen=True, slots=True)
+class Done:
+    """This rank has computed all its gradients of "generators", of the "llm", or of "encoders": sums may start."""
+
+    part: str
+
+
+Instruction = Compute | Send | Receive | Done
+
+LAST_OF = {"generators": ("G",), "llm": ("B", "I", "W"), "encoders": ("EB",)}
+"""The kinds of actions that compute gradients of each part of a model."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,20 @@ def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[I
             if receiver != rank:
                 programs[rank].append(Send(message, receiver))
                 programs[receiver].append(Receive(message, rank))
-    return programs
+    return [_with_ends(program) for program in programs]
+
+
+def _with_ends(program: list[Instruction]) -> list[Instruction]:
+    """A program that says when it is done with a part of the model: after the last action, and what it sends."""
+    ends: dict[int, list[Done]] = {}
+    for part, kinds in LAST_OF.items():
+        own = [i for i, one in enumerate(program) if isinstance(one, Compute) and one.action.kind in kinds]
+        if own:
+            end = own[-1] + 1
+            while end < len(program) and isinstance(program[end], Send):
+                end += 1
+            ends.setdefault(end, []).append(Done(part))
+    return [one for i in range(len(program) + 1) for one in (*ends.get(i, ()), *program[i : i + 1])]
 
 
 class _Routes:

@@ -60,15 +60,20 @@ class ShardedModule:
             _set_apart(stage)
         self.whole: dict[str, nn.Parameter] = {}
         self.used: set[str] = set()
-        self._held, self._used_before = False, set[str]()
+        self._held = False
+        self._used_before: set[str] | None = None
         self._find_whole()
 
-    def gather(self) -> None:
+    def gather(self, counts: bool = True) -> None:
         """Let parts that do not do it themselves have whole weights until `release`. Collective over the mesh, if they
-        have not."""
+        have not.
+
+        Args:
+            counts: whether weights that get gradients until `reduce` are used.
+        """
         if self._held:
             self.release()
-        self._used_before = set(self.used)
+        self._used_before = None if counts else set(self.used)
         if not all(group.is_unsharded for group in _groups(self._others)):
             for part in self._others:
                 part.unshard()
@@ -92,18 +97,14 @@ class ShardedModule:
         for part in (*self._by_themselves, *self._others):
             part.reshard()
 
-    def reduce(self, uses_weights: bool) -> None:
-        """Sum the gradients of whole weights that `gather` has gathered over the ranks, and add them to those of the
-        shards, which the module then has. Collective over the mesh.
-
-        Args:
-            uses_weights: whether this rank's gradients since `gather` are those of a loss.
-        """
+    def reduce(self) -> None:
+        """Sum the gradients of the weights that `gather` has gathered over the ranks, into the shards, which the module
+        then has. Collective over the mesh."""
         groups = _groups(self._others)
         if not all(group.is_unsharded for group in groups):
             return
         self.used |= {name for name, parameter in self.whole.items() if parameter.grad is not None}
-        if not uses_weights:
+        if self._used_before is not None:
             self.used = self._used_before
         for part in self._others:
             _let_reduce(part, True)

@@ -19,7 +19,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.runtime import hooks
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
-from bigmac_lightning.runtime.gradients import accumulate_in, reduce_gradients, round_gradients, unequal_gradients
+from bigmac_lightning.runtime.gradients import accumulate_in, round_gradients, unequal_gradients
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.training.runner import PipelineRunner
 
@@ -35,6 +35,9 @@ MANY_MICROBATCHES = 8
 class LightningSteps:
     """Runs the batches of a module that is trained or evaluated; `PipelineModule.pipeline` calls it.
 
+    Attributes:
+        last_of_step: whether the next batch is the last one of an optimizer step.
+
     Args:
         float32_gradients: whether gradients of 16-bit weights are summed in float32; ``None``: if an optimizer step has
             more than `MANY_MICROBATCHES` microbatches.
@@ -47,7 +50,7 @@ class LightningSteps:
         self._float32_gradients = float32_gradients
         self._loss: Tensor | None = None
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
-        self._first_of_step = True
+        self._first_of_step = self.last_of_step = True
         self._batches = 1  # in an optimizer step
         self._warned, self._compared = dist.get_rank() > 0, False
         mesh = runner.mesh
@@ -67,7 +70,8 @@ class LightningSteps:
         self._loss = self._stash = None
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
-        """Run a batch; in training, set its gradients aside."""
+        """Run a batch; in training, set its gradients aside. If it is the last one of an optimizer step, they are
+        summed over all ranks meanwhile."""
         if mode != "train" or not isinstance(batch, Batch):  # the runner refuses other types
             return self._runner(batch, mode)
         if self._stash is not None:
@@ -84,7 +88,7 @@ class LightningSteps:
         scale = one if scaler is None else scaler.scale(one)
         self._runner.gradient_scale = scale if batch.step_counts else scale / self._batches
         with hooks.disabled(parameters):
-            output = self._runner(batch, mode)
+            output = self._runner(batch, mode, reduce=self.last_of_step)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -108,18 +112,17 @@ class LightningSteps:
                 "ignored. Weights of loss parts go into the module's loss_weights."
             )
 
-    def restore_gradients(self, last_of_step: bool) -> None:
+    def restore_gradients(self) -> None:
         """Put the gradients that were set aside back into the parameters.
 
-        If this ends an optimizer step, the gradients are also summed over all ranks, converted to the type that
-        optimizers expect, and passed to users' hooks. Collective then.
+        If this ends an optimizer step, they are also converted to the type that optimizers expect, and passed to users'
+        hooks. Collective then.
         """
         assert self._stash is not None, "backward without a pipeline run"
         for parameter, gradient in self._stash:
             parameter.grad = gradient
         self._stash = None
-        if last_of_step:
-            reduce_gradients(self._runner.places, self._runner.mesh)
+        if self.last_of_step:
             self._check_tensor_peers()
             for buffers in self._buffers:
                 buffers.synchronize()

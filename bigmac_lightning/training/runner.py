@@ -16,7 +16,7 @@ from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
-from bigmac_lightning.runtime.gradients import SharedParameters, global_norm
+from bigmac_lightning.runtime.gradients import Reductions, SharedParameters, global_norm
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
@@ -141,11 +141,14 @@ class PipelineRunner:
 
     # -- one batch ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:
+    def __call__(self, batch: Batch, mode: Mode, reduce: bool = False) -> PipelineOutput:
         """Run a batch; see `PipelineModule.pipeline`.
 
         Collective over the world in training, and over the pipeline in evaluation, where replicas may have different
         numbers of batches.
+
+        Args:
+            reduce: whether to replace gradients by their sums over all ranks, each part's as soon as it is there.
         """
         self.check(batch, mode)
         module, training = self.module, mode == "train"
@@ -159,8 +162,9 @@ class PipelineRunner:
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
+        reductions = Reductions(self.places, self.mesh) if reduce else None
         if training:
-            self.sharding.gather()
+            self.sharding.gather(has_loss=useful)
         else:
             self.sharding.hold()
         if batch.microbatches:
@@ -181,11 +185,16 @@ class PipelineRunner:
                     scales,
                     self.sharding,
                 )
-                self.executor.run(planned.program, computation, planned.needs, planned.recomputes)
+                done = None if reductions is None else reductions.done
+                self.executor.run(planned.program, computation, planned.needs, planned.recomputes, done)
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
+        if reductions is not None:
+            reductions.all_computed()  # all ranks must start these sums before others over the same ranks
         if training:
-            self.sharding.reduce(uses_weights=useful)
+            self.sharding.reduce()
+        if reductions is not None:
+            reductions.finish()
         if len(self.mesh.replica_ranks) * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.replica_group)
         metrics = self.last_metrics = module.metrics(sums, counts)

@@ -61,11 +61,15 @@ class Sharding:
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
-    def gather(self) -> None:
+    def gather(self, has_loss: bool = True) -> None:
         """Let weights be whole that do not gather themselves, until `reduce` or `release`. Collective over all ranks,
-        if they are not."""
+        if they are not.
+
+        Args:
+            has_loss: whether this pipeline will have a loss. It may run without one, because others have one.
+        """
         for sharded in self.sharded.values():
-            sharded.gather()
+            sharded.gather(has_loss)
 
     def hold(self) -> None:
         """Let all weights be whole that lie in shards on several pipelines, until `release`: in an evaluation, these
@@ -74,15 +78,10 @@ class Sharding:
             if name == "llm" or not self.meets(name):
                 sharded.hold()
 
-    def reduce(self, uses_weights: bool) -> None:
-        """Sum gradients into the shards, which the module then has. Collective over all ranks.
-
-        Args:
-            uses_weights: whether this pipeline had a loss since `gather`. It may have run without any, because others
-                had one.
-        """
+    def reduce(self) -> None:
+        """Sum gradients into the shards, which the module then has. Collective over all ranks."""
         for sharded in self.sharded.values():
-            sharded.reduce(uses_weights)
+            sharded.reduce()
 
     def release(self) -> None:
         """Let the module have its shards, which optimizers and checkpoints need."""
@@ -128,22 +127,28 @@ class Sharding:
                 continue
             own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
             summed, copies = (replicas, mesh.dp_size) if self.meets(prefix) else (None, 1)
-            found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded)))
-        found.append(SharedParameters(rest, world, world, _ranks()))
+            # Weights that were whole during a step get their gradients at its end. If stages gather weights from the
+            # other replicas during the step, sums over the same group would come between.
+            early = self.meets(prefix) and not self.meets("llm")
+            part = prefix.partition(".")[0] if early else "rest"
+            found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded), part))
+        for part in ("generators", "encoders"):
+            own = {name: p for name, p in rest.items() if name.startswith(f"{part}.")}
+            found.append(SharedParameters(own, world, world, _ranks(), part=part))
         copied = {name: p for name, p in llm.items() if name in tied}
         single = {name: p for name, p in llm.items() if name not in tied}
         if "llm" in self.sharded:
             used = _Used("llm", self.sharded["llm"])
-            found.append(SharedParameters(single, data, None, 1, used))
-            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used))
+            found.append(SharedParameters(single, data, None, 1, used, "rest"))
+            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used, "rest"))
         else:
             copies = mesh.dp_size * mesh.cp_size
-            for own, group, times in ((single, data, 1), (copied, mesh.tied_group, 2)):
+            for own, group, times, part in ((single, data, 1, "llm"), (copied, mesh.tied_group, 2, "rest")):
                 # Tensor peers have slices, or the same weights with the same gradients.
                 slices = {name: p for name, p in own.items() if isinstance(p, DTensor)}
                 whole = {name: p for name, p in own.items() if name not in slices}
-                found.append(SharedParameters(slices, group, group, times * copies))
-                found.append(SharedParameters(whole, group, group, times * copies * mesh.tp_size))
+                found.append(SharedParameters(slices, group, group, times * copies, part=part))
+                found.append(SharedParameters(whole, group, group, times * copies * mesh.tp_size, part=part))
         return found
 
 

@@ -17,9 +17,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -154,7 +155,6 @@ class BigMacStrategy(SavingStrategy):
             )
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
-        self._synchronize = True
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -220,6 +220,19 @@ class BigMacStrategy(SavingStrategy):
         module._device_mesh = self.device_mesh
         if self.options.partition != "even" and not module._materialized:
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
+
+    def setup_distributed(self) -> None:
+        """Start the process group as Lightning does, but do not bind it to a device.
+
+        Then torch makes an NCCL communicator with its own stream for each pair of ranks, when they first send to each
+        other. Otherwise all messages of a group would share one stream, in which a receive holds up what comes after
+        it, and all groups' communicators would be made at the start.
+        """
+        assert self.cluster_environment is not None
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = self._get_process_group_backend()
+        _init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan the batches that they load, and seed them by replica instead of by rank, because all ranks
@@ -365,11 +378,11 @@ class BigMacStrategy(SavingStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        self._synchronize = False
+        self.steps.last_of_step = False
         try:
             yield
         finally:
-            self._synchronize = True
+            self.steps.last_of_step = True
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
@@ -404,7 +417,7 @@ class BigMacStrategy(SavingStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.restore_gradients(last_of_step=self._synchronize)
+        self.steps.restore_gradients()
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @contextmanager

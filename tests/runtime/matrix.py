@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.models.lora import add_lora
-from bigmac_lightning.runtime.gradients import global_norm, reduce_gradients
+from bigmac_lightning.runtime.gradients import global_norm
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
@@ -285,8 +285,7 @@ def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
         runner.refresh()
         runner.sharding.forget_used()
         module.zero_grad(set_to_none=True)
-        out = runner(case.batch(step, mesh.dp_rank, runner.layout), "train")
-        reduce_gradients(runner.places, mesh)
+        out = runner(case.batch(step, mesh.dp_rank, runner.layout), "train", reduce=True)
         gradients = {n: whole(p.grad) for n, p in module.named_parameters() if p.requires_grad}
         results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients))
     return results

@@ -6,9 +6,9 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmac_lightning.runtime.lowering import Compute, Instruction, Message, Needs, Receive, Send, lower
+from bigmac_lightning.runtime.lowering import Compute, Done, Instruction, Message, Needs, Receive, Send, lower
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
 from tests.schedule.plans import plan_arguments
@@ -32,7 +32,7 @@ def completes(programs: list[list[Instruction]]) -> bool:
     while moved:
         moved = False
         for rank, program in enumerate(programs):
-            while spots[rank] < len(program) and isinstance(program[spots[rank]], Compute):
+            while spots[rank] < len(program) and isinstance(program[spots[rank]], Compute | Done):
                 spots[rank] += 1
                 moved = True
             if spots[rank] == len(program):
@@ -72,7 +72,22 @@ def test_messages_of_two_ranks_are_received_in_the_order_they_are_sent(arguments
             elif isinstance(instruction, Send):
                 assert instruction.message in produced, "it is sent before it is made"
                 sent[rank, instruction.peer, instruction.message.kind].append(instruction.message)
-            else:
+            elif isinstance(instruction, Receive):
                 received[instruction.peer, rank, instruction.message.kind].append(instruction.message)
     assert sent == received
     assert all(len(set(messages)) == len(messages) for messages in sent.values())
+
+
+def test_gradients_of_a_part_are_summed_as_soon_as_they_are_there() -> None:
+    """A generator's long before the step ends, and each part's after its last action."""
+    request = PlanRequest(pipeline_parallel_size=4, microbatches=16, backbone="zb1p", costs=Costs(G=3))
+    plan = make_plan(request)
+    for program in lower(plan, verify(plan).order, needs_of(plan, 0)):
+        for part, kinds in (("generators", "G"), ("llm", "BIW"), ("encoders", "EB")):
+            kinds = (kinds,) if part != "llm" else tuple(kinds)
+            last = max(i for i, one in enumerate(program) if isinstance(one, Compute) and one.action.kind in kinds)
+            (end,) = (i for i, one in enumerate(program) if one == Done(part))
+            assert all(isinstance(one, Send | Done) for one in program[last + 1 : end])
+            assert end > last
+            if part == "generators":
+                assert sum(isinstance(one, Compute) for one in program[end:]) >= 4
