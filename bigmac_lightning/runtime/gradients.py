@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.sharding import local
+from bigmac_lightning.runtime.sharding import is_slice, local
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -171,7 +171,7 @@ def unequal_gradients(parameters: Mapping[str, nn.Parameter], group: dist.Proces
     Tensor peers compute the same gradient of a parameter that they all have, unless the model's plan has left out a
     parameter of which each of them has a part of the gradient. Collective: all ranks must have the same gradients.
     """
-    found = [(n, p.grad) for n, p in parameters.items() if p.grad is not None and not isinstance(p, DTensor)]
+    found = [(n, local(p.grad)) for n, p in parameters.items() if p.grad is not None and not is_slice(p)]
     if not found:
         return []
     norms = torch.stack([gradient.detach().double().norm() for _, gradient in found])

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -101,6 +101,13 @@ class PipelineMesh:
     def cp_rank(self) -> int:
         """Which slice of the rows this process computes."""
         return self.peer // self.tp_size
+
+    @cached_property
+    def data_mesh(self) -> DeviceMesh:
+        """The mesh of `data_group`, of one dimension."""
+        if self.cp_size == 1:
+            return self.mesh["dp"]
+        return self.mesh["dp", "cp"]._flatten("data")
 
     @property
     def pp_group(self) -> Group:

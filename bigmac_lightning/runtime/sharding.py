@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 class ShardedModule:
@@ -126,7 +126,8 @@ class ShardedModule:
         """
         for part in (*self._by_themselves, *self._others):
             part.unshard()
-            own = {name: p for name, p in self.module.named_parameters() if not isinstance(p, DTensor)}
+            whole = {id(p.unsharded_param) for group in _groups([part]) for p in group.fsdp_params}
+            own = {name: p for name, p in self.module.named_parameters() if id(p) in whole}
             part.reshard()
             self.whole |= own
             for name, parameter in own.items() if part in self._by_themselves else ():
@@ -185,9 +186,23 @@ def has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def is_slice(tensor: Tensor) -> bool:
+    """Whether each tensor peer has its own slice of it."""
+    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
+
+
 def local(tensor: Tensor) -> Tensor:
     """The tensor's part on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The whole tensor, of which this rank has a part. Collective over the ranks that have the parts."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device_mesh.ndim == 2:  # shards of slices: first the slices, as torch warns of both at a time
+        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
+    return tensor.full_tensor()
 
 
 def shard_like(whole: Any, parameter: Any) -> Any:

@@ -19,14 +19,13 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.reading import single_process_dcp
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.runtime.sharding import shard_like
+from bigmac_lightning.runtime.sharding import shard_like, whole_of
 
 
 def names_of(module: PipelineModule) -> Names:
@@ -213,9 +212,7 @@ def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
 
 def _on_cpu(value: Any) -> Any:
     """A whole tensor on the CPU. Collective over the ranks that have shards of it."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.cpu() if isinstance(value, Tensor) else value
+    return whole_of(value).cpu() if isinstance(value, Tensor) else value
 
 
 def _room(entry: Any, own: Any) -> Any:

@@ -131,11 +131,6 @@ class PipelineOptions:
                 f"expert_parallel_size={parallel.expert} must be 1 or tensor_parallel_size={parallel.tensor}, as "
                 "experts are spread over the tensor peers"
             )
-        if parallel.tensor > 1 and self.sharding.stages != "ddp":
-            raise ValueError(
-                f"sharding.stages is {self.sharding.stages}, which does not go with tensor_parallel_size="
-                f"{parallel.tensor}, as its weights lie in slices already: leave out one of the two"
-            )
         for kind, name in (("EF", "encoders"), ("G", "generators")):
             if kind not in self.sharding.meeting:
                 continue

@@ -8,14 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import MediaData, TargetItem
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, lists_of
+from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, is_slice, lists_of
 from bigmac_lightning.training.options import ShardingOptions
 
 
@@ -42,7 +41,7 @@ class Sharding:
         world: Any = dist.group.WORLD
         over_world = _mesh_of(world, mesh)
         over_pipeline = _mesh_of(mesh.replica_group, mesh)
-        over_replicas = _mesh_of(mesh.data_group, mesh)
+        over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 else None
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
@@ -137,18 +136,17 @@ class Sharding:
             found.append(SharedParameters(own, world, world, _ranks(), part=part))
         copied = {name: p for name, p in llm.items() if name in tied}
         single = {name: p for name, p in llm.items() if name not in tied}
-        if "llm" in self.sharded:
-            used = _Used("llm", self.sharded["llm"])
-            found.append(SharedParameters(single, data, None, 1, used, "rest"))
-            found.append(SharedParameters(copied, mesh.tied_group, mesh.tied_pair, 2, used, "rest"))
-        else:
-            copies = mesh.dp_size * mesh.cp_size
-            for own, group, times, part in ((single, data, 1, "llm"), (copied, mesh.tied_group, 2, "rest")):
-                # Tensor peers have slices, or the same weights with the same gradients.
-                slices = {name: p for name, p in own.items() if isinstance(p, DTensor)}
-                whole = {name: p for name, p in own.items() if name not in slices}
-                found.append(SharedParameters(slices, group, group, times * copies, part=part))
-                found.append(SharedParameters(whole, group, group, times * copies * mesh.tp_size, part=part))
+        sharded = self.sharded.get("llm")
+        used = None if sharded is None else _Used("llm", sharded)
+        copies = mesh.dp_size * mesh.cp_size if sharded is None else 1
+        for own, group, times, part in ((single, data, 1, "llm"), (copied, mesh.tied_group, 2, "rest")):
+            # Tensor peers have slices, or the same weights with the same gradients.
+            slices = {name: p for name, p in own.items() if is_slice(p)}
+            whole = {name: p for name, p in own.items() if name not in slices}
+            summed = group if sharded is None else None if own is single else mesh.tied_pair
+            part = part if sharded is None else "rest"
+            found.append(SharedParameters(slices, group, summed, times * copies, used, part))
+            found.append(SharedParameters(whole, group, summed, times * copies * mesh.tp_size, used, part))
         return found
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.models.lora import add_lora
 from bigmac_lightning.runtime.gradients import global_norm
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.runtime.sharding import whole_of
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
@@ -293,7 +293,7 @@ def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
 
 def whole(tensor: Tensor | None) -> Tensor | None:
     """The whole tensor that may lie in shards. Collective over the ranks that have shards of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return None if tensor is None else whole_of(tensor)
 
 
 def differences(case: Case, expected: list[Result], by_rank: list[list[Result]]) -> Iterator[str]:
