@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from bigmac_lightning.runtime import split_backward
 from bigmac_lightning.runtime.computation import Computation
 from bigmac_lightning.runtime.group_rows import GroupRows
-from bigmac_lightning.runtime.lowering import Compute, Done, Instruction, Message, Needs, Receive, Send
+from bigmac_lightning.runtime.lowering import Compute, Done, Hint, Instruction, Message, Needs, Receive, Send, Soon
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
@@ -73,7 +73,7 @@ class Executor:
         computation: Computation,
         needs: Needs,
         recompute: bool = False,
-        done: Callable[[str], None] | None = None,
+        hear: Callable[[Hint], None] | None = None,
     ) -> None:
         """Execute one step. Gradients are added to the parameters' ``.grad``.
 
@@ -82,7 +82,7 @@ class Executor:
             computation: the model and the batch.
             needs: the parts of the step that need gradients, as for ``lower``.
             recompute: whether encoder forwards save no activations, so that encoder backwards run the forward again.
-            done: is called with "generators", "llm" and "encoders", each when all its gradients are there.
+            hear: is called with the program's hints.
 
         Raises:
             Exception: any error of the model; a note names the pipeline rank and the action in which it occurred.
@@ -90,10 +90,10 @@ class Executor:
         step = _Step(self, computation, needs, recompute)
         for instruction in program:
             try:
-                if not isinstance(instruction, Done):
+                if not isinstance(instruction, Done | Soon):
                     step.run(instruction)
-                elif done is not None:
-                    done(instruction.part)
+                elif hear is not None:
+                    hear(instruction)
             except Exception as error:
                 where = instruction.action if isinstance(instruction, Compute) else instruction
                 error.add_note(f"in {where} on pipeline rank {self.mesh.pp_rank} of {self.mesh.pp_size}")

@@ -7,7 +7,9 @@ is received (``verify`` has the argument). A receive instruction does not block;
 for it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from bigmac_lightning.schedule.action import Action
@@ -81,7 +83,15 @@ class Done:
     part: str
 
 
-Instruction = Compute | Send | Receive | Done
+@dataclass(frozen=True, slots=True)
+class Soon:
+    """The nested action after the next one of the LLM gathers weights: it may start to."""
+
+    action: Action
+
+
+Hint = Done | Soon
+Instruction = Compute | Send | Receive | Hint
 
 LAST_OF = {"generators": ("G",), "llm": ("B", "I", "W"), "encoders": ("EB",)}
 """The kinds of actions that compute gradients of each part of a model."""
@@ -117,7 +127,9 @@ class Needs:
         return self.encoded[microbatch] or any(self.weights[: stage + 1])
 
 
-def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[Instruction]]:
+def lower(
+    plan: Plan, order: list[tuple[int, int]], needs: Needs, meeting: Collection[str] = ()
+) -> list[list[Instruction]]:
     """Return the program of every rank.
 
     Args:
@@ -125,6 +137,7 @@ def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[I
         order: all actions as (rank, position in its list), in a total order that respects every dependency and every
             rank's list, such as ``Timeline.order``.
         needs: the parts of the step that need gradients.
+        meeting: the kinds of actions inside which all ranks gather weights.
     """
     programs: list[list[Instruction]] = [[] for _ in plan.ranks]
     routes = _Routes(plan, needs)
@@ -136,20 +149,25 @@ def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[I
             if receiver != rank:
                 programs[rank].append(Send(message, receiver))
                 programs[receiver].append(Receive(message, rank))
-    return [_with_ends(program) for program in programs]
+    return [_with_hints(program, meeting) for program in programs]
 
 
-def _with_ends(program: list[Instruction]) -> list[Instruction]:
-    """A program that says when it is done with a part of the model: after the last action, and what it sends."""
-    ends: dict[int, list[Done]] = {}
+def _with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Instruction]:
+    """A program that says when it is done with a part of the model: after the last action, and what it sends; and
+    before an LLM action that a nested action follows, if that gathers weights for a forward."""
+    hints: dict[int, list[Hint]] = {}
+    computes = [(i, one.action) for i, one in enumerate(program) if isinstance(one, Compute)]
+    for (i, action), (_, following) in pairwise(computes):
+        if following.kind in meeting and following.kind in ("EF", "G") and not action.nested:
+            hints.setdefault(i, []).append(Soon(following))
     for part, kinds in LAST_OF.items():
-        own = [i for i, one in enumerate(program) if isinstance(one, Compute) and one.action.kind in kinds]
+        own = [i for i, action in computes if action.kind in kinds]
         if own:
             end = own[-1] + 1
             while end < len(program) and isinstance(program[end], Send):
                 end += 1
-            ends.setdefault(end, []).append(Done(part))
-    return [one for i in range(len(program) + 1) for one in (*ends.get(i, ()), *program[i : i + 1])]
+            hints.setdefault(end, []).append(Done(part))
+    return [one for i in range(len(program) + 1) for one in (*hints.get(i, ()), *program[i : i + 1])]
 
 
 class _Routes:

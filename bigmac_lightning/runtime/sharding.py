@@ -78,6 +78,12 @@ class ShardedModule:
             for part in self._others:
                 part.unshard()
 
+    def start_gathering(self) -> None:
+        """Start to gather the weights beside blocks and those of the first block, whose forwards come next. Collective
+        over the mesh."""
+        for part in dict.fromkeys((self._by_themselves[-1], self._by_themselves[0])):
+            part.unshard(async_op=True)
+
     def hold(self) -> None:
         """Let the module have all whole weights until `release`, so that ranks can run it as often as they like.
         Collective over the mesh, if it has not."""

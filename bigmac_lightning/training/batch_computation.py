@@ -108,11 +108,28 @@ class BatchComputation:
             parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())
         return torch.cat(parts)
 
+    def _meeting_encoders(self, group: int) -> set[str]:
+        """The encoders that all ranks run together in a group's EF."""
+        known = {item.encoder for m in self.features.groups[group] for item in self.batch.microbatches[m].media}
+        return {name for name in known if self._sharding.meets(f"encoders.{name}")}
+
+    def _meeting_generators(self, group: int) -> set[str]:
+        known = {item.generator for m in self.conditions.groups[group] for item in self.batch.microbatches[m].targets}
+        return {name for name in known if self._sharding.meets(f"generators.{name}")}
+
+    def start_gathering(self, kind: str, group: int) -> None:
+        """Start to gather weights for the first component that a group's EF or G runs."""
+        if kind == "EF":
+            names, components, prefix = self._meeting_encoders(group), self.module.encoders, "encoders"
+        else:
+            names, components, prefix = self._meeting_generators(group), self.module.generators, "generators"
+        if first := next((name for name in components if name in names), None):
+            self._sharding.start_gathering(f"{prefix}.{first}")
+
     def encode(self, group: int, piece: int) -> Tensor:
         places = self.features.items(group, (self.rank, piece))
         items = [self.batch.microbatches[m].media[i] for m, i in places]
-        known = {item.encoder for m in self.features.groups[group] for item in self.batch.microbatches[m].media}
-        names = {name for name in known if self._sharding.meets(f"encoders.{name}")}
+        names = self._meeting_encoders(group)
         if not items and not names:
             return self._no_rows()
         mine = [item.peer == self.mesh.peer for item in items]
@@ -154,8 +171,7 @@ class BatchComputation:
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:
         places = self.conditions.items(group, (self.rank, piece))
         items: list[TargetItem] = [self.batch.microbatches[m].targets[i] for m, i in places]
-        known = {item.generator for m in self.conditions.groups[group] for item in self.batch.microbatches[m].targets}
-        names = {name for name in known if self._sharding.meets(f"generators.{name}")}
+        names = self._meeting_generators(group)
         if not items and not names:
             return None
         lengths, mine = [item.rows for item in items], [item.peer == self.mesh.peer for item in items]

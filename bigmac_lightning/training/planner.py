@@ -219,7 +219,9 @@ class Planner:
             order = self._order(plan, workload)
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
-            planned = PlannedBatch.of(key, plan, lower(plan, order, needs)[self.rank], needs)
+            planned = PlannedBatch.of(
+                key, plan, lower(plan, order, needs, self.options.sharding.meeting)[self.rank], needs
+            )
         self.known[key] = planned
         return planned
 

@@ -17,6 +17,7 @@ from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import Reductions, SharedParameters, global_norm
+from bigmac_lightning.runtime.lowering import Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
@@ -185,8 +186,14 @@ class PipelineRunner:
                     scales,
                     self.sharding,
                 )
-                done = None if reductions is None else reductions.done
-                self.executor.run(planned.program, computation, planned.needs, planned.recomputes, done)
+
+                def hear(hint: Hint) -> None:
+                    if isinstance(hint, Soon):
+                        computation.start_gathering(hint.action.kind, hint.action.index)
+                    elif reductions is not None:
+                        reductions.done(hint.part)
+
+                self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         if reductions is not None:

@@ -1,10 +1,16 @@
 """A few of the random combinations of `matrix`, which runs as many as one likes by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.runtime import matrix
 
 CASES = matrix.cases(60)
+# Pipelines that gather the LLM's weights together, of which one or both have no loss.
+(WITH_FSDP, *_) = (case for case in CASES if case.options.sharding.stages == "fsdp" and case.dp == 2)
+NOTHING, ALL = ("nothing", "nothing"), ("all", "text")
+CASES.append(replace(WITH_FSDP, seed=len(CASES), kinds=((NOTHING, NOTHING), (NOTHING, ALL), (ALL, NOTHING))))
 
 
 @pytest.fixture(scope="module")
