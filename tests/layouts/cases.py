@@ -36,7 +36,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "generators": ("none", *SHARDED),
     "stages": ("ddp", "zero1"),
     "schedule": tuple(SCHEDULES),
-    "frozen": ("nothing", "encoders, layer 0", "LLM"),
+    "frozen": ("nothing", "encoders, layer 0", "LLM", "LLM but adapters"),
 }
 
 

@@ -14,11 +14,12 @@ from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer, w
 
 STEPS = 20
 CLIP = 0.5
-LEAST = 1e-3
-"""A gradient's error is relative to its norm, or to this part of the largest norm where its own is smaller."""
+SMALL = 1e-3
+"""The error of a gradient that is smaller than this part of the largest one is relative to this part."""
 ROUNDING = 1e-6
-"""A parameter whose gradient is smaller than this part of the largest one (biases of keys, whose gradients would be
-zero without rounding) is not compared after AdamW's steps, which are as large whatever the gradient is."""
+"""A gradient that is smaller than this part of the largest one is nothing but rounding (that of the bias of keys would
+be zero without it). Its error is relative to the largest gradient, and its parameter is not compared after AdamW's
+steps, which are as large whatever the gradient is."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Result:
 
     Attributes:
         loss, norm: of the first step.
-        gradient: of any parameter in the first step.
+        gradient: of any parameter in the first step, relative to the norm of its gradient; see `SMALL`.
         losses: of all steps, and of a validation after the last one.
         clipped: of the norm after clipping, in all steps.
         weight: of any parameter after the last step, relative to how far training has moved it.
@@ -131,12 +132,13 @@ def _largest(expected: Record) -> float:
 
 
 def _errors(records: list[Record], expected: Record) -> Iterator[float]:
-    least = LEAST * _largest(expected)
+    largest = _largest(expected)
     for record in records:
         for name, gradient in _canonical(record.gradients, expected):
             should_be = expected.gradients[name]
             if gradient is not None and should_be is not None:
-                yield float((gradient.float() - should_be.float()).norm()) / max(float(should_be.float().norm()), least)
+                error, size = float((gradient.double() - should_be.double()).norm()), float(should_be.double().norm())
+                yield error / (max(size, SMALL * largest) if size > ROUNDING * largest else largest)
 
 
 def _drifts(records: list[Record], expected: Record) -> Iterator[float]:

@@ -22,6 +22,7 @@ from bigmac_lightning.models import (
 from tests.layouts.cases import Case
 from tests.models import zoo
 from tests.runtime.test_real_models import MMDIT, TOWER
+from tests.toy import seeded
 from tests.training.trainers import weights, whole
 
 LAYERS = 4
@@ -39,6 +40,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "spread experts": EXPERTS,
 }
+ADAPTERS = {"r": 2, "target_modules": ["q_proj", "k_proj", "o_proj"]}
 
 
 @dataclass
@@ -80,6 +82,14 @@ class RecordedLM(MultimodalLM):
     given: dict[str, Tensor] = {}
     record: Record
 
+    def adapt(self) -> None:
+        """Adapters already do something: each of them has a gradient."""
+        super().adapt()
+        for name, parameter in self.named_parameters():
+            if ".lora_B." in name:
+                seeded(name)
+                torch.nn.init.normal_(parameter, std=0.1)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         self.record.losses.append(float(loss))
@@ -108,8 +118,9 @@ def module_of(case: Case) -> RecordedLM:
     else:
         config = {"model_type": "qwen3", **zoo.TEXT, "num_hidden_layers": LAYERS, "tie_word_embeddings": False}
         llm, encoders = HFDecoder({**config, **DECODERS[case.decoder]}), {"image": VisionEncoder(TOWER, width=32)}
-    frozen = {"nothing": [], "encoders, layer 0": ["encoders", first_layer], "LLM": ["llm"]}[case.frozen]
-    return RecordedLM(llm, encoders, generators, freeze=frozen, learning_rate=1e-3, schedule="constant")
+    frozen = {"encoders, layer 0": ["encoders", first_layer], "LLM": ["llm"]}.get(case.frozen, [])
+    lora = {"llm": ADAPTERS} if case.frozen == "LLM but adapters" else None
+    return RecordedLM(llm, encoders, generators, freeze=frozen, lora=lora, learning_rate=1e-3, schedule="constant")
 
 
 def batch_of(case: Case, layout: PipelineLayout, seed: int) -> Batch:
