@@ -172,7 +172,7 @@ def _divided(rank: int, name: str) -> tuple[int, int, int, dict[str, int]]:
     llm = sum(local(parameter).numel() for parameter in module.llm.parameters())
     runner = PipelineRunner(module, mesh, options)
     memory = runner.executor.memory = MemoryTracker([*module.parameters(), *runner.sharding.whole()])
-    given = module.prepare(batch(runner.layout, 8))
+    given = module.prepare(batch(runner.layout, 4))
     runner(with_slices(given, mesh.cp_rank, mesh.cp_size) if mesh.cp_size > 1 else given, "train")
     optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
     optimizer.step()
@@ -189,7 +189,7 @@ def test_ranks_of_several_processes(name: str) -> None:
     told = built(**model)
     options, stages, _ = resolve_options(told, PipelineOptions(sharding=sharding, parallel=sizes), 2)
     told.adapt()
-    step = StepEstimate(told, options, stages, 2, TYPICAL, 8, Precision())
+    step = StepEstimate(told, options, stages, 2, TYPICAL, 4, Precision())
     measured = run_ranks(4, _divided, name)
     for pp_rank, told_of in enumerate(step.ranks):
         found = [(llm, stored, peak) for rank, llm, stored, peak in measured if rank == pp_rank]

@@ -53,8 +53,13 @@ _OWN_STYLES = {"replicated_with_grad_allreduce": _SummedGradients(), "vocabulary
 _MISSING_RULES = {
     "apertus": {"mlp.act_fn": "replicated_with_grad_allreduce"},
     "apertus1p5_text": {"mlp.act_fn": "replicated_with_grad_allreduce"},
+    "qwen3_vl_text": {
+        **{f"{layer}_proj": "colwise" for layer in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")},
+        **{f"{layer}_proj": "rowwise" for layer in ("self_attn.o", "mlp.down")},
+    },
 }
-"""What the library's plans have left out: parameters whose gradient would be another one on each rank."""
+"""What the library's plans have left out: parameters whose gradient would be another one on each rank; and the layers of
+Qwen3-VL, which are those of Qwen3."""
 _HEAD_NORM = re.compile(r"(.*\.)(q|k|v|query|key|value)_(norm|layernorm)")
 """Norms of heads, which some of the library's plans have left out as well (those of sarvam_moe, qwen3_vl_moe)."""
 _WRONG_PLANS = {"doge": "one that does not fit its attention"}

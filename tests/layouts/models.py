@@ -92,7 +92,7 @@ class RecordedLM(MultimodalLM):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.record.losses.append(float(loss))
+        self.record.losses.append(float(loss.detach()))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
