@@ -85,7 +85,7 @@ def _on_rank(rank: int, case: Case, steps: int, half: bool) -> tuple[Record, Rec
 def _fit(trainer: Any, case: Case, steps: int, given: dict[str, Tensor] | None = None) -> Record:
     module = module_of(case)
     module.given = given or {}
-    trainer.fit(module, Data(case, steps))
+    trainer.fit(module, Data(case, steps, replicas=case.mesh[0]))
     if hasattr(trainer.strategy, "open_module"):
         trainer.strategy.open_module()
     record = module.record

@@ -161,16 +161,16 @@ def _rows(layout: PipelineLayout, seed: int) -> Batch:
 
 
 class Data(pl.LightningDataModule):
-    """New batches in each step. A single process gets those of all pipelines."""
+    """New batches in each step, for a number of replicas. A single pipeline gets those of all of them."""
 
-    def __init__(self, case: Case, steps: int) -> None:
+    def __init__(self, case: Case, steps: int, replicas: int) -> None:
         super().__init__()
-        self.case, self.steps = case, steps
+        self.case, self.steps, self.replicas = case, steps, replicas
 
     def collate(self, indices: list[int]) -> Batch:
         assert self.trainer is not None
         layout = getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
-        replicas, (step,) = self.case.mesh[0], indices
+        replicas, (step,) = self.replicas, indices
         own = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
         chosen = [own["rank"]] if own["num_replicas"] > 1 else range(replicas)
         batches = [batch_of(self.case, layout, replicas * step + replica) for replica in chosen]
