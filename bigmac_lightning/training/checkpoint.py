@@ -82,7 +82,8 @@ def load_directory(
     """This rank's part of a checkpoint directory. Collective.
 
     Args:
-        own: this rank's `state_dict`, into whose tensors weights are read; empty: weights are read into new tensors.
+        own: this rank's `state_dict`, into whose tensors weights are read; empty: weights are read into new tensors. Of
+            a weight that lies in shards or slices, only this rank's part of the optimizer state is read.
         optimizers: whether to read the optimizers' states.
         unknown: whether to read weights that the model does not have; otherwise they become tensors without values.
 
@@ -104,7 +105,7 @@ def load_directory(
         if kind == MODEL and not unknown and names.of_model(name) != name:
             unread[name] = _empty(entry, "meta")
         else:
-            room[place] = _room(entry, own.get(name) if kind == MODEL else None)
+            room[place] = _room(entry, own.get(name)) if kind == MODEL else _moments(entry, place, own)
     tree = nested(room)
     with single_process_dcp():
         dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -222,6 +223,13 @@ def _room(entry: Any, own: Any) -> Any:
     """A tensor to read into: the model's own if its shape and type are the same, or a new one."""
     alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
     return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
+
+
+def _moments(entry: Any, place: tuple[Any, ...], own: Mapping[str, Any]) -> Any:
+    """A new tensor to read an entry of an optimizer's state into, divided as its weight is."""
+    weight = own.get(place[2]) if place[0] != OTHERS and len(place) == 4 else None
+    alike = isinstance(weight, DTensor) and isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
+    return torch.empty_like(weight, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
 
 
 def _empty(entry: Any, device: str) -> Any:

@@ -58,7 +58,7 @@ _MISSING_RULES = {
         **{f"{layer}_proj": "rowwise" for layer in ("self_attn.o", "mlp.down")},
     },
 }
-"""What the library's plans have left out: parameters whose gradient would be another one on each rank, and the layers of
+"""What the library's plans have left out: parameters whose gradient would be another one on each rank; the layers of
 Qwen3-VL, which are like those of Qwen3."""
 _HEAD_NORM = re.compile(r"(.*\.)(q|k|v|query|key|value)_(norm|layernorm)")
 """Norms of heads, which some of the library's plans have left out as well (those of sarvam_moe, qwen3_vl_moe)."""
