@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
+from bigmac_lightning.checkpoints.packed import in_one_piece, is_packed
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.reading import single_process_dcp
 from bigmac_lightning.contracts.module import PipelineModule
@@ -48,6 +49,7 @@ def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> 
     """
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
+    tensors = nested({place: in_one_piece(value) for place, value in _leaves(tensors)})
     place = on_first_rank(lambda: files.unfinished(path))
     with single_process_dcp():
         dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
@@ -222,6 +224,7 @@ def _on_cpu(value: Any) -> Any:
 def _room(entry: Any, own: Any) -> Any:
     """A tensor to read into: the model's own if its shape and type are the same, or a new one."""
     alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
+    alike = alike and not is_packed(own)  # `load_weights` cuts these
     return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
 
 
@@ -229,6 +232,7 @@ def _moments(entry: Any, place: tuple[Any, ...], own: Mapping[str, Any]) -> Any:
     """A new tensor to read an entry of an optimizer's state into, divided as its weight is."""
     weight = own.get(place[2]) if place[0] != OTHERS and len(place) == 4 else None
     alike = isinstance(weight, DTensor) and isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
+    alike = alike and not is_packed(weight)  # its optimizer's state is read whole, and cut when the optimizer gets it
     return torch.empty_like(weight, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
 
 
