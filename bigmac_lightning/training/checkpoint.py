@@ -231,8 +231,9 @@ def _room(entry: Any, own: Any) -> Any:
 def _moments(entry: Any, place: tuple[Any, ...], own: Mapping[str, Any]) -> Any:
     """A new tensor to read an entry of an optimizer's state into, divided as its weight is."""
     weight = own.get(place[2]) if place[0] != OTHERS and len(place) == 4 else None
-    alike = isinstance(weight, DTensor) and isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
-    alike = alike and not is_packed(weight)  # its optimizer's state is read whole, and cut when the optimizer gets it
+    if not isinstance(weight, DTensor) or is_packed(weight):  # it is read whole, and cut when the optimizer gets it
+        return _empty(entry, "cpu")
+    alike = isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
     return torch.empty_like(weight, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
 
 
