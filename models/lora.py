@@ -5,11 +5,13 @@ mean the same on all ranks. Adapters need `pip install bigmac-lightning[lora]`.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .initialization import seeded
 
@@ -93,7 +95,7 @@ def add_lora(
     if not here:  # all targets are on other ranks
         return
     config = LoraConfig(**{**options, "target_modules": "|".join(map(re.escape, here))})
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _whole_shapes(component):
         children = nn.Module()  # peft would take a component that has a config for a model of transformers
         children._modules = component._modules
         inject_adapter_in_model(config, children, _ADAPTER)
@@ -102,6 +104,21 @@ def add_lora(
             if isinstance(module, LoraLayer):
                 with seeded(seed, f"{name}.{path}"):
                     module.reset_lora_parameters(_ADAPTER, init_lora_weights=True)
+
+
+@contextmanager
+def _whole_shapes(component: nn.Module) -> Iterator[None]:
+    """Within this context weights in slices are replaced by ones of their whole shape that take no memory: peft gives
+    adapters the shape of a slice, but they are made whole, with the same numbers on all ranks, and cut afterwards."""
+    slices = [(m, n, p) for m in component.modules() for n, p in m._parameters.items() if isinstance(p, DTensor)]
+    try:
+        for module, name, weight in slices:
+            stand_in = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+            module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+        yield
+    finally:
+        for module, name, weight in slices:
+            module._parameters[name] = weight
 
 
 def fold_lora(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:

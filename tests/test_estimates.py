@@ -8,6 +8,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.parallel import ParallelSizes
+from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import TrainedLayers
 from bigmac_lightning.estimates.ranks import Precision, ranks_of
@@ -18,7 +20,7 @@ from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, resolve_options
+from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from tests.models.parts import counting
 from tests.ranks import run_ranks
 from tests.training.trainers import strategy_of
@@ -37,6 +39,7 @@ DECODER: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+ADAPTERS = {"llm": {"r": 2, "target_modules": ["q_proj", "o_proj", "down_proj"]}}
 TOWER = {
     "model_type": "siglip_vision_model",
     "image_size": 16,
@@ -146,6 +149,57 @@ def test_memory_of_shards_is_that_of_the_run(pp: int) -> None:
             )
             blocks = whole if sharding.encoders == "fsdp" and pp > 1 else 0
             assert report.gathered == gathered + blocks
+
+
+PEERS: dict[str, tuple[ParallelSizes, ShardingOptions, dict[str, Any]]] = {
+    "tensor": (ParallelSizes(tensor=2), ShardingOptions("fsdp", "zero1"), {}),
+    "context": (ParallelSizes(context=2), ShardingOptions("zero1", "fsdp", "zero1"), {"tie_word_embeddings": True}),
+    "experts": (ParallelSizes(tensor=2, expert=2), ShardingOptions(), EXPERTS),
+    "adapters": (ParallelSizes(tensor=2), ShardingOptions(), {"lora": ADAPTERS}),
+}
+
+
+def _divided(rank: int, name: str) -> tuple[int, int, int, dict[str, int]]:
+    """Parameters of the LLM and bytes between steps, and the peaks of activations."""
+    sizes, sharding, model = PEERS[name]
+    module = built(**model)
+    options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding, parallel=sizes), 2)
+    mesh = build_mesh(torch.device("cpu"), 1, 2, options.stage_rank(2), cp=sizes.context, tp=sizes.tensor)
+    part = part_of(mesh.pp_rank, stages, options.stage_rank(2))
+    module.part = replace(part, peers=peers_of(mesh, sizes))
+    module.configure_model()
+    module.train()
+    llm = sum(local(parameter).numel() for parameter in module.llm.parameters())
+    runner = PipelineRunner(module, mesh, options)
+    memory = runner.executor.memory = MemoryTracker([*module.parameters(), *runner.sharding.whole()])
+    given = module.prepare(batch(runner.layout, 4))
+    runner(with_slices(given, mesh.cp_rank, mesh.cp_size) if mesh.cp_size > 1 else given, "train")
+    optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
+    optimizer.step()
+    held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return mesh.pp_rank, llm, sum(local(tensor).nbytes for tensor in held), memory.peak
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_ranks_of_several_processes(name: str) -> None:
+    """Parameters, and memory between steps to the byte, of that process of each rank that has most; activations as
+    near as those of single processes are."""
+    sizes, sharding, model = PEERS[name]
+    told = built(**model)
+    options, stages, _ = resolve_options(told, PipelineOptions(sharding=sharding, parallel=sizes), 2)
+    told.adapt()
+    step = StepEstimate(told, options, stages, 2, TYPICAL, 4, Precision())
+    measured = run_ranks(4, _divided, name)
+    for pp_rank, told_of in enumerate(step.ranks):
+        found = [(llm, stored, peak) for rank, llm, stored, peak in measured if rank == pp_rank]
+        assert told_of.llm == found[0][0]
+        assert told_of.static == max(stored for _, stored, _ in found)
+        activations = {**told_of.activations, "llm": told_of.activations["LLM"] + told_of.activations["logits"]}
+        for kind in found[0][2]:
+            size = max(peak[kind] for *_, peak in found)
+            close = 0.6 * size <= activations[kind] <= 1.3 * size
+            assert close or (name == "adapters" and kind == "llm"), (kind, pp_rank)  # frozen matrices count as trained
 
 
 def batch(layout: PipelineLayout, microbatches: int) -> Batch:

@@ -13,6 +13,7 @@ COLLECTIVES = (
     "llm/tensor_parallel.py",
     "llm/tensor_sums.py",
     "llm/vocabulary_parallel.py",
+    "models/lora.py",
     "models/loading.py",
 )
 """What computes a stage together with other ranks, on meshes that it is given."""

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import Shape, mismatches
+from bigmac_lightning.checkpoints.packed import is_packed
 from bigmac_lightning.checkpoints.reading import as_checkpoint, check_directory, single_process_dcp
 
 
@@ -53,14 +55,19 @@ class CheckpointWeights:
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._file["state_dict"].items()}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the values into these tensors, by name. The tensors may have any dtype and device."""
+        """Copy the values into these tensors, by name. The tensors may have any dtype and device. Of a tensor that lies
+        in slices, this process gets its slice."""
         if self._file is not None:
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    tensor.copy_(self._file["state_dict"][name])
+            for name, tensor in tensors.items():
+                _copy(self._file["state_dict"][name], tensor)
             return
         with single_process_dcp():
-            dcp_load({"model": dict(tensors)}, checkpoint_id=self.path, no_dist=True)
+            direct = {name: tensor for name, tensor in tensors.items() if not is_packed(tensor)}
+            dcp_load({"model": direct}, checkpoint_id=self.path, no_dist=True)
+            for name in tensors.keys() - direct.keys():
+                whole = torch.empty(self.shapes[name], dtype=self._dtypes[name], device="cpu")
+                dcp_load({"model": {name: whole}}, checkpoint_id=self.path, no_dist=True)
+                _copy(whole, tensors[name])
 
     def read(self) -> dict[str, Tensor]:
         """All tensors, by name."""
@@ -89,3 +96,13 @@ class CheckpointWeights:
             {name: shape for name, shape in named.items() if name.startswith(inside)} for named in (self.shapes, shapes)
         )
         return mismatches(stored, wanted, allowed=allowed)
+
+
+def _copy(whole: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor, or this process's slice of it."""
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(
+                whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
+        tensor.copy_(whole)

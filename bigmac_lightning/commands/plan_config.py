@@ -162,6 +162,13 @@ def _shards(options: PipelineOptions) -> str:
     return f", in shards ({listed})" if kinds else ""
 
 
+def _peers(options: PipelineOptions) -> str:
+    """How many processes a rank consists of, and which of them the table is about."""
+    sizes = {name: size for name, size in asdict(options.parallel).items() if size > 1}
+    listed = ", ".join(f"{name} parallel size {size}" for name, size in sizes.items())
+    return f", each of {options.parallel.peers} processes ({listed}), of one of which the table tells" if sizes else ""
+
+
 def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
     """The caption of the table: the assumptions of the estimates."""
     sample_tokens = run.strategy.options.sample_tokens
@@ -170,8 +177,7 @@ def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: in
     )
     media = f", {microbatch.media_rows} of them of media, {microbatch.item_rows} each" if microbatch.media_rows else ""
     targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
-    peers = run.strategy.options.parallel.peers
-    divided = f", each of {peers} processes, which divide what the table tells (not counted)" if peers > 1 else ""
+    divided = _peers(run.strategy.options)
     return (
         f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks{divided}; "
         f"{microbatches} microbatches of {microbatch.tokens} tokens{media}{targets}.\n"

@@ -8,7 +8,7 @@ V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -199,6 +199,18 @@ class LanguageModel(nn.Module, ABC):
     def saved_activations(self) -> LayerCosts:
         """Estimated numbers per token that each part saves for the backward without `gradient_checkpointing`."""
         return LayerCosts((0.0,) * self.num_layers)
+
+    def slices(self, sizes: ParallelSizes) -> Mapping[nn.Parameter, int]:
+        """Into how many slices of equal size `parallelize` would cut each parameter; without those that stay whole."""
+        return {}
+
+    def divided_costs(self, sizes: ParallelSizes, sample_tokens: int = 0) -> LayerCosts:
+        """As `costs`, of one of the processes that `parallelize` lets compute a stage, per token that it has."""
+        return self.costs(sample_tokens)
+
+    def divided_activations(self, sizes: ParallelSizes) -> LayerCosts:
+        """As `saved_activations`, of one of these processes, per token that it has."""
+        return self.saved_activations()
 
     def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterable[nn.Parameter]:
         """The parameters that `materialize` would give weights to, before it is called; empty if they are not known."""

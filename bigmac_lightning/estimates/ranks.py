@@ -1,7 +1,11 @@
-"""What each rank of a pipeline holds: its layers, its parameters, and the memory that these take from start to end."""
+"""What each rank of a pipeline holds: its layers, its parameters, and the memory that these take from start to end.
 
-from collections.abc import Iterable, Sequence
+If a rank consists of several processes, the estimates are those of its first process, which has the most.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import nn
 
@@ -37,15 +41,26 @@ class Precision:
         """The bytes of a number of a component's weight."""
         return self.weights or (component.dtype.itemsize if component.dtype else parameter.element_size())
 
-    def static(self, component: Component, parameters: Iterable[nn.Parameter], rank: int = 0, shards: int = 1) -> int:
+    def static(
+        self,
+        component: Component,
+        parameters: Iterable[nn.Parameter],
+        rank: int = 0,
+        shards: int = 1,
+        slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    ) -> int:
         """The bytes of a rank's shards of these weights of a component. A trained weight has a gradient and AdamW's two
         moments besides, so it counts four times.
 
         Args:
             rank: which shard the rank has.
             shards: number of shards, into which the rows of a weight are divided; 1: the weights are whole.
+            slices: into how many slices a weight is divided besides.
         """
-        return sum(_part(p, rank, shards) * self.size(component, p) * (4 if p.requires_grad else 1) for p in parameters)
+        return sum(
+            _part(p, rank, shards) // slices.get(p, 1) * self.size(component, p) * (4 if p.requires_grad else 1)
+            for p in parameters
+        )
 
     def gathered(self, component: Component, kind: str) -> int:
         """The bytes of whole weights and gradients that exist at the same time if a component lies in shards.
@@ -69,11 +84,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """What a rank holds, computes and needs.
+    """What a rank holds, computes and needs; or, if it consists of several processes, one of them.
 
     Attributes:
         layers: the layers of each of its stages.
-        llm: the number of parameters of its part of the LLM.
+        llm: the number of parameters of its part of the LLM, slices and not shards of them.
         replicated: the number of parameters of encoders and generators, which every rank has.
         share: its share of the LLM's time.
         static: bytes of weights, gradients and AdamW's two moments, as far as this rank has them between steps.
@@ -116,10 +131,11 @@ def ranks_of(
         replicas: the number of pipelines.
     """
     stage_rank, made = options.stage_rank(size), list[RankEstimate]()
+    peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
     count = sum(_count(component.parameters()) for component, _ in _replicated(module, options.sharding))
     gathered = 0
     for component, kind in _replicated(module, options.sharding):
-        gathered += precision.gathered(component, kind) if _shards(kind, size, replicas) > 1 else 0
+        gathered += precision.gathered(component, kind) if _shards(kind, size * peers, replicas) > 1 else 0
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
@@ -127,20 +143,22 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        stages_apart = options.sharding.stages != "ddp" and replicas > 1
-        static = precision.static(module.llm, own, 0, replicas if stages_apart else 1)
+        of_stages = replicas * options.parallel.context if options.sharding.stages != "ddp" else 1
+        static = precision.static(module.llm, own, 0, of_stages, slices)
         for component, kind in _replicated(module, options.sharding):
-            static += precision.static(component, component.parameters(), rank, _shards(kind, size, replicas))
+            shards = _shards(kind, size * peers, replicas)
+            static += precision.static(component, component.parameters(), rank * peers, shards)
         whole_stages = sum(
-            p.numel() * precision.size(module.llm, p) * (1 + p.requires_grad) for p in own if stages_apart
+            p.numel() * precision.size(module.llm, p) * (1 + p.requires_grad) for p in own if of_stages > 1
         )
-        made.append(RankEstimate(layers, _count(own), count, share, static, gathered + whole_stages))
+        llm = sum(parameter.numel() // slices.get(parameter, 1) for parameter in own)
+        made.append(RankEstimate(layers, llm, count, share, static, gathered + whole_stages))
     return made
 
 
-def _shards(kind: str, size: int, replicas: int) -> int:
-    """Into how many shards the weights of an encoder or a generator are cut."""
-    return {"ddp": 1, "zero1": size * replicas, "fsdp": size}[kind]
+def _shards(kind: str, processes: int, replicas: int) -> int:
+    """Into how many shards the weights of an encoder or a generator are cut, by so many processes of a pipeline."""
+    return {"ddp": 1, "zero1": processes * replicas, "fsdp": processes}[kind]
 
 
 def _part(parameter: nn.Parameter, rank: int, shards: int) -> int:

@@ -61,6 +61,9 @@ class StepEstimate:
         """
         self.module, self.options, self.stages, self.size = module, options, stages, size
         self.microbatch, self.precision = microbatch, precision
+        self._peers = options.parallel.peers
+        self._tokens = microbatch.tokens / options.parallel.context
+        self._llm_costs = module.llm.divided_costs(options.parallel, options.sample_tokens)
         self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
         self._media = self._media_cost()
         self._target = _mean(
@@ -92,17 +95,16 @@ class StepEstimate:
         return item * (self.microbatch.media_rows / self.microbatch.item_rows)
 
     def _estimate_costs(self) -> Costs:
-        """The costs of a microbatch in TFLOP.
+        """The costs of a microbatch in TFLOP, of one of the processes that a rank consists of.
 
         F, B, I and W are those of the mean rank with all layers trained, as `Trained` leaves out what frozen layers do
         not need. EF and EB are those of all media, with all weights of the encoders trained, for the same reason. G is
         that of all targets, with what is trained of the generators.
         """
-        module, per_multiplication = self.module, FLOP * self.microbatch.tokens / TERA
-        costs = module.llm.costs(self.options.sample_tokens)
-        forward = per_multiplication * sum(costs.of(stage) for stage in self.stages) / self.size
+        module, per_multiplication = self.module, FLOP * self._tokens / TERA
+        forward = per_multiplication * sum(self._llm_costs.of(stage) for stage in self.stages) / self.size
         again = forward * module.llm.gradient_checkpointing
-        encoder, target = (FLOP * cost.multiplications / TERA for cost in (self._media, self._target))
+        encoder, target = (FLOP * cost.multiplications / self._peers / TERA for cost in (self._media, self._target))
         encoders, generators = module.encoders.values(), _generators(module)
         share = trained_share(module.generators.parameters())
         through = share > 0 or module.trained_layers.passes[-1]
@@ -119,8 +121,8 @@ class StepEstimate:
 
     def _stage_factors(self) -> tuple[float, ...]:
         """How long each stage takes, relative to the mean stage."""
-        costs = self.module.llm.costs(self.options.sample_tokens)
-        factors = replace(self.options, stage_factors="auto").estimated(costs, self.stages).stage_factors
+        options = replace(self.options, stage_factors="auto")
+        factors = options.estimated(self._llm_costs, self.stages).stage_factors
         assert isinstance(factors, tuple)
         return factors
 
@@ -145,8 +147,8 @@ class StepEstimate:
             costs: the estimated costs, in TFLOP.
         """
         plan = self.plan
-        times = self.module.trained_layers.step(self.module.llm.costs(self.options.sample_tokens))
-        llm = FLOP * self.microbatch.tokens / TERA * sum(times.of(stage) for stage in held.layers)
+        times = self.module.trained_layers.step(self._llm_costs)
+        llm = FLOP * self._tokens / TERA * sum(times.of(stage) for stage in held.layers)
         backward = costs.EB * self._trained.encoder_backward if self._trained.encoders else 0.0
         unit = costs.EF * (1 + plan.recomputes) + backward
         encoder = sum(_of_rank(plan.encoder_shares, plan, rank)) * unit
@@ -156,33 +158,33 @@ class StepEstimate:
 
     def _activations(self, rank: int, held: RankEstimate) -> dict[str, float]:
         """Bytes at the peak by component. Whatever has a backward counts as if all of its weights were trained."""
-        given, llm, size, passes = (
-            self.microbatch,
-            self.module.llm,
-            self._number_size,
-            self.module.trained_layers.passes,
-        )
-        saved = LayerCosts.of_parts(
-            [numbers * there for numbers, there in zip(llm.saved_activations().parts, passes, strict=True)]
-        )
+        given, llm, size, parallel = self.microbatch, self.module.llm, self._number_size, self.options.parallel
+        passes, activations = self.module.trained_layers.passes, llm.divided_activations(parallel)
+        saved = LayerCosts.of_parts([numbers * there for numbers, there in zip(activations.parts, passes, strict=True)])
         at_once = 0.0
         if llm.gradient_checkpointing:
             at_once = max((saved.layers[k] for stage in held.layers for k in stage), default=0.0)
             saved = replace(saved, layers=tuple(llm.width * there for there in passes[1:-1]))
         alive = sum(saved.of(stage) for stage in held.layers)
         microbatches = self.timeline.llm_microbatches[rank]
-        found = {"LLM": given.tokens * size * (alive * microbatches + at_once)}
+        found = {"LLM": self._tokens * size * (alive * microbatches + at_once)}
         if self._media.activations:
             unit = self._media.activations * self._trained.encoder_backward if self._trained.encoders else 0.0
-            found["encoder"] = self.timeline.encoder_units[rank] * unit * size
+            found["encoder"] = self._of_process(self.timeline.encoder_units[rank], given.items) * unit * size
         if self._target.activations:
-            targets = max(_of_rank(self.plan.generator_shares, self.plan, rank), default=0.0) * given.targets
+            shares = _of_rank(self.plan.generator_shares, self.plan, rank)
+            targets = self._of_process(max(shares, default=0.0), given.targets) * given.targets
             found["generator"] = targets * self._target.activations * size
         head = any(stage.stop == llm.num_layers for stage in held.layers)
-        elements = min(given.tokens * llm.vocabulary, CHUNK_ELEMENTS) if head else 0
+        elements = min(self._tokens * llm.vocabulary / parallel.tensor, CHUNK_ELEMENTS) if head else 0
         # log-probabilities and their gradient in float32, and the logits themselves where these are narrower
         found["logits"] = elements * (8 + (size if size < 4 else 0))
         return found
+
+    def _of_process(self, units: float, items: int) -> float:
+        """How many of a rank's units one of its processes has; at least one of the items of a microbatch, as items are
+        never split, if the rank has any."""
+        return max(units / self._peers, min(units, 1 / items)) if items else 0.0
 
 
 def _generators(module: PipelineModule) -> list[Generator]:

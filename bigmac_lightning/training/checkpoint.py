@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
+from bigmac_lightning.checkpoints.packed import in_one_piece, is_packed
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.reading import single_process_dcp
 from bigmac_lightning.contracts.module import PipelineModule
@@ -47,6 +48,7 @@ def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> 
     """
     tensors, rest = _apart(checkpoint, names)
     rest = _joined(rest, names, replica)
+    tensors = nested({place: in_one_piece(value) for place, value in _leaves(tensors)})
     place = on_first_rank(lambda: files.unfinished(path))
     with single_process_dcp():
         dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
@@ -81,7 +83,8 @@ def load_directory(
     """This rank's part of a checkpoint directory. Collective.
 
     Args:
-        own: this rank's `state_dict`, into whose tensors weights are read; empty: weights are read into new tensors.
+        own: this rank's `state_dict`, into whose tensors weights are read; empty: weights are read into new tensors. Of
+            a weight that lies in shards or slices, only this rank's part of the optimizer state is read.
         optimizers: whether to read the optimizers' states.
         unknown: whether to read weights that the model does not have; otherwise they become tensors without values.
 
@@ -103,7 +106,7 @@ def load_directory(
         if kind == MODEL and not unknown and names.of_model(name) != name:
             unread[name] = _empty(entry, "meta")
         else:
-            room[place] = _room(entry, own.get(name) if kind == MODEL else None)
+            room[place] = _room(entry, own.get(name)) if kind == MODEL else _moments(entry, place, own)
     tree = nested(room)
     with single_process_dcp():
         dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
@@ -218,7 +221,17 @@ def _on_cpu(value: Any) -> Any:
 def _room(entry: Any, own: Any) -> Any:
     """A tensor to read into: the model's own if its shape and type are the same, or a new one."""
     alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
+    alike = alike and not is_packed(own)  # `load_weights` cuts these
     return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
+
+
+def _moments(entry: Any, place: tuple[Any, ...], own: Mapping[str, Any]) -> Any:
+    """A new tensor to read an entry of an optimizer's state into, divided as its weight is."""
+    weight = own.get(place[2]) if place[0] != OTHERS and len(place) == 4 else None
+    if not isinstance(weight, DTensor) or is_packed(weight):  # it is read whole, and cut when the optimizer gets it
+        return _empty(entry, "cpu")
+    alike = isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
+    return torch.empty_like(weight, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
 
 
 def _empty(entry: Any, device: str) -> Any:

@@ -8,6 +8,7 @@ Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.slices import WHOLE_POSITIONS
 from bigmac_lightning.contracts.token_loss import chunked_gradients, fused_token_loss, token_loss
+from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
@@ -299,6 +301,38 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def saved_activations(self) -> LayerCosts:
         return LayerCosts(tuple(cost.activations for cost in self._costs), head=2.0 * self.width)
+
+    def _cuts(self, sizes: ParallelSizes) -> dict[nn.Parameter, tuple[int, int]]:
+        cuts: dict[nn.Parameter, tuple[int, int]] = {}
+        if sizes.tensor > 1:
+            cuts.update(tensor_parallel.cuts_of(self._whole, self._tensor_plans(sizes.expert > 1), sizes.tensor))
+        if sizes.expert > 1:
+            cuts.update(tensor_parallel.cuts_of(self._whole, self._expert_plan, sizes.expert))
+        return cuts
+
+    def slices(self, sizes: ParallelSizes) -> dict[nn.Parameter, int]:
+        return {parameter: number for parameter, (_, number) in self._cuts(sizes).items()}
+
+    def _divided(self, sizes: ParallelSizes) -> list[ForwardCost]:
+        cuts = self._cuts(sizes)
+        if not cuts:
+            return self._costs
+        return [layer_cost(layer, c, cuts) for layer, c in zip(self._decoder.layers, self._layer_configs, strict=True)]
+
+    def divided_costs(self, sizes: ParallelSizes, sample_tokens: int = 0) -> LayerCosts:
+        whole, without_attention = self.costs(sample_tokens), self.costs()
+        heads = sizes.tensor if tensor_parallel.cuts_heads(self._tensor_plan) else 1
+        layers = tuple(
+            cost.multiplications + (all_of_it - matrices) / heads
+            for cost, all_of_it, matrices in zip(
+                self._divided(sizes), whole.layers, without_attention.layers, strict=True
+            )
+        )
+        return LayerCosts(layers, head=whole.head / sizes.tensor)
+
+    def divided_activations(self, sizes: ParallelSizes) -> LayerCosts:
+        whole = self.saved_activations()
+        return replace(whole, layers=tuple(cost.activations for cost in self._divided(sizes)))
 
     # -- running -----------------------------------------------------------------------------------------------------
 

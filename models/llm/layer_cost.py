@@ -1,5 +1,7 @@
 """Estimates of a decoder's layers per token, from their parameters on the meta device and their configs."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -10,13 +12,20 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts
 """The names under which the configs of transformers have it."""
 
 
-def layer_cost(layer: nn.Module, config: Any) -> ForwardCost:
+Cuts = Mapping[nn.Parameter, tuple[int, int]]
+"""Of each parameter that lies in slices: the dimension that is cut, counted from the last one (-1), and into how many
+slices."""
+
+
+def layer_cost(layer: nn.Module, config: Any, cuts: Cuts = MappingProxyType({})) -> ForwardCost:
     """The cost per token of a layer's matrices and convolutions. Of stacked experts, only those count that a token is
     routed to.
 
     Args:
         layer: a layer on the meta device.
         config: the config of this layer.
+        cuts: which parameters lie in slices: the cost is then that of a rank that has one slice of each. Where experts
+            are spread, a rank computes some of those that a token is routed to; but its tensors have a row for each.
     """
     total = ForwardCost()
     for module in layer.modules():
@@ -28,7 +37,12 @@ def layer_cost(layer: nn.Module, config: Any) -> ForwardCost:
             used = min(experts, experts_per_token(config)) if experts > 1 else 1
             size = parameter.numel() / experts
             first = parameter.shape[-2] if experts > 1 else parameter.shape[0]
-            total += ForwardCost(size, first + size / first) * used
+            dimension, slices = cuts.get(parameter, (-1, 1))
+            experts_apart = slices if dimension < -2 else 1
+            sides = [first, size / first]
+            if experts_apart == 1:
+                sides[dimension] /= slices
+            total += ForwardCost(sides[0] * sides[1] * used / experts_apart, sum(sides) * used)
     return total
 
 

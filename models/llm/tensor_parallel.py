@@ -53,8 +53,13 @@ _OWN_STYLES = {"replicated_with_grad_allreduce": _SummedGradients(), "vocabulary
 _MISSING_RULES = {
     "apertus": {"mlp.act_fn": "replicated_with_grad_allreduce"},
     "apertus1p5_text": {"mlp.act_fn": "replicated_with_grad_allreduce"},
+    "qwen3_vl_text": {
+        **{f"{layer}_proj": "colwise" for layer in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")},
+        **{f"{layer}_proj": "rowwise" for layer in ("self_attn.o", "mlp.down")},
+    },
 }
-"""What the library's plans have left out: parameters whose gradient would be another one on each rank."""
+"""What the library's plans have left out: parameters whose gradient would be another one on each rank; the layers of
+Qwen3-VL, which are like those of Qwen3."""
 _HEAD_NORM = re.compile(r"(.*\.)(q|k|v|query|key|value)_(norm|layernorm)")
 """Norms of heads, which some of the library's plans have left out as well (those of sarvam_moe, qwen3_vl_moe)."""
 _WRONG_PLANS = {"doge": "one that does not fit its attention"}
@@ -153,16 +158,19 @@ def _install_adapters(layer: Any, style: Any, mesh: DeviceMesh) -> None:
     B'; if each rank has a slice of x, it has these rows of A'."""
     if any(_random(layer.lora_dropout)):
         raise ValueError("lora_dropout: ranks that have slices of the same activations cannot draw it: set it to 0")
-    if isinstance(style, ColwiseParallel) and style.output_layouts.is_shard():
-        pairs = layer.lora_B
-    elif isinstance(style, RowwiseParallel) and style.input_layouts.is_shard():
-        pairs = layer.lora_A
-    else:
-        return
-    for adapter in pairs.values():
+    for adapter in _cut_adapters(layer, style):
         for own in list(adapter._parameters):
             style.shard_param(adapter, own, mesh)
         style.install_forward(adapter, mesh)
+
+
+def _cut_adapters(layer: Any, style: Any) -> list[Any]:
+    """Those parts of a linear layer's adapters that are cut."""
+    if isinstance(style, ColwiseParallel) and style.output_layouts.is_shard():
+        return list(layer.lora_B.values())
+    if isinstance(style, RowwiseParallel) and style.input_layouts.is_shard():
+        return list(layer.lora_A.values())
+    return []
 
 
 def _adapted(whole: nn.Module, name: str) -> Any:
@@ -220,9 +228,24 @@ def _odd_sizes(whole: Any, names: Names, plan: Plan, size: int) -> Iterator[str]
         yield f"{length} {'rows' if dimension == 0 else 'columns'} in {name}"
 
 
+def cuts_of(whole: Any, plan: Plan, size: int) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
+    """The parameters that a plan cuts into `size` slices, adapters among them, each with the dimension that is cut,
+    counted from the last one (-1), and the number of slices."""
+    for name, style in present(whole, plan).items():
+        path, _, own = name.rpartition(".")
+        parameter = _adapted(whole, path)._parameters.get(own)
+        if parameter is not None:
+            dimension, _ = _cut_dimension(style, own, parameter.ndim)
+            if dimension is not None:
+                yield parameter, (dimension - parameter.ndim, size)
+        elif hasattr(whole.get_submodule(name), "base_layer"):
+            for adapter in _cut_adapters(whole.get_submodule(name), _style(style)):
+                yield from ((p, (-2 if "colwise" in style else -1, size)) for p in adapter.parameters())
+
+
 def _cut_dimension(style: str, parameter: str, ndim: int) -> tuple[int | None, int]:
     """The dimension along which a style cuts a parameter, and how many matrices lie one after another in it."""
-    if style == "vocabulary_embedding":
+    if style in ("vocabulary_embedding", "grouped_gemm"):  # the latter cuts between experts
         return 0, 1
     packed = 2 if style.startswith("packed_") and ndim > 1 else 1
     if "colwise" in style:
@@ -234,15 +257,19 @@ def _cut_dimension(style: str, parameter: str, ndim: int) -> tuple[int | None, i
 
 def _odd_heads(plan: Plan, layer_configs: list[Any], size: int) -> Iterator[str]:
     """Numbers of heads that cannot be shared out among ranks each of which computes some heads."""
-    if not any(
-        style == "colwise" and re.search(r"(attn|attention)\..*\.weight$", name) for name, style in plan.items()
-    ):
+    if not cuts_heads(plan):
         return
     for config in layer_configs:
         for field in ("num_attention_heads", "num_key_value_heads"):
             heads = getattr(config, field, None)
             if isinstance(heads, int) and heads % size:
                 yield f"{field} = {heads}"
+
+
+def cuts_heads(plan: Plan) -> bool:
+    """Whether each rank computes some of the heads of attention."""
+    names = [name for name, style in plan.items() if style == "colwise"]
+    return any(re.search(r"(attn|attention)\..*\.weight$", name) for name in names)
 
 
 def _random(decoder: nn.Module) -> Iterator[tuple[str, float]]:

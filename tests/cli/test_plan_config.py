@@ -42,6 +42,18 @@ def test_the_papers_workload_at_full_size(capsys: pytest.CaptureFixture[str], tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_papers_workload_on_128_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the options that the config names."""
+    comments = re.findall(r"^#     (--trainer.*)$", (CONFIGS / "qwen3_moe_vit_mmdit.yaml").read_text(), re.MULTILINE)
+    assert main([*PAPER, *comments]) == 0
+    shown = capsys.readouterr().out
+    assert "8 pipelines of 4 ranks, each of 4 processes (tensor parallel size 4, expert parallel size 4)" in shown
+    rows = re.findall(r"│ +\d+ │ +\d+\.\.\d+ │ +([\d.]+) B │ +21.83 B │ .* ([\d.]+) GiB │", shown)
+    assert len(rows) == 4
+    assert 4 * sum(float(parameters) for parameters, _ in rows) == pytest.approx(30.53, rel=0.01)
+    assert 20 < max(float(memory) for _, memory in rows) < 60  # GiB, of 80 GB
+
+
 def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     strategy = "--trainer.strategy.init_args"
     options = [f"{strategy}.schedule.policy=upfront", f"{strategy}.schedule.costs.EF=2"]

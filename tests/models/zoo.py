@@ -455,9 +455,9 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
     return made
 
 
-def sequences(model: Model, packed: bool) -> list[list[list[Sequence]]]:
+def sequences(model: Model, packed: bool, seed: int = 3) -> list[list[list[Sequence]]]:
     """Rows of samples of each microbatch: unequal ones, one of text alone, and several samples per row if packed."""
-    random = Random(3)
+    random = Random(seed)
     several = 2 if packed else 1
     draws = [model.draw, model.draw, None, model.draw]
     return [[[sequence(random, draw) for _ in range(several)] for _ in range(2)] for draw in draws]

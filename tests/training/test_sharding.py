@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bigmac_lightning import BigMacStrategy, ShardingOptions
+from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from tests.toy import ToyData, ToyEncoder, ToyGenerator, ToyModule
@@ -68,7 +69,17 @@ def _run(rank: int, layout: Layout, epochs: int, start: Path | None, save: Path 
         with pytest.raises(ValueError, match="this process holds"):
             module.state_dict()
     trainer.strategy.open_module()
+    if save is not None and layout.directory:
+        _check_that_shards_are_read(module, trainer.strategy.load_checkpoint(save))
     return weights(module)
+
+
+def _check_that_shards_are_read(module: ToyModule, checkpoint: dict[str, Any]) -> None:
+    """A rank reads of the optimizer's moments what it has of their weights."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    for name, parameter in module.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq") if name in optimizer["state"] else ():
+            assert local(optimizer["state"][name][moment]).shape == local(parameter).shape, name
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from bigmac_lightning.runtime.sharding import local
 
 
 class _Saved:
@@ -30,7 +31,7 @@ class MemoryTracker:
     """Counts live and peak bytes per component.
 
     Args:
-        parameters: parameters of the model, whose storages are not counted. Shards are left out.
+        parameters: parameters of the model, whose storages are not counted: whole ones, slices or shards.
 
     Attributes:
         live: by component, the bytes that are alive now.
@@ -41,8 +42,7 @@ class MemoryTracker:
 
     def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
         # By the storage, not by its address: weights in shards are whole at other addresses each time.
-        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-        self._ignored = {parameter.untyped_storage()._cdata for parameter in whole}
+        self._ignored = {local(parameter).untyped_storage()._cdata for parameter in parameters}
         self._references: dict[tuple[str, int], int] = {}
         self.live: dict[str, int] = {}
         self.peak: dict[str, int] = {}
@@ -59,7 +59,7 @@ class MemoryTracker:
         """Count the tensors that autograd saves inside this block for the component `name`."""
 
         def pack(tensor: Tensor) -> _Saved | Tensor:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage._cdata in self._ignored:
                 return tensor
             key, size = (name, storage.data_ptr()), storage.nbytes()

@@ -1,0 +1,25 @@
+"""Slices of weights that consist of several matrices, such as the gate and up projections of experts.
+
+Tensor parallelism cuts each of the matrices, so a rank's slice consists of several pieces of the whole weight. torch's
+DCP takes it for one piece, and would read and write the wrong numbers.
+"""
+
+from typing import Any, TypeGuard
+
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+
+def is_packed(value: Any) -> TypeGuard[DTensor]:
+    """Whether a value is such a slice."""
+    return isinstance(value, DTensor) and value.device_mesh.ndim == 1 and isinstance(value.placements[0], _StridedShard)
+
+
+def in_one_piece(value: Any) -> Any:
+    """The same tensor in slices of one piece each, if it lies in such slices; any other value as it is. Collective over
+    the ranks that have slices of it."""
+    if not is_packed(value):
+        return value
+    (placement,) = value.placements
+    assert isinstance(placement, _StridedShard)
+    return value.redistribute(placements=[Shard(placement.dim)])
