@@ -2,7 +2,8 @@
 
 Between steps, a rank has its shard of each weight, a DTensor, and the optimizer sees only that. For computing, whole
 weights are gathered: for a whole step, or for each block of layers when it runs. Gradients of whole weights are summed
-over the ranks (never averaged) into the shards.
+over the ranks (never averaged) into the shards. Whole weights may be of a narrower type than shards; then gradients of
+whole weights are float32.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -28,14 +30,21 @@ class ShardedModule:
         mesh: a mesh of one dimension, over which each weight is cut along its first dimension.
         by_block: whether each block of layers gathers its weights whenever it runs, and sums its gradients at once.
             All ranks must then run the same blocks in the same order. Otherwise `gather` and `reduce` do it.
+        computing: the 16-bit type of whole weights, if shards and gradients are float32; ``None``: all have the type of
+            the module's weights.
     """
 
-    def __init__(self, module: nn.Module, mesh: DeviceMesh, by_block: bool) -> None:
-        self.module, self.by_block = module, by_block
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, by_block: bool, computing: torch.dtype | None = None
+    ) -> None:
+        self.module, self.by_block, self._computing = module, by_block, computing
+        policy = MixedPrecisionPolicy(  # inputs come in the type that they need, and what is float32 on purpose stays
+            computing, None if computing is None else torch.float32, cast_forward_inputs=False
+        )
         names = [name for name, _ in module.named_parameters()]
         self._parts: list[FSDPModule] = []
         for part in [*blocks_of(module), module]:
-            fully_shard(part, mesh=mesh, reshard_after_forward=by_block)
+            fully_shard(part, mesh=mesh, reshard_after_forward=by_block, mp_policy=policy)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -102,11 +111,34 @@ class ShardedModule:
             own = {name: p for name, p in self.module.named_parameters() if not isinstance(p, DTensor)}
             part.reshard()
             self.whole |= own
+        if self._computing is not None:
+            self._sum_in_float32()
         for name, parameter in self.whole.items() if self.by_block else ():
             trained = parameter.requires_grad
             parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.used.add(name))
             parameter.requires_grad_(trained)
+
+    def _sum_in_float32(self) -> None:
+        """Let autograd add up gradients of whole weights in float32.
+
+        FSDP2 itself would add those of one step up in the weights' type, until the first call of `post_backward`.
+        """
+        for parameter in self.whole.values():
+            parameter.grad_dtype = torch.float32
+        for shard in self.module.parameters():
+            shard.computing_dtype = self._computing  # pyright: ignore[reportAttributeAccessIssue]
+        for group in self._groups:
+            for parameter in group.fsdp_params:
+                parameter.__class__ = _Float32Gradients
+
+
+class _Float32Gradients(FSDPParam):
+    """A parameter of FSDP2 whose gradient of zeros, if it was not used, is of the type of the other gradients."""
+
+    @property
+    def unsharded_zero_grad_data(self) -> Tensor:
+        return torch.zeros_like(self.unsharded_param, dtype=torch.float32)
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -86,6 +86,7 @@ class PipelineRunner:
         module: the module with the weights of this rank's part of the LLM.
         forward_context: context manager that every forward runs in (for precision).
         sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
+        computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class PipelineRunner:
         options: PipelineOptions,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         sharding: Sharding | None = None,
+        computing: torch.dtype | None = None,
     ) -> None:
-        self.dtype = _find_dtype(module, mesh, options.stage_rank(mesh.pp_size))
-        self.sharding = sharding or Sharding(module, mesh, options.sharding)
+        self.dtype = computing or _find_dtype(module, mesh, options.stage_rank(mesh.pp_size))
+        self.sharding = sharding or Sharding(module, mesh, options.sharding, computing)
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)

@@ -47,6 +47,7 @@ from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.optimizers import accepting_nothing
+from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
@@ -75,7 +76,7 @@ class BigMacStrategy(SavingStrategy):
         sharding: which weights, gradients and optimizer states lie in shards on several ranks.
         float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
             which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
-            microbatches. Shards are always summed in the type of their weights.
+            microbatches. Gradients in shards have the type of the shards (see `ShardingOptions.master_weights`).
         accumulate: how gradients are averaged over the batches of `Trainer(accumulate_grad_batches=N)`. "batches":
             each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
             token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
@@ -150,7 +151,8 @@ class BigMacStrategy(SavingStrategy):
         if float32_gradients and sharding != ShardingOptions():
             raise ValueError(
                 "float32_gradients=True does not go with sharding, as shards hold gradients of their weights' type: "
-                "leave it out, or train with weights of float32 (precision 32-true or bf16-mixed)"
+                "leave it out, and set sharding.master_weights, or train with weights of float32 (precision 32-true or "
+                "bf16-mixed)"
             )
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
@@ -198,6 +200,7 @@ class BigMacStrategy(SavingStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
+        self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
         if reason := module.llm.why_not_parallel(parallel):
@@ -264,7 +267,8 @@ class BigMacStrategy(SavingStrategy):
             check_whole(module)
             self._synchronize_initial_state(module)
         context = self.precision_plugin.forward_context
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known)
+        computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
