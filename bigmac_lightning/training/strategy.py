@@ -46,8 +46,8 @@ from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
-from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.master_weights import with_master_weights
+from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
