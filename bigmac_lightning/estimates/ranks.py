@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import nn
 
@@ -37,27 +38,46 @@ class Precision:
         """The bytes of a number of a component's weight."""
         return self.weights or (component.dtype.itemsize if component.dtype else parameter.element_size())
 
-    def static(self, component: Component, parameters: Iterable[nn.Parameter], rank: int = 0, shards: int = 1) -> int:
+    def static(
+        self,
+        component: Component,
+        parameters: Iterable[nn.Parameter],
+        rank: int = 0,
+        shards: int = 1,
+        master: bool = False,
+    ) -> int:
         """The bytes of a rank's shards of these weights of a component. A trained weight has a gradient and AdamW's two
         moments besides, so it counts four times.
 
         Args:
             rank: which shard the rank has.
             shards: number of shards, into which the rows of a weight are divided; 1: the weights are whole.
+            master: whether shards are float32 whatever type the model computes in.
         """
-        return sum(_part(p, rank, shards) * self.size(component, p) * (4 if p.requires_grad else 1) for p in parameters)
+        return sum(
+            _part(p, rank, shards) * (4 if master else self.size(component, p)) * (4 if p.requires_grad else 1)
+            for p in parameters
+        )
 
-    def gathered(self, component: Component, kind: str) -> int:
+    def whole(
+        self, component: Component, parameters: Iterable[nn.Parameter], gradients: bool = True, master: bool = False
+    ) -> int:
+        """The bytes of whole weights of a component, while they are gathered, and of their gradients."""
+        return sum(
+            p.numel() * (size + (gradients and p.requires_grad) * (4 if master else size))
+            for p, size in ((p, self.size(component, p)) for p in parameters)
+        )
+
+    def gathered(self, component: Component, kind: str, master: bool = False) -> int:
         """The bytes of whole weights and gradients that exist at the same time if a component lies in shards.
 
         Args:
             kind: "zero1": those of the whole component; "fsdp": those of the largest block and of what lies in no
                 block, with the weights of the block that runs next.
+            master: whether shards, and so all gradients, are float32.
         """
 
-        def bytes_of(parameters: Iterable[nn.Parameter], gradients: bool = True) -> int:
-            return sum(p.numel() * self.size(component, p) * (1 + (gradients and p.requires_grad)) for p in parameters)
-
+        bytes_of = partial(self.whole, component, master=master)
         if kind == "zero1":
             return bytes_of(component.parameters())
         blocks = [list(block.parameters()) for block in blocks_of(component)]
@@ -115,11 +135,13 @@ def ranks_of(
         precision: the bytes of weights.
         replicas: the number of pipelines.
     """
-    stage_rank, made = options.stage_rank(size), list[RankEstimate]()
+    stage_rank, made, masters = options.stage_rank(size), list[RankEstimate](), options.sharding.master_weights
     count = sum(_count(component.parameters()) for component, _ in _replicated(module, options.sharding))
     gathered = 0
     for component, kind in _replicated(module, options.sharding):
-        gathered += precision.gathered(component, kind) if _shards(kind, size, replicas) > 1 else 0
+        master = masters and kind != "ddp"
+        apart = master or _shards(kind, size, replicas) > 1
+        gathered += precision.gathered(component, kind, master) if apart else 0
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
@@ -127,13 +149,13 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        stages_apart = options.sharding.stages == "zero1" and replicas > 1
-        static = precision.static(module.llm, own, 0, replicas if stages_apart else 1)
+        master = masters and options.sharding.stages != "ddp"
+        stages_apart = master or (options.sharding.stages == "zero1" and replicas > 1)
+        static = precision.static(module.llm, own, 0, replicas if stages_apart else 1, master)
         for component, kind in _replicated(module, options.sharding):
-            static += precision.static(component, component.parameters(), rank, _shards(kind, size, replicas))
-        whole_stages = sum(
-            p.numel() * precision.size(module.llm, p) * (1 + p.requires_grad) for p in own if stages_apart
-        )
+            parts = component.parameters(), rank, _shards(kind, size, replicas)
+            static += precision.static(component, *parts, masters and kind != "ddp")
+        whole_stages = precision.whole(module.llm, own, master=master) if stages_apart else 0
         made.append(RankEstimate(layers, _count(own), count, share, static, gathered + whole_stages))
     return made
 
