@@ -117,10 +117,11 @@ class PipelineRunner:
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+    def refresh(self, within_step: bool = False) -> None:
+        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline; see
+        `TrainedParts.refresh`."""
         self.sharding.release()
-        if self.trained.refresh():
+        if self.trained.refresh(within_step):
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
 

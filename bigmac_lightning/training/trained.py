@@ -42,21 +42,31 @@ class TrainedParts:
             if apart and name in copies
         }
 
-    def refresh(self) -> bool:
+    def refresh(self, within_step: bool = False) -> bool:
         """Look again. Collective over the pipeline.
+
+        Args:
+            within_step: whether batches of the current optimizer step have run already.
 
         Returns: whether anything has changed on any rank.
 
         Raises:
-            ValueError: one copy of a tied parameter is trained and the other is not, or what is trained has no master
+            ValueError: something was frozen within a step, or one copy of a tied parameter is trained and the other is not, or what is trained has no master
                 weights, though they are wanted; raised on all ranks.
         """
         changed = self._flags != self._own_flags()
         if self._agree([changed]) == [False]:
             return False
+        flags = self._own_flags()
+        frozen = any(before and not now for before, now in zip(self._flags or (), flags, strict=False))
+        if within_step and self._agree([frozen]) == [True]:
+            raise ValueError(
+                "a parameter was frozen between two batches of one optimizer step (accumulate_grad_batches), though "
+                "it has gradients of the first ones: freeze it before the first batch of a step"
+            )
         self._check_tied()
         self._check_masters()
-        self._flags = self._own_flags()
+        self._flags = flags
         self.now, self.places = self._find(), self._find_places()
         return True
 
