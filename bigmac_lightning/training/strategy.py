@@ -42,6 +42,7 @@ from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
 from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
@@ -81,6 +82,8 @@ class BigMacStrategy(SavingStrategy):
             each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
             token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
             read ahead for that.
+        compile: whether the layers of encoders, LLM and generators (members of their `nn.ModuleList`s) are compiled one
+            by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
@@ -108,6 +111,7 @@ class BigMacStrategy(SavingStrategy):
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008  (frozen)
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
+        compile: bool | dict[str, Any] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -154,6 +158,7 @@ class BigMacStrategy(SavingStrategy):
                 "leave it out, and set sharding.master_weights, or train with weights of float32 (precision 32-true or "
                 "bf16-mixed)"
             )
+        self._compile = arguments_of(compile, parallel)
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
         self._synchronize = True
@@ -266,6 +271,8 @@ class BigMacStrategy(SavingStrategy):
         if known is None:
             check_whole(module)
             self._synchronize_initial_state(module)
+            if self._compile is not None:
+                rank_zero_info(compile_layers(module, self._compile))
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)

@@ -51,8 +51,8 @@ class TrainedParts:
         Returns: whether anything has changed on any rank.
 
         Raises:
-            ValueError: something was frozen within a step, or one copy of a tied parameter is trained and the other is not, or what is trained has no master
-                weights, though they are wanted; raised on all ranks.
+            ValueError: something was frozen within a step; or one copy of a tied parameter is trained and the other is
+                not; or what is trained has no master weights, though they are wanted. Raised on all ranks.
         """
         changed = self._flags != self._own_flags()
         if self._agree([changed]) == [False]:
