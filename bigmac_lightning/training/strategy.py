@@ -276,6 +276,7 @@ class BigMacStrategy(SavingStrategy):
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
+        refusals.check_averaging(trainer, self._runner.sharding.sharded)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
