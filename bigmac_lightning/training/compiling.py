@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.runtime.sharding import blocks_of
@@ -50,6 +52,9 @@ def compile_layers(module: PipelineModule, arguments: Mapping[str, Any]) -> str:
 
     Returns: a text that says how many layers of which component this rank has compiled.
     """
+    # With several microbatches in flight, torch may have made a further variant of a checkpointed layer's code when it
+    # runs the layer again. It must take the first one that fits, as before, and not the one that was used last.
+    torch._C._dynamo.eval_frame._set_lru_cache(False)  # pyright: ignore[reportAttributeAccessIssue]
     counts = dict[str, int]()
     for kind, parts in (("encoders.", module.encoders), ("", {"llm": module.llm}), ("generators.", module.generators)):
         for name, part in parts.items():

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from bigmac_lightning import BigMacStrategy, ShardingOptions
+from bigmac_lightning.training.compiling import compile_layers
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
@@ -45,6 +47,19 @@ def test_against_one_process() -> None:
     graphs = _compare(4, 2, {"sharding": BLOCKS, "backbone": "zb1p"})
     assert min(graphs) > 3
     assert max(graphs) <= 24
+
+
+def test_a_checkpointed_layer_runs_the_same_code_again() -> None:
+    """Its first code is for equal sizes alone; when it runs again, there is one for any sizes, too."""
+    torch._dynamo.reset()
+    module = ToyModule()
+    module.configure_model()
+    compile_layers(module, {**TRACED, "dynamic": True})
+    llm: Any = module.llm
+    inputs = [torch.randn(*sizes, 12, requires_grad=True) for sizes in ((3, 3), (2, 16))]
+    for hidden in [checkpoint(llm.layers["0"], h_BSD, use_reentrant=False) for h_BSD in inputs]:
+        hidden.square().sum().backward()
+    assert all(h_BSD.grad is not None for h_BSD in inputs)
 
 
 @pytest.mark.wide
