@@ -34,7 +34,7 @@ def export(
         config: the config of the Hugging Face model, as a dict.
         source: the folder from which everything but weights and config is copied; ``None``: nothing is copied.
         output: the folder to write, which must be empty or not exist yet.
-        dtype: the type of the written tensors; ``None``: the type that they were trained in.
+        dtype: the type of the written tensors; ``None``: the type that they have.
         lora: the options of components with adapters, which are folded into the weights.
 
     Returns: the names of the tensors that are no part of the Hugging Face model (those of generators and of further

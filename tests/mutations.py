@@ -55,6 +55,27 @@ FAULTS = [
         "tests/training/test_training.py -k start_equal",
     ),
     Fault(
+        "gradients of 16-bit whole weights are added up in 16 bits",
+        f"{PACKAGE}/runtime/sharding.py",
+        "        parameter.grad_dtype = torch.float32\n",
+        "        pass\n",
+        "tests/training/test_master_weights.py -k loop",
+    ),
+    Fault(
+        "master weights start from rounded values",
+        f"{PACKAGE}/training/master_weights.py",
+        "        return _DtypeContextManager(torch.float32)",
+        "        return _DtypeContextManager(self.computing)",
+        "tests/training/test_master_weights.py -k small",
+    ),
+    Fault(
+        "a parameter is frozen though it has gradients of this step",
+        f"{PACKAGE}/training/trained.py",
+        "        if within_step and",
+        "        if False and",
+        "tests/training/test_freezing.py -k within",
+    ),
+    Fault(
         "a checkpoint is written over the one before",
         f"{PACKAGE}/training/checkpoint.py",
         "place = on_first_rank(lambda: files.unfinished(path))",

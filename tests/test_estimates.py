@@ -108,7 +108,15 @@ def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, An
         assert report.static == sum(tensor.nbytes for tensor in held)
 
 
-SHARDINGS = [ShardingOptions("fsdp", "fsdp", "zero1"), ShardingOptions("zero1", "zero1", "ddp")]
+SHARDINGS = [
+    ShardingOptions("fsdp", "fsdp", "zero1"),
+    ShardingOptions("zero1", "zero1", "ddp"),
+    ShardingOptions("zero1", "fsdp", "zero1", master_weights=True),
+]
+
+
+def precision_of(sharding: ShardingOptions) -> Precision:
+    return Precision.of("bf16-true" if sharding.master_weights else "32-true")
 
 
 def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
@@ -120,7 +128,8 @@ def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
         mesh = build_mesh(torch.device("cpu"), 2 // pp, pp, options.stage_rank(pp))
         module.part = part_of(rank % pp, stages, options.stage_rank(pp))
         module.configure_model()
-        runner = PipelineRunner(module, mesh, options)
+        computing = torch.bfloat16 if sharding.master_weights else None
+        runner = PipelineRunner(module, mesh, options, computing=computing)
         runner(batch(runner.layout, 4), "train")
         optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
         optimizer.step()
@@ -130,7 +139,8 @@ def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
         zero1 = [p for name, p in runner.sharding.sharded.items() if not runner.sharding.meets(name)]
         whole = [p for part in zero1 for p in part.module.parameters()]
         assert not any(isinstance(parameter, DTensor) for parameter in whole)
-        found.append((sum(local(t).nbytes for t in held), sum(p.nbytes * (1 + p.requires_grad) for p in whole)))
+        taken = sum(p.nbytes + p.requires_grad * p.numel() * p.grad_dtype.itemsize for p in whole)
+        found.append((sum(local(t).nbytes for t in held), taken))
     return found
 
 
@@ -141,13 +151,13 @@ def test_memory_of_shards_is_that_of_the_run(pp: int) -> None:
     for rank, results in enumerate(run_ranks(2, _stored, pp)):
         for sharding, module, (stored, gathered) in zip(SHARDINGS, told, results, strict=True):
             options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding), pp)
-            report = ranks_of(module, options, stages, pp, replicas=2 // pp)[rank % pp]
+            precision, masters = precision_of(sharding), sharding.master_weights
+            report = ranks_of(module, options, stages, pp, precision, 2 // pp)[rank % pp]
             if rank < pp:  # the report is about the first pipeline
                 assert report.static == stored
-            whole = sum(
-                Precision().gathered(part, "fsdp") for part in (*module.encoders.values(), *module.generators.values())
-            )
-            blocks = whole if sharding.encoders == "fsdp" and pp > 1 else 0
+            fsdp: list[Any] = [*module.encoders.values()] if sharding.encoders == "fsdp" else []
+            fsdp += [*module.generators.values()] if sharding.generators == "fsdp" else []
+            blocks = sum(precision.gathered(part, "fsdp", masters) for part in fsdp if pp > 1 or masters)
             assert report.gathered == gathered + blocks
 
 

@@ -6,13 +6,13 @@ DCP takes it for one piece, and would read and write the wrong numbers.
 
 from typing import Any, TypeGuard
 
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def is_packed(value: Any) -> TypeGuard[DTensor]:
     """Whether a value is such a slice."""
-    return isinstance(value, DTensor) and value.device_mesh.ndim == 1 and isinstance(value.placements[0], _StridedShard)
+    return isinstance(value, DTensor) and isinstance(value.placements[-1], _StridedShard)
 
 
 def in_one_piece(value: Any) -> Any:
@@ -20,6 +20,8 @@ def in_one_piece(value: Any) -> Any:
     the ranks that have slices of it."""
     if not is_packed(value):
         return value
-    (placement,) = value.placements
+    *shards, placement = value.placements  # shards of it on several ranks are joined first
     assert isinstance(placement, _StridedShard)
-    return value.redistribute(placements=[Shard(placement.dim)])
+    whole = [Replicate() for _ in shards]
+    value = value.redistribute(placements=[*whole, placement]) if shards else value
+    return value.redistribute(placements=[*whole, Shard(placement.dim)])

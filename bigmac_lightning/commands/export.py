@@ -17,7 +17,8 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
         checkpoint: Checkpoint of a run, a folder or a file.
         output: Folder to write; must be new or empty.
         source: Folder to copy processor and tokenizer from; by default the one that training started from.
-        dtype: Type of the written weights, such as bfloat16; by default the type that they were trained in.
+        dtype: Type of the written weights, such as bfloat16; by default the type that the checkpoint
+            has, which is float32 with master weights.
 
     Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it.
 

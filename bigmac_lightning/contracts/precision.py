@@ -17,8 +17,12 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype | None:
-    """The type of the module's first floating-point weight; ``None`` if it has none."""
-    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+    """The type in which the module's first floating-point weight is computed with; ``None`` if it has none.
+
+    A shard of a weight may have a wider type than the whole weight: that is its attribute `computing_dtype`.
+    """
+    first = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    return None if first is None else getattr(first, "computing_dtype", first.dtype)
 
 
 def converted(item: AnyItem, dtype: torch.dtype | None) -> AnyItem:

@@ -5,6 +5,7 @@ If a rank consists of several processes, the estimates are those of its first pr
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 
 from torch import nn
@@ -48,6 +49,7 @@ class Precision:
         rank: int = 0,
         shards: int = 1,
         slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
+        master: bool = False,
     ) -> int:
         """The bytes of a rank's shards of these weights of a component. A trained weight has a gradient and AdamW's two
         moments besides, so it counts four times.
@@ -56,23 +58,34 @@ class Precision:
             rank: which shard the rank has.
             shards: number of shards, into which the rows of a weight are divided; 1: the weights are whole.
             slices: into how many slices a weight is divided besides.
+            master: whether shards are float32 whatever type the model computes in.
         """
         return sum(
-            _part(p, rank, shards) // slices.get(p, 1) * self.size(component, p) * (4 if p.requires_grad else 1)
+            (_part(p, rank, shards) // slices.get(p, 1))
+            * (4 if master else self.size(component, p))
+            * (4 if p.requires_grad else 1)
             for p in parameters
         )
 
-    def gathered(self, component: Component, kind: str) -> int:
+    def whole(
+        self, component: Component, parameters: Iterable[nn.Parameter], gradients: bool = True, master: bool = False
+    ) -> int:
+        """The bytes of whole weights of a component, while they are gathered, and of their gradients."""
+        return sum(
+            p.numel() * (size + (gradients and p.requires_grad) * (4 if master else size))
+            for p, size in ((p, self.size(component, p)) for p in parameters)
+        )
+
+    def gathered(self, component: Component, kind: str, master: bool = False) -> int:
         """The bytes of whole weights and gradients that exist at the same time if a component lies in shards.
 
         Args:
             kind: "zero1": those of the whole component; "fsdp": those of the largest block and of what lies in no
                 block, with the weights of the block that runs next.
+            master: whether shards, and so all gradients, are float32.
         """
 
-        def bytes_of(parameters: Iterable[nn.Parameter], gradients: bool = True) -> int:
-            return sum(p.numel() * self.size(component, p) * (1 + (gradients and p.requires_grad)) for p in parameters)
-
+        bytes_of = partial(self.whole, component, master=master)
         if kind == "zero1":
             return bytes_of(component.parameters())
         blocks = [list(block.parameters()) for block in blocks_of(component)]
@@ -130,12 +143,14 @@ def ranks_of(
         precision: the bytes of weights.
         replicas: the number of pipelines.
     """
-    stage_rank, made = options.stage_rank(size), list[RankEstimate]()
+    stage_rank, made, masters = options.stage_rank(size), list[RankEstimate](), options.sharding.master_weights
     peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
     count = sum(_count(component.parameters()) for component, _ in _replicated(module, options.sharding))
     gathered = 0
     for component, kind in _replicated(module, options.sharding):
-        gathered += precision.gathered(component, kind) if _shards(kind, size * peers, replicas) > 1 else 0
+        master = masters and kind != "ddp"
+        apart = master or _shards(kind, size * peers, replicas) > 1
+        gathered += precision.gathered(component, kind, master) if apart else 0
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
@@ -143,14 +158,15 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        of_stages = replicas * options.parallel.context if options.sharding.stages != "ddp" else 1
-        static = precision.static(module.llm, own, 0, of_stages, slices)
+        kind, shards = options.sharding.stages, replicas * options.parallel.context
+        master = masters and kind != "ddp"
+        static = precision.static(module.llm, own, 0, shards if kind != "ddp" else 1, slices, master)
+        whole_stages = 0
+        if master or (kind != "ddp" and shards > 1):
+            whole_stages = precision.whole(module.llm, own, master=master)
         for component, kind in _replicated(module, options.sharding):
-            shards = _shards(kind, size * peers, replicas)
-            static += precision.static(component, component.parameters(), rank * peers, shards)
-        whole_stages = sum(
-            p.numel() * precision.size(module.llm, p) * (1 + p.requires_grad) for p in own if of_stages > 1
-        )
+            parts = component.parameters(), rank * peers, _shards(kind, size * peers, replicas)
+            static += precision.static(component, *parts, master=masters and kind != "ddp")
         llm = sum(parameter.numel() // slices.get(parameter, 1) for parameter in own)
         made.append(RankEstimate(layers, llm, count, share, static, gathered + whole_stages))
     return made

@@ -2,17 +2,19 @@
 
 Between steps, a rank has its shard of each weight, a DTensor, and the optimizer sees only that. For computing, whole
 weights are gathered: for a whole step, or for each block of layers when it runs. Gradients of whole weights are summed
-over the ranks (never averaged) into the shards.
+over the ranks (never averaged) into the shards. Whole weights may be of a narrower type than shards; then gradients of
+whole weights are float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
@@ -33,12 +35,22 @@ class ShardedModule:
         by_block: whether blocks gather their weights themselves.
         stages: if stages run instead of the module's own forward, the blocks of each stage, in their order. The weights
             beside them are then gathered by `gather` alone.
+        computing: the 16-bit type of whole weights, if shards and gradients are float32; ``None``: all have the type of
+            the module's weights.
     """
 
     def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, by_block: bool, stages: Sequence[Sequence[nn.Module]] = ()
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        by_block: bool,
+        stages: Sequence[Sequence[nn.Module]] = (),
+        computing: torch.dtype | None = None,
     ) -> None:
-        self.module = module
+        self.module, self._computing = module, computing
+        policy = MixedPrecisionPolicy(  # inputs come in the type that they need, and what is float32 on purpose stays
+            computing, None if computing is None else torch.float32, cast_forward_inputs=False
+        )
         names = [name for name, _ in module.named_parameters()]
         stages = [stage for stage in stages if stage]
         blocks = [block for stage in stages for block in stage] if stages else list(blocks_of(module))
@@ -46,7 +58,7 @@ class ShardedModule:
         self._others: list[FSDPModule] = []
         for part in [*blocks, module]:
             by_itself = by_block and not (part is module and stages)
-            fully_shard(part, mesh=mesh, reshard_after_forward=by_itself)
+            fully_shard(part, mesh=mesh, reshard_after_forward=by_itself, mp_policy=policy)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
             part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -136,6 +148,9 @@ class ShardedModule:
             own = {name: p for name, p in self.module.named_parameters() if id(p) in whole}
             part.reshard()
             self.whole |= own
+            self.whole |= own
+            if self._computing is not None:
+                _sum_in_float32(part, own.values(), self._computing)
             for name, parameter in own.items() if part in self._by_themselves else ():
                 trained = parameter.requires_grad
                 parameter.requires_grad_()  # torch takes no hook of others, but they may be trained later
@@ -171,6 +186,27 @@ def _set_apart(stage: Sequence[Any]) -> None:
     # FSDP2 would choose one by the order of the last forwards, which were those of other microbatches. Its own weights
     # are there already.
     stage[0].set_modules_to_backward_prefetch([stage[0]])
+
+
+def _sum_in_float32(part: FSDPModule, whole: Iterable[nn.Parameter], computing: torch.dtype) -> None:
+    """Let autograd add up gradients of a part's whole weights in float32.
+
+    FSDP2 itself would add those of one step up in the weights' type, until the first call of `post_backward`.
+    """
+    for parameter in whole:
+        parameter.grad_dtype = torch.float32
+    for group in _groups([part]):
+        for parameter in group.fsdp_params:
+            parameter.sharded_param.computing_dtype = computing
+            parameter.__class__ = _Float32Gradients
+
+
+class _Float32Gradients(FSDPParam):
+    """A parameter of FSDP2 whose gradient of zeros, if it was not used, is of the type of the other gradients."""
+
+    @property
+    def unsharded_zero_grad_data(self) -> Tensor:
+        return torch.zeros_like(self.unsharded_param, dtype=torch.float32)
 
 
 def blocks_of(module: nn.Module) -> Iterator[nn.Module]:

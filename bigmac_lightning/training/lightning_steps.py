@@ -66,7 +66,7 @@ class LightningSteps:
         self._batches = trainer.accumulate_grad_batches
         self._first_of_step = batch_idx % self._batches == 0
         self._runner.step = trainer.fit_loop.total_batch_idx
-        self._runner.refresh()  # a callback may have frozen or unfrozen something
+        self._runner.refresh(within_step=not self._first_of_step)  # a callback may have frozen or unfrozen something
         self._loss = self._stash = None
 
     def __call__(self, batch: Batch, mode: Mode) -> PipelineOutput:

@@ -76,6 +76,9 @@ class ShardingOptions:
         stages: For the stages of the LLM: ddp; or zero1 or fsdp, over the pipelines (and context peers). Embedding and
             output layer are always gathered for a whole batch. fsdp needs the same number of microbatches in each
             pipeline, and plans take all microbatches and items as equal.
+        master_weights: With precision bf16-true or 16-true: shards of weights, their gradients and the optimizer's
+            states are float32, and the whole weights, with which the model computes, are 16-bit. Every component that
+            is trained must then be zero1 or fsdp, which it may be on a single rank, too.
 
     Raises:
         ValueError: names the option, its value and what is expected.
@@ -84,11 +87,22 @@ class ShardingOptions:
     encoders: Literal["ddp", "zero1", "fsdp"] = "ddp"
     generators: Literal["ddp", "zero1", "fsdp"] = "ddp"
     stages: Literal["ddp", "zero1", "fsdp"] = "ddp"
+    master_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("encoders", "generators", "stages"):
             if getattr(self, name) not in SHARDINGS:
                 raise ValueError(f"sharding.{name} is {getattr(self, name)!r}; expected one of {', '.join(SHARDINGS)}")
+        if self.master_weights and (self.encoders, self.generators, self.stages) == ("ddp", "ddp", "ddp"):
+            raise ValueError(
+                "sharding.master_weights needs shards, which nothing has: set encoders, generators and stages to zero1 "
+                "or fsdp, as far as they are trained"
+            )
+
+    def of_component(self, name: str) -> str:
+        """How a component, such as "encoders.image" or "llm", is sharded, or the one that a parameter belongs to."""
+        kinds = {"encoders": self.encoders, "generators": self.generators, "llm": self.stages}
+        return kinds.get(name.partition(".")[0], "ddp")
 
     @property
     def meeting(self) -> frozenset[str]:

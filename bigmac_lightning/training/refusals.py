@@ -3,11 +3,12 @@ on all ranks, before the first step."""
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -81,6 +82,24 @@ def check_settings(trainer: pl.Trainer, module: PipelineModule, precision: Preci
                 "rank encodes, so gradients differ from those of one process. Its statistics are averaged over ranks",
                 name,
             )
+
+
+def check_averaging(trainer: pl.Trainer, sharded: Collection[str]) -> None:
+    """Refuse Lightning's weight averaging where weights lie in shards.
+
+    Args:
+        sharded: the components that do.
+
+    Raises:
+        ValueError: there are shards and such a callback.
+    """
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    found = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if sharded and found:
+        raise ValueError(
+            f"{found[0]} keeps a whole copy of the model, to which shards of {', '.join(sorted(sharded))} cannot be "
+            "added: leave out the callback, or set sharding to ddp"
+        )
 
 
 def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:

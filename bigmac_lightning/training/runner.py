@@ -87,6 +87,7 @@ class PipelineRunner:
         module: the module with the weights of this rank's part of the LLM.
         forward_context: context manager that every forward runs in (for precision).
         sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
+        computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
     """
 
     def __init__(
@@ -96,12 +97,13 @@ class PipelineRunner:
         options: PipelineOptions,
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         sharding: Sharding | None = None,
+        computing: torch.dtype | None = None,
     ) -> None:
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
-        self.dtype = _find_dtype(module, mesh, self.stage_rank)
+        self.dtype = computing or _find_dtype(module, mesh, self.stage_rank)
         own_stages = [stage for stage, rank in zip(self.stages, self.stage_rank, strict=True) if rank == mesh.pp_rank]
-        self.sharding = sharding or Sharding(module, mesh, options.sharding, own_stages)
+        self.sharding = sharding or Sharding(module, mesh, options.sharding, own_stages, computing)
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank, mesh.peer)
         self.executor = Executor(mesh, self.stage_rank)
@@ -119,10 +121,11 @@ class PipelineRunner:
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline."""
+    def refresh(self, within_step: bool = False) -> None:
+        """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline; see
+        `TrainedParts.refresh`."""
         self.sharding.release()
-        if self.trained.refresh():
+        if self.trained.refresh(within_step):
             self.planner.trained = self.trained.now
             self.executor.splits.clear()
 

@@ -23,25 +23,34 @@ class Sharding:
 
     Attributes:
         sharded: these components by name, such as "encoders.image" or "llm".
+        computing: see the argument.
 
     Args:
         module: the module with this rank's part of the LLM, with whole weights.
         mesh: the process groups.
         options: what is sharded.
         own_stages: the layers of each of this rank's stages.
+        computing: the 16-bit type of whole weights if shards are float32 (`ShardingOptions.master_weights`).
 
     Raises:
         ValueError: a component cannot be sharded so; the message says why, and what to change.
     """
 
     def __init__(
-        self, module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions, own_stages: Sequence[range]
+        self,
+        module: PipelineModule,
+        mesh: PipelineMesh,
+        options: ShardingOptions,
+        own_stages: Sequence[range],
+        computing: torch.dtype | None = None,
     ) -> None:
         self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
+        self.computing, self._options = computing, options
         world: Any = dist.group.WORLD
-        over_world = _mesh_of(world, mesh)
-        over_pipeline = _mesh_of(mesh.replica_group, mesh)
-        over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 else None
+        single = computing is not None  # also one rank then has a shard: the float32 weights
+        over_world = _mesh_of(world, mesh, single)
+        over_pipeline = _mesh_of(mesh.replica_group, mesh, single)
+        over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 or single else None
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
@@ -50,13 +59,13 @@ class Sharding:
             over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
             if kind == "ddp" or over is None:
                 continue
-            if kind == "fsdp":
+            if kind == "fsdp" and (name != "llm" or over.size() > 1):
                 self._meeting.add(name)
                 if name != "llm":
                     _check_meetings(name, part)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
                 stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
-                self.sharded[name] = ShardedModule(part, over, by_block=kind == "fsdp", stages=stages)
+                self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing)
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
@@ -101,6 +110,10 @@ class Sharding:
         """The whole weights of which this rank has shards."""
         return [parameter for sharded in self.sharded.values() for parameter in sharded.whole.values()]
 
+    def lacks_master(self, name: str) -> bool:
+        """Whether master weights are wanted, but a parameter has none, as its component does not lie in shards."""
+        return self.computing is not None and self._options.of_component(name) == "ddp"
+
     def meets(self, name: str) -> bool:
         """Whether ranks must run a component together: all ranks of a pipeline one such as "encoders.image", all ranks
         of equal place the "llm"."""
@@ -109,6 +122,8 @@ class Sharding:
     def calls(self, own: int) -> int:
         """How often every rank of the pipeline must run a component, if this rank has work for `own` calls. Collective
         over the pipeline."""
+        if self._mesh.host_group is None:  # a single rank
+            return own
         most = torch.tensor(own)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self._mesh.host_group)
         return int(most)
@@ -121,9 +136,9 @@ class Sharding:
             tied: names of parameters of which the first and the last stage's ranks have copies.
         """
         mesh, found = self._mesh, list[SharedParameters]()
-        world = dist.group.WORLD if _ranks() > 1 else None
+        world = dist.group.WORLD if _ranks() > 1 or self.sharded else None
         replicas = mesh.dp_group if mesh.dp_size > 1 else None
-        data = mesh.data_group if mesh.dp_size * mesh.cp_size > 1 else None
+        data = mesh.data_group if mesh.dp_size * mesh.cp_size > 1 or "llm" in self.sharded else None
         llm = {name: p for name, p in trained.items() if name.startswith("llm.")}
         rest = {name: p for name, p in trained.items() if name not in llm}
         for prefix, sharded in self.sharded.items():
@@ -228,9 +243,9 @@ class _Used:
         return {f"{self._prefix}.{name}" for name in self._sharded.used}
 
 
-def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh) -> DeviceMesh | None:
-    """A mesh of the ranks of a group; ``None`` for a single rank."""
-    return DeviceMesh.from_group(group, mesh.device.type) if dist.get_world_size(group) > 1 else None
+def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh, single: bool) -> DeviceMesh | None:
+    """A mesh of the ranks of a group; ``None`` for a single rank, unless `single`."""
+    return DeviceMesh.from_group(group, mesh.device.type) if single or dist.get_world_size(group) > 1 else None
 
 
 def check_whole(module: PipelineModule) -> None:

@@ -43,10 +43,12 @@ from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
 from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
@@ -76,11 +78,13 @@ class BigMacStrategy(SavingStrategy):
         sharding: which weights, gradients and optimizer states lie in shards on several ranks.
         float32_gradients: whether gradients of bfloat16 and float16 weights are summed in float32 and rounded once,
             which takes 2 more bytes per trained weight; ``None``: if an optimizer step sums those of more than 8
-            microbatches. Shards are always summed in the type of their weights.
+            microbatches. Gradients in shards have the type of the shards (see `ShardingOptions.master_weights`).
         accumulate: how gradients are averaged over the batches of `Trainer(accumulate_grad_batches=N)`. "batches":
             each batch counts alike, as in Lightning, so a token of a batch with few tokens counts more. "tokens": each
             token counts alike, as in one large batch, and so does each target of a generator; the batches of a step are
             read ahead for that.
+        compile: whether the layers of encoders, LLM and generators (members of their `nn.ModuleList`s) are compiled one
+            by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
@@ -108,6 +112,7 @@ class BigMacStrategy(SavingStrategy):
         sharding: ShardingOptions = ShardingOptions(),  # noqa: B008  (frozen)
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
+        compile: bool | dict[str, Any] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -151,8 +156,10 @@ class BigMacStrategy(SavingStrategy):
         if float32_gradients and sharding != ShardingOptions():
             raise ValueError(
                 "float32_gradients=True does not go with sharding, as shards hold gradients of their weights' type: "
-                "leave it out, or train with weights of float32 (precision 32-true or bf16-mixed)"
+                "leave it out, and set sharding.master_weights, or train with weights of float32 (precision 32-true or "
+                "bf16-mixed)"
             )
+        self._compile = arguments_of(compile, parallel)
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
         self._steps: LightningSteps | None = None
 
@@ -198,6 +205,7 @@ class BigMacStrategy(SavingStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
+        self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
         if reason := module.llm.why_not_parallel(parallel):
@@ -281,8 +289,12 @@ class BigMacStrategy(SavingStrategy):
         if known is None:
             check_whole(module)
             self._synchronize_initial_state(module)
+            if self._compile is not None:
+                rank_zero_info(compile_layers(module, self._compile))
         context = self.precision_plugin.forward_context
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known)
+        computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
+        refusals.check_averaging(trainer, self._runner.sharding.sharded)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING

@@ -42,19 +42,31 @@ class TrainedParts:
             if apart and name in copies
         }
 
-    def refresh(self) -> bool:
+    def refresh(self, within_step: bool = False) -> bool:
         """Look again. Collective over the pipeline.
+
+        Args:
+            within_step: whether batches of the current optimizer step have run already.
 
         Returns: whether anything has changed on any rank.
 
         Raises:
-            ValueError: one copy of a tied parameter is trained and the other is not; raised on all ranks.
+            ValueError: something was frozen within a step; or one copy of a tied parameter is trained and the other is
+                not; or what is trained has no master weights, though they are wanted. Raised on all ranks.
         """
         changed = self._flags != self._own_flags()
         if self._agree([changed]) == [False]:
             return False
+        flags = self._own_flags()
+        frozen = any(before and not now for before, now in zip(self._flags or (), flags, strict=False))
+        if within_step and self._agree([frozen]) == [True]:
+            raise ValueError(
+                "a parameter was frozen between two batches of one optimizer step (accumulate_grad_batches), though "
+                "it has gradients of the first ones: freeze it before the first batch of a step"
+            )
         self._check_tied()
-        self._flags = self._own_flags()
+        self._check_masters()
+        self._flags = flags
         self.now, self.places = self._find(), self._find_places()
         return True
 
@@ -90,6 +102,17 @@ class TrainedParts:
                 raise ValueError(
                     f"llm.{copy} and llm.{canonical} are one tied parameter, of which the first and the last stage "
                     "hold copies: one is trained and the other is frozen. Freeze or unfreeze both names"
+                )
+
+    def _check_masters(self) -> None:
+        trained = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        for kind in ("encoders", "generators", "llm"):
+            lacking = any(name.startswith(f"{kind}.") and self._sharding.lacks_master(name) for name in trained)
+            if self._agree([lacking]) == [True]:
+                option = "stages" if kind == "llm" else kind
+                raise ValueError(
+                    f"sharding.master_weights is true, but {kind} is trained and sharding.{option} is ddp, so that its "
+                    f"weights would be 16-bit: set sharding.{option} to zero1 or fsdp, or freeze {kind}"
                 )
 
     def _find(self) -> Trained:

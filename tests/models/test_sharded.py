@@ -28,10 +28,10 @@ PLAN = [("F", 0), ("F", 1), ("B", 0), ("F", 2), ("B", 1), ("B", 2)]
 """Forwards and backwards of groups, two of them alive at a time, as in a pipeline."""
 
 
-def sharded(component: Any) -> Together:
-    """Shards a component over all ranks."""
+def sharded(component: Any, computing: torch.dtype | None = None) -> Together:
+    """Shards a component over all ranks; see `ShardedModule`."""
     world: Any = dist.group.WORLD
-    ShardedModule(component, DeviceMesh.from_group(world, "cpu"), by_block=True)
+    ShardedModule(component, DeviceMesh.from_group(world, "cpu"), by_block=True, computing=computing)
     if isinstance(component, FlowGenerator):
         register_fsdp_forward_method(component, "sample")
 

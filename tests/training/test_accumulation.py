@@ -8,12 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
-from bigmac_lightning import BigMacStrategy
+from bigmac_lightning import BigMacStrategy, ShardingOptions
 from bigmac_lightning.contracts.batch import Batch
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 STEPS = 7
+
+
+BLOCKS = ShardingOptions("fsdp", "fsdp", "zero1")
 
 
 class _Merged(ToyData):
@@ -41,7 +44,7 @@ def _fit(rank: int, world: int, strategy: dict[str, Any], trainer: dict[str, Any
     [
         (2, {}, {"accumulate_grad_batches": 3}, [[0, 1, 2], [3, 4, 5], [6]]),
         (1, {}, {"accumulate_grad_batches": 2}, [[0, 1], [2, 3], [4, 5], [6]]),
-        (4, {"data_parallel_size": 2}, {"accumulate_grad_batches": 3}, [[0, 1, 2], [3, 4, 5], [6]]),
+        (4, {"data_parallel_size": 2, "sharding": BLOCKS}, {"accumulate_grad_batches": 3}, [[0, 1, 2], [3, 4, 5], [6]]),
         (2, {}, {"accumulate_grad_batches": 4, "limit_train_batches": 6}, [[0, 1, 2, 3], [4, 5]]),
         (2, {"backbone": "zb1p"}, {"accumulate_grad_batches": 3, "max_steps": 2}, [[0, 1, 2], [3, 4, 5]]),
         (2, {}, {"accumulate_grad_batches": 1}, [[i] for i in range(STEPS)]),

@@ -257,3 +257,26 @@ def test_components_are_checked_at_construction(components: Any, error: type[Exc
     arguments: dict[str, Any] = {"llm": HFDecoder(parts.decoder_config()), "encoders": {}, "generators": {}}
     with pytest.raises(error, match=message):
         MultimodalLM(**{**arguments, **components})
+
+
+def _freeze_in_a_step(rank: int, turns: list[tuple[int, str, bool]]) -> str:
+    trainer = pipeline_trainer(2, max_epochs=1, accumulate_grad_batches=2)
+    try:
+        _fit(trainer, {"turns": turns})
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([(3, "encoders", False)], "was frozen between two batches of one optimizer step"),
+        ([(1, "llm.layers.3", False)], "was frozen between two batches of one optimizer step"),  # on one rank
+        ([(2, "encoders", False), (3, "encoders", True)], "nothing was refused"),
+    ],
+)
+def test_freezing_within_a_step_is_refused(turns: list[tuple[int, str, bool]], words: str) -> None:
+    """Gradients of the step's first batches would be summed over no ranks, and stepped nevertheless."""
+    for message in on_ranks(2, _freeze_in_a_step, turns):
+        assert words in message

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from bigmac_lightning import BigMacStrategy, ShardingOptions
@@ -199,7 +200,8 @@ def _refused(rank: int, change: str) -> str:
     }
     if change in optimizers:
         module.configure_optimizers = optimizers[change]
-    trainer = pipeline_trainer(2, {"sharding": replace(FSDP, generators="ddp")}, max_steps=1)
+    callbacks = [EMAWeightAveraging()] if change == "averaging" else []
+    trainer = pipeline_trainer(2, {"sharding": replace(FSDP, generators="ddp")}, max_steps=1, callbacks=callbacks)
     if change == "twice":
         trainer.fit(module, ToyData(steps=1))
         trainer = pipeline_trainer(2, {"sharding": FSDP}, max_steps=1)
@@ -218,9 +220,11 @@ def _refused(rank: int, change: str) -> str:
         ("shared", "share a weight"),
         ("muon", "Muon is not known to step each number of a parameter by itself"),
         ("fused", "AdamW(fused=True) steps whole parameters and shards on different ranks at once"),
+        ("averaging", "EMAWeightAveraging keeps a whole copy of the model"),
         ("twice", "lie in shards already, from an earlier run"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging.*")
 def test_modules_that_fsdp_refuses(change: str, words: str) -> None:
     for message in on_ranks(2, _refused, change):
         assert words in message
