@@ -89,11 +89,6 @@ class Plan:
         """Whether EF saves no activations, so that EB starts with running the encoder's forward again."""
         return self.policy == "recompute"
 
-    @property
-    def splits_backwards(self) -> bool:
-        """Whether backwards are cut into I and W."""
-        return any(action.kind == "W" for actions in self.ranks for action in actions)
-
     def without(self, unneeded: Collection[tuple[Kind, int]]) -> "Plan":
         """A copy without all ranks' actions of these kinds and groups, such as ("EF", 0)."""
         ranks = [[action for action in row if (action.kind, action.index) not in unneeded] for row in self.ranks]

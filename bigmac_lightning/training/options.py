@@ -145,6 +145,9 @@ class PipelineOptions:
                 f"expert_parallel_size={parallel.expert} must be 1 or tensor_parallel_size={parallel.tensor}, as "
                 "experts are spread over the tensor peers"
             )
+        backbone = self.schedule.backbone
+        if self.sharding.stages == "fsdp" and backbone != "auto" and get_backbone(backbone).splits:
+            raise ValueError(f"sharding.stages is fsdp, but backbone {backbone} {SPLIT}")
         for kind, name in (("EF", "encoders"), ("G", "generators")):
             if kind not in self.sharding.meeting:
                 continue
@@ -213,16 +216,12 @@ class PipelineOptions:
         if schedule.has_auto:
             choice = choose(replace(schedule, costs=costs).request(size, microbatches, layers=layers))
             if self.sharding.stages == "fsdp":
-                choice = choice.among(lambda plan: not plan.splits_backwards, SPLIT)
+                choice = choice.among(lambda plan: not get_backbone(plan.backbone).splits, SPLIT)
             best, reason = choice.best, choice.reason
             schedule = replace(
                 schedule, backbone=best.backbone, virtual_stages=best.virtual_stages, group_size=best.group_size
             )
         options = replace(self, schedule=schedule)
-        if self.sharding.stages == "fsdp" and not schedule.own_ranks:
-            plan = make_plan(replace(schedule, costs=costs).request(size, microbatches))
-            if plan.splits_backwards:
-                raise ValueError(f"sharding.stages is fsdp, but backbone {schedule.backbone} {SPLIT}")
         if schedule.own_ranks:
             unlimited = replace(schedule, costs=costs, max_encoder_units=None, max_llm_microbatches=None, memory=None)
             plan = make_plan(unlimited.request(size, microbatches))

@@ -21,6 +21,7 @@ MESHES = (
     (1, 1, 1, 2),
 )
 """Sizes (dp, pp, cp, tp)."""
+MICROBATCHES = 3
 SHARDED = ("ddp", "zero1", "fsdp")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "nested, 1f1b": {"group_size": 2},
@@ -34,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "decoder": ("dense", "tied", "experts", "spread experts", "qwen3_vl"),
     "encoders": SHARDED,
     "generators": ("none", *SHARDED),
-    "stages": ("ddp", "zero1"),
+    "stages": SHARDED,
     "schedule": tuple(SCHEDULES),
     "frozen": ("nothing", "encoders, layer 0", "LLM", "LLM but adapters"),
 }
@@ -77,6 +78,7 @@ class Case:
             "tensor_parallel_size": tp,
             "expert_parallel_size": tp if self.decoder == "spread experts" else 1,
             "sharding": ShardingOptions(*kinds),
+            "microbatches": MICROBATCHES if self.stages == "fsdp" else None,
             **SCHEDULES[self.schedule],
         }
 

@@ -19,14 +19,14 @@ from bigmac_lightning.models import (
     MultimodalLM,
     VisionEncoder,
 )
-from tests.layouts.cases import Case
+from tests.layouts.cases import MICROBATCHES, Case
 from tests.models import zoo
 from tests.runtime.test_real_models import MMDIT, TOWER
 from tests.toy import seeded
 from tests.training.trainers import weights, whole
 
 LAYERS = 4
-MICROBATCHES, SAMPLES = 3, 12
+SAMPLES = 12
 EXPERTS: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 4,

@@ -24,9 +24,9 @@ BACKBONES: dict[str, Backbone] = {
     "1f1b": Backbone(one_f_one_b),
     "interleaved_1f1b": Backbone(interleaved_1f1b, ANY),
     "looped_bfs": Backbone(looped_bfs, ANY),
-    "zb1p": Backbone(zb1p),
-    "zbv": Backbone(zbv, (2,), v_shape),
-    "dualpipev": Backbone(dualpipev, (2,), v_shape),
+    "zb1p": Backbone(zb1p, splits=True),
+    "zbv": Backbone(zbv, (2,), v_shape, splits=True),
+    "dualpipev": Backbone(dualpipev, (2,), v_shape, splits=True),
 }
 
 

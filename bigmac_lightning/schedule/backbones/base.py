@@ -30,11 +30,13 @@ class Backbone:
             actions. Each stage must forward the microbatches in their order.
         virtual_stages: allowed numbers of stages per rank, in ascending order.
         stage_rank: function that takes pipeline_parallel_size and virtual_stages, and returns the rank of each stage.
+        splits: whether backwards are cut into I and W.
     """
 
     builder: Callable[[int, int, int], Orders]
     virtual_stages: Sequence[int] = (1,)
     stage_rank: Callable[[int, int], list[int]] = round_robin
+    splits: bool = False
 
     def build(
         self, pipeline_parallel_size: int, microbatches: int, extra_in_flight: int = 0, virtual_stages: int = 1

@@ -56,7 +56,8 @@ def _read(path: str, changed: int) -> Backbone:
             )
         return [[action for action in actions if action.index < requested] for actions in orders]
 
-    return Backbone(build, (stages,), lambda size, virtual_stages: list(stage_rank))
+    splits = any(action.kind == "W" for actions in orders for action in actions)
+    return Backbone(build, (stages,), lambda size, virtual_stages: list(stage_rank), splits)
 
 
 def _rows(path: str) -> list[list[str]]:
