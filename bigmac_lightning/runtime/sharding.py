@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
 class ShardedModule:
@@ -248,11 +248,18 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 def shard_like(whole: Any, parameter: Any) -> Any:
-    """The shard of a whole tensor that a parameter's rank has, placed as the parameter is; the value itself if it is
-    none of a parameter in shards, or of another shape. Nothing is sent."""
-    alike = isinstance(whole, Tensor) and isinstance(parameter, DTensor) and whole.shape == parameter.shape
-    if not alike or isinstance(whole, DTensor):
+    """The part of a whole tensor, or of a tensor peer's slice of it, that a parameter's rank has, placed as the
+    parameter is; the value itself if it is none of a parameter in shards, or of another shape. Nothing is sent."""
+    if not (isinstance(whole, Tensor) and isinstance(parameter, DTensor) and whole.shape == parameter.shape):
         return whole
-    moved = whole.to(parameter.device)
+    mesh, placements, moved = parameter.device_mesh, parameter.placements, whole.to(parameter.device)
     with torch.no_grad():
-        return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        if not isinstance(moved, DTensor):
+            return distribute_tensor(moved, mesh, placements, src_data_rank=None)
+        if moved.device_mesh == mesh or mesh.ndim == 1:
+            return whole
+        assert mesh.mesh_dim_names is not None  # the ranks that share a slice, and the tensor peers
+        shard = distribute_tensor(moved.to_local(), mesh[mesh.mesh_dim_names[0]], [Shard(0)], src_data_rank=None)
+        return DTensor.from_local(
+            shard.to_local(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
