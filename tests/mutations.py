@@ -198,9 +198,15 @@ FAULTS = [
     Fault(
         "slices of packed weights are taken for one piece",
         f"{PACKAGE}/checkpoints/packed.py",
-        "return isinstance(value, DTensor) and value.device_mesh.ndim == 1 and isinstance(value.placements[0], "
-        "_StridedShard)",
+        "return isinstance(value, DTensor) and isinstance(value.placements[-1], _StridedShard)",
         "return False",
+        "tests/training/test_peers.py -k experts",
+    ),
+    Fault(
+        "optimizer states of slices are not cut into shards",
+        f"{PACKAGE}/runtime/sharding.py",
+        "        if moved.device_mesh == mesh or mesh.ndim == 1:",
+        "        if True:",
         "tests/training/test_peers.py -k experts",
     ),
     Fault(
@@ -213,8 +219,8 @@ FAULTS = [
     Fault(
         "estimates count whole weights where there are slices",
         f"{PACKAGE}/estimates/ranks.py",
-        "// slices.get(p, 1)",
-        "// 1",
+        "(_part(p, rank, shards) // slices.get(p, 1))",
+        "_part(p, rank, shards)",
         "tests/test_estimates.py -k several",
     ),
     Fault(

@@ -112,6 +112,7 @@ SHARDINGS = [
     ShardingOptions("fsdp", "fsdp", "zero1"),
     ShardingOptions("zero1", "zero1", "ddp"),
     ShardingOptions("zero1", "fsdp", "zero1", master_weights=True),
+    ShardingOptions(stages="fsdp"),
 ]
 
 
@@ -158,6 +159,8 @@ def test_memory_of_shards_is_that_of_the_run(pp: int) -> None:
             fsdp: list[Any] = [*module.encoders.values()] if sharding.encoders == "fsdp" else []
             fsdp += [*module.generators.values()] if sharding.generators == "fsdp" else []
             blocks = sum(precision.gathered(part, "fsdp", masters) for part in fsdp if pp > 1 or masters)
+            if sharding.stages == "fsdp" and pp == 1:
+                blocks += precision.gathered_stages(module.llm, part_of(0, stages, [0]), "fsdp")
             assert report.gathered == gathered + blocks
 
 

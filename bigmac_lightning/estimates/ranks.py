@@ -3,7 +3,7 @@
 If a rank consists of several processes, the estimates are those of its first process, which has the most.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from torch import nn
 
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
-from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.runtime.sharding import blocks_of
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import part_of
@@ -68,11 +68,17 @@ class Precision:
         )
 
     def whole(
-        self, component: Component, parameters: Iterable[nn.Parameter], gradients: bool = True, master: bool = False
+        self,
+        component: Component,
+        parameters: Iterable[nn.Parameter],
+        gradients: bool = True,
+        master: bool = False,
+        slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
     ) -> int:
-        """The bytes of whole weights of a component, while they are gathered, and of their gradients."""
+        """The bytes of whole weights of a component, or of a tensor peer's slices, while they are gathered, and of
+        their gradients."""
         return sum(
-            p.numel() * (size + (gradients and p.requires_grad) * (4 if master else size))
+            p.numel() // slices.get(p, 1) * (size + (gradients and p.requires_grad) * (4 if master else size))
             for p, size in ((p, self.size(component, p)) for p in parameters)
         )
 
@@ -88,11 +94,31 @@ class Precision:
         bytes_of = partial(self.whole, component, master=master)
         if kind == "zero1":
             return bytes_of(component.parameters())
-        blocks = [list(block.parameters()) for block in blocks_of(component)]
-        inside = {id(parameter) for block in blocks for parameter in block}
-        root = bytes_of(parameter for parameter in component.parameters() if id(parameter) not in inside)
-        largest = max(blocks, key=bytes_of, default=[])
-        return root + bytes_of(largest) + bytes_of(largest, gradients=False)
+        return _by_block(bytes_of, component.parameters(), [list(b.parameters()) for b in blocks_of(component)])
+
+    def gathered_stages(
+        self,
+        llm: LanguageModel,
+        part: Part,
+        kind: str,
+        master: bool = False,
+        slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    ) -> int:
+        """Like `gathered`, of a rank's part of the LLM."""
+        bytes_of, layers = partial(self.whole, llm, master=master, slices=slices), part.layers or ()
+        own = list(llm.parameters_of(layers, part.embedding, part.head))
+        if kind == "zero1":
+            return bytes_of(own)
+        return _by_block(bytes_of, own, [list(llm.parameters_of((k,), False, False)) for k in layers])
+
+
+def _by_block(
+    bytes_of: Callable[..., int], every: Iterable[nn.Parameter], blocks: Sequence[Sequence[nn.Parameter]]
+) -> int:
+    inside = {id(parameter) for block in blocks for parameter in block}
+    largest = max(blocks, key=bytes_of, default=[])
+    beside = [parameter for parameter in every if id(parameter) not in inside]
+    return bytes_of(beside) + bytes_of(largest) + bytes_of(largest, gradients=False)
 
 
 @dataclass(frozen=True)
@@ -163,7 +189,7 @@ def ranks_of(
         static = precision.static(module.llm, own, 0, shards if kind != "ddp" else 1, slices, master)
         whole_stages = 0
         if master or (kind != "ddp" and shards > 1):
-            whole_stages = precision.whole(module.llm, own, master=master)
+            whole_stages = precision.gathered_stages(module.llm, part, kind, master, slices)
         for component, kind in _replicated(module, options.sharding):
             parts = component.parameters(), rank * peers, _shards(kind, size * peers, replicas)
             static += precision.static(component, *parts, master=masters and kind != "ddp")
