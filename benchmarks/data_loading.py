@@ -47,7 +47,8 @@ from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  
     VisionEncoder,
 )
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.planner import Planner
+from bigmac_lightning.training.trained import Trained
 
 RANKS = 4
 SAMPLES = 600

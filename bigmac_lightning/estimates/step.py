@@ -19,8 +19,8 @@ from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner, Trained
-from bigmac_lightning.training.trained import trained_with
+from bigmac_lightning.training.planner import Planner
+from bigmac_lightning.training.trained import Trained, trained_with
 
 TERA = 1e12
 FLOP = 2

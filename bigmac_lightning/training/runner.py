@@ -23,9 +23,9 @@ from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
+from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
-from bigmac_lightning.training.trained import TrainedParts
+from bigmac_lightning.training.trained import Trained, TrainedParts
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:

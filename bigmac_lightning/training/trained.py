@@ -2,16 +2,91 @@
 of the LLM, and a callback may freeze or unfreeze any part between two steps."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.gradients import SharedParameters
+from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.training.planner import Trained
+from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.training.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, as far as plans depend on it.
+
+    Attributes:
+        weights: per stage, whether it has trained weights; where not, a backward gives input gradients only.
+        encoders: names of the encoders that are trained, at least in part.
+        generator: whether any generator is trained.
+        encoder_backward: the fraction of a whole encoder backward that is needed; below 1 if the encoder's lower part
+            is frozen.
+    """
+
+    weights: tuple[bool, ...]
+    encoders: frozenset[str] = frozenset()
+    generator: bool = False
+    encoder_backward: float = 1.0
+
+    @classmethod
+    def nothing(cls, stages: int) -> "Trained":
+        return cls((False,) * stages)
+
+    def needs(self, batch: Batch) -> Needs:
+        """Where gradients are needed in a training step on this batch."""
+        encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)
+        return Needs(self.weights, tuple(encoded), self.generator)
+
+    def costs(
+        self, costs: Costs, stages_per_rank: int, needs: Needs, media: bool, targets: bool
+    ) -> tuple[Costs, list[list[float]] | None]:
+        """The costs of the actions that occur, and per stage the times of F, B, I and W if stages differ.
+
+        Args:
+            costs: F, B, I and W are those of all the stages of a rank together.
+            media, targets: whether the batch has any.
+        """
+        passed = [needs.encoder or any(self.weights[: s + 1]) for s in range(len(self.weights))]
+        costs = replace(costs, EB=costs.EB * self.encoder_backward)
+        costs = costs.occurring(EF=media, EB=needs.encoder, G=targets, **dict.fromkeys("BIW", passed[-1]))
+        if not passed[-1] or all(self.weights):
+            return costs, None
+        one = costs.per_stage(stages_per_rank)
+        through = one.B * one.I / (one.I + one.W) if one.I + one.W else one.B
+        rows = [
+            [one.F, one.B, one.I, one.W]
+            if weights
+            else [one.F, through, one.I, 0.0]
+            if has_backward
+            else [one.F, 0.0, 0.0, 0.0]
+            for weights, has_backward in zip(self.weights, passed, strict=True)
+        ]
+        return costs, rows
+
+
+class SharedTrained:
+    """A `Trained` in shared memory: the training process writes it, and the DataLoader's workers read it."""
+
+    def __init__(self, encoders: Iterable[str], trained: Trained) -> None:
+        self._encoders, self._stages = sorted(encoders), len(trained.weights)
+        self._numbers = torch.zeros(self._stages + len(self._encoders) + 2, dtype=torch.float64).share_memory_()
+        self.set(trained)
+
+    def set(self, trained: Trained) -> None:
+        numbers = [*trained.weights, *(name in trained.encoders for name in self._encoders)]
+        self._numbers.copy_(torch.tensor([*numbers, trained.generator, trained.encoder_backward], dtype=torch.float64))
+
+    def get(self) -> Trained:
+        *flags, encoder_backward = self._numbers.tolist()
+        weights, encoders, generator = flags[: self._stages], flags[self._stages : -1], flags[-1]
+        names = frozenset(name for name, flag in zip(self._encoders, encoders, strict=True) if flag)
+        return Trained(tuple(map(bool, weights)), names, bool(generator), encoder_backward)
 
 
 class TrainedParts:

@@ -12,7 +12,8 @@ from bigmac_lightning.datamodules.loading.collate import Media, Sample, make_bat
 from bigmac_lightning.datamodules.loading.source_loader import StepLoader, costliest_first
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner, Trained
+from bigmac_lightning.training.planner import Planner
+from bigmac_lightning.training.trained import Trained
 from tests.datamodules.examples import data, write_mixed
 
 RANKS, MICROBATCHES = 4, 16

@@ -21,9 +21,9 @@ from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import PlannedBatch, Planner, Trained
+from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.runner import PipelineRunner
-from bigmac_lightning.training.trained import backward_share
+from bigmac_lightning.training.trained import Trained, backward_share
 from tests.models import parts
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer

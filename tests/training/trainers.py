@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.distributed.tensor import DTensor
 
 from bigmac_lightning import BigMacStrategy, ScheduleOptions, StageOptions
+from bigmac_lightning.runtime.sharding import whole_of
 from tests.ranks import run_ranks
 from tests.toy import ToyModule
 
@@ -72,8 +72,9 @@ def weights(module: ToyModule) -> dict[str, torch.Tensor]:
     return {name: whole(parameter.detach()).clone() for name, parameter in module.named_parameters()}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Any) -> Any:
+    """The whole tensor that may lie in shards or slices, or nothing. Collective over the ranks that have them."""
+    return None if tensor is None else whole_of(tensor)
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
