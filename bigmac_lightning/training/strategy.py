@@ -1,13 +1,13 @@
 """BigMacStrategy: connects Lightning's Trainer to the pipeline.
 
-It sets up processes, mesh and module. lightning_steps.py runs the batches of Lightning's loop, runner.py plans and
-executes them, and saving.py reads and writes checkpoints.
+It sets up processes, mesh and module. stepping.py and lightning_steps.py run the batches of Lightning's loop, runner.py
+plans and executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
 import signal
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -22,11 +22,10 @@ from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -53,13 +52,13 @@ from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
-from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.sharding import check_whole
+from bigmac_lightning.training.stepping import SteppingStrategy
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
-class BigMacStrategy(SavingStrategy):
+class BigMacStrategy(SteppingStrategy):
     """Pipeline parallelism with encoder and generator work nested into the LLM's schedule.
 
     ``Trainer(strategy="bigmac", devices=N)`` after ``import bigmac_lightning``, or an instance of this class.
@@ -161,7 +160,6 @@ class BigMacStrategy(SavingStrategy):
             )
         self._compile = arguments_of(compile, parallel)
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
-        self._steps: LightningSteps | None = None
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -375,62 +373,6 @@ class BigMacStrategy(SavingStrategy):
         super().on_exception(exception)
         if isinstance(self._launcher, _SubprocessScriptLauncher):
             self._launcher.kill(signal.SIGTERM)
-
-    # -- steps ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> LightningSteps:
-        """Runs the batches of Lightning's loop on this rank."""
-        assert self._steps is not None, "a step before setup"
-        return self._steps
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        assert self.lightning_module is not None
-        self.steps.start(self.lightning_module.trainer, batch_idx)
-
-    @contextmanager
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        self.steps.last_of_step = False
-        try:
-            yield
-        finally:
-            self.steps.last_of_step = True
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._step_context():
-            output = self.lightning_module.training_step(*args, **kwargs)
-        self.steps.check(output)
-        return output
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._step_context():
-            return self.lightning_module.validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._step_context():
-            return self.lightning_module.test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._step_context():
-            return self.lightning_module.predict_step(*args, **kwargs)
-
-    def _step_context(self) -> AbstractContextManager[None]:
-        """The context of a user's step: the default type of new tensors, as in plain training.
-
-        Autocast is not part of it. It must not be on in a backward, so it is entered around each forward only.
-        """
-        plugin = self.precision_plugin
-        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.steps.restore_gradients()
-        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:

@@ -1,0 +1,73 @@
+"""The part of a Lightning strategy that is called in every step: forwards and backwards of Lightning's loop go to
+`LightningSteps`, in the contexts that the precision needs."""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.saving import SavingStrategy
+
+
+class SteppingStrategy(SavingStrategy):
+    """Runs training and evaluation steps."""
+
+    _steps: LightningSteps | None = None
+
+    @property
+    def steps(self) -> LightningSteps:
+        """Runs the batches of Lightning's loop on this rank."""
+        assert self._steps is not None, "a step before setup"
+        return self._steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        self.steps.start(self.lightning_module.trainer, batch_idx)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self.steps.last_of_step = False
+        try:
+            yield
+        finally:
+            self.steps.last_of_step = True
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            output = self.lightning_module.training_step(*args, **kwargs)
+        self.steps.check(output)
+        return output
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self._step_context():
+            return self.lightning_module.predict_step(*args, **kwargs)
+
+    def _step_context(self) -> AbstractContextManager[None]:
+        """The context of a user's step: the default type of new tensors, as in plain training.
+
+        Autocast is not part of it. It must not be on in a backward, so it is entered around each forward only.
+        """
+        plugin = self.precision_plugin
+        return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.forward_context()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self.steps.restore_gradients()
+        return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
