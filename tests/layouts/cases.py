@@ -141,7 +141,7 @@ def cases(seed: int = 9) -> list[Case]:
     return [*sorted(found, key=_order), *_refused(without)]
 
 
-def narrow(number: int = 5) -> list[Case]:
+def narrow(number: int = 6) -> list[Case]:
     """Some of them, for every day: ranks of several processes, with as many values of factors as so many can have."""
     peers, chosen, seen = [c for c in cases() if c.mesh[2:] != (1, 1) and not c.refusal], list[Case](), set[Any]()
 
