@@ -30,7 +30,7 @@ class StagePeers:
     """The ranks that compute a stage together, as one of them sees them.
 
     Attributes:
-        tensor: mesh of one dimension; ``None`` without tensor parallelism.
+        tensor: mesh of one dimension, whose name is "tp"; ``None`` without tensor parallelism.
         context: mesh of one dimension; ``None`` without context parallelism. Rank c has the c-th slice of each row.
         expert: mesh of one dimension; ``None`` without expert parallelism.
         experts_see_same_tokens: whether the ranks of `expert` compute the same tokens, as those of `tensor` do.

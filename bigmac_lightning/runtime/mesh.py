@@ -52,52 +52,54 @@ class PipelineMesh:
     tied_pair: Group | None
     host_group: Group | None
 
-    @property
+    # torch makes a new mesh of a dimension at each access, and keeps something of each, so they are accessed once.
+
+    @cached_property
     def pp_size(self) -> int:
         """Number of ranks of a pipeline."""
         return len(self.pp_ranks)
 
-    @property
+    @cached_property
     def pp_rank(self) -> int:
         """This process's rank in its pipeline."""
         return self.pp_ranks.index(dist.get_rank())
 
-    @property
+    @cached_property
     def dp_size(self) -> int:
         """Number of model replicas."""
         return self.mesh.size(0)
 
-    @property
+    @cached_property
     def dp_rank(self) -> int:
         """Number of this process's model replica."""
         return self.mesh.get_local_rank("dp")
 
-    @property
+    @cached_property
     def peers(self) -> int:
         """Number of processes that compute a stage together."""
         return len(self.replica_ranks) // len(self.pp_ranks)
 
-    @property
+    @cached_property
     def peer(self) -> int:
         """This process's place among its peers, context by context."""
         return self.replica_ranks.index(dist.get_rank()) % self.peers
 
-    @property
+    @cached_property
     def tp_size(self) -> int:
         """Number of tensor peers."""
         return self.mesh.size(3) if self.mesh.ndim == 4 else 1
 
-    @property
+    @cached_property
     def tp_rank(self) -> int:
         """This process's place among its tensor peers."""
         return self.peer % self.tp_size
 
-    @property
+    @cached_property
     def cp_size(self) -> int:
         """Number of context peers."""
         return self.peers // self.tp_size
 
-    @property
+    @cached_property
     def cp_rank(self) -> int:
         """Which slice of the rows this process computes."""
         return self.peer // self.tp_size
@@ -109,17 +111,17 @@ class PipelineMesh:
             return self.mesh["dp"]
         return self.mesh["dp", "cp"]._flatten("data")
 
-    @property
+    @cached_property
     def pp_group(self) -> Group:
         """Process group of this process's pipeline."""
         return self.mesh.get_group("pp")
 
-    @property
+    @cached_property
     def dp_group(self) -> Group:
         """Process group of the processes with the same place in all model replicas."""
         return self.mesh.get_group("dp")
 
-    @property
+    @cached_property
     def cp_group(self) -> Group:
         """Process group of the context peers; there are some."""
         return self.mesh.get_group("cp")

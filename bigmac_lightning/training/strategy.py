@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -24,7 +25,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -50,6 +51,7 @@ from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
+from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.sharding import check_whole
@@ -196,6 +198,8 @@ class BigMacStrategy(SteppingStrategy):
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
     def setup_environment(self) -> None:
+        if isinstance(self.cluster_environment, LightningEnvironment):  # others end their processes themselves
+            end_with_parent()
         module = self.lightning_module
         assert self.cluster_environment is not None
         if not isinstance(module, PipelineModule):
@@ -332,7 +336,11 @@ class BigMacStrategy(SteppingStrategy):
 
     def teardown(self) -> None:
         module = self.lightning_module
+        outlive_parent()
         if isinstance(module, PipelineModule):
+            trainer = module._trainer
+            if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and dist.is_initialized():
+                self.barrier()  # no rank's process ends before all outlive it
             self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):
                 self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
@@ -349,6 +357,8 @@ class BigMacStrategy(SteppingStrategy):
             )
         else:
             super()._configure_launcher()
+        if self._launcher is not None:
+            name_parent()
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -28,7 +28,7 @@ Built = Callable[[], HFDecoder]
 
 
 def tensor_peers(size: int) -> StagePeers:
-    return StagePeers(tensor=init_device_mesh("cpu", (size,)))
+    return StagePeers(tensor=init_device_mesh("cpu", (size,), mesh_dim_names=("tp",)))
 
 
 def batches(llm: HFDecoder, seed: int = 0) -> list[Inputs]:
@@ -208,7 +208,7 @@ def all_verdicts(rank: int, names: list[str], expert: str) -> dict[str, str]:
     experts on ranks that have "different" tokens."""
     warnings.simplefilter("ignore")
     hf.utils.logging.set_verbosity_error()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     peers = {
         "": StagePeers(tensor=mesh),
         "same": StagePeers(expert=mesh, experts_see_same_tokens=True),

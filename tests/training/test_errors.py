@@ -264,8 +264,10 @@ from tests.toy import VOCABULARY, ToyData, ToyModule
 class Dies(ToyModule):
     def training_step(self, batch, batch_idx):
         if batch_idx == 2 and self.global_rank == int(sys.argv[1]):
-            if sys.argv[2] == "kill":
-                os.kill(os.getpid(), 9)
+            if sys.argv[2] == "stop":
+                print("stopped", flush=True)
+            if sys.argv[2] != "raise":
+                os.kill(os.getpid(), {"kill": 9, "stop": 19}[sys.argv[2]])
             raise RuntimeError("the dog ate this rank")
         return super().training_step(batch, batch_idx)
 
@@ -297,6 +299,23 @@ def test_a_rank_that_dies_ends_the_run(rank: int, how: str, tmp_path: Path) -> N
     assert time.monotonic() - start < 90
     if how == "raise":
         assert "the dog ate this rank" in output
+    assert not alive, "orphan processes"
+
+
+def test_a_rank_that_hangs_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """A stopped process hears no signal but one. It must not stay and hold its GPU."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), "1", "stop"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert any(line == "stopped\n" for line in process.stdout)
+    finally:
+        process.kill()
+        process.wait()
+        alive = _group_alive(process.pid)
     assert not alive, "orphan processes"
 
 
