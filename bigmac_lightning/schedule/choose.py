@@ -99,7 +99,8 @@ class Choice:
             else candidate
             for candidate in self.candidates
         ]
-        return _chosen(sorted(marked, key=lambda candidate: candidate.order))
+        ordered = sorted(marked, key=lambda candidate: candidate.order)
+        return _chosen(ordered, f"policy {self.best.policy!r}")
 
     @property
     def reason(self) -> str:
@@ -127,13 +128,13 @@ def choose(request: PlanRequest) -> Choice:
         stages = "auto" if request.backbone == "auto" else request.stages_per_rank
     backbones = list(BACKBONES) if request.backbone == "auto" else [request.backbone]
     found = candidates(request, [request.policy], backbones, "auto" if stages == "auto" else [stages])
-    return _chosen(found)
+    return _chosen(found, f"backbone {request.backbone!r} and policy {request.policy!r}")
 
 
-def _chosen(found: Sequence[Candidate]) -> Choice:
+def _chosen(found: Sequence[Candidate], options: str) -> Choice:
     if found[0].plan is None:
         problems = "".join(f"\n  {candidate}: {candidate.problem}" for candidate in found)
-        raise ValueError(f"policy {found[0].policy!r} gives no plan that is possible:{problems}")
+        raise ValueError(f"{options} give no plan that is possible:{problems}")
     return Choice(found[0], tuple(found))
 
 
