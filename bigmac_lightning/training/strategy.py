@@ -357,7 +357,7 @@ class BigMacStrategy(SteppingStrategy):
             )
         else:
             super()._configure_launcher()
-        if self._launcher is not None:
+        if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
             name_parent()
 
     def on_train_start(self) -> None:
