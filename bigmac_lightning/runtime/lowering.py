@@ -127,17 +127,14 @@ class Needs:
         return self.encoded[microbatch] or any(self.weights[: stage + 1])
 
 
-def lower(
-    plan: Plan, order: list[tuple[int, int]], needs: Needs, meeting: Collection[str] = ()
-) -> list[list[Instruction]]:
-    """Return the program of every rank.
+def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[Instruction]]:
+    """Return the program of every rank, without hints.
 
     Args:
         plan: a verified plan.
         order: all actions as (rank, position in its list), in a total order that respects every dependency and every
             rank's list, such as ``Timeline.order``.
         needs: the parts of the step that need gradients.
-        meeting: the kinds of actions inside which all ranks gather weights.
     """
     programs: list[list[Instruction]] = [[] for _ in plan.ranks]
     routes = _Routes(plan, needs)
@@ -149,12 +146,16 @@ def lower(
             if receiver != rank:
                 programs[rank].append(Send(message, receiver))
                 programs[receiver].append(Receive(message, rank))
-    return [_with_hints(program, meeting) for program in programs]
+    return programs
 
 
-def _with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Instruction]:
+def with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Instruction]:
     """A program that says when it is done with a part of the model: after the last action, and what it sends; and
-    before an LLM action that a nested action follows, if that gathers weights for a forward."""
+    before an LLM action that a nested action follows, if that gathers weights for a forward.
+
+    Args:
+        meeting: the kinds of actions inside which all ranks gather weights.
+    """
     hints: dict[int, list[Hint]] = {}
     computes = [(i, one.action) for i, one in enumerate(program) if isinstance(one, Compute)]
     for (i, action), (_, following) in pairwise(computes):

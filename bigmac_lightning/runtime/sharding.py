@@ -148,7 +148,6 @@ class ShardedModule:
             own = {name: p for name, p in self.module.named_parameters() if id(p) in whole}
             part.reshard()
             self.whole |= own
-            self.whole |= own
             if self._computing is not None:
                 _sum_in_float32(part, own.values(), self._computing)
             for name, parameter in own.items() if part in self._by_themselves else ():

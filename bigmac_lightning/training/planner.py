@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, TargetItem
-from bigmac_lightning.runtime.lowering import Instruction, Needs, lower
+from bigmac_lightning.runtime.lowering import Instruction, Needs, lower, with_hints
 from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
@@ -146,9 +146,8 @@ class Planner:
             order = self._order(plan, workload)
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
-            planned = PlannedBatch.of(
-                key, plan, lower(plan, order, needs, self.options.sharding.meeting)[self.rank], needs
-            )
+            program = with_hints(lower(plan, order, needs)[self.rank], self.options.sharding.meeting)
+            planned = PlannedBatch.of(key, plan, program, needs)
         self.known[key] = planned
         return planned
 

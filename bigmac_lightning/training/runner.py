@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -162,13 +163,14 @@ class PipelineRunner:
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
-        useful, batch = bool(batch.useful().microbatches), planner.run_of(batch)
+        has_loss = any(microbatch.is_useful for microbatch in batch.microbatches)
+        batch = planner.run_of(batch)
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
         reductions = Reductions(self.places, self.mesh) if reduce else None
         if training:
-            self.sharding.gather(has_loss=useful)
+            self.sharding.gather(has_loss)
         else:
             self.sharding.hold()
         if batch.microbatches:
@@ -189,13 +191,7 @@ class PipelineRunner:
                     scales,
                     self.sharding,
                 )
-
-                def hear(hint: Hint) -> None:
-                    if isinstance(hint, Soon):
-                        computation.start_gathering(hint.action.kind, hint.action.index)
-                    elif reductions is not None:
-                        reductions.done(hint.part)
-
+                hear = partial(_follow, computation, reductions)
                 self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
@@ -308,6 +304,14 @@ class PipelineRunner:
                 dist.broadcast(sample, owner, group=self.mesh.replica_group)
             results.append(sample)
         return results
+
+
+def _follow(computation: BatchComputation, reductions: Reductions | None, hint: Hint) -> None:
+    """Start what a hint of the program allows."""
+    if isinstance(hint, Soon):
+        computation.start_gathering(hint.action.kind, hint.action.index)
+    elif reductions is not None:
+        reductions.done(hint.part)
 
 
 def _find_dtype(module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> torch.dtype:

@@ -46,6 +46,7 @@ class Sharding:
     ) -> None:
         self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         self.computing, self._options = computing, options
+        self._shared = _shared_by_components(module)
         world: Any = dist.group.WORLD
         single = computing is not None  # also one rank then has a shard: the float32 weights
         over_world = _mesh_of(world, mesh, single)
@@ -151,9 +152,10 @@ class Sharding:
             early = self.meets(prefix) and not self.meets("llm")
             part = prefix.partition(".")[0] if early else "rest"
             found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded), part))
-        for part in ("generators", "encoders"):
-            own = {name: p for name, p in rest.items() if name.startswith(f"{part}.")}
-            found.append(SharedParameters(own, world, world, _ranks(), part=part))
+        for kind in ("generators", "encoders"):
+            own = {name: p for name, p in rest.items() if name.startswith(f"{kind}.")}
+            for part, names in self._by_time(own, kind):
+                found.append(SharedParameters(names, world, world, _ranks(), part=part))
         copied = {name: p for name, p in llm.items() if name in tied}
         single = {name: p for name, p in llm.items() if name not in tied}
         sharded = self.sharded.get("llm")
@@ -164,10 +166,17 @@ class Sharding:
             slices = {name: p for name, p in own.items() if is_slice(p)}
             whole = {name: p for name, p in own.items() if name not in slices}
             summed = group if sharded is None else None if own is single else mesh.tied_pair
-            part = part if sharded is None else "rest"
-            found.append(SharedParameters(slices, group, summed, times * copies, used, part))
-            found.append(SharedParameters(whole, group, summed, times * copies * mesh.tp_size, used, part))
+            for when, names in self._by_time(slices, part if sharded is None else "rest"):
+                found.append(SharedParameters(names, group, summed, times * copies, used, when))
+            for when, names in self._by_time(whole, part if sharded is None else "rest"):
+                found.append(SharedParameters(names, group, summed, times * copies * mesh.tp_size, used, when))
         return found
+
+    def _by_time(self, own: Mapping[str, nn.Parameter], part: str) -> list[tuple[str, dict[str, nn.Parameter]]]:
+        """The parameters whose gradients are there when a step is done with a part, and those that get more from
+        another component, and are there at the end only."""
+        early = {name: p for name, p in own.items() if name not in self._shared}
+        return [(part, early), ("rest", {name: p for name, p in own.items() if name in self._shared})]
 
 
 class Together:
@@ -287,6 +296,14 @@ def _blocks_by_stage(llm: LanguageModel, own_stages: Sequence[range]) -> list[li
     numbers = range(llm.num_layers) if len(layers) == llm.num_layers else sorted(own)
     layer_of = dict(zip(numbers, layers, strict=True))
     return [[layer_of[k] for k in stage if has_weights(layer_of[k])] for stage in own_stages]
+
+
+def _shared_by_components(module: PipelineModule) -> set[str]:
+    """The names of parameters that components of different kinds (encoders, LLM, generators) have together."""
+    kinds, names = dict[int, set[str]](), list(module.named_parameters(remove_duplicate=False))
+    for name, parameter in names:
+        kinds.setdefault(id(parameter), set()).add(name.partition(".")[0])
+    return {name for name, parameter in names if len(kinds[id(parameter)]) > 1}
 
 
 def _check_apart(sharded: Sequence[tuple[str, nn.Module]], module: PipelineModule) -> None:

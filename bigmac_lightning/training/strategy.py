@@ -338,8 +338,9 @@ class BigMacStrategy(SteppingStrategy):
         module = self.lightning_module
         outlive_parent()
         if isinstance(module, PipelineModule):
-            trainer = module._trainer
-            if trainer is not None and trainer.state.status == TrainerStatus.RUNNING and dist.is_initialized():
+            trainer, started_here = module._trainer, isinstance(self.cluster_environment, LightningEnvironment)
+            well = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+            if well and started_here and dist.is_initialized():
                 self.barrier()  # no rank's process ends before all outlive it
             self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):

@@ -129,10 +129,10 @@ class TrainedParts:
             ValueError: something was frozen within a step; or one copy of a tied parameter is trained and the other is
                 not; or what is trained has no master weights, though they are wanted. Raised on all ranks.
         """
-        changed = self._flags != self._own_flags()
+        flags = self._own_flags()
+        changed = self._flags != flags
         if self._agree([changed]) == [False]:
             return False
-        flags = self._own_flags()
         frozen = any(before and not now for before, now in zip(self._flags or (), flags, strict=False))
         if within_step and self._agree([frozen]) == [True]:
             raise ValueError(

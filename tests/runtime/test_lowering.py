@@ -6,7 +6,17 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmac_lightning.runtime.lowering import Compute, Done, Instruction, Message, Needs, Receive, Send, lower
+from bigmac_lightning.runtime.lowering import (
+    Compute,
+    Done,
+    Instruction,
+    Message,
+    Needs,
+    Receive,
+    Send,
+    lower,
+    with_hints,
+)
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.request import PlanRequest
@@ -82,7 +92,7 @@ def test_gradients_of_a_part_are_summed_as_soon_as_they_are_there() -> None:
     """A generator's long before the step ends, and each part's after its last action."""
     request = PlanRequest(pipeline_parallel_size=4, microbatches=16, backbone="zb1p", costs=Costs(G=3))
     plan = make_plan(request)
-    for program in lower(plan, verify(plan).order, needs_of(plan, 0)):
+    for program in (with_hints(one, ()) for one in lower(plan, verify(plan).order, needs_of(plan, 0))):
         for part, kinds in (("generators", "G"), ("llm", "BIW"), ("encoders", "EB")):
             kinds = (kinds,) if part != "llm" else tuple(kinds)
             last = max(i for i, one in enumerate(program) if isinstance(one, Compute) and one.action.kind in kinds)
