@@ -1,6 +1,8 @@
 """Video files of all kinds that people bring, made here by PyAV, and what is to be read of each."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -82,7 +84,7 @@ def encoded(
     """
 
     def make(path: Path) -> None:
-        with av.open(str(path), "w", options=container or {}) as file:
+        with at_the_same_priority(), av.open(str(path), "w", options=container or {}) as file:
             video: Any = file.add_stream(codec, rate=RATE, options={"threads": "1", **options})
             video.width, video.height, video.pix_fmt = width, height, pixels
             if rotation is not None:
@@ -103,6 +105,17 @@ def encoded(
                 file.mux(audio.encode())
 
     return make
+
+
+@contextmanager
+def at_the_same_priority() -> Iterator[None]:
+    """SVT-AV1, run by root, gives the thread that encodes, and all that this one starts later, the highest priority in
+    real time. Processes of tests that come after it then starve each other's threads."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
 
 
 def changed(make: Callable[[Path], None], change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
