@@ -21,6 +21,7 @@ from bigmac_lightning.runtime.lowering import Compute, Done, Hint, Instruction, 
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.randomness import RandomState
 from bigmac_lightning.runtime.transport import Transport
 from bigmac_lightning.schedule.action import Action
@@ -54,6 +55,9 @@ class Executor:
         stage_rank: pipeline rank of each stage.
         memory: counts the bytes of activations per component; ``None`` means that they are not counted.
         trace: records when each action ran; ``None`` means that it is not recorded.
+
+    Attributes:
+        progress: says what this rank is doing.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Executor:
         self.mesh, self.stage_rank = mesh, tuple(stage_rank)
         self.memory, self.trace = memory, trace
         self.splits: split_backward.Splits = {}
+        self.progress = Progress()
 
     def run(
         self,
@@ -89,6 +94,7 @@ class Executor:
         """
         step = _Step(self, computation, needs, recompute)
         for instruction in program:
+            self.progress.begin(instruction)
             try:
                 if not isinstance(instruction, Done | Soon):
                     step.run(instruction)
@@ -98,6 +104,7 @@ class Executor:
                 where = instruction.action if isinstance(instruction, Compute) else instruction
                 error.add_note(f"in {where} on pipeline rank {self.mesh.pp_rank} of {self.mesh.pp_size}")
                 raise
+        self.progress.begin("the end of the batch's program")
         step.finish()
 
 
@@ -117,7 +124,7 @@ class _Step:
         self.executor, self.computation, self.needs, self.recompute = executor, computation, needs, recompute
         self.rank = executor.mesh.pp_rank
         self.last = len(executor.stage_rank) - 1
-        self.transport = Transport(executor.mesh)
+        self.transport = Transport(executor.mesh, executor.progress)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
         self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}

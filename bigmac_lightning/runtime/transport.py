@@ -15,17 +15,18 @@ from torch import Tensor
 
 from bigmac_lightning.runtime.lowering import Message
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.runtime.progress import Progress
 
 
 class Transport:
     """The messages of one rank in one step, including those that an action produces for another one on the same
     rank."""
 
-    def __init__(self, mesh: PipelineMesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: PipelineMesh, progress: Progress) -> None:
+        self._mesh, self._progress = mesh, progress
         self._tensors: dict[Message, Tensor] = {}
-        self._receiving: dict[Message, dist.Work] = {}
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._receiving: dict[Message, tuple[dist.Work, int]] = {}
+        self._sending: list[tuple[dist.Work, Tensor, Message, int]] = []
 
     def put(self, message: Message, tensor: Tensor) -> None:
         """Store a tensor until `send` sends it or `take` returns it on this rank."""
@@ -37,11 +38,12 @@ class Transport:
         if not tensor.numel():
             return
         # A tensor must stay in memory until it is sent. Those that have been sent meanwhile are released here.
-        self._sending = [(work, sent) for work, sent in self._sending if not work.is_completed()]
+        self._sending = [one for one in self._sending if not one[0].is_completed()]
         group = self._mesh.channels[message.kind, peer > self._mesh.pp_rank]
-        work = dist.isend(tensor, self._mesh.pp_ranks[peer], group=group)
+        receiver = self._mesh.pp_ranks[peer]
+        work = dist.isend(tensor, receiver, group=group)
         assert work is not None
-        self._sending.append((work, tensor))
+        self._sending.append((work, tensor, message, receiver))
 
     def receive(self, message: Message, peer: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Start to receive a tensor of this shape and dtype from the pipeline rank `peer`."""
@@ -49,20 +51,25 @@ class Transport:
         if not tensor.numel():
             return
         group = self._mesh.channels[message.kind, self._mesh.pp_rank > peer]
-        work = dist.irecv(tensor, self._mesh.pp_ranks[peer], group=group)
+        sender = self._mesh.pp_ranks[peer]
+        work = dist.irecv(tensor, sender, group=group)
         assert work is not None
-        self._receiving[message] = work
+        self._receiving[message] = (work, sender)
 
     def take(self, message: Message) -> Tensor:
         """Wait for a tensor, remove it from this object, and return it."""
-        work = self._receiving.pop(message, None)
-        if work is not None:
+        receiving = self._receiving.pop(message, None)
+        if receiving is not None:
+            work, sender = receiving
+            self._progress.wait(message, sender)
             work.wait()
+            self._progress.waiting = None
         return self._tensors.pop(message)
 
     def finish(self) -> None:
         """Wait until all tensors have been sent."""
-        for work, _ in self._sending:
+        for work, _, message, receiver in self._sending:
+            self._progress.wait(message, receiver, sending=True)
             work.wait()
         self._sending.clear()
         never_taken = [*self._tensors, *self._receiving]

@@ -1,0 +1,234 @@
+"""Ends a process whose run does not go on, and says why.
+
+Each process has a thread that looks at what the process is doing, posts it on the board, and reads there whether the
+run must end. A process may hang in a way in which no thread of Python runs: then a timer in C, which this thread winds
+up again and again, prints the stacks and ends it. A process that is stopped as a whole runs neither. The others see
+that it posts nothing any more, name it, and those on its machine kill it.
+"""
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bigmac_lightning.runtime.board import Board
+from bigmac_lightning.runtime.progress import Progress
+
+LONGEST_INTERVAL = 2.0
+"""Seconds between two looks."""
+
+TO_END_BY_ITSELF = 5.0
+"""Seconds that a process has to end by itself after another one has failed."""
+
+TO_SAVE = 70.0
+"""Seconds that a process has to end after an error of its own: enough to find out whether all can save a checkpoint."""
+
+
+class Watchdog:
+    """Watches over this process of a run.
+
+    Args:
+        board: where processes post what they are doing.
+        rank, world_size: global rank of this process, and number of processes.
+        progress: what this process is doing.
+        patience: seconds after which a process that does nothing new hangs.
+        hear: is called in the thread at each look.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+        patience: float,
+        hear: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._board, self._rank, self._world_size, self._progress = board, rank, world_size, progress
+        self._patience, self._hear = patience, hear
+        self._interval = min(LONGEST_INTERVAL, patience / 5)
+        self._looks = 0
+        self._lost: float | None = None  # since when the board does not answer
+        self._stopping, self._wake = threading.Event(), threading.Event()
+        self._failed: float | None = None
+        self._thread = threading.Thread(target=self._run, name="bigmac watchdog", daemon=True)
+        self._self = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more, as the run is over."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def fail(self, why: str) -> None:
+        """Tell all processes that this one has failed, so that none waits for it."""
+        if self._failed is None:
+            self._failed = time.monotonic()
+            self._end_all("failed", why)
+
+    def ending(self, within: float = 0.0) -> str | None:
+        """Why the run ends, if another process has said so, or says so within these seconds; else ``None``."""
+        deadline = time.monotonic() + within
+        while True:
+            try:
+                note = self._board.read("end")
+            except Exception:
+                return None
+            if note is not None and note["rank"] != self._rank:
+                return f"rank {note['rank']} {note['how']}: {note['why']}"
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.05)
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        seen: Any = None
+        since = time.monotonic()
+        while not self._stopping.is_set():
+            faulthandler.dump_traceback_later(self._patience + 3 * self._interval + 5, exit=True)
+            self._hear()
+            if self._progress.beats != seen:
+                seen, since = self._progress.beats, time.monotonic()
+            note = self._look()
+            now = time.monotonic()
+            if self._failed is not None:
+                if now - self._failed > TO_SAVE:
+                    self._end("has failed, and could not end by itself")
+            elif note is not None:
+                self._obey(note)
+            elif self._lost is not None and now - self._lost > 2 * TO_END_BY_ITSELF:
+                self._end("ends: the process that the store of the run belongs to has ended or does not answer")
+            elif now - since > self._patience:
+                self._report(now - since)
+            self._wake.wait(self._interval)
+            self._wake.clear()
+
+    def _look(self) -> Any:
+        """Post what this process is doing; return the note by which the run ends, if there is one."""
+        try:
+            self._post()
+            note = self._board.read("end")
+            self._lost = None
+        except Exception:
+            self._lost = self._lost or time.monotonic()
+            return None
+        return note
+
+    def _post(self, ends: bool = False) -> None:
+        self._looks += 1
+        progress = self._progress
+        status = {
+            **self._self,
+            "look": self._looks,
+            "ends": ends,
+            "doing": progress.describe(),
+            "for": time.monotonic() - progress.since,
+            "waits": progress.waiting is not None or progress.together,
+            "done": None if progress.done is None else str(progress.done.action),
+        }
+        self._board.post(f"status/{self._rank}", status)
+
+    def _obey(self, note: dict[str, Any]) -> None:
+        """End this process, as another one has said that the run ends."""
+        if note["how"] == "failed":  # perhaps this one fails, too, and says why
+            deadline = time.monotonic() + TO_END_BY_ITSELF
+            while time.monotonic() < deadline and not self._stopping.is_set() and self._failed is None:
+                time.sleep(0.05)
+            if self._stopping.is_set() or self._failed is not None:
+                return
+            self._end(f"ends, as rank {note['rank']} has failed: {note['why']}")
+        self._try_to(lambda: self._post(ends=True))
+        self._say(f"rank {self._rank}: {self._what()}")
+        self._end(f"ends, as rank {note['rank']} {note['why']}", stacks=True)
+
+    def _report(self, seconds: float) -> None:
+        """Say what every process is doing, and end this one."""
+        why = f"has done nothing new for {seconds:.0f} s"
+        self._end_all("hangs", why)
+        before = self._statuses()
+        time.sleep(2.5 * self._interval)
+        after = self._statuses()
+        silent = [r for r, status in after.items() if not status["ends"] and status["look"] == before[r]["look"]]
+        silent = [rank for rank in silent if rank != self._rank]
+        unknown = [rank for rank in range(self._world_size) if rank not in after]
+        busy = [rank for rank, status in after.items() if not status["waits"] and rank not in silent]
+        lines = [f"The run hangs: rank {self._rank} {why}."]
+        if silent or unknown:
+            which = ", ".join(map(str, sorted({*silent, *unknown})))
+            lines.append(f"Nothing was heard of rank {which}: stopped, or its machine is lost.")
+        elif busy:
+            lines.append(f"Rank {', '.join(map(str, busy))} waits for no other rank, so look there first.")
+        for rank in sorted(after):
+            status = after[rank]
+            done = f"; last action done: {status['done']}" if status["done"] else ""
+            at = f"{status['host']}, process {status['pid']}"
+            lines.append(f"  rank {rank} ({at}): {status['doing']}, for {status['for']:.0f} s{done}")
+        self._say("\n".join(lines))
+        for rank in silent:
+            _kill_here(after[rank], self._self["host"])
+        self._end("ends, as the run hangs", stacks=True)
+
+    def _statuses(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for rank in range(self._world_size):
+            status = self._try_to(lambda rank=rank: self._board.read(f"status/{rank}"))
+            if status is not None:
+                found[rank] = status
+        return found
+
+    def _what(self) -> str:
+        progress = self._progress
+        done = "" if progress.done is None else f"; last action done: {progress.done.action}"
+        return f"{progress.describe()}, for {time.monotonic() - progress.since:.0f} s{done}"
+
+    def _end_all(self, how: str, why: str) -> None:
+        """Post that the run ends, unless another process has."""
+        self._try_to(
+            lambda: self._board.read("end") or self._board.post("end", {"rank": self._rank, "how": how, "why": why})
+        )
+
+    def _end(self, why: str, stacks: bool = False) -> None:
+        """End this process, whatever its other threads do."""
+        self._say(f"rank {self._rank} {why}")
+        if stacks:
+            faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__ or 2)
+        os._exit(1)
+
+    def _say(self, text: str) -> None:
+        """Write directly, as the thread that hangs may hold the lock of `sys.stderr`."""
+        self._try_to(lambda: os.write(2, f"[bigmac] {text}\n".encode()))
+
+    @staticmethod
+    def _try_to(do: Callable[[], Any]) -> Any:
+        try:
+            return do()
+        except Exception:
+            return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in the words of Linux; ``None`` if that is not known. With it, another process that
+    has got the same number is not taken for the one that had it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _kill_here(status: dict[str, Any], host: str) -> None:
+    """Kill a process of this machine."""
+    pid, started = status["pid"], status["started"]
+    if status["host"] == host and started is not None and _started(pid) == started:
+        os.kill(pid, signal.SIGKILL)
