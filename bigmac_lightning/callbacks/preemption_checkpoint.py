@@ -23,7 +23,10 @@ class PreemptionCheckpoint(OnExceptionCheckpoint):
         super().__init__("" if dirpath is None else dirpath, filename)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or not trainer.fit_loop.epoch_loop.global_step:
+        if (
+            not isinstance(exception, SIGTERMException | KeyboardInterrupt)
+            or not trainer.fit_loop.epoch_loop.global_step
+        ):
             return
         if not self.dirpath:
             others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]

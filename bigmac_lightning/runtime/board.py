@@ -5,13 +5,14 @@ connection of its own, because a thread that waits for the store holds up all ot
 """
 
 import json
-from datetime import timedelta
+import threading
+from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-ANSWERS_WITHIN = timedelta(seconds=5)
+ANSWERS_WITHIN = 5.0
+"""Seconds after which the store is taken for lost."""
 
 
 class Board:
@@ -21,18 +22,40 @@ class Board:
         name: a name that no other board of these processes has.
 
     Raises:
-        dist.DistError: each method, if the store does not answer.
+        OSError, RuntimeError: each method, if the store does not answer.
     """
 
     def __init__(self, name: str) -> None:
-        store = _get_default_store().clone()
-        store.set_timeout(ANSWERS_WITHIN)
-        self._store = dist.PrefixStore(f"bigmac/{name}", store)
+        self._store = PrefixStore(f"bigmac/{name}", _get_default_store().clone())
+        self._stuck: threading.Thread | None = None
 
     def post(self, name: str, note: Any) -> None:
         """Write a note; anything that JSON can hold."""
-        self._store.set(name, json.dumps(note))
+        self._answered(lambda: self._store.set(name, json.dumps(note)))
 
     def read(self, name: str) -> Any:
         """A note; ``None`` if there is none."""
-        return json.loads(self._store.get(name)) if self._store.check([name]) else None
+        return self._answered(lambda: json.loads(self._store.get(name)) if self._store.check([name]) else None)
+
+    def _answered(self, ask: Callable[[], Any]) -> Any:
+        """The result of a call, in a thread of its own: if the process that has the store is stopped, it never ends."""
+        if self._stuck is not None and self._stuck.is_alive():
+            raise TimeoutError("the store does not answer")
+        answers: list[Any] = []
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                answers.append(ask())
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(ANSWERS_WITHIN)
+        if thread.is_alive():
+            self._stuck = thread
+            raise TimeoutError("the store does not answer")
+        if errors:
+            raise errors[0]
+        return answers[0]

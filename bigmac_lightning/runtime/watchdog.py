@@ -2,22 +2,21 @@
 
 Each process has a thread that looks at what the process is doing, posts it on the board, and reads there whether the
 run must end. A process may hang in a way in which no thread of Python runs: then a timer in C, which this thread winds
-up again and again, prints the stacks and ends it. A process that is stopped as a whole runs neither. The others see
-that it posts nothing any more, name it, and those on its machine kill it.
+up again and again, prints the stacks and ends it. A process that is stopped as a whole runs neither: the others see
+that it posts nothing any more. So each process also looks at the next one, if that is on its machine: one that has
+ended without a word ends the run, and one that is stopped is killed when the run ends.
 """
 
 import faulthandler
 import os
-import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bigmac_lightning.runtime.board import Board
+from bigmac_lightning.runtime.processes import Process
 from bigmac_lightning.runtime.progress import Progress
 
 LONGEST_INTERVAL = 2.0
@@ -33,11 +32,14 @@ TO_SAVE = 70.0
 class Watchdog:
     """Watches over this process of a run.
 
+    Attributes:
+        in_loops: whether it is in the loops of training or evaluation; elsewhere, downloads and the like may take long.
+
     Args:
         board: where processes post what they are doing.
         rank, world_size: global rank of this process, and number of processes.
         progress: what this process is doing.
-        patience: seconds after which a process that does nothing new hangs.
+        patience: seconds after which a process that does nothing new hangs; ``None``: it never does.
         hear: is called in the thread at each look.
     """
 
@@ -47,18 +49,19 @@ class Watchdog:
         rank: int,
         world_size: int,
         progress: Progress,
-        patience: float,
+        patience: float | None,
         hear: Callable[[], None] = lambda: None,
     ) -> None:
         self._board, self._rank, self._world_size, self._progress = board, rank, world_size, progress
         self._patience, self._hear = patience, hear
-        self._interval = min(LONGEST_INTERVAL, patience / 5)
+        self._interval = LONGEST_INTERVAL if patience is None else min(LONGEST_INTERVAL, patience / 5)
+        self.in_loops = False
         self._looks = 0
         self._lost: float | None = None  # since when the board does not answer
         self._stopping, self._wake = threading.Event(), threading.Event()
         self._failed: float | None = None
         self._thread = threading.Thread(target=self._run, name="bigmac watchdog", daemon=True)
-        self._self = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
+        self._own, self._next = Process.own(), None
 
     def start(self) -> None:
         """Begin to watch."""
@@ -71,13 +74,21 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def fail(self, why: str) -> None:
-        """Tell all processes that this one has failed, so that none waits for it."""
-        if self._failed is None:
-            self._failed = time.monotonic()
-            self._end_all("failed", why)
+    def fail(self, why: str, perhaps_of: float = 0.0) -> str | None:
+        """Tell all processes that this one has failed, so that none waits for it.
 
-    def ending(self, within: float = 0.0) -> str | None:
+        Args:
+            perhaps_of: seconds in which another process may say that it has failed before, as this may be why.
+
+        Returns: why the run ends, if another process has said so.
+        """
+        self._failed = self._failed or time.monotonic()
+        cause = self._ending(perhaps_of)
+        if cause is None:
+            self._end_all("failed", why)
+        return cause
+
+    def _ending(self, within: float) -> str | None:
         """Why the run ends, if another process has said so, or says so within these seconds; else ``None``."""
         deadline = time.monotonic() + within
         while True:
@@ -97,12 +108,15 @@ class Watchdog:
         seen: Any = None
         since = time.monotonic()
         while not self._stopping.is_set():
-            faulthandler.dump_traceback_later(self._patience + 3 * self._interval + 5, exit=True)
-            self._hear()
-            if self._progress.beats != seen:
+            patience = self._patience if self.in_loops else None
+            if patience is not None:
+                faulthandler.dump_traceback_later(patience + 3 * self._interval + 15, exit=True)
+            if self._progress.beats != seen or patience is None:
                 seen, since = self._progress.beats, time.monotonic()
             note = self._look()
             now = time.monotonic()
+            if note is None and self._next is not None and self._next.has_ended():
+                self._end_all("failed", "its process has ended without a word", (self._rank + 1) % self._world_size)
             if self._failed is not None:
                 if now - self._failed > TO_SAVE:
                     self._end("has failed, and could not end by itself")
@@ -110,7 +124,7 @@ class Watchdog:
                 self._obey(note)
             elif self._lost is not None and now - self._lost > 2 * TO_END_BY_ITSELF:
                 self._end("ends: the process that the store of the run belongs to has ended or does not answer")
-            elif now - since > self._patience:
+            elif patience is not None and now - since > patience:
                 self._report(now - since)
             self._wake.wait(self._interval)
             self._wake.clear()
@@ -119,7 +133,11 @@ class Watchdog:
         """Post what this process is doing; return the note by which the run ends, if there is one."""
         try:
             self._post()
+            self._hear()
             note = self._board.read("end")
+            following = self._board.read(f"status/{(self._rank + 1) % self._world_size}")
+            if following is not None:
+                self._next = None if following["ends"] else Process(*following["process"])
             self._lost = None
         except Exception:
             self._lost = self._lost or time.monotonic()
@@ -130,7 +148,7 @@ class Watchdog:
         self._looks += 1
         progress = self._progress
         status = {
-            **self._self,
+            "process": self._own,
             "look": self._looks,
             "ends": ends,
             "doing": progress.describe(),
@@ -160,24 +178,33 @@ class Watchdog:
         before = self._statuses()
         time.sleep(2.5 * self._interval)
         after = self._statuses()
-        silent = [r for r, status in after.items() if not status["ends"] and status["look"] == before[r]["look"]]
-        silent = [rank for rank in silent if rank != self._rank]
+        silent = [
+            rank
+            for rank, status in after.items()
+            if rank != self._rank and not status["ends"] and status["look"] == before.get(rank, status)["look"]
+        ]
         unknown = [rank for rank in range(self._world_size) if rank not in after]
         busy = [rank for rank, status in after.items() if not status["waits"] and rank not in silent]
         lines = [f"The run hangs: rank {self._rank} {why}."]
+        if self._next is not None and self._next.is_stopped():
+            lines.append(f"Rank {(self._rank + 1) % self._world_size} ({self._next}) is stopped.")
+        if not after:
+            lines.append("The run's store does not answer: the process that has it, rank 0 or a launcher, is lost.")
+            lines.append(f"  rank {self._rank} ({self._own}): {self._what()}")
+            silent, unknown = [], []
         if silent or unknown:
             which = ", ".join(map(str, sorted({*silent, *unknown})))
             lines.append(f"Nothing was heard of rank {which}: stopped, or its machine is lost.")
         elif busy:
-            lines.append(f"Rank {', '.join(map(str, busy))} waits for no other rank, so look there first.")
+            which = ", ".join(map(str, busy))
+            lines.append(f"Rank {which} {'waits' if len(busy) == 1 else 'wait'} for no other rank: look there first.")
         for rank in sorted(after):
             status = after[rank]
             done = f"; last action done: {status['done']}" if status["done"] else ""
-            at = f"{status['host']}, process {status['pid']}"
-            lines.append(f"  rank {rank} ({at}): {status['doing']}, for {status['for']:.0f} s{done}")
+            heard = ", when it was last heard" * (rank in silent)
+            at = str(Process(*status["process"]))
+            lines.append(f"  rank {rank} ({at}): {status['doing']}, for {status['for']:.0f} s{done}{heard}")
         self._say("\n".join(lines))
-        for rank in silent:
-            _kill_here(after[rank], self._self["host"])
         self._end("ends, as the run hangs", stacks=True)
 
     def _statuses(self) -> dict[int, dict[str, Any]]:
@@ -193,17 +220,18 @@ class Watchdog:
         done = "" if progress.done is None else f"; last action done: {progress.done.action}"
         return f"{progress.describe()}, for {time.monotonic() - progress.since:.0f} s{done}"
 
-    def _end_all(self, how: str, why: str) -> None:
-        """Post that the run ends, unless another process has."""
-        self._try_to(
-            lambda: self._board.read("end") or self._board.post("end", {"rank": self._rank, "how": how, "why": why})
-        )
+    def _end_all(self, how: str, why: str, rank: int | None = None) -> None:
+        """Post that the run ends because of this rank, or of another one, unless someone has."""
+        note = {"rank": self._rank if rank is None else rank, "how": how, "why": why}
+        self._try_to(lambda: self._board.read("end") or self._board.post("end", note))
 
     def _end(self, why: str, stacks: bool = False) -> None:
         """End this process, whatever its other threads do."""
         self._say(f"rank {self._rank} {why}")
         if stacks:
             faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__ or 2)
+        if self._next is not None and self._next.is_stopped():
+            self._next.kill()
         os._exit(1)
 
     def _say(self, text: str) -> None:
@@ -216,19 +244,3 @@ class Watchdog:
             return do()
         except Exception:
             return None
-
-
-def _started(pid: int) -> str | None:
-    """When a process was started, in the words of Linux; ``None`` if that is not known. With it, another process that
-    has got the same number is not taken for the one that had it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _kill_here(status: dict[str, Any], host: str) -> None:
-    """Kill a process of this machine."""
-    pid, started = status["pid"], status["started"]
-    if status["host"] == host and started is not None and _started(pid) == started:
-        os.kill(pid, signal.SIGKILL)

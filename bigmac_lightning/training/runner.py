@@ -160,6 +160,7 @@ class PipelineRunner:
         own = module.counts(batch)
         known = from_host([own, batch.step_counts or own], module.sum_dtype, self.mesh.device)
         if training and self.mesh.dp_size > 1:
+            self.executor.progress.begin("counting the batches of all pipelines", together=True)
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step
         planner, planned = self.planner if training else self.evaluation_planner, batch.planned
@@ -195,6 +196,7 @@ class PipelineRunner:
                 self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
+        self.executor.progress.begin("the sums of gradients over all ranks", together=True)
         if reductions is not None:
             reductions.all_computed()  # all ranks must start these sums before others over the same ranks
         if training:

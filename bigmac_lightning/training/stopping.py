@@ -18,7 +18,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 
 from bigmac_lightning.runtime.board import Board
 
@@ -84,19 +83,18 @@ class Stopping:
         if not self._in_loops:
             self._abandon("was told to end by SIGTERM before the training began")
             raise SIGTERMException
-        if wish > self._wish:
-            self._wish = wish
-            log.info("%s: all ranks stop before one of the next batches", WORDS[wish])
+        self._wish = max(self._wish, wish)  # nothing is said here: the signal may have come while something was
 
     def share(self) -> None:
         """Post this rank's wish, and read those of others. It is called by another thread than the others' calls."""
         if self._board is None:
             return
         if self._wish and not self._posted:
+            log.warning("%s: all ranks stop before one of the next batches", WORDS[self._wish])
             self._board.post("wish", self._wish)
             self._posted = True
         elif not self._wish and (wish := self._board.read("wish")):
-            self._wish = wish
+            self._wish, self._posted = wish, True
 
     # -- agreement -------------------------------------------------------------------------------------------------
 
@@ -147,4 +145,5 @@ class Stopping:
                 ", and nothing was saved since the last checkpoint: the callback "
                 "bigmac_lightning.callbacks.PreemptionCheckpoint saves one then"
             )
-        rank_zero_warn(text)
+        if trainer.is_global_zero:
+            log.warning(text)

@@ -5,7 +5,6 @@ plans and executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
-import signal
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,6 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +37,7 @@ from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals
@@ -56,8 +55,10 @@ from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.sharding import check_whole
 from bigmac_lightning.training.stepping import SteppingStrategy
+from bigmac_lightning.training.watching import Watching
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
 
 
 class BigMacStrategy(SteppingStrategy):
@@ -87,7 +88,9 @@ class BigMacStrategy(SteppingStrategy):
         compile: whether the layers of encoders, LLM and generators (members of their `nn.ModuleList`s) are compiled one
             by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
-        timeout: timeout of every process group; a rank that hangs ends the run after this time.
+        timeout: timeout of every process group.
+        hang_timeout: how long a rank may do nothing new in training or evaluation. Then all ranks say what they are
+            doing, and end. "auto": 10 minutes, or 9/10 of `timeout` if that is shorter; ``None``: as long as it likes.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
             read; ``False``: rank 0 gathers everything into one file.
         checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's
@@ -116,6 +119,7 @@ class BigMacStrategy(SteppingStrategy):
         compile: bool | dict[str, Any] = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
+        hang_timeout: timedelta | Literal["auto"] | None = "auto",
         save_distributed_checkpoint: bool = True,
         checkpoint_weights_only: bool | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -160,6 +164,12 @@ class BigMacStrategy(SteppingStrategy):
                 "leave it out, and set sharding.master_weights, or train with weights of float32 (precision 32-true or "
                 "bf16-mixed)"
             )
+        if hang_timeout == "auto":
+            hang_timeout = min(DEFAULT_HANG_TIMEOUT, 0.9 * (timeout or DEFAULT_TIMEOUT))
+        if hang_timeout is not None and not timedelta(0) < hang_timeout < (timeout or timedelta.max):
+            raise ValueError(f"hang_timeout={hang_timeout} must be more than 0, and less than timeout={timeout}")
+        self._hang_timeout, self.progress = hang_timeout, Progress()
+        self._world_group: dist.ProcessGroup | None = None
         self._compile = arguments_of(compile, parallel)
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
 
@@ -194,6 +204,10 @@ class BigMacStrategy(SteppingStrategy):
         return 0 if self._mesh is None else self._mesh.dp_rank * self._mesh.cp_size + self._mesh.cp_rank
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.host_group
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
@@ -220,11 +234,15 @@ class BigMacStrategy(SteppingStrategy):
         self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
         super().setup_environment()
+        self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout)
         if reason:
             rank_zero_info(reason)
         if self._mesh is None:
             sizes = {"cp": parallel.context, "tp": parallel.tensor}
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout, **sizes)
+            if dist.get_world_size() > 1:
+                group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
+                self._world_group = group
         self.open_module()
         take_part(module, replace(part_of(self.mesh.pp_rank, stages, stage_rank), peers=peers_of(self.mesh, parallel)))
         module._device_mesh = self.device_mesh
@@ -281,9 +299,6 @@ class BigMacStrategy(SteppingStrategy):
         if self.mesh.pp_size > 1:
             refusals.check_norms(trainer, module)
         self.check_checkpoint_plugins(trainer)
-        # Lightning's own notifier waits for all ranks inside the signal handler; a rank in mid-step never joins it
-        notifier = partial(_note_sigterm, trainer)
-        trainer._signal_connector._sigterm_notifier_fn = notifier  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
@@ -296,6 +311,7 @@ class BigMacStrategy(SteppingStrategy):
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
+        self._runner.executor.progress = self.progress
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
@@ -311,6 +327,8 @@ class BigMacStrategy(SteppingStrategy):
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
         self.barrier()
+        if self._watching is not None:
+            self._watching.expect_loops(self._world_group)
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
@@ -345,6 +363,9 @@ class BigMacStrategy(SteppingStrategy):
             self.close_module()
             if any(parameter.is_meta for parameter in module.parameters()):
                 self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
+        if self._watching is not None:
+            self._watching.stop()
+            self._watching = None
         super().teardown()
 
     def _configure_launcher(self) -> None:
@@ -362,38 +383,50 @@ class BigMacStrategy(SteppingStrategy):
             name_parent()
 
     def on_train_start(self) -> None:
+        self.enter_loop()
         super().on_train_start()
         assert self.lightning_module is not None
         go_on(self.lightning_module.trainer)
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_validation_start(self) -> None:
+        self.enter_loop()
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         super().on_validation_start()
 
     def on_test_start(self) -> None:
+        self.enter_loop()
         self.runner.sharding.hold()
         super().on_test_start()
 
     def on_predict_start(self) -> None:
+        self.enter_loop()
         self.runner.sharding.hold()
         super().on_predict_start()
 
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.leave_loop()
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if not self._trains:
+            self.leave_loop()
+
+    def on_test_end(self) -> None:
+        super().on_test_end()
+        self.leave_loop()
+
+    def on_predict_end(self) -> None:
+        super().on_predict_end()
+        self.leave_loop()
+
     def on_exception(self, exception: BaseException) -> None:
-        """End the child processes at once, instead of letting them wait for this rank until their timeout."""
         super().on_exception(exception)
-        if isinstance(self._launcher, _SubprocessScriptLauncher):
-            self._launcher.kill(signal.SIGTERM)
+        if self._watching is not None:
+            self._watching.failed(exception)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         with super().tensor_init_context(empty_init=False):
             yield
-
-
-def _note_sigterm(trainer: pl.Trainer, signum: int, frame: object) -> None:
-    """Pass a SIGTERM on and remember it. All ranks end together before the next batch, when rank 0 broadcasts it."""
-    connector, launcher = trainer._signal_connector, trainer.strategy.launcher
-    if not connector.received_sigterm and isinstance(launcher, _SubprocessScriptLauncher):
-        launcher.kill(signum)
-    connector.received_sigterm = True
