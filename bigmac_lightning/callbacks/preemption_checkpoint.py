@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
-class PreemptionCheckpoint(OnExceptionCheckpoint):
+class PreemptionCheckpoint(pl.Callback):
     """Saves a checkpoint when SIGTERM or ctrl-C stops the training, as when a cluster takes its nodes back.
 
     It does not matter which process gets the signal: all ranks stop together between two batches. Other errors save
     nothing here, as they may have spoilt the weights.
+
+    Attributes:
+        path: where the checkpoint is; ``None`` before one was saved.
 
     Args:
         dirpath: where; ``None``: where the first ModelCheckpoint of the Trainer saves, or else in "checkpoints" in the
@@ -19,16 +22,17 @@ class PreemptionCheckpoint(OnExceptionCheckpoint):
         filename: the checkpoint's name, without its ending. An older one of this name is replaced.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, filename: str = "preempted") -> None:
-        super().__init__("" if dirpath is None else dirpath, filename)
+    saves_when_stopped = True
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if (
-            not isinstance(exception, SIGTERMException | KeyboardInterrupt)
-            or not trainer.fit_loop.epoch_loop.global_step
-        ):
+    def __init__(self, dirpath: str | Path | None = None, filename: str = "preempted") -> None:
+        self.dirpath, self.filename = dirpath, filename
+        self.path: Path | None = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or not trainer.global_step:
             return
-        if not self.dirpath:
-            others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-            self.dirpath = others[0] if others else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        super().on_exception(trainer, pl_module, exception)
+        others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        otherwise = others[0] if others else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        path = Path(self.dirpath or otherwise) / f"{self.filename}.ckpt"
+        trainer.save_checkpoint(path)
+        self.path = path if path.exists() else None

@@ -73,6 +73,7 @@ class Stopping:
             for number, handler in self._given.items():
                 if signal.getsignal(number) == self._hear:
                     signal.signal(number, handler)
+                self._trainer._signal_connector._original_handlers.pop(number, None)  # it would give them back to us
         self._given.clear()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -136,6 +137,7 @@ class Stopping:
         callbacks: list[pl.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         saves = self.agreed == REQUEUE or any(
             isinstance(callback, OnExceptionCheckpoint)
+            or getattr(callback, "saves_when_stopped", False)
             or (isinstance(callback, ModelCheckpoint) and callback.save_on_exception)
             for callback in callbacks
         )

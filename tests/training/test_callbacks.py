@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.loggers import CSVLogger
 
@@ -126,6 +127,8 @@ def _train(make_trainer: Callable[..., pl.Trainer], name: str, folder: Path) -> 
     if isinstance(callback, of_lightning.LearningRateFinder):
         found["lr"] = callback.optimal_lr.suggestion()
     if isinstance(callback, of_lightning.ModelCheckpoint):
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 deletes older ones, and the others need not wait for that
         found["saved"] = sorted(path.name for path in folder.glob("*.ckpt")), Path(callback.best_model_path).name
     if isinstance(callback, _Writer):
         found["written"] = callback.written

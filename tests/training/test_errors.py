@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from benchmarks.faults import Row
+from benchmarks.faults import run as run_row
 from bigmac_lightning import Batch, PipelineLayout, ScheduleOptions
 from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.toy import VOCABULARY, ToyData, ToyModule
@@ -277,29 +279,27 @@ trainer.fit(Dies(), ToyData(steps=50))
 """
 
 
-@pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (1, "raise"), (1, "kill")])
-def test_a_rank_that_dies_ends_the_run(rank: int, how: str, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(rank), how],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=120)
-    finally:
-        alive = _group_alive(process.pid)
-    assert process.returncode != 0
-    assert time.monotonic() - start < 90
-    if how == "raise":
-        assert "the dog ate this rank" in output
-    assert not alive, "orphan processes"
+@pytest.mark.parametrize(
+    ("row", "code", "words"),
+    [
+        (Row("trainer", "forward", 1, "raise"), 1, "as rank 1 failed: RuntimeError: the dog ate this rank (in EF"),
+        (Row("trainer", "step", 1, "kill"), 1, "as rank 1 failed: its process has ended without a word"),
+        (Row("torchrun", "step", 1, "hang"), 1, "Rank 1 waits for no other rank: look there first."),
+        (Row("trainer", "validation", 0, "stop"), -9, "The run's store does not answer"),
+        (Row("trainer", "optimizer", 1, "lock"), 1, "Nothing was heard of rank 1"),
+        (Row("trainer", "between", 1, "term twice"), 0, "SIGTERM: all ranks stop before one of the next batches"),
+    ],
+    ids=str,
+)
+def test_a_fault_ends_the_run(row: Row, code: int, words: str) -> None:
+    """See benchmarks/faults.py, which has many more."""
+    result = run_row(row)
+    assert result.seconds is not None, result.log
+    assert not result.left
+    assert result.codes == (code,), result.log
+    assert words in result.log
+    assert result.log.count("Traceback") == (row.fault == "raise"), result.log
+    assert ("preempted" in result.saved) == (code == 0)
 
 
 def test_a_rank_that_hangs_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A signal to one rank stops all ranks between two batches; a run goes on exactly from the checkpoint saved there."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from bigmac_lightning import Batch
+from bigmac_lightning.callbacks import PreemptionCheckpoint
+from bigmac_lightning.runtime.lowering import Compute, Message
+from bigmac_lightning.runtime.progress import Progress
+from bigmac_lightning.schedule.action import Action
+from tests.toy import ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer, weights
+
+
+class _Told(ToyModule):
+    """Gets a signal on one rank, in one batch."""
+
+    def __init__(self, number: int, rank: int, batch: int) -> None:
+        super().__init__()
+        self.number, self.rank, self.batch = number, rank, batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if (self.global_rank, batch_idx) == (self.rank, self.batch):
+            os.kill(os.getpid(), self.number)
+        return super().training_step(batch, batch_idx)
+
+
+def _stopped(rank: int, number: int, told: int, dp: int, folder: Path) -> tuple[int, bool, Any]:
+    callback = PreemptionCheckpoint(folder)
+    trainer = pipeline_trainer(2, {"data_parallel_size": dp}, max_epochs=1, callbacks=[callback])
+    error = SIGTERMException if number == signal.SIGTERM else SystemExit
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(error) as raised:
+        trainer.fit(_Told(number, told, 2), ToyData(steps=8))
+    assert not isinstance(raised.value, SIGTERMException) or number == signal.SIGTERM
+    step = trainer.global_step
+    if number == signal.SIGTERM:  # Lightning lets ctrl-C do nothing any more, as the process is about to end
+        assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
+    trainer, module = pipeline_trainer(2, {"data_parallel_size": dp}, max_epochs=1), ToyModule()
+    trainer.fit(module, ToyData(steps=8), ckpt_path=folder / "preempted.ckpt", weights_only=False)
+    assert trainer.global_step == 8
+    return step, (folder / "preempted.ckpt").exists(), weights(module)
+
+
+def _undisturbed(rank: int, dp: int) -> Any:
+    trainer, module = pipeline_trainer(2, {"data_parallel_size": dp}, max_epochs=1), ToyModule()
+    trainer.fit(module, ToyData(steps=8))
+    return weights(module)
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "dp"), [(signal.SIGTERM, 1, 1), (signal.SIGINT, 0, 1), (signal.SIGTERM, 1, 2)]
+)
+def test_all_ranks_stop_together(number: int, told: int, dp: int, tmp_path: Path) -> None:
+    expected = on_ranks(2, _undisturbed, dp)
+    for rank, (step, exists, found) in enumerate(on_ranks(2, _stopped, number, told, dp, tmp_path)):
+        assert step == 4, "the wish of batch 2 travels with batch 3, and is obeyed before batch 4"
+        assert exists
+        assert all(torch.equal(found[name], value) for name, value in expected[rank].items())
+
+
+def test_what_a_process_is_doing() -> None:
+    progress = Progress()
+    assert progress.describe() == "the start of the run"
+    progress.batch = 3
+    progress.begin(Compute(Action.parse("0F2"), ()))
+    progress.wait(Message("features", 1, 0, 2), 5)
+    assert progress.describe() == "action 0F2, waits for features of group 1 piece 2 from rank 5 (batch 3)"
+    progress.begin("the end")
+    assert (progress.describe(), progress.beats) == ("the end (batch 3)", 2)
+    assert progress.done is not None
+    assert str(progress.done.action) == "0F2"
