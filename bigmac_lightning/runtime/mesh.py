@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -196,7 +197,7 @@ def build_mesh(
             tied_pair = tied_group if dp * cp == 1 else _own_or_none(_lists(ranks[:, ends], "pp"), timeout)
     host_group = make("pp", "cp", "tp", backend="gloo") if pp * cp * tp > 1 else None
     place = (ranks == dist.get_rank()).nonzero()[0].tolist()
-    return PipelineMesh(
+    found = PipelineMesh(
         device,
         mesh,
         tuple(ranks[place[0], :, place[2], place[3]].tolist()),
@@ -209,6 +210,21 @@ def build_mesh(
         tied_pair,
         host_group,
     )
+    others = (data, replica, peer_group, tied_group, tied_pair, host_group)
+    # Shards and slices of weights may live longer than the mesh of the pipeline; they have the DeviceMesh.
+    destroy_with(mesh, [*own.values(), *channels.values(), *(group for group in others if group is not None)])
+    return found
+
+
+def destroy_with(owner: object, groups: Iterable[Group]) -> None:
+    """Destroy these process groups, with their threads and connections, once nobody has `owner` any more."""
+    weakref.finalize(owner, _destroy, list({id(group): group for group in groups}.values())).atexit = False
+
+
+def _destroy(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 DIMENSIONS = ("dp", "pp", "cp", "tp")

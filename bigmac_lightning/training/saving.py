@@ -24,6 +24,7 @@ from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numb
 from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.mesh import destroy_with
 from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
@@ -67,6 +68,7 @@ class SavingStrategy(DDPStrategy):
         self._running = True
         if self._meeting is None and dist.is_initialized():
             self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
+            destroy_with(self, [self._meeting])
         holding.open_again(self._module)
 
     def close_module(self) -> None:

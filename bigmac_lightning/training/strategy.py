@@ -36,7 +36,7 @@ from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
-from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
+from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, destroy_with, mesh_shape
 from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
@@ -243,6 +243,7 @@ class BigMacStrategy(SteppingStrategy):
             if dist.get_world_size() > 1:
                 group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
                 self._world_group = group
+                destroy_with(self, [group])
         self.open_module()
         take_part(module, replace(part_of(self.mesh.pp_rank, stages, stage_rank), peers=peers_of(self.mesh, parallel)))
         module._device_mesh = self.device_mesh
