@@ -19,6 +19,13 @@ class Ranks:
         """This process's rank among all processes."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
+    @property
+    def group(self) -> Any:
+        """The process group of all processes, for the CPU. Collective at first, where all must come here."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=_timeout_of_the_run())
+        return self._group
+
     def exchange(self, own: Any, check: int = 0) -> Callable[[], tuple[list[Any], bool]]:
         """Start to send an object to every rank, without waiting for the others. Collective.
 
@@ -33,9 +40,7 @@ class Ranks:
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: ([own], True)
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=_timeout_of_the_run())
-        group, numbers = self._group, torch.tensor([int(bool(own)), check, -check])
+        group, numbers = self.group, torch.tensor([int(bool(own)), check, -check])
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
 

@@ -22,7 +22,9 @@ from bigmac_lightning.runtime.lowering import Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
+from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
@@ -89,6 +91,7 @@ class PipelineRunner:
         forward_context: context manager that every forward runs in (for precision).
         sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
         computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
+        agreement: compares batches between ranks before they run; ``None``: nothing does.
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class PipelineRunner:
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         sharding: Sharding | None = None,
         computing: torch.dtype | None = None,
+        agreement: BatchAgreement | None = None,
     ) -> None:
+        self.agreement = agreement
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.dtype = computing or _find_dtype(module, mesh, self.stage_rank)
@@ -155,16 +160,15 @@ class PipelineRunner:
         Args:
             reduce: whether to replace gradients by their sums over all ranks, each part's as soon as it is there.
         """
-        self.check(batch, mode)
+        given = batch
+        batch, planned = self._prepared(given, mode)
         module, training = self.module, mode == "train"
-        own = module.counts(batch)
-        known = from_host([own, batch.step_counts or own], module.sum_dtype, self.mesh.device)
+        own = module.counts(given)
+        known = from_host([own, given.step_counts or own], module.sum_dtype, self.mesh.device)
         if training and self.mesh.dp_size > 1:
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step
-        planner, planned = self.planner if training else self.evaluation_planner, batch.planned
-        has_loss = any(microbatch.is_useful for microbatch in batch.microbatches)
-        batch = planner.run_of(batch)
+        has_loss = any(microbatch.is_useful for microbatch in given.microbatches)
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
@@ -173,9 +177,7 @@ class PipelineRunner:
             self.sharding.gather(has_loss)
         else:
             self.sharding.hold()
-        if batch.microbatches:
-            if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
-                planned = planner(batch)
+        if planned is not None:
             scales = module.scales(step_counts) * self.gradient_scale
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
@@ -210,6 +212,34 @@ class PipelineRunner:
             predictions=None if training else self._share_predictions(batch, predictions),
             samples=self._share_samples(batch, samples) if mode == "sample" else None,
         )
+
+    def _prepared(self, batch: Batch, mode: Mode) -> tuple[Batch, PlannedBatch | None]:
+        """What of a batch is run, and its plan; ``None`` if nothing is.
+
+        Raises:
+            ValueError, TypeError: the batch does not fit, or is not the same on all ranks; raised on all ranks.
+        """
+        run, planned, error = batch, None, None
+        compares = self.agreement is not None and self.agreement.compares(mode)
+        try:
+            self.check(batch, mode)
+            planner = self.planner if mode == "train" else self.evaluation_planner
+            run, planned = planner.run_of(batch), batch.planned
+            if not run.microbatches:
+                planned = None
+            elif not isinstance(planned, PlannedBatch) or planned.key != planner.key(run):
+                planned = planner(run)
+        except (TypeError, ValueError) as refusal:
+            if not compares:
+                raise
+            error = refusal
+        if self.agreement is not None and compares:
+            known = batch.fingerprint if isinstance(batch, Batch) else None
+            place = self.step if mode == "train" else self._evaluated
+            numbers = (fingerprint(batch) if known is None else known, planned.digest if planned else 0, place)
+            self.agreement.check(batch, numbers, mode, error)
+        assert planned is None or isinstance(planned, PlannedBatch)
+        return run, planned
 
     def check(self, batch: Batch, mode: Mode) -> None:
         """Refuse a batch that does not fit. Only metadata that all ranks have is checked, so all ranks refuse it.

@@ -37,12 +37,16 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
+from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
-from bigmac_lightning.training import refusals
+from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.agreement import check_same
+from bigmac_lightning.training.batch_agreement import BatchAgreement
+from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
@@ -86,6 +90,8 @@ class BigMacStrategy(SteppingStrategy):
             read ahead for that.
         compile: whether the layers of encoders, LLM and generators (members of their `nn.ModuleList`s) are compiled one
             by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
+        check_batches: which batches are compared between the ranks of a pipeline before they run: "every" one, the
+            "first" one, or "never". Ranks that have different tokens, labels, items or plans end with an error.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
@@ -114,6 +120,7 @@ class BigMacStrategy(SteppingStrategy):
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         compile: bool | dict[str, Any] = False,
+        check_batches: Literal["every", "first", "never"] = "every",
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -160,7 +167,22 @@ class BigMacStrategy(SteppingStrategy):
                 "leave it out, and set sharding.master_weights, or train with weights of float32 (precision 32-true or "
                 "bf16-mixed)"
             )
-        self._compile = arguments_of(compile, parallel)
+        if check_batches not in ("every", "first", "never"):
+            raise ValueError(f'check_batches={check_batches!r}: choose "every", "first" or "never"')
+        self._compile, self._check_batches = arguments_of(compile, parallel), check_batches
+        self._ranks = Ranks()
+        self._settings: dict[str, Any] = {
+            "": self.options,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "data_parallel_size": data_parallel_size,
+            "float32_gradients": float32_gradients,
+            "accumulate": accumulate,
+            "compile": compile,
+            "check_batches": check_batches,
+            "process_group_backend": process_group_backend,
+            "timeout": timeout,
+            "save_distributed_checkpoint": save_distributed_checkpoint,
+        }
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
 
     # -- processes -----------------------------------------------------------------------------------------------------
@@ -207,6 +229,9 @@ class BigMacStrategy(SteppingStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
+        super().setup_environment()
+        known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
+        check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
@@ -219,7 +244,6 @@ class BigMacStrategy(SteppingStrategy):
             )
         self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
-        super().setup_environment()
         if reason:
             rank_zero_info(reason)
         if self._mesh is None:
@@ -252,7 +276,7 @@ class BigMacStrategy(SteppingStrategy):
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
             training = self.lightning_module is not None and self.lightning_module.trainer.training
             planner = self.runner.planner if training else self.runner.evaluation_planner
-            planned = PlanningCollate(given, planner)
+            planned = PlanningCollate(given, planner, self._check_batches == "every")
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
@@ -266,6 +290,8 @@ class BigMacStrategy(SteppingStrategy):
         """Prepare a batch while it is on the CPU. On the device, this would wait for the device."""
         module = self.lightning_module
         if isinstance(batch, Batch) and isinstance(module, PipelineModule):
+            if self._check_batches == "every" and batch.fingerprint is None:
+                batch = batch.replace(fingerprint=fingerprint(batch))
             batch = module.prepare(batch)
             if self.mesh.cp_size > 1:
                 batch = with_slices(batch, self.mesh.cp_rank, self.mesh.cp_size)
@@ -288,14 +314,18 @@ class BigMacStrategy(SteppingStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         known = self._runner.sharding if self._runner is not None and self._runner.module is module else None
+        part = f"llm of pipeline rank {self.mesh.pp_rank}"
+        part += f", tensor peer {self.mesh.tp_rank}" if self.mesh.tp_size > 1 else ""
         if known is None:
+            check_same(self._ranks, run_facts.weights(module, part), "the model")
             check_whole(module)
             self._synchronize_initial_state(module)
             if self._compile is not None:
                 rank_zero_info(compile_layers(module, self._compile))
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
+        agreement = BatchAgreement(self._ranks, self.mesh, self._check_batches)
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement)
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
         self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
         module.runner = self._steps
@@ -307,6 +337,8 @@ class BigMacStrategy(SteppingStrategy):
                 self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 refusals.check_optimizer(optimizer)
+            found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
+            check_same(self._ranks, found, "optimizers")
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -364,20 +396,30 @@ class BigMacStrategy(SteppingStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
+        check_same(self._ranks, run_facts.progress(self.lightning_module.trainer), "training")
         go_on(self.lightning_module.trainer)
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_validation_start(self) -> None:
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
+        self._check_evaluation("num_val_batches")
         super().on_validation_start()
 
     def on_test_start(self) -> None:
         self.runner.sharding.hold()
+        self._check_evaluation("num_test_batches")
         super().on_test_start()
 
     def on_predict_start(self) -> None:
         self.runner.sharding.hold()
+        self._check_evaluation("num_predict_batches")
         super().on_predict_start()
+
+    def _check_evaluation(self, batches: str) -> None:
+        """Check that all ranks of a pipeline will run equally many batches."""
+        assert self.lightning_module is not None
+        known = {batches: str(getattr(self.lightning_module.trainer, batches))}
+        check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
 
     def on_exception(self, exception: BaseException) -> None:
         """End the child processes at once, instead of letting them wait for this rank until their timeout."""

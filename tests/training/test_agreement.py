@@ -1,0 +1,116 @@
+"""One rank that differs: the error names it and the key, on all ranks, before a step."""
+
+import time
+from typing import Any
+
+import pytest
+
+from bigmac_lightning import Batch
+from bigmac_lightning.training.agreement import message
+from tests.toy import ToyData, ToyModule
+from tests.training.trainers import on_ranks, pipeline_trainer
+
+
+class _Labels(ToyData):
+    """From the third batch on, one label is another on the last rank."""
+
+    key = "labels"
+
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        trainer: Any = self.trainer
+        if indices[0] >= 2 and trainer.global_rank == trainer.world_size - 1:
+            self.change(batch)
+        return batch
+
+    def change(self, batch: Batch) -> None:
+        batch.microbatches[2].labels[0] = (batch.microbatches[2].labels[0] + 1) % 7
+
+
+class _Tokens(_Labels):
+    key = "input_ids"
+
+    def change(self, batch: Batch) -> None:
+        batch.microbatches[2].inputs["input_ids"][0, 1] ^= 1
+
+
+class _Items(_Labels):
+    key = "media"
+
+    def change(self, batch: Batch) -> None:
+        batch.microbatches[0].media[0].cost += 1.0
+
+
+class _Fewer(_Labels):
+    key = "microbatches"
+
+    def change(self, batch: Batch) -> None:
+        del batch.microbatches[2]
+
+
+class _Order(_Labels):
+    key = "input_ids"
+
+    def change(self, batch: Batch) -> None:
+        batch.microbatches = super(_Labels, self).collate([7]).microbatches
+
+
+class _Refused(_Labels):
+    key = "_: "
+
+    def change(self, batch: Batch) -> None:
+        batch.microbatches[1].media[0].cost = float("nan")
+
+
+def _fit(rank: int, world: int, change: str, value: Any, **common: Any) -> tuple[str, int, float]:
+    """Train two steps, with something else on the last rank."""
+    strategy: dict[str, Any] = dict(common)
+    module: dict[str, Any] = {}
+    trainer: dict[str, Any] = {"max_steps": 6}
+    data: dict[str, Any] = {}
+    if rank == world - 1:
+        {"strategy": strategy, "module": module, "trainer": trainer, "data": data}[change.partition(".")[0]][
+            change.partition(".")[2]
+        ] = value
+    start = time.monotonic()
+    made = pipeline_trainer(world, strategy, **trainer)
+    try:
+        made.fit(ToyModule(**module), data.pop("kind", ToyData)(**data))
+    except (ValueError, TypeError) as error:
+        return str(error), made.global_step, time.monotonic() - start
+    return "no error", made.global_step, 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "words"),
+    [
+        ("strategy.backbone", "gpipe", ["strategy: schedule.backbone is '1f1b' on rank 0, 'gpipe' on rank 1"]),
+        ("strategy.pipeline_parallel_size", 1, ["pipeline_parallel_size is 'auto' on rank 0, 1 on rank 1"]),
+        ("module.layers", 6, ["model: llm.num_layers is 4 on rank 0, 6 on rank 1"]),
+        ("module.lr", 0.5, ["optimizer: optimizer 0 lr is 0.01 on rank 0, 0.5 on rank 1"]),
+        ("trainer.gradient_clip_val", 0.5, ["trainer: gradient_clip_val is None on rank 0, 0.5 on rank 1"]),
+        ("trainer.precision", "bf16-mixed", ["trainer: precision is 32-true", "bf16-mixed"]),
+        ("data.steps", 5, ["training: training batches of an epoch is 20 on rank 0, 5 on rank 1"]),
+    ],
+)
+def test_settings_of_another_rank_are_named(change: str, value: Any, words: list[str]) -> None:
+    for text, steps, _ in on_ranks(2, _fit, 2, change, value, timeout=60):
+        assert all(word in text for word in words), text
+        assert steps == 0
+
+
+@pytest.mark.parametrize("kind", [_Labels, _Tokens, _Items, _Fewer, _Order])
+def test_another_batch_on_one_rank_is_named(kind: type[_Labels]) -> None:
+    for text, steps, _ in on_ranks(2, _fit, 2, "data.kind", kind, timeout=60):
+        assert "the batch of a pipeline must be the same on all ranks, but differ" in text
+        assert kind.key in text
+        assert "on rank 0" in text
+        assert "on rank 1" in text
+        assert steps == 2
+
+
+def test_facts_that_differ() -> None:
+    rows = [{"trainer": {"max_steps": "5", "lr": "1"}}] * 3 + [{"trainer": {"max_steps": "6"}}]
+    text = message(rows, "settings")
+    assert "trainer: max_steps is 6 on rank 3, 5 on ranks 0, 1, 2" in text
+    assert "trainer: lr is missing on rank 3, 1 on ranks 0, 1, 2" in text
