@@ -16,7 +16,7 @@ SHOWN = 8
 """How many keys an error names."""
 
 
-def digest(texts: Iterable[str | bytes | memoryview]) -> int:
+def digest(texts: Iterable[str | bytes]) -> int:
     """A number of 62 bits that depends on these texts and their order."""
     found = hashlib.blake2b(digest_size=8)
     for text in texts:

@@ -7,7 +7,7 @@ the error.
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -95,9 +95,9 @@ class BatchAgreement:
         )
 
 
-def _gather(own: object, group: dist.ProcessGroup | None) -> dict[int, object]:
+def _gather(own: object, group: dist.ProcessGroup | None) -> dict[int, Any]:
     """The objects of all ranks of a group by global rank. Collective."""
-    everyone: list[object] = [None] * dist.get_world_size(group)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group=group)
     members = dist.get_process_group_ranks(group)
     return dict(zip(members, everyone, strict=True))

@@ -45,7 +45,7 @@ def plan_digest(plan: Plan) -> int:
 
 def _tensor(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} #{digest([memoryview(data.numpy())]):x}"
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} #{digest([data.numpy().tobytes()]):x}"
 
 
 def _items(items: list[MediaItem] | list[TargetItem]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.batch_facts import fingerprint
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
@@ -92,6 +93,7 @@ class PipelineRunner:
         sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
         computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
         agreement: compares batches between ranks before they run; ``None``: nothing does.
+        finite: finds out whether training steps are finite; ``None``: nothing does.
     """
 
     def __init__(
@@ -103,8 +105,9 @@ class PipelineRunner:
         sharding: Sharding | None = None,
         computing: torch.dtype | None = None,
         agreement: BatchAgreement | None = None,
+        finite: FiniteCheck | None = None,
     ) -> None:
-        self.agreement = agreement
+        self.agreement, self.finite = agreement, finite
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.dtype = computing or _find_dtype(module, mesh, self.stage_rank)
@@ -163,6 +166,7 @@ class PipelineRunner:
         given = batch
         batch, planned = self._prepared(given, mode)
         module, training = self.module, mode == "train"
+        finite = self.finite if training else None
         own = module.counts(given)
         known = from_host([own, given.step_counts or own], module.sum_dtype, self.mesh.device)
         if training and self.mesh.dp_size > 1:
@@ -192,6 +196,7 @@ class PipelineRunner:
                     mode,
                     scales,
                     self.sharding,
+                    None if finite is None else finite.record(batch, _numbers(given, batch), len(self.stages)),
                 )
                 hear = partial(_follow, computation, reductions)
                 self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
@@ -202,9 +207,19 @@ class PipelineRunner:
         if training:
             self.sharding.reduce()
         if reductions is not None:
-            reductions.finish()
+            reductions.wait()
+        bad = torch.zeros_like(sums[:1])
+        if finite is not None and reductions is not None:
+            bad += finite.gradients(p for place in self.places for p in place.parameters.values())
+        sums = torch.cat([sums, bad])
         if len(self.mesh.replica_ranks) * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.replica_group)
+        sums, bad = sums[:-1], sums[-1]
+        flags = [] if finite is None else [finite.flag(sums, bad)]
+        if reductions is not None:
+            read = reductions.drop_unused(*flags)
+            if finite is not None:
+                finite.failed = read == [1]
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],
@@ -219,15 +234,15 @@ class PipelineRunner:
         Raises:
             ValueError, TypeError: the batch does not fit, or is not the same on all ranks; raised on all ranks.
         """
-        run, planned, error = batch, None, None
+        run, error, planned = batch, None, None
         compares = self.agreement is not None and self.agreement.compares(mode)
         try:
             self.check(batch, mode)
             planner = self.planner if mode == "train" else self.evaluation_planner
-            run, planned = planner.run_of(batch), batch.planned
-            if not run.microbatches:
-                planned = None
-            elif not isinstance(planned, PlannedBatch) or planned.key != planner.key(run):
+            run, known = planner.run_of(batch), batch.planned
+            if isinstance(known, PlannedBatch) and known.key == planner.key(run):
+                planned = known
+            elif run.microbatches:
                 planned = planner(run)
         except (TypeError, ValueError) as refusal:
             if not compares:
@@ -236,9 +251,9 @@ class PipelineRunner:
         if self.agreement is not None and compares:
             known = batch.fingerprint if isinstance(batch, Batch) else None
             place = self.step if mode == "train" else self._evaluated
-            numbers = (fingerprint(batch) if known is None else known, planned.digest if planned else 0, place)
+            plan = 0 if planned is None else planned.digest
+            numbers = (fingerprint(batch) if known is None else known, plan, place)
             self.agreement.check(batch, numbers, mode, error)
-        assert planned is None or isinstance(planned, PlannedBatch)
         return run, planned
 
     def check(self, batch: Batch, mode: Mode) -> None:
@@ -342,6 +357,12 @@ def _follow(computation: BatchComputation, reductions: Reductions | None, hint: 
         computation.start_gathering(hint.action.kind, hint.action.index)
     elif reductions is not None:
         reductions.done(hint.part)
+
+
+def _numbers(given: Batch, run: Batch) -> list[int]:
+    """The number in the given batch of each microbatch that is run."""
+    everything = list(range(len(given)))
+    return everything if len(run) == len(given) else [m for m in everything if given.microbatches[m].is_useful]
 
 
 def _find_dtype(module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> torch.dtype:

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.saving import SavingStrategy
 
 
@@ -17,6 +17,7 @@ class SteppingStrategy(SavingStrategy):
     """Runs training and evaluation steps."""
 
     _steps: LightningSteps | None = None
+    _on_nonfinite: OnNonfinite = "raise"
 
     @property
     def steps(self) -> LightningSteps:
@@ -41,6 +42,8 @@ class SteppingStrategy(SavingStrategy):
         with self._step_context():
             output = self.lightning_module.training_step(*args, **kwargs)
         self.steps.check(output)
+        if self._on_nonfinite == "skip":
+            self.lightning_module.log("skipped_steps", float(self.steps.skipped), batch_size=1)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -45,14 +45,15 @@ from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting
 from bigmac_lightning.training.agreement import check_same
-from bigmac_lightning.training.batch_agreement import BatchAgreement
+from bigmac_lightning.training.batch_agreement import BatchAgreement, When
 from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
-from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
@@ -92,6 +93,10 @@ class BigMacStrategy(SteppingStrategy):
             by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
         check_batches: which batches are compared between the ranks of a pipeline before they run: "every" one, the
             "first" one, or "never". Ranks that have different tokens, labels, items or plans end with an error.
+        on_nonfinite: what is done about an optimizer step whose loss or gradients are NaN or infinite: "raise" an error
+            on all ranks, which says where it began, before any weight changes; "skip": leave the optimizer's step out,
+            as a gradient scaler does, and log "skipped_steps"; "ignore": nothing. With precision 16-mixed, gradients
+            are the scaler's business, and only losses are looked at.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
@@ -120,7 +125,8 @@ class BigMacStrategy(SteppingStrategy):
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         compile: bool | dict[str, Any] = False,
-        check_batches: Literal["every", "first", "never"] = "every",
+        check_batches: When = "every",
+        on_nonfinite: OnNonfinite = "raise",
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -169,7 +175,11 @@ class BigMacStrategy(SteppingStrategy):
             )
         if check_batches not in ("every", "first", "never"):
             raise ValueError(f'check_batches={check_batches!r}: choose "every", "first" or "never"')
-        self._compile, self._check_batches = arguments_of(compile, parallel), check_batches
+        if on_nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose "raise", "skip" or "ignore"')
+        self._on_nonfinite = on_nonfinite
+        self._compile = arguments_of(compile, parallel)
+        self._check_batches: When = check_batches
         self._ranks = Ranks()
         self._settings: dict[str, Any] = {
             "": self.options,
@@ -179,6 +189,7 @@ class BigMacStrategy(SteppingStrategy):
             "accumulate": accumulate,
             "compile": compile,
             "check_batches": check_batches,
+            "on_nonfinite": on_nonfinite,
             "process_group_backend": process_group_backend,
             "timeout": timeout,
             "save_distributed_checkpoint": save_distributed_checkpoint,
@@ -325,9 +336,15 @@ class BigMacStrategy(SteppingStrategy):
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
         agreement = BatchAgreement(self._ranks, self.mesh, self._check_batches)
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement)
+        finite = None
+        if self._on_nonfinite != "ignore":
+            unscaled = getattr(self.precision_plugin, "scaler", None) is None
+            finite = FiniteCheck(self._ranks, module, self.mesh, gradients=unscaled)
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement, finite)
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
-        self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
+        self._steps = LightningSteps(
+            module, self._runner, self.precision_plugin, self._float32_gradients, self._on_nonfinite
+        )
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
