@@ -6,6 +6,7 @@ plugins, schedulers and hooks then behave as in plain training.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -46,6 +47,8 @@ class LightningSteps:
         float32_gradients: whether gradients of 16-bit weights are summed in float32; ``None``: if an optimizer step has
             more than `MANY_MICROBATCHES` microbatches.
         on_nonfinite: what is done about an optimizer step that is not finite.
+        check_every: every how many optimizer steps `check_replicas` is called, before the step; ``None``: never.
+        check_replicas: compares weights and gradients between ranks; collective.
     """
 
     def __init__(
@@ -55,7 +58,10 @@ class LightningSteps:
         precision: Precision,
         float32_gradients: bool | None,
         on_nonfinite: OnNonfinite = "ignore",
+        check_every: int | None = None,
+        check_replicas: Callable[[], None] | None = None,
     ) -> None:
+        self._check_every, self._check_replicas = check_every, check_replicas
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped, self._skips = 0, False
         self._module, self._runner, self._precision = module, runner, precision
@@ -152,7 +158,12 @@ class LightningSteps:
                 buffers.synchronize()
             parameters = self._trained()
             round_gradients(parameters)
+            if self._check_replicas is not None and self._check_every and self._steps_done() % self._check_every == 0:
+                self._check_replicas()
             hooks.call(parameters)
+
+    def _steps_done(self) -> int:
+        return self._module.trainer.global_step
 
     def _refuse_or_skip(self, finite: FiniteCheck) -> None:
         """Raise the error about a step that is not finite, or count it. Collective.
@@ -160,10 +171,7 @@ class LightningSteps:
         Raises:
             ValueError: such steps are not to be left out; raised on all ranks.
         """
-        text = (
-            f"the loss or a gradient of optimizer step {self._module.trainer.global_step} is NaN or infinite; "
-            f"{finite.explain()}"
-        )
+        text = f"the loss or a gradient of optimizer step {self._steps_done()} is NaN or infinite; {finite.explain()}"
         if self._on_nonfinite == "raise":
             raise ValueError(
                 f"{text}\nNo weight was changed. Trainer(detect_anomaly=True) finds the operation in a backward; "

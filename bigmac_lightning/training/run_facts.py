@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.training.agreement import digest
 
 PACKAGES = ("bigmac-lightning", "torch", "lightning", "transformers", "diffusers", "peft", "numpy")
@@ -144,6 +145,12 @@ def weights(module: PipelineModule, llm: str) -> dict[str, dict[str, str]]:
         for name, component in components.items():
             found.setdefault(f"{kind}.{name}", {})["layers"] = _text(component)
     return found
+
+
+def llm_part(mesh: PipelineMesh) -> str:
+    """Names the part of the LLM that this rank has."""
+    peer = f", tensor peer {mesh.tp_rank}" if mesh.tp_size > 1 else ""
+    return f"llm of pipeline rank {mesh.pp_rank}{peer}"
 
 
 def part_of(name: str, llm: str) -> str:

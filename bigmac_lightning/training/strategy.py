@@ -58,6 +58,7 @@ from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
+from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.sharding import check_whole
 from bigmac_lightning.training.stepping import SteppingStrategy
@@ -97,6 +98,8 @@ class BigMacStrategy(SteppingStrategy):
             on all ranks, which says where it began, before any weight changes; "skip": leave the optimizer's step out,
             as a gradient scaler does, and log "skipped_steps"; "ignore": nothing. With precision 16-mixed, gradients
             are the scaler's business, and only losses are looked at.
+        check_replicas_every: after every how many optimizer steps ranks compare sums over the bits of the weights and
+            gradients that they have alike, and end with an error if they differ; ``None``: never.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
@@ -127,6 +130,7 @@ class BigMacStrategy(SteppingStrategy):
         compile: bool | dict[str, Any] = False,
         check_batches: When = "every",
         on_nonfinite: OnNonfinite = "raise",
+        check_replicas_every: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
@@ -157,6 +161,7 @@ class BigMacStrategy(SteppingStrategy):
             ("context_parallel_size", context_parallel_size, 1),
             ("expert_parallel_size", expert_parallel_size, 1),
             ("microbatches", microbatches, None),
+            ("check_replicas_every", check_replicas_every, None),
         ):
             if value != otherwise and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
@@ -177,7 +182,7 @@ class BigMacStrategy(SteppingStrategy):
             raise ValueError(f'check_batches={check_batches!r}: choose "every", "first" or "never"')
         if on_nonfinite not in ("raise", "skip", "ignore"):
             raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose "raise", "skip" or "ignore"')
-        self._on_nonfinite = on_nonfinite
+        self._on_nonfinite, self._check_replicas_every = on_nonfinite, check_replicas_every
         self._compile = arguments_of(compile, parallel)
         self._check_batches: When = check_batches
         self._ranks = Ranks()
@@ -190,6 +195,7 @@ class BigMacStrategy(SteppingStrategy):
             "compile": compile,
             "check_batches": check_batches,
             "on_nonfinite": on_nonfinite,
+            "check_replicas_every": check_replicas_every,
             "process_group_backend": process_group_backend,
             "timeout": timeout,
             "save_distributed_checkpoint": save_distributed_checkpoint,
@@ -325,8 +331,7 @@ class BigMacStrategy(SteppingStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         known = self._runner.sharding if self._runner is not None and self._runner.module is module else None
-        part = f"llm of pipeline rank {self.mesh.pp_rank}"
-        part += f", tensor peer {self.mesh.tp_rank}" if self.mesh.tp_size > 1 else ""
+        part = run_facts.llm_part(self.mesh)
         if known is None:
             check_same(self._ranks, run_facts.weights(module, part), "the model")
             check_whole(module)
@@ -342,8 +347,15 @@ class BigMacStrategy(SteppingStrategy):
             finite = FiniteCheck(self._ranks, module, self.mesh, gradients=unscaled)
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement, finite)
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
+        compare = partial(check_replicas, self._ranks, module, self.mesh, self._runner.sharding)
         self._steps = LightningSteps(
-            module, self._runner, self.precision_plugin, self._float32_gradients, self._on_nonfinite
+            module,
+            self._runner,
+            self.precision_plugin,
+            self._float32_gradients,
+            self._on_nonfinite,
+            self._check_replicas_every,
+            compare,
         )
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
