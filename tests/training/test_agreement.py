@@ -56,17 +56,25 @@ class _Order(_Labels):
 
 
 class _Refused(_Labels):
-    key = "_: "
+    key = "microbatch 1: a media item has the cost nan: it must be a finite number"
 
     def change(self, batch: Batch) -> None:
         batch.microbatches[1].media[0].cost = float("nan")
 
 
-def _fit(rank: int, world: int, change: str, value: Any, **common: Any) -> tuple[str, int, float]:
+class _Validation(ToyData):
+    """The last rank has a validation batch more."""
+
+    def val_dataloader(self) -> Any:
+        trainer: Any = self.trainer
+        return self.loader(2 + (trainer.global_rank == trainer.world_size - 1), first=1000)
+
+
+def _fit(rank: int, world: int, change: str, value: Any, replicas: int = 1) -> tuple[str, int, float]:
     """Train two steps, with something else on the last rank."""
-    strategy: dict[str, Any] = dict(common)
+    strategy: dict[str, Any] = {"data_parallel_size": replicas}
     module: dict[str, Any] = {}
-    trainer: dict[str, Any] = {"max_steps": 6}
+    trainer: dict[str, Any] = {"max_steps": 6, "val_check_interval": 3}
     data: dict[str, Any] = {}
     if rank == world - 1:
         {"strategy": strategy, "module": module, "trainer": trainer, "data": data}[change.partition(".")[0]][
@@ -107,6 +115,33 @@ def test_another_batch_on_one_rank_is_named(kind: type[_Labels]) -> None:
         assert "on rank 0" in text
         assert "on rank 1" in text
         assert steps == 2
+
+
+def test_a_batch_that_one_rank_refuses() -> None:
+    for text, steps, _ in on_ranks(2, _fit, 2, "data.kind", _Refused, timeout=60):
+        assert _Refused.key in text
+        assert steps == 2
+
+
+def test_another_number_of_validation_batches() -> None:
+    for text, *_ in on_ranks(2, _fit, 2, "data.kind", _Validation, timeout=60):
+        assert "pipeline 0: num_val_batches is [2] on rank 0, [3] on rank 1" in text
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("change", "value", "word"),
+    [
+        ("data.kind", _Labels, "pipeline 1: microbatch 2 labels is"),
+        ("module.lr", 0.5, "optimizer 0 lr is 0.5 on rank 3, 0.01 on ranks 0, 1, 2"),
+        ("strategy.accumulate", "tokens", "strategy: accumulate is 'tokens' on rank 3, 'batches' on ranks 0, 1, 2"),
+        ("strategy.tensor_parallel_size", 2, "strategy: parallel.tensor is 2 on rank 3, 1 on ranks 0, 1, 2"),
+    ],
+)
+def test_one_of_four_ranks(change: str, value: Any, word: str) -> None:
+    """The other pipeline's ranks end as well."""
+    for text, *_ in on_ranks(4, _fit, 4, change, value, 2, timeout=60):
+        assert word in text
 
 
 def test_facts_that_differ() -> None:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from bigmac_lightning import Batch, ShardingOptions
 from bigmac_lightning.contracts.batch import Origin
-from tests.toy import ToyData, ToyLLM, ToyModule
+from tests.toy import ToyData, ToyEncoder, ToyLLM, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 BAD = 2
 """The batch that is bad."""
+
+OF_ITEMS = {"media": float("nan"), "slope": 100.0, "targets": 1e25}
+"""Bad numbers in an item's data. The square of 1e25 is infinite, and its gradient is not."""
 
 SHARDED = ShardingOptions("fsdp", "fsdp", "zero1")
 
@@ -29,6 +32,16 @@ class _Faulty(ToyLLM):
             zero = h_BSD * (1 - inputs["backward"][..., None])
             h_BSD = torch.where(inputs["backward"][..., None] > 0, h_BSD + zero.abs().sqrt(), h_BSD)
         return super().run_layers(h_BSD, inputs, layers, extras)
+
+
+class _Slope(ToyEncoder):
+    """Items with a number of 100 or more have an infinite slope, in the encoder alone."""
+
+    def forward(self, pixels: list[Tensor]) -> Tensor:
+        features = super().forward([item.clamp(max=10) for item in pixels])
+        if any((item >= 100).any() for item in pixels):
+            features = features + (0 * self.projector.bias.sum()).abs().sqrt()
+        return features
 
 
 class _Data(ToyData):
@@ -47,11 +60,10 @@ class _Data(ToyData):
                 microbatch.inputs[key] = torch.zeros(size, length)
                 if indices[0] == BAD and m == 1 and self.kind == key:
                     microbatch.inputs[key][-1, -1] = 1
-        items: list[Any] = [
-            item for m in batch.microbatches for item in (m.media if self.kind == "media" else m.targets)
-        ]
-        if indices[0] == BAD and self.kind in ("media", "targets") and items[0].data is not None:
-            items[0].data[0, 0] = float("nan")
+        if indices[0] == BAD and self.kind in OF_ITEMS:
+            items: list[Any] = [item for m in batch for item in (m.targets if self.kind == "targets" else m.media)]
+            if items[0].data is not None:
+                items[0].data[0, 0] = OF_ITEMS[self.kind]
         return batch
 
 
@@ -61,6 +73,8 @@ class _Module(ToyModule):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.llm.__class__ = _Faulty
+        for encoder in self.encoders.values():
+            encoder.__class__ = _Slope
         self.skipped: list[float] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -90,7 +104,7 @@ def _raise(rank: int, world: int, kind: str, strategy: dict[str, Any], folder: P
         ("forward", 2, {}, ["stage 1 made hidden states of microbatch 1, sample 's1.", "(rank 1)"]),
         ("targets", 2, {}, ["generator", "made a loss of target 0 of microbatch"]),
         ("backward", 3, {"backbone": "zb1p"}, ["the backward of stage 1 made a gradient of microbatch 1, sample 's1."]),
-        ("backward", 2, {"data_parallel_size": 2}, ["the backward of stage 0 made a gradient of microbatch 1"]),
+        ("slope", 2, {}, ["the gradient of encoders.", "and in no forward"]),
     ],
 )
 def test_all_ranks_raise_and_name_the_cause(
@@ -115,7 +129,7 @@ def _skip(rank: int, world: int, kind: str, strategy: dict[str, Any], trainer: d
     [
         ("media", 2, {}, {"gradient_clip_val": 0.5}),
         ("backward", 4, {"data_parallel_size": 2, "sharding": SHARDED, "backbone": "gpipe"}, {}),
-        ("forward", 2, {"backbone": "zb1p"}, {"accumulate_grad_batches": 2}),
+        ("targets", 2, {"backbone": "zb1p"}, {"accumulate_grad_batches": 2}),
     ],
 )
 def test_a_skipped_step_changes_nothing(
