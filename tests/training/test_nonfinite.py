@@ -24,13 +24,16 @@ SHARDED = ShardingOptions("fsdp", "fsdp", "zero1")
 
 
 class _Faulty(ToyLLM):
-    """Divides by zero where "forward" of a token is 1, and has an infinite slope where "backward" is 1."""
+    """Divides by zero where "forward" of a token is 1, and has an infinite slope where "backward" is 1; the slope
+    is infinite for a weight of the last stage alone where "weight" is 1."""
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         if 2 in layers:
             h_BSD = h_BSD / (1 - inputs["forward"][..., None])
             zero = h_BSD * (1 - inputs["backward"][..., None])
             h_BSD = torch.where(inputs["backward"][..., None] > 0, h_BSD + zero.abs().sqrt(), h_BSD)
+        if 3 in layers and inputs["weight"].any():
+            h_BSD = h_BSD + (0 * self.norm.weight.sum()).abs().sqrt()
         return super().run_layers(h_BSD, inputs, layers, extras)
 
 
@@ -56,7 +59,7 @@ class _Data(ToyData):
         for m, microbatch in enumerate(batch.microbatches):
             size, length = microbatch.shape
             microbatch.origins = [Origin(f"s{m}.{b}", b * length, (b + 1) * length) for b in range(size)]
-            for key in ("forward", "backward"):
+            for key in ("forward", "backward", "weight"):
                 microbatch.inputs[key] = torch.zeros(size, length)
                 if indices[0] == BAD and m == 1 and self.kind == key:
                     microbatch.inputs[key][-1, -1] = 1
@@ -104,6 +107,7 @@ def _raise(rank: int, world: int, kind: str, strategy: dict[str, Any], folder: P
         ("forward", 2, {}, ["stage 1 made hidden states of microbatch 1, sample 's1.", "(rank 1)"]),
         ("targets", 2, {}, ["generator", "made a loss of target 0 of microbatch"]),
         ("backward", 3, {"backbone": "zb1p"}, ["the backward of stage 1 made a gradient of microbatch 1, sample 's1."]),
+        ("weight", 2, {}, ["the gradient of llm.norm.weight, and in no forward (rank 1)"]),
         ("slope", 2, {}, ["the gradient of encoders.", "and in no forward"]),
     ],
 )
