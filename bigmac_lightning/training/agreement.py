@@ -43,8 +43,11 @@ def check_same(ranks: Ranks, sections: Mapping[str, Facts], what: str) -> None:
     """
     digests = {name: digest_of(facts) for name, facts in sections.items()}
     everyone = ranks.exchange(digests)()[0]
-    names = {name: {row[name] for row in everyone if name in row} for row in everyone for name in row}
-    differing = [name for name, found in names.items() if len(found) > 1]
+    found: dict[str, set[int]] = {}
+    for row in everyone:
+        for name, value in row.items():
+            found.setdefault(name, set()).add(value)
+    differing = [name for name, values in found.items() if len(values) > 1]
     if differing:
         details = ranks.gather({name: dict(sections[name]) for name in differing if name in sections})
         raise ValueError(message(details, what))

@@ -64,7 +64,11 @@ class Record:
     """
 
     def __init__(self, batch: Batch, numbers: Sequence[int], stages: int) -> None:
-        self._batch, self._numbers, self._stages = batch, numbers, stages
+        # Only names are kept, and no tensor of the batch: pixels would stay on the device until the step ends.
+        self._origins = [[(o.name, o.start, o.stop) for o in m.origins] for m in batch.microbatches]
+        self._media = [[(item.encoder, item.origin) for item in m.media] for m in batch.microbatches]
+        self._targets = [[(item.generator, item.origin) for item in m.targets] for m in batch.microbatches]
+        self._numbers, self._stages = numbers, stages
         self.sums: list[_Sums] = []
 
     def encoded(
@@ -84,12 +88,13 @@ class Record:
         """Note the hidden states that a stage has made."""
         what = f"stage {stage} made hidden states"
         if h_BSD is not None:
-            self._add(FORWARD + 1 + stage, h_BSD, lambda row: self._place(what, microbatch, given, row))
+            in_whole = not isinstance(given, MicrobatchSlice)
+            self._add(FORWARD + 1 + stage, h_BSD, lambda row: self._place(what, microbatch, row if in_whole else None))
 
     def loss(self, name: str, microbatch: int, loss: Tensor) -> None:
         """Note a loss of the last stage."""
         order, what = FORWARD + 1 + self._stages, f"the loss {name!r}"
-        self._add(order, loss, lambda _: self._place(what, microbatch, None, 0))
+        self._add(order, loss, lambda _: self._place(what, microbatch, None))
 
     def generated(
         self, losses: dict[str, Tensor], items: Sequence[TargetItem], places: Sequence[tuple[int, int]]
@@ -113,8 +118,9 @@ class Record:
         what = f"the backward of stage {stage} made a gradient"
         if tensor is not None and tensor.requires_grad:
             order = BACKWARD + self._stages - stage
-            tokens = given if tensor.dim() == 3 else None  # features, and a message with extras, have no row per token
-            self._follow(tensor, order, lambda row: self._place(what, microbatch, tokens, row))
+            # features, and a message with extras, have no row for each token
+            in_whole = tensor.dim() == 3 and not isinstance(given, MicrobatchSlice)
+            self._follow(tensor, order, lambda row: self._place(what, microbatch, row if in_whole else None))
 
     def _follow(self, tensor: Tensor, order: int, describe: Callable[[int], tuple[int, str]]) -> None:
         def note(gradient: Tensor) -> None:
@@ -126,21 +132,17 @@ class Record:
         tensor = tensor.detach()
         self.sums.append(_Sums(order, tensor.sum(-1, dtype=torch.float32) if tensor.dim() else tensor, describe))
 
-    def _place(self, what: str, microbatch: int, given: Microbatch | None, row: int) -> tuple[int, str]:
+    def _place(self, what: str, microbatch: int, token: int | None) -> tuple[int, str]:
         number = self._numbers[microbatch]
-        text = f"{what} of microbatch {number}"
-        if given is not None and not isinstance(given, MicrobatchSlice):
-            name = next((origin.name for origin in given.origins if origin.start <= row < origin.stop), "")
-            text += f", sample {name!r}" if name else ""
-        return number, text
+        names = (name for name, start, stop in self._origins[microbatch] if token is not None and start <= token < stop)
+        sample = next((f", sample {name!r}" for name in names), "")
+        return number, f"{what} of microbatch {number}{sample}"
 
     def _item(self, kind: str, made: str, microbatch: int, index: int) -> tuple[int, str]:
-        given, number = self._batch.microbatches[microbatch], self._numbers[microbatch]
-        item = given.media[index] if kind == "encoder" else given.targets[index]
-        name = item.encoder if isinstance(item, MediaItem) else item.generator
-        what = "media item" if kind == "encoder" else "target"
-        origin = f", sample {given.origins[item.origin].name!r}" if item.origin < len(given.origins) else ""
-        return number, f"{kind} {name!r} made {made} of {what} {index} of microbatch {number}{origin}"
+        encodes, number, origins = kind == "encoder", self._numbers[microbatch], self._origins[microbatch]
+        name, origin = (self._media if encodes else self._targets)[microbatch][index]
+        what, sample = "media item" if encodes else "target", f", sample {origins[origin][0]!r}" if origins else ""
+        return number, f"{kind} {name!r} made {made} of {what} {index} of microbatch {number}{sample}"
 
     def _items(self, what: str, places: Sequence[tuple[int, int]], _: int) -> tuple[int, str]:
         texts = [self._item("generator", what, *place) for place in places]
@@ -177,6 +179,12 @@ class FiniteCheck:
         """Begin an optimizer step."""
         self._records.clear()
         self._losses, self.failed = None, False
+
+    def end(self, failed: bool) -> None:
+        """End an optimizer step, with the value of `flag`."""
+        self.failed = failed
+        if not failed:
+            self._records.clear()
 
     def record(self, batch: Batch, numbers: Sequence[int], stages: int) -> Record:
         """A record for the next batch of the step."""

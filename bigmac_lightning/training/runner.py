@@ -219,7 +219,7 @@ class PipelineRunner:
         if reductions is not None:
             read = reductions.drop_unused(*flags)
             if finite is not None:
-                finite.failed = read == [1]
+                finite.end(read == [1])
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],

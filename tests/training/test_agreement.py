@@ -1,13 +1,15 @@
 """One rank that differs: the error names it and the key, on all ranks, before a step."""
 
+import logging
 import time
+import unittest
 from typing import Any
 
 import pytest
 
 from bigmac_lightning import Batch
 from bigmac_lightning.training.agreement import message
-from tests.toy import ToyData, ToyModule
+from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer
 
 
@@ -126,6 +128,41 @@ def test_a_batch_that_one_rank_refuses() -> None:
 def test_another_number_of_validation_batches() -> None:
     for text, *_ in on_ranks(2, _fit, 2, "data.kind", _Validation, timeout=60):
         assert "pipeline 0: num_val_batches is [2] on rank 0, [3] on rank 1" in text
+
+
+class _Everyone(ToyData):
+    """It gives all pipelines the same samples."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        return toy_batch(3, self.layout, seed=indices[0])
+
+
+def _fit_the_same(rank: int) -> list[str]:
+    with unittest.TestCase().assertLogs("bigmac_lightning") as logs:
+        pipeline_trainer(2, {"data_parallel_size": 2}, max_steps=2).fit(ToyModule(), _Everyone())
+        logging.getLogger("bigmac_lightning").warning("the end")
+    return logs.output
+
+
+def test_pipelines_with_the_same_data_are_warned_of() -> None:
+    first, other = on_ranks(2, _fit_the_same, timeout=60)
+    assert sum("Some pipelines have the same first batch" in line for line in first) == 1
+    assert not any("the same first batch" in line for line in other), "rank 0 alone"
+
+
+def _fit_unequal(rank: int, when: str) -> str:
+    strategy: dict[str, Any] = {"check_batches": when}
+    try:
+        pipeline_trainer(2, strategy, max_steps=4).fit(ToyModule(), _Labels())
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("when", ["first", "never"])
+def test_batches_that_are_not_compared(when: str) -> None:
+    assert on_ranks(2, _fit_unequal, when, timeout=60) == ["no error"] * 2
 
 
 @pytest.mark.wide

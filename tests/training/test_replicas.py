@@ -11,6 +11,7 @@ from tests.layouts.models import Data, module_of
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer
 
+WIDE = pytest.mark.wide
 FSDP = ShardingOptions("fsdp", "fsdp", "zero1")
 
 
@@ -42,7 +43,7 @@ def _fit(rank: int, world: int, strategy: dict[str, Any], name: str) -> tuple[st
     ("world", "strategy", "name", "words"),
     [
         (4, {"data_parallel_size": 2}, "", ""),
-        (4, {"data_parallel_size": 2}, "llm.layers.3.up.weight", "llm.layers.3.up.weight is"),
+        pytest.param(4, {"data_parallel_size": 2}, "llm.layers.3.up.weight", "llm.layers.3.up.weight is", marks=WIDE),
         (2, {}, "llm.head.weight", "tied weights, tensor peer 0: llm.embedding.weight is"),
         (2, {}, "encoders.image.unused.bias", "encoders.image: encoders.image.unused.bias is"),
         (
@@ -78,7 +79,7 @@ def _fit_peers(rank: int, case: Case, corrupt: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize("corrupt", [False, True])
+@pytest.mark.parametrize("corrupt", [pytest.param(False, marks=WIDE), True])
 def test_what_tensor_peers_share(corrupt: bool) -> None:
     for text in on_ranks(2, _fit_peers, Case((1, 1, 1, 2), "tied"), corrupt, timeout=90):
         assert ("what tensor peers share must be the same, but differs" in text) == corrupt
