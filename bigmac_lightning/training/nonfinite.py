@@ -21,21 +21,21 @@ from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.training.agreement import SHOWN
 
-FORWARD, BACKWARD, GRADIENTS = 1, 1_000, 2_000
-"""Where findings begin in the order of causes; weights come before all."""
+FORWARD, BACKWARD = 0, 1_000
+"""Where the forwards and the backwards of a batch begin in the order of causes."""
 
 
 class Finding(NamedTuple):
     """A place where numbers are not finite.
 
     Attributes:
-        order: what comes first may be the cause of what comes later.
-        batch: number of the batch in its optimizer step.
+        batch: number of the batch in its optimizer step; -1 and the number of batches: before and after all of them.
+        order: in a batch, what comes first may be the cause of what comes later.
         microbatch: number of the microbatch in its batch.
     """
 
-    order: int
     batch: int
+    order: int
     microbatch: int
     text: str
 
@@ -154,7 +154,7 @@ class Record:
         for sums in self.sums:
             bad = (~torch.isfinite(sums.rows.flatten())).nonzero().flatten().tolist()
             described = dict.fromkeys(sums.describe(row) for row in bad)
-            found += [Finding(sums.order, batch, microbatch, text) for microbatch, text in described]
+            found += [Finding(batch, sums.order, microbatch, text) for microbatch, text in described]
         return found
 
 
@@ -222,15 +222,14 @@ class FiniteCheck:
         listed = sorted((finding, rank) for rank, row in enumerate(everyone) for finding in row)
         if not listed:
             return "no tensor is left that shows where"
-        first = listed[0][0].order
+        first = listed[0][0][:2]
         causes: dict[Finding, int] = {}
         for finding, rank in listed:
-            if finding.order == first:
+            if finding[:2] == first:
                 causes.setdefault(finding, rank)
-        several = len(self._records) > 1
+        several = range(len(self._records) if len(self._records) > 1 else 0)
         lines = [
-            f"{finding.text}{f', batch {finding.batch} of the step' if several and finding.batch >= 0 else ''} "
-            f"(rank {rank})"
+            f"{finding.text}{f', batch {finding.batch} of the step' if finding.batch in several else ''} (rank {rank})"
             for finding, rank in causes.items()
         ]
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
@@ -240,8 +239,8 @@ class FiniteCheck:
         found: list[Finding] = []
         for name, parameter in self._module.named_parameters():
             if not bool(torch.isfinite(local(parameter.detach())).all()):
-                found.append(Finding(0, -1, -1, f"the weights {name} are not finite"))
+                found.append(Finding(-1, 0, -1, f"the weights {name} are not finite"))
             gradient = parameter.grad
             if gradient is not None and not bool(torch.isfinite(local(gradient)).all()):
-                found.append(Finding(GRADIENTS, -1, -1, f"the gradient of {name}, and in no forward"))
+                found.append(Finding(len(self._records), 0, -1, f"the gradient of {name}, and in no forward"))
         return found
