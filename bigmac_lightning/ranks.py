@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from bigmac_lightning.groups import destroy_with
+
 
 class Ranks:
     """The processes of a run, which may be only one. The process group is made when it is first needed."""
@@ -18,6 +20,14 @@ class Ranks:
     def rank(self) -> int:
         """This process's rank among all processes."""
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def group(self) -> Any:
+        """The process group of all processes, for the CPU. Collective at first, where all must come here."""
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=_timeout_of_the_run())
+            destroy_with(self, [self._group])
+        return self._group
 
     def exchange(self, own: Any, check: int = 0) -> Callable[[], tuple[list[Any], bool]]:
         """Start to send an object to every rank, without waiting for the others. Collective.
@@ -33,9 +43,7 @@ class Ranks:
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: ([own], True)
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=_timeout_of_the_run())
-        group, numbers = self._group, torch.tensor([int(bool(own)), check, -check])
+        group, numbers = self.group, torch.tensor([int(bool(own)), check, -check])
         work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
 

@@ -454,6 +454,41 @@ FAULTS = [
         "if True else",
         "tests/models/test_expert_parallel.py -k against",
     ),
+    Fault(
+        "ranks do not compare their labels",
+        f"{PACKAGE}/training/batch_facts.py",
+        '            "labels": microbatch.labels,\n',
+        "",
+        "tests/training/test_agreement.py -k batch",
+    ),
+    Fault(
+        "the number that all ranks must have alike is compared for the largest only",
+        f"{PACKAGE}/training/batch_agreement.py",
+        "numbers[1 + 2 * place], numbers[2 + 2 * place] = mine, -mine",
+        "numbers[1 + 2 * place], numbers[2 + 2 * place] = 0, 0",
+        "tests/training/test_agreement.py -k batch",
+    ),
+    Fault(
+        "only the rank with a bad gradient knows of it",
+        f"{PACKAGE}/training/runner.py",
+        "        sums, bad = sums[:-1], sums[-1]",
+        "        sums, bad = sums[:-1], bad.sum()",
+        "tests/training/test_nonfinite.py",
+    ),
+    Fault(
+        "a bad loss of an accumulated batch is forgotten",
+        f"{PACKAGE}/training/nonfinite.py",
+        "self._losses = losses if self._losses is None else self._losses + losses",
+        "self._losses = losses",
+        "tests/training/test_nonfinite.py",
+    ),
+    Fault(
+        "a skipped step keeps its gradients",
+        f"{PACKAGE}/training/lightning_steps.py",
+        "                parameter.grad = None  # optimizers pass over it",
+        "                pass",
+        "tests/training/test_nonfinite.py -k skipped",
+    ),
 ]
 
 

@@ -235,6 +235,7 @@ class Batch:
         step_counts: the divisors of the loss sums over the whole optimizer step (see `PipelineModule.counts`), if the
             step has several batches and they are read ahead.
         slices: of each microbatch the slice that this process's stages compute, under context parallelism.
+        fingerprint: a number that depends on all that the ranks of a pipeline must have alike of it, if it is known.
     """
 
     def __init__(
@@ -245,8 +246,9 @@ class Batch:
         progress: object = None,
         step_counts: Sequence[float] | None = None,
         slices: list[Microbatch] | None = None,
+        fingerprint: int | None = None,
     ) -> None:
-        self.slices = slices
+        self.slices, self.fingerprint = slices, fingerprint
         self.microbatches, self.layout = microbatches, layout or PipelineLayout()
         self.planned, self.progress, self.step_counts = planned, progress, step_counts
 

@@ -81,6 +81,11 @@ class Reductions:
             self.done(part)
 
     def finish(self) -> None:
+        """Sum what is left, wait for all sums, and take away those that no rank has used."""
+        self.wait()
+        self.drop_unused()
+
+    def wait(self) -> None:
         """Sum what is left, and wait for all sums."""
         for part in PARTS:
             self.done(part)
@@ -91,13 +96,24 @@ class Reductions:
             parts = flat.split([gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
-        if not self._used:
-            return
-        flags = iter(torch.cat([used for _, used in self._used]).tolist())  # the host waits for the device, once
+
+    def drop_unused(self, *further: Tensor) -> list[int]:
+        """Take away the gradients that no rank has used.
+
+        Args:
+            further: scalars of int32 on the device.
+
+        Returns: the values of `further`. The host waits for the device once, for all it reads.
+        """
+        known = [*(used for _, used in self._used), *(scalar.reshape(1) for scalar in further)]
+        if not known:
+            return []
+        flags = iter(torch.cat(known).tolist())
         for place, _ in self._used:
             for parameter in place.parameters.values():
                 if not next(flags):
                     parameter.grad = None  # no rank has used it: these are zeros
+        return list(flags)
 
     def _start(self, part: str) -> None:
         for place in self._places:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from bigmac_lightning.groups import destroy_with
 from bigmac_lightning.runtime.lowering import MESSAGE_KINDS, MessageKind
 
 Group = dist.ProcessGroup
@@ -214,17 +214,6 @@ def build_mesh(
     # Shards and slices of weights may live longer than the mesh of the pipeline; they have the DeviceMesh.
     destroy_with(mesh, [*own.values(), *channels.values(), *(group for group in others if group is not None)])
     return found
-
-
-def destroy_with(owner: object, groups: Iterable[Group]) -> None:
-    """Destroy these process groups, with their threads and connections, once nobody has `owner` any more."""
-    weakref.finalize(owner, _destroy, list({id(group): group for group in groups}.values())).atexit = False
-
-
-def _destroy(groups: Sequence[Group]) -> None:
-    for group in groups:
-        if dist.is_initialized() and group in dist.distributed_c10d._world.pg_map:
-            dist.destroy_process_group(group)
 
 
 DIMENSIONS = ("dp", "pp", "cp", "tp")

@@ -18,6 +18,7 @@ from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.peers import Peers, row_indices
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.training.exact import apart, parts_of, together
+from bigmac_lightning.training.nonfinite import Record
 from bigmac_lightning.training.planner import PlannedBatch
 from bigmac_lightning.training.sharding import Sharding, Together, nothing_of
 
@@ -39,6 +40,7 @@ class BatchComputation:
         mode: Mode,
         scales: Tensor,
         sharding: Sharding,
+        record: Record | None = None,
     ) -> None:
         """
         Args:
@@ -49,7 +51,9 @@ class BatchComputation:
             batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
             sharding: tells which components all ranks run together.
+            record: notes what the actions make; ``None``: nothing does.
         """
+        self._record = record
         self.module, self.stages, self.batch, self.scales = module, stages, batch, scales
         self.mesh, self.rank = mesh, mesh.pp_rank
         self._peers = Peers(mesh) if mesh.peers > 1 else None
@@ -136,6 +140,9 @@ class BatchComputation:
         own = [item for item, is_mine in zip(items, mine, strict=True) if is_mine]
         with self._forward_context():
             encoded = self.module.encode(own, names, self._together.encode)
+            if self._record is not None:
+                of_own = [place for place, is_mine in zip(places, mine, strict=True) if is_mine]
+                self._record.encoded(own, of_own, encoded)
             features = torch.cat(encoded) if encoded else self._no_rows()
         if self._peers is None:
             return features
@@ -151,10 +158,18 @@ class BatchComputation:
         if self._alike and stage == 0 and features is None:
             features = self._no_rows().requires_grad_(self._trains_encoders)
         if hidden is not None:
+            if self._record is not None:
+                self._record.follow_input(stage, microbatch, self._given[microbatch], hidden)
             hidden, extras = self._unpack(hidden, microbatch, stage)
+        elif self._record is not None:
+            self._record.follow_input(stage, microbatch, self._given[microbatch], features)
         given = self._given[microbatch]
         with self._forward_context():
             out = self.module.run_stage(given, layers, hidden, extras, features, self.mode)
+        if self._record is not None:
+            self._record.hidden(stage, microbatch, given, out.last if out.hidden is None else out.hidden)
+            for name, loss in out.losses.items():
+                self._record.loss(name, microbatch, loss)
         if out.predictions is not None:
             self.predictions[microbatch] = _in_whole(given, out.predictions)
         losses = self._scaled(out.losses)
@@ -181,6 +196,8 @@ class BatchComputation:
             nothing = nothing_of(conditions)  # all peers take part in its backward, also those without items
             own = [i for i, is_mine in enumerate(mine) if is_mine]
             places, items, lengths = [places[i] for i in own], [items[i] for i in own], [lengths[i] for i in own]
+        if self._record is not None:
+            self._record.follow_conditions(items, places, conditions)
         rows = list(conditions.split(lengths)) if items else []
         with self._forward_context():
             if self.mode == "sample":
@@ -189,6 +206,8 @@ class BatchComputation:
                 return None
             together = partial(self._together.generate, through=needed)
             sums = self.module.generate(rows, items, names, together)
+            if self._record is not None:
+                self._record.generated(sums, items, places)
         losses = self._scaled(sums) + ([] if nothing is None else [nothing])
         return torch.stack(losses).sum()
 

@@ -6,7 +6,8 @@ plugins, schedulers and hooks then behave as in plain training.
 """
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +22,12 @@ from bigmac_lightning.runtime import hooks
 from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from bigmac_lightning.runtime.gradients import accumulate_in, round_gradients, unequal_gradients
 from bigmac_lightning.schedule.simulate import simulate
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.runner import PipelineRunner
 
 log = logging.getLogger(__name__)
+
+OnNonfinite = Literal["raise", "skip", "ignore"]
 
 MANY_BUBBLES = 1 / 3
 """Above this share of idle time a warning is logged. 1F1B has it with two microbatches per rank: (P-1) / (3P-1)."""
@@ -37,15 +41,29 @@ class LightningSteps:
 
     Attributes:
         last_of_step: whether the next batch is the last one of an optimizer step.
+        skipped: how many optimizer steps were left out because they were not finite.
 
     Args:
         float32_gradients: whether gradients of 16-bit weights are summed in float32; ``None``: if an optimizer step has
             more than `MANY_MICROBATCHES` microbatches.
+        on_nonfinite: what is done about an optimizer step that is not finite.
+        check_every: every how many optimizer steps `check_replicas` is called, before the step; ``None``: never.
+        check_replicas: compares weights and gradients between ranks; collective.
     """
 
     def __init__(
-        self, module: PipelineModule, runner: PipelineRunner, precision: Precision, float32_gradients: bool | None
+        self,
+        module: PipelineModule,
+        runner: PipelineRunner,
+        precision: Precision,
+        float32_gradients: bool | None,
+        on_nonfinite: OnNonfinite = "ignore",
+        check_every: int | None = None,
+        check_replicas: Callable[[], None] | None = None,
     ) -> None:
+        self._check_every, self._check_replicas = check_every, check_replicas
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self.skipped, self._skips = 0, False
         self._module, self._runner, self._precision = module, runner, precision
         self._float32_gradients = float32_gradients
         self._loss: Tensor | None = None
@@ -77,7 +95,10 @@ class LightningSteps:
         if self._stash is not None:
             raise ValueError("training_step called self.pipeline(batch) twice; one batch is one step")
         parameters = self._trained()
+        finite = self._runner.finite
         if self._first_of_step:
+            if finite is not None:
+                finite.begin()
             self._runner.sharding.forget_used()
             for parameter in parameters:
                 parameter.grad = None
@@ -89,6 +110,10 @@ class LightningSteps:
         self._runner.gradient_scale = scale if batch.step_counts else scale / self._batches
         with hooks.disabled(parameters):
             output = self._runner(batch, mode, reduce=self.last_of_step)
+        if finite is not None and self.last_of_step:
+            self._skips = finite.failed
+            if finite.failed:
+                self._refuse_or_skip(finite)
         self._stash = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -122,13 +147,39 @@ class LightningSteps:
         for parameter, gradient in self._stash:
             parameter.grad = gradient
         self._stash = None
-        if self.last_of_step:
+        if self.last_of_step and self._skips:
+            for buffers in self._buffers:
+                buffers.synchronize()
+            for parameter in self._trained():
+                parameter.grad = None  # optimizers pass over it
+        elif self.last_of_step:
             self._check_tensor_peers()
             for buffers in self._buffers:
                 buffers.synchronize()
             parameters = self._trained()
             round_gradients(parameters)
+            if self._check_replicas is not None and self._check_every and self._steps_done() % self._check_every == 0:
+                self._check_replicas()
             hooks.call(parameters)
+
+    def _steps_done(self) -> int:
+        return self._module.trainer.global_step
+
+    def _refuse_or_skip(self, finite: FiniteCheck) -> None:
+        """Raise the error about a step that is not finite, or count it. Collective.
+
+        Raises:
+            ValueError: such steps are not to be left out; raised on all ranks.
+        """
+        text = f"the loss or a gradient of optimizer step {self._steps_done()} is NaN or infinite; {finite.explain()}"
+        if self._on_nonfinite == "raise":
+            raise ValueError(
+                f"{text}\nNo weight was changed. Trainer(detect_anomaly=True) finds the operation in a backward; "
+                'BigMacStrategy(on_nonfinite="skip") leaves out such steps'
+            )
+        self.skipped += 1
+        if dist.get_rank() == 0:
+            log.warning("Skipped, as %s", text)
 
     def _check_tensor_peers(self) -> None:
         """Compare the tensor peers' gradients after the first step, because a model's plan may be wrong.

@@ -16,6 +16,7 @@ from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
+from bigmac_lightning.training.batch_facts import fingerprint, plan_digest
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.trained import SharedTrained, Trained
 
@@ -42,6 +43,7 @@ class PlannedBatch:
         pieces: for EF and G, by group and rank, in how many pieces the rank's share is cut.
         recomputes: whether encoder forwards keep nothing, and run again before their backwards.
         source: the plan, or its text.
+        digest: a number that depends on the whole plan.
     """
 
     key: object
@@ -51,12 +53,13 @@ class PlannedBatch:
     pieces: dict[str, dict[tuple[int, int], int]]
     recomputes: bool
     source: Plan | str
+    digest: int
 
     @classmethod
     def of(cls, key: object, plan: Plan, program: list[Instruction], needs: Needs) -> "PlannedBatch":
         """What one rank needs of a plan."""
         pieces = {kind: plan.pieces(kind) for kind in ("EF", "G")}
-        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan)
+        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, plan_digest(plan))
 
     @cached_property
     def plan(self) -> Plan:
@@ -229,13 +232,18 @@ class PlanningCollate:
     """A DataLoader's collate function that also plans the batch, in the worker if there are workers.
 
     A batch that cannot be planned is passed on without a plan: the runner then raises the error on all ranks.
+
+    Args:
+        fingerprints: whether batches also get their `Batch.fingerprint`.
     """
 
-    def __init__(self, collate: Callable[[Any], Any], planner: Planner) -> None:
-        self.collate, self.planner = collate, planner
+    def __init__(self, collate: Callable[[Any], Any], planner: Planner, fingerprints: bool = False) -> None:
+        self.collate, self.planner, self.fingerprints = collate, planner, fingerprints
 
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
+        if isinstance(batch, Batch) and self.fingerprints:
+            batch.fingerprint = fingerprint(batch)
         if isinstance(batch, Batch) and batch.layout == self.planner.layout:
             run = self.planner.run_of(batch)
             if run.microbatches and not run.problem(self.planner.size):

@@ -22,7 +22,10 @@ from bigmac_lightning.runtime.lowering import Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
+from bigmac_lightning.training.batch_facts import fingerprint
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
@@ -89,6 +92,8 @@ class PipelineRunner:
         forward_context: context manager that every forward runs in (for precision).
         sharding: the module's shards, if it was sharded before; ``None``: it is sharded as the options say.
         computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
+        agreement: compares batches between ranks before they run; ``None``: nothing does.
+        finite: finds out whether training steps are finite; ``None``: nothing does.
     """
 
     def __init__(
@@ -99,7 +104,10 @@ class PipelineRunner:
         forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
         sharding: Sharding | None = None,
         computing: torch.dtype | None = None,
+        agreement: BatchAgreement | None = None,
+        finite: FiniteCheck | None = None,
     ) -> None:
+        self.agreement, self.finite = agreement, finite
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.dtype = computing or _find_dtype(module, mesh, self.stage_rank)
@@ -155,17 +163,17 @@ class PipelineRunner:
         Args:
             reduce: whether to replace gradients by their sums over all ranks, each part's as soon as it is there.
         """
-        self.check(batch, mode)
+        given = batch
+        batch, planned = self._prepared(given, mode)
         module, training = self.module, mode == "train"
-        own = module.counts(batch)
-        known = from_host([own, batch.step_counts or own], module.sum_dtype, self.mesh.device)
+        finite = self.finite if training else None
+        own = module.counts(given)
+        known = from_host([own, given.step_counts or own], module.sum_dtype, self.mesh.device)
         if training and self.mesh.dp_size > 1:
             self.executor.progress.begin("counting the batches of all pipelines", together=True)
             dist.all_reduce(known, group=self.mesh.dp_group)
         counts, step_counts = known  # of the batch, and of its whole optimizer step
-        planner, planned = self.planner if training else self.evaluation_planner, batch.planned
-        has_loss = any(microbatch.is_useful for microbatch in batch.microbatches)
-        batch = planner.run_of(batch)
+        has_loss = any(microbatch.is_useful for microbatch in given.microbatches)
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
@@ -174,9 +182,7 @@ class PipelineRunner:
             self.sharding.gather(has_loss)
         else:
             self.sharding.hold()
-        if batch.microbatches:
-            if not isinstance(planned, PlannedBatch) or planned.key != planner.key(batch):
-                planned = planner(batch)
+        if planned is not None:
             scales = module.scales(step_counts) * self.gradient_scale
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
@@ -191,6 +197,7 @@ class PipelineRunner:
                     mode,
                     scales,
                     self.sharding,
+                    None if finite is None else finite.record(batch, _numbers(given, batch), len(self.stages)),
                 )
                 hear = partial(_follow, computation, reductions)
                 self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
@@ -202,9 +209,19 @@ class PipelineRunner:
         if training:
             self.sharding.reduce()
         if reductions is not None:
-            reductions.finish()
+            reductions.wait()
+        bad = torch.zeros_like(sums[:1])
+        if finite is not None and reductions is not None:
+            bad += finite.gradients(p for place in self.places for p in place.parameters.values())
+        sums = torch.cat([sums, bad])
         if len(self.mesh.replica_ranks) * (self.mesh.dp_size if training else 1) > 1:
             dist.all_reduce(sums, group=None if training else self.mesh.replica_group)
+        sums, bad = sums[:-1], sums[-1]
+        flags = [] if finite is None else [finite.flag(sums, bad)]
+        if reductions is not None:
+            read = reductions.drop_unused(*flags)
+            if finite is not None:
+                finite.end(read == [1])
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],
@@ -212,6 +229,34 @@ class PipelineRunner:
             predictions=None if training else self._share_predictions(batch, predictions),
             samples=self._share_samples(batch, samples) if mode == "sample" else None,
         )
+
+    def _prepared(self, batch: Batch, mode: Mode) -> tuple[Batch, PlannedBatch | None]:
+        """What of a batch is run, and its plan; ``None`` if nothing is.
+
+        Raises:
+            ValueError, TypeError: the batch does not fit, or is not the same on all ranks; raised on all ranks.
+        """
+        run, error, planned = batch, None, None
+        compares = self.agreement is not None and self.agreement.compares(mode)
+        try:
+            self.check(batch, mode)
+            planner = self.planner if mode == "train" else self.evaluation_planner
+            run, known = planner.run_of(batch), batch.planned
+            if isinstance(known, PlannedBatch) and known.key == planner.key(run):
+                planned = known
+            elif run.microbatches:
+                planned = planner(run)
+        except (TypeError, ValueError) as refusal:
+            if not compares:
+                raise
+            error = refusal
+        if self.agreement is not None and compares:
+            known = batch.fingerprint if isinstance(batch, Batch) else None
+            place = self.step if mode == "train" else self._evaluated
+            plan = 0 if planned is None else planned.digest
+            numbers = (fingerprint(batch) if known is None else known, plan, place)
+            self.agreement.check(batch, numbers, mode, error)
+        return run, planned
 
     def check(self, batch: Batch, mode: Mode) -> None:
         """Refuse a batch that does not fit. Only metadata that all ranks have is checked, so all ranks refuse it.
@@ -314,6 +359,12 @@ def _follow(computation: BatchComputation, reductions: Reductions | None, hint: 
         computation.start_gathering(hint.action.kind, hint.action.index)
     elif reductions is not None:
         reductions.done(hint.part)
+
+
+def _numbers(given: Batch, run: Batch) -> list[int]:
+    """The number in the given batch of each microbatch that is run."""
+    everything = list(range(len(given)))
+    return everything if len(run) == len(given) else [m for m in everything if given.microbatches[m].is_useful]
 
 
 def _find_dtype(module: PipelineModule, mesh: PipelineMesh, stage_rank: Sequence[int]) -> torch.dtype:

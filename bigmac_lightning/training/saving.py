@@ -24,7 +24,7 @@ from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numb
 from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.runtime.mesh import destroy_with
+from bigmac_lightning.groups import destroy_with
 from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmac_lightning.runtime.progress import Progress
-from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.watching import Watching
 
@@ -27,6 +27,7 @@ class SteppingStrategy(SavingStrategy):
     progress: Progress
     _steps: LightningSteps | None = None
     _watching: Watching | None = None
+    _on_nonfinite: OnNonfinite = "raise"
 
     @property
     def steps(self) -> LightningSteps:
@@ -70,6 +71,8 @@ class SteppingStrategy(SavingStrategy):
             output = self.lightning_module.training_step(*args, **kwargs)
         self.progress.begin("what follows a batch")
         self.steps.check(output)
+        if self._on_nonfinite == "skip":
+            self.lightning_module.log("skipped_steps", float(self.steps.skipped), batch_size=1)
         return output
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -35,23 +35,29 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
+from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.gradients import clip_gradients
-from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, destroy_with, mesh_shape
+from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
 from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
-from bigmac_lightning.training import refusals
+from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.agreement import check_same
+from bigmac_lightning.training.batch_agreement import BatchAgreement, When
+from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import WholeModelLauncher
-from bigmac_lightning.training.lightning_steps import LightningSteps
+from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
+from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.sharding import check_whole
 from bigmac_lightning.training.stepping import SteppingStrategy
@@ -87,6 +93,14 @@ class BigMacStrategy(SteppingStrategy):
             read ahead for that.
         compile: whether the layers of encoders, LLM and generators (members of their `nn.ModuleList`s) are compiled one
             by one by torch.compile; or a dict of its arguments, such as ``{"mode": "max-autotune-no-cudagraphs"}``.
+        check_batches: which batches are compared between the ranks of a pipeline before they run: "every" one, the
+            "first" one, or "never". Ranks that have different tokens, labels, items or plans end with an error.
+        on_nonfinite: what is done about an optimizer step whose loss or gradients are NaN or infinite: "raise" an error
+            on all ranks, which says where it began, before any weight changes; "skip": leave the optimizer's step out,
+            as a gradient scaler does, and log "skipped_steps"; "ignore": nothing. With precision 16-mixed, gradients
+            are the scaler's business, and only losses are looked at.
+        check_replicas_every: after every how many optimizer steps ranks compare sums over the bits of the weights and
+            gradients that they have alike, and end with an error if they differ; ``None``: never.
         process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
         timeout: timeout of every process group.
         hang_timeout: how long a rank may do nothing new in training or evaluation. Then all ranks say what they are
@@ -117,6 +131,9 @@ class BigMacStrategy(SteppingStrategy):
         float32_gradients: bool | None = None,
         accumulate: Literal["batches", "tokens"] = "batches",
         compile: bool | dict[str, Any] = False,
+        check_batches: When = "every",
+        on_nonfinite: OnNonfinite = "raise",
+        check_replicas_every: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         hang_timeout: timedelta | Literal["auto"] | None = "auto",
@@ -148,6 +165,7 @@ class BigMacStrategy(SteppingStrategy):
             ("context_parallel_size", context_parallel_size, 1),
             ("expert_parallel_size", expert_parallel_size, 1),
             ("microbatches", microbatches, None),
+            ("check_replicas_every", check_replicas_every, None),
         ):
             if value != otherwise and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
@@ -169,8 +187,29 @@ class BigMacStrategy(SteppingStrategy):
         if hang_timeout is not None and not timedelta(0) < hang_timeout < (timeout or timedelta.max):
             raise ValueError(f"hang_timeout={hang_timeout} must be more than 0, and less than timeout={timeout}")
         self._hang_timeout, self.progress = hang_timeout, Progress()
-        self._world_group: dist.ProcessGroup | None = None
+        if check_batches not in ("every", "first", "never"):
+            raise ValueError(f'check_batches={check_batches!r}: choose "every", "first" or "never"')
+        if on_nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f'on_nonfinite={on_nonfinite!r}: choose "raise", "skip" or "ignore"')
+        self._on_nonfinite, self._check_replicas_every = on_nonfinite, check_replicas_every
         self._compile = arguments_of(compile, parallel)
+        self._check_batches: When = check_batches
+        self._ranks = Ranks()
+        self._settings: dict[str, Any] = {
+            "": self.options,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "data_parallel_size": data_parallel_size,
+            "float32_gradients": float32_gradients,
+            "accumulate": accumulate,
+            "compile": compile,
+            "check_batches": check_batches,
+            "on_nonfinite": on_nonfinite,
+            "check_replicas_every": check_replicas_every,
+            "process_group_backend": process_group_backend,
+            "timeout": timeout,
+            "hang_timeout": hang_timeout,
+            "save_distributed_checkpoint": save_distributed_checkpoint,
+        }
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
 
     # -- processes -----------------------------------------------------------------------------------------------------
@@ -221,6 +260,10 @@ class BigMacStrategy(SteppingStrategy):
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
                 "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
             )
+        super().setup_environment()
+        known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
+        self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout)
+        check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
@@ -233,17 +276,11 @@ class BigMacStrategy(SteppingStrategy):
             )
         self._options, stages, reason = resolve_options(module, self.options, pp)
         stage_rank = self._options.stage_rank(pp)
-        super().setup_environment()
-        self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout)
         if reason:
             rank_zero_info(reason)
         if self._mesh is None:
             sizes = {"cp": parallel.context, "tp": parallel.tensor}
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout, **sizes)
-            if dist.get_world_size() > 1:
-                group: Any = dist.new_group(backend="gloo", timeout=self._timeout)
-                self._world_group = group
-                destroy_with(self, [group])
         self.open_module()
         take_part(module, replace(part_of(self.mesh.pp_rank, stages, stage_rank), peers=peers_of(self.mesh, parallel)))
         module._device_mesh = self.device_mesh
@@ -271,7 +308,7 @@ class BigMacStrategy(SteppingStrategy):
             given = collate.collate if isinstance(collate, PlanningCollate) else collate
             training = self.lightning_module is not None and self.lightning_module.trainer.training
             planner = self.runner.planner if training else self.runner.evaluation_planner
-            planned = PlanningCollate(given, planner)
+            planned = PlanningCollate(given, planner, self._check_batches == "every")
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
@@ -285,6 +322,8 @@ class BigMacStrategy(SteppingStrategy):
         """Prepare a batch while it is on the CPU. On the device, this would wait for the device."""
         module = self.lightning_module
         if isinstance(batch, Batch) and isinstance(module, PipelineModule):
+            if self._check_batches == "every" and batch.fingerprint is None:
+                batch = batch.replace(fingerprint=fingerprint(batch))
             batch = module.prepare(batch)
             if self.mesh.cp_size > 1:
                 batch = with_slices(batch, self.mesh.cp_rank, self.mesh.cp_size)
@@ -304,17 +343,33 @@ class BigMacStrategy(SteppingStrategy):
         self.model = self.precision_plugin.convert_module(module)
         self.model_to_device()
         known = self._runner.sharding if self._runner is not None and self._runner.module is module else None
+        part = run_facts.llm_part(self.mesh)
         if known is None:
+            check_same(self._ranks, run_facts.weights(module, part), "the model")
             check_whole(module)
             self._synchronize_initial_state(module)
             if self._compile is not None:
                 rank_zero_info(compile_layers(module, self._compile))
         context = self.precision_plugin.forward_context
         computing = getattr(self.precision_plugin, "computing", None)  # of a `MasterPrecision`
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing)
+        agreement = BatchAgreement(self._ranks, self.mesh, self._check_batches)
+        finite = None
+        if self._on_nonfinite != "ignore":
+            unscaled = getattr(self.precision_plugin, "scaler", None) is None
+            finite = FiniteCheck(self._ranks, module, self.mesh, gradients=unscaled)
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement, finite)
         self._runner.executor.progress = self.progress
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
-        self._steps = LightningSteps(module, self._runner, self.precision_plugin, self._float32_gradients)
+        compare = partial(check_replicas, self._ranks, module, self.mesh, self._runner.sharding)
+        self._steps = LightningSteps(
+            module,
+            self._runner,
+            self.precision_plugin,
+            self._float32_gradients,
+            self._on_nonfinite,
+            self._check_replicas_every,
+            compare,
+        )
         module.runner = self._steps
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -324,12 +379,14 @@ class BigMacStrategy(SteppingStrategy):
                 self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 refusals.check_optimizer(optimizer)
+            found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
+            check_same(self._ranks, found, "optimizers")
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
         self.barrier()
         if self._watching is not None:
-            self._watching.expect_loops(self._world_group)
+            self._watching.expect_loops(None if dist.get_world_size() == 1 else self._ranks.group)
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
@@ -387,22 +444,26 @@ class BigMacStrategy(SteppingStrategy):
         self.enter_loop()
         super().on_train_start()
         assert self.lightning_module is not None
+        check_same(self._ranks, run_facts.progress(self.lightning_module.trainer), "training")
         go_on(self.lightning_module.trainer)
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
     def on_validation_start(self) -> None:
         self.enter_loop()
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
+        self._check_evaluation("num_val_batches")
         super().on_validation_start()
 
     def on_test_start(self) -> None:
         self.enter_loop()
         self.runner.sharding.hold()
+        self._check_evaluation("num_test_batches")
         super().on_test_start()
 
     def on_predict_start(self) -> None:
         self.enter_loop()
         self.runner.sharding.hold()
+        self._check_evaluation("num_predict_batches")
         super().on_predict_start()
 
     def on_train_end(self) -> None:
@@ -421,6 +482,12 @@ class BigMacStrategy(SteppingStrategy):
     def on_predict_end(self) -> None:
         super().on_predict_end()
         self.leave_loop()
+
+    def _check_evaluation(self, batches: str) -> None:
+        """Check that all ranks of a pipeline will run equally many batches."""
+        assert self.lightning_module is not None
+        known = {batches: str(getattr(self.lightning_module.trainer, batches))}
+        check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

@@ -10,9 +10,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
+from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner, part_of
 from tests.ranks import run_ranks
@@ -51,7 +53,7 @@ class _Methods(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _reads(rank: int, size: int) -> tuple[Counter[str], Counter[str]]:
+def _reads(rank: int, size: int) -> tuple[Counter[str], ...]:
     stage_rank = list(range(size))
     mesh = build_mesh(torch.device("cpu"), 1, size, stage_rank)
     module = build("qwen3", tied=True)
@@ -60,20 +62,24 @@ def _reads(rank: int, size: int) -> tuple[Counter[str], Counter[str]]:
     runner = PipelineRunner(module, mesh, PipelineOptions(ScheduleOptions(group_size=2)))
     given = module.prepare(batch(runner.layout))
     runner(given, "train")  # the first batch's token ids are checked
-    step, reduction = Counter[str](), Counter[str]()
+    step, reduction, checked = Counter[str](), Counter[str](), Counter[str]()
     with _Methods(step), _Operations(step):
         runner(module.prepare(given), "train")
     with _Methods(reduction), _Operations(reduction):
         reduce_gradients(runner.places, mesh)
-    return step, reduction
+    runner.finite = FiniteCheck(Ranks(), module, mesh, gradients=True)
+    with _Methods(checked), _Operations(checked):
+        runner(module.prepare(given), "train", reduce=True)
+    return step, reduction, checked
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_step_waits_for_the_device_once(size: int) -> None:
-    """All reads of a step: the parameters that any rank has used."""
-    for step, reduction in run_ranks(size, _reads, size):
+    """All reads of a step: the parameters that any rank has used, and whether the step is finite."""
+    for step, reduction, checked in run_ranks(size, _reads, size):
         assert not step
         assert reduction == ({"tolist": 1} if size > 1 else {})
+        assert checked == {"tolist": 1}
 
 
 class _OnTheWay(ToyModule):
