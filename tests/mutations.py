@@ -77,9 +77,9 @@ FAULTS = [
     ),
     Fault(
         "a checkpoint is written over the one before",
-        f"{PACKAGE}/training/checkpoint.py",
-        "place = on_first_rank(lambda: files.unfinished(path))",
-        "place = on_first_rank(lambda: files.remove(path)) or path",
+        f"{PACKAGE}/training/writing.py",
+        "place = on_first_rank(lambda: files.unfinished(path), what, group)",
+        "place = on_first_rank(lambda: files.remove(path), what, group) or path",
         "tests/training/test_checkpoint_files.py",
     ),
     Fault(

@@ -62,7 +62,8 @@ class ResumableModule(pl.LightningModule):
         if not isinstance(checkpoint_path, str | Path) or not files.is_directory(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         with tempfile.TemporaryFile() as file:
-            torch.save(read_directory(files.present(Path(checkpoint_path))), file)
+            place, weights_only = files.present(Path(checkpoint_path)), kwargs.get("weights_only")
+            torch.save(read_directory(place, weights_only), file)
             file.seek(0)
             return super().load_from_checkpoint(file, *args, **kwargs)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
@@ -19,14 +18,17 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
-from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.agreement import agree, on_first_rank, place_of, together
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
-from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
+from bigmac_lightning.checkpoints.reading import NOT_WHOLE, DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
+from bigmac_lightning.checkpoints.safe import load_file, trusting
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
+from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class SavingStrategy(DDPStrategy):
     def whole_state_dict(self) -> dict[str, Any]:
         """The whole model's weights, on global rank 0. Collective."""
         part = {"state_dict": self.lightning_module_state_dict()}
-        return checkpoints.gathered(part, checkpoints.names_of(self._module), self.replica)["state_dict"]
+        return gathered(Contents.of(part, checkpoints.names_of(self._module), self.replica, whole=True))["state_dict"]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer state of this rank's part, keyed by parameter names."""
@@ -131,10 +133,11 @@ class SavingStrategy(DDPStrategy):
             self._refuse_remote(path)
             if storage_options is not None:
                 raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
-            checkpoints.save_directory(checkpoint, Path(path), names, self.replica)
-            return
-        whole = checkpoints.gathered(checkpoint, names, self.replica)
-        checkpoints.on_first_rank(lambda: self._write_file(whole, path, storage_options))
+        contents = Contents.of(checkpoint, names, self.replica, whole=not self._save_distributed_checkpoint)
+        if self._save_distributed_checkpoint:
+            save_directory(contents, Path(path))
+        else:
+            save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options))
 
     def _all_stop_here(self, trainer: pl.Trainer) -> bool:
         """Whether every rank was stopped after the same step. Collective if every rank was; else it times out."""
@@ -163,8 +166,12 @@ class SavingStrategy(DDPStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         place = files.unfinished(Path(path))
-        self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
-        files.put(place, Path(path))
+        try:
+            self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
+            files.put(place, Path(path))
+        except Exception:
+            discard(place)
+            raise
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
@@ -181,23 +188,23 @@ class SavingStrategy(DDPStrategy):
         Weights are read directly into the module's tensors, unless a hook has to see them first.
         """
         module = self._module
-        weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
+        weights_only = not trusting(self._checkpoint_weights_only if weights_only is None else weights_only)
         names, path = checkpoints.names_of(module), self.broadcast(str(checkpoint_path))
         self._loaded_from = path
         hooked, fitting = _has_hooks(module), module.trainer.state.fn == TrainerFn.FITTING
         if _is_local_file_protocol(path):
-            place = files.present(Path(path))
+            place = on_first_rank(lambda: files.present(Path(path)), "cannot load a checkpoint")
             if place.is_dir():
                 own = {} if hooked else module.state_dict()
                 return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
             path = str(place)
+            agree(marker.problems(place, share=place_of()), NOT_WHOLE.format(place))
         return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
-    def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(
-            path
-        ):  # mapped, so that only the used parts are read
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    def _read_file(self, path: str, weights_only: bool) -> dict[str, Any]:
+        if type(self.checkpoint_io) in LIGHTNINGS_OWN and _is_local_file_protocol(path):
+            mapped = zipfile.is_zipfile(path)  # so that only the used parts are read
+            return together(lambda: load_file(path, path, weights_only, mmap=mapped), "cannot load a checkpoint")
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -227,7 +234,7 @@ class SavingStrategy(DDPStrategy):
                 numbered.append(numbered_state(self._module, self._module.tied_copies, optimizer, state))
             except ValueError as error:
                 problems.append(str(error))
-        checkpoints.agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
+        agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
         for optimizer, state in zip(self.optimizers, numbered, strict=True):
             parameters = [p for group in bare(optimizer).param_groups for p in group["params"]]
             for number, entries in state["state"].items():
