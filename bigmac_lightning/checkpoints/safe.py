@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 import torch.distributed.checkpoint.metadata as metadata
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -68,8 +68,19 @@ def load_file(file: Any, path: Path | str, weights_only: bool | None = None, **o
     Raises:
         ValueError: the file is damaged, or holds something that could run code; the message names both.
     """
-    try:
+    with naming(path):
         return torch.load(file, map_location="cpu", weights_only=not trusting(weights_only), **options)
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Lets errors of torch.load name the file, and what is wrong with it.
+
+    Raises:
+        ValueError: the file is damaged, or holds something that could run code.
+    """
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds {_named(error)}, {TRUST}") from error
     except (RuntimeError, EOFError) as error:
@@ -79,11 +90,17 @@ def load_file(file: Any, path: Path | str, weights_only: bool | None = None, **o
 class Reader(FileSystemReader):
     """DCP's reader of a directory, which takes only classes of DCP's own from its metadata, and only files in it."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._metadata: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """
         Raises:
             ValueError: the file is damaged, or holds something else.
         """
+        if self._metadata is not None:
+            return self._metadata
         path = Path(self.path) / DCP_METADATA
         with path.open("rb") as file:
             try:
@@ -99,6 +116,7 @@ class Reader(FileSystemReader):
             if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{path} names the file {name!r}, which is not in the checkpoint's folder")
         found.storage_meta = StorageMeta(load_id=self.load_id)
+        self._metadata = found
         return found
 
 
@@ -131,9 +149,11 @@ def without_group() -> Iterator[None]:
 
 
 def _read(tree: dict[str, Any], path: Path, planner: LoadPlanner, alone: bool) -> None:
+    reader = Reader(path)
+    reader.read_metadata()  # here, as DCP would log the traceback of an error, and then look for another file
     try:
         with without_group():
-            _load_state_dict(tree, storage_reader=Reader(path), planner=planner, no_dist=alone)
+            _load_state_dict(tree, storage_reader=reader, planner=planner, no_dist=alone)
     except CheckpointException as failure:
         raise ValueError(f"cannot read the checkpoint {path}: {reasons_of(failure)}") from failure
 

@@ -111,7 +111,7 @@ def _digest(value: Any) -> bytes | None:
     """By which ranks compare whole tensors."""
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.is_meta:
         return None
-    return hashlib.blake2b(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
+    return hashlib.blake2b(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).digest()
 
 
 def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: Names) -> bool:

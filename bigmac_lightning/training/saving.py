@@ -7,6 +7,7 @@ loaded, and may change it as in one process. Files and formats are in checkpoint
 import logging
 import zipfile
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints import files, marker
@@ -28,6 +30,8 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
+from bigmac_lightning.training.background import Background
+from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
 from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
 
 log = logging.getLogger(__name__)
@@ -44,10 +48,18 @@ class SavingStrategy(DDPStrategy):
     """Reads and writes checkpoints, directories or single files, that any number of ranks can read."""
 
     def __init__(
-        self, *, save_distributed_checkpoint: bool = True, checkpoint_weights_only: bool | None = None, **kwargs: Any
+        self,
+        *,
+        save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
+        checkpoint_weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._async_save = async_save
+        self._background = Background()
+        self._saving_group: Any = None  # of saves in the background alone, as they run beside the groups of training
         self._checkpoint_weights_only = checkpoint_weights_only
         self._loaded_from = ""
         self._running = False
@@ -69,6 +81,8 @@ class SavingStrategy(DDPStrategy):
         self._running = True
         if self._meeting is None and dist.is_initialized():
             self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
+        if self._async_save and self._saving_group is None and dist.is_initialized():
+            self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
         holding.open_again(self._module)
 
     def close_module(self) -> None:
@@ -128,16 +142,42 @@ class SavingStrategy(DDPStrategy):
             holding.close(self._module)
 
     def _save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
+        self._background.wait()
         names, path = checkpoints.names_of(self._module), self.broadcast(str(filepath))
         if self._save_distributed_checkpoint:
             self._refuse_remote(path)
             if storage_options is not None:
                 raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
         contents = Contents.of(checkpoint, names, self.replica, whole=not self._save_distributed_checkpoint)
-        if self._save_distributed_checkpoint:
-            save_directory(contents, Path(path))
+
+        def write(contents: Contents, group: Any = None) -> None:
+            if self._save_distributed_checkpoint:
+                save_directory(contents, Path(path), group)
+            else:
+                save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
+
+        trainer = self._module._trainer
+        if self._async_save and self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            self._background.start(partial(write, contents.copied(), self._saving_group))
         else:
-            save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options))
+            write(contents)
+
+    def on_train_end(self) -> None:
+        """Wait for the last save."""
+        super().on_train_end()
+        self._background.wait()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Wait for the last save: what all ranks have given to it is still written."""
+        try:
+            self._background.wait()
+        except Exception as error:
+            log.error("%s", error)
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._background.wait()
 
     def _all_stop_here(self, trainer: pl.Trainer) -> bool:
         """Whether every rank was stopped after the same step. Collective if every rank was; else it times out."""
@@ -174,11 +214,18 @@ class SavingStrategy(DDPStrategy):
             raise
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint, but not before the one that is being written is whole."""
         if self.is_global_zero:
-            if _is_local_file_protocol(str(filepath)):
-                files.remove(Path(filepath))
+            self._background.after(partial(self._remove, str(filepath)))
+
+    def _remove(self, path: str) -> None:
+        try:
+            if _is_local_file_protocol(path):
+                files.remove(Path(path))
             else:
-                self.checkpoint_io.remove_checkpoint(filepath)
+                self.checkpoint_io.remove_checkpoint(path)
+        except OSError as error:  # training need not end for that
+            rank_zero_warn(f"cannot remove the checkpoint {path}: {error}")
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -188,6 +235,13 @@ class SavingStrategy(DDPStrategy):
         Weights are read directly into the module's tensors, unless a hook has to see them first.
         """
         module = self._module
+        self._background.wait()
+        if checkpoint_path in (AUTO, LAST):
+            found = find(module.trainer, str(checkpoint_path))
+            module.trainer._checkpoint_connector._ckpt_path = found  # by which Lightning knows what not to delete
+            if found is None:
+                return NoCheckpoint()
+            checkpoint_path = found
         weights_only = not trusting(self._checkpoint_weights_only if weights_only is None else weights_only)
         names, path = checkpoints.names_of(module), self.broadcast(str(checkpoint_path))
         self._loaded_from = path
@@ -196,7 +250,13 @@ class SavingStrategy(DDPStrategy):
             place = on_first_rank(lambda: files.present(Path(path)), "cannot load a checkpoint")
             if place.is_dir():
                 own = {} if hooked else module.state_dict()
-                return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+                part = checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+                if not (place / marker.MARKER).exists():
+                    rank_zero_warn(
+                        f"{place} has no {marker.MARKER}, as it was saved by an earlier version: damaged bytes in its "
+                        "files cannot be found, only missing and short files"
+                    )
+                return part
             path = str(place)
             agree(marker.problems(place, share=place_of()), NOT_WHOLE.format(place))
         return names.select(as_checkpoint(self._read_file(path, weights_only), path))

@@ -46,7 +46,7 @@ from bigmac_lightning.training.accumulation_loader import counting
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
-from bigmac_lightning.training.launching import WholeModelLauncher
+from bigmac_lightning.training.launching import ScriptLauncher, WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.optimizers import accepting_nothing
@@ -90,8 +90,11 @@ class BigMacStrategy(SteppingStrategy):
         timeout: timeout of every process group; a rank that hangs ends the run after this time.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
             read; ``False``: rank 0 gathers everything into one file.
-        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's
-            default.
+        async_save: whether training goes on while checkpoints are written. The state is first copied to the CPU's
+            memory. One save is in flight at a time: the next one waits for it, and so does the end of the run. An error
+            in it is raised there, on all ranks.
+        checkpoint_weights_only: ``False``: read checkpoints that hold more than tensors and plain values. Such a
+            checkpoint can run any code when it is read, so its origin must be trusted. ``None``: as ``True``.
         start_method: how `Trainer(devices=N)` starts processes.
 
     Raises:
@@ -117,6 +120,7 @@ class BigMacStrategy(SteppingStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
         checkpoint_weights_only: bool | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         accelerator: Accelerator | None = None,
@@ -135,6 +139,7 @@ class BigMacStrategy(SteppingStrategy):
             timeout=timeout,
             start_method=start_method,
             save_distributed_checkpoint=save_distributed_checkpoint,
+            async_save=async_save,
             checkpoint_weights_only=checkpoint_weights_only,
         )
         for name, value, otherwise in (
@@ -357,7 +362,8 @@ class BigMacStrategy(SteppingStrategy):
                 "session is not: use strategy='bigmac_notebook', or BigMacStrategy(start_method='fork')"
             )
         else:
-            super()._configure_launcher()
+            assert self.cluster_environment is not None
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
             name_parent()
 
