@@ -83,8 +83,11 @@ def naming(path: Path | str) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds {_named(error)}, {TRUST}") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can end in any exception
+        reason = (str(error) or "its end is missing").splitlines()[0]
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
 
 
 class Reader(FileSystemReader):

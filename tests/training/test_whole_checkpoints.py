@@ -89,7 +89,7 @@ OLD: dict[str, tuple[str, Callable[[Path], None], str]] = {  # without a marker
 }
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (cut, "file-cut.ckpt is cut off or damaged"),
-    "flipped": (flip_weights, "file-flipped.ckpt is damaged: Bad CRC-32"),
+    "flipped": (flip_weights, "file-flipped.ckpt is damaged"),
 }
 
 
