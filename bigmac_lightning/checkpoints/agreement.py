@@ -40,7 +40,7 @@ def together(function: Callable[[], Any], what: str, group: Any = None) -> Any:
     """Call a function, which works on files, on every rank.
 
     Args:
-        what: what cannot be done if the function raises, for the error.
+        what: what cannot be done if the function raises, for the error; "": its own errors say that.
 
     Returns: its result on this rank.
 
@@ -57,7 +57,7 @@ def together(function: Callable[[], Any], what: str, group: Any = None) -> Any:
         if failure is not None:
             kind, reason = failure
             error = RuntimeError if kind is None else KINDS[kind]
-            raise error(f"{what}: {f'rank {rank}: ' if rank else ''}{reason}") from failed
+            raise error(f"{what}{': ' if what else ''}{f'rank {rank}: ' if rank else ''}{reason}") from failed
     return done
 
 

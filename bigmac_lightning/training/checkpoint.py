@@ -23,7 +23,7 @@ from bigmac_lightning.checkpoints.agreement import agree, from_everyone, place_o
 from bigmac_lightning.checkpoints.mismatches import mismatches
 from bigmac_lightning.checkpoints.packed import is_packed
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, nested
-from bigmac_lightning.checkpoints.reading import NOT_WHOLE
+from bigmac_lightning.checkpoints.reading import NOT_WHOLE, check_directory
 from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
 from bigmac_lightning.checkpoints.weights import UNTIED
 from bigmac_lightning.contracts.module import PipelineModule
@@ -52,6 +52,7 @@ def load_directory(
         ValueError: `path` is not a checkpoint directory, it is not whole, or it holds what could run code. Raised on
             all ranks, before any weight is read.
     """
+    together(lambda: check_directory(path), "")
     agree(marker.problems(path, share=place_of()), NOT_WHOLE.format(path))
     what, extra = f"cannot read the checkpoint {path}", path / _METADATA_FILENAME
     metadata = together(Reader(path).read_metadata, what)

@@ -247,7 +247,7 @@ class SavingStrategy(DDPStrategy):
         self._loaded_from = path
         hooked, fitting = _has_hooks(module), module.trainer.state.fn == TrainerFn.FITTING
         if _is_local_file_protocol(path):
-            place = on_first_rank(lambda: files.present(Path(path)), "cannot load a checkpoint")
+            place = on_first_rank(lambda: files.present(Path(path)), "")
             if place.is_dir():
                 own = {} if hooked else module.state_dict()
                 part = checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
@@ -264,7 +264,7 @@ class SavingStrategy(DDPStrategy):
     def _read_file(self, path: str, weights_only: bool) -> dict[str, Any]:
         if type(self.checkpoint_io) in LIGHTNINGS_OWN and _is_local_file_protocol(path):
             mapped = zipfile.is_zipfile(path)  # so that only the used parts are read
-            return together(lambda: load_file(path, path, weights_only, mmap=mapped), "cannot load a checkpoint")
+            return together(lambda: load_file(path, path, weights_only, mmap=mapped), "")
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
