@@ -1,7 +1,7 @@
 """What saving every five steps costs a run: the digits of `configs/digits.yaml` on two CPU processes.
 
-Blocks of five steps take turns: without a save, with one in the background, and with one at once, so that other programs
-on the machine slow all of them alike. A block with a save in the background ends when the save is whole.
+Blocks of five steps take turns: without a save, with one in the background, and with one at once, so that other
+programs on the machine slow all of them alike. A block with a save in the background ends when the save is whole.
 
     python -m benchmarks.saving [--blocks 20]
 """

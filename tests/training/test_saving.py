@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,16 @@ class _Slow:
             self.steps += 1
             self.moved.notify_all()
 
-    def save(self, contents: writing.Contents, path: Path, group: Any = None) -> None:
+    def patch(self) -> None:
+        for name in ("save_directory", "save_file"):
+            setattr(saving, name, partial(self.save, getattr(writing, name)))
+
+    def save(self, write: Callable[..., None], contents: writing.Contents, path: Any, *others: Any) -> None:
         with self.moved:
             self.moved.wait_for(lambda: self.steps >= contents.step + 2 or self.steps >= STEPS, timeout=20)
-            self.waited.append(f"{contents.step} at {self.steps}: {sorted(p.name for p in path.parent.iterdir())}")
-        writing.save_directory(contents, path, group)
+            kept = sorted(place.name for place in Path(path).parent.glob("*"))
+            self.waited.append(f"{contents.step} at {self.steps}: {kept}")
+        write(contents, path, *others)
 
 
 class _Steps(Callback):
@@ -194,12 +200,12 @@ class _Steps(Callback):
             self.slow.step()
 
 
-def _fit(rank: int, folder: Path, strategy: dict[str, Any], slowly: bool) -> list[str]:
+def _fit(rank: int, folder: Path, strategy: dict[str, Any], slowly: bool, top_k: int) -> list[str]:
     warnings.simplefilter("ignore")
     slow = _Slow() if slowly else None
     if slow is not None:
-        saving.save_directory = slow.save
-    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=1 if slowly else -1)
+        slow.patch()
+    saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=top_k)
     trainer = pipeline_trainer(
         2,
         strategy,
@@ -228,8 +234,8 @@ def _contents(path: Path) -> dict[str, torch.Tensor]:
 )
 def test_what_is_saved_in_the_background_is_what_is_saved_at_once(options: dict[str, Any], tmp_path: Path) -> None:
     """And not what later steps have made of it."""
-    on_ranks(2, _fit, tmp_path / "at-once", options, False)
-    on_ranks(2, _fit, tmp_path / "background", {**options, "async_save": True}, False)
+    on_ranks(2, _fit, tmp_path / "at-once", options, False, -1)
+    on_ranks(2, _fit, tmp_path / "background", {**options, "async_save": True}, True, -1)
     names = [path.name for path in sorted((tmp_path / "at-once").iterdir())]
     assert names == [path.name for path in sorted((tmp_path / "background").iterdir())]
     for name in names:
@@ -239,7 +245,7 @@ def test_what_is_saved_in_the_background_is_what_is_saved_at_once(options: dict[
 
 
 def test_training_goes_on_and_the_older_one_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    for waited in on_ranks(2, _fit, tmp_path, {"async_save": True}, True):
+    for waited in on_ranks(2, _fit, tmp_path, {"async_save": True}, True, 1):
         assert waited[0].startswith("2 at 4: []")
         assert waited[1].startswith("4 at 4: ['epoch=0-step=2.ckpt'")
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-step=4.ckpt"]
