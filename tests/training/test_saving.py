@@ -24,7 +24,7 @@ from bigmac_lightning.training import saving, writing
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer
 
-STEPS = 4
+STEPS = 6
 TOUCHING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 """Audit events of Python that come right before a file system is changed."""
 
@@ -247,5 +247,5 @@ def test_what_is_saved_in_the_background_is_what_is_saved_at_once(options: dict[
 def test_training_goes_on_and_the_older_one_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     for waited in on_ranks(2, _fit, tmp_path, {"async_save": True}, True, 1):
         assert waited[0].startswith("2 at 4: []")
-        assert waited[1].startswith("4 at 4: ['epoch=0-step=2.ckpt'")
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-step=4.ckpt"]
+        assert waited[1].startswith("4 at 6: ['epoch=0-step=2.ckpt'"), "it was removed before"
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch=0-step=6.ckpt"]
