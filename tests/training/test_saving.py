@@ -71,8 +71,15 @@ def _full() -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("end", [_full, lambda: os._exit(1)], ids=["error", "killed"])
-@pytest.mark.parametrize("older", [True, False], ids=["older", "first"])
+@pytest.mark.parametrize(
+    ("older", "end"),
+    [
+        pytest.param(True, lambda: os._exit(1), id="older-killed"),
+        pytest.param(False, _full, id="first-error"),
+        pytest.param(True, _full, id="older-error", marks=pytest.mark.wide),
+        pytest.param(False, lambda: os._exit(1), id="first-killed", marks=pytest.mark.wide),
+    ],
+)
 def test_a_whole_checkpoint_is_found_after_any_failure(older: bool, end: Callable[[], None], tmp_path: Path) -> None:
     with writing.without_group():
         _write(tmp_path / "template", 1.0)
@@ -142,10 +149,10 @@ def _fail(rank: int, folder: Path, how: str, strategy: dict[str, Any]) -> tuple[
     ("how", "strategy"),
     [
         ("full", {}),
-        ("gone", {}),
+        pytest.param("gone", {}, marks=pytest.mark.wide),
         ("gone", {"save_distributed_checkpoint": False}),
         ("full", {"async_save": True}),
-        ("gone", {"async_save": True, "save_distributed_checkpoint": False}),
+        pytest.param("gone", {"async_save": True, "save_distributed_checkpoint": False}, marks=pytest.mark.wide),
     ],
     ids=str,
 )
@@ -230,7 +237,13 @@ def _contents(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"save_distributed_checkpoint": False}, {"sharding": SHARDED, "pipeline_parallel_size": 1}], ids=str
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.wide),
+        {"save_distributed_checkpoint": False},
+        {"sharding": SHARDED, "pipeline_parallel_size": 1},
+    ],
+    ids=str,
 )
 def test_what_is_saved_in_the_background_is_what_is_saved_at_once(options: dict[str, Any], tmp_path: Path) -> None:
     """And not what later steps have made of it."""
