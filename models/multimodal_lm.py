@@ -200,7 +200,8 @@ class MultimodalLM(PipelineModule):
             shapes: the shapes of the whole model's tensors.
 
         Raises:
-            ValueError: a tensor of the whole model does not fit; on all ranks alike.
+            ValueError: a tensor of the whole model does not fit, a file is damaged, or weights differ that the model
+                ties; on all ranks alike.
         """
         copies = {f"llm.{copy}": f"llm.{canonical}" for copy, canonical in self.llm.tied.items()}
         expected = {name: shape for name, shape in shapes.items() if name not in copies}
@@ -213,6 +214,8 @@ class MultimodalLM(PipelineModule):
                     "start some components from a checkpoint, give it by their names; one of a run with lora serves "
                     "after `bigmac export`, as the folder to start from"
                 )
+            weights.check()
+            weights.check_ties(copies)
             inside = f"{component}." if component else ""
             weights.read_into({name: tensor for name, tensor in here.items() if name.startswith(inside)})
 

@@ -1,4 +1,4 @@
-"""Checkpoints as files and directories on a disk, whatever is in them.
+"""Checkpoints as files and directories on a disk: their places, whatever is in them.
 
 A checkpoint is put in its place only when it is complete, and there is no moment at which neither the old one nor the
 new one can be found.
@@ -7,10 +7,21 @@ new one can be found.
 import shutil
 from pathlib import Path
 
+from bigmac_lightning.checkpoints.marker import is_whole
+
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+"""Endings: of a checkpoint that is being written, and of the name of an older one that waits until it is replaced."""
+
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it is put in place. What an interrupted save has left there is removed."""
-    place = path.with_name(path.name + ".unfinished")
+    """Where a checkpoint is written before it is put in place.
+
+    What an interrupted save has left there is removed; but if it is complete, and the only checkpoint, then it is put
+    in place first.
+    """
+    place = _unfinished(path)
+    if not path.exists() and is_whole(place):
+        put(place, path)
     remove(place)
     return place
 
@@ -23,30 +34,54 @@ def put(complete: Path, path: Path) -> None:
     """
     if complete.is_file() and not path.is_dir():
         complete.replace(path)
+        remove(_aside(path))
         return
     aside = _aside(path)
     if path.exists() or path.is_symlink():
         remove(aside)
         path.rename(aside)
-    complete.rename(path)
+        try:
+            complete.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+    else:
+        complete.rename(path)
     remove(aside)
 
 
 def present(path: Path) -> Path:
-    """The checkpoint at a path, or the one that a save was about to replace when it was interrupted.
+    """The checkpoint at a path. If a save was interrupted that had put it away, or that had written it and not yet put
+    in place, it is found as well.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = next((place for place in (path, _aside(path)) if place.exists()), None)
-    if found is None:
-        raise FileNotFoundError(f"there is no checkpoint at {path}")
-    return found
+    if path.exists():
+        return path
+    if is_whole(_unfinished(path)):  # it is newer than one that was moved aside
+        return _unfinished(path)
+    if _aside(path).exists():
+        return _aside(path)
+    raise FileNotFoundError(f"there is no checkpoint at {path}")
+
+
+def in_folder(folder: Path, ending: str = ".ckpt") -> list[Path]:
+    """The paths of all checkpoints with this ending in a folder, whole or not: each is to be given to `present`."""
+    found = set[Path]()
+    for place in folder.iterdir() if folder.is_dir() else ():
+        path = place.with_name(place.name.removesuffix(UNFINISHED))
+        if path.suffix == ending:
+            found.add(path.with_name(path.stem.removesuffix(REPLACED) + ending))
+    return sorted(found)
 
 
 def is_directory(path: str | Path) -> bool:
     """Whether there is a checkpoint directory at a path. The path may also be an address in a remote file system."""
-    return any(place.is_dir() for place in (Path(path), _aside(Path(path))))
+    try:
+        return present(Path(path)).is_dir()
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -63,6 +98,10 @@ def remove(path: Path) -> None:
     shutil.rmtree(path.rename(gone))
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + UNFINISHED)
+
+
 def _aside(path: Path) -> Path:
     """Where an older checkpoint waits. The name has the same ending, by which Lightning finds a folder's last one."""
-    return path.with_name(f"{path.stem}.replaced{path.suffix}")
+    return path.with_name(f"{path.stem}{REPLACED}{path.suffix}")

@@ -1,16 +1,16 @@
 """Whole checkpoints of any strategy, read in one process: a file, or a directory in torch's DCP format."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 
-from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.mismatches import first_few
 from bigmac_lightning.checkpoints.parts import MODEL, complete
+from bigmac_lightning.checkpoints.safe import load_file, read_all, trusting
 
 
 class DirectoryCheckpointIO(TorchCheckpointIO):
@@ -18,21 +18,33 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
     `consolidate_checkpoint` makes of directories."""
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if files.is_directory(path):
-            return read_directory(files.present(Path(path)))
-        return as_checkpoint(super().load_checkpoint(path, *args, **kwargs), str(path))
+        options = dict(zip(("map_location", "weights_only"), args, strict=False)) | kwargs
+        weights_only = not trusting(options.get("weights_only"))
+        if not _is_local_file_protocol(str(path)):
+            return as_checkpoint(super().load_checkpoint(path, weights_only=weights_only), str(path))
+        place = files.present(Path(path))
+        if place.is_dir():
+            return read_directory(place, weights_only)
+        refuse(marker.problems(place), place)
+        return as_checkpoint(load_file(place, place, weights_only), str(place))
 
 
-def read_directory(path: Path) -> dict[str, Any]:
+def read_directory(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
     """Everything in a checkpoint directory, in the form that Lightning saves in one process. Only the optimizer states
     differ: they go by the names of parameters.
 
+    Args:
+        weights_only: ``False``: read pickles of any kind.
+
     Raises:
-        ValueError: the path is not a checkpoint directory.
+        ValueError: the path is not a checkpoint directory, it is not whole, or it holds what could run code.
     """
     check_directory(path)
-    with single_process_dcp():
-        return as_checkpoint(_load_distributed_checkpoint(path), str(path))
+    refuse(marker.problems(path), path)
+    checkpoint = read_all(path, weights_only)
+    if (path / _METADATA_FILENAME).is_file():
+        checkpoint.update(load_file(path / _METADATA_FILENAME, path / _METADATA_FILENAME, weights_only))
+    return as_checkpoint(checkpoint, str(path))
 
 
 def as_checkpoint(contents: Any, path: str) -> dict[str, Any]:
@@ -53,13 +65,17 @@ def check_directory(path: Path) -> None:
     Raises:
         ValueError: the path is not a checkpoint directory.
     """
-    if not (path / ".metadata").is_file():
+    if not (path / ".metadata").is_file() and not (path / marker.MARKER).exists():
         raise ValueError(f"{path} is not a checkpoint directory: no such file {path / '.metadata'}")
 
 
-@contextmanager
-def single_process_dcp() -> Iterator[None]:
-    """Silences the warnings of DCP about a process that reads or writes without a process group: here it is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")  # "... disabled", "... unavailable" and the like
-        yield
+def refuse(problems: list[str], path: Path) -> None:
+    """
+    Raises:
+        ValueError: there are problems with the checkpoint at `path`.
+    """
+    if problems:
+        raise ValueError(f"{NOT_WHOLE.format(path)}: {first_few(problems)}")
+
+
+NOT_WHOLE = "the checkpoint {} is not whole"

@@ -11,12 +11,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch.optim import Optimizer
 
-from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.optimizer_state import numbered_state
-from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, read_directory
+from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, read_directory, refuse
 from bigmac_lightning.checkpoints.resuming import go_on, stand_at_last_step
+from bigmac_lightning.checkpoints.safe import naming, trusting
+from bigmac_lightning.checkpoints.weights import check_tied
 from bigmac_lightning.contracts.refused_callbacks import check_callbacks
 
 
@@ -56,15 +59,34 @@ class ResumableModule(pl.LightningModule):
         """Let the checkpoint's progress be that of the last optimizer step, as accumulated gradients are not saved."""
         stand_at_last_step(checkpoint, self._trainer)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that has two different weights where this model ties them to one.
+
+        Raises:
+            ValueError: it has; the message names them.
+        """
+        check_tied(checkpoint["state_dict"], self.tied_copies, "the checkpoint")
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """See LightningModule; `checkpoint_path` may also be a directory that strategy="bigmac" has written."""
-        if not isinstance(checkpoint_path, str | Path) or not files.is_directory(checkpoint_path):
+        if len(args) < WEIGHTS_ONLY:  # Lightning would take ``None`` for ``False`` where the path is an address
+            kwargs["weights_only"] = not trusting(kwargs.get("weights_only"))
+        if not isinstance(checkpoint_path, str | Path) or not _is_local_file_protocol(str(checkpoint_path)):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        place = files.present(Path(checkpoint_path))
+        if not place.is_dir():
+            refuse(marker.problems(place), place)
+            with naming(place):
+                return super().load_from_checkpoint(place, *args, **kwargs)
         with tempfile.TemporaryFile() as file:
-            torch.save(read_directory(files.present(Path(checkpoint_path))), file)
+            torch.save(read_directory(place, kwargs.get("weights_only")), file)
             file.seek(0)
             return super().load_from_checkpoint(file, *args, **kwargs)
+
+
+WEIGHTS_ONLY = 4
+"""The place of `weights_only` among the arguments of `load_from_checkpoint` after the path."""
 
 
 def _to_numbers(module: ResumableModule, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

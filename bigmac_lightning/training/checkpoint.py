@@ -1,5 +1,4 @@
-"""Checkpoints that all ranks write together and any number of ranks can read: a directory in torch's DCP format, or one
-file.
+"""Reads checkpoints of which each rank gets its part: a directory in torch's DCP format, or one file.
 
 A directory has these keys in DCP: "model", the weights; "optimizer_0", ..., the moments; "others", further tensors that
 are keyed by names of the model's tensors, such as a callback's moving average. Everything else is in Lightning's
@@ -7,7 +6,8 @@ metadata file. A single file is what Lightning writes in one process, except tha
 parameter names. All functions use torch.distributed's default group, and also work in one process without any.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from bigmac_lightning.checkpoints import files
-from bigmac_lightning.checkpoints.mismatches import first_few, mismatches
-from bigmac_lightning.checkpoints.packed import in_one_piece, is_packed
-from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
-from bigmac_lightning.checkpoints.reading import single_process_dcp
+from bigmac_lightning.checkpoints import marker
+from bigmac_lightning.checkpoints.agreement import agree, from_everyone, place_of, together
+from bigmac_lightning.checkpoints.mismatches import mismatches
+from bigmac_lightning.checkpoints.packed import is_packed
+from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, nested
+from bigmac_lightning.checkpoints.reading import NOT_WHOLE, check_directory
+from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
+from bigmac_lightning.checkpoints.weights import UNTIED
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.runtime.sharding import shard_like, whole_of
+from bigmac_lightning.runtime.sharding import shard_like
 
 
 def names_of(module: PipelineModule) -> Names:
@@ -35,47 +35,6 @@ def names_of(module: PipelineModule) -> Names:
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     own = {name for name, _ in tensors} | set(module.state_dict())
     return Names.of(own, from_everyone(own), module.tied_copies)
-
-
-def save_directory(checkpoint: Tree, path: Path, names: Names, replica: int) -> None:
-    """Write a checkpoint directory. Collective.
-
-    Everything is written beside `path` first and moved there when it is complete, so an interrupted save leaves the
-    old checkpoint as it was.
-
-    Args:
-        checkpoint: this rank's part, as Lightning makes it.
-        replica: data-parallel replica that this rank belongs to; what the first replica has is saved.
-    """
-    tensors, rest = _apart(checkpoint, names)
-    rest = _joined(rest, names, replica)
-    tensors = nested({place: in_one_piece(value) for place, value in _leaves(tensors)})
-    place = on_first_rank(lambda: files.unfinished(path))
-    with single_process_dcp():
-        dcp_save(tensors, checkpoint_id=place, no_dist=not dist.is_initialized())
-    on_first_rank(lambda: torch.save(rest, place / _METADATA_FILENAME))
-    on_first_rank(lambda: files.put(place, path))
-
-
-def gathered(checkpoint: Tree, names: Names, replica: int) -> Tree:
-    """The checkpoint of all ranks on global rank 0, and some part of it on other ranks. Collective; arguments as of
-    `save_directory`."""
-    tensors, rest = _apart(checkpoint, names)
-    rest = _joined(rest, names, replica)
-    own = {path: _on_cpu(value) for path, value in _leaves(tensors)}
-    everyone = from_everyone(set(own) if replica == 0 else set())
-    before = set().union(*everyone[: dist.get_rank()]) if dist.is_initialized() else set()
-    own = {path: value for path, value in own.items() if replica == 0 and path not in before}
-    parts: list[Any] = [own]
-    if dist.is_initialized():
-        parts = [{}] * dist.get_world_size()
-        dist.gather_object(own, parts if dist.get_rank() == 0 else None)
-    tensors = nested({path: value for part in parts for path, value in part.items()})
-    weights = tensors.get(MODEL, {})
-    for copy, original in names.copies.items():
-        if copy in weights and original in weights:
-            weights[copy] = weights[original]  # so that the file has one tensor for both, as in one process
-    return complete(rest, tensors)
 
 
 def load_directory(
@@ -90,14 +49,19 @@ def load_directory(
         unknown: whether to read weights that the model does not have; otherwise they become tensors without values.
 
     Raises:
-        ValueError: `path` is not a checkpoint directory; raised on all ranks.
+        ValueError: `path` is not a checkpoint directory, it is not whole, or it holds what could run code. Raised on
+            all ranks, before any weight is read.
     """
-    missing = [] if (path / ".metadata").is_file() else [str(path / ".metadata")]
-    agree(missing, f"{path} is not a checkpoint directory, no such file")
-    metadata = FileSystemReader(path).read_metadata()
+    together(lambda: check_directory(path), "")
+    agree(marker.problems(path, share=place_of()), NOT_WHOLE.format(path))
+    what, extra = f"cannot read the checkpoint {path}", path / _METADATA_FILENAME
+    metadata = together(Reader(path).read_metadata, what)
+    rest = together(lambda: load_file(extra, extra, weights_only), what)
     places: Mapping[str, tuple[Any, ...]] = metadata.planner_data or {}
     known = set(places.values())
     wanted = {MODEL, *([OTHERS] if optimizers or unknown else [])}
+    tied = {*names.copies, *names.copies.values()}  # read apart, as it is not yet known that they are equal
+    inplace = {name: tensor for name, tensor in own.items() if name not in tied}
     room: dict[tuple[Any, ...], Any] = {}
     unread: Tree = {}
     for key, place in places.items():
@@ -107,12 +71,10 @@ def load_directory(
         if kind == MODEL and not unknown and names.of_model(name) != name:
             unread[name] = _empty(entry, "meta")
         else:
-            room[place] = _room(entry, own.get(name)) if kind == MODEL else _moments(entry, place, own)
+            room[place] = _room(entry, inplace.get(name)) if kind == MODEL else _moments(entry, place, own)
     tree = nested(room)
-    with single_process_dcp():
-        dcp_load(tree, checkpoint_id=path, no_dist=not dist.is_initialized())
-    rest = names.select(torch.load(path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only))
-    return complete(rest, {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
+    read_into(tree, path, weights_only, alone=not dist.is_initialized())
+    return complete(names.select(rest), {**tree, MODEL: {**tree.get(MODEL, {}), **unread}})
 
 
 def load_weights(
@@ -121,7 +83,8 @@ def load_weights(
     """Load the weights of a checkpoint, as hooks have left them, into the module. Collective.
 
     Raises:
-        ValueError: names or shapes do not fit; the message lists them. Raised on all ranks.
+        ValueError: names or shapes do not fit, or weights differ that the model ties; the message lists them. Raised
+            on all ranks.
     """
     state = {name: value for name, value in state.items() if names.selects(name, state.__contains__)}
     for copy, original in names.copies.items():
@@ -136,66 +99,20 @@ def load_weights(
         mismatches(stored, model, strict),
         f"cannot load {path}: tensors that do not fit, so this is another model's checkpoint",
     )
+    values = {name: _digest(state[name]) for name in {*names.copies, *names.copies.values()} & state.keys()}
+    everyone = {name: value for found in from_everyone(values) for name, value in found.items() if value is not None}
+    untied = [pair for pair in names.copies.items() if len({everyone[name] for name in pair if name in everyone}) > 1]
+    if untied:
+        raise ValueError(UNTIED.format(path, *untied[0]))
     fitting = {name: value for name, value in state.items() if name in wanted}
     module.load_state_dict({name: shard_like(value, wanted[name]) for name, value in fitting.items()}, strict=False)
 
 
-def agree(problems: Sequence[str], what: str) -> None:
-    """Raise a ValueError on all ranks if any rank found a problem, so that no rank waits for another. Collective."""
-    found = sorted({problem for part in from_everyone(list(problems)) for problem in part})
-    if found:
-        raise ValueError(f"{what}: {first_few(found)}")
-
-
-def from_everyone(own: Any) -> list[Any]:
-    """The values of all ranks, by rank. Collective."""
-    if not dist.is_initialized():
-        return [own]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
-
-
-def on_first_rank(function: Callable[[], Any]) -> Any:
-    """Call a function, which works on files, on global rank 0. Collective.
-
-    Returns: its result, on all ranks.
-
-    Raises:
-        Exception: what the function raised, on rank 0; a RuntimeError that quotes it on the others.
-    """
-    first, done, failed = not dist.is_initialized() or dist.get_rank() == 0, None, None
-    if first:
-        try:
-            done = function()
-        except Exception as error:
-            failed = error
-    answer: list[Any] = [done, failed and f"{type(failed).__name__}: {failed}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if failed is not None:
-        raise failed
-    if answer[1] is not None:
-        raise RuntimeError(f"rank 0 could not write a checkpoint: {answer[1]}")
-    return answer[0]
-
-
-def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
-    """The tensors that are keyed by names of the model, under their keys in DCP; and everything else."""
-    checkpoint = dict(checkpoint)
-    tensors: Tree = {MODEL: checkpoint.pop("state_dict", {})}
-    states = [split(state, names) for state in checkpoint.pop("optimizer_states", [])]
-    tensors.update({f"optimizer_{i}": some for i, (some, _) in enumerate(states)})
-    tensors[OTHERS], rest = split(checkpoint, names)
-    if states:
-        rest["optimizer_states"] = [others for _, others in states]
-    return tensors, rest
-
-
-def _joined(rest: Tree, names: Names, replica: int) -> Tree:
-    """Everything that is not a tensor of the model, joined over the ranks of the first replica. Collective."""
-    parts = [part for part in from_everyone(rest if replica == 0 else None) if part is not None]
-    return joined(parts, names)
+def _digest(value: Any) -> bytes | None:
+    """By which ranks compare whole tensors."""
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or value.is_meta:
+        return None
+    return hashlib.blake2b(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).digest()
 
 
 def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: Names) -> bool:
@@ -205,18 +122,6 @@ def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: 
         return lambda key: (*place[:i], key, *place[i + 1 :]) in known
 
     return all(names.selects(key, beside(i)) for i, key in enumerate(place))
-
-
-def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:
-    found: list[tuple[tuple[Any, ...], Any]] = []
-    for key, value in tree.items():
-        found += _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
-    return found
-
-
-def _on_cpu(value: Any) -> Any:
-    """A whole tensor on the CPU. Collective over the ranks that have shards of it."""
-    return whole_of(value).cpu() if isinstance(value, Tensor) else value
 
 
 def _room(entry: Any, own: Any) -> Any:

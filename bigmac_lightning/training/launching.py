@@ -1,4 +1,7 @@
-"""Starts processes by fork or spawn, as notebooks need, and brings the trained weights back into the first process."""
+"""Starts processes by running the script, or by fork or spawn, as notebooks need.
+
+After fork or spawn it brings the trained weights back into the first process.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -8,12 +11,28 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.launchers.multiprocessing import _WorkerOutput
 from lightning.pytorch.trainer.states import TrainerFn
 
+from bigmac_lightning.training.finding import LAST
 
-class WholeModelLauncher(_MultiProcessingLauncher):
+
+class FindsLast(_Launcher):
+    """Lets `ckpt_path="last"` be found by `finding.find` on rank 0, once the ranks can talk to each other. Lightning
+    would look for it on each rank before."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        asked = [LAST if isinstance(argument, str) and argument == "last" else argument for argument in args]
+        return super().launch(function, *asked, trainer=trainer, **kwargs)  # pyright: ignore[reportAbstractUsage]
+
+
+class ScriptLauncher(FindsLast, _SubprocessScriptLauncher):
+    """Lightning's launcher, which runs the script once more for each process."""
+
+
+class WholeModelLauncher(FindsLast, _MultiProcessingLauncher):
     """Lightning's launcher, which also loads the weights of all ranks into the module of the process that started them.
 
     Args:

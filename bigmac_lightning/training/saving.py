@@ -7,27 +7,33 @@ loaded, and may change it as in one process. Files and formats are in checkpoint
 import logging
 import zipfile
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
-from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.agreement import agree, on_first_rank, place_of, together
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
-from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, as_checkpoint
+from bigmac_lightning.checkpoints.reading import NOT_WHOLE, DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
+from bigmac_lightning.checkpoints.safe import load_file, trusting
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.groups import destroy_with
 from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
+from bigmac_lightning.training.background import Background
+from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
+from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +49,18 @@ class SavingStrategy(DDPStrategy):
     """Reads and writes checkpoints, directories or single files, that any number of ranks can read."""
 
     def __init__(
-        self, *, save_distributed_checkpoint: bool = True, checkpoint_weights_only: bool | None = None, **kwargs: Any
+        self,
+        *,
+        save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
+        checkpoint_weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._save_distributed_checkpoint = save_distributed_checkpoint
+        self._async_save = async_save
+        self._background = Background()
+        self._saving_group: Any = None  # of saves in the background alone, as they run beside the groups of training
         self._checkpoint_weights_only = checkpoint_weights_only
         self._loaded_from = ""
         self._running = False
@@ -69,6 +83,9 @@ class SavingStrategy(DDPStrategy):
         if self._meeting is None and dist.is_initialized():
             self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
             destroy_with(self, [self._meeting])
+        if self._async_save and self._saving_group is None and dist.is_initialized():
+            self._saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
+            destroy_with(self, [self._saving_group])
         holding.open_again(self._module)
 
     def close_module(self) -> None:
@@ -102,7 +119,7 @@ class SavingStrategy(DDPStrategy):
     def whole_state_dict(self) -> dict[str, Any]:
         """The whole model's weights, on global rank 0. Collective."""
         part = {"state_dict": self.lightning_module_state_dict()}
-        return checkpoints.gathered(part, checkpoints.names_of(self._module), self.replica)["state_dict"]
+        return gathered(Contents.of(part, checkpoints.names_of(self._module), self.replica, whole=True))["state_dict"]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer state of this rank's part, keyed by parameter names."""
@@ -128,15 +145,42 @@ class SavingStrategy(DDPStrategy):
             holding.close(self._module)
 
     def _save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
+        self._background.wait()
         names, path = checkpoints.names_of(self._module), self.broadcast(str(filepath))
         if self._save_distributed_checkpoint:
             self._refuse_remote(path)
             if storage_options is not None:
                 raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
-            checkpoints.save_directory(checkpoint, Path(path), names, self.replica)
-            return
-        whole = checkpoints.gathered(checkpoint, names, self.replica)
-        checkpoints.on_first_rank(lambda: self._write_file(whole, path, storage_options))
+        contents = Contents.of(checkpoint, names, self.replica, whole=not self._save_distributed_checkpoint)
+
+        def write(contents: Contents, group: Any = None) -> None:
+            if self._save_distributed_checkpoint:
+                save_directory(contents, Path(path), group)
+            else:
+                save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
+
+        trainer = self._module._trainer
+        if self._async_save and self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            self._background.start(partial(write, contents.copied(), self._saving_group))
+        else:
+            write(contents)
+
+    def on_train_end(self) -> None:
+        """Wait for the last save."""
+        super().on_train_end()
+        self._background.wait()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Wait for the last save: what all ranks have given to it is still written."""
+        try:
+            self._background.wait()
+        except Exception as error:
+            log.error("%s", error)
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self._background.wait()
 
     def _all_stop_here(self, trainer: pl.Trainer) -> bool:
         """Whether every rank was stopped after the same step. Collective if every rank was; else it times out."""
@@ -165,15 +209,26 @@ class SavingStrategy(DDPStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
         place = files.unfinished(Path(path))
-        self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
-        files.put(place, Path(path))
+        try:
+            self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
+            files.put(place, Path(path))
+        except Exception:
+            discard(place)
+            raise
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint, but not before the one that is being written is whole."""
         if self.is_global_zero:
-            if _is_local_file_protocol(str(filepath)):
-                files.remove(Path(filepath))
+            self._background.after(partial(self._remove, str(filepath)))
+
+    def _remove(self, path: str) -> None:
+        try:
+            if _is_local_file_protocol(path):
+                files.remove(Path(path))
             else:
-                self.checkpoint_io.remove_checkpoint(filepath)
+                self.checkpoint_io.remove_checkpoint(path)
+        except OSError as error:  # training need not end for that
+            rank_zero_warn(f"cannot remove the checkpoint {path}: {error}")
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -183,23 +238,36 @@ class SavingStrategy(DDPStrategy):
         Weights are read directly into the module's tensors, unless a hook has to see them first.
         """
         module = self._module
-        weights_only = self._checkpoint_weights_only if weights_only is None else weights_only
+        self._background.wait()
+        if checkpoint_path in (AUTO, LAST):
+            found = find(module.trainer, str(checkpoint_path))
+            module.trainer._checkpoint_connector._ckpt_path = found  # by which Lightning knows what not to delete
+            if found is None:
+                return NoCheckpoint()
+            checkpoint_path = found
+        weights_only = not trusting(self._checkpoint_weights_only if weights_only is None else weights_only)
         names, path = checkpoints.names_of(module), self.broadcast(str(checkpoint_path))
         self._loaded_from = path
         hooked, fitting = _has_hooks(module), module.trainer.state.fn == TrainerFn.FITTING
         if _is_local_file_protocol(path):
-            place = files.present(Path(path))
+            place = on_first_rank(lambda: files.present(Path(path)), "")
             if place.is_dir():
                 own = {} if hooked else module.state_dict()
-                return checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+                part = checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+                if not (place / marker.MARKER).exists():
+                    rank_zero_warn(
+                        f"{place} has no {marker.MARKER}, as it was saved by an earlier version: damaged bytes in its "
+                        "files cannot be found, only missing and short files"
+                    )
+                return part
             path = str(place)
+            agree(marker.problems(place, share=place_of()), NOT_WHOLE.format(place))
         return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
-    def _read_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        if type(self.checkpoint_io) in LIGHTNINGS_OWN and zipfile.is_zipfile(
-            path
-        ):  # mapped, so that only the used parts are read
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    def _read_file(self, path: str, weights_only: bool) -> dict[str, Any]:
+        if type(self.checkpoint_io) in LIGHTNINGS_OWN and _is_local_file_protocol(path):
+            mapped = zipfile.is_zipfile(path)  # so that only the used parts are read
+            return together(lambda: load_file(path, path, weights_only, mmap=mapped), "")
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
@@ -229,7 +297,7 @@ class SavingStrategy(DDPStrategy):
                 numbered.append(numbered_state(self._module, self._module.tied_copies, optimizer, state))
             except ValueError as error:
                 problems.append(str(error))
-        checkpoints.agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
+        agree(problems, f"cannot load the optimizer states of {self._loaded_from}")
         for optimizer, state in zip(self.optimizers, numbered, strict=True):
             parameters = [p for group in bare(optimizer).param_groups for p in group["params"]]
             for number, entries in state["state"].items():

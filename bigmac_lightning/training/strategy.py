@@ -49,7 +49,7 @@ from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
-from bigmac_lightning.training.launching import WholeModelLauncher
+from bigmac_lightning.training.launching import ScriptLauncher, WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.nonfinite import FiniteCheck
@@ -107,8 +107,11 @@ class BigMacStrategy(SteppingStrategy):
             doing, and end. "auto": 10 minutes, or 9/10 of `timeout` if that is shorter; ``None``: as long as it likes.
         save_distributed_checkpoint: whether each rank writes its part into a directory, which any number of ranks can
             read; ``False``: rank 0 gathers everything into one file.
-        checkpoint_weights_only: passed to torch.load for a checkpoint's metadata when resuming; ``None``: Lightning's
-            default.
+        async_save: whether training goes on while checkpoints are written. The state is first copied to the CPU's
+            memory. One save is in flight at a time: the next one waits for it, and so does the end of the run. An error
+            in it is raised there, on all ranks.
+        checkpoint_weights_only: ``False``: read checkpoints that hold more than tensors and plain values. Such a
+            checkpoint can run any code when it is read, so its origin must be trusted. ``None``: as ``True``.
         start_method: how `Trainer(devices=N)` starts processes.
 
     Raises:
@@ -138,6 +141,7 @@ class BigMacStrategy(SteppingStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         hang_timeout: timedelta | Literal["auto"] | None = "auto",
         save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
         checkpoint_weights_only: bool | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         accelerator: Accelerator | None = None,
@@ -156,6 +160,7 @@ class BigMacStrategy(SteppingStrategy):
             timeout=timeout,
             start_method=start_method,
             save_distributed_checkpoint=save_distributed_checkpoint,
+            async_save=async_save,
             checkpoint_weights_only=checkpoint_weights_only,
         )
         for name, value, otherwise in (
@@ -436,7 +441,8 @@ class BigMacStrategy(SteppingStrategy):
                 "session is not: use strategy='bigmac_notebook', or BigMacStrategy(start_method='fork')"
             )
         else:
-            super()._configure_launcher()
+            assert self.cluster_environment is not None
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
             name_parent()
 

@@ -72,7 +72,7 @@ def test_a_config_can_start_from_a_folder(tmp_path: Path) -> None:
     trainer = {"accelerator": "cpu", "devices": 2, "strategy": "bigmac", "max_steps": 2, "logger": False}
     trainer |= {"default_root_dir": str(tmp_path)}
     (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "model": model, "data": data}))
-    bigmac(2, tmp_path, "fit", "--config", str(tmp_path / "config.json"))
+    bigmac(2, tmp_path, "fit", "--config", str(tmp_path / "config.json"), "--ckpt_path", "auto")  # there is none
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     export = ["bigmac", "export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     done = run(export, tmp_path)

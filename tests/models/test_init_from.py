@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
@@ -74,17 +73,20 @@ def test_two_ranks_start_from_one(trained: tuple[Path, dict[str, Tensor]]) -> No
 
 
 def test_a_rank_reads_its_own_tensors_alone(trained: tuple[Path, dict[str, Tensor]]) -> None:
-    """As the other rank's file could even be missing."""
+    """As the other rank's file may even be gone by then."""
     folder, _ = trained
     parts = on_ranks(2, _train, 2, folder, None, "ranks2.ckpt")
-    (folder / "ranks2.ckpt" / "__1_0.distcp").unlink()
     weights = CheckpointWeights(folder / "ranks2.ckpt")
+    weights.check()
+    (folder / "ranks2.ckpt" / "__1_0.distcp").unlink()
     mine, other = (f"llm.model.language_model.layers.{layer}.self_attn.k_norm.weight" for layer in (0, 4))
     into = torch.empty_like(parts[0][mine], dtype=torch.bfloat16)
     weights.read_into({mine: into})
     assert torch.equal(into, parts[0][mine].to(torch.bfloat16))
-    with pytest.raises(CheckpointException, match=r"__1_0\.distcp"):
+    with pytest.raises(ValueError, match=r"__1_0\.distcp"):
         weights.read_into({other: torch.empty_like(parts[1][other])})
+    with pytest.raises(ValueError, match=r"is not whole: .*__1_0\.distcp is missing"):
+        CheckpointWeights(folder / "ranks2.ckpt")
 
 
 def test_some_components_of_another_model(trained: tuple[Path, dict[str, Tensor]]) -> None:

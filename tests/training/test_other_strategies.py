@@ -126,7 +126,7 @@ def _validate_wrong(rank: int, folder: Path, name: str) -> str:
     ("name", "message"),
     [
         ("nothing.ckpt", "FileNotFoundError: there is no checkpoint at"),
-        ("folder", "is not a checkpoint directory, no such file"),
+        ("folder", "is not a checkpoint directory: no such file"),
         ("other.pt", "is not a checkpoint: it has no state_dict"),
     ],
 )

@@ -1,0 +1,154 @@
+"""Which checkpoint a run resumes from: `ckpt_path="auto"` and "last".
+
+Rank 0 looks for it in the run's folders, so that all ranks have the same answer, and also finds what an interrupted
+save has left. Lightning itself would look for the last one on each rank, and only for those in their final place.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.agreement import on_first_rank
+
+AUTO = "auto"
+LAST = "last, of all ranks"
+"""What `launching.find_last` makes of "last", which Lightning would replace by a path on each rank."""
+
+
+class NoCheckpoint(dict[str, Any]):
+    """What Lightning gets where there is no checkpoint: it is false, so nothing is restored from it."""
+
+    def __init__(self) -> None:
+        super().__init__({"pytorch-lightning_version": lightning.__version__})
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def find(trainer: pl.Trainer, asked: str) -> str | None:
+    """The path that "auto" or "last" stands for; ``None``: there is none, and the run starts anew. Collective.
+
+    Raises:
+        ValueError: there is none, and the run would evaluate weights that nobody has trained.
+    """
+    look = _newest_whole if asked == AUTO else _last
+    found, said = on_first_rank(lambda: look(trainer), f"ckpt_path={asked!r} cannot be found")
+    if found is None and asked == AUTO and not trainer.training:
+        raise ValueError(f'ckpt_path="auto": {said}, so there are no weights to evaluate')
+    tell = rank_zero_info if found is not None or asked == AUTO else rank_zero_warn
+    tell(f'ckpt_path="{asked if asked == AUTO else "last"}": {said}')
+    return found
+
+
+def _newest_whole(trainer: pl.Trainer) -> tuple[str | None, str]:
+    """The checkpoint, and in words what was found."""
+    folders = list(dict.fromkeys(_folders(trainer)))
+    candidates: dict[Path, Path] = {}
+    skipped: list[str] = []
+    for path in (path for folder, ending in folders for path in files.in_folder(folder, ending)):
+        try:
+            place = files.present(path)
+        except FileNotFoundError as error:
+            skipped.append(f"{path}: {_unfinished_reason(path) or error}")
+            continue
+        candidates.setdefault(place.resolve(), place)
+    dated: list[tuple[float, Path]] = []
+    for place in candidates.values():
+        try:
+            dated.append((marker.saved_at(place), place))
+        except (OSError, ValueError) as error:
+            skipped.append(f"{place}: {error}")
+    for _, place in sorted(dated, reverse=True):
+        if problems := marker.problems(place):
+            skipped.append(f"{place}: {problems[0]}")
+            continue
+        return str(place), f"the run resumes from {place}{_words(skipped)}"
+    where = ", ".join(str(folder) for folder, _ in folders) or "no folder"
+    return None, f"there is no whole checkpoint in {where}; the run starts anew{_words(skipped)}"
+
+
+def _last(trainer: pl.Trainer) -> tuple[str | None, str]:
+    """The newest of those that Lightning calls last, as `_newest_whole`; it is refused later if it is not whole."""
+    paths = {Path(found) for callback in trainer.callbacks if (found := _on_exception(callback))}  # pyright: ignore
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and _is_local_file_protocol(str(callback.dirpath)):
+            folder, name = Path(str(callback.dirpath)), callback.CHECKPOINT_NAME_LAST
+            start = name.split("{")[0]  # the name may have fields
+            paths |= {path for path in files.in_folder(folder, callback.FILE_EXTENSION) if path.stem.startswith(start)}
+        elif isinstance(callback, ModelCheckpoint):
+            remote = {path: callback._fs.modified(path) for path in callback._find_last_checkpoints(trainer)}
+            if remote:
+                return max(remote, key=remote.__getitem__), "the run resumes from the last checkpoint"
+    dated = [(_saved_at(place), str(place)) for path in paths if (place := _present(path)) is not None]
+    lost = [f"{path} -> {path.readlink()}" for path in paths if path.is_symlink() and _present(path) is None]
+    if lost and not dated:
+        raise ValueError(
+            f'{"; ".join(lost)}: the link leads to nothing, as its save was interrupted. ckpt_path="auto" finds the '
+            "newest whole checkpoint"
+        )
+    if not dated:
+        hint = "ModelCheckpoint(save_last=True) saves one"
+        return None, f"there is no last checkpoint, so the run starts without one ({hint})"
+    found = max(dated)[1]
+    return found, f"the run resumes from {found}"
+
+
+def _folders(trainer: pl.Trainer) -> Iterator[tuple[Path, str]]:
+    """The folders of this run's checkpoints, of any version of its logger, and the ending of their names."""
+    root = str(trainer.default_root_dir)
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+            continue
+        if not _is_local_file_protocol(str(callback.dirpath)):
+            raise ValueError(f'"auto" looks in local folders, and not in {callback.dirpath}: give a path')
+        folder = Path(os.path.realpath(callback.dirpath))
+        yield folder, callback.FILE_EXTENSION
+        for logger in trainer.loggers[:1]:  # the folder of a version of the first logger, if Lightning has chosen it
+            parent = Path(os.path.realpath(logger.save_dir or root)) / str(logger.name)
+            if folder.name == "checkpoints" and folder.parent.parent == parent and parent.is_dir():
+                for version in sorted(parent.iterdir()):
+                    yield version / "checkpoints", callback.FILE_EXTENSION
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if found := _on_exception(callback):
+            yield Path(os.path.realpath(found)).parent, Path(found).suffix
+    if _is_local_file_protocol(root):
+        yield Path(os.path.realpath(root)), ".ckpt"  # where Lightning saves hpc_ckpt_N.ckpt
+
+
+def _present(path: Path) -> Path | None:
+    try:
+        return files.present(path)
+    except FileNotFoundError:
+        return None
+
+
+def _saved_at(place: Path) -> float:
+    try:
+        return marker.saved_at(place)
+    except (OSError, ValueError):  # it is damaged, as `load_checkpoint` will say
+        return place.stat().st_mtime
+
+
+def _on_exception(callback: Any) -> str | None:
+    return callback.ckpt_path if isinstance(callback, OnExceptionCheckpoint) else None
+
+
+def _unfinished_reason(path: Path) -> str | None:
+    place = path.with_name(path.name + files.UNFINISHED)
+    if not place.exists():
+        return None
+    if place.is_dir() and not (place / marker.MARKER).exists():
+        return f"{place} was not written to its end: it has no {marker.MARKER}"
+    return next(iter(marker.problems(place, contents=False)), None)
+
+
+def _words(skipped: list[str]) -> str:
+    return f"; not whole, and skipped: {'; '.join(skipped)}" if skipped else ""
