@@ -25,6 +25,9 @@ LONGEST_INTERVAL = 2.0
 TO_END_BY_ITSELF = 5.0
 """Seconds that a process has to end by itself after another one has failed."""
 
+TO_REPORT = 3.0
+"""Seconds that the process which has found a hang has to say what all processes are doing, beyond its looks."""
+
 TO_SAVE = 70.0
 """Seconds that a process has to end after an error of its own: enough to find out whether all can save a checkpoint."""
 
@@ -169,6 +172,10 @@ class Watchdog:
             self._end(f"ends, as rank {note['rank']} has failed: {note['why']}")
         self._try_to(lambda: self._post(ends=True))
         self._say(f"rank {self._rank}: {self._what()}")
+        # A launcher ends all processes when the first one has ended, so the one that says what all do must come to it.
+        deadline = time.monotonic() + 3 * self._interval + TO_REPORT
+        while time.monotonic() < deadline and not self._try_to(lambda: self._board.read("reported")):
+            time.sleep(0.1)
         self._end(f"ends, as rank {note['rank']} {note['why']}", stacks=True)
 
     def _report(self, seconds: float) -> None:
@@ -205,6 +212,7 @@ class Watchdog:
             at = str(Process(*status["process"]))
             lines.append(f"  rank {rank} ({at}): {status['doing']}, for {status['for']:.0f} s{done}{heard}")
         self._say("\n".join(lines))
+        self._try_to(lambda: self._board.post("reported", True))
         self._end("ends, as the run hangs", stacks=True)
 
     def _statuses(self) -> dict[int, dict[str, Any]]:

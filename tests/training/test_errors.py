@@ -285,8 +285,12 @@ trainer.fit(Dies(), ToyData(steps=50))
         (Row("trainer", "forward", 1, "raise"), 1, "as rank 1 failed: RuntimeError: the dog ate this rank (in EF"),
         (Row("trainer", "step", 1, "kill"), 1, "as rank 1 failed: its process has ended without a word"),
         (Row("torchrun", "step", 1, "hang"), 1, "Rank 1 waits for no other rank: look there first."),
-        (Row("trainer", "validation", 0, "stop"), -9, "The run's store does not answer"),
-        (Row("trainer", "optimizer", 1, "lock"), 1, "Nothing was heard of rank 1"),
+        pytest.param(
+            *(Row("trainer", "validation", 0, "stop"), -9, "The run's store does not answer"), marks=pytest.mark.wide
+        ),
+        pytest.param(
+            *(Row("trainer", "optimizer", 1, "lock"), 1, "Nothing was heard of rank 1"), marks=pytest.mark.wide
+        ),
         (Row("trainer", "between", 1, "term twice"), 0, "SIGTERM: all ranks stop before one of the next batches"),
     ],
     ids=str,
@@ -298,7 +302,8 @@ def test_a_fault_ends_the_run(row: Row, code: int, words: str) -> None:
     assert not result.left
     assert result.codes == (code,), result.log
     assert words in result.log
-    assert result.log.count("Traceback") == (row.fault == "raise"), result.log
+    ours = result.log if row.launcher == "trainer" else ""  # torchrun has one of its own
+    assert ours.count("Traceback (most") == (row.fault == "raise"), result.log
     assert ("preempted" in result.saved) == (code == 0)
 
 
