@@ -25,6 +25,9 @@ LONGEST_INTERVAL = 2.0
 TO_END_BY_ITSELF = 5.0
 """Seconds that a process has to end by itself after another one has failed."""
 
+TO_MEET = 0.3
+"""Seconds in which several processes may find a hang at the same time."""
+
 TO_REPORT = 3.0
 """Seconds that the process which has found a hang has to say what all processes are doing, beyond its looks."""
 
@@ -182,6 +185,11 @@ class Watchdog:
         """Say what every process is doing, and end this one."""
         why = f"has done nothing new for {seconds:.0f} s"
         self._end_all("hangs", why)
+        self._try_to(lambda: self._post(ends=True))
+        time.sleep(TO_MEET)
+        note = self._try_to(lambda: self._board.read("end"))
+        if note is not None and note["rank"] != self._rank:  # another one has found it at the same time
+            self._obey(note)
         before = self._statuses()
         time.sleep(2.5 * self._interval)
         after = self._statuses()

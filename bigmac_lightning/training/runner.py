@@ -255,7 +255,9 @@ class PipelineRunner:
             place = self.step if mode == "train" else self._evaluated
             plan = 0 if planned is None else planned.digest
             numbers = (fingerprint(batch) if known is None else known, plan, place)
+            self.executor.progress.begin("the comparison of its batch with those of other ranks", together=True)
             self.agreement.check(batch, numbers, mode, error)
+            self.executor.progress.begin("the start of the batch's program", together=True)
         return run, planned
 
     def check(self, batch: Batch, mode: Mode) -> None:
