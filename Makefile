@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format bench clean
+.PHONY: quickstart test lint format bench faults clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ bench: $(VENV)/.installed-dev  ## measured against simulated step time; memory a
 	$(BIN)/python -m benchmarks.schedule_fidelity
 	$(BIN)/python -m benchmarks.memory_vs_microbatches
 	$(BIN)/python -m benchmarks.data_loading
+
+faults: $(VENV)/.installed-dev  ## a table of faults, and how a run ends after each (half an hour)
+	$(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -17,8 +17,8 @@ class PreemptionCheckpoint(pl.Callback):
         path: where the checkpoint is; ``None`` before one was saved.
 
     Args:
-        dirpath: where; ``None``: where the first ModelCheckpoint of the Trainer saves, or else in "checkpoints" in the
-            Trainer's folder of logs.
+        dirpath: where; ``None``: where the first ModelCheckpoint of the Trainer saves, or else in the Trainer's
+            `default_root_dir`.
         filename: the checkpoint's name, without its ending. An older one of this name is replaced.
     """
 
@@ -32,7 +32,6 @@ class PreemptionCheckpoint(pl.Callback):
         if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or not trainer.global_step:
             return
         others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        otherwise = others[0] if others else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        path = Path(self.dirpath or otherwise) / f"{self.filename}.ckpt"
+        path = Path(self.dirpath or (others[0] if others else trainer.default_root_dir)) / f"{self.filename}.ckpt"
         trainer.save_checkpoint(path)
         self.path = path if path.exists() else None

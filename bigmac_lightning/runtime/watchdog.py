@@ -115,7 +115,9 @@ class Watchdog:
         since = time.monotonic()
         while not self._stopping.is_set():
             patience = self._patience if self.in_loops else None
-            if patience is not None:
+            if patience is None:
+                faulthandler.cancel_dump_traceback_later()
+            else:
                 faulthandler.dump_traceback_later(patience + 3 * self._interval + 15, exit=True)
             if self._progress.beats != seen or patience is None:
                 seen, since = self._progress.beats, time.monotonic()

@@ -119,6 +119,8 @@ def _folders(trainer: pl.Trainer) -> Iterator[tuple[Path, str]]:
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if found := _on_exception(callback):
             yield Path(os.path.realpath(found)).parent, Path(found).suffix
+        if getattr(callback, "saves_when_stopped", False) and callback.dirpath:  # a PreemptionCheckpoint
+            yield Path(os.path.realpath(callback.dirpath)), ".ckpt"
     if _is_local_file_protocol(root):
         yield Path(os.path.realpath(root)), ".ckpt"  # where Lightning saves hpc_ckpt_N.ckpt
 

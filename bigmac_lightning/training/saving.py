@@ -116,6 +116,9 @@ class SavingStrategy(DDPStrategy):
         holding.open_again(self._module)  # a checkpoint may also be saved after a run
         return self._module.state_dict()
 
+    def tell_others(self) -> None:
+        """Tell the other ranks of the error that has stopped this one, before it waits for them."""
+
     def whole_state_dict(self) -> dict[str, Any]:
         """The whole model's weights, on global rank 0. Collective."""
         part = {"state_dict": self.lightning_module_state_dict()}
@@ -131,14 +134,12 @@ class SavingStrategy(DDPStrategy):
         After an error this writes nothing, unless all ranks come here after the same step.
         """
         trainer = self._module._trainer
-        if (
-            trainer is not None
-            and trainer.state.status == TrainerStatus.INTERRUPTED
-            and not self._all_stop_here(trainer)
-        ):
-            log.error("no checkpoint was saved at %s: other ranks are not where this one was stopped", filepath)
-            self._left = True
-            return
+        if trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED:
+            self.tell_others()
+            if not self._all_stop_here(trainer):
+                log.error("no checkpoint was saved at %s: other ranks are not where this one was stopped", filepath)
+                self._left = True
+                return
         stand_at_last_step(checkpoint, trainer)
         self._save(checkpoint, filepath, storage_options)
         if not self._running:

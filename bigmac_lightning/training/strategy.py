@@ -5,11 +5,13 @@ plans and executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
+import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -473,21 +475,21 @@ class BigMacStrategy(SteppingStrategy):
         super().on_predict_start()
 
     def on_train_end(self) -> None:
-        super().on_train_end()
         self.leave_loop()
+        super().on_train_end()
 
     def on_validation_end(self) -> None:
-        super().on_validation_end()
         if not self._trains:
             self.leave_loop()
+        super().on_validation_end()
 
     def on_test_end(self) -> None:
-        super().on_test_end()
         self.leave_loop()
+        super().on_test_end()
 
     def on_predict_end(self) -> None:
-        super().on_predict_end()
         self.leave_loop()
+        super().on_predict_end()
 
     def _check_evaluation(self, batches: str) -> None:
         """Check that all ranks of a pipeline will run equally many batches."""
@@ -495,10 +497,19 @@ class BigMacStrategy(SteppingStrategy):
         known = {batches: str(getattr(self.lightning_module.trainer, batches))}
         check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        with self._watching.patient() if self._watching is not None else nullcontext():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def tell_others(self) -> None:
+        error = sys.exception()
+        if self._watching is not None and error is not None:
+            self._watching.failed(error)
+
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
         if self._watching is not None:
             self._watching.failed(exception)
+        super().on_exception(exception)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:

@@ -3,6 +3,8 @@ obey together, and short words where the cause of an error is on another rank.""
 
 import itertools
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -36,7 +38,7 @@ class Watching:
 
     def __init__(self, trainer: pl.Trainer, progress: Progress, hang_timeout: timedelta | None) -> None:
         board, patience = Board(f"run {next(RUNS)}"), None if hang_timeout is None else hang_timeout.total_seconds()
-        self._trainer, self._progress = trainer, progress
+        self._trainer, self._progress, self._told = trainer, progress, False
         self._stopping = Stopping(trainer, board, self._abandon)
         self._watchdog = Watchdog(
             board, dist.get_rank(), dist.get_world_size(), progress, patience, self._stopping.share
@@ -64,6 +66,15 @@ class Watching:
         """The loop has ended."""
         self._watchdog.in_loops = False
 
+    @contextmanager
+    def patient(self) -> Generator[None, None, None]:
+        """Within it something may take long, such as writing a large checkpoint. Timeouts of process groups hold."""
+        before, self._watchdog.in_loops = self._watchdog.in_loops, False
+        self._progress.begin("saving a checkpoint", together=True)
+        yield
+        self._progress.begin("what follows a checkpoint")
+        self._watchdog.in_loops = before
+
     def before_batch(self, group: dist.ProcessGroup | None) -> None:
         """Stop here if all ranks of the group have agreed to. Collective over the group."""
         self._progress.begin("the question whether to stop", together=True)
@@ -71,7 +82,10 @@ class Watching:
         self._progress.begin("loading the next batch")
 
     def failed(self, exception: BaseException) -> None:
-        """Tell the other ranks, so that they do not wait for this one."""
+        """Tell the other ranks of an error, so that they do not wait for this one. Later calls do nothing."""
+        if self._told:
+            return
+        self._told = True
         if self._stopping.agreed:
             self._stopping.tell()
             return
