@@ -1,5 +1,6 @@
 """Processes, and what is left when a run is over: timeouts, forked and spawned runs, notebooks, parts of models."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -203,3 +204,22 @@ def test_a_module_that_has_all_its_weights(reference: Any) -> None:
     assert not {name for name in results[0][0] if name.startswith("llm.")} & set(results[1][0])
     for error in on_ranks(2, _fit_whole, True):
         assert "_KeepsAll has all its weights already, and has no method `keep`" in error
+
+
+def _left_behind(rank: int) -> list[tuple[int, int, int]]:
+    """Numbers of process groups, threads and open files after each of three trainers."""
+    found = []
+    for _ in range(3):
+        trainer = pipeline_trainer(2, max_epochs=1)
+        trainer.fit(ToyModule(), ToyData(steps=1))
+        del trainer
+        gc.collect()
+        files = os.listdir("/proc/self/fd")
+        found.append((len(dist.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/task")), len(files)))
+    return found
+
+
+def test_process_groups_end_with_their_strategy() -> None:
+    for first, *later in on_ranks(2, _left_behind):
+        assert first[0] == 1, "the test's own"
+        assert later == [first, first]
