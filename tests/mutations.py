@@ -539,6 +539,34 @@ FAULTS = [
         "                pass",
         "tests/training/test_nonfinite.py -k skipped",
     ),
+    Fault(
+        "a process that finds a hang is taken for silent by another one",
+        f"{PACKAGE}/runtime/watchdog.py",
+        'rank != self._rank and not status["ends"] and status',
+        "rank != self._rank and status",
+        "tests/training/test_errors.py -k torchrun",
+    ),
+    Fault(
+        "nobody looks whether the next process has ended",
+        f"{PACKAGE}/runtime/watchdog.py",
+        "self._next is not None and self._next.has_ended()",
+        "False",
+        "tests/training/test_errors.py -k 'kill'",
+    ),
+    Fault(
+        "each rank obeys its own signals",
+        f"{PACKAGE}/training/stopping.py",
+        "work = None if group is None else dist.all_reduce(wish",
+        "work = None if True else dist.all_reduce(wish",
+        "tests/training/test_stopping.py",
+    ),
+    Fault(
+        "process groups stay when their strategy is gone",
+        f"{PACKAGE}/groups.py",
+        "            dist.destroy_process_group(group)",
+        "            pass",
+        "tests/training/test_processes.py -k groups",
+    ),
 ]
 
 
@@ -577,33 +605,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main()
-    Fault(
-        "a process that finds a hang is taken for silent by another one",
-        f"{PACKAGE}/runtime/watchdog.py",
-        "rank != self._rank and not status[\"ends\"] and status",
-        "rank != self._rank and status",
-        "tests/training/test_errors.py -k torchrun",
-    ),
-    Fault(
-        "nobody looks whether the next process has ended",
-        f"{PACKAGE}/runtime/watchdog.py",
-        "self._next is not None and self._next.has_ended()",
-        "False",
-        "tests/training/test_errors.py -k 'kill'",
-    ),
-    Fault(
-        "each rank obeys its own signals",
-        f"{PACKAGE}/training/stopping.py",
-        "work = None if group is None else dist.all_reduce(wish",
-        "work = None if True else dist.all_reduce(wish",
-        "tests/training/test_stopping.py",
-    ),
-    Fault(
-        "process groups stay when their strategy is gone",
-        f"{PACKAGE}/groups.py",
-        "            dist.destroy_process_group(group)",
-        "            pass",
-        "tests/training/test_processes.py -k groups",
-    ),
-)
+    sys.exit(main())
