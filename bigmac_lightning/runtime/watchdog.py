@@ -9,7 +9,6 @@ ended without a word ends the run, and one that is stopped is killed when the ru
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from typing import Any
 from bigmac_lightning.runtime.board import Board
 from bigmac_lightning.runtime.processes import Process
 from bigmac_lightning.runtime.progress import Progress
+
+STDERR = 2
+"""The file of errors by its number: `sys.stderr` may be none in a notebook, and may be locked."""
 
 LONGEST_INTERVAL = 2.0
 """Seconds between two looks."""
@@ -118,7 +120,7 @@ class Watchdog:
             if patience is None:
                 faulthandler.cancel_dump_traceback_later()
             else:
-                faulthandler.dump_traceback_later(patience + 3 * self._interval + 15, exit=True)
+                faulthandler.dump_traceback_later(patience + 3 * self._interval + 15, exit=True, file=STDERR)
             if self._progress.beats != seen or patience is None:
                 seen, since = self._progress.beats, time.monotonic()
             note = self._look()
@@ -247,14 +249,14 @@ class Watchdog:
         """End this process, whatever its other threads do."""
         self._say(f"rank {self._rank} {why}")
         if stacks:
-            faulthandler.dump_traceback(all_threads=True, file=sys.__stderr__ or 2)
+            faulthandler.dump_traceback(all_threads=True, file=STDERR)
         if self._next is not None and self._next.is_stopped():
             self._next.kill()
         os._exit(1)
 
     def _say(self, text: str) -> None:
         """Write directly, as the thread that hangs may hold the lock of `sys.stderr`."""
-        self._try_to(lambda: os.write(2, f"[bigmac] {text}\n".encode()))
+        self._try_to(lambda: os.write(STDERR, f"[bigmac] {text}\n".encode()))
 
     @staticmethod
     def _try_to(do: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ batches, where a checkpoint can be saved. A second ctrl-C ends the process at on
 """
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Stopping:
         self._comparison: tuple[dist.Work | None, torch.Tensor] | None = None
         self._given: dict[signal.Signals, Any] = {}
         self._slurm: Callable[..., None] | None = None
+        self._process = os.getpid()
 
     # -- signals ---------------------------------------------------------------------------------------------------
 
@@ -77,6 +79,11 @@ class Stopping:
         self._given.clear()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a DataLoader's worker, say, which has inherited the handler
+            if number == signal.SIGTERM:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return  # ctrl-C goes to all processes of a terminal, and workers are needed until all ranks stop
         wish = {signal.SIGTERM: END, signal.SIGINT: INTERRUPT}.get(signal.Signals(number), REQUEUE)
         if wish == INTERRUPT and (self._wish == INTERRUPT or not self._in_loops):
             self._abandon("was interrupted by ctrl-C" + " again" * self._in_loops)

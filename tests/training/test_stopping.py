@@ -1,10 +1,13 @@
 """A signal to one rank stops all ranks between two batches, where a checkpoint can be saved."""
 
+import multiprocessing as mp
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -62,6 +65,30 @@ def test_all_ranks_stop_together(number: int, told: int, dp: int, tmp_path: Path
         assert step == 4, "the wish of batch 2 travels with batch 3, and is obeyed before batch 4"
         assert exists
         assert all(torch.equal(found[name], value) for name, value in expected[rank].items())
+
+
+class _Forks(pl.Callback):
+    """Forks a process from a training, as a DataLoader does."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        worker = mp.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        os.kill(worker.pid, signal.SIGINT)
+        worker.join(0.5)
+        assert worker.is_alive(), "ctrl-C reaches workers too, and must not end them before the ranks stop"
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGTERM
+
+
+def _forks(rank: int) -> int:
+    trainer = pipeline_trainer(2, max_epochs=1, callbacks=[_Forks()])
+    trainer.fit(ToyModule(), ToyData(steps=3))
+    return trainer.global_step
+
+
+def test_workers_end_by_sigterm_and_not_by_ctrl_c() -> None:
+    assert on_ranks(2, _forks) == [3, 3]
 
 
 def test_what_a_process_is_doing() -> None:
