@@ -76,11 +76,13 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more, as the run is over."""
+        """Watch no more, as the run is over here. Other processes may go on for a while, and must not take the end of
+        this one for a failure."""
         self._stopping.set()
         self._wake.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        self._try_to(lambda: self._post(ends=True))
 
     def fail(self, why: str, perhaps_of: float = 0.0) -> str | None:
         """Tell all processes that this one has failed, so that none waits for it.
@@ -132,7 +134,7 @@ class Watchdog:
                     self._end("has failed, and could not end by itself")
             elif note is not None:
                 self._obey(note)
-            elif self._lost is not None and now - self._lost > 2 * TO_END_BY_ITSELF:
+            elif self.in_loops and self._lost is not None and now - self._lost > 2 * TO_END_BY_ITSELF:
                 self._end("ends: the process that the store of the run belongs to has ended or does not answer")
             elif patience is not None and now - since > patience:
                 self._report(now - since)
@@ -194,6 +196,7 @@ class Watchdog:
         note = self._try_to(lambda: self._board.read("end"))
         if note is not None and note["rank"] != self._rank:  # another one has found it at the same time
             self._obey(note)
+            return
         before = self._statuses()
         time.sleep(2.5 * self._interval)
         after = self._statuses()

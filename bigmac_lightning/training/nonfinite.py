@@ -45,12 +45,12 @@ class _Sums:
     """The sums of rows of one tensor.
 
     Attributes:
-        rows: sums of rows in float32, of any shape.
+        bad: of each row, whether its sum is not finite: one byte per token is kept until the step ends.
         describe: says what a row is, by its flat index: (microbatch, text).
     """
 
     order: int
-    rows: Tensor
+    bad: Tensor
     describe: Callable[[int], tuple[int, str]]
 
 
@@ -130,7 +130,8 @@ class Record:
 
     def _add(self, order: int, tensor: Tensor, describe: Callable[[int], tuple[int, str]]) -> None:
         tensor = tensor.detach()
-        self.sums.append(_Sums(order, tensor.sum(-1, dtype=torch.float32) if tensor.dim() else tensor, describe))
+        rows = tensor.sum(-1, dtype=torch.float32) if tensor.dim() else tensor
+        self.sums.append(_Sums(order, ~torch.isfinite(rows), describe))
 
     def _place(self, what: str, microbatch: int, token: int | None) -> tuple[int, str]:
         number = self._numbers[microbatch]
@@ -152,7 +153,7 @@ class Record:
         """Where something is not finite. The host waits for the device."""
         found: list[Finding] = []
         for sums in self.sums:
-            bad = (~torch.isfinite(sums.rows.flatten())).nonzero().flatten().tolist()
+            bad = sums.bad.flatten().nonzero().flatten().tolist()
             described = dict.fromkeys(sums.describe(row) for row in bad)
             found += [Finding(batch, sums.order, microbatch, text) for microbatch, text in described]
         return found

@@ -68,6 +68,17 @@ from bigmac_lightning.training.watching import Watching
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
 
+NOT_COMPARED = (
+    "self",
+    "__class__",
+    "accelerator",
+    "parallel_devices",
+    "cluster_environment",
+    "checkpoint_io",
+    "precision_plugin",
+)
+"""Arguments of the strategy that may differ between ranks, or that Lightning gives."""
+
 
 class BigMacStrategy(SteppingStrategy):
     """Pipeline parallelism with encoder and generator work nested into the LLM's schedule.
@@ -152,6 +163,7 @@ class BigMacStrategy(SteppingStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        self._settings = {name: value for name, value in locals().items() if name not in NOT_COMPARED}
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -202,21 +214,6 @@ class BigMacStrategy(SteppingStrategy):
         self._compile = arguments_of(compile, parallel)
         self._check_batches: When = check_batches
         self._ranks = Ranks()
-        self._settings: dict[str, Any] = {
-            "": self.options,
-            "pipeline_parallel_size": pipeline_parallel_size,
-            "data_parallel_size": data_parallel_size,
-            "float32_gradients": float32_gradients,
-            "accumulate": accumulate,
-            "compile": compile,
-            "check_batches": check_batches,
-            "on_nonfinite": on_nonfinite,
-            "check_replicas_every": check_replicas_every,
-            "process_group_backend": process_group_backend,
-            "timeout": timeout,
-            "hang_timeout": hang_timeout,
-            "save_distributed_checkpoint": save_distributed_checkpoint,
-        }
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
 
     # -- processes -----------------------------------------------------------------------------------------------------

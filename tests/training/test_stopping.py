@@ -14,8 +14,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bigmac_lightning import Batch
 from bigmac_lightning.callbacks import PreemptionCheckpoint
+from bigmac_lightning.runtime.board import Board
 from bigmac_lightning.runtime.lowering import Compute, Message
 from bigmac_lightning.runtime.progress import Progress
+from bigmac_lightning.runtime.watchdog import TO_END_BY_ITSELF, Watchdog
 from bigmac_lightning.schedule.action import Action
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, weights
@@ -89,6 +91,32 @@ def _forks(rank: int) -> int:
 
 def test_workers_end_by_sigterm_and_not_by_ctrl_c() -> None:
     assert on_ranks(2, _forks) == [3, 3]
+
+
+def _ends_first(rank: int) -> None:
+    """Rank 1's process ends when its run is over, and rank 0 is still busy."""
+    watchdog = Watchdog(Board("run"), rank, 2, Progress(), patience=2)
+    if rank == 1:
+        process = mp.get_context("fork").Process(target=_short_run)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    else:
+        watchdog.start()
+    time.sleep(3 + TO_END_BY_ITSELF)  # rank 0 would be ended as if rank 1 had died
+    if rank == 0:
+        watchdog.stop()
+
+
+def _short_run() -> None:
+    watchdog = Watchdog(Board("run"), 1, 2, Progress(), patience=2)
+    watchdog.start()
+    time.sleep(1.5)
+    watchdog.stop()
+
+
+def test_the_end_of_a_process_whose_run_is_over_is_no_failure() -> None:
+    on_ranks(2, _ends_first)
 
 
 def test_what_a_process_is_doing() -> None:
