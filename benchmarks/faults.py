@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -20,11 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PHASES = ("setup", "data", "step", "forward", "optimizer", "between", "validation", "saving")
 FAULTS = ("raise", "kill", "hang", "lock", "stop", "term", "term twice", "int")
+WITHIN = ("worker", "layer", "backward", "generator")
+"""Further phases, in which errors and lost processes are looked at."""
+DISK = ("full", "vanished")
+"""Faults of the folder of checkpoints."""
 LAUNCHERS = ("trainer", "torchrun", "environment")
-HANG_TIMEOUT, TIMEOUT = 4, 20
-"""Seconds: of the watchdog, and of process groups, which is what ends a hang in the setup."""
+HANG_TIMEOUT = 4
+"""Seconds of the watchdog."""
+TIMEOUT = {"setup": 20, "saving": 20}
+"""Seconds of process groups in the phases in which these are what ends a hang."""
 PATIENCE = 60
 """Seconds after which a row has failed."""
 
@@ -43,6 +52,9 @@ class Row:
 def rows() -> list[Row]:
     """All phases under the Trainer's own launcher, and two of them under the others."""
     found = [Row("trainer", *rest) for rest in itertools.product(PHASES, (0, 1), FAULTS)]
+    found += [Row("trainer", *rest) for rest in itertools.product(WITHIN, (0, 1), ("raise", "kill", "hang"))]
+    found += [Row("trainer", *rest) for rest in itertools.product(("forward", "optimizer"), (0, 1), ("memory",))]
+    found += [Row("trainer", *rest) for rest in itertools.product(("between",), (0, 1), DISK)]
     return found + [Row(*rest) for rest in itertools.product(LAUNCHERS[1:], ("setup", "step"), (0, 1), FAULTS)]
 
 
@@ -64,13 +76,22 @@ def train(phase: str, rank: int, fault: str, folder: str) -> None:
         mark = Path(folder) / "reached"
         if place == phase and step >= 3 and int(os.environ.get("LOCAL_RANK", 0)) == rank and not mark.exists():
             mark.write_text(str(time.time()))
-            hurt(fault)
+            hurt(fault, Path(folder) / "saved")
 
     class Module(ToyModule):
         def configure_model(self) -> None:
             reach("setup", 3)
             super().configure_model()
             self.encoders["image"].register_forward_pre_hook(lambda *_: reach("forward", self.global_step))
+            self.generators["drawing"].register_forward_pre_hook(lambda *_: reach("generator", self.global_step))
+            layers: Any = self.llm.layers
+            for layer in layers.values():
+                layer.register_forward_hook(self.in_layer)
+
+        def in_layer(self, layer: Any, given: Any, h_BSD: torch.Tensor) -> None:
+            reach("layer", self.global_step)
+            if h_BSD.requires_grad:
+                h_BSD.register_hook(lambda _: reach("backward", self.global_step))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             reach("step", self.global_step)
@@ -93,17 +114,27 @@ def train(phase: str, rank: int, fault: str, folder: str) -> None:
     class Data(ToyData):
         def collate(self, indices: list[int]) -> Any:
             reach("data", min(indices))
+            reach("worker", min(indices))
             return super().collate(indices)
 
-    strategy = BigMacStrategy(hang_timeout=timedelta(seconds=HANG_TIMEOUT), timeout=timedelta(seconds=TIMEOUT))
-    saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        def loader(self, steps: int, first: int = 0) -> Any:
+            workers, context = (1, "fork") if phase == "worker" and first == 0 else (0, None)
+            numbers: Any = range(first, first + steps)
+            return torch.utils.data.DataLoader(
+                numbers, num_workers=workers, multiprocessing_context=context, collate_fn=self.collate
+            )
+
+    timeout = timedelta(seconds=TIMEOUT.get(phase, 120))
+    strategy = BigMacStrategy(hang_timeout=timedelta(seconds=HANG_TIMEOUT), timeout=timeout)
+    saved = Path(folder) / "saved"
+    saving = ModelCheckpoint(saved, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     trainer = pl.Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=2,
         max_epochs=1,
         logger=False,
-        callbacks=[saving, PreemptionCheckpoint(folder)],
+        callbacks=[saving, PreemptionCheckpoint(saved)],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -113,9 +144,19 @@ def train(phase: str, rank: int, fault: str, folder: str) -> None:
     trainer.fit(Module(), Data(steps=40))
 
 
-def hurt(fault: str) -> None:
+def hurt(fault: str, saved: Path) -> None:
     if fault == "raise":
         raise RuntimeError("the dog ate this rank")
+    if fault == "memory":
+        torch.empty(2**50)
+    if fault == "full":  # no file can grow any more, but the log that this process writes
+        limit = os.fstat(1).st_size + 8192
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return
+    if fault == "vanished":
+        saved.rename(saved.with_name("away"))
+        saved.write_text("a file where the folder was")
+        return
     if fault == "hang":
         while True:
             time.sleep(1)
@@ -215,9 +256,10 @@ def alive(folder: str) -> list[int]:
 
 def saved(folder: Path) -> str:
     """The last step that was saved, and whether a checkpoint was saved when the run stopped."""
-    steps = [int(found[1]) for path in folder.glob("*.ckpt") if (found := re.fullmatch(r"step=(\d+)\.ckpt", path.name))]
+    place = next((place for place in (folder / "away", folder / "saved") if place.is_dir()), folder)
+    steps = [int(found[1]) for path in place.glob("*.ckpt") if (found := re.fullmatch(r"step=(\d+)\.ckpt", path.name))]
     text = str(max(steps, default="-"))
-    return text + ", preempted" * (folder / "preempted.ckpt").exists()
+    return text + ", preempted" * (place / "preempted.ckpt").exists()
 
 
 def words_of(log: str) -> str:
@@ -244,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--write", type=Path, help="a file for the table")
-    parser.add_argument("--logs", type=Path, help="a folder for what rows that did not end have printed")
+    parser.add_argument("--logs", type=Path, help="a folder for what the rows have printed")
     parser.add_argument("--child", nargs=4, metavar=("PHASE", "RANK", "FAULT", "FOLDER"))
     given = parser.parse_args()
     if given.child:
@@ -258,7 +300,7 @@ def main() -> None:
             result = run(row)
             table.append(" | ".join(["| " + str(row), *result.columns()]) + " |")
             print(table[-1], flush=True)
-            if result.seconds is None and given.logs:
+            if given.logs:
                 (given.logs / str(row).replace(" | ", "-")).write_text(result.log)
             if given.write:
                 given.write.write_text("\n".join(table) + "\n")

@@ -33,6 +33,10 @@ class Board:
         """Write a note; anything that JSON can hold."""
         self._answered(lambda: self._store.set(name, json.dumps(note)))
 
+    def post_first(self, name: str, note: Any) -> Any:
+        """Write a note unless there is one of that name; return the one that is there then."""
+        return self._answered(lambda: json.loads(self._store.compare_set(name, "", json.dumps(note))))
+
     def read(self, name: str) -> Any:
         """A note; ``None`` if there is none."""
         return self._answered(lambda: json.loads(self._store.get(name)) if self._store.check([name]) else None)

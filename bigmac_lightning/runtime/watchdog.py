@@ -12,9 +12,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
-from bigmac_lightning.runtime.board import Board
+from bigmac_lightning.runtime.board import ANSWERS_WITHIN, Board
 from bigmac_lightning.runtime.processes import Process
 from bigmac_lightning.runtime.progress import Progress
 
@@ -23,6 +23,9 @@ STDERR = 2
 
 LONGEST_INTERVAL = 2.0
 """Seconds between two looks."""
+
+TO_LOOK = ANSWERS_WITHIN + 1
+"""Seconds that a look may take before the timer in C ends the process."""
 
 TO_END_BY_ITSELF = 5.0
 """Seconds that a process has to end by itself after another one has failed."""
@@ -37,6 +40,20 @@ TO_SAVE = 70.0
 """Seconds that a process has to end after an error of its own: enough to find out whether all can save a checkpoint."""
 
 
+class End(TypedDict):
+    """Why a run ends.
+
+    Attributes:
+        rank: the rank that has failed or hangs.
+        how: "failed" or "hangs".
+        why: what it has said of it.
+    """
+
+    rank: int
+    how: str
+    why: str
+
+
 class Watchdog:
     """Watches over this process of a run.
 
@@ -48,6 +65,8 @@ class Watchdog:
         rank, world_size: global rank of this process, and number of processes.
         progress: what this process is doing.
         patience: seconds after which a process that does nothing new hangs; ``None``: it never does.
+        longest: seconds after which a process in which no thread of Python runs hangs outside of loops, too; ``None``:
+            it never does.
         hear: is called in the thread at each look.
     """
 
@@ -58,10 +77,11 @@ class Watchdog:
         world_size: int,
         progress: Progress,
         patience: float | None,
+        longest: float | None = None,
         hear: Callable[[], None] = lambda: None,
     ) -> None:
         self._board, self._rank, self._world_size, self._progress = board, rank, world_size, progress
-        self._patience, self._hear = patience, hear
+        self._patience, self._longest, self._hear = patience, longest, hear
         self._interval = LONGEST_INTERVAL if patience is None else min(LONGEST_INTERVAL, patience / 5)
         self.in_loops = False
         self._looks = 0
@@ -84,7 +104,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._try_to(lambda: self._post(ends=True))
 
-    def fail(self, why: str, perhaps_of: float = 0.0) -> str | None:
+    def fail(self, why: str, perhaps_of: float = 0.0) -> End | None:
         """Tell all processes that this one has failed, so that none waits for it.
 
         Args:
@@ -93,12 +113,11 @@ class Watchdog:
         Returns: why the run ends, if another process has said so.
         """
         self._failed = self._failed or time.monotonic()
-        cause = self._ending(perhaps_of)
-        if cause is None:
-            self._end_all("failed", why)
-        return cause
+        end = self._ending(perhaps_of) or self._end_all("failed", why)
+        self._kill_stopped()
+        return None if end is None or end["rank"] == self._rank else end
 
-    def _ending(self, within: float) -> str | None:
+    def _ending(self, within: float) -> End | None:
         """Why the run ends, if another process has said so, or says so within these seconds; else ``None``."""
         deadline = time.monotonic() + within
         while True:
@@ -107,7 +126,7 @@ class Watchdog:
             except Exception:
                 return None
             if note is not None and note["rank"] != self._rank:
-                return f"rank {note['rank']} {note['how']}: {note['why']}"
+                return note
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.05)
@@ -119,10 +138,7 @@ class Watchdog:
         since = time.monotonic()
         while not self._stopping.is_set():
             patience = self._patience if self.in_loops else None
-            if patience is None:
-                faulthandler.cancel_dump_traceback_later()
-            else:
-                faulthandler.dump_traceback_later(patience + 3 * self._interval + 15, exit=True, file=STDERR)
+            self._wind_up(patience if self.in_loops else self._longest)
             if self._progress.beats != seen or patience is None:
                 seen, since = self._progress.beats, time.monotonic()
             note = self._look()
@@ -140,6 +156,13 @@ class Watchdog:
                 self._report(now - since)
             self._wake.wait(self._interval)
             self._wake.clear()
+
+    def _wind_up(self, seconds: float | None) -> None:
+        """Let the timer in C end this process unless it is wound up again within these seconds."""
+        if seconds is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(seconds + self._interval + TO_LOOK, exit=True, file=STDERR)
 
     def _look(self) -> Any:
         """Post what this process is doing; return the note by which the run ends, if there is one."""
@@ -170,8 +193,9 @@ class Watchdog:
         }
         self._board.post(f"status/{self._rank}", status)
 
-    def _obey(self, note: dict[str, Any]) -> None:
+    def _obey(self, note: End) -> None:
         """End this process, as another one has said that the run ends."""
+        self._wind_up(TO_SAVE)
         if note["how"] == "failed":  # perhaps this one fails, too, and says why
             deadline = time.monotonic() + TO_END_BY_ITSELF
             while time.monotonic() < deadline and not self._stopping.is_set() and self._failed is None:
@@ -189,6 +213,7 @@ class Watchdog:
 
     def _report(self, seconds: float) -> None:
         """Say what every process is doing, and end this one."""
+        self._wind_up(TO_SAVE)
         why = f"has done nothing new for {seconds:.0f} s"
         self._end_all("hangs", why)
         self._try_to(lambda: self._post(ends=True))
@@ -243,19 +268,23 @@ class Watchdog:
         done = "" if progress.done is None else f"; last action done: {progress.done.action}"
         return f"{progress.describe()}, for {time.monotonic() - progress.since:.0f} s{done}"
 
-    def _end_all(self, how: str, why: str, rank: int | None = None) -> None:
-        """Post that the run ends because of this rank, or of another one, unless someone has."""
-        note = {"rank": self._rank if rank is None else rank, "how": how, "why": why}
-        self._try_to(lambda: self._board.read("end") or self._board.post("end", note))
+    def _end_all(self, how: str, why: str, rank: int | None = None) -> End | None:
+        """Post that the run ends because of this rank, or of another one, unless someone has; return what is posted."""
+        note = End(rank=self._rank if rank is None else rank, how=how, why=why)
+        return self._try_to(lambda: self._board.post_first("end", note))
 
     def _end(self, why: str, stacks: bool = False) -> None:
         """End this process, whatever its other threads do."""
         self._say(f"rank {self._rank} {why}")
         if stacks:
             faulthandler.dump_traceback(all_threads=True, file=STDERR)
+        self._kill_stopped()
+        os._exit(1)
+
+    def _kill_stopped(self) -> None:
+        """Kill the next process if it is stopped, as it would stay when the run ends."""
         if self._next is not None and self._next.is_stopped():
             self._next.kill()
-        os._exit(1)
 
     def _say(self, text: str) -> None:
         """Write directly, as the thread that hangs may hold the lock of `sys.stderr`."""

@@ -18,13 +18,15 @@ from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.gradients import Reductions, SharedParameters, global_norm
-from bigmac_lightning.runtime.lowering import Hint, Soon
+from bigmac_lightning.runtime.lowering import Compute, Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.batch_facts import fingerprint
+from bigmac_lightning.training.explaining import alive_in_plan, explain
+from bigmac_lightning.training.memory_report import is_out_of_memory
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
@@ -183,7 +185,7 @@ class PipelineRunner:
         else:
             self.sharding.hold()
         if planned is not None:
-            scales = module.scales(step_counts) * self.gradient_scale
+            scales, numbers = module.scales(step_counts) * self.gradient_scale, _numbers(given, batch)
             with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
                 contexts = (caller, self.forward_context)
                 computation = BatchComputation(
@@ -197,10 +199,14 @@ class PipelineRunner:
                     mode,
                     scales,
                     self.sharding,
-                    None if finite is None else finite.record(batch, _numbers(given, batch), len(self.stages)),
+                    None if finite is None else finite.record(batch, numbers, len(self.stages)),
                 )
                 hear = partial(_follow, computation, reductions)
-                self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
+                try:
+                    self.executor.run(planned.program, computation, planned.needs, planned.recomputes, hear)
+                except Exception as error:
+                    self._explain(error, computation, planned, numbers)
+                    raise
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         self.executor.progress.begin("the sums of gradients over all ranks", together=True)
@@ -314,6 +320,17 @@ class PipelineRunner:
                         f"microbatch {m} has {what} ids from {int(given.min())} to {int(given.max())}, but the LLM's "
                         f"vocabulary has {vocabulary}: use the tokenizer that belongs to the model, or set vocab_size"
                     )
+
+    def _explain(
+        self, error: Exception, computation: BatchComputation, planned: PlannedBatch, numbers: Sequence[int]
+    ) -> None:
+        """Add to an error what the action has worked on in which it was raised."""
+        failed = self.executor.progress.doing
+        if isinstance(failed, Compute):
+            error.add_note(explain(computation, failed.action, numbers))
+            if is_out_of_memory(error):
+                budget = self.options.schedule.memory
+                error.add_note(alive_in_plan(planned.plan, self.mesh.pp_rank, failed.action, budget))
 
     def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
         """Within this context ranks draw different random numbers, because layers must not share dropout masks.

@@ -1,18 +1,28 @@
-"""The part of a Lightning strategy that is called in every step: forwards and backwards of Lightning's loop go to
-`LightningSteps`, in the contexts that the precision needs."""
+"""The part of a Lightning strategy that is called in every loop and step: forwards and backwards of Lightning's loop go
+to `LightningSteps`, in the contexts that the precision needs, and what fails is told to the other ranks."""
 
+import sys
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from bigmac_lightning.checkpoints.resuming import go_on
+from bigmac_lightning.ranks import Ranks
+from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.progress import Progress
+from bigmac_lightning.training import run_facts
+from bigmac_lightning.training.agreement import check_same
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
+from bigmac_lightning.training.memory_report import is_out_of_memory, memory_report
+from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.watching import Watching
 
@@ -24,10 +34,15 @@ class SteppingStrategy(SavingStrategy):
         progress: what this process is doing.
     """
 
-    progress: Progress
+    _mesh: PipelineMesh | None = None
+    _runner: PipelineRunner | None = None
     _steps: LightningSteps | None = None
     _watching: Watching | None = None
     _on_nonfinite: OnNonfinite = "raise"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.progress, self._ranks = Progress(), Ranks()
 
     @property
     def steps(self) -> LightningSteps:
@@ -36,19 +51,34 @@ class SteppingStrategy(SavingStrategy):
         return self._steps
 
     @property
+    def mesh(self) -> PipelineMesh:
+        """The (dp, pp, cp, tp) mesh with its process groups."""
+        if self._mesh is None:
+            raise RuntimeError("the mesh exists only once the processes are set up, inside trainer.fit and the like")
+        return self._mesh
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The DeviceMesh with dimensions "dp" and "pp", and "cp" and "tp" if a stage has several processes."""
+        return self.mesh.mesh
+
+    @property
+    def runner(self) -> PipelineRunner:
+        """Runs batches on this rank."""
+        if self._runner is None:
+            raise RuntimeError("the runner exists only after setup, inside trainer.fit and the like")
+        return self._runner
+
+    @property
+    def replica(self) -> int:
+        return 0 if self._mesh is None else self._mesh.dp_rank * self._mesh.cp_size + self._mesh.cp_rank
+
+    @property
     def replica_group(self) -> dist.ProcessGroup | None:
         """A process group of this model replica on the CPU; ``None`` if it has one process."""
-        return None
+        return self.mesh.host_group
 
-    def enter_loop(self) -> None:
-        """A loop of training or evaluation begins."""
-        if self._watching is not None:
-            self._watching.enter_loop()
-
-    def leave_loop(self) -> None:
-        """The last loop has ended."""
-        if self._watching is not None:
-            self._watching.leave_loop()
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
@@ -120,3 +150,81 @@ class SteppingStrategy(SavingStrategy):
         self.steps.restore_gradients()
         self.progress.begin("the optimizer's step")
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+
+    # -- loops and errors ----------------------------------------------------------------------------------------------
+
+    def _enter_loop(self) -> None:
+        """A loop of training or evaluation begins."""
+        if self._watching is not None:
+            self._watching.enter_loop()
+
+    def _leave_loop(self) -> None:
+        """The last loop has ended."""
+        if self._watching is not None:
+            self._watching.leave_loop()
+
+    def on_train_start(self) -> None:
+        self._enter_loop()
+        super().on_train_start()
+        assert self.lightning_module is not None
+        check_same(self._ranks, run_facts.progress(self.lightning_module.trainer), "training")
+        go_on(self.lightning_module.trainer)
+        self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
+
+    def on_validation_start(self) -> None:
+        self._start_evaluation("num_val_batches")
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        self._start_evaluation("num_test_batches")
+        super().on_test_start()
+
+    def on_predict_start(self) -> None:
+        self._start_evaluation("num_predict_batches")
+        super().on_predict_start()
+
+    def on_train_end(self) -> None:
+        self._leave_loop()
+        super().on_train_end()
+
+    def on_validation_end(self) -> None:
+        if not self._trains:
+            self._leave_loop()
+        super().on_validation_end()
+
+    def on_test_end(self) -> None:
+        self._leave_loop()
+        super().on_test_end()
+
+    def on_predict_end(self) -> None:
+        self._leave_loop()
+        super().on_predict_end()
+
+    def _start_evaluation(self, batches: str) -> None:
+        """Begin a loop of evaluation, of which all ranks of a pipeline must run equally many batches."""
+        assert self.lightning_module is not None
+        self._enter_loop()
+        self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
+        known = {batches: str(getattr(self.lightning_module.trainer, batches))}
+        check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        with self._watching.patient() if self._watching is not None else nullcontext():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def tell_others(self) -> None:
+        error = sys.exception()
+        if error is not None:
+            self._failed(error)
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed(exception)
+        super().on_exception(exception)
+
+    def _failed(self, error: BaseException) -> None:
+        if is_out_of_memory(error):
+            report = memory_report(self.lightning_module, self.optimizers, self.root_device, self.progress.doing)
+            if report not in getattr(error, "__notes__", ()):
+                error.add_note(report)
+        if self._watching is not None:
+            self._watching.failed(error)

@@ -5,13 +5,11 @@ plans and executes them, and saving.py reads and writes checkpoints.
 """
 
 import os
-import sys
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -27,20 +25,16 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from bigmac_lightning.checkpoints.resuming import go_on
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
-from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.gradients import clip_gradients
-from bigmac_lightning.runtime.mesh import PipelineMesh, build_mesh, mesh_shape
-from bigmac_lightning.runtime.progress import Progress
+from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
@@ -191,8 +185,6 @@ class BigMacStrategy(SteppingStrategy):
         self.sizes: tuple[int | str, int | str] = (pipeline_parallel_size, data_parallel_size)
         parallel = ParallelSizes(tensor_parallel_size, context_parallel_size, expert_parallel_size)
         self.options = self._options = PipelineOptions.of(schedule, stages, microbatches, sharding, parallel)
-        self._mesh: PipelineMesh | None = None
-        self._runner: PipelineRunner | None = None
         if accumulate not in ("batches", "tokens"):
             raise ValueError(f'accumulate={accumulate!r}: choose "batches" or "tokens"')
         if float32_gradients and sharding != ShardingOptions():
@@ -205,7 +197,7 @@ class BigMacStrategy(SteppingStrategy):
             hang_timeout = min(DEFAULT_HANG_TIMEOUT, 0.9 * (timeout or DEFAULT_TIMEOUT))
         if hang_timeout is not None and not timedelta(0) < hang_timeout < (timeout or timedelta.max):
             raise ValueError(f"hang_timeout={hang_timeout} must be more than 0, and less than timeout={timeout}")
-        self._hang_timeout, self.progress = hang_timeout, Progress()
+        self._hang_timeout = hang_timeout
         if check_batches not in ("every", "first", "never"):
             raise ValueError(f'check_batches={check_batches!r}: choose "every", "first" or "never"')
         if on_nonfinite not in ("raise", "skip", "ignore"):
@@ -213,42 +205,14 @@ class BigMacStrategy(SteppingStrategy):
         self._on_nonfinite, self._check_replicas_every = on_nonfinite, check_replicas_every
         self._compile = arguments_of(compile, parallel)
         self._check_batches: When = check_batches
-        self._ranks = Ranks()
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
     @property
-    def mesh(self) -> PipelineMesh:
-        """The (dp, pp, cp, tp) mesh with its process groups."""
-        if self._mesh is None:
-            raise RuntimeError("the mesh exists only once the processes are set up, inside trainer.fit and the like")
-        return self._mesh
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The DeviceMesh with dimensions "dp" and "pp", and "cp" and "tp" if a stage has several processes."""
-        return self.mesh.mesh
-
-    @property
-    def runner(self) -> PipelineRunner:
-        """Runs batches on this rank."""
-        if self._runner is None:
-            raise RuntimeError("the runner exists only after setup, inside trainer.fit and the like")
-        return self._runner
-
-    @property
     def pipeline_layout(self) -> PipelineLayout:
         """This rank's place in the pipeline, for a DataModule's collate function."""
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank, self.mesh.peer)
-
-    @property
-    def replica(self) -> int:
-        return 0 if self._mesh is None else self._mesh.dp_rank * self._mesh.cp_size + self._mesh.cp_rank
-
-    @property
-    def replica_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.host_group
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -266,7 +230,7 @@ class BigMacStrategy(SteppingStrategy):
             )
         super().setup_environment()
         known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
-        self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout)
+        self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout, self._timeout)
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
@@ -444,69 +408,6 @@ class BigMacStrategy(SteppingStrategy):
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
             name_parent()
-
-    def on_train_start(self) -> None:
-        self.enter_loop()
-        super().on_train_start()
-        assert self.lightning_module is not None
-        check_same(self._ranks, run_facts.progress(self.lightning_module.trainer), "training")
-        go_on(self.lightning_module.trainer)
-        self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
-
-    def on_validation_start(self) -> None:
-        self.enter_loop()
-        self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
-        self._check_evaluation("num_val_batches")
-        super().on_validation_start()
-
-    def on_test_start(self) -> None:
-        self.enter_loop()
-        self.runner.sharding.hold()
-        self._check_evaluation("num_test_batches")
-        super().on_test_start()
-
-    def on_predict_start(self) -> None:
-        self.enter_loop()
-        self.runner.sharding.hold()
-        self._check_evaluation("num_predict_batches")
-        super().on_predict_start()
-
-    def on_train_end(self) -> None:
-        self.leave_loop()
-        super().on_train_end()
-
-    def on_validation_end(self) -> None:
-        if not self._trains:
-            self.leave_loop()
-        super().on_validation_end()
-
-    def on_test_end(self) -> None:
-        self.leave_loop()
-        super().on_test_end()
-
-    def on_predict_end(self) -> None:
-        self.leave_loop()
-        super().on_predict_end()
-
-    def _check_evaluation(self, batches: str) -> None:
-        """Check that all ranks of a pipeline will run equally many batches."""
-        assert self.lightning_module is not None
-        known = {batches: str(getattr(self.lightning_module.trainer, batches))}
-        check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        with self._watching.patient() if self._watching is not None else nullcontext():
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def tell_others(self) -> None:
-        error = sys.exception()
-        if self._watching is not None and error is not None:
-            self._watching.failed(error)
-
-    def on_exception(self, exception: BaseException) -> None:
-        if self._watching is not None:
-            self._watching.failed(exception)
-        super().on_exception(exception)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:

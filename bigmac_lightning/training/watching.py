@@ -34,14 +34,18 @@ class Watching:
         trainer: the Trainer of the run.
         progress: what this process is doing.
         hang_timeout: how long it may do nothing new in a loop; ``None``: as long as it likes.
+        timeout: the timeout of process groups, which holds outside of loops.
     """
 
-    def __init__(self, trainer: pl.Trainer, progress: Progress, hang_timeout: timedelta | None) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, progress: Progress, hang_timeout: timedelta | None, timeout: timedelta | None
+    ) -> None:
         board, patience = Board(f"run {next(RUNS)}"), None if hang_timeout is None else hang_timeout.total_seconds()
+        longest = None if timeout is None else timeout.total_seconds()
         self._trainer, self._progress, self._told = trainer, progress, False
         self._stopping = Stopping(trainer, board, self._abandon)
         self._watchdog = Watchdog(
-            board, dist.get_rank(), dist.get_world_size(), progress, patience, self._stopping.share
+            board, dist.get_rank(), dist.get_world_size(), progress, patience, longest, self._stopping.share
         )
         self._stopping.install()
         self._watchdog.start()
@@ -89,10 +93,13 @@ class Watching:
         if self._stopping.agreed:
             self._stopping.tell()
             return
-        lost = _is_lost_connection(exception)
-        cause = self._watchdog.fail(_in_one_line(exception), TO_HEAR if lost else 0)
-        if lost and cause is not None:
-            _say_instead(exception, f"rank {dist.get_rank()} has lost its connection to others, as {cause}")
+        lost, words, rank = _is_lost_connection(exception), _in_one_line(exception), dist.get_rank()
+        end = self._watchdog.fail(words, TO_HEAR if lost else 0)
+        if end is not None and lost:
+            cause = f"rank {end['rank']} {end['how']}: {end['why']}"
+            _say_instead(exception, f"rank {rank} has lost its connection to others, as {cause}")
+        elif end is not None and end["why"] == words:
+            _say_instead(exception, f"rank {rank} ends with the same error as rank {end['rank']}")
 
     def stop(self) -> None:
         """The run is over."""
@@ -104,10 +111,10 @@ class Watching:
 
 
 def _in_one_line(exception: BaseException) -> str:
-    """What has happened, and where, as far as notes say it."""
+    """What has happened, and where, if a note says it."""
     first = (str(exception).strip().splitlines() or [""])[0]
-    notes = "; ".join(getattr(exception, "__notes__", ()))
-    return f"{type(exception).__name__}: {first}" + f" ({notes})" * bool(notes)
+    where = "".join(getattr(exception, "__notes__", ())[:1])
+    return f"{type(exception).__name__}: {first}" + f" ({where})" * bool(where)
 
 
 def _is_lost_connection(exception: BaseException) -> bool:
