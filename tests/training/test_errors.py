@@ -1,5 +1,7 @@
 """Bad input: a clear error before training, on all ranks, with nothing hanging; a lost rank ends the run on all."""
 
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -17,6 +19,7 @@ import torch
 from benchmarks.faults import Row
 from benchmarks.faults import run as run_row
 from bigmac_lightning import Batch, PipelineLayout, ScheduleOptions
+from bigmac_lightning.contracts.batch import Origin
 from bigmac_lightning.schedule.budget import MemoryBudget
 from tests.toy import VOCABULARY, ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, strategy_of
@@ -242,6 +245,62 @@ def test_an_owner_without_data_is_named() -> None:
 
 def _fit_uncaught(rank: int) -> None:
     pipeline_trainer(2, max_epochs=1).fit(ToyModule(), _MissingData())
+
+
+class _Hungry(ToyModule):
+    """Its image encoder asks for more memory than there is."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.encoders["image"].register_forward_pre_hook(lambda *_: torch.empty(2**50))
+
+
+class _Named(ToyData):
+    def collate(self, indices: list[int]) -> Batch:
+        batch = super().collate(indices)
+        for m, microbatch in enumerate(batch.microbatches):
+            rows, tokens = microbatch.inputs["input_ids"].shape
+            microbatch.origins = [Origin(f"sample {m}.{b}", b * tokens, (b + 1) * tokens) for b in range(rows)]
+        return batch
+
+
+def _fit_hungry(rank: int) -> list[str]:
+    budget = MemoryBudget("1GiB", encoder_unit="1MiB", static="1KiB")
+    trainer = pipeline_trainer(2, {"memory": budget}, max_epochs=1)
+    try:
+        trainer.fit(_Hungry(), _Named())
+    except RuntimeError as error:
+        return getattr(error, "__notes__", [])
+    return ["no error"]
+
+
+def test_out_of_memory_says_where_and_what_helps() -> None:
+    found = [notes for notes in on_ranks(2, _fit_hungry, timeout=60) if any("alive there" in note for note in notes)]
+    assert found, "no rank has said that its memory has run out"
+    for where, what, plan, memory in found:
+        assert where.startswith("in EF")
+        assert "media items of " in what
+        assert " of microbatch" in what
+        assert "sample 'sample " in what or "samples 'sample " in what
+        assert "encoder units and " in plan
+        assert "by schedule.memory, whose budget is 1 GiB" in plan
+        assert "weights 1" in memory, memory
+        assert "most of the encoder: a smaller schedule.group_size" in memory
+
+
+def _say_wrong(rank: int) -> str:
+    trainer = pipeline_trainer(2, {"microbatches": 4}, max_epochs=1)
+    with pytest.raises(ValueError, match="microbatches=4") as failure:
+        trainer.fit(ToyModule(), ToyData())
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        sys.excepthook(ValueError, failure.value, failure.value.__traceback__)
+    return said.getvalue()
+
+
+def test_an_error_of_all_ranks_has_one_traceback() -> None:
+    first, second = sorted(on_ranks(2, _say_wrong, timeout=60), key=len)
+    assert first in [f"[bigmac] rank {rank} ends with the same error as rank {1 - rank}\n" for rank in (0, 1)]
+    assert "Traceback (most recent call last)" in second
 
 
 def _missing_checkpoint(rank: int, folder: Path) -> str:
