@@ -29,10 +29,11 @@ def named_state(module: nn.Module, copies: Mapping[str, str], optimizer: Optimiz
     """
     optimizer = bare(optimizer)
     named = list(_named(module, copies, optimizer))
+    groups = {id(group): _hyperparameters(group) for group in optimizer.param_groups}
     return {
         "state": {name: dict(optimizer.state[p]) for _, p, name in named if optimizer.state.get(p)},
-        "param_groups": {name: _hyperparameters(group) for group, _, name in named},
-        "groups": [_hyperparameters(group) for group in optimizer.param_groups],
+        "param_groups": {name: groups[id(group)] for group, _, name in named},  # a pickle holds each only once
+        "groups": list(groups.values()),
     }
 
 

@@ -104,7 +104,7 @@ def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:
             if some:
                 tensors[key] = some
             if others or not some:
-                rest[key] = _like(value, others)
+                rest[key] = _like(value, others) if some else value
         else:
             rest[key] = value
     return tensors, rest
@@ -121,6 +121,8 @@ def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
         ValueError: a tensor that does not go by a name of the model has another shape on another rank.
     """
     first = trees[0]
+    if len(trees) == 1:
+        return first
     if all(isinstance(tree, dict) for tree in trees):
         return _like(
             first,

@@ -33,6 +33,7 @@ from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
 from bigmac_lightning.training.background import Background
 from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
+from bigmac_lightning.training.repeating import Repeating
 from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class SavingStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._async_save = async_save
-        self._background = Background()
+        self._background, self._repeating = Background(), Repeating()
         self._saving_group: Any = None  # of saves in the background alone, as they run beside the groups of training
         self._checkpoint_weights_only = checkpoint_weights_only
         self._loaded_from = ""
@@ -156,7 +157,7 @@ class SavingStrategy(DDPStrategy):
 
         def write(contents: Contents, group: Any = None) -> None:
             if self._save_distributed_checkpoint:
-                save_directory(contents, Path(path), group)
+                save_directory(contents, Path(path), group, self._repeating)
             else:
                 save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
 

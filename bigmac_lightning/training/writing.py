@@ -6,7 +6,7 @@ is work on files and messages on the CPU, which may also be done in a thread, ov
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from bigmac_lightning.checkpoints.packed import in_one_piece
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, reasons_of, without_group
 from bigmac_lightning.runtime.sharding import whole_of
+from bigmac_lightning.training.repeating import Repeating
 
 Leaves = dict[tuple[Any, ...], Any]
 """Values by their paths in a nested dict."""
@@ -71,7 +72,7 @@ class Contents:
         return replace(self, tensors=tensors, rest=pickle.loads(pickle.dumps(self.rest)))
 
 
-def save_directory(contents: Contents, path: Path, group: Any = None) -> None:
+def save_directory(contents: Contents, path: Path, group: Any = None, repeating: Repeating | None = None) -> None:
     """Write a checkpoint directory. Collective.
 
     Everything is written beside `path` first, the marker last, and moved there when it is complete. A save that is
@@ -79,6 +80,7 @@ def save_directory(contents: Contents, path: Path, group: Any = None) -> None:
 
     Args:
         group: the process group to use; ``None``: the default one.
+        repeating: how the last directory of this run was written, and from now on this one.
 
     Raises:
         OSError, ValueError, TypeError, RuntimeError: it cannot be written; all ranks raise the same, which names the
@@ -86,10 +88,18 @@ def save_directory(contents: Contents, path: Path, group: Any = None) -> None:
     """
     what = f"cannot save the checkpoint {path}"
     rank, world = place_of(group)
-    rest = _joined_rest(contents, group)
+    tensors = contents.tensors
+    fits = all(from_everyone(repeating is not None and repeating.fits(tensors), group))
+    every_rest = from_everyone(contents.rest if contents.replica == 0 else None, group)
+    rest = together(lambda: _joined(every_rest, contents.names) if rank == 0 else None, what, group)
     place = on_first_rank(lambda: files.unfinished(path), what, group)
     try:
-        _write_tensors(nested(contents.tensors), place, what, group)
+        if repeating is not None and fits:
+            together(lambda: repeating.write(place, tensors, rank), what, group)
+        else:
+            _write_tensors(nested(tensors), place, what, group)
+            if repeating is not None:
+                repeating.remember(place, tensors, rank)
         on_first_rank(lambda: _write_file(place / _METADATA_FILENAME, rest), what, group)
         own = [place / name for name in (DCP_METADATA, _METADATA_FILENAME) if rank == 0]
         own += place.glob(f"__{rank}_*")
@@ -179,8 +189,11 @@ def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
 
 def _joined_rest(contents: Contents, group: Any) -> Tree:
     """Everything that is not a tensor of the model, joined over the ranks of the first replica. Collective."""
-    own = contents.rest if contents.replica == 0 else None
-    return joined([part for part in from_everyone(own, group) if part is not None], contents.names)
+    return _joined(from_everyone(contents.rest if contents.replica == 0 else None, group), contents.names)
+
+
+def _joined(parts: Sequence[Tree | None], names: Names) -> Tree:
+    return joined([part for part in parts if part is not None], names)
 
 
 def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

@@ -1,0 +1,155 @@
+"""Writes the tensors of a checkpoint directory once more, as torch's DCP would, if only their numbers have changed.
+
+DCP plans each save anew, and packs each tensor into a zip archive of its own. That takes about 0.4 ms per tensor, in
+which it holds Python's lock, so a training beside it waits. A run saves the same tensors again and again. So what lies
+between the numbers in this rank's files is remembered, and only the numbers and their checksums are replaced. The bytes
+are those that DCP would write, but for a number by which torch tells one call of `torch.save` from another in its logs.
+"""
+
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bigmac_lightning.checkpoints.safe import DCP_METADATA, Reader
+from bigmac_lightning.runtime.sharding import local
+
+Leaves = Mapping[tuple[Any, ...], Any]
+"""Values by their paths in a nested dict."""
+
+LOCAL_HEADER, DIRECTORY_ENTRY, DESCRIPTOR = 30, 46, 8
+"""Bytes of parts of a zip archive: a file's header and its entry in the directory, without names; and bit 3 of a file's
+flags, which says that its CRC-32 follows it. From the format's specification, APPNOTE.TXT of PKWARE."""
+
+
+class _UnfamiliarError(Exception):
+    """A file does not look as expected, so it cannot be written again."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """An archive of one tensor.
+
+    Attributes:
+        path: the tensor's path.
+        before, after: the bytes before and after its numbers.
+        checksums: where in `after` the CRC-32 of the numbers stands.
+    """
+
+    path: tuple[Any, ...]
+    before: bytes
+    after: bytes
+    checksums: tuple[int, ...]
+
+    def parts(self, tensor: Any) -> tuple[bytes, Any, bytearray]:
+        numbers, after = _numbers(tensor), bytearray(self.after)
+        for place in self.checksums:
+            struct.pack_into("<I", after, place, zlib.crc32(numbers))
+        return self.before, numbers, after
+
+
+class Repeating:
+    """How this rank's tensors were written last."""
+
+    def __init__(self) -> None:
+        self._kinds: list[Any] | None = None
+        self._files: dict[str, list[_Slot]] = {}
+        self._metadata = b""
+
+    def fits(self, tensors: Leaves) -> bool:
+        """Whether tensors differ from the last ones in their numbers only, as far as this rank knows."""
+        return self._kinds is not None and self._kinds == _kinds(tensors)
+
+    def write(self, place: Path, tensors: Leaves, rank: int) -> None:
+        """Write the tensors into a directory. Every rank does, and they fit on every rank."""
+        place.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            _write(place / DCP_METADATA, [(self._metadata,)])
+        for name, slots in self._files.items():
+            _write(place / name, (slot.parts(tensors[slot.path]) for slot in slots))
+
+    def remember(self, place: Path, tensors: Leaves, rank: int) -> None:
+        """Remember what all ranks have just written into a directory. What looks unfamiliar is forgotten."""
+        self._kinds = None
+        with suppress(_UnfamiliarError, OSError, ValueError, struct.error, zipfile.BadZipFile):
+            metadata = Reader(place).read_metadata()
+            metadata.storage_meta = None  # it names the path of the save
+            paths, files = metadata.planner_data or {}, dict[str, list[Any]]()
+            for index, info in metadata.storage_data.items():
+                if info.relative_path.startswith(f"__{rank}_"):
+                    files.setdefault(info.relative_path, []).append((info.offset, info.length, paths.get(index.fqn)))
+            self._files = {name: _slots(place / name, entries, tensors) for name, entries in files.items()}
+            self._metadata = pickle.dumps(metadata) if rank == 0 else b""
+            self._kinds = _kinds(tensors)
+
+
+def _kinds(tensors: Leaves) -> list[Any]:
+    """Everything but the numbers."""
+    return [
+        (path, value.dtype, value.shape, value.stride(), value._spec if isinstance(value, DTensor) else None)
+        if isinstance(value, Tensor)
+        else (path, None)  # DCP packs it otherwise, which `remember` finds out
+        for path, value in tensors.items()
+    ]
+
+
+def _slots(file: Path, entries: list[Any], tensors: Leaves) -> list[_Slot]:
+    found, position = list[_Slot](), 0
+    with file.open("rb") as stream:
+        for offset, length, path in sorted(entries, key=lambda entry: entry[0]):
+            if offset != position or not isinstance(tensors.get(path), Tensor):
+                raise _UnfamiliarError(file)
+            found.append(_slot(path, stream.read(length), tensors[path]))
+            position += length
+    if position != file.stat().st_size:
+        raise _UnfamiliarError(file)
+    return found
+
+
+def _slot(path: tuple[Any, ...], archive: bytes, tensor: Any) -> _Slot:
+    """What the archive of a tensor is like."""
+    numbers = _numbers(tensor)
+    with zipfile.ZipFile(BytesIO(archive)) as known:
+        place, checksum, files = known.start_dir, -1, known.infolist()  # pyright: ignore[reportAttributeAccessIssue]
+    data = [file for file in files if file.filename.endswith("/data/0")]
+    for file in files:
+        if file in data:
+            checksum = place + 16
+        place += DIRECTORY_ENTRY + sum(struct.unpack_from("<HHH", archive, place + 28))  # its name, extra and comment
+    if len(data) != 1 or not data[0].flag_bits & DESCRIPTOR or data[0].compress_type != zipfile.ZIP_STORED:
+        raise _UnfamiliarError(path)
+    start = data[0].header_offset + LOCAL_HEADER + sum(struct.unpack_from("<HH", archive, data[0].header_offset + 26))
+    end = start + data[0].file_size
+    slot = _Slot(path, archive[:start], archive[end:], (4, checksum - end))  # the first follows the data's signature
+    if b"".join(slot.parts(tensor)) != archive or zlib.crc32(numbers) != data[0].CRC:
+        raise _UnfamiliarError(path)
+    return slot
+
+
+def _numbers(tensor: Any) -> Any:
+    """The bytes of a tensor's own part, as they lie in memory, which is how torch saves them."""
+    tensor = local(tensor.detach()).cpu()
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.numel() * tensor.element_size():
+        storage = tensor.clone().untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # pyright: ignore[reportArgumentType]
+
+
+def _write(path: Path, entries: Any) -> None:
+    with path.open("wb") as stream:
+        for entry in entries:
+            for part in entry:
+                stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
