@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from benchmarks.faults import alive, free_port
 
@@ -203,32 +204,44 @@ class Result:
         return "equal" if not max(errors) else f"within {max(errors):.0e}"
 
 
+def arguments_of(row: Row, node: int, port: int, folder: Path) -> list[str]:
+    """Of torchrun, on one of the nodes."""
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7", *ELASTIC]
+    where += ["--max-restarts", "3", "--local-addr", "127.0.0.1"]
+    if row.rendezvous == "static":
+        where = ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        where += ["--max-restarts", "0" if row.again == "all" else "3"]
+    child = ["-m", "benchmarks.elastic", "--child", row.fault, str(row.rank), str(folder)]
+    return ["--nnodes", row.nodes, "--nproc-per-node", "1", "--monitor-interval", "0.1", *where, *child]
+
+
+class Agent(Protocol):
+    """A process of torchrun."""
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def torchrun(arguments: list[str], folder: Path) -> Agent:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "BIGMAC_FAULTS": str(folder)}
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
 class Agents:
     """The agents of a row, and what starts them again."""
 
-    def __init__(self, row: Row, folder: Path) -> None:
-        self._row, self._folder, self._port = row, folder, free_port()
-        self.log = (folder / "log").open("wb")
+    def __init__(self, row: Row, folder: Path, start: Callable[[list[str], Path], Agent]) -> None:
+        self._row, self._folder, self._port, self._how = row, folder, free_port(), start
         self.running = {node: self._start(node) for node in (0, 1)}
         self.codes: list[tuple[int, int]] = []
         self._due: dict[int, float] = {}
         self._starts = 0
 
-    def _start(self, node: int) -> subprocess.Popen[bytes]:
-        row = self._row
-        address = f"127.0.0.1:{self._port}"
-        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--rdzv-id", "7", *ELASTIC]
-        where += ["--max-restarts", "3", "--local-addr", "127.0.0.1"]
-        if row.rendezvous == "static":
-            where = ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(self._port)]
-            where += ["--max-restarts", "0" if row.again == "all" else "3"]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", row.nodes, "--nproc-per-node", "1"]
-        command += [*where, "-m", "benchmarks.elastic", "--child", row.fault, str(row.rank), str(self._folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment |= {"BIGMAC_FAULTS": str(self._folder)}
-        return subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def _start(self, node: int) -> Agent:
+        return self._how(arguments_of(self._row, node, self._port, self._folder), self._folder)
 
     def look(self) -> bool:
         """Start again what is due; whether all have ended for good."""
@@ -255,12 +268,16 @@ class Agents:
         return not self.running and not self._due
 
 
-def run(row: Row) -> Result:
-    """Run a row."""
+def run(row: Row, start: Callable[[list[str], Path], Agent] = torchrun) -> Result:
+    """Run a row.
+
+    Args:
+        start: starts an agent, with torchrun's arguments.
+    """
     result = Result()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        agents = Agents(row, folder)
+        agents = Agents(row, folder, start)
         end = time.monotonic() + PATIENCE
         while not (ended := agents.look()) and time.monotonic() < end:
             time.sleep(0.1)
@@ -270,7 +287,6 @@ def run(row: Row) -> Result:
             os.kill(number, signal.SIGKILL)
         for agent in agents.running.values():
             agent.wait()
-        agents.log.close()
         result.left, result.codes, result.log = len(left), agents.codes, (folder / "log").read_text(errors="replace")
         since = float((folder / "reached").read_text()) if (folder / "reached").exists() else None
         runs = [

@@ -1,20 +1,21 @@
 """How the processes of a run meet for the first time, before they have a process group.
 
-They meet in the store at MASTER_ADDR:MASTER_PORT, which may be older than they are: torchrun keeps it when it starts its
-workers again. So rank 0 calls the others under a new name each time, and what the run writes later has this name, too.
-While torch would wait without a word, ranks say here who is missing, and whose numbers do not fit.
+They meet in the store at MASTER_ADDR:MASTER_PORT, which may be older than they are: torchrun keeps it when it starts
+its workers again. So rank 0 calls the others under a new name each time, and what the run writes later has this name,
+too. While torch would wait without a word, ranks say here who is missing, and whose numbers do not fit.
 """
 
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from bigmac_lightning.runtime.processes import Process
 
@@ -26,6 +27,9 @@ LONGEST_INTERVAL = 0.5
 
 TO_TELL = 5.0
 """Seconds that other ranks have more than rank 0, so that its error reaches them."""
+
+TO_ANSWER = 5.0
+"""Seconds in which a store must answer."""
 
 SHOWN = 16
 """How many ranks a message names."""
@@ -47,12 +51,18 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a rank has answered to a call of rank 0."""
+    """What a rank has answered to a call of rank 0.
+
+    Attributes:
+        token: tells it from processes of other attempts.
+        since: when it has begun to wait, as `time.time`.
+    """
 
     rank: int
     world_size: int
     process: str
     token: str
+    since: float
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.process})"
@@ -86,27 +96,26 @@ class _Waiting:
         self._place, self._seconds, self._tell = place, seconds, tell
         self._since = self._told = time.monotonic()
         self._interval = 0.01
-        self._own = _Answer(place.rank, place.world_size, str(Process.own()), secrets.token_hex(8))
+        self._own = _Answer(place.rank, place.world_size, str(Process.own()), secrets.token_hex(8), time.time())
 
     def connect(self) -> TCPStore:
         """The store. Rank 0 makes it, unless its torchrun has."""
         place = self._place
         makes = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        while True:
-            left = max(1.0, min(TELL_EVERY, self._since + self._seconds - time.monotonic()))
-            try:
-                return TCPStore(
-                    place.address,
-                    place.port,
-                    is_master=makes,
-                    timeout=timedelta(seconds=left),
-                    wait_for_workers=False,
-                    multi_tenant=True,
-                )
-            except DistError as error:
-                if makes:
-                    raise
-                self._wait(f"nothing answers there ({str(error).splitlines()[0]})")
+        while not makes:
+            try:  # torch would wait without a word, and hear no signal
+                socket.create_connection((place.address, place.port), TO_ANSWER).close()
+                break
+            except OSError as error:
+                self._wait(f"nothing answers there ({error})")
+        return TCPStore(
+            place.address,
+            place.port,
+            is_master=makes,
+            timeout=timedelta(seconds=max(TO_ANSWER, self._since + self._seconds - time.monotonic())),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
 
     def lead(self, notes: Store) -> str:
         """Call the other ranks; the name of the meeting at which all of them are."""
@@ -134,14 +143,15 @@ class _Waiting:
                 notes.append(f"{name}/answers", json.dumps(vars(self._own)) + "\n")
                 answered = name
             end = json.loads(notes.get(f"{name}/end")) if name and notes.check([f"{name}/end"]) else None
-            if end is not None and self._own.token in end["tokens"]:
-                if end["error"] is None:
-                    return name
-                kind = ValueError if end["error"].startswith("ValueError") else TimeoutError
-                raise kind(end["error"].partition(": ")[2])
+            if end is not None and self._own.token in end["tokens"] and end["error"] is None:
+                return name
+            if end is not None and (self._own.token in end["tokens"] or end["time"] > self._own.since):
+                without = f"ValueError: the others have met without {self._own}: another process has this RANK, or they "
+                error = end["error"] or f"{without}have another WORLD_SIZE than {self._place.world_size}"
+                raise (ValueError if error.startswith("ValueError") else TimeoutError)(error.partition(": ")[2])
             called = bool(name) and end is None  # else the call is that of an attempt before this one
             first = " and has not called" * (not called)
-            known = [_Answer(0, self._place.world_size, "", ""), *_answers(notes, name)] if called else [self._own]
+            known = [_Answer(0, self._place.world_size, "", "", 0.0), *_answers(notes, name)] if called else [self._own]
             self._wait(_missing(self._place.world_size, known) + first, quiet=called, more=TO_TELL)
 
     def _check(self, answers: list[_Answer]) -> None:
@@ -195,7 +205,7 @@ def _answers(notes: Store, name: str) -> list[_Answer]:
 
 def _end(notes: Store, name: str, answers: Collection[_Answer], error: str | None = None) -> None:
     """Tell those that have answered that the meeting is over."""
-    end: dict[str, Any] = {"tokens": [answer.token for answer in answers], "error": error}
+    end: dict[str, Any] = {"tokens": [answer.token for answer in answers], "error": error, "time": time.time()}
     notes.set(f"{name}/end", json.dumps(end))
 
 

@@ -6,6 +6,7 @@ plans and executes them, and saving.py reads and writes checkpoints.
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -27,6 +28,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -59,7 +61,7 @@ from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
-from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
+from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
@@ -71,6 +73,10 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code under torchrun after SIGTERM. After 0, an agent would believe that the run is over, and not start it again
+when the agent that was told to end is replaced."""
 
 NOT_COMPARED = (
     "self",
@@ -261,6 +267,8 @@ class BigMacStrategy(SteppingStrategy):
     def setup_environment(self) -> None:
         if isinstance(self.cluster_environment, LightningEnvironment):  # others end their processes themselves
             end_with_parent()
+        if isinstance(self.cluster_environment, TorchElasticEnvironment):  # unless it is killed
+            end_with_agent()
         module = self.lightning_module
         assert self.cluster_environment is not None
         if not isinstance(module, PipelineModule):
@@ -515,6 +523,8 @@ class BigMacStrategy(SteppingStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if self._watching is not None:
             self._watching.failed(exception)
+        if isinstance(exception, SIGTERMException) and isinstance(self.cluster_environment, TorchElasticEnvironment):
+            exception.code = STOPPED
         super().on_exception(exception)
 
     @contextmanager
