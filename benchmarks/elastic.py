@@ -1,9 +1,10 @@
 """Whether a run goes on by itself after a node or a process of it was lost: two torchrun agents with one process each.
 
-``python -m benchmarks.elastic [WORD...] [--write FILE]`` runs the rows whose names contain all words. In each, something
-goes wrong once while a toy model is trained that saves every two steps and starts with ``ckpt_path="auto"``. Agents that
-end with an error are started again, as Kubernetes or SLURM would. The table says how long it took until training went
-on, how many steps had to run again, with which exit codes agents ended, and whether losses equal an undisturbed run's.
+``python -m benchmarks.elastic [WORD...] [--write FILE]`` runs the rows whose names contain all words. In each,
+something goes wrong once while a toy model is trained that saves every two steps and starts with ``ckpt_path="auto"``.
+Agents that end with an error are started again, as Kubernetes or SLURM would. The table says how long it took until
+training went on, how many steps had to run again, with which exit codes agents ended, and whether losses equal an
+undisturbed run's.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 
 from benchmarks.faults import alive, free_port
 
-STEPS, HURT_AT = 12, 5
+STEPS, HURT_AT, SLOW = 12, 5, 2.0
 HANG_TIMEOUT, TIMEOUT = 4, 60
 """Seconds: of the watchdog, and of process groups."""
 PATIENCE = 150
@@ -37,7 +38,7 @@ class Row:
     """What goes wrong, and what starts agents again.
 
     Attributes:
-        rendezvous: "c10d" or "static".
+        rendezvous: "c10d", "static", or "shared": c10d with the store that torchrun keeps for its workers.
         nodes: torchrun's --nnodes.
         fault: what goes wrong, on the process of rank `rank`, before its fifth step.
         again: which agents are started again when one has ended with an error: "it", "all", as JobSet does, or "none".
@@ -61,10 +62,12 @@ def rows() -> list[Row]:
     for rank in (0, 1):
         found += [Row("c10d", "2", fault, rank) for fault in ("kill", "raise", "hang", "preempt", "term", "node")]
     found += [
+        Row("shared", "2", "kill", 1),
+        Row("shared", "2", "node", 1),
         Row("c10d", "2", "agent", 1),
         Row("c10d", "2", "node", 1, late=15),
         Row("c10d", "1:2", "node", 1, again="none"),
-        Row("c10d", "1:2", "node", 1, late=20),
+        Row("c10d", "1:2", "node", 1, late=8),
         Row("static", "2", "nothing", 0),
         Row("static", "2", "kill", 1),
     ]
@@ -81,7 +84,6 @@ def train(fault: str, rank: int, folder: Path) -> None:
 
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ModelCheckpoint
-
     from torch.utils.data import DataLoader, IterableDataset
 
     from bigmac_lightning import BigMacStrategy
@@ -94,7 +96,7 @@ def train(fault: str, rank: int, folder: Path) -> None:
             if (self.global_step, self.global_rank) == (HURT_AT, rank) and not mark.exists() and fault != "nothing":
                 mark.write_text(str(time.time()))
                 hurt(fault)
-            time.sleep(0.05)
+            time.sleep(0.05 if self.trainer.world_size > 1 else SLOW)  # alone until the other node comes back
             return super().training_step(batch, batch_idx)
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -215,6 +217,11 @@ def arguments_of(row: Row, node: int, port: int, folder: Path) -> list[str]:
     return ["--nnodes", row.nodes, "--nproc-per-node", "1", "--monitor-interval", "0.1", *where, *child]
 
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""If it is 1, the workers make a store of their own each time that they start. Else, with torch 2.14, an agent that
+replaces another one waits for an address that the others do not tell again, and all agents fail after a minute."""
+
+
 class Agent(Protocol):
     """A process of torchrun."""
 
@@ -223,17 +230,21 @@ class Agent(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def torchrun(arguments: list[str], folder: Path) -> Agent:
+def torchrun(arguments: list[str], folder: Path, own_store: bool) -> Agent:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "BIGMAC_FAULTS": str(folder)}
+    environment |= {OWN_STORE: str(int(own_store))}
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
+Start = Callable[[list[str], Path, bool], Agent]
+
+
 class Agents:
     """The agents of a row, and what starts them again."""
 
-    def __init__(self, row: Row, folder: Path, start: Callable[[list[str], Path], Agent]) -> None:
+    def __init__(self, row: Row, folder: Path, start: Start) -> None:
         self._row, self._folder, self._port, self._how = row, folder, free_port(), start
         self.running = {node: self._start(node) for node in (0, 1)}
         self.codes: list[tuple[int, int]] = []
@@ -241,7 +252,8 @@ class Agents:
         self._starts = 0
 
     def _start(self, node: int) -> Agent:
-        return self._how(arguments_of(self._row, node, self._port, self._folder), self._folder)
+        own_store = self._row.rendezvous == "c10d"
+        return self._how(arguments_of(self._row, node, self._port, self._folder), self._folder, own_store)
 
     def look(self) -> bool:
         """Start again what is due; whether all have ended for good."""
@@ -268,11 +280,11 @@ class Agents:
         return not self.running and not self._due
 
 
-def run(row: Row, start: Callable[[list[str], Path], Agent] = torchrun) -> Result:
+def run(row: Row, start: Start = torchrun) -> Result:
     """Run a row.
 
     Args:
-        start: starts an agent, with torchrun's arguments.
+        start: starts an agent, with torchrun's arguments, the row's folder, and whether workers have their own store.
     """
     result = Result()
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import TCPStore
 
 from bigmac_lightning.runtime.processes import Process
 
@@ -117,7 +118,7 @@ class _Waiting:
             multi_tenant=True,
         )
 
-    def lead(self, notes: Store) -> str:
+    def lead(self, notes: PrefixStore) -> str:
         """Call the other ranks; the name of the meeting at which all of them are."""
         name = secrets.token_hex(8)
         answers = [self._own]
@@ -134,7 +135,7 @@ class _Waiting:
         _end(notes, name, answers)
         return name
 
-    def follow(self, notes: Store) -> str:
+    def follow(self, notes: PrefixStore) -> str:
         """Answer rank 0; the name of the meeting at which all ranks are."""
         answered = ""
         while True:
@@ -146,7 +147,9 @@ class _Waiting:
             if end is not None and self._own.token in end["tokens"] and end["error"] is None:
                 return name
             if end is not None and (self._own.token in end["tokens"] or end["time"] > self._own.since):
-                without = f"ValueError: the others have met without {self._own}: another process has this RANK, or they "
+                without = (
+                    f"ValueError: the others have met without {self._own}: another process has this RANK, or they "
+                )
                 error = end["error"] or f"{without}have another WORLD_SIZE than {self._place.world_size}"
                 raise (ValueError if error.startswith("ValueError") else TimeoutError)(error.partition(": ")[2])
             called = bool(name) and end is None  # else the call is that of an attempt before this one
@@ -197,13 +200,13 @@ class _Waiting:
         self._interval = min(LONGEST_INTERVAL, 1.3 * self._interval)
 
 
-def _answers(notes: Store, name: str) -> list[_Answer]:
+def _answers(notes: PrefixStore, name: str) -> list[_Answer]:
     if not notes.check([f"{name}/answers"]):
         return []
     return [_Answer(**json.loads(line)) for line in notes.get(f"{name}/answers").decode().splitlines()]
 
 
-def _end(notes: Store, name: str, answers: Collection[_Answer], error: str | None = None) -> None:
+def _end(notes: PrefixStore, name: str, answers: Collection[_Answer], error: str | None = None) -> None:
     """Tell those that have answered that the meeting is over."""
     end: dict[str, Any] = {"tokens": [answer.token for answer in answers], "error": error, "time": time.time()}
     notes.set(f"{name}/end", json.dumps(end))
@@ -220,6 +223,9 @@ def _ranks(ranks: Collection[int]) -> str:
     if not ranks:
         return "no rank is"
     more = f" and {len(ranks) - SHOWN} more" * (len(ranks) > SHOWN)
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)[:SHOWN])) + more + (
-        " is" if len(ranks) == 1 else " are"
+    return (
+        ("rank " if len(ranks) == 1 else "ranks ")
+        + ", ".join(map(str, sorted(ranks)[:SHOWN]))
+        + more
+        + (" is" if len(ranks) == 1 else " are")
     )

@@ -7,6 +7,9 @@
 # HEAD is the name of one of the nodes, the same on all. NNODES=1:2 goes on with one node if the other does not come back.
 set -euo pipefail
 
+# Without it, torch 2.14 does not tell a node that replaces another one where the others are, and all agents fail.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 exec torchrun \
   --nnodes "${NNODES:-2}" \
   --nproc-per-node 8 \

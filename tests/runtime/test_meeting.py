@@ -1,4 +1,4 @@
-"""How the processes of a run meet: who is missing, whose numbers do not fit, and a store that is older than they are."""
+"""How the processes of a run meet: who is missing, whose numbers do not fit, a store that is older than they are."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(meeting, "TO_TELL", 1.0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     yield store.port
+    del store  # its server ends
 
 
 def _all(come: Callable[..., Any], *places: Place, seconds: float = 20.0) -> tuple[list[Any], list[str]]:
