@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import TCPStore
 
 from bigmac_lightning.runtime.processes import Process
 
@@ -141,7 +141,8 @@ class _Waiting:
         while True:
             name = notes.get("call").decode() if notes.check(["call"]) else ""
             if name and name != answered:
-                notes.append(f"{name}/answers", json.dumps(vars(self._own)) + "\n")
+                append: Any = notes.append  # pyright: ignore[reportAttributeAccessIssue]
+                append(f"{name}/answers", json.dumps(vars(self._own)) + "\n")
                 answered = name
             end = json.loads(notes.get(f"{name}/end")) if name and notes.check([f"{name}/end"]) else None
             if end is not None and self._own.token in end["tokens"] and end["error"] is None:

@@ -9,6 +9,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from benchmarks import elastic
 from benchmarks.elastic import STEPS, Row
+from bigmac_lightning.runtime.processes import Process
+from bigmac_lightning.training.parent import end_with_agent
 from tests.training.trainers import on_ranks
 
 
@@ -101,3 +104,29 @@ def test_a_run_goes_on(row: Row, again: int, undisturbed: dict[int, float]) -> N
     lost = {"node": -signal.SIGKILL, "preempt": 1}.get(row.fault)
     if lost is not None and row.again == "it":
         assert (row.rank, lost) in result.codes
+
+
+def _agent_of(worker: Any) -> None:
+    child = mp.get_context("fork").Process(target=_wait, args=(worker,))
+    child.start()
+    child.join()
+
+
+def _wait(worker: Any) -> None:
+    end_with_agent()
+    worker.send(Process.own())
+    time.sleep(100)
+
+
+def test_a_worker_ends_with_its_agent() -> None:
+    receiver, sender = mp.Pipe()
+    agent = mp.get_context("fork").Process(target=_agent_of, args=(sender,))
+    agent.start()
+    worker: Process = receiver.recv()
+    assert not worker.has_ended()
+    agent.kill()
+    agent.join()
+    deadline = time.monotonic() + 10
+    while not worker.has_ended() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert worker.has_ended()
