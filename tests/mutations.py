@@ -567,6 +567,27 @@ FAULTS = [
         "            pass",
         "tests/training/test_processes.py -k groups",
     ),
+    Fault(
+        "processes meet under the name of an attempt before",
+        f"{PACKAGE}/runtime/meeting.py",
+        '            if end is not None and self._own.token in end["tokens"] and end["error"] is None:',
+        '            if end is not None and end["error"] is None:',
+        "tests/runtime/test_meeting.py",
+    ),
+    Fault(
+        "a run uses what an attempt before has left in the store",
+        f"{PACKAGE}/training/strategy.py",
+        "timeout=self._timeout, store=store)",
+        "timeout=self._timeout)",
+        "tests/training/test_elastic.py",
+    ),
+    Fault(
+        "torchrun believes that a run which was told to end is over",
+        f"{PACKAGE}/training/stepping.py",
+        "            exception.code = STOPPED\n",
+        "            pass\n",
+        "tests/training/test_stopping.py",
+    ),
 ]
 
 

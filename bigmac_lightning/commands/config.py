@@ -1,10 +1,12 @@
 """LightningCLI for PipelineModules, which runs `bigmac fit`, `validate`, `test` and `predict`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,11 @@ class BigMacCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             **kwargs,
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the number of nodes be the one that torchrun has found, which may change when it starts a run again."""
+        if dist.is_available() and dist.is_torchelastic_launched():
+            parser.set_defaults({"trainer.num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1))})
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

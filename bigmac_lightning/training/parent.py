@@ -1,4 +1,4 @@
-"""Lets the processes that a Trainer has started end with the process that started them, however that ends.
+"""Lets the processes of a run end with the process that started them, a Trainer's or torchrun's, however that ends.
 
 A process that hangs, or that was stopped, hears no other signal. Linux only; elsewhere nothing is done.
 """
@@ -30,6 +30,11 @@ def end_with_parent() -> None:
     if os.getppid() != parent and not _exists(parent):  # asked for after the signal is set: it may have ended meanwhile
         sys.stderr.write("the process that started this rank has ended, and so does this one\n")
         os._exit(1)
+
+
+def end_with_agent() -> None:
+    """Let this process be killed when torchrun's agent, which has started it, ends, as another agent may take over."""
+    _set(signal.SIGKILL)
 
 
 def outlive_parent() -> None:

@@ -1,6 +1,7 @@
 """The part of a Lightning strategy that is called in every loop and step: forwards and backwards of Lightning's loop go
 to `LightningSteps`, in the contexts that the precision needs, and what fails is told to the other ranks."""
 
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -25,6 +28,10 @@ from bigmac_lightning.training.memory_report import is_out_of_memory, memory_rep
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.watching import Watching
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code under torchrun after SIGTERM. After 0, an agent would believe that the run is over, and not start it again
+when the agent that was told to end is replaced."""
 
 
 class SteppingStrategy(SavingStrategy):
@@ -219,6 +226,8 @@ class SteppingStrategy(SavingStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         self._failed(exception)
+        if isinstance(exception, SIGTERMException) and isinstance(self.cluster_environment, TorchElasticEnvironment):
+            exception.code = STOPPED
         super().on_exception(exception)
 
     def _failed(self, error: BaseException) -> None:

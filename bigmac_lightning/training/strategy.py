@@ -4,6 +4,7 @@ It sets up processes, mesh and module. stepping.py and lightning_steps.py run th
 plans and executes them, and saving.py reads and writes checkpoints.
 """
 
+import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -34,6 +36,7 @@ from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
+from bigmac_lightning.runtime.meeting import Place, meet
 from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
@@ -51,13 +54,15 @@ from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
-from bigmac_lightning.training.parent import end_with_parent, name_parent, outlive_parent
+from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
 from bigmac_lightning.training.sharding import check_whole
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
@@ -221,6 +226,8 @@ class BigMacStrategy(SteppingStrategy):
     def setup_environment(self) -> None:
         if isinstance(self.cluster_environment, LightningEnvironment):  # others end their processes themselves
             end_with_parent()
+        if isinstance(self.cluster_environment, TorchElasticEnvironment):  # unless it is killed
+            end_with_agent()
         module = self.lightning_module
         assert self.cluster_environment is not None
         if not isinstance(module, PipelineModule):
@@ -256,17 +263,22 @@ class BigMacStrategy(SteppingStrategy):
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
 
     def setup_distributed(self) -> None:
-        """Start the process group as Lightning does, but do not bind it to a device.
+        """Start the process group as Lightning does, in a store of its own, and do not bind it to a device.
 
         Then torch makes an NCCL communicator with its own stream for each pair of ranks, when they first send to each
         other. Otherwise all messages of a group would share one stream, in which a receive holds up what comes after
         it, and all groups' communicators would be made at the start.
         """
-        assert self.cluster_environment is not None
+        known = self.cluster_environment
+        assert known is not None
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        _init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
+        if dist.is_initialized():
+            return
+        place = Place(known.main_address, known.main_port, known.global_rank(), known.world_size())
+        store = meet(place, self._timeout or DEFAULT_TIMEOUT, log.warning)
+        _init_dist_connection(known, self._process_group_backend, timeout=self._timeout, store=store)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan the batches that they load, and seed them by replica instead of by rank, because all ranks

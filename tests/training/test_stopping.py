@@ -44,6 +44,9 @@ def _stopped(rank: int, number: int, told: int, dp: int, folder: Path) -> tuple[
     with pytest.raises(error) as raised:
         trainer.fit(_Told(number, told, 2), ToyData(steps=8))
     assert not isinstance(raised.value, SIGTERMException) or number == signal.SIGTERM
+    assert raised.value.code == {signal.SIGTERM: 143, signal.SIGINT: 1}[signal.Signals(number)], (
+        "torchrun starts it again"
+    )
     step = trainer.global_step
     if number == signal.SIGTERM:  # Lightning lets ctrl-C do nothing any more, as the process is about to end
         assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers

@@ -45,10 +45,13 @@ def pipeline_trainer(world_size: int, strategy: dict[str, Any] | None = None, **
 
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Like `run_ranks`, in the environment that torchrun makes."""
+    return run_ranks(world_size, _with_environment, world_size, free_port(), function, args, timeout=timeout)
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return run_ranks(world_size, _with_environment, world_size, port, function, args, timeout=timeout)
+        return free.getsockname()[1]
 
 
 def _with_environment(
