@@ -108,9 +108,7 @@ def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def to_config(
-    config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code: bool = False
-) -> PreTrainedConfig:
+def to_config(config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model.
 
     Args:

@@ -166,7 +166,10 @@ class MultimodalLM(PipelineModule):
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        llm, vision = HFDecoder(config, fused_loss=fused_loss, trust_remote_code=trust_remote_code, **shared), dict[str, Encoder]()
+        llm, vision = (
+            HFDecoder(config, fused_loss=fused_loss, trust_remote_code=trust_remote_code, **shared),
+            dict[str, Encoder](),
+        )
         if llm.family is not None:
             image = vision["image"] = HFVisionEncoder(config, **shared)
             if llm.family.video is not None:

@@ -107,11 +107,13 @@ class FlowGenerator(Generator):
         with seeded(self.seed, "generator"):
             self.connector = frozen_as(self.connector, self._new_connector())
             transformer = self.kind.model.from_config(self._arguments) if self.source is None else None
-        if transformer is None:
+        if self.source is not None:
             load, source = self.kind.model.from_pretrained, self.source
             with reading_weights(source, self.kind.model.__name__):
                 safe = has_safetensors(source)
-                transformer = load(source, torch_dtype=torch.float32, local_files_only=True, use_safetensors=safe).train()
+                transformer = load(
+                    source, torch_dtype=torch.float32, local_files_only=True, use_safetensors=safe
+                ).train()
         self.transformer = frozen_as(self.transformer, transformer)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
