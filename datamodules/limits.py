@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from .errors import ExampleError
+
 LARGEST_PILLOW = 178_956_970
 """The most pixels of an image that Pillow opens at all, unless `PIL.Image.MAX_IMAGE_PIXELS` is changed."""
 
@@ -36,6 +38,18 @@ class Limits:
                 raise ValueError(f"limits.{given.name}={value!r}: give a number of at least 1")
         if self.pixels > LARGEST_PILLOW:
             raise ValueError(f"limits.pixels={self.pixels}: Pillow opens no image of more than {LARGEST_PILLOW} pixels")
+
+    def check_record(self, length: int, what: str = "it") -> None:
+        """
+        Args:
+            length: bytes of a record, before it is read.
+            what: what errors call it.
+
+        Raises:
+            ExampleError: it is too long.
+        """
+        if length > self.record_bytes:
+            raise ExampleError(self.exceeded("record_bytes", f"{what} has {length:,} bytes"))
 
     def exceeded(self, name: str, found: str) -> str:
         """The text of an error.

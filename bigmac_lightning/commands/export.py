@@ -64,8 +64,8 @@ def _check_source(folder: Path, config: dict[str, Any], checkpoint: str) -> None
         found = None
     if found is None or found != config.get("model_type"):
         raise ValueError(
-            f"{checkpoint} names the folder {folder} to copy the processor from, which has no config.json of model_type "
-            f"{config.get('model_type')!r}: give --source if you want its files to be copied"
+            f"{checkpoint} names the folder {folder} to copy the processor from, which has no config.json of "
+            f"model_type {config.get('model_type')!r}: give --source if you want its files to be copied"
         )
 
 

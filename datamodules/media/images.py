@@ -11,7 +11,6 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO, Literal
@@ -114,10 +113,10 @@ def _open(stream: BinaryIO) -> PIL.Image.Image:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
         raise ValueError("it is a HEIC image: `pip install pillow-heif` to read it, or convert it to JPEG") from error
-    return _by_pillow(stream, ["HEIF"])
+    return _by_pillow(stream, ("HEIF",))
 
 
-def _by_pillow(stream: BinaryIO, formats: Sequence[str]) -> PIL.Image.Image:
+def _by_pillow(stream: BinaryIO, formats: tuple[str, ...]) -> PIL.Image.Image:
     with warnings.catch_warnings():  # of images with many pixels, which are refused later if they are too many
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         return PIL.Image.open(stream, formats=formats)
@@ -153,7 +152,9 @@ def _check_tiles(image: PIL.TiffImagePlugin.TiffImageFile) -> None:
     Raises:
         ValueError: one of its tiles, which are decoded whole, is much larger than the image.
     """
-    height, width = (image.tag_v2.get(tag, 1) for tag in (PIL.TiffImagePlugin.TILELENGTH, PIL.TiffImagePlugin.TILEWIDTH))
+    height, width = (
+        image.tag_v2.get(tag, 1) for tag in (PIL.TiffImagePlugin.TILELENGTH, PIL.TiffImagePlugin.TILEWIDTH)
+    )
     if height * width > 4 * image.size[0] * image.size[1] + SMALL_TILE:
         raise ValueError(
             f"it has tiles of {height} x {width} pixels, and only {image.size[1]} x {image.size[0]} pixels itself"
@@ -184,7 +185,7 @@ def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
         else:
             stream.seek(4, os.SEEK_CUR)
     chunks.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
-    return chunks[2][8], _by_pillow(BytesIO(b"".join(chunks)), ["PNG"])
+    return chunks[2][8], _by_pillow(BytesIO(b"".join(chunks)), ("PNG",))
 
 
 def _of_eight_bits(image: PIL.Image.Image, header: _Header) -> PIL.Image.Image:

@@ -1,7 +1,7 @@
 """How many samples the header of an MP4 or MOV file says that it has (ISO/IEC 14496-12).
 
-A header of a few bytes may say that there are billions. FFmpeg makes an entry of its index for each when it opens a file,
-and has no limit for that. Sound without compression has an entry for 1,024 samples.
+A header of a few bytes may say that there are billions. FFmpeg makes an entry of its index for each when it opens a
+file, and has no limit for that. Sound without compression has an entry for 1,024 samples.
 """
 
 import os

@@ -106,7 +106,7 @@ class FlowGenerator(Generator):
             return
         with seeded(self.seed, "generator"):
             self.connector = frozen_as(self.connector, self._new_connector())
-            transformer = self.kind.model.from_config(self._arguments) if self.source is None else None
+            transformer: Any = self.kind.model.from_config(self._arguments) if self.source is None else None
         if self.source is not None:
             load, source = self.kind.model.from_pretrained, self.source
             with reading_weights(source, self.kind.model.__name__):
