@@ -61,7 +61,7 @@ class Bounded:
         if most is not None and total > most:
             raise ValueError(
                 f"the data files have grown to {total:,} bytes by decompression; the most is {most:,}: "
-                f"limits.growth={self.limits.growth} times their size, or limits.always_allowed. If this is meant, raise "
+                f"limits.growth={self.limits.growth} times their size, or limits.always_allowed. If it is meant, raise "
                 "one of them"
             )
 

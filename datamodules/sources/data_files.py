@@ -27,7 +27,7 @@ def matching(paths: str | Sequence[str], called: str, link_roots: Sequence[str |
             place = path.resolve()
             if not any(place.is_relative_to(root) for root in roots):
                 raise ValueError(
-                    f"{called}: {path} is a link to {place}. If it is meant, set link_roots to [{str(place.parent)!r}], "
+                    f"{called}: {path} is a link to {place}. If it is meant, set link_roots=[{str(place.parent)!r}], "
                     "or give a list of paths instead of a pattern"
                 )
         paths = [str(path) for path in found]
