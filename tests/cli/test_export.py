@@ -129,7 +129,7 @@ def test_hostile_sources_and_damage(tmp_path: Path) -> None:
     weight = state["llm.model.norm.weight"].numpy().tobytes()
     at = whole.index(weight)
     Path(path).write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])  # the same size
-    with pytest.raises(ValueError, match="is not whole: .* is damaged"):
+    with pytest.raises(ValueError, match=r"is not whole: .* is damaged"):
         export_command.export_checkpoint(path, out)
     assert not (tmp_path / "out").exists()
     Path(path).write_bytes(whole)
