@@ -58,7 +58,6 @@ class MultimodalDataModule(ParallelDataModule):
         chat: ChatOptions = ChatOptions(),
         packing: PackingOptions = PackingOptions(),
         loading: LoadingOptions = LoadingOptions(),
-        trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
@@ -80,7 +79,6 @@ class MultimodalDataModule(ParallelDataModule):
             chat: the chat template, and what the model learns of a conversation.
             packing: how examples become microbatches.
             loading: augmentation, prefetching, and where measurements are stored.
-            trust_remote_code: whether Python code that comes with the processor may run, on every rank.
         """
         super().__init__()
         for name, number, least in (
@@ -106,7 +104,9 @@ class MultimodalDataModule(ParallelDataModule):
         self.on_error: OnError = on_error
         self.mixture, self.packing, self.loading = mixture, packing, loading
         cut_at = token_budget if packing.truncation == "end" else None
-        self.encoder = chat_encoder(processor, visual, target, chat, loading.augment, seed, cut_at, trust_remote_code)
+        self.encoder = chat_encoder(
+            processor, visual, target, chat, loading.augment, seed, cut_at, loading.trust_remote_code
+        )
         self._sources: dict[Split, Sequence[Source | Stream]]
         self._sources = {"train": train, "val": val, "test": test, "predict": predict}
         self._splits = Splits(self.sources, mixture, seed, shuffle=not packing.ordered)

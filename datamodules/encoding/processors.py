@@ -64,7 +64,7 @@ def load_processor(given: Any, trust_remote_code: bool = False) -> tuple[Any, An
     if given == "bytes":
         return byte_tokenizer(), None
     if isinstance(given, str | Path):
-        trust = "set trust_remote_code=True in the DataModule"
+        trust = "set loading.trust_remote_code=True in the DataModule"
         with without_asking(f"the processor {given}", trust, dynamic_module_utils):
             # the tokenizer, if the folder has no processor
             given = AutoProcessor.from_pretrained(str(given), trust_remote_code=trust_remote_code)
