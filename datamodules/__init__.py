@@ -14,6 +14,7 @@ from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
 from .files import File
+from .limits import Limits
 from .loading.collate import Collator, Media, Sample, Target
 from .loading.sampler import EpochSampler
 from .multimodal import MultimodalDataModule
@@ -45,6 +46,7 @@ __all__ = [
     "HFStream",
     "HFVisual",
     "Image",
+    "Limits",
     "LlavaJSON",
     "LoadingOptions",
     "Media",

@@ -155,7 +155,8 @@ def sample_of(data: MultimodalDataModule, view: SourceView, index: int, split: S
     """The view of an example as it is encoded for training, without augmentation."""
     example = view.source[index]
     name = name_of(view.source, index, example)
-    sample, sizes = encoded(example, data.encoder, data.token_budget, name, learns=split == "train")
+    learns, limits = split == "train", view.source.limits
+    sample, sizes = encoded(example, data.encoder, data.token_budget, name, learns=learns, limits=limits)
     items = _items(example, sample, sizes)
     spans = list(_spans(sample, items, data.encoder.tokenizer))
     return SampleView(name, spans, len(sample.tokens), sum(sample.labelled), items)

@@ -104,7 +104,9 @@ class MultimodalDataModule(ParallelDataModule):
         self.on_error: OnError = on_error
         self.mixture, self.packing, self.loading = mixture, packing, loading
         cut_at = token_budget if packing.truncation == "end" else None
-        self.encoder = chat_encoder(processor, visual, target, chat, loading.augment, seed, cut_at)
+        self.encoder = chat_encoder(
+            processor, visual, target, chat, loading.augment, seed, cut_at, loading.trust_remote_code
+        )
         self._sources: dict[Split, Sequence[Source | Stream]]
         self._sources = {"train": train, "val": val, "test": test, "predict": predict}
         self._splits = Splits(self.sources, mixture, seed, shuffle=not packing.ordered)

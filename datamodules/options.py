@@ -123,18 +123,20 @@ class PackingOptions:
 
 @dataclass(frozen=True)
 class LoadingOptions:
-    """How workers load media, and where measurements are stored.
+    """How workers load media, where measurements are stored, and whether code of the processor may run.
 
     Attributes:
         augment: torchvision v2 transforms, applied in this order to training images and videos, with new random numbers
             in each epoch. They map uint8 pixels (..., C, H, W) to such pixels. Targets are not augmented.
         prefetch: number of batches that each worker prepares in advance.
         cache_dir: folder in which the measurements of sources are stored: sizes of media and numbers of tokens.
+        trust_remote_code: whether Python code that comes with the processor may run, on every rank.
     """
 
     augment: Sequence[nn.Module] = ()
     prefetch: int = 2
     cache_dir: str | Path = "~/.cache/bigmac_lightning"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least_one("loading.prefetch", self.prefetch)

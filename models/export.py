@@ -41,8 +41,9 @@ def export(
         encoders). They are written to the file `OTHERS` in the same folder.
 
     Raises:
-        ValueError: tensors are missing, or `output` is not empty.
+        ValueError: tensors are missing, `output` is not empty, or a file of `source` is a link to another place.
     """
+    copied = [] if source is None else files_to_copy(source)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty folder: give --output a new one")
     whole = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager")
@@ -72,14 +73,26 @@ def export(
     whole.save_pretrained(output, state_dict=state)
     if others:
         save_file({name: tensor.contiguous() for name, tensor in others.items()}, output / OTHERS)
-    if source is not None:
-        _copy_processor(source, output)
+    for path in copied:
+        shutil.copy2(path, output / path.name)
     return list(others)
 
 
-def _copy_processor(source: Path, output: Path) -> None:
-    """Copy tokenizer, processor, chat template, generation defaults, license: every file that holds no weights."""
+def files_to_copy(source: Path) -> list[Path]:
+    """Tokenizer, processor, chat template, generation defaults, license: every file of a folder that holds no weights.
+
+    Raises:
+        ValueError: one of them is a link to another place, whose contents would end in the exported folder.
+    """
     weights = {path for pattern in WEIGHTS for path in source.glob(pattern)}
-    for path in source.iterdir():
-        if path.is_file() and path not in weights:
-            shutil.copy2(path, output / path.name)
+    found = [path for path in source.iterdir() if path.is_file() and path not in weights]
+    home = source.resolve()
+    # in the hub's cache, the files of a snapshot are links to blobs
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in found:
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, out of the folder that is exported from: replace it by a copy "
+                "if it is meant, or remove it"
+            )
+    return found

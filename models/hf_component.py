@@ -37,18 +37,19 @@ class HFComponent(nn.Module):
         weights: str | None,
         dtype: str,
         gradient_checkpointing: bool,
+        trust_remote_code: bool = False,
     ) -> None:
         """Set the attributes from the arguments of the constructor.
 
         Raises:
             ValueError: transformers has no such model, or the model cannot be trained in a pipeline.
         """
-        self.config = to_config(config)
+        self.config = to_config(config, trust_remote_code)
         self.family = family_of(self.config)
         self.seed, self.source = seed, weights
         self.dtype: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
-        self._attention = attn_implementation
+        self._attention, self._trusts_code = attn_implementation, trust_remote_code
 
     def _build_whole(self) -> Any:
         """The whole model on the meta device.
@@ -56,7 +57,7 @@ class HFComponent(nn.Module):
         Raises:
             ValueError: transformers cannot build it, or its layers cannot run again in the backward.
         """
-        whole = meta_model.build_on_meta(self.config, self._attention)
+        whole = meta_model.build_on_meta(self.config, self._attention, self._trusts_code)
         if self.gradient_checkpointing:
             meta_model.check_checkpointing(whole)
         return whole

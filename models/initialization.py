@@ -11,9 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, dynamic_module_utils
+
+from bigmac_lightning.contracts.remote_code import without_asking
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+TRUST = (
+    "set trust_remote_code=True in HFDecoder or MultimodalLM.from_pretrained; encoders run only models that "
+    "transformers has itself"
+)
+"""What a user has to do who trusts the code of a pretrained model."""
 
 
 def frozen_as(other: nn.Module, module: AnyModule) -> AnyModule:
@@ -101,16 +108,20 @@ def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def to_config(config: dict[str, Any] | str | PreTrainedConfig) -> PreTrainedConfig:
+def to_config(config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model.
 
+    Args:
+        trust_remote_code: whether code of the pretrained model may run.
+
     Raises:
-        ValueError: transformers has no such model, or does not accept the config.
+        ValueError: transformers has no such model, does not accept the config, or would have to run code of the model.
     """
     if isinstance(config, PreTrainedConfig):
         return config
     if isinstance(config, str):
-        return AutoConfig.from_pretrained(config)
+        with without_asking(config, TRUST, dynamic_module_utils):
+            return AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
     if "model_type" not in config:
         raise ValueError('the config needs a "model_type", for example {"model_type": "qwen3", "hidden_size": 64}')
     try:

@@ -4,17 +4,16 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from bigmac_lightning.checkpoints.mismatches import first_few
 
+from .folders import reading_weights
 from .initialization import allocate_and_initialize
 
 Cut = Callable[[Any, str], None]
@@ -117,21 +116,18 @@ def _load(
     # The subclass has the same name and module, because the library looks up conversions of names by them.
     part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})
     part._keys_to_ignore_on_load_unexpected = [r".*"]
-    if not Path(source).is_dir():
-        raise ValueError(f"there is no checkpoint folder at {source}")
-    try:
-        with _quietly():
-            loaded, found = part.from_pretrained(
-                source,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                attn_implementation=config._attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # the error below names them
-                local_files_only=True,
-            )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load {source} as a {model.__name__}: {error}") from error
+    with reading_weights(source, model.__name__), _quietly():
+        loaded, found = part.from_pretrained(
+            source,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=config._attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the error below names them
+            local_files_only=True,
+            weights_only=True,
+            trust_remote_code=False,  # of code besides the model's class, such as for generating text
+        )
     wrong = [f"{name}: missing" for name in sorted(found["missing_keys"])]
     wrong += [f"{name}: wrong shape" for name, *_ in sorted(found["mismatched_keys"])]
     if wrong:

@@ -10,8 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    dynamic_module_utils,
+)
 
+from bigmac_lightning.contracts.remote_code import RemoteCodeError, without_asking
+
+from .initialization import TRUST
 from .llm.attention import AttentionNotThereError, refused_clearly
 
 _RETURNED = {
@@ -41,13 +50,17 @@ class PassThrough(nn.Module):
         return args[0] if args else kwargs["hidden_states"]
 
 
-def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
+def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remote_code: bool = False) -> Any:
     """The whole model without weights: with a language model head, and with vision if the config has any.
 
     The model has its own copy of the config, in which nothing changes what a forward returns.
 
+    Args:
+        trust_remote_code: whether code of the pretrained model may run.
+
     Raises:
-        ValueError: transformers cannot build the model, or lacks the attention implementation.
+        ValueError: transformers cannot build the model, lacks the attention implementation, or would have to run code
+            of the model.
     """
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -61,9 +74,15 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str) -> Any:
             if getattr(part, name, value) != value:
                 setattr(part, name, value)
     try:
-        with refused_clearly(attn_implementation, config.model_type), torch.device("meta"):
-            whole = auto.from_config(config, attn_implementation=attn_implementation)
-    except AttentionNotThereError:
+        with (
+            without_asking(config._name_or_path or f"model_type {config.model_type!r}", TRUST, dynamic_module_utils),
+            refused_clearly(attn_implementation, config.model_type),
+            torch.device("meta"),
+        ):
+            whole = auto.from_config(
+                config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+    except (AttentionNotThereError, RemoteCodeError):
         raise
     except Exception as error:
         raise ValueError(

@@ -139,6 +139,7 @@ class MultimodalLM(PipelineModule):
         optimization: dict[str, dict[str, float]] | None = None,
         lora: dict[str, dict[str, Any]] | None = None,
         init_from: str | dict[str, str] | None = None,
+        trust_remote_code: bool = False,
     ) -> "MultimodalLM":  # not Self: the command line looks for this class
         """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
         becomes the encoder "image" (and "video", if the model takes videos). Weights are read later, when each process
@@ -151,20 +152,24 @@ class MultimodalLM(PipelineModule):
             encoders, generators: further encoders and generators, with weights of their own.
             loss_weights, freeze, learning_rate, weight_decay, warmup_steps, schedule, optimization, lora, init_from:
                 see the constructor of this class.
+            trust_remote_code: see `HFDecoder`.
 
         Raises:
             ValueError: there is no such folder, or the model cannot be trained in a pipeline; the message says why.
         """
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"there is no config.json in {path}: give the folder of a Hugging Face checkpoint")
-        config = to_config(path)
+        config = to_config(path, trust_remote_code)
         shared: dict[str, Any] = {
             "weights": path,
             "attn_implementation": attn_implementation,
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        llm, vision = HFDecoder(config, fused_loss=fused_loss, **shared), dict[str, Encoder]()
+        llm, vision = (
+            HFDecoder(config, fused_loss=fused_loss, trust_remote_code=trust_remote_code, **shared),
+            dict[str, Encoder](),
+        )
         if llm.family is not None:
             image = vision["image"] = HFVisionEncoder(config, **shared)
             if llm.family.video is not None:

@@ -82,7 +82,7 @@ def naming(path: Path | str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds {_named(error)}, {TRUST}") from error
+        raise ValueError(f"{path} holds {named_in(error)}, {TRUST}") from error
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle can end in any exception
@@ -205,7 +205,7 @@ class _WholePlanner(_SafeBytes, _EmptyStateDictLoadPlanner):
     """DCP's planner for reading everything."""
 
 
-def _named(error: Exception) -> str:
+def named_in(error: Exception) -> str:
     """What an error of torch.load says that it has found."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return found[1] if found else "a pickle that is not of tensors and plain values"

@@ -1,7 +1,9 @@
 """The command `bigmac export`: writes a training checkpoint as a Hugging Face folder."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,14 +18,16 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     Args:
         checkpoint: Checkpoint of a run, a folder or a file.
         output: Folder to write; must be new or empty.
-        source: Folder to copy processor and tokenizer from; by default the one that training started from.
+        source: Folder to copy processor and tokenizer from; by default the one that training started from,
+            whose files are all copied but those with weights.
         dtype: Type of the written weights, such as bfloat16; by default the type that the checkpoint
             has, which is float32 with master weights.
 
     Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it.
 
     Raises:
-        ValueError, FileNotFoundError: this is not a checkpoint, or not one of a model that can be exported.
+        ValueError, FileNotFoundError: this is not a checkpoint, it is damaged, or it is not one of a model that can be
+            exported.
     """
     # imported here because it imports transformers, which the other commands do not need
     from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
@@ -35,12 +39,34 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
             f"{checkpoint} does not say which Hugging Face model it is of: export works for runs of a MultimodalLM "
             "whose llm is an HFDecoder"
         )
+    if not isinstance(described, dict) or not {"config", "source", "lora"} <= described.keys():
+        raise ValueError(f"{checkpoint} is damaged: what it says of its Hugging Face model is {described!r}")
     folder = source or described["source"]
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} to copy the processor from: give --source")
+    if source is None and folder is not None:
+        _check_source(Path(folder), described["config"], checkpoint)
+    stored.check()
     kind = None if dtype is None else getattr(torch, dtype)
     files = None if folder is None else Path(folder)
     return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+
+
+def _check_source(folder: Path, config: dict[str, Any], checkpoint: str) -> None:
+    """A checkpoint may come from a stranger, and the folder that it names is copied: it must be one of its model.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        found = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if found is None or found != config.get("model_type"):
+        raise ValueError(
+            f"{checkpoint} names the folder {folder} to copy the processor from, which has no config.json of "
+            f"model_type {config.get('model_type')!r}: give --source if you want its files to be copied"
+        )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from bigmac_lightning.runtime.board import ANSWERS_WITHIN, Board
+from bigmac_lightning.runtime.flight_record import keep_flight_record
 from bigmac_lightning.runtime.processes import Process
 from bigmac_lightning.runtime.progress import Progress
 
@@ -278,6 +279,8 @@ class Watchdog:
         self._say(f"rank {self._rank} {why}")
         if stacks:
             faulthandler.dump_traceback(all_threads=True, file=STDERR)
+            if (path := self._try_to(lambda: keep_flight_record(self._rank))) is not None:
+                self._say(f"rank {self._rank}: torch's flight recorder was saved in {path}, for torchfrtrace")
         self._kill_stopped()
         os._exit(1)
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bigmac_lightning.contracts.remote_code import without_asking
+
 from ..options import DRAW, IMAGE, VIDEO, ChatOptions
 from .chat import ChatEncoder
 from .hf_visual import HFVisual
@@ -45,23 +47,27 @@ def byte_tokenizer() -> Any:
     )
 
 
-def load_processor(given: Any) -> tuple[Any, Any]:
+def load_processor(given: Any, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
 
     Args:
         given: a folder or name, a processor, a tokenizer, or "bytes".
+        trust_remote_code: whether Python code in that folder may run.
 
     Returns: the tokenizer, and the processor or ``None``.
 
     Raises:
-        ValueError: the tokenizer is not a fast one.
+        ValueError: the tokenizer is not a fast one, or the processor needs code of its own, which may not run.
     """
-    from transformers import AutoProcessor, ProcessorMixin
+    from transformers import AutoProcessor, ProcessorMixin, dynamic_module_utils
 
     if given == "bytes":
         return byte_tokenizer(), None
     if isinstance(given, str | Path):
-        given = AutoProcessor.from_pretrained(str(given))  # the tokenizer, if the folder has no processor
+        trust = "set loading.trust_remote_code=True in the DataModule"
+        with without_asking(f"the processor {given}", trust, dynamic_module_utils):
+            # the tokenizer, if the folder has no processor
+            given = AutoProcessor.from_pretrained(str(given), trust_remote_code=trust_remote_code)
     processor: Any = given if isinstance(given, ProcessorMixin) else None
     tokenizer: Any = given if processor is None else processor.tokenizer
     if processor is not None and processor.chat_template:
@@ -81,17 +87,18 @@ def chat_encoder(
     augment: Sequence[Augment],
     seed: int,
     cut_at: int | None,
+    trust_remote_code: bool = False,
 ) -> ChatEncoder:
     """The encoder for a processor, whose own media tokens and media preparation are used unless `visual` is given.
 
     Args:
-        processor: see `load_processor`.
+        processor, trust_remote_code: see `load_processor`.
         visual, target, augment, seed, cut_at: see `ChatEncoder`.
 
     Raises:
         ValueError: the options contradict the tokenizer or its template.
     """
-    tokenizer, loaded = load_processor(processor)
+    tokenizer, loaded = load_processor(processor, trust_remote_code)
     if chat.template is not None:
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: tuple[str, ...] = ()

@@ -132,7 +132,8 @@ class StreamSteps(IterableDataset):
                 if isinstance(example, ExampleError):
                     raise example
                 budget = self.size.token_budget
-                sample, _ = encoded(example, self.encoder, budget, name, (which, number), learns=True)
+                limits, draw = self.streams[which].limits, (which, number)
+                sample, _ = encoded(example, self.encoder, budget, name, draw, learns=True, limits=limits)
             except Exception as error:  # every rank encodes this example, and fails in the same way
                 buffer.left_out.append(f"{name} {reason_of(error)}")
                 unusable += 1

@@ -9,6 +9,7 @@ Shape suffixes: C channels, H and W pixels.
 import importlib
 import os
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from ..example import Size
 from ..files import File
+from ..limits import LARGEST_PILLOW, Limits
+from .jpeg_scans import check_scans
 from .opening import check_same, opened
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -32,6 +35,9 @@ decode to another size than their header has (ICO)."""
 
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 """Brands of HEIC files: bytes 8 to 12 of the file, from ISO/IEC 23008-12."""
+
+SMALL_TILE = 1024 * 1024
+"""Pixels of a tile of TIFF that any image may have."""
 
 Mode = Literal["L", "RGB"]
 
@@ -51,14 +57,21 @@ class _Header:
     white_is_zero: bool = False
 
 
-def image_size(stream: BinaryIO) -> Size:
+def image_size(stream: BinaryIO, limits: Limits) -> Size:
     """The size of an image as displayed, without decoding it.
 
     Raises:
-        ValueError: the image could not be decoded correctly. Pillow may raise other exceptions.
+        ValueError: the image could not be decoded correctly, or its file is too large. Pillow may raise other
+            exceptions.
     """
-    with _open(stream) as image:
-        return _header(image, stream).size
+    if (found := stream.seek(0, os.SEEK_END)) > limits.image_bytes:
+        raise ValueError(limits.exceeded("image_bytes", f"it has {found:,} bytes"))
+    stream.seek(0)
+    try:
+        with _open(stream) as image:
+            return _header(image, stream).size
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(limits.exceeded("pixels", f"it has more than {LARGEST_PILLOW:,} pixels")) from error
 
 
 def read_image(file: File, size: Size, mode: Mode = "RGB") -> Tensor:
@@ -73,6 +86,8 @@ def read_image(file: File, size: Size, mode: Mode = "RGB") -> Tensor:
     with opened(file, "decoded") as stream, _open(stream) as image:
         header = _header(image, stream)
         check_same(file, header.size, size)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(file)
         PIL.ImageOps.exif_transpose(image, in_place=True)
         pixels_HWC = np.array(on_white(_of_eight_bits(image, header)).convert(mode))
     return torch.from_numpy(pixels_HWC.reshape(*pixels_HWC.shape[:2], -1)).permute(2, 0, 1).contiguous()
@@ -91,14 +106,20 @@ def _open(stream: BinaryIO) -> PIL.Image.Image:
     stream.seek(0)
     if head[4:8] != b"ftyp" or head[8:] not in HEIC:
         try:
-            return PIL.Image.open(stream, formats=FORMATS)
+            return _by_pillow(stream, FORMATS)
         except PIL.UnidentifiedImageError as error:
             raise ValueError("not an image, or broken from its first bytes on") from error
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError as error:
         raise ValueError("it is a HEIC image: `pip install pillow-heif` to read it, or convert it to JPEG") from error
-    return PIL.Image.open(stream, formats=["HEIF"])
+    return _by_pillow(stream, ("HEIF",))
+
+
+def _by_pillow(stream: BinaryIO, formats: tuple[str, ...]) -> PIL.Image.Image:
+    with warnings.catch_warnings():  # of images with many pixels, which are refused later if they are too many
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        return PIL.Image.open(stream, formats=formats)
 
 
 def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
@@ -112,6 +133,7 @@ def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
         bits = image.tag_v2.get(PIL.TiffImagePlugin.BITSPERSAMPLE, (bits,))[0]
         white_is_zero = image.tag_v2.get(PIL.TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
         oriented = True  # Pillow has applied the orientation to size and pixels
+        _check_tiles(image)
     elif image.format == "PNG":
         bits, tags = _png_header(stream)
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
@@ -123,6 +145,20 @@ def _header(image: PIL.Image.Image, stream: BinaryIO) -> _Header:
     orientation = 1 if oriented else PIL.Image.Image.getexif(tags).get(PIL.ExifTags.Base.Orientation, 1)
     width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
     return _Header(Size(height, width), bits, white_is_zero)
+
+
+def _check_tiles(image: PIL.TiffImagePlugin.TiffImageFile) -> None:
+    """
+    Raises:
+        ValueError: one of its tiles, which are decoded whole, is much larger than the image.
+    """
+    height, width = (
+        image.tag_v2.get(tag, 1) for tag in (PIL.TiffImagePlugin.TILELENGTH, PIL.TiffImagePlugin.TILEWIDTH)
+    )
+    if height * width > 4 * image.size[0] * image.size[1] + SMALL_TILE:
+        raise ValueError(
+            f"it has tiles of {height} x {width} pixels, and only {image.size[1]} x {image.size[0]} pixels itself"
+        )
 
 
 def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
@@ -149,7 +185,7 @@ def _png_header(stream: BinaryIO) -> tuple[int, PIL.Image.Image]:
         else:
             stream.seek(4, os.SEEK_CUR)
     chunks.append(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
-    return chunks[2][8], PIL.Image.open(BytesIO(b"".join(chunks)), formats=["PNG"])
+    return chunks[2][8], _by_pillow(BytesIO(b"".join(chunks)), ("PNG",))
 
 
 def _of_eight_bits(image: PIL.Image.Image, header: _Header) -> PIL.Image.Image:

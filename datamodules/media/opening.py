@@ -7,9 +7,7 @@ from typing import BinaryIO
 from ..errors import ExampleError, reason_of
 from ..example import Size
 from ..files import File
-
-MAX_PIXELS = 64 * 1024 * 1024
-"""Most pixels of an image, or of one frame: 192 MiB in RGB. A small file may decompress to more than the memory."""
+from ..limits import Limits
 
 
 @contextmanager
@@ -31,13 +29,13 @@ def opened(file: File, done: str) -> Iterator[BinaryIO]:
         raise ExampleError(f"{file.name} cannot be {done}: {reason_of(error)}") from error
 
 
-def check_limits(file: File, size: Size) -> None:
+def check_limits(file: File, size: Size, limits: Limits) -> None:
     """
     Raises:
         ExampleError: the image or video is empty, or too large to be decoded.
     """
-    if size.height * size.width > MAX_PIXELS:
-        raise ExampleError(f"{file.name} has {size.height} x {size.width} pixels; the most is {MAX_PIXELS:,}")
+    if size.height * size.width > limits.pixels:
+        raise ExampleError(limits.exceeded("pixels", f"{file.name} has {size.height} x {size.width} pixels"))
     if min(size.height, size.width, size.frames) < 1:
         raise ExampleError(f"{file.name} is empty: {size}")
 

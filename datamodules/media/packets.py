@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
 from typing import Any, BinaryIO
 
-from .opening import MAX_PIXELS
+from ..limits import Limits
+from .mp4_samples import check_samples
 
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
 """FFmpeg's names of the containers that are read; "mov" includes MP4. Others are playlists, for which FFmpeg would open
@@ -20,12 +21,19 @@ SEEKABLE = ("mov", "matroska", "avi", "mpegts")
 
 
 @contextmanager
-def opened_container(stream: BinaryIO) -> Iterator[Any]:
+def opened_container(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
+    """
+    Raises:
+        ValueError: it is no video, is damaged, or would take too much memory.
+    """
     import av
     import av.error
 
+    check_samples(stream)
+    # FFmpeg decodes frames when it opens a file, so it must know the limit
+    options = {"format_whitelist": ",".join(CONTAINERS), "max_pixels": str(limits.pixels)}
     try:
-        container = av.open(stream, metadata_errors="ignore", options={"format_whitelist": ",".join(CONTAINERS)})
+        container = av.open(stream, metadata_errors="ignore", options=options)
     except (av.error.ArgumentError, av.error.InvalidDataError, av.error.EOFError) as error:
         raise ValueError(
             f"it is no video, or broken from its first bytes on; containers that are read: {', '.join(CONTAINERS)}"
@@ -48,10 +56,10 @@ class VideoStream:
         end: the end of the last frame whose packet was read.
     """
 
-    def __init__(self, container: Any) -> None:
+    def __init__(self, container: Any, limits: Limits) -> None:
         """
         Raises:
-            ValueError: there is no video stream that can be decoded.
+            ValueError: there is no video stream that can be decoded, or its frames are too large.
         """
         # the cover picture of a song is a video stream, too
         streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
@@ -61,9 +69,9 @@ class VideoStream:
         context = self.stream.codec_context
         if context is None:
             raise ValueError("there is no decoder for its video")
-        if context.width * context.height > MAX_PIXELS:
-            raise ValueError(f"it has {context.height} x {context.width} pixels; the most is {MAX_PIXELS:,}")
-        context.options = {"max_pixels": str(MAX_PIXELS)}
+        if context.width * context.height > limits.pixels:
+            raise ValueError(limits.exceeded("pixels", f"it has {context.height} x {context.width} pixels"))
+        context.options = {"max_pixels": str(limits.pixels)}
         context.thread_type = "SLICE"  # frame threads would decode frames that nobody asked for
         self.codec = context.codec.canonical_name
         self.counted = container.format.name == "avi" and context.has_b_frames

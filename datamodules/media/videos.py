@@ -18,12 +18,13 @@ from torch import Tensor
 from ..errors import ExampleError
 from ..example import Size
 from ..files import File
+from ..limits import Limits
 from .images import Mode, on_white
 from .opening import check_same, opened
 from .packets import VideoStream, opened_container
 
-MAX_FRAMES = 4 * 1024 * 1024
-"""Most frames of a video: 19 hours of 60 frames per second."""
+MAX_PIXELS = Limits().pixels
+"""Most pixels of a frame that is decoded, if it has another size than the first frame."""
 
 MAX_READ_PIXELS = 2 * 1024 * 1024 * 1024
 """Most pixels of the frames that are read of one video: 6 GiB in RGB."""
@@ -37,30 +38,30 @@ EARLIER = (0.0, 10.0, 100.0)
 keyframe after the time."""
 
 
-def video_size(stream: BinaryIO) -> Size:
+def video_size(stream: BinaryIO, limits: Limits) -> Size:
     """The size of a video as displayed, counting the frames that can be decoded.
 
     If the header of an MP4 or MOV file lists all packets, only those at its start and end are read. All packets of
     other files are read.
 
     Raises:
-        ValueError: the video could not be decoded correctly. PyAV may raise other exceptions.
+        ValueError: the video could not be decoded correctly, or exceeds the limits. PyAV may raise other exceptions.
     """
-    size = _size(stream, by_header=True) or _size(stream, by_header=False)
+    size = _size(stream, limits, by_header=True) or _size(stream, limits, by_header=False)
     assert size is not None
     return size
 
 
-def _size(stream: BinaryIO, by_header: bool) -> Size | None:
+def _size(stream: BinaryIO, limits: Limits, by_header: bool) -> Size | None:
     """The size; ``None``: `by_header` is true, and the header lists only some of the packets."""
     stream.seek(0)
-    with opened_container(stream) as container:
-        video = VideoStream(container)
+    with opened_container(stream, limits) as container:
+        video = VideoStream(container, limits)
         packets, first = video.packets(), []
         start, frame = next(video.frames(_recorded(packets, first)), (0, None))
         if frame is None:
             raise ValueError("none of its frames can be decoded")
-        tally = _Tally(video, start)
+        tally = _Tally(video, start, limits)
         for packet in first:
             tally.add(packet)
         if by_header and tally.is_listed():
@@ -87,8 +88,8 @@ class _Tally:
         start: time of the first frame that can be decoded; frames before it are not counted.
     """
 
-    def __init__(self, video: VideoStream, start: int) -> None:
-        self.video, self.start = video, start
+    def __init__(self, video: VideoStream, start: int, limits: Limits) -> None:
+        self.video, self.start, self.limits = video, start, limits
         self.frames, self.before = 0, 0
         self.last, self.duration = start, 0
 
@@ -105,10 +106,13 @@ class _Tally:
             self.before += 1
             return
         self.frames += 1
-        if self.frames > MAX_FRAMES:
-            raise ValueError(f"it has more than {MAX_FRAMES:,} frames")
+        self._check_frames()
         if time >= self.last:
             self.last, self.duration = time, packet.duration or 0
+
+    def _check_frames(self) -> None:
+        if self.frames > self.limits.frames:
+            raise ValueError(self.limits.exceeded("frames", f"it has {self.frames:,} frames or more"))
 
     def is_listed(self) -> bool:
         """Whether the container has a list of packets, each of which has one frame."""
@@ -140,6 +144,7 @@ class _Tally:
             if packet.dts is not None and packet.dts > listed[-1].timestamp:
                 return False  # the header of a fragmented file lists only its first packets
         self.frames = sum(entry.size > 0 and not entry.is_discard for entry in listed) - self.before
+        self._check_frames()
         return True
 
     def seconds(self) -> float:
@@ -182,17 +187,18 @@ def read_frames(file: File, size: Size, frames: Sequence[int], mode: Mode = "RGB
         ExampleError: the file is missing or broken, or is not the one that was measured.
     """
     assert list(frames) == sorted(frames)
+    limits = Limits(pixels=max(MAX_PIXELS, size.height * size.width))
     with opened(file, "decoded") as stream:
-        with opened_container(stream) as container:
-            shown = _Shown(VideoStream(container), size.seconds / size.frames, skip=SKIP)
+        with opened_container(stream, limits) as container:
+            shown = _Shown(VideoStream(container, limits), size.seconds / size.frames, skip=SKIP)
             try:
                 return _pixels(file, size, frames, mode, shown)
             except ValueError:
                 if not shown.sought:
                     raise
         stream.seek(0)
-        with opened_container(stream) as container:  # some files have wrong times after a seek: decode without
-            shown = _Shown(VideoStream(container), size.seconds / size.frames, skip=math.inf)
+        with opened_container(stream, limits) as container:  # some files have wrong times after a seek
+            shown = _Shown(VideoStream(container, limits), size.seconds / size.frames, skip=math.inf)
             return _pixels(file, size, frames, mode, shown)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..encoding.chat import ChatEncoder
 from ..errors import ExampleError, reason_of
 from ..example import Example, Size
+from ..limits import Limits
 from ..loading.collate import Sample
 from ..media.decoding import measure
 from ..sources.source import Source
@@ -106,8 +108,28 @@ class Measurements:
 
     @classmethod
     def load(cls, path: Path) -> "Measurements":
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(dict(arrays))
+        """
+        Raises:
+            ValueError: the file is damaged, or was not written by `save`.
+        """
+        expected = cls.of([]).arrays
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+            if {m.filename for m in members} != {f"{name}.npy" for name in expected} or len(members) != len(expected):
+                raise ValueError(f"it has the arrays {[m.filename for m in members]}")
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members):  # they could grow without limit
+                raise ValueError("its arrays are compressed")
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            for name, array in expected.items():
+                if arrays[name].dtype.kind != array.dtype.kind or arrays[name].shape[1:] != array.shape[1:]:
+                    raise ValueError(
+                        f"its array {name} has the type {arrays[name].dtype} and shape {arrays[name].shape}"
+                    )
+            return cls(arrays)
+        except (ValueError, zipfile.BadZipFile, MemoryError, EOFError, OSError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class _Measuring(Dataset):
@@ -124,7 +146,8 @@ class _Measuring(Dataset):
         try:
             example = self.source[index]
             name = name_of(self.source, index, example)
-            sample, sizes = encoded(example, self.encoder, self.budget, name, learns=self.learns)
+            limits = self.source.limits
+            sample, sizes = encoded(example, self.encoder, self.budget, name, learns=self.learns, limits=limits)
         except Exception as error:  # a source may raise anything; the error names the example
             return Measured(error=f"{name} {reason_of(error)}")
         return Measured(
@@ -143,6 +166,7 @@ def encoded(
     name: str,
     draw: tuple[object, ...] | None = None,
     learns: bool = False,
+    limits: Limits = Limits(),
 ) -> tuple[Sample, tuple[Size, ...]]:
     """The sample of an example, and the sizes of its media and target, which are read from the headers of their files.
 
@@ -151,12 +175,13 @@ def encoded(
         name: what errors call the example.
         draw: what augmentation depends on; ``None``: the media are not augmented.
         learns: whether the example is for training, and must have something to learn.
+        limits: those of its source.
 
     Raises:
         ExampleError: the example cannot be used.
     """
     items = example.media if example.target is None else [*example.media, example.target]
-    sizes = tuple(measure(item) for item in items)
+    sizes = tuple(measure(item, limits) for item in items)
     sample = encoder.encode(example, sizes, name, draw)
     if len(sample.tokens) > budget:
         raise ExampleError(
@@ -195,14 +220,22 @@ def measurements(
         read_only: whether a stored file is taken as it is, since another process of this node has just made it.
         learns: whether the examples are for training.
     """
-    settings = [repr((FORMAT, budget, learns)), encoder.fingerprint(), source.identity()]
+    settings = [repr((FORMAT, budget, learns, source.limits)), encoder.fingerprint(), source.identity()]
     key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:24]
     stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
     path = folder / f"{key}-{stamp}.npz"
     if path.exists() and (read_only or source.fingerprint() is not None):
-        stored = Measurements.load(path)
-        if read_only or not stored.errors:  # broken examples may have been mended
-            return stored
+        try:
+            stored = Measurements.load(path)
+            if len(stored) != len(source):
+                raise ValueError(f"it has {len(stored)} examples, and the source {len(source)}")
+        except ValueError as error:
+            if read_only:
+                raise ValueError(f"{path} was damaged while the run began: {error}") from error
+            log.warning("%s is damaged, and the examples are measured again: %s", path, error)
+        else:
+            if read_only or not stored.errors:  # broken examples may have been mended
+                return stored
     made = measure_all(source, encoder, budget, workers, learns)
     made.save(path)
     return made

@@ -1,13 +1,15 @@
 """A source of a folder of images, each with its caption in a file beside it."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from ..errors import ExampleError
 from ..example import Example, Image, Message
 from ..files import File, Roots, roots_of
+from ..limits import Limits
 from .data_files import stamp
 from .media_files import IMAGES
 from .records import captioned
@@ -26,7 +28,13 @@ class CaptionFolder(Source):
     captions have no image.
     """
 
-    def __init__(self, root: Roots, prompt: str | None = None, task: Literal["describe", "draw"] = "describe") -> None:
+    def __init__(
+        self,
+        root: Roots,
+        prompt: str | None = None,
+        task: Literal["describe", "draw"] = "describe",
+        limits: Limits = Limits(),
+    ) -> None:
         """
         Args:
             root: a folder, which is read with its subfolders; or several folders: only the first is read, and links in
@@ -34,6 +42,7 @@ class CaptionFolder(Source):
             prompt: the user's words; for "draw", ``{}`` stands for the caption. ``None``: "Describe the image."; for
                 "draw", the caption alone.
             task: "describe" learns the caption from the image; "draw" learns the image from the caption.
+            limits: what its examples may have at most.
         """
         if task not in ("describe", "draw"):
             raise ValueError(f'task={task!r}: choose "describe" or "draw"')
@@ -41,13 +50,15 @@ class CaptionFolder(Source):
             prompt = "{}" if task == "draw" else "Describe the image."
         if task == "draw" and "{}" not in prompt:
             raise ValueError(f"prompt={prompt!r} must have {{}} in it, for the caption that is to be drawn")
-        self.roots, self.prompt, self.task = roots_of(root), prompt, task
+        self.roots, self.prompt, self.task, self.limits = roots_of(root), prompt, task, limits
         self.root = self.roots[0]
-        files = sorted(_files(self.root))
+        found = _Walk(self.roots)
+        files = sorted(found.files)
         images = [path for path in files if path.suffix.lower() in IMAGES]
         captions = {path for path in files if path.suffix == ".txt"}
         paired = [path for path in images if path.with_suffix(".txt") in captions]
-        self.files = [str(path.relative_to(self.root)) for path in paired]
+        # a link to a folder elsewhere counts as one example, which cannot be used
+        self.files = [str(path.relative_to(self.root)) for path in sorted([*paired, *found.outside])]
         if not self.files:
             raise ValueError(f"{self.root} has no images with a .txt of the same name beside them")
         used = {path.with_suffix(".txt") for path in paired}
@@ -61,6 +72,7 @@ class CaptionFolder(Source):
                 "files that are neither images nor .txt",
                 [p for p in files if p not in captions and p not in set(images)],
             ),
+            ("links to folders that are read under another name", found.again),
         ):
             if left_out:
                 shown = ", ".join(str(path.relative_to(self.root)) for path in left_out[:SHOWN])
@@ -82,6 +94,8 @@ class CaptionFolder(Source):
         file = self.files[index]
         image = Image(File.at(file, self.roots))
         with File.at(str(Path(file).with_suffix(".txt")), self.roots).open() as text:
+            self.limits.check_record(text.seek(0, os.SEEK_END), f"({file}) its caption")
+            text.seek(0)
             try:
                 caption = text.read().decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
@@ -91,13 +105,30 @@ class CaptionFolder(Source):
         return captioned([image], self.prompt, caption, file)
 
 
-def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """The files in a folder and its subfolders, including linked ones."""
-    place = folder.resolve()
-    if place in above or not folder.is_dir():  # a link to a folder above, or a broken link
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path, (*above, place))
-        else:
-            yield path
+class _Walk:
+    """Finds the files in a folder and its subfolders, including linked ones. Each folder is read once, whatever links
+    lead to it, and none is read outside of the roots, where a link might lead to the whole disk.
+
+    Attributes:
+        files: the files.
+        outside: links to folders outside of the roots.
+        again: links to folders that are read under another name.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self.files, self.outside, self.again = list[Path](), list[Path](), list[Path]()
+        self._allowed, self._seen = [folder.resolve() for folder in roots], set[Path]()
+        self._read(roots[0])
+
+    def _read(self, folder: Path) -> None:
+        place = folder.resolve()
+        if place in self._seen:
+            self.again.append(folder)
+        elif not any(place.is_relative_to(root) for root in self._allowed):
+            self.outside.append(folder)
+        elif folder.is_dir():
+            self._seen.add(place)
+            entries = sorted(folder.iterdir())
+            self.files += [path for path in entries if not path.is_dir()]
+            for path in sorted((path for path in entries if path.is_dir()), key=Path.is_symlink):  # links last
+                self._read(path)

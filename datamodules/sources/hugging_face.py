@@ -1,13 +1,17 @@
 """Rows of the `datasets` library, as a source and as a stream. records.py makes examples of the rows."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example
 from ..files import File, Roots, roots_of
+from ..limits import Limits
+from .bounded import Bounded
 from .records import DESCRIBE, FORMS, MEDIA, Records, check_columns
 from .source import Source
 from .stream import Place, Stream
@@ -29,6 +33,7 @@ class HFDataset(Source):
         media_root: Roots = ".",
         ignore: Sequence[str] = (),
         prompt: str = DESCRIBE,
+        limits: Limits = Limits(),
     ) -> None:
         """
         Args:
@@ -36,9 +41,10 @@ class HFDataset(Source):
             media_root: the folder of media that are given by path, or several folders, see `Roots`.
             ignore: columns that are left out; other columns that are not known are refused.
             prompt: the user's words for rows that are only a caption.
+            limits: what its examples and files may have at most.
         """
-        rows: Any = undecoded(_loaded(path, data_files, split, streaming=False))
-        self.media_roots = roots_of(media_root)
+        rows: Any = undecoded(_loaded(path, data_files, split, False, limits))
+        self.media_roots, self.limits = roots_of(media_root), limits
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         columns = [name for name in rows.column_names if name not in ignore]
         if not set(NEEDED) & set(columns):
@@ -106,6 +112,7 @@ class HFStream(Stream):
         shuffle: bool = True,
         ignore: Sequence[str] = (),
         prompt: str = DESCRIBE,
+        limits: Limits = Limits(),
     ) -> None:
         """
         Args:
@@ -115,14 +122,15 @@ class HFStream(Stream):
             shuffle: whether the order of files is random.
             ignore: columns that are left out; other columns that are not known are refused.
             prompt: the user's words for rows that are only a caption.
+            limits: what its examples and files may have at most.
         """
         import datasets
 
         rows: Any = path
         if not isinstance(path, datasets.IterableDataset):
-            rows = _loaded(path, data_files, split, streaming=True)
+            rows = _loaded(path, data_files, split, True, limits)
         self._rows = undecoded(rows)
-        self.media_roots, self.shuffle = roots_of(media_root), shuffle
+        self.media_roots, self.shuffle, self.limits = roots_of(media_root), shuffle, limits
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
@@ -147,11 +155,41 @@ class HFStream(Stream):
         return self.records.example(row)
 
 
-def _loaded(path: str, data_files: str | Sequence[str] | None, split: str, streaming: bool) -> Any:
+def _loaded(path: str, data_files: str | Sequence[str] | None, split: str, streaming: bool, limits: Limits) -> Any:
+    """As `datasets.load_dataset`, within limits.
+
+    Raises:
+        ValueError: the files exceed the limits, are damaged, or lie outside of the folder that names them.
+    """
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
-    return datasets.load_dataset(path, data_files=files, split=split, streaming=streaming)
+    builder: Any = datasets.load_dataset_builder(path, data_files=files)
+    if files is None and Path(path).is_dir():
+        _check_inside(Path(path), builder.config.data_files or {})
+    if isinstance(builder, datasets.ArrowBasedBuilder):
+        builder._generate_tables = Bounded(builder, limits)  # pyright: ignore[reportAttributeAccessIssue]
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(f"cannot read {path} {files or ''}: {error.__cause__}") from error
+        raise
+    return builder.as_dataset(split=split)
+
+
+def _check_inside(folder: Path, files: Mapping[Any, Sequence[str]]) -> None:
+    """The README of a folder may name any data files, also addresses.
+
+    Raises:
+        ValueError: one of them is not in the folder.
+    """
+    for file in (str(file) for some in files.values() for file in some):
+        if not Path(os.path.abspath(file)).is_relative_to(os.path.abspath(folder)):
+            raise ValueError(f"{folder} names the data file {file}, which is not in it: give data_files if it is meant")
 
 
 def undecoded(rows: Any) -> Any:
@@ -167,7 +205,7 @@ def _undecoded(feature: Any) -> Any:
     """A feature that decodes nothing; the same object if it decodes nothing already."""
     import datasets
 
-    if isinstance(feature, datasets.Image | datasets.Video | datasets.Audio):
+    if "decode" in getattr(feature, "__dataclass_fields__", {}):  # Image, Video, Audio, Pdf and others
         return type(feature)(decode=False) if feature.decode else feature
     if isinstance(feature, datasets.List | datasets.LargeList):
         inner = _undecoded(feature.feature)

@@ -7,10 +7,17 @@ from abc import ABC, abstractmethod
 from torch.utils.data import Dataset
 
 from ..example import Example
+from ..limits import Limits
 
 
 class Source(Dataset, ABC):
-    """Examples by number. Every rank of a pipeline reads each example, so reading one must not open media files."""
+    """Examples by number. Every rank of a pipeline reads each example, so reading one must not open media files.
+
+    Attributes:
+        limits: what its examples may have at most.
+    """
+
+    limits = Limits()
 
     @property
     def name(self) -> str:

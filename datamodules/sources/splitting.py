@@ -22,7 +22,7 @@ class SourceSubset(Source):
         Args:
             indices: the indices of the examples, in the order in which the subset has them.
         """
-        self.whole, self.indices = whole, np.array(indices, dtype=np.int64)
+        self.whole, self.indices, self.limits = whole, np.array(indices, dtype=np.int64), whole.limits
 
     @property
     def name(self) -> str:

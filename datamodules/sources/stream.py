@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ExampleError, reason_of
 from ..example import Example
+from ..limits import Limits
 from .source import Source
 
 Place = Any
@@ -18,7 +19,13 @@ Place = Any
 
 
 class Stream(ABC):
-    """Examples one after another. Every process reads all of them, in the same order."""
+    """Examples one after another. Every process reads all of them, in the same order.
+
+    Attributes:
+        limits: what its examples may have at most.
+    """
+
+    limits = Limits()
 
     @property
     def name(self) -> str:
@@ -48,7 +55,7 @@ class SourceStream(Stream):
             seed: of the order.
             shuffle: whether the order is random, and another one in each repeat.
         """
-        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.source, self.seed, self.shuffle, self.limits = source, seed, shuffle, source.limits
 
     @property
     def name(self) -> str:
@@ -74,7 +81,7 @@ class Taken(Source):
         Args:
             examples: number of examples; a shorter stream has fewer.
         """
-        self._name = f"the start of {stream.name}"
+        self._name, self.limits = f"the start of {stream.name}", stream.limits
         self._examples = [example for example, _ in islice(stream.read(0), examples)]
 
     @property

@@ -6,12 +6,13 @@ Members are read in place: reading a sample reads no bytes of other samples.
 import json
 import posixpath
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example
 from ..files import File
+from ..limits import Limits
 from .data_files import matching, name_of_all, stamp
 from .media_files import IMAGES, VIDEOS
 from .records import DESCRIBE, MEDIA, Records
@@ -28,15 +29,24 @@ class WebDatasetTars(Source):
     messages ``<image>`` and ``<video>`` stand for the media members in the order of their names.
     """
 
-    def __init__(self, paths: str | Sequence[str], prompt: str = DESCRIBE, ignore: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        prompt: str = DESCRIBE,
+        ignore: Sequence[str] = (),
+        link_roots: Sequence[str] = (),
+        limits: Limits = Limits(),
+    ) -> None:
         """
         Args:
             paths: of tar files, or a pattern such as ``shards/*.tar``.
             prompt: the user's words for samples that are only a caption.
             ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out.
                 Other suffixes and keys that are not known are refused.
+            link_roots: folders into which matches of a pattern may be links, besides the pattern's own folder.
+            limits: what its examples may have at most.
         """
-        self.paths, self.ignore = matching(paths, "WebDatasetTars"), tuple(ignore)
+        self.paths, self.ignore, self.limits = matching(paths, "WebDatasetTars", link_roots), tuple(ignore), limits
         self.records = Records((), self.ignore, prompt)
         self._left_out = {suffix.removeprefix(".").lower() for suffix in self.ignore}
         self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
@@ -83,8 +93,12 @@ class WebDatasetTars(Source):
             elif kind in texts:
                 raise ExampleError(f"has more than one .{kind}")
             else:
+                self.limits.check_record(length, suffix)
                 texts[kind] = file.open().read().decode("utf-8-sig")
-        record: Any = json.loads(texts["json"]) if "json" in texts else {}
+        try:
+            record: Any = json.loads(texts["json"]) if "json" in texts else {}
+        except RecursionError as error:
+            raise ExampleError("has .json with objects or lists that are nested too deep to be read") from error
         if not isinstance(record, Mapping):
             raise ExampleError(f"has .json that is no object, but {record!r}")
         record = {key: value for key, value in record.items() if value is not None and key not in self.ignore}
@@ -105,16 +119,30 @@ def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
     samples: dict[str, list[tuple[str, int, int]]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            files = {posixpath.normpath(member.name): member for member in tar}
-            for member in tar:
+            found = list(_forward(tar))
+            files = {posixpath.normpath(member.name): member for member in found}
+            for member in found:
                 if not member.isdir():
                     folder, _, base = member.name.rpartition("/")
                     stem, _, suffix = base.partition(".")
                     key = f"{folder}/{stem}" if folder else stem
                     samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
     return [(path, key, sorted(members)) for key, members in samples.items()]
+
+
+def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """
+    Raises:
+        TarError: a member does not come after the one before: its size is negative, and reading would never end.
+    """
+    end = -1
+    while (member := tar.next()) is not None:
+        if member.size < 0 or member.offset <= end:
+            raise tarfile.ReadError(f"the header of {member.name!r} says that it has {member.size} bytes")
+        end = member.offset
+        yield member
 
 
 def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:

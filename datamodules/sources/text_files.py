@@ -1,6 +1,9 @@
 """A source of plain text files, for pretraining."""
 
 import codecs
+import mmap
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,24 +11,35 @@ import numpy as np
 
 from ..errors import ExampleError
 from ..example import Example
+from ..limits import Limits
 from .data_files import matching, name_of_all, stamp
 from .source import Source
+
+NOT_BLANK = re.compile(rb"\S")
 
 
 class TextFiles(Source):
     """Texts to which no template is applied. All of each text is learnt, and the tokenizer's end token after it."""
 
-    def __init__(self, paths: str | Sequence[str], separator: str | None = None) -> None:
+    def __init__(
+        self,
+        paths: str | Sequence[str],
+        separator: str | None = None,
+        link_roots: Sequence[str] = (),
+        limits: Limits = Limits(),
+    ) -> None:
         """
         Args:
             paths: of files in UTF-8, or a pattern such as ``books/*.txt``.
             separator: the string between the texts of a file, such as a blank line; ``None``: a file is one text. Blank
                 texts between separators are left out.
+            link_roots: folders into which matches of a pattern may be links, besides the pattern's own folder.
+            limits: what its examples may have at most.
         """
         if separator == "":
             raise ValueError("separator is empty: give the string between texts, or None if a file is one text")
-        self.paths, self.separator = matching(paths, "TextFiles"), separator
-        spans = [(i, *span) for i, path in enumerate(self.paths) for span in _spans(Path(path).read_bytes(), separator)]
+        self.paths, self.separator, self.limits = matching(paths, "TextFiles", link_roots), separator, limits
+        spans = [(i, *span) for i, path in enumerate(self.paths) for span in _spans_of(path, separator)]
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
 
     @property
@@ -44,6 +58,7 @@ class TextFiles(Source):
     def __getitem__(self, index: int) -> Example:
         which, start, length = self._spans[index].tolist()
         name = self.paths[which] if self.separator is None else f"{self.paths[which]}, from byte {start}"
+        self.limits.check_record(length, f"({name}) the text")
         with open(self.paths[which], "rb") as file:
             file.seek(start)
             content = file.read(length)
@@ -53,11 +68,23 @@ class TextFiles(Source):
             raise ExampleError(f"({name}) is not valid UTF-8: {error}") from error
 
 
-def _spans(content: bytes, separator: str | None) -> Iterator[tuple[int, int]]:
-    """The first byte and the length of each text of a file."""
-    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
-    between = None if separator is None else separator.encode()
-    for text in [content[start:]] if between is None else content[start:].split(between):
-        if text.strip() or between is None:
-            yield start, len(text)
-        start += len(text) + len(between or b"")
+def _spans_of(path: str, separator: str | None) -> list[tuple[int, int]]:
+    """The first byte and the length of each text of a file, which is not read into memory."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size:
+            return [(0, 0)] if separator is None else []
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = len(codecs.BOM_UTF8) if content[:3] == codecs.BOM_UTF8 else 0
+            if separator is None:
+                return [(start, size - start)]
+            return list(_spans(content, start, size, separator.encode()))
+
+
+def _spans(content: mmap.mmap, start: int, size: int, between: bytes) -> Iterator[tuple[int, int]]:
+    while start <= size:
+        end = content.find(between, start)
+        end = size if end < 0 else end
+        if NOT_BLANK.search(content, start, end):
+            yield start, end - start
+        start = end + len(between)

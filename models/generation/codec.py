@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from ..folders import has_safetensors, reading_weights
 from ..initialization import seeded
 
 _CLASSES: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
@@ -62,7 +63,13 @@ class LatentCodec(nn.Module):
                 self.autoencoder = self._class.from_config(self._arguments)
         else:
             load = self._class.from_pretrained
-            self.autoencoder = load(self.source, torch_dtype=torch.float32, local_files_only=True)
+            with reading_weights(self.source, self._class.__name__):
+                self.autoencoder = load(
+                    self.source,
+                    torch_dtype=torch.float32,
+                    local_files_only=True,
+                    use_safetensors=has_safetensors(self.source),
+                )
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:

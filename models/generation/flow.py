@@ -19,6 +19,7 @@ from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
 from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 
+from ..folders import has_safetensors, reading_weights
 from ..initialization import frozen_as, seeded
 from .codec import LatentCodec
 from .velocity import TRANSFORMERS
@@ -105,10 +106,14 @@ class FlowGenerator(Generator):
             return
         with seeded(self.seed, "generator"):
             self.connector = frozen_as(self.connector, self._new_connector())
-            transformer = self.kind.model.from_config(self._arguments) if self.source is None else None
-        if transformer is None:
-            load = self.kind.model.from_pretrained
-            transformer = load(self.source, torch_dtype=torch.float32, local_files_only=True).train()
+            transformer: Any = self.kind.model.from_config(self._arguments) if self.source is None else None
+        if self.source is not None:
+            load, source = self.kind.model.from_pretrained, self.source
+            with reading_weights(source, self.kind.model.__name__):
+                safe = has_safetensors(source)
+                transformer = load(
+                    source, torch_dtype=torch.float32, local_files_only=True, use_safetensors=safe
+                ).train()
         self.transformer = frozen_as(self.transformer, transformer)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()

@@ -71,6 +71,7 @@ class HFDecoder(HFComponent, LanguageModel):
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
         fused_loss: bool | Literal["liger"] = False,
+        trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
@@ -86,13 +87,14 @@ class HFDecoder(HFComponent, LanguageModel):
             fused_loss: whether to make the gradients of the text loss together with the loss. This spares making the
                 logits a second time where they are too many to be saved, but holds the output weight's gradient until
                 the backward. "liger": do it with the Liger kernels, on GPUs.
+            trust_remote_code: whether Python code that comes with the pretrained model may run, on every rank.
 
         Raises:
             ValueError: the model cannot be cut into stages, or its losses cannot be made (the message says why), or the
                 attention implementation is not installed.
         """
         super().__init__()
-        self._configure(config, seed, attn_implementation, weights, dtype, gradient_checkpointing)
+        self._configure(config, seed, attn_implementation, weights, dtype, gradient_checkpointing, trust_remote_code)
         self._fused = fused_loss
         if fused_loss == "liger":
             liger.check_installed()

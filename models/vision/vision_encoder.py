@@ -116,7 +116,7 @@ class VisionEncoder(Encoder):
         self.width = width
         self._widths = (tower_width, *([] if projector_hidden is None else [projector_hidden]), width)
         with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
-            self.tower: Any = AutoModel.from_config(self.config)
+            self.tower: Any = AutoModel.from_config(self.config, trust_remote_code=False)  # it has a tower of its own
             self.projector = self._new_projector()
         if gradient_checkpointing:
             meta_model.check_checkpointing(self.tower)

@@ -104,6 +104,38 @@ def test_what_cannot_be_exported(
     assert not (tmp_path / "out").exists()
 
 
+def test_hostile_sources_and_damage(tmp_path: Path) -> None:
+    """A checkpoint names the folder that is copied, and may come from a stranger."""
+    zoo.save("llama", tmp_path)
+    model, config = zoo.load("llama", tmp_path), zoo.MODELS["llama"].config().to_dict()
+    state = {f"llm.{name}": tensor for name, tensor in model.state_dict().items()}
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("secret")
+    path, out = str(tmp_path / "a.ckpt"), str(tmp_path / "out")
+
+    def save(source: str) -> None:
+        noted = {"config": config, "source": str(tmp_path / source), "lora": {}}
+        torch.save({"state_dict": state, "hugging_face": noted}, path)
+
+    save("secret")
+    with pytest.raises(ValueError, match=r"names the folder .*secret to copy .* no config\.json of model_type 'llama'"):
+        export_command.export_checkpoint(path, out)
+    save("llama")
+    (tmp_path / "llama" / "notes").symlink_to("../secret/key")
+    with pytest.raises(ValueError, match=r"notes is a link to .*key, out of the folder"):
+        export_command.export_checkpoint(path, out)
+    (tmp_path / "llama" / "notes").unlink()
+    whole = Path(path).read_bytes()
+    weight = state["llm.model.norm.weight"].numpy().tobytes()
+    at = whole.index(weight)
+    Path(path).write_bytes(whole[:at] + bytes(4) + whole[at + 4 :])  # the same size
+    with pytest.raises(ValueError, match=r"is not whole: .* is damaged"):
+        export_command.export_checkpoint(path, out)
+    assert not (tmp_path / "out").exists()
+    Path(path).write_bytes(whole)
+    export_command.export_checkpoint(path, out)
+
+
 def keys(folder: Path) -> set[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return set(file.keys())

@@ -15,6 +15,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.video_utils import load_video
 
 from bigmac_lightning.datamodules import ExampleError, File, PatchProcessor, Size, Video
+from bigmac_lightning.datamodules.limits import Limits
 from bigmac_lightning.datamodules.media import packets, videos
 from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.datamodules.media.packets import VideoStream
@@ -168,19 +169,18 @@ def test_where_a_jump_leads_astray_it_is_read_straight_through(tmp_path: Path, m
     assert torch.equal(read_frames(File.at(path), size, range(0, size.frames, 4)), expected)
 
 
-@pytest.mark.parametrize("limit", ["MAX_FRAMES", "MAX_PIXELS"])
-def test_too_much(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.mkv"
+@pytest.mark.parametrize(("limit", "found"), [("frames", "21 frames or more"), ("pixels", "48 x 64 pixels")])
+@pytest.mark.parametrize("ending", ["mkv", "mp4"])
+def test_too_much(limit: str, found: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
     encoded()(path)
-    monkeypatch.setattr({"MAX_FRAMES": videos, "MAX_PIXELS": packets}[limit], limit, 20)
-    with pytest.raises(
-        ExampleError, match=r"a\.mkv cannot be read: it has (more than 20 frames|48 x 64 pixels; the most)"
-    ):
-        measure(Video(File.at(path)))
+    text = rf"cannot be read: it has {'[0-9]* frames or more' if limit == 'frames' else found}; the most is 20\. If"
+    with pytest.raises(ExampleError, match=rf"a\.{ending} {text} this is meant, raise limits\.{limit}"):
+        measure(Video(File.at(path)), Limits(**{limit: 20}))
 
 
 def test_frames_that_grow_beyond_the_limit_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packets, "MAX_PIXELS", H * W)
+    monkeypatch.setattr(videos, "MAX_PIXELS", H * W)
     growing(tmp_path / "a.ts")
     file = File.at(tmp_path / "a.ts")
     size = measure(Video(file))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -350,12 +351,17 @@ trainer.fit(Dies(), ToyData(steps=50))
         pytest.param(
             *(Row("trainer", "optimizer", 1, "lock"), 1, "Nothing was heard of rank 1"), marks=pytest.mark.wide
         ),
-        (Row("trainer", "between", 1, "term twice"), 0, "SIGTERM: all ranks stop before one of the next batches"),
+        pytest.param(
+            *(Row("trainer", "between", 1, "term twice"), 0, "SIGTERM: all ranks stop before one of the next batches"),
+            marks=pytest.mark.wide,  # test_stopping.py has it in one process
+        ),
     ],
     ids=str,
 )
-def test_a_fault_ends_the_run(row: Row, code: int, words: str) -> None:
+def test_a_fault_ends_the_run(row: Row, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """See benchmarks/faults.py, which has many more."""
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "1000")
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", f"{tmp_path}/rank_")
     result = run_row(row)
     assert result.seconds is not None, result.log
     assert not result.left
@@ -364,6 +370,10 @@ def test_a_fault_ends_the_run(row: Row, code: int, words: str) -> None:
     ours = result.log if row.launcher == "trainer" else ""  # torchrun has one of its own
     assert ours.count("Traceback (most") == (row.fault == "raise"), result.log
     assert ("preempted" in result.saved) == (code == 0)
+    if row.fault == "hang":
+        for rank in (0, 1):
+            entries = pickle.loads((tmp_path / f"rank_{rank}").read_bytes())["entries"]
+            assert "gloo:all_reduce" in {entry["profiling_name"].split(" ")[0] for entry in entries}
 
 
 def test_a_rank_that_hangs_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

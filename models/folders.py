@@ -1,0 +1,72 @@
+"""Folders of pretrained models, which strangers may have written: which of their files weights are read from.
+
+The libraries prefer safetensors. Pickles (``.bin``, ``.pt``) are read only if they hold nothing but tensors.
+"""
+
+import json
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bigmac_lightning.checkpoints.safe import named_in
+
+ADAPTER = "adapter_config.json"
+
+
+@contextmanager
+def reading_weights(source: str, model: str) -> Iterator[None]:
+    """Checks a folder before the block, in which a library reads the weights, and turns the library's errors into clear
+    ones.
+
+    Args:
+        source: the folder.
+        model: what errors call the model.
+
+    Raises:
+        ValueError: there is no such folder, its weights cannot be read, or they would be read from somewhere else.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint folder at {source}")
+    if (folder / ADAPTER).exists():
+        raise ValueError(
+            f"{source} has adapters beside its weights ({ADAPTER}), which would change the model: merge them into the "
+            f"weights with peft, or remove {ADAPTER}"
+        )
+    for index in sorted(folder.glob("*.index.json")):
+        _check_index(index)
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"cannot load {source} as a {model}: it holds {named_in(error)}. {UNSAFE}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        hint = "" if has_safetensors(source) else f" {UNSAFE}"
+        raise ValueError(f"cannot load {source} as a {model}: {error}{hint}") from error
+
+
+UNSAFE = (
+    "It has no safetensors. Other files of weights are pickles, which could run code, so they are read only if they "
+    "hold nothing but tensors: save the model as safetensors"
+)
+
+
+def _check_index(index: Path) -> None:
+    """
+    Raises:
+        ValueError: it is damaged, or names files outside of its folder.
+    """
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        outside = sorted(name for name in names if Path(name).name != name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+    if outside:
+        raise ValueError(f"{index} names the file {outside[0]!r}, which is not in its folder")
+
+
+def has_safetensors(source: str) -> bool:
+    """Whether a folder has weights as safetensors, or no other weights."""
+    return any(Path(source).glob("*.safetensors")) or not any(Path(source).glob("*.bin"))
