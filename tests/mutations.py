@@ -170,9 +170,8 @@ FAULTS = [
     Fault(
         "layers on different ranks share their dropout masks",
         f"{PACKAGE}/training/runner.py",
-        "        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:\n"
-        "            return nullcontext()",
-        "        return nullcontext()",
+        "return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank, *context)",
+        "return seeded(self.mesh.device, self.seed, step)",
         "tests/runtime/test_randomness.py",
     ),
     Fault(

@@ -453,20 +453,25 @@ class BigMacStrategy(SteppingStrategy):
         go_on(self.lightning_module.trainer)
         self.runner.refresh()  # in a resumed run, a callback may have unfrozen parts again
 
-    def on_validation_start(self) -> None:
+    def _enter_evaluation(self) -> None:
         self.enter_loop()
+        assert self.lightning_module is not None
+        self.runner.begin_evaluation(self.lightning_module.trainer.fit_loop.total_batch_idx)
+
+    def on_validation_start(self) -> None:
+        self._enter_evaluation()
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         self._check_evaluation("num_val_batches")
         super().on_validation_start()
 
     def on_test_start(self) -> None:
-        self.enter_loop()
+        self._enter_evaluation()
         self.runner.sharding.hold()
         self._check_evaluation("num_test_batches")
         super().on_test_start()
 
     def on_predict_start(self) -> None:
-        self.enter_loop()
+        self._enter_evaluation()
         self.runner.sharding.hold()
         self._check_evaluation("num_predict_batches")
         super().on_predict_start()

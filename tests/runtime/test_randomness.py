@@ -70,7 +70,9 @@ def test_ranks_draw_other_numbers() -> None:
                 assert not _same(steps[0], other[0])
 
 
-def test_one_process_draws_from_the_common_state() -> None:
+def test_one_process_draws_by_step_as_well() -> None:
+    """So that a run on one rank is resumed exactly, too."""
     ((steps, _, untouched),) = run_ranks(1, _masks, 1, 1, "nested")
-    assert not untouched
-    assert not _same(steps[0], steps[2])
+    assert untouched
+    assert _same(steps[0], steps[2])
+    assert not _same(steps[0], steps[1])
