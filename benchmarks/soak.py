@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +125,22 @@ def look() -> tuple[int, int, int, int]:
     """Resident bytes, open files and threads of this process, and resident bytes of its workers."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    workers = [w for t in Path("/proc/self/task").iterdir() for w in (t / "children").read_text().split()]
     own, files, threads = resident("self"), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    return own, files, threads, sum(resident(worker) for worker in workers if python(worker))
+    return own, files, threads, sum(resident(worker) for worker in workers())
 
 
 def resident(process: str) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
 
 
-def python(process: str) -> bool:
-    """Whether a child is a worker, and not another rank, which has an environment of its own."""
-    return Path(f"/proc/{process}/environ").read_bytes() == Path("/proc/self/environ").read_bytes()
+def workers() -> list[str]:
+    """The processes that load data for this one. Other ranks, which rank 0 has started, have another environment."""
+    found: list[str] = []
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # the thread has ended
+            found += Path(f"/proc/self/task/{thread}/children").read_text().split()
+    own = Path("/proc/self/environ").read_bytes()
+    return [worker for worker in found if Path(f"/proc/{worker}/environ").read_bytes() == own]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -215,7 +220,9 @@ def disturbed(given: argparse.Namespace, folder: Path) -> list[str]:
             except ProcessLookupError:
                 continue
         seconds = end(process, folder)
-        lines.append(f"{how}{'' if how.endswith('all') else f' (rank {rank})'} at step {at}, gone after {seconds:.0f} s")
+        lines.append(
+            f"{how}{'' if how.endswith('all') else f' (rank {rank})'} at step {at}, gone after {seconds:.0f} s"
+        )
         print(lines[-1], flush=True)
     process = start(given, folder)
     follow(process, folder, None)

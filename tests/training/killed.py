@@ -29,7 +29,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn
 from torch.utils.data import DataLoader
 
 from bigmac_lightning.callbacks import PreemptionCheckpoint
@@ -42,7 +41,7 @@ from bigmac_lightning.training.options import ShardingOptions
 from tests.datamodules.examples import TARGET, VOCABULARY, data, model, write_mixed
 from tests.datamodules.test_streams import ONE, arguments, write_streamed
 from tests.models.parts import decoder_config
-from tests.toy import ToyData, toy_batch
+from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import QUIET, strategy_of
 
 LAYERS = 6
@@ -97,7 +96,7 @@ class Case:
         kind: of data: "source", "stream", "mix" of both, or "toys": batches whose microbatches replicas divide.
         layouts: of the first attempt and of those after it; the last one goes on.
         schedule: "cosine", "constant", or "plateau" of the validation's loss, by epoch or by validation.
-        validate: every how many batches; 0: after each epoch.
+        validate: every how many batches; 0: after each epoch; -1: after each second epoch.
         save: every how many optimizer steps; 0: after each validation.
     """
 
@@ -130,19 +129,30 @@ class Case:
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
-class Model(MultimodalLM):
+class OnPlateau(pl.LightningModule):
+    """Its learning rate may follow a metric."""
+
     plateau = False
 
     def configure_optimizers(self) -> Any:
-        found = super().configure_optimizers()
+        found: Any = super().configure_optimizers()
         if self.plateau:
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(found["optimizer"], factor=0.5, patience=0)
+            # patience so low that every epoch without a better loss changes the rate
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(found["optimizer"], "max", factor=0.5, patience=0)
             found["lr_scheduler"] = {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"}
         return found
 
 
+class Model(OnPlateau, MultimodalLM):
+    pass
+
+
+class Toy(OnPlateau, ToyModule):
+    pass
+
+
 class Toys(ToyData):
-    """Four batches of an epoch, of each of which a replica has every `dp`th microbatch."""
+    """Eight batches of an epoch, of each of which a replica has every `dp`th microbatch."""
 
     def collate(self, indices: list[int]) -> Batch:
         (index,) = indices
@@ -152,7 +162,7 @@ class Toys(ToyData):
         return Batch(made.microbatches[place["rank"] :: place["num_replicas"]], self.layout)
 
     def train_dataloader(self) -> Any:
-        return Places(range(8), batch_size=1, collate_fn=self.collate, shuffle=False)
+        return Places(range(8), batch_size=1, collate_fn=self.collate)
 
 
 class Places(DataLoader[Any]):
@@ -206,7 +216,7 @@ class Watch(pl.Callback):
 def _module(case: Case) -> MultimodalLM:
     changes = {"attention_dropout": case.dropout, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
     given = model()
-    made = Model(
+    return Model(
         HFDecoder(decoder_config(**changes)),
         dict(given.encoders),  # pyright: ignore[reportArgumentType]
         dict(given.generators),  # pyright: ignore[reportArgumentType]
@@ -214,8 +224,6 @@ def _module(case: Case) -> MultimodalLM:
         schedule="cosine" if case.schedule == "cosine" else "constant",
         warmup_steps=2,
     )
-    made.plateau = case.schedule == "plateau"
-    return made
 
 
 def _data(case: Case, folder: Path, layout: Layout) -> Any:
@@ -247,7 +255,8 @@ def _trainer(case: Case, layout: Layout, place: Path, watch: Watch) -> pl.Traine
     saving = ModelCheckpoint(
         place / "saved", filename="{epoch}-{step}", save_top_k=case.keep, save_last=last, monitor=None, **every
     )
-    options: dict[str, Any] = {"val_check_interval": case.validate} if case.validate else {}
+    options: dict[str, Any] = {"val_check_interval": case.validate} if case.validate > 0 else {}
+    options |= {"check_val_every_n_epoch": 2} if case.validate < 0 else {}
     return pl.Trainer(
         **{**QUIET, "num_sanity_val_steps": case.sanity},
         default_root_dir=place,
@@ -297,21 +306,12 @@ def _train(rank: int, case: Case, layout: Layout, folder: Path, place: Path, att
     saved = str(place / "saved")
     sys.addaudithook(lambda _, given: count("file") if given and str(given[0]).startswith(saved) else None)
     toys = case.kind == "toys"
-    module = _toy_module() if toys else _module(case)
+    module = Toy(LAYERS) if toys else _module(case)
+    module.plateau = case.schedule == "plateau"
     trainer.fit(module, Toys() if toys else _data(case, folder, layout), ckpt_path="auto")
     weights = {name: whole_of(p.detach()).clone() for name, p in module.named_parameters()}
     torch.save(weights, place / f"weights-{rank}")
     (place / f"counts-{attempt}-{rank}").write_text(json.dumps(counts))
-
-
-def _toy_module() -> Any:
-    from tests.toy import ToyModule
-
-    class Module(ToyModule):
-        def validation_step(self, batch: Batch, batch_idx: int) -> None:
-            super().validation_step(batch, batch_idx)
-
-    return Module(layers=LAYERS)
 
 
 def _hurt(kill: Kill, rank: int, world: int, place: Path) -> None:
@@ -495,7 +495,7 @@ def check(case: Case, folder: Path, place: Path) -> list[str]:
     for path in undisturbed.glob("counts-0-*"):
         shutil.copy(path, disturbed)
     story = []
-    done = False
+    done, layout = False, first
     for number, kill in enumerate([*case.kills, None, None, None]):
         layout = case.layouts[min(number, len(case.layouts) - 1)]
         saved = newest_step(disturbed)
@@ -564,6 +564,7 @@ def draw(seed: int) -> Case:
     if kind == "toys":
         layouts = [replace(layout, workers=0) for layout in layouts]
     directory = r.random() < 0.7
+    schedule = r.choice(["cosine", "constant", "plateau"])
     return Case(
         kind=kind,
         layouts=tuple(layouts),
@@ -574,9 +575,9 @@ def draw(seed: int) -> Case:
         ordered=r.random() < 0.2,
         videos=r.random() < 0.2,
         dropout=0.2 if same and kind != "toys" and r.random() < 0.5 else 0.0,
-        schedule=r.choice(["cosine", "constant", "plateau"]),
+        schedule=schedule,
         clip=r.choice([None, 0.5]),
-        validate=r.choice([0, 0, 1, 2, 3]),
+        validate=r.choice([0, 0, 1, 2, 3] + [-1] * (schedule != "plateau")),
         save=r.choice([0, 1, 1, 2, 3]),
         keep=r.choice([1, 1, -1]),
         last=r.choice(["", "", "copy", "link"]),
