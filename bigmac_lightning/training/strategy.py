@@ -68,6 +68,9 @@ from bigmac_lightning.training.watching import Watching
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
 
+FLOAT32 = "float32_gradients"
+"""Where the state of the fit loop says whether gradients are summed in float32, as a run must not change that."""
+
 NOT_COMPARED = (
     "self",
     "__class__",
@@ -215,6 +218,7 @@ class BigMacStrategy(SteppingStrategy):
         self._check_batches: When = check_batches
         self._ranks = Ranks()
         self._float32_gradients, self._accumulate = float32_gradients, accumulate
+        self._float32_before: bool | None = None  # in the run that is resumed
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -369,7 +373,7 @@ class BigMacStrategy(SteppingStrategy):
             module,
             self._runner,
             self.precision_plugin,
-            self._float32_gradients,
+            self._float32_before if self._float32_gradients is None else self._float32_gradients,
             self._on_nonfinite,
             self._check_replicas_every,
             compare,
@@ -423,6 +427,7 @@ class BigMacStrategy(SteppingStrategy):
             if well and started_here and dist.is_initialized():
                 self.barrier()  # no rank's process ends before all outlive it
             self.close_module()
+            self._float32_before = None
             if any(parameter.is_meta for parameter in module.parameters()):
                 self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
         if self._watching is not None:
@@ -500,8 +505,15 @@ class BigMacStrategy(SteppingStrategy):
         check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self._steps is not None and "loops" in checkpoint:
+            checkpoint["loops"]["fit_loop"]["state_dict"][FLOAT32] = self._steps.float32_gradients
         with self._watching.patient() if self._watching is not None else nullcontext():
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        found = super().load_checkpoint(checkpoint_path, weights_only)
+        self._float32_before = found.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get(FLOAT32)
+        return found
 
     def tell_others(self) -> None:
         error = sys.exception()
