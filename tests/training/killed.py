@@ -137,8 +137,8 @@ class OnPlateau(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         found: Any = super().configure_optimizers()
         if self.plateau:
-            # patience so low that every epoch without a better loss changes the rate
-            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(found["optimizer"], "max", factor=0.5, patience=0)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(found["optimizer"], factor=0.7, patience=0)
+            schedule.best = 0.0  # each loss is worse, so that each epoch changes the rate
             found["lr_scheduler"] = {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"}
         return found
 

@@ -23,7 +23,7 @@ FEW = {
         save=4,
         precision="bf16-true",  # of which more than 8 microbatches are summed in float32, if the first batch has them
     ),
-    "before-epoch-end": Case("toys", ONE, (Kill(when="save", share=0.2),), validate=-1, save=8),
+    "before-epoch-end": Case("source", ONE, (Kill(when="save", share=0.2),), validate=-1, save=7),
     # one rank is lost within a step, then all stop at a signal within an accumulation
     "two-kills": Case(
         "mix",
