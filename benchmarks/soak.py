@@ -88,7 +88,9 @@ def train(steps: int, ranks: int, folder: Path, features: set[str]) -> None:
             self.losses = (folder / f"losses-{rank}").open("a", buffering=1)
             self.looks = (folder / f"looks-{rank}").open("a", buffering=1)
 
-        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             self.losses.write(f"{trainer.global_step} {float(outputs['loss']).hex()}\n")
             if trainer.global_step % LOOK == 0:
                 self.looks.write(f"{trainer.global_step} {' '.join(map(str, look()))}\n")

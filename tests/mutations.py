@@ -350,6 +350,13 @@ FAULTS = [
         "tests/runtime/test_randomness.py",
     ),
     Fault(
+        "loaders of others do not go back to the last optimizer step",
+        f"{PACKAGE}/training/accumulation_loader.py",
+        "    return RewindingLoader(loader, trainer) if foreign else loader",
+        "    return loader",
+        "tests/datamodules/test_resumed_runs.py -k others",
+    ),
+    Fault(
         "read-ahead batches count as used",
         f"{PACKAGE}/training/accumulation_loader.py",
         "state = self._before if uncounted(self._trainer) else self._state",

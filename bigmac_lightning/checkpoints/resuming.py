@@ -117,6 +117,14 @@ def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -
     for which, batches in (("current", now.current.ready - back), ("total", now.total.ready - back)):
         progress[which].update(ready=batches, started=batches, processed=batches, completed=batches)
     progress["is_last_batch"] = False
+    combined: Any = trainer.fit_loop._combined_loader
+    others = [x for x in combined.flattened if isinstance(x, _Stateful) and not isinstance(x, ResumableLoader)]
+    if names := sorted({type(loader).__name__ for loader in others if not getattr(loader, "rewinds", False)}):
+        rank_zero_warn(
+            f"{back} batches since the last optimizer step have gradients that are not saved. A run that resumes from "
+            f"this checkpoint should run them again, but leaves them out, as the state of {', '.join(names)} cannot go "
+            "back: save after an optimizer step"
+        )
 
 
 def go_on(trainer: pl.Trainer) -> None:

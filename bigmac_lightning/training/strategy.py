@@ -44,7 +44,7 @@ from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
-from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.accumulation_loader import counting, rewinding
 from bigmac_lightning.training.agreement import check_same
 from bigmac_lightning.training.batch_agreement import BatchAgreement, When
 from bigmac_lightning.training.batch_facts import fingerprint
@@ -322,9 +322,11 @@ class BigMacStrategy(SteppingStrategy):
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         module = self.lightning_module
-        if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
+        if not isinstance(module, PipelineModule) or not module.trainer.training:
+            return dataloader
+        if self._accumulate == "tokens":
             return counting(dataloader, module.trainer, module.counts)
-        return dataloader
+        return rewinding(dataloader, module.trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Prepare a batch while it is on the CPU. On the device, this would wait for the device."""
