@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.killed import Case, Kill, Layout, check, draw, make_data
+from tests.training.killed import check, draw
+from tests.training.killed_run import Case, Kill, Layout, make_data
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what the runs warn of is looked at elsewhere
 
