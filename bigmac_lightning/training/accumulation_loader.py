@@ -54,8 +54,10 @@ class RewindingLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        return self._batches(iter(self.loader))  # at once, as other loaders use their state here
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
-        batches = iter(self.loader)
         while True:
             size = self._trainer.accumulate_grad_batches
             if given % size == 0:
@@ -96,8 +98,10 @@ class AccumulationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        return self._batches(iter(self.loader))  # at once, as other loaders use their state here
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
-        batches = iter(self.loader)
         self._state = self._loader_state()
         while step := self._read(batches, given):
             self._before = self._state
