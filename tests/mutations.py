@@ -170,9 +170,8 @@ FAULTS = [
     Fault(
         "layers on different ranks share their dropout masks",
         f"{PACKAGE}/training/runner.py",
-        "        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:\n"
-        "            return nullcontext()",
-        "        return nullcontext()",
+        "return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank, *context)",
+        "return seeded(self.mesh.device, self.seed, step)",
         "tests/runtime/test_randomness.py",
     ),
     Fault(
@@ -314,6 +313,48 @@ FAULTS = [
         "            loader.load_state_dict(state)\n",
         "            pass\n",
         "tests/datamodules/test_resumed_runs.py",
+    ),
+    Fault(
+        "a validation that was due when a checkpoint was saved is left out",
+        f"{PACKAGE}/checkpoints/after_batch.py",
+        "    if validates:  # as if",
+        "    if False:  # as if",
+        "tests/training/test_killed.py -k validation",
+    ),
+    Fault(
+        "an epoch that was due to end begins anew",
+        f"{PACKAGE}/checkpoints/after_batch.py",
+        "        fetcher.done = True\n",
+        "        pass\n",
+        "tests/training/test_killed.py -k epoch",
+    ),
+    Fault(
+        "schedules that follow a metric stand still at the end of a resumed epoch",
+        f"{PACKAGE}/checkpoints/after_batch.py",
+        "    loop._restarting = False",
+        "    pass",
+        "tests/training/test_killed.py -k validation",
+    ),
+    Fault(
+        "a resumed run sums gradients in another type",
+        f"{PACKAGE}/training/strategy.py",
+        "            self._float32_before if self._float32_gradients is None else self._float32_gradients,\n",
+        "            self._float32_gradients,\n",
+        "tests/training/test_killed.py -k validation",
+    ),
+    Fault(
+        "random numbers of a step depend on the steps before",
+        f"{PACKAGE}/training/runner.py",
+        'step = self.step if mode == "train" else',
+        'step = torch.rand(()) if mode == "train" else',
+        "tests/runtime/test_randomness.py",
+    ),
+    Fault(
+        "loaders of others do not go back to the last optimizer step",
+        f"{PACKAGE}/training/accumulation_loader.py",
+        "    return RewindingLoader(loader, trainer) if foreign else loader",
+        "    return loader",
+        "tests/datamodules/test_resumed_runs.py -k others",
     ),
     Fault(
         "read-ahead batches count as used",

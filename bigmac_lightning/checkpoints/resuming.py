@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 
+from bigmac_lightning.checkpoints import after_batch
+
 
 class ResumableLoader(ABC):
     """A training loader that can continue at any batch, within an epoch and between two.
@@ -98,19 +100,31 @@ def repeats_batches(trainer: object) -> bool:
 
 def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -> None:
     """Set the counters of a checkpoint's loops back to the last optimizer step, to which the states of
-    `ResumableLoader`s belong.
+    `ResumableLoader`s belong, and note what is due after it.
 
     Args:
         trainer: the trainer that saves the checkpoint; ``None``: the training was in other processes.
     """
     back = 0 if trainer is None else uncounted(trainer)
-    if trainer is None or not back or "loops" not in checkpoint:
+    if trainer is None or "loops" not in checkpoint:
+        return
+    after_batch.note_metrics(checkpoint, trainer)
+    if not back:
+        after_batch.note_due(checkpoint, trainer)
         return
     now = trainer.fit_loop.epoch_loop.batch_progress
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for which, batches in (("current", now.current.ready - back), ("total", now.total.ready - back)):
         progress[which].update(ready=batches, started=batches, processed=batches, completed=batches)
     progress["is_last_batch"] = False
+    combined: Any = trainer.fit_loop._combined_loader
+    others = [x for x in combined.flattened if isinstance(x, _Stateful) and not isinstance(x, ResumableLoader)]
+    if names := sorted({type(loader).__name__ for loader in others if not getattr(loader, "rewinds", False)}):
+        rank_zero_warn(
+            f"{back} batches since the last optimizer step have gradients that are not saved. A run that resumes from "
+            f"this checkpoint should run them again, but leaves them out, as the state of {', '.join(names)} cannot go "
+            "back: save after an optimizer step"
+        )
 
 
 def go_on(trainer: pl.Trainer) -> None:
@@ -124,6 +138,7 @@ def go_on(trainer: pl.Trainer) -> None:
     loop: Any = trainer.fit_loop
     if not loop.is_resuming:
         return
+    after_batch.make_up(trainer, getattr(trainer.lightning_module, "resumed_metrics", None))
     if loop.restarted_on_epoch_end:  # with max_steps, Lightning would count the finished epoch twice
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
@@ -131,6 +146,7 @@ def go_on(trainer: pl.Trainer) -> None:
     _complete_callbacks(trainer)
     if loop._combined_loader is not None:
         _resume_loaders(loop)
+    after_batch.end_epoch(trainer)
 
 
 def _complete_callbacks(trainer: pl.Trainer) -> None:

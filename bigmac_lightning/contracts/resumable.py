@@ -12,9 +12,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.after_batch import metrics_in
 from bigmac_lightning.checkpoints.optimizer_state import numbered_state
 from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, read_directory, refuse
 from bigmac_lightning.checkpoints.resuming import go_on, stand_at_last_step
@@ -27,7 +29,12 @@ class ResumableModule(pl.LightningModule):
     """A LightningModule that is resumed exactly, from the directories and files of strategy="bigmac" as well.
 
     A subclass that overrides one of these hooks must call the hook of this class as well.
+
+    Attributes:
+        resumed_metrics: the metrics of the checkpoint that was loaded last; ``None``: there is none, or it has none.
     """
+
+    resumed_metrics: dict[str, Tensor] | None = None
 
     @property
     def tied_copies(self) -> dict[str, str]:
@@ -60,12 +67,14 @@ class ResumableModule(pl.LightningModule):
         stand_at_last_step(checkpoint, self._trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that has two different weights where this model ties them to one.
+        """Remember the checkpoint's metrics; refuse a checkpoint that has two different weights where this model ties
+        them to one.
 
         Raises:
             ValueError: it has; the message names them.
         """
         check_tied(checkpoint["state_dict"], self.tied_copies, "the checkpoint")
+        self.resumed_metrics = metrics_in(checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

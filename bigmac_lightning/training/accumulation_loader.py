@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.types import _Stateful
 
-from bigmac_lightning.checkpoints.resuming import uncounted
+from bigmac_lightning.checkpoints.resuming import ResumableLoader, uncounted
 from bigmac_lightning.contracts.batch import Batch
 
 
@@ -22,6 +23,54 @@ def counting(loader: Any, trainer: pl.Trainer, counts: Callable[[Batch], Sequenc
     """
     stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     return (_StatefulAccumulationLoader if stateful else AccumulationLoader)(loader, trainer, counts)
+
+
+def rewinding(loader: Any, trainer: pl.Trainer) -> Any:
+    """A loader of any class whose state is that of `loader` at the last optimizer step; or `loader` itself if it has no
+    state or goes back by itself."""
+    foreign = isinstance(loader, _Stateful) and not isinstance(loader, ResumableLoader)
+    return RewindingLoader(loader, trainer) if foreign else loader
+
+
+class RewindingLoader:
+    """Remembers the state of a loader at each optimizer step, where a step has several batches."""
+
+    rewinds = True
+
+    def __init__(self, loader: Any, trainer: pl.Trainer) -> None:
+        self.loader, self._trainer = loader, trainer
+        self._before: dict[str, Any] | None = None  # where the current optimizer step begins
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":  # of a copy that has none yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches(iter(self.loader))  # at once, as other loaders use their state here
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
+        while True:
+            size = self._trainer.accumulate_grad_batches
+            if given % size == 0:
+                self._before = dict(self.loader.state_dict()) if size > 1 else None
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+            given += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._before if self._before is not None and uncounted(self._trainer) else self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+        self._before = None
 
 
 class AccumulationLoader:
@@ -45,8 +94,10 @@ class AccumulationLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        return self._batches(iter(self.loader))  # at once, as other loaders use their state here
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
-        batches = iter(self.loader)
         self._state = self._loader_state()
         while step := self._read(batches, given):
             self._before = self._state
@@ -83,6 +134,8 @@ class _StatefulAccumulationLoader(AccumulationLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
         self._before = self._state = None
+
+    rewinds = True
 
     def _loader_state(self) -> dict[str, Any] | None:
         return dict(self.loader.state_dict())

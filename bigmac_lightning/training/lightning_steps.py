@@ -42,6 +42,7 @@ class LightningSteps:
     Attributes:
         last_of_step: whether the next batch is the last one of an optimizer step.
         skipped: how many optimizer steps were left out because they were not finite.
+        float32_gradients: see below; ``None`` until it is found out, with the first batch.
 
     Args:
         float32_gradients: whether gradients of 16-bit weights are summed in float32; ``None``: if an optimizer step has
@@ -65,7 +66,7 @@ class LightningSteps:
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped, self._skips = 0, False
         self._module, self._runner, self._precision = module, runner, precision
-        self._float32_gradients = float32_gradients
+        self.float32_gradients = float32_gradients
         self._loss: Tensor | None = None
         self._stash: list[tuple[nn.Parameter, Tensor | None]] | None = None
         self._first_of_step = self.last_of_step = True
@@ -217,9 +218,9 @@ class LightningSteps:
 
     def _sums_in_float32(self, batch: Batch) -> bool:
         """Whether gradients are summed in float32: the same on all ranks, and for the whole run."""
-        if self._float32_gradients is None:
+        if self.float32_gradients is None:
             most = torch.tensor(len(batch) * self._batches, device=self._runner.mesh.device)
             if dist.get_world_size() > 1:
                 dist.all_reduce(most, dist.ReduceOp.MAX)
-            self._float32_gradients = most.item() > MANY_MICROBATCHES
-        return self._float32_gradients
+            self.float32_gradients = most.item() > MANY_MICROBATCHES
+        return self.float32_gradients

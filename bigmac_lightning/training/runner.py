@@ -132,6 +132,14 @@ class PipelineRunner:
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
         self.refresh()
 
+    def begin_evaluation(self, step: int) -> None:
+        """Count the batches of an evaluation anew.
+
+        Args:
+            step: number of the last training step.
+        """
+        self.step, self._evaluated = step, 0
+
     def refresh(self, within_step: bool = False) -> None:
         """Find out again what is trained, as callbacks freeze and unfreeze. Collective over the pipeline; see
         `TrainedParts.refresh`."""
@@ -335,11 +343,10 @@ class PipelineRunner:
     def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
         """Within this context ranks draw different random numbers, because layers must not share dropout masks.
 
-        The ranks' common random state, by which DataModules may draw the same samples on all ranks, stays unchanged.
+        They depend on the place in the run alone, so that a resumed run draws the same ones. The ranks' common random
+        state, by which DataModules may draw the same samples on all ranks, stays unchanged.
         """
-        if self.mesh.pp_size * self.mesh.dp_size == 1 and self.mesh.cp_size == 1:
-            return nullcontext()
-        step = self.step if mode == "train" else f"{mode} {self._evaluated}"
+        step = self.step if mode == "train" else f"{mode} {self.step} {self._evaluated}"
         self._evaluated += mode != "train"
         context = [self.mesh.cp_rank] * (self.mesh.cp_size > 1)  # tensor peers draw the same for the same tokens
         return seeded(self.mesh.device, self.seed, step, self.mesh.dp_rank, self.mesh.pp_rank, *context)

@@ -163,6 +163,8 @@ class SavingStrategy(DDPStrategy):
 
         trainer = self._module._trainer
         if self._async_save and self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            if _is_local_file_protocol(path):  # in which a link to the checkpoint is made before it is written
+                on_first_rank(lambda: Path(path).parent.mkdir(parents=True, exist_ok=True), f"cannot save {path}")
             self._background.start(partial(write, contents.copied(), self._saving_group))
         else:
             write(contents)

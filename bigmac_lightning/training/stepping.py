@@ -33,6 +33,9 @@ STOPPED = 128 + signal.SIGTERM
 """Exit code under torchrun after SIGTERM. After 0, an agent would believe that the run is over, and not start it again
 when the agent that was told to end is replaced."""
 
+FLOAT32 = "float32_gradients"
+"""Where the state of the fit loop says whether gradients are summed in float32, as a run must not change that."""
+
 
 class SteppingStrategy(SavingStrategy):
     """Runs training and evaluation steps.
@@ -46,6 +49,7 @@ class SteppingStrategy(SavingStrategy):
     _steps: LightningSteps | None = None
     _watching: Watching | None = None
     _on_nonfinite: OnNonfinite = "raise"
+    _float32_before: bool | None = None  # in the run that is resumed
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -211,13 +215,21 @@ class SteppingStrategy(SavingStrategy):
         """Begin a loop of evaluation, of which all ranks of a pipeline must run equally many batches."""
         assert self.lightning_module is not None
         self._enter_loop()
+        self.runner.begin_evaluation(self.lightning_module.trainer.fit_loop.total_batch_idx)
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         known = {batches: str(getattr(self.lightning_module.trainer, batches))}
         check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if self._steps is not None and "loops" in checkpoint:
+            checkpoint["loops"]["fit_loop"]["state_dict"][FLOAT32] = self._steps.float32_gradients
         with self._watching.patient() if self._watching is not None else nullcontext():
             super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        found = super().load_checkpoint(checkpoint_path, weights_only)
+        self._float32_before = found.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get(FLOAT32)
+        return found
 
     def tell_others(self) -> None:
         error = sys.exception()

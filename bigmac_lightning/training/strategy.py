@@ -41,7 +41,7 @@ from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
-from bigmac_lightning.training.accumulation_loader import counting
+from bigmac_lightning.training.accumulation_loader import counting, rewinding
 from bigmac_lightning.training.agreement import check_same
 from bigmac_lightning.training.batch_agreement import BatchAgreement, When
 from bigmac_lightning.training.batch_facts import fingerprint
@@ -294,9 +294,11 @@ class BigMacStrategy(SteppingStrategy):
             worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         module = self.lightning_module
-        if self._accumulate == "tokens" and isinstance(module, PipelineModule) and module.trainer.training:
+        if not isinstance(module, PipelineModule) or not module.trainer.training:
+            return dataloader
+        if self._accumulate == "tokens":
             return counting(dataloader, module.trainer, module.counts)
-        return dataloader
+        return rewinding(dataloader, module.trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Prepare a batch while it is on the CPU. On the device, this would wait for the device."""
@@ -345,7 +347,7 @@ class BigMacStrategy(SteppingStrategy):
             module,
             self._runner,
             self.precision_plugin,
-            self._float32_gradients,
+            self._float32_before if self._float32_gradients is None else self._float32_gradients,
             self._on_nonfinite,
             self._check_replicas_every,
             compare,
@@ -399,6 +401,7 @@ class BigMacStrategy(SteppingStrategy):
             if well and started_here and dist.is_initialized():
                 self.barrier()  # no rank's process ends before all outlive it
             self.close_module()
+            self._float32_before = None
             if any(parameter.is_meta for parameter in module.parameters()):
                 self._lightning_module = None  # after an error in setup there are no weights to move to the CPU
         if self._watching is not None:

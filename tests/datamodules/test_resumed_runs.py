@@ -255,16 +255,16 @@ class Estimates(ToyModule):
     """Asks for the number of steps, as a schedule does, by which Lightning makes the loaders early."""
 
     def configure_optimizers(self) -> Any:
-        assert self.trainer.estimated_stepping_batches == 8
+        assert self.trainer.estimated_stepping_batches == 8 // self.trainer.accumulate_grad_batches
         return super().configure_optimizers()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch[0] if isinstance(batch, list) else batch, batch_idx)
 
 
-def _fit_toys(rank: int, strategy: str, saved: str, resumed: str, path: Path) -> Any:
+def _fit_toys(rank: int, strategy: str, saved: str, resumed: str, path: Path, accumulate: int = 1) -> Any:
     def fit(loaders: str, stop: str | None = None, ckpt: Path | None = None) -> list[float]:
-        options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
+        options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0, "accumulate_grad_batches": accumulate}
         callbacks = [] if stop is None else [Stop(stop, path)]
         make: Any = plain_trainer if strategy == "auto" else partial(pipeline_trainer, 2)
         module = Estimates()
@@ -273,9 +273,9 @@ def _fit_toys(rank: int, strategy: str, saved: str, resumed: str, path: Path) ->
         return module.losses
 
     whole = fit(saved)
-    fit(saved, "batch 3")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        fit(saved, "batch 3")
         try:
             return whole, fit(resumed, ckpt=path), " ".join(str(warning.message) for warning in caught)
         except ValueError as error:
@@ -302,3 +302,13 @@ def test_loaders_of_others(strategy: str, tmp_path: Path) -> None:
         for _, rest, error in results(saved, resumed):
             assert rest is None
             assert text in error
+
+
+def test_loaders_of_others_go_back_to_the_last_step(tmp_path: Path) -> None:
+    """In accumulation, batches since the last step run again; other strategies cannot, and say so."""
+    for whole, rest, said in on_ranks(2, _fit_toys, "bigmac", "p", "p", tmp_path / "bigmac.ckpt", 2):
+        assert rest == whole[2:]
+        assert "go back" not in said
+    said = _fit_toys(0, "auto", "p", "p", tmp_path / "auto.ckpt", 2)[2]
+    assert "1 batches since the last optimizer step" in said
+    assert "the state of Places cannot go back" in said

@@ -27,9 +27,9 @@ class _Masks(nn.Module):
         return x
 
 
-def _masks(rank: int, dp: int, pp: int, policy: str) -> tuple[list[list[Tensor]], list[Tensor], bool]:
-    """Of two steps and the first one again: masks of the first layer, masks of an encoder; whether the common state was
-    left alone."""
+def _masks(rank: int, dp: int, pp: int, policy: str) -> tuple[list[list[Tensor]], list[list[Tensor]], bool]:
+    """Of two steps and the first one again, the masks of the first layer; of two evaluations after the same step and
+    one after another step, the masks of an encoder; whether the common state was left alone."""
     torch.manual_seed(5)
     mesh = build_mesh(torch.device("cpu"), dp, pp, range(pp))
     module = ToyModule()
@@ -48,10 +48,14 @@ def _masks(rank: int, dp: int, pp: int, policy: str) -> tuple[list[list[Tensor]]
         mask.seen.clear()
         runner(toy_batch(4, runner.layout), "train")
         steps.append(list(mask.seen))
-    of_encoder.seen.clear()
-    for _ in range(2):
-        runner(toy_batch(4, runner.layout), "sample")
-    return steps, list(of_encoder.seen), torch.equal(before, torch.get_rng_state())
+    sampled = []
+    for step in (7, 7, 8):
+        of_encoder.seen.clear()
+        runner.begin_evaluation(step)
+        for _ in range(2):
+            runner(toy_batch(4, runner.layout), "sample")
+        sampled.append(list(of_encoder.seen))
+    return steps, sampled, torch.equal(before, torch.get_rng_state())
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -70,7 +74,12 @@ def test_ranks_draw_other_numbers() -> None:
                 assert not _same(steps[0], other[0])
 
 
-def test_one_process_draws_from_the_common_state() -> None:
-    ((steps, _, untouched),) = run_ranks(1, _masks, 1, 1, "nested")
-    assert not untouched
-    assert not _same(steps[0], steps[2])
+def test_one_process_draws_by_step_as_well() -> None:
+    """So that a run on one rank is resumed exactly, too."""
+    ((steps, sampled, untouched),) = run_ranks(1, _masks, 1, 1, "nested")
+    assert untouched
+    assert _same(steps[0], steps[2])
+    assert not _same(steps[0], steps[1])
+    assert _same(sampled[0], sampled[1])
+    assert not _same(sampled[0], sampled[2])
+    assert len({tuple(mask.tolist()) for mask in sampled[0]}) > 1, "batches differ"
