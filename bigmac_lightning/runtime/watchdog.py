@@ -96,6 +96,11 @@ class Watchdog:
         """Begin to watch."""
         self._thread.start()
 
+    def enter_loops(self) -> None:
+        """The loops begin. Look at once, as what holds elsewhere must not hold until the next look."""
+        self.in_loops = True
+        self._wake.set()
+
     def stop(self) -> None:
         """Watch no more, as the run is over here. Other processes may go on for a while, and must not take the end of
         this one for a failure."""

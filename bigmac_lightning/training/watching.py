@@ -64,7 +64,7 @@ class Watching:
     def enter_loop(self) -> None:
         """A loop begins, in which a process that does nothing new hangs."""
         self._progress.begin("the start of a loop")
-        self._watchdog.in_loops = True
+        self._watchdog.enter_loops()
 
     def leave_loop(self) -> None:
         """The loop has ended."""
