@@ -317,9 +317,30 @@ FAULTS = [
     Fault(
         "a validation that was due when a checkpoint was saved is left out",
         f"{PACKAGE}/checkpoints/after_batch.py",
-        "    if validates:  # as if",
-        "    if False:  # as if",
+        "    if validates:\n",
+        "    if False:\n",
         "tests/training/test_killed.py -k validation",
+    ),
+    Fault(
+        "a validation that was stopped goes on with as many batches as were left",
+        f"{PACKAGE}/checkpoints/after_batch.py",
+        "    if is_within_validation(trainer):\n        _note",
+        "    if False:\n        _note",
+        "tests/training/test_stopping.py -k validation",
+    ),
+    Fault(
+        "a save of the same tensors keeps old checksums",
+        f"{PACKAGE}/training/repeating.py",
+        "        for place in self.checksums:",
+        "        for place in ():",
+        "tests/training/test_repeating.py",
+    ),
+    Fault(
+        "a save of other tensors is written like the one before",
+        f"{PACKAGE}/training/repeating.py",
+        "value.dtype, value.shape, value.stride(),",
+        "value.dtype,",
+        "tests/training/test_repeating.py",
     ),
     Fault(
         "an epoch that was due to end begins anew",

@@ -26,6 +26,9 @@ def note_due(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
     """Note in a checkpoint what is due after the last batch."""
     loop: Any = trainer.fit_loop
     saved, batches = checkpoint["loops"]["fit_loop"], loop.epoch_loop.batch_progress
+    if is_within_validation(trainer):
+        _note_validation(saved, trainer)
+        return
     if batches.total.processed == batches.total.completed or loop._data_fetcher is None:
         return  # the batch has ended, or there was none
     validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
@@ -33,13 +36,35 @@ def note_due(checkpoint: dict[str, Any], trainer: pl.Trainer) -> None:
         return
     for which in ("current", "total"):  # as after the batch, or Lightning would leave out what is due
         saved["epoch_loop.batch_progress"][which].update(completed=getattr(batches, which).processed)
-    if validates:  # as if it had begun, because Lightning repeats such a validation
-        done = loop.epoch_loop.val_loop.batch_progress.total.completed
-        saved["epoch_loop.val_loop.batch_progress"].update(
-            current=dict.fromkeys(("ready", "started", "processed", "completed"), 0),
-            total={"ready": done + 1, "started": done + 1, "processed": done, "completed": done},
-            is_last_batch=False,
-        )
+    if validates:
+        _note_validation(saved, trainer)
+
+
+def is_within_validation(trainer: pl.Trainer) -> bool:
+    """Whether the training has been stopped within a validation."""
+    total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+    return total.ready > total.completed
+
+
+def _note_validation(saved: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Note that a validation has begun, and done no batch. Lightning repeats such a one, but not batches that it has
+    done."""
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    done = progress.total.completed - progress.current.completed * is_within_validation(trainer)
+    saved["epoch_loop.val_loop.batch_progress"].update(
+        current=dict.fromkeys(("ready", "started", "processed", "completed"), 0),
+        total={"ready": done + 1, "started": done + 1, "processed": done, "completed": done},
+        is_last_batch=False,
+    )
+
+
+def forget_validation(checkpoint: dict[str, Any]) -> None:
+    """Let a resumed training come to the last validation once more."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    done = progress["total"]["completed"] - progress["current"]["completed"]
+    for which, count in (("current", 0), ("total", done)):
+        progress[which] = dict.fromkeys(("ready", "started", "processed", "completed"), count)
+    progress["is_last_batch"] = False
 
 
 def metrics_in(checkpoint: Mapping[str, Any]) -> dict[str, Tensor] | None:

@@ -117,6 +117,8 @@ def stand_at_last_step(checkpoint: dict[str, Any], trainer: pl.Trainer | None) -
     for which, batches in (("current", now.current.ready - back), ("total", now.total.ready - back)):
         progress[which].update(ready=batches, started=batches, processed=batches, completed=batches)
     progress["is_last_batch"] = False
+    if after_batch.is_within_validation(trainer):
+        after_batch.forget_validation(checkpoint)
     combined: Any = trainer.fit_loop._combined_loader
     others = [x for x in combined.flattened if isinstance(x, _Stateful) and not isinstance(x, ResumableLoader)]
     if names := sorted({type(loader).__name__ for loader in others if not getattr(loader, "rewinds", False)}):

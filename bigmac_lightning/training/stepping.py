@@ -22,7 +22,7 @@ from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.training import run_facts
-from bigmac_lightning.training.agreement import check_same
+from bigmac_lightning.training.agreement import check_same, digest_of
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.memory_report import is_out_of_memory, memory_report
 from bigmac_lightning.training.runner import PipelineRunner
@@ -50,6 +50,7 @@ class SteppingStrategy(SavingStrategy):
     _watching: Watching | None = None
     _on_nonfinite: OnNonfinite = "raise"
     _float32_before: bool | None = None  # in the run that is resumed
+    _equally_many = False  # whether all pipelines run equally many batches of the evaluation
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -88,6 +89,11 @@ class SteppingStrategy(SavingStrategy):
     def replica_group(self) -> dist.ProcessGroup | None:
         """A process group of this model replica on the CPU; ``None`` if it has one process."""
         return self.mesh.host_group
+
+    @property
+    def _world_group(self) -> dist.ProcessGroup | None:
+        """A process group of all processes on the CPU; ``None`` if there is one process."""
+        return None if dist.get_world_size() == 1 else self._ranks.group
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -138,9 +144,12 @@ class SteppingStrategy(SavingStrategy):
 
     @contextmanager
     def _evaluation_context(self, loop: str) -> Generator[None, None, None]:
-        """The context of a user's evaluation step. Within a training, signals wait for the next training batch."""
+        """The context of a user's evaluation step. Signals stop the ranks before it; within a training those of all
+        pipelines, which they can do only if all of them run equally many batches."""
         if self._watching is not None and not self._trains:
             self._watching.before_batch(self.replica_group)
+        elif self._watching is not None and self._equally_many:
+            self._watching.before_batch(self._world_group)
         self.progress.begin(f"a batch of the {loop}")
         with self._step_context():
             yield
@@ -219,6 +228,7 @@ class SteppingStrategy(SavingStrategy):
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         known = {batches: str(getattr(self.lightning_module.trainer, batches))}
         check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
+        self._equally_many = self._ranks.exchange("", digest_of(known))()[1]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._steps is not None and "loops" in checkpoint:

@@ -368,7 +368,7 @@ class BigMacStrategy(SteppingStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
         self.barrier()
         if self._watching is not None:
-            self._watching.expect_loops(None if dist.get_world_size() == 1 else self._ranks.group)
+            self._watching.expect_loops(self._world_group)
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""

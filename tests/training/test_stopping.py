@@ -72,6 +72,52 @@ def test_all_ranks_stop_together(number: int, told: int, dp: int, tmp_path: Path
         assert all(torch.equal(found[name], value) for name, value in expected[rank].items())
 
 
+class _ToldInValidation(ToyModule):
+    """Gets a signal in the second validation."""
+
+    def __init__(self, told: int | None) -> None:
+        super().__init__()
+        self.told = told
+        self.validated: list[tuple[int, int]] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated.append((self.global_step, batch_idx))
+        if self.told is not None and (self.global_step, batch_idx, self.global_rank) == (4, 1, self.told):
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().validation_step(batch, batch_idx)
+
+
+class _Validating(ToyData):
+    def val_dataloader(self) -> Any:
+        return self.loader(6, first=1000)
+
+
+def _in_validation(rank: int, told: int | None, dp: int, folder: Path) -> tuple[Any, Any]:
+    """Weights after six steps, and the batches of validations that were run, by run."""
+    path, ran = None, []
+    for attempt in range(1 if told is None else 2):
+        callback, module = PreemptionCheckpoint(folder), _ToldInValidation(None if attempt else told)
+        trainer = pipeline_trainer(2, {"data_parallel_size": dp}, max_epochs=3, callbacks=[callback])
+        try:
+            trainer.fit(module, _Validating(steps=2), ckpt_path=path)
+        except SIGTERMException:
+            path = callback.path
+        ran.append(module.validated)
+    return weights(module), ran
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_all_ranks_stop_within_a_validation_and_repeat_it(dp: int, tmp_path: Path) -> None:
+    expected = on_ranks(2, _in_validation, None, dp, tmp_path)
+    for (wanted, (whole,)), (found, (first, second)) in zip(
+        expected, on_ranks(2, _in_validation, 1, dp, tmp_path), strict=True
+    ):
+        assert whole == [(step, batch) for step in (2, 4, 6) for batch in range(6)]
+        assert first == whole[:9], "batch 1's wish travels with batch 2, and is obeyed before batch 3"
+        assert second == whole[6:]
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 class _Forks(pl.Callback):
     """Forks a process from a training, as a DataLoader does."""
 
