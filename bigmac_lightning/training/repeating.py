@@ -14,9 +14,8 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -54,8 +53,9 @@ class _Slot:
 
     def parts(self, tensor: Any) -> tuple[bytes, Any, bytearray]:
         numbers, after = _numbers(tensor), bytearray(self.after)
+        checksum = zlib.crc32(numbers)
         for place in self.checksums:
-            struct.pack_into("<I", after, place, zlib.crc32(numbers))
+            struct.pack_into("<I", after, place, checksum)
         return self.before, numbers, after
 
 
@@ -110,31 +110,58 @@ def _slots(file: Path, entries: list[Any], tensors: Leaves) -> list[_Slot]:
         for offset, length, path in sorted(entries, key=lambda entry: entry[0]):
             if offset != position or not isinstance(tensors.get(path), Tensor):
                 raise _UnfamiliarError(file)
-            found.append(_slot(path, stream.read(length), tensors[path]))
+            found.append(_slot(path, _Window(stream, offset, length), tensors[path]))
             position += length
     if position != file.stat().st_size:
         raise _UnfamiliarError(file)
     return found
 
 
-def _slot(path: tuple[Any, ...], archive: bytes, tensor: Any) -> _Slot:
-    """What the archive of a tensor is like."""
-    numbers = _numbers(tensor)
-    with zipfile.ZipFile(BytesIO(archive)) as known:
-        place, checksum, files = known.start_dir, -1, known.infolist()  # pyright: ignore[reportAttributeAccessIssue]
+class _Window:
+    """A part of a file, as a file."""
+
+    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
+        self._stream, self._offset, self.length, self._at = stream, offset, length, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.length - self._at)
+        self._stream.seek(self._offset + self._at)
+        found = self._stream.read(left if size < 0 else min(size, left))
+        self._at += len(found)
+        return found
+
+    def between(self, start: int, end: int) -> bytes:
+        self.seek(start)
+        return self.read(end - start)
+
+
+def _slot(path: tuple[Any, ...], archive: _Window, tensor: Any) -> _Slot:
+    """What the archive of a tensor is like. Its numbers are not read, as they may be many."""
+    with zipfile.ZipFile(archive) as known:  # pyright: ignore[reportArgumentType, reportCallIssue]
+        place, entry, files = known.start_dir, 0, known.infolist()  # pyright: ignore[reportAttributeAccessIssue]
     data = [file for file in files if file.filename.endswith("/data/0")]
     for file in files:
         if file in data:
-            checksum = place + 16
-        place += DIRECTORY_ENTRY + sum(struct.unpack_from("<HHH", archive, place + 28))  # its name, extra and comment
+            entry = place
+        names = archive.between(place + 28, place + 34)  # lengths of its name, extra and comment
+        place += DIRECTORY_ENTRY + sum(struct.unpack("<HHH", names))
     if len(data) != 1 or not data[0].flag_bits & DESCRIPTOR or data[0].compress_type != zipfile.ZIP_STORED:
         raise _UnfamiliarError(path)
-    start = data[0].header_offset + LOCAL_HEADER + sum(struct.unpack_from("<HH", archive, data[0].header_offset + 26))
+    header, numbers = data[0].header_offset, _numbers(tensor)
+    start = header + LOCAL_HEADER + sum(struct.unpack("<HH", archive.between(header + 26, header + 30)))
     end = start + data[0].file_size
-    slot = _Slot(path, archive[:start], archive[end:], (4, checksum - end))  # the first follows the data's signature
-    if b"".join(slot.parts(tensor)) != archive or zlib.crc32(numbers) != data[0].CRC:
+    after, checksums = archive.between(end, archive.length), (4, entry + 16 - end)  # the first follows a signature
+    stored = [struct.unpack_from("<I", after, checksum)[0] for checksum in checksums]
+    if len(numbers) != data[0].file_size or stored != [zlib.crc32(numbers)] * 2:
         raise _UnfamiliarError(path)
-    return slot
+    return _Slot(path, archive.between(0, start), after, checksums)
 
 
 def _numbers(tensor: Any) -> Any:
