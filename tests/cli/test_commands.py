@@ -43,7 +43,13 @@ def test_there_are_configs() -> None:
     assert CONFIGS
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, marks=pytest.mark.wide if path.stem in ("mixed", "video_caption") else (), id=path.stem)
+        for path in CONFIGS  # test_configs.py runs each of them in one process
+    ],
+)
 def test_config_trains(config: Path, tmp_path: Path) -> None:
     few = FEW.get(config.stem, [])
     if config.stem in FILES:
@@ -100,6 +106,7 @@ def _group(number: int) -> list[str]:
     return found
 
 
+@pytest.mark.wide  # test_stopping.py and test_errors.py have signals, without the command line
 def test_sigterm_in_mid_training_ends_all_ranks(tmp_path: Path) -> None:
     command = [str(BIN / "bigmac"), "fit", "--config", str(ROOT / "configs" / "digits.yaml")]
     options = ["--trainer.default_root_dir=out", "--trainer.max_epochs=50", "--trainer.enable_progress_bar=false"]

@@ -115,7 +115,9 @@ def _fit_all(rank: int, world: int, folder: Path, distributed: bool, epochs: int
     return {name: _fit(make_trainer, folder, name, epochs, resume) for name in MODULES}
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["directory", "file"])
+@pytest.mark.parametrize(
+    "distributed", [pytest.param(True, id="directory"), pytest.param(False, id="file", marks=pytest.mark.wide)]
+)
 def test_hooks(distributed: bool, tmp_path: Path) -> None:
     whole = on_ranks(2, _fit_all, 2, tmp_path, distributed, 2, False)
     on_ranks(2, _fit_all, 2, tmp_path, distributed, 1, False)

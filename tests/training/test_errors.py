@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -340,36 +341,43 @@ trainer.fit(Dies(), ToyData(steps=50))
 
 
 @pytest.mark.parametrize(
-    ("row", "code", "words"),
+    ("row", "codes", "words"),
     [
-        (Row("trainer", "forward", 1, "raise"), 1, "as rank 1 failed: RuntimeError: the dog ate this rank (in EF"),
-        (Row("trainer", "step", 1, "kill"), 1, "as rank 1 failed: its process has ended without a word"),
-        (Row("torchrun", "step", 1, "hang"), 1, "Rank 1 waits for no other rank: look there first."),
+        (Row("trainer", "forward", 1, "raise"), {1}, r"as rank 1 failed: RuntimeError: the dog ate this rank \(in EF"),
+        # Lightning's launcher kills all processes if it sees first that one was killed
+        (Row("trainer", "step", 1, "kill"), {1, -9}, "its process has ended without a word|terminated with code -9"),
+        (Row("torchrun", "step", 1, "hang"), {1}, "Rank 1 waits for no other rank: look there first."),
         pytest.param(
-            *(Row("trainer", "validation", 0, "stop"), -9, "The run's store does not answer"), marks=pytest.mark.wide
+            *(Row("trainer", "validation", 0, "stop"), {-9}, "The run's store does not answer"), marks=pytest.mark.wide
         ),
         pytest.param(
-            *(Row("trainer", "optimizer", 1, "lock"), 1, "Nothing was heard of rank 1"), marks=pytest.mark.wide
+            *(Row("trainer", "optimizer", 1, "lock"), {1}, "Nothing was heard of rank 1"), marks=pytest.mark.wide
         ),
         pytest.param(
-            *(Row("trainer", "between", 1, "term twice"), 0, "SIGTERM: all ranks stop before one of the next batches"),
+            *(
+                Row("trainer", "between", 1, "term twice"),
+                {0},
+                "SIGTERM: all ranks stop before one of the next batches",
+            ),
             marks=pytest.mark.wide,  # test_stopping.py has it in one process
         ),
     ],
     ids=str,
 )
-def test_a_fault_ends_the_run(row: Row, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_ends_the_run(
+    row: Row, codes: set[int], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """See benchmarks/faults.py, which has many more."""
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "1000")
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", f"{tmp_path}/rank_")
     result = run_row(row)
     assert result.seconds is not None, result.log
     assert not result.left
-    assert result.codes == (code,), result.log
-    assert words in result.log
+    assert {*result.codes} <= codes, result.log
+    assert re.search(words, result.log), result.log
     ours = result.log if row.launcher == "trainer" else ""  # torchrun has one of its own
     assert ours.count("Traceback (most") == (row.fault == "raise"), result.log
-    assert ("preempted" in result.saved) == (code == 0)
+    assert ("preempted" in result.saved) == (codes == {0})
     if row.fault == "hang":
         for rank in (0, 1):
             entries = pickle.loads((tmp_path / f"rank_{rank}").read_bytes())["entries"]

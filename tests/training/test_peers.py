@@ -74,7 +74,7 @@ WIDE = pytest.mark.wide
     ("before", "after"),
     [
         ("tp-fsdp", "dp-cp"),
-        ("ep", "tp-experts"),
+        pytest.param("ep", "tp-experts", marks=WIDE),
         pytest.param("dp-cp", "cp-tp", marks=WIDE),
         pytest.param("cp-tp", "tp-fsdp", marks=WIDE),
     ],
