@@ -8,6 +8,7 @@ ended without a word ends the run, and one that is stopped is killed when the ru
 """
 
 import faulthandler
+import multiprocessing
 import os
 import threading
 import time
@@ -287,6 +288,8 @@ class Watchdog:
             if (path := self._try_to(lambda: keep_flight_record(self._rank))) is not None:
                 self._say(f"rank {self._rank}: torch's flight recorder was saved in {path}, for torchfrtrace")
         self._kill_stopped()
+        for child in multiprocessing.active_children():  # a worker of a DataLoader may hang, and would stay
+            self._try_to(child.kill)
         os._exit(1)
 
     def _kill_stopped(self) -> None:

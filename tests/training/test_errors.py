@@ -350,6 +350,7 @@ trainer.fit(Dies(), ToyData(steps=50))
         pytest.param(
             *(Row("trainer", "validation", 0, "stop"), {-9}, "The run's store does not answer"), marks=pytest.mark.wide
         ),
+        pytest.param(*(Row("trainer", "worker", 1, "hang"), {1}, "look there first"), marks=pytest.mark.wide),
         pytest.param(
             *(Row("trainer", "optimizer", 1, "lock"), {1}, "Nothing was heard of rank 1"), marks=pytest.mark.wide
         ),
