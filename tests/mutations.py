@@ -606,7 +606,7 @@ FAULTS = [
         f"{PACKAGE}/runtime/watchdog.py",
         "self._next is not None and self._next.has_ended()",
         "False",
-        "tests/training/test_errors.py -k 'kill'",
+        "tests/training/test_errors.py -k kill",
     ),
     Fault(
         "each rank obeys its own signals",
