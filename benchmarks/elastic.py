@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.faults import alive, free_port
+from benchmarks.faults import alive
+from tests.ranks import free_port
 
 STEPS, HURT_AT, SLOW = 12, 5, 2.0
 HANG_TIMEOUT, TIMEOUT = 4, 60
@@ -88,6 +89,7 @@ def train(fault: str, rank: int, folder: Path) -> None:
     from bigmac_lightning import BigMacStrategy
     from bigmac_lightning.callbacks import PreemptionCheckpoint
     from tests.toy import ToyData, ToyModule
+    from tests.training.trainers import QUIET
 
     class Module(ToyModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -133,17 +135,13 @@ def train(fault: str, rank: int, folder: Path) -> None:
     strategy = BigMacStrategy(hang_timeout=timedelta(seconds=HANG_TIMEOUT), timeout=timedelta(seconds=TIMEOUT))
     saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     trainer = pl.Trainer(
+        **QUIET,
         strategy=strategy,
-        accelerator="cpu",
         devices=1,
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
         max_epochs=1,
         logger=False,
         callbacks=[saving, PreemptionCheckpoint(folder)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
         limit_val_batches=0,
     )
     trainer.fit(Module(), Data(), ckpt_path="auto")

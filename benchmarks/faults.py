@@ -12,7 +12,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.ranks import free_port
 
 PHASES = ("setup", "data", "step", "forward", "optimizer", "between", "validation", "saving")
 FAULTS = ("raise", "kill", "hang", "lock", "stop", "term", "term twice", "int")
@@ -71,6 +72,7 @@ def train(phase: str, rank: int, fault: str, folder: str) -> None:
     from bigmac_lightning import BigMacStrategy
     from bigmac_lightning.callbacks import PreemptionCheckpoint
     from tests.toy import ToyData, ToyModule
+    from tests.training.trainers import QUIET
 
     def reach(place: str, step: int) -> None:
         mark = Path(folder) / "reached"
@@ -129,16 +131,12 @@ def train(phase: str, rank: int, fault: str, folder: str) -> None:
     saved = Path(folder) / "saved"
     saving = ModelCheckpoint(saved, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     trainer = pl.Trainer(
+        **QUIET,
         strategy=strategy,
-        accelerator="cpu",
         devices=2,
         max_epochs=1,
         logger=False,
         callbacks=[saving, PreemptionCheckpoint(saved)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
         val_check_interval=4,
     )
     trainer.fit(Module(), Data(steps=40))
@@ -271,12 +269,6 @@ def words_of(log: str) -> str:
     errors = [line for line in lines if re.match(r"(\[rank\d\]: )?\w*(Error|Interrupt)\b", line)]
     words = (own or errors or lines or [""])[0 if own else -1]
     return words.replace("|", "/")[:110]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 HEAD = ("launcher", "phase", "rank", "fault", "all ended after", "exit codes", "last step saved", "left", "first words")

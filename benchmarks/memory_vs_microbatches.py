@@ -26,7 +26,8 @@ from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 
 COMPONENTS = ("encoder", "llm", "generator")
 WIDTH, IMAGE, PATCH = 64, 16, 4

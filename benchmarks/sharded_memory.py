@@ -17,7 +17,8 @@ from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 
 KINDS = ("ddp", "zero1", "fsdp")
 

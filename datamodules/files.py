@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from bigmac_lightning.file_part import FilePart
 
 from .errors import ExampleError
 
@@ -86,38 +88,8 @@ def _open_file(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
-class _Part(io.RawIOBase):
-    """A range of bytes of a file, which is not read into memory."""
-
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", 0)  # noqa: SIM115  # `close` closes it
-        self._offset, self._length, self._at = offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        self._at = max(0, start + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        wanted = max(0, min(len(buffer), self._length - self._at))
-        found = self._file.readinto(memoryview(buffer)[:wanted]) or 0
-        self._at += found
-        return found
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def _read_part(path: str, offset: int, length: int) -> BinaryIO:
-    return io.BufferedReader(_Part(path, offset, length))
+    return io.BufferedReader(FilePart(path, offset, length))
 
 
 def _read_lazily(load: Callable[[], bytes]) -> BinaryIO:

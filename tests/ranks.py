@@ -1,6 +1,7 @@
 """Runs a function on several real processes with a gloo process group between them."""
 
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:

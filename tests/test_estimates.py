@@ -20,7 +20,8 @@ from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from tests.models.parts import counting
 from tests.ranks import run_ranks
 from tests.training.trainers import strategy_of

@@ -21,7 +21,7 @@ from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import resolve_options
+from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
 
 HELP = {

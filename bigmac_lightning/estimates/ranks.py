@@ -14,7 +14,7 @@ from bigmac_lightning.contracts.components import Encoder, Generator, LanguageMo
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.runtime.sharding import blocks_of
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import part_of
+from bigmac_lightning.training.stages import part_of
 
 Component = Encoder | LanguageModel | Generator
 
@@ -164,7 +164,7 @@ def ranks_of(
 
     Args:
         module: a module on the meta device.
-        options, stages: what `training.runner.resolve_options` returns.
+        options, stages: what `training.stages.resolve_options` returns.
         size: the number of ranks of the pipeline, P.
         precision: the bytes of weights.
         replicas: the number of pipelines.

@@ -21,8 +21,8 @@ def counting(loader: Any, trainer: pl.Trainer, counts: Callable[[Batch], Sequenc
     Args:
         counts: gives what a batch's losses are divided by.
     """
-    stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    return (_StatefulAccumulationLoader if stateful else AccumulationLoader)(loader, trainer, counts)
+    kind = _StatefulAccumulationLoader if isinstance(loader, _Stateful) else AccumulationLoader
+    return kind(loader, trainer, counts)
 
 
 def rewinding(loader: Any, trainer: pl.Trainer) -> Any:
@@ -32,14 +32,12 @@ def rewinding(loader: Any, trainer: pl.Trainer) -> Any:
     return RewindingLoader(loader, trainer) if foreign else loader
 
 
-class RewindingLoader:
-    """Remembers the state of a loader at each optimizer step, where a step has several batches."""
-
-    rewinds = True
+class _Around:
+    """Stands for a loader, and gives its batches. What else is asked of it, the loader answers."""
 
     def __init__(self, loader: Any, trainer: pl.Trainer) -> None:
         self.loader, self._trainer = loader, trainer
-        self._before: dict[str, Any] | None = None  # where the current optimizer step begins
+        self._before: dict[str, Any] | None = None  # the loader's state where the current optimizer step begins
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "loader":  # of a copy that has none yet
@@ -53,7 +51,21 @@ class RewindingLoader:
         return self._batches(iter(self.loader))  # at once, as other loaders use their state here
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
+        raise NotImplementedError
+
+    def _given(self) -> int:
+        """How many batches of the epoch were given: more than 0 where a run is resumed. Not before the first of them is
+        asked for."""
+        return self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+class RewindingLoader(_Around):
+    """Remembers the state of a loader at each optimizer step, where a step has several batches."""
+
+    rewinds = True
+
+    def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        given = self._given()
         while True:
             size = self._trainer.accumulate_grad_batches
             if given % size == 0:
@@ -73,31 +85,16 @@ class RewindingLoader:
         self._before = None
 
 
-class AccumulationLoader:
+class AccumulationLoader(_Around):
     """Sets `Batch.step_counts` of each batch to the sum of the counts of all batches of its optimizer step."""
 
     def __init__(self, loader: Any, trainer: pl.Trainer, counts: Callable[[Batch], Sequence[float]]) -> None:
-        self.loader, self._trainer, self._counts = loader, trainer, counts
-        self._before: dict[str, Any] | None = None  # of the loader, where the current optimizer step begins
-        self._state: dict[str, Any] | None = None  # after the batch that was given last
-
-    @property
-    def sampler(self) -> Any:
-        """The sampler whose `set_epoch` Lightning calls."""
-        return getattr(self.loader, "sampler", None)
-
-    @property
-    def batch_sampler(self) -> Any:
-        return getattr(self.loader, "batch_sampler", None)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._batches(iter(self.loader))  # at once, as other loaders use their state here
+        super().__init__(loader, trainer)
+        self._counts = counts
+        self._state: dict[str, Any] | None = None  # of the loader after the batch that was given last
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        given = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready  # more than 0 where a run is resumed
+        given = self._given()
         self._state = self._loader_state()
         while step := self._read(batches, given):
             self._before = self._state
@@ -127,6 +124,8 @@ class AccumulationLoader:
 class _StatefulAccumulationLoader(AccumulationLoader):
     """Its state is that of the loader after the batches that were used, not after those that were read ahead."""
 
+    rewinds = True
+
     def state_dict(self) -> dict[str, Any]:
         state = self._before if uncounted(self._trainer) else self._state
         return self.loader.state_dict() if state is None else state
@@ -134,8 +133,6 @@ class _StatefulAccumulationLoader(AccumulationLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
         self._before = self._state = None
-
-    rewinds = True
 
     def _loader_state(self) -> dict[str, Any] | None:
         return dict(self.loader.state_dict())

@@ -27,6 +27,9 @@ HELP = {
 }
 """By the component that ran out of memory ("": none of them), the settings that lower its needs."""
 
+BEGINNING = "memory of this process: "
+"""How the note of such an error begins."""
+
 COMPONENT_OF = {"EF": "encoder", "EB": "encoder", "G": "generator"}
 
 
@@ -42,12 +45,22 @@ def component_of(doing: object) -> str:
     return COMPONENT_OF.get(doing.action.kind, "LLM") if isinstance(doing, Compute) else ""
 
 
-def memory_report(
-    module: nn.Module | None, optimizers: Sequence[Optimizer], device: torch.device, doing: object
-) -> str:
-    """What takes the memory of this process, and what lowers it.
+def has_report(error: BaseException) -> bool:
+    """Whether an error has a note of `add_report`."""
+    return any(note.startswith(BEGINNING) for note in getattr(error, "__notes__", ()))
+
+
+def add_report(
+    error: BaseException,
+    module: nn.Module | None,
+    optimizers: Sequence[Optimizer],
+    device: torch.device,
+    doing: object,
+) -> None:
+    """Add to an error what takes the memory of this process, and what lowers it.
 
     Args:
+        error: after which memory has run out.
         module: the module; ``None``: there is none any more.
         optimizers: its optimizers.
         device: the device of this process.
@@ -55,8 +68,8 @@ def memory_report(
     """
     component = component_of(doing)
     help = "; ".join(filter(None, (HELP[component], HELP[""] * bool(component))))
-    return (
-        f"memory of this process: {_in_use(module or nn.Module(), optimizers, device)}\n"
+    error.add_note(
+        f"{BEGINNING}{_in_use(module or nn.Module(), optimizers, device)}\n"
         f"what lowers it{f', most of the {component}' * bool(component)}: {help}; "
         "`bigmac plan --config FILE` estimates each rank's needs"
     )

@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, Reader
+from bigmac_lightning.file_part import FilePart
 from bigmac_lightning.runtime.sharding import local
 
 Leaves = Mapping[tuple[Any, ...], Any]
@@ -106,62 +107,42 @@ def _kinds(tensors: Leaves) -> list[Any]:
 
 def _slots(file: Path, entries: list[Any], tensors: Leaves) -> list[_Slot]:
     found, position = list[_Slot](), 0
-    with file.open("rb") as stream:
-        for offset, length, path in sorted(entries, key=lambda entry: entry[0]):
-            if offset != position or not isinstance(tensors.get(path), Tensor):
-                raise _UnfamiliarError(file)
-            found.append(_slot(path, _Window(stream, offset, length), tensors[path]))
-            position += length
+    for offset, length, path in sorted(entries, key=lambda entry: entry[0]):
+        if offset != position or not isinstance(tensors.get(path), Tensor):
+            raise _UnfamiliarError(file)
+        with FilePart(str(file), offset, length) as archive:
+            found.append(_slot(path, archive, tensors[path]))
+        position += length
     if position != file.stat().st_size:
         raise _UnfamiliarError(file)
     return found
 
 
-class _Window:
-    """A part of a file, as a file."""
-
-    def __init__(self, stream: BinaryIO, offset: int, length: int) -> None:
-        self._stream, self._offset, self.length, self._at = stream, offset, length, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.length - self._at)
-        self._stream.seek(self._offset + self._at)
-        found = self._stream.read(left if size < 0 else min(size, left))
-        self._at += len(found)
-        return found
-
-    def between(self, start: int, end: int) -> bytes:
-        self.seek(start)
-        return self.read(end - start)
-
-
-def _slot(path: tuple[Any, ...], archive: _Window, tensor: Any) -> _Slot:
+def _slot(path: tuple[Any, ...], archive: FilePart, tensor: Any) -> _Slot:
     """What the archive of a tensor is like. Its numbers are not read, as they may be many."""
-    with zipfile.ZipFile(archive) as known:  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with zipfile.ZipFile(archive) as known:  # pyright: ignore[reportArgumentType]
         place, entry, files = known.start_dir, 0, known.infolist()  # pyright: ignore[reportAttributeAccessIssue]
     data = [file for file in files if file.filename.endswith("/data/0")]
     for file in files:
         if file in data:
             entry = place
-        names = archive.between(place + 28, place + 34)  # lengths of its name, extra and comment
+        names = _between(archive, place + 28, place + 34)  # lengths of its name, extra and comment
         place += DIRECTORY_ENTRY + sum(struct.unpack("<HHH", names))
     if len(data) != 1 or not data[0].flag_bits & DESCRIPTOR or data[0].compress_type != zipfile.ZIP_STORED:
         raise _UnfamiliarError(path)
     header, numbers = data[0].header_offset, _numbers(tensor)
-    start = header + LOCAL_HEADER + sum(struct.unpack("<HH", archive.between(header + 26, header + 30)))
+    start = header + LOCAL_HEADER + sum(struct.unpack("<HH", _between(archive, header + 26, header + 30)))
     end = start + data[0].file_size
-    after, checksums = archive.between(end, archive.length), (4, entry + 16 - end)  # the first follows a signature
+    after, checksums = _between(archive, end, None), (4, entry + 16 - end)  # the first follows a signature
     stored = [struct.unpack_from("<I", after, checksum)[0] for checksum in checksums]
     if len(numbers) != data[0].file_size or stored != [zlib.crc32(numbers)] * 2:
         raise _UnfamiliarError(path)
-    return _Slot(path, archive.between(0, start), after, checksums)
+    return _Slot(path, _between(archive, 0, start), after, checksums)
+
+
+def _between(archive: FilePart, start: int, end: int | None) -> bytes:
+    archive.seek(start)
+    return archive.read(-1 if end is None else end - start)
 
 
 def _numbers(tensor: Any) -> Any:

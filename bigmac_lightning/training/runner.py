@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
-from bigmac_lightning.contracts.module import Part, PipelineModule
+from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
-from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.host import from_host
 from bigmac_lightning.runtime.autocast import one_cache
@@ -32,51 +31,6 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
 from bigmac_lightning.training.trained import Trained, TrainedParts
-
-
-def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
-    """The part of the LLM that a pipeline rank has."""
-    own = [s for s, owner in enumerate(stage_rank) if owner == rank]
-    return Part(
-        layers=tuple(layer for s in own for layer in stages[s]),
-        embedding=0 in own,
-        head=len(stages) - 1 in own,
-    )
-
-
-def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
-    """The processes that compute a stage together with this one; ``None`` if it computes it alone."""
-    if mesh.peers == 1:
-        return None
-    tensor = mesh.mesh["tp"] if mesh.tp_size > 1 else None
-    return StagePeers(
-        tensor=tensor,
-        context=mesh.mesh["cp"] if mesh.cp_size > 1 else None,
-        expert=tensor if sizes.expert > 1 else None,
-        experts_see_same_tokens=True,
-    )
-
-
-def resolve_options(
-    module: PipelineModule, options: PipelineOptions, size: int
-) -> tuple[PipelineOptions, list[range], str]:
-    """The options without anything left open, the layers of each stage, and why "auto" became what it is.
-
-    The same on all ranks.
-
-    Args:
-        module: with or without its weights.
-        size: number of the pipeline's ranks, P.
-
-    Raises:
-        ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
-    """
-    layers = module.llm.num_layers
-    options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
-    costs = module.llm.costs(options.sample_tokens)
-    stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
-    options = replace(options, partition=tuple(len(stage) for stage in stages))
-    return options.estimated(costs, stages), stages, reason
 
 
 class PipelineRunner:

@@ -24,7 +24,7 @@ from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.training import run_facts
 from bigmac_lightning.training.agreement import check_same, digest_of
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
-from bigmac_lightning.training.memory_report import is_out_of_memory, memory_report
+from bigmac_lightning.training.memory_report import add_report, has_report, is_out_of_memory
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.saving import SavingStrategy
 from bigmac_lightning.training.watching import Watching
@@ -228,7 +228,7 @@ class SteppingStrategy(SavingStrategy):
         self.runner.sharding.hold()  # here, as replicas may have different numbers of batches
         known = {batches: str(getattr(self.lightning_module.trainer, batches))}
         check_same(self._ranks, {f"pipeline {self.mesh.dp_rank}": known}, "evaluation")
-        self._equally_many = self._ranks.exchange("", digest_of(known))()[1]
+        self._equally_many = self._trains and self._ranks.exchange("", digest_of(known))()[1]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if self._steps is not None and "loops" in checkpoint:
@@ -253,9 +253,7 @@ class SteppingStrategy(SavingStrategy):
         super().on_exception(exception)
 
     def _failed(self, error: BaseException) -> None:
-        if is_out_of_memory(error):
-            report = memory_report(self.lightning_module, self.optimizers, self.root_device, self.progress.doing)
-            if report not in getattr(error, "__notes__", ()):
-                error.add_note(report)
+        if is_out_of_memory(error) and not has_report(error):
+            add_report(error, self.lightning_module, self.optimizers, self.root_device, self.progress.doing)
         if self._watching is not None:
             self._watching.failed(error)

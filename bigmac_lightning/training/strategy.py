@@ -57,8 +57,9 @@ from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, 
 from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.replicas import check_replicas
-from bigmac_lightning.training.runner import PipelineRunner, part_of, peers_of, resolve_options
+from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.sharding import check_whole
+from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
 

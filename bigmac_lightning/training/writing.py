@@ -89,12 +89,12 @@ def save_directory(contents: Contents, path: Path, group: Any = None, repeating:
     what = f"cannot save the checkpoint {path}"
     rank, world = place_of(group)
     tensors = contents.tensors
-    fits = all(from_everyone(repeating is not None and repeating.fits(tensors), group))
-    every_rest = from_everyone(contents.rest if contents.replica == 0 else None, group)
+    own_fit, own_rest = repeating is not None and repeating.fits(tensors), _own_rest(contents)
+    fits, every_rest = zip(*from_everyone((own_fit, own_rest), group), strict=True)
     rest = together(lambda: _joined(every_rest, contents.names) if rank == 0 else None, what, group)
     place = on_first_rank(lambda: files.unfinished(path), what, group)
     try:
-        if repeating is not None and fits:
+        if repeating is not None and all(fits):
             together(lambda: repeating.write(place, tensors, rank), what, group)
         else:
             _write_tensors(nested(tensors), place, what, group)
@@ -189,7 +189,11 @@ def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
 
 def _joined_rest(contents: Contents, group: Any) -> Tree:
     """Everything that is not a tensor of the model, joined over the ranks of the first replica. Collective."""
-    return _joined(from_everyone(contents.rest if contents.replica == 0 else None, group), contents.names)
+    return _joined(from_everyone(_own_rest(contents), group), contents.names)
+
+
+def _own_rest(contents: Contents) -> Tree | None:
+    return contents.rest if contents.replica == 0 else None
 
 
 def _joined(parts: Sequence[Tree | None], names: Names) -> Tree:

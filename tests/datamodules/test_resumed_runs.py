@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from torch.utils.data import DataLoader
 
 from bigmac_lightning.datamodules import DigitsDataModule
 from tests.datamodules.examples import TARGET, data, model, write_mixed
 from tests.datamodules.test_resume import names
 from tests.datamodules.test_streams import ONE, arguments, write_streamed
+from tests.loaders import Places
 from tests.models import parts
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
@@ -214,27 +214,6 @@ def test_all_resumed_runs(run: Run, folder: Path, tmp_path: Path) -> None:
 
 
 # -- loaders that are not ours -----------------------------------------------------------------------------------------
-
-
-class Places(DataLoader[Any]):
-    """A stateful loader as others make them: an iterator looks at the state as soon as it is made."""
-
-    start = given = 0
-
-    def __iter__(self) -> Any:
-        self.given, self.start = self.start, 0
-        return self._rest(self.given)
-
-    def _rest(self, first: int) -> Iterator[Any]:
-        for batch in islice(super().__iter__(), first, None):
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start = state["given"]
 
 
 class Toys(ToyData):

@@ -24,7 +24,8 @@ from bigmac_lightning.runtime.sharding import whole_of
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, seeded, split_layers, toy_batch
 

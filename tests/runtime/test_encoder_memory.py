@@ -15,7 +15,8 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 from tests.ranks import run_ranks
 from tests.runtime.test_parity import planned_in_pieces
 from tests.toy import ToyModule, split_layers, toy_batch

@@ -7,7 +7,8 @@ import torch
 
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, split_layers, toy_batch
 

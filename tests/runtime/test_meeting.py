@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 
 from bigmac_lightning.runtime import meeting
 from bigmac_lightning.runtime.meeting import Place, meet
-from tests.training.trainers import free_port
+from tests.ranks import free_port
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 from tests.ranks import run_ranks
 from tests.toy import ToyModule, split_layers, toy_batch
 

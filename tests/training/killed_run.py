@@ -9,16 +9,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from bigmac_lightning.callbacks import PreemptionCheckpoint
 from bigmac_lightning.contracts.batch import Batch
@@ -28,6 +26,7 @@ from bigmac_lightning.runtime.sharding import whole_of
 from bigmac_lightning.training.options import ShardingOptions
 from tests.datamodules.examples import TARGET, VOCABULARY, data, model, write_mixed
 from tests.datamodules.test_streams import ONE, arguments, write_streamed
+from tests.loaders import Places
 from tests.models.parts import decoder_config
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import QUIET, strategy_of
@@ -150,27 +149,6 @@ class Toys(ToyData):
 
     def train_dataloader(self) -> Any:
         return Places(range(8), batch_size=1, collate_fn=self.collate)
-
-
-class Places(DataLoader[Any]):
-    """A user's own loader with a state."""
-
-    start = given = 0
-
-    def __iter__(self) -> Any:
-        self.given, self.start = self.start, 0
-        return self._rest(self.given)
-
-    def _rest(self, first: int) -> Iterator[Any]:
-        for batch in islice(super().__iter__(), first, None):
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.start = state["given"]
 
 
 class Watch(pl.Callback):

@@ -17,7 +17,8 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.refusals import check_settings
-from bigmac_lightning.training.runner import PipelineRunner, part_of
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
 from tests.ranks import run_ranks
 from tests.toy import ToyData, ToyModule, split_layers, toy_batch
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights

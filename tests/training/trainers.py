@@ -1,7 +1,6 @@
 """Trainers for tests: one process without a pipeline, or real ranks that find their environment as under torchrun."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from bigmac_lightning import BigMacStrategy, ScheduleOptions, StageOptions
 from bigmac_lightning.runtime.sharding import whole_of
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.toy import ToyModule
 
 QUIET: dict[str, Any] = {
@@ -46,12 +45,6 @@ def pipeline_trainer(world_size: int, strategy: dict[str, Any] | None = None, **
 def on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Like `run_ranks`, in the environment that torchrun makes."""
     return run_ranks(world_size, _with_environment, world_size, free_port(), function, args, timeout=timeout)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _with_environment(

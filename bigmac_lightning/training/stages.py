@@ -1,0 +1,55 @@
+"""How the LLM is cut into stages, and which part of it a rank has, alone or together with its peers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bigmac_lightning.contracts.module import Part, PipelineModule
+from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
+from bigmac_lightning.estimates.partition import make_stages
+from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.training.options import PipelineOptions
+
+
+def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
+    """The part of the LLM that a pipeline rank has."""
+    own = [s for s, owner in enumerate(stage_rank) if owner == rank]
+    return Part(
+        layers=tuple(layer for s in own for layer in stages[s]),
+        embedding=0 in own,
+        head=len(stages) - 1 in own,
+    )
+
+
+def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
+    """The processes that compute a stage together with this one; ``None`` if it computes it alone."""
+    if mesh.peers == 1:
+        return None
+    tensor = mesh.mesh["tp"] if mesh.tp_size > 1 else None
+    return StagePeers(
+        tensor=tensor,
+        context=mesh.mesh["cp"] if mesh.cp_size > 1 else None,
+        expert=tensor if sizes.expert > 1 else None,
+        experts_see_same_tokens=True,
+    )
+
+
+def resolve_options(
+    module: PipelineModule, options: PipelineOptions, size: int
+) -> tuple[PipelineOptions, list[range], str]:
+    """The options without anything left open, the layers of each stage, and why "auto" became what it is.
+
+    The same on all ranks.
+
+    Args:
+        module: with or without its weights.
+        size: number of the pipeline's ranks, P.
+
+    Raises:
+        ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
+    """
+    layers = module.llm.num_layers
+    options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
+    costs = module.llm.costs(options.sample_tokens)
+    stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
+    options = replace(options, partition=tuple(len(stage) for stage in stages))
+    return options.estimated(costs, stages), stages, reason
