@@ -33,16 +33,20 @@ def rewinding(loader: Any, trainer: pl.Trainer) -> Any:
 
 
 class _Around:
-    """Stands for a loader, and gives its batches. What else is asked of it, the loader answers."""
+    """Stands for a loader, and gives its batches."""
 
     def __init__(self, loader: Any, trainer: pl.Trainer) -> None:
         self.loader, self._trainer = loader, trainer
         self._before: dict[str, Any] | None = None  # the loader's state where the current optimizer step begins
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "loader":  # of a copy that has none yet
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+    @property
+    def sampler(self) -> Any:
+        """The sampler whose `set_epoch` Lightning calls."""
+        return getattr(self.loader, "sampler", None)
+
+    @property
+    def batch_sampler(self) -> Any:
+        return getattr(self.loader, "batch_sampler", None)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -63,6 +67,12 @@ class RewindingLoader(_Around):
     """Remembers the state of a loader at each optimizer step, where a step has several batches."""
 
     rewinds = True
+
+    def __getattr__(self, name: str) -> Any:
+        """What a user asks of the loader besides, such as its dataset."""
+        if name.startswith("__") or name == "loader":  # of a copy that has none yet
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
     def _batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         given = self._given()
