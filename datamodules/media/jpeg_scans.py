@@ -20,7 +20,11 @@ def check_scans(file: File) -> None:
     """
     with file.open() as stream:
         content = stream.read()
-    scans, place = 0, 2
+    if (
+        content.count(bytes([0xFF, START_OF_SCAN])) <= MAX_SCANS
+    ):  # nearly always, and quick: pixels never have 0xFF 0xDA
+        return
+    scans, place = 0, 2  # an image within the header, say, has some too
     while found := MARKER.search(content, place):
         kind, place = content[found.start(1)], found.end()
         if kind == END_OF_IMAGE:
