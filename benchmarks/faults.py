@@ -277,7 +277,7 @@ HEAD = ("launcher", "phase", "rank", "fault", "all ended after", "exit codes", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*")
-    parser.add_argument("--write", type=Path, help="a file for the table")
+    parser.add_argument("--write", type=Path, help="a file for the table; rows that it has are not run again")
     parser.add_argument("--logs", type=Path, help="a folder for what the rows have printed")
     parser.add_argument("--child", nargs=4, metavar=("PHASE", "RANK", "FAULT", "FOLDER"))
     given = parser.parse_args()
@@ -287,8 +287,11 @@ def main() -> None:
         return
     table = ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
     print(*table, sep="\n", flush=True)
+    before = given.write.read_text().splitlines() if given.write and given.write.exists() else []
     for row in rows():
-        if all(word in f"{row} |" for word in given.words):
+        known = [line for line in before if line.startswith(f"| {row} |")]
+        table += known
+        if not known and all(word in f"{row} |" for word in given.words):
             result = run(row)
             table.append(" | ".join(["| " + str(row), *result.columns()]) + " |")
             print(table[-1], flush=True)

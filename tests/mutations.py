@@ -78,9 +78,16 @@ FAULTS = [
     Fault(
         "a checkpoint is written over the one before",
         f"{PACKAGE}/training/writing.py",
-        "place = on_first_rank(lambda: files.unfinished(path), what, group)",
-        "place = on_first_rank(lambda: files.remove(path), what, group) or path",
+        "        return files.unfinished(path)",
+        "        return files.remove(path) or path",
         "tests/training/test_checkpoint_files.py",
+    ),
+    Fault(
+        "a copy for a save in the background is the tensor itself",
+        f"{PACKAGE}/training/copying.py",
+        "path: self._made[path] if path in tensors else",
+        "path: value if path in tensors else",
+        "tests/training/test_copying.py",
     ),
     Fault(
         "the next save deletes the only complete checkpoint",

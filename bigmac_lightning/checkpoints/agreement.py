@@ -48,17 +48,20 @@ def together(function: Callable[[], Any], what: str, group: Any = None) -> Any:
         OSError, ValueError, TypeError, RuntimeError: the function raised on some rank. All ranks raise the same, which
             names `what`, the first such rank and its reason.
     """
-    done, failed = None, None
-    try:
-        done = function()
-    except Exception as error:
-        failed = error
-    for rank, failure in enumerate(from_everyone(failed and (_kind(failed), _reason(failed)), group)):
-        if failure is not None:
-            kind, reason = failure
-            error = RuntimeError if kind is None else KINDS[kind]
-            raise error(f"{what}{': ' if what else ''}{f'rank {rank}: ' if rank else ''}{reason}") from failed
+    done, failed = _tried(function)
+    _raise_first(from_everyone(failed and (_kind(failed), _reason(failed)), group), what, failed)
     return done
+
+
+def results_of(function: Callable[[], Any], what: str, group: Any = None) -> list[Any]:
+    """Call a function on every rank; like `together`.
+
+    Returns: the results of all ranks, by rank.
+    """
+    done, failed = _tried(function)
+    everyone = from_everyone((done, failed and (_kind(failed), _reason(failed))), group)
+    _raise_first([failure for _, failure in everyone], what, failed)
+    return [result for result, _ in everyone]
 
 
 def on_first_rank(function: Callable[[], Any], what: str, group: Any = None) -> Any:
@@ -67,7 +70,23 @@ def on_first_rank(function: Callable[[], Any], what: str, group: Any = None) -> 
     Returns: its result, on all ranks.
     """
     first = place_of(group)[0] == 0
-    return from_everyone(together(lambda: function() if first else None, what, group), group)[0]
+    return results_of(lambda: function() if first else None, what, group)[0]
+
+
+def _tried(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _raise_first(failures: Sequence[tuple[int | None, str] | None], what: str, cause: Exception | None) -> None:
+    """Raise the error of the first rank that has one, if there is any."""
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            kind, reason = failure
+            error = RuntimeError if kind is None else KINDS[kind]
+            raise error(f"{what}{': ' if what else ''}{f'rank {rank}: ' if rank else ''}{reason}") from cause
 
 
 def _kind(error: Exception) -> int | None:

@@ -10,7 +10,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,21 @@ def part_of(file: Path) -> Part:
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return Part(size, crc)
+
+
+def write_parts(file: Path, parts: Iterable[Any]) -> Part:
+    """Write a file from byte strings, so that a crash of the machine does not lose it.
+
+    Returns: what the marker says of it.
+    """
+    size = crc = 0
+    with file.open("wb") as stream:
+        for part in parts:
+            stream.write(part)
+            size, crc = size + len(part), zlib.crc32(part, crc)
+        stream.flush()
+        os.fsync(stream.fileno())
     return Part(size, crc)
 
 

@@ -110,12 +110,13 @@ def split(tree: Tree, names: Names, inside: bool = False) -> tuple[Tree, Tree]:
     return tensors, rest
 
 
-def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
+def joined(trees: Sequence[Any], names: Names, where: str = "", known: dict[Any, Any] | None = None) -> Any:
     """The whole of which several ranks have parts: the entries of all dicts, and all names in lists of names. Of
     anything else the whole has what the first rank has.
 
     Args:
         where: the path to `trees` in the checkpoint, for errors.
+        known: what has been joined so far, by the identities of its parts: all parameters of a group share a dict.
 
     Raises:
         ValueError: a tensor that does not go by a name of the model has another shape on another rank.
@@ -124,15 +125,16 @@ def joined(trees: Sequence[Any], names: Names, where: str = "") -> Any:
     if len(trees) == 1:
         return first
     if all(isinstance(tree, dict) for tree in trees):
-        return _like(
-            first,
-            {k: joined([t[k] for t in trees if k in t], names, f"{where}[{k!r}]") for k in _in_order(trees)},
-        )
+        known, parts = {} if known is None else known, tuple(map(id, trees))
+        if parts not in known:
+            entries = {k: ([t[k] for t in trees if k in t], f"{where}[{k!r}]") for k in _in_order(trees)}
+            known[parts] = _like(first, {k: joined(found, names, at, known) for k, (found, at) in entries.items()})
+        return known[parts]
     if all(isinstance(tree, list) for tree in trees):
         if names.are_names([item for tree in trees for item in tree]):
             return _in_order(trees)
         if len({len(tree) for tree in trees}) == 1:
-            return [joined(items, names, f"{where}[{i}]") for i, items in enumerate(zip(*trees, strict=True))]
+            return [joined(items, names, f"{where}[{i}]", known) for i, items in enumerate(zip(*trees, strict=True))]
         if not any(isinstance(item, Tensor) for tree in trees for item in tree):
             return first
     elif len({tree.shape if isinstance(tree, Tensor) else None for tree in trees}) == 1:

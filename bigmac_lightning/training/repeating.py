@@ -6,12 +6,10 @@ between the numbers in this rank's files is remembered, and only the numbers and
 are those that DCP would write, but for a number by which torch tells one call of `torch.save` from another in its logs.
 """
 
-import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from bigmac_lightning.checkpoints.marker import Part, write_parts
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, Reader
 from bigmac_lightning.file_part import FilePart
 from bigmac_lightning.runtime.sharding import local
-
-Leaves = Mapping[tuple[Any, ...], Any]
-"""Values by their paths in a nested dict."""
+from bigmac_lightning.training.copying import Leaves, kind_of
 
 LOCAL_HEADER, DIRECTORY_ENTRY, DESCRIPTOR = 30, 46, 8
 """Bytes of parts of a zip archive: a file's header and its entry in the directory, without names; and bit 3 of a file's
@@ -72,13 +68,17 @@ class Repeating:
         """Whether tensors differ from the last ones in their numbers only, as far as this rank knows."""
         return self._kinds is not None and self._kinds == _kinds(tensors)
 
-    def write(self, place: Path, tensors: Leaves, rank: int) -> None:
-        """Write the tensors into a directory. Every rank does, and they fit on every rank."""
+    def write(self, place: Path, tensors: Leaves, rank: int) -> dict[str, Part]:
+        """Write the tensors into a directory. Every rank does, and they fit on every rank.
+
+        Returns: what the marker says of the files, by name.
+        """
         place.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            _write(place / DCP_METADATA, [(self._metadata,)])
+        written = {DCP_METADATA: write_parts(place / DCP_METADATA, [self._metadata])} if rank == 0 else {}
         for name, slots in self._files.items():
-            _write(place / name, (slot.parts(tensors[slot.path]) for slot in slots))
+            parts = (part for slot in slots for part in slot.parts(tensors[slot.path]))
+            written[name] = write_parts(place / name, parts)
+        return written
 
     def remember(self, place: Path, tensors: Leaves, rank: int) -> None:
         """Remember what all ranks have just written into a directory. What looks unfamiliar is forgotten."""
@@ -96,13 +96,7 @@ class Repeating:
 
 
 def _kinds(tensors: Leaves) -> list[Any]:
-    """Everything but the numbers."""
-    return [
-        (path, value.dtype, value.shape, value.stride(), value._spec if isinstance(value, DTensor) else None)
-        if isinstance(value, Tensor)
-        else (path, None)  # DCP packs it otherwise, which `remember` finds out
-        for path, value in tensors.items()
-    ]
+    return [(path, kind_of(value)) for path, value in tensors.items()]
 
 
 def _slots(file: Path, entries: list[Any], tensors: Leaves) -> list[_Slot]:
@@ -152,12 +146,3 @@ def _numbers(tensor: Any) -> Any:
     if storage.nbytes() != tensor.numel() * tensor.element_size():
         storage = tensor.clone().untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # pyright: ignore[reportArgumentType]
-
-
-def _write(path: Path, entries: Any) -> None:
-    with path.open("wb") as stream:
-        for entry in entries:
-            for part in entry:
-                stream.write(part)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.agreement import agree, on_first_rank, place_of, together
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
+from bigmac_lightning.checkpoints.parts import Names
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, DirectoryCheckpointIO, as_checkpoint
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
 from bigmac_lightning.checkpoints.safe import load_file, trusting
@@ -32,6 +33,7 @@ from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
 from bigmac_lightning.training.background import Background
+from bigmac_lightning.training.copying import Copies
 from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
 from bigmac_lightning.training.repeating import Repeating
 from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
@@ -60,7 +62,8 @@ class SavingStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._save_distributed_checkpoint = save_distributed_checkpoint
         self._async_save = async_save
-        self._background, self._repeating = Background(), Repeating()
+        self._background, self._repeating, self._copies = Background(), Repeating(), Copies()
+        self._names: Names | None = None  # of the running training's module
         self._saving_group: Any = None  # of saves in the background alone, as they run beside the groups of training
         self._checkpoint_weights_only = checkpoint_weights_only
         self._loaded_from = ""
@@ -80,7 +83,7 @@ class SavingStrategy(DDPStrategy):
 
     def open_module(self) -> None:
         """Allow what `holding.close` forbids, for a run. Collective."""
-        self._running = True
+        self._running, self._names = True, None
         if self._meeting is None and dist.is_initialized():
             self._meeting = dist.new_group(backend="gloo", timeout=min(PATIENCE, self._timeout or PATIENCE))
             destroy_with(self, [self._meeting])
@@ -91,7 +94,7 @@ class SavingStrategy(DDPStrategy):
 
     def close_module(self) -> None:
         """Once a run is over, the module refuses what needs the whole model."""
-        self._running = False
+        self._running, self._copies = False, Copies()
         holding.close(self._module)
 
     def check_checkpoint_plugins(self, trainer: pl.Trainer) -> None:
@@ -148,7 +151,12 @@ class SavingStrategy(DDPStrategy):
 
     def _save(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any) -> None:
         self._background.wait()
-        names, path = checkpoints.names_of(self._module), self.broadcast(str(filepath))
+        trainer = self._module._trainer
+        training = self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        behind = self._async_save and training
+        if self._names is None or not self._running:
+            self._names = checkpoints.names_of(self._module)
+        names, path = self._names, on_first_rank(lambda: _place(filepath, behind), f"cannot save {filepath}")
         if self._save_distributed_checkpoint:
             self._refuse_remote(path)
             if storage_options is not None:
@@ -161,11 +169,8 @@ class SavingStrategy(DDPStrategy):
             else:
                 save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
 
-        trainer = self._module._trainer
-        if self._async_save and self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
-            if _is_local_file_protocol(path):  # in which a link to the checkpoint is made before it is written
-                on_first_rank(lambda: Path(path).parent.mkdir(parents=True, exist_ok=True), f"cannot save {path}")
-            self._background.start(partial(write, contents.copied(), self._saving_group))
+        if behind:
+            self._background.start(partial(write, contents.copied(self._copies), self._saving_group))
         else:
             write(contents)
 
@@ -314,6 +319,17 @@ class SavingStrategy(DDPStrategy):
                 f"strategy='bigmac' writes directories of local or mounted disks, not {path}: save there with "
                 "BigMacStrategy(save_distributed_checkpoint=False), or to a local folder"
             )
+
+
+def _place(path: str | Path, behind: bool) -> str:
+    """The path of a save on the first rank, which decides it.
+
+    Args:
+        behind: whether it is written in the background. A link to it may be made before it is there, in its folder.
+    """
+    if behind and _is_local_file_protocol(str(path)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return str(path)
 
 
 def _has_hooks(module: PipelineModule) -> bool:

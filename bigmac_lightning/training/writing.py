@@ -4,11 +4,11 @@ First each rank takes from Lightning's checkpoint what belongs to it. This uses 
 is work on files and messages on the CPU, which may also be done in a thread, over a process group of its own.
 """
 
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,16 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.checkpoints import files
-from bigmac_lightning.checkpoints.agreement import from_everyone, on_first_rank, place_of, together
-from bigmac_lightning.checkpoints.marker import part_of, write_marker
+from bigmac_lightning.checkpoints.agreement import from_everyone, on_first_rank, place_of, results_of
+from bigmac_lightning.checkpoints.marker import Part, part_of, write_marker, write_parts
 from bigmac_lightning.checkpoints.packed import in_one_piece
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, reasons_of, without_group
 from bigmac_lightning.runtime.sharding import whole_of
+from bigmac_lightning.training.copying import Copies, Leaves
 from bigmac_lightning.training.repeating import Repeating
-
-Leaves = dict[tuple[Any, ...], Any]
-"""Values by their paths in a nested dict."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,9 @@ class Contents:
         step = int(checkpoint.get("global_step", 0))
         return cls({path: take(value) for path, value in _leaves(tensors)}, rest, names, replica, step)
 
-    def copied(self) -> "Contents":
+    def copied(self, copies: Copies) -> "Contents":
         """A copy on the CPU, which training does not change."""
-        tensors = {path: _copied(value) for path, value in self.tensors.items()}
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        return replace(self, tensors=tensors, rest=pickle.loads(pickle.dumps(self.rest)))
+        return replace(self, tensors=copies.of(self.tensors), rest=pickle.loads(pickle.dumps(self.rest)))
 
 
 def save_directory(contents: Contents, path: Path, group: Any = None, repeating: Repeating | None = None) -> None:
@@ -91,20 +85,28 @@ def save_directory(contents: Contents, path: Path, group: Any = None, repeating:
     tensors = contents.tensors
     own_fit, own_rest = repeating is not None and repeating.fits(tensors), _own_rest(contents)
     fits, every_rest = zip(*from_everyone((own_fit, own_rest), group), strict=True)
-    rest = together(lambda: _joined(every_rest, contents.names) if rank == 0 else None, what, group)
-    place = on_first_rank(lambda: files.unfinished(path), what, group)
+    known = repeating if all(fits) else None
+    rest: list[Any] = []
+
+    def prepare() -> Path:
+        rest.append(_joined(every_rest, contents.names))
+        return files.unfinished(path)
+
+    def write_own() -> dict[str, Part]:
+        parts = known.write(place, tensors, rank) if known is not None else {}
+        for whole in rest:  # on the first rank
+            parts[_METADATA_FILENAME] = _write_file(place / _METADATA_FILENAME, whole)
+        others = [*place.glob(f"__{rank}_*"), *([place / DCP_METADATA] if rank == 0 else [])]
+        return {file.name: part_of(file) for file in others if file.name not in parts} | parts
+
+    place = on_first_rank(prepare, what, group)
     try:
-        if repeating is not None and all(fits):
-            together(lambda: repeating.write(place, tensors, rank), what, group)
-        else:
+        if known is None:
             _write_tensors(nested(tensors), place, what, group)
             if repeating is not None:
                 repeating.remember(place, tensors, rank)
-        on_first_rank(lambda: _write_file(place / _METADATA_FILENAME, rest), what, group)
-        own = [place / name for name in (DCP_METADATA, _METADATA_FILENAME) if rank == 0]
-        own += place.glob(f"__{rank}_*")
-        parts = from_everyone(together(lambda: {file.name: part_of(file) for file in own}, what, group), group)
-        every = {name: part for found in parts for name, part in found.items()}
+        written = results_of(write_own, what, group)
+        every = {name: part for found in written for name, part in found.items()}
 
         def finish() -> None:
             write_marker(place, every, contents.step, world)
@@ -168,11 +170,10 @@ def _write_tensors(tensors: Tree, place: Path, what: str, group: Any) -> None:
         raise kind(f"{what}: {reasons_of(failure)}") from failure
 
 
-def _write_file(path: Path, contents: Any) -> None:
-    with path.open("wb") as stream:
-        torch.save(contents, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _write_file(path: Path, contents: Any) -> Part:
+    saved = BytesIO()
+    torch.save(contents, saved)
+    return write_parts(path, [saved.getbuffer()])
 
 
 def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
@@ -210,13 +211,3 @@ def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
 def _whole_on_cpu(value: Any) -> Any:
     """A whole tensor on the CPU. Collective over the ranks that have shards of it."""
     return whole_of(value).cpu() if isinstance(value, Tensor) else value
-
-
-def _copied(value: Any) -> Any:
-    """A copy of a tensor on the CPU, in memory to which a GPU writes while the CPU does not wait."""
-    if isinstance(value, DTensor):
-        return DTensor(_copied(value.to_local()), value._spec, requires_grad=False)
-    if not isinstance(value, Tensor):
-        return value
-    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-    return copy.copy_(value.detach(), non_blocking=True)
