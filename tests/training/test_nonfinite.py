@@ -70,6 +70,10 @@ class _Data(ToyData):
         return batch
 
 
+COMPILED = {"compile": {"backend": "aot_eager"}}
+COMPILES = (pytest.mark.wide, pytest.mark.filterwarnings("ignore"))  # Dynamo looks at tensors, which warn
+
+
 class _Module(ToyModule):
     """Under other strategies, it leaves out a step with bad gradients itself."""
 
@@ -109,6 +113,8 @@ def _raise(rank: int, world: int, kind: str, strategy: dict[str, Any], folder: P
         ("backward", 3, {"backbone": "zb1p"}, ["the backward of stage 1 made a gradient of microbatch 1, sample 's1."]),
         ("weight", 2, {}, ["the gradient of llm.norm.weight, and in no forward (rank 1)"]),
         pytest.param("slope", 2, {}, ["the gradient of encoders.", "and in no forward"], marks=pytest.mark.wide),
+        pytest.param("forward", 2, COMPILED, ["made hidden states of microbatch 1"], marks=COMPILES),
+        pytest.param("backward", 2, COMPILED, ["the backward of stage 1 made a gradient"], marks=COMPILES),
     ],
 )
 def test_all_ranks_raise_and_name_the_cause(

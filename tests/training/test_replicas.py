@@ -13,6 +13,7 @@ from tests.training.trainers import on_ranks, pipeline_trainer
 
 WIDE = pytest.mark.wide
 FSDP = ShardingOptions("fsdp", "fsdp", "zero1")
+MASTERS = ShardingOptions("fsdp", "zero1", "zero1", master_weights=True)
 
 
 class _Corrupt(ToyModule):
@@ -30,7 +31,8 @@ class _Corrupt(ToyModule):
 
 
 def _fit(rank: int, world: int, strategy: dict[str, Any], name: str) -> tuple[str, int]:
-    trainer = pipeline_trainer(world, {"check_replicas_every": 2, **strategy}, max_steps=4)
+    precision: Any = "bf16-true" if strategy.get("sharding") is MASTERS else "32-true"
+    trainer = pipeline_trainer(world, {"check_replicas_every": 2, **strategy}, max_steps=4, precision=precision)
     module = _Corrupt(name, tied=True)
     try:
         trainer.fit(module, ToyData())
@@ -51,6 +53,10 @@ def _fit(rank: int, world: int, strategy: dict[str, Any], name: str) -> tuple[st
             {"data_parallel_size": 2, "sharding": FSDP, "microbatches": 3},
             "generators.sketch.net.0.weight",
             "shard of",
+        ),
+        pytest.param(4, {"data_parallel_size": 2, "sharding": MASTERS}, "", "", marks=WIDE),
+        pytest.param(
+            4, {"data_parallel_size": 2, "sharding": MASTERS}, "encoders.image.unused.bias", "shard of", marks=WIDE
         ),
     ],
 )

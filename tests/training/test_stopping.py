@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bigmac_lightning import Batch
@@ -19,6 +20,7 @@ from bigmac_lightning.runtime.lowering import Compute, Message
 from bigmac_lightning.runtime.progress import Progress
 from bigmac_lightning.runtime.watchdog import TO_END_BY_ITSELF, Watchdog
 from bigmac_lightning.schedule.action import Action
+from tests.loaders import Places
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, weights
 
@@ -88,33 +90,53 @@ class _ToldInValidation(ToyModule):
 
 
 class _Validating(ToyData):
+    def train_dataloader(self) -> Any:
+        return Places(range(self.steps), batch_size=1, collate_fn=self.collate)
+
     def val_dataloader(self) -> Any:
         return self.loader(6, first=1000)
 
 
-def _in_validation(rank: int, told: int | None, dp: int, folder: Path) -> tuple[Any, Any]:
-    """Weights after six steps, and the batches of validations that were run, by run."""
+def _in_validation(rank: int, told: int | None, options: dict[str, Any], accumulate: int, folder: Path) -> Any:
+    """Weights after three epochs, and the batches of validations that were run, by run."""
     path, ran = None, []
     for attempt in range(1 if told is None else 2):
         callback, module = PreemptionCheckpoint(folder), _ToldInValidation(None if attempt else told)
-        trainer = pipeline_trainer(2, {"data_parallel_size": dp}, max_epochs=3, callbacks=[callback])
+        every = {"accumulate_grad_batches": accumulate, "val_check_interval": 2 * accumulate - 1}
+        saving = ModelCheckpoint(folder / "saved", every_n_train_steps=1, save_top_k=-1)
+        loops = {
+            "max_epochs": 3,
+            "callbacks": [callback, saving],
+            "enable_checkpointing": True,
+            **(every if accumulate > 1 else {}),
+        }
+        trainer = pipeline_trainer(2, options, **loops)
         try:
-            trainer.fit(module, _Validating(steps=2), ckpt_path=path)
+            trainer.fit(module, _Validating(steps=4 * accumulate - 2 if accumulate > 1 else 2), ckpt_path=path)
         except SIGTERMException:
             path = callback.path
         ran.append(module.validated)
     return weights(module), ran
 
 
-@pytest.mark.parametrize("dp", [1, 2])
-def test_all_ranks_stop_within_a_validation_and_repeat_it(dp: int, tmp_path: Path) -> None:
-    expected = on_ranks(2, _in_validation, None, dp, tmp_path)
-    for (wanted, (whole,)), (found, (first, second)) in zip(
-        expected, on_ranks(2, _in_validation, 1, dp, tmp_path), strict=True
-    ):
-        assert whole == [(step, batch) for step in (2, 4, 6) for batch in range(6)]
-        assert first == whole[:9], "batch 1's wish travels with batch 2, and is obeyed before batch 3"
-        assert second == whole[6:]
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # the second run saves where the first one did
+@pytest.mark.parametrize(
+    ("options", "accumulate", "steps"),
+    [
+        ({"data_parallel_size": 2}, 1, (2, 4, 6)),
+        ({"async_save": True}, 2, (1, 3, 4, 6, 7, 9)),  # every other one is in the middle of an accumulation
+    ],
+)
+def test_all_ranks_stop_within_a_validation_and_repeat_it(
+    options: dict[str, Any], accumulate: int, steps: tuple[int, ...], tmp_path: Path
+) -> None:
+    expected = on_ranks(2, _in_validation, None, options, accumulate, tmp_path / "undisturbed")
+    stopped = on_ranks(2, _in_validation, 1, options, accumulate, tmp_path / "stopped")
+    for (wanted, (whole,)), (found, (first, second)) in zip(expected, stopped, strict=True):
+        assert whole == [(step, batch) for step in steps for batch in range(6)]
+        begin = whole.index((4, 0))
+        assert first == whole[: begin + 3], "batch 1's wish travels with batch 2, and is obeyed before batch 3"
+        assert second == whole[begin:]
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
