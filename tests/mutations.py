@@ -182,6 +182,13 @@ FAULTS = [
         "tests/runtime/test_randomness.py",
     ),
     Fault(
+        "what a layer draws depends on what was drawn before",
+        f"{PACKAGE}/training/batch_computation.py",
+        '        self._seed("llm", stage, microbatch)\n',
+        "",
+        "tests/runtime/test_randomness.py",
+    ),
+    Fault(
         "smallest items of fsdp have gradients",
         f"{PACKAGE}/training/sharding.py",
         "return tensor.flatten()[:0].sum()",

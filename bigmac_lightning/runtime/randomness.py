@@ -5,30 +5,36 @@ Both apply to the CPU's generator and, on other devices, to the generator of one
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def seeded(device: torch.device, *key: object) -> Iterator[None]:
+def seeded(device: torch.device, *key: object) -> Iterator[Callable[..., None]]:
     """Make the random numbers inside the block depend on `key` alone, and restore the generators' states afterwards.
 
-    The seed is a SHA-256 hash of the key's text, because Python's own hash of a text differs between processes.
+    The block gets a function. After a call of it, random numbers depend on `key` and its arguments alone, whatever has
+    been drawn before. The seed is a SHA-256 hash of the key's text, because Python's own hash of a text differs between
+    processes.
 
     Args:
         device: device whose generator is seeded besides the CPU's.
         key: values such as (seed, step, rank), whose ``repr`` must be the same in every run.
     """
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
     others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type):
-        torch.default_generator.manual_seed(seed)
+
+    def seed(*further: object) -> None:
+        number = int.from_bytes(hashlib.sha256(repr((*key, *further)).encode()).digest()[:8], "big") >> 1
+        torch.default_generator.manual_seed(number)
         if others:
             with torch.get_device_module(device).device(device):
-                torch.get_device_module(device).manual_seed(seed)
-        yield
+                torch.get_device_module(device).manual_seed(number)
+
+    with torch.random.fork_rng(others, device_type=device.type):
+        seed()
+        yield seed
 
 
 class RandomState:

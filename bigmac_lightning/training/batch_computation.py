@@ -35,6 +35,7 @@ class BatchComputation:
         mesh: PipelineMesh,
         dtype: torch.dtype,
         contexts: Sequence[Callable[[], AbstractContextManager[object]]],
+        seed: Callable[..., None],
         batch: Batch,
         planned: PlannedBatch,
         mode: Mode,
@@ -48,12 +49,13 @@ class BatchComputation:
             mesh: tells which rank this is, and its peers.
             dtype: type of hidden states, features and conditions.
             contexts: context managers that every forward runs in.
+            seed: lets random numbers depend on its arguments alone, so that plans do not change what actions draw.
             batch: a batch of useful microbatches only.
             scales: factors of the loss sums, in the order of `PipelineModule.loss_names`.
             sharding: tells which components all ranks run together.
             record: notes what the actions make; ``None``: nothing does.
         """
-        self._record = record
+        self._record, self._seed = record, seed
         self.module, self.stages, self.batch, self.scales = module, stages, batch, scales
         self.mesh, self.rank = mesh, mesh.pp_rank
         self._peers = Peers(mesh) if mesh.peers > 1 else None
@@ -138,6 +140,7 @@ class BatchComputation:
             return self._no_rows()
         mine = [item.peer == self.mesh.peer for item in items]
         own = [item for item, is_mine in zip(items, mine, strict=True) if is_mine]
+        self._seed("encoder", group, piece)
         with self._forward_context():
             encoded = self.module.encode(own, names, self._together.encode)
             if self._record is not None:
@@ -164,6 +167,7 @@ class BatchComputation:
         elif self._record is not None:
             self._record.follow_input(stage, microbatch, self._given[microbatch], features)
         given = self._given[microbatch]
+        self._seed("llm", stage, microbatch)
         with self._forward_context():
             out = self.module.run_stage(given, layers, hidden, extras, features, self.mode)
         if self._record is not None:
@@ -199,6 +203,7 @@ class BatchComputation:
         if self._record is not None:
             self._record.follow_conditions(items, places, conditions)
         rows = list(conditions.split(lengths)) if items else []
+        self._seed("generator", group, piece)
         with self._forward_context():
             if self.mode == "sample":
                 made = self.module.sample(rows, items, names, self._together.sample)

@@ -148,7 +148,7 @@ class PipelineRunner:
             self.sharding.hold()
         if planned is not None:
             scales, numbers = module.scales(step_counts) * self.gradient_scale, _numbers(given, batch)
-            with one_cache(self.mesh.device) as caller, self._own_randomness(mode):
+            with one_cache(self.mesh.device) as caller, self._own_randomness(mode) as seed:
                 contexts = (caller, self.forward_context)
                 computation = BatchComputation(
                     module,
@@ -156,6 +156,7 @@ class PipelineRunner:
                     self.mesh,
                     self.dtype,
                     contexts,
+                    seed,
                     batch,
                     planned,
                     mode,
@@ -294,11 +295,12 @@ class PipelineRunner:
                 budget = self.options.schedule.memory
                 error.add_note(alive_in_plan(planned.plan, self.mesh.pp_rank, failed.action, budget))
 
-    def _own_randomness(self, mode: Mode) -> AbstractContextManager[None]:
+    def _own_randomness(self, mode: Mode) -> AbstractContextManager[Callable[..., None]]:
         """Within this context ranks draw different random numbers, because layers must not share dropout masks.
 
-        They depend on the place in the run alone, so that a resumed run draws the same ones. The ranks' common random
-        state, by which DataModules may draw the same samples on all ranks, stays unchanged.
+        They depend on the place in the run and on the action alone, so that a resumed run draws the same ones, also
+        under other plans. The ranks' common random state, by which DataModules may draw the same samples on all ranks,
+        stays unchanged.
         """
         step = self.step if mode == "train" else f"{mode} {self.step} {self._evaluated}"
         self._evaluated += mode != "train"
