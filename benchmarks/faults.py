@@ -288,17 +288,16 @@ def main() -> None:
     table = ["| " + " | ".join(HEAD) + " |", "| " + " | ".join("---" for _ in HEAD) + " |"]
     print(*table, sep="\n", flush=True)
     before = given.write.read_text().splitlines() if given.write and given.write.exists() else []
+    lines = {row: line for row in rows() for line in before if line.startswith(f"| {row} |")}
     for row in rows():
-        known = [line for line in before if line.startswith(f"| {row} |")]
-        table += known
-        if not known and all(word in f"{row} |" for word in given.words):
+        if row not in lines and all(word in f"{row} |" for word in given.words):
             result = run(row)
-            table.append(" | ".join(["| " + str(row), *result.columns()]) + " |")
-            print(table[-1], flush=True)
+            lines[row] = " | ".join(["| " + str(row), *result.columns()]) + " |"
+            print(lines[row], flush=True)
             if given.logs:
                 (given.logs / str(row).replace(" | ", "-")).write_text(result.log)
             if given.write:
-                given.write.write_text("\n".join(table) + "\n")
+                given.write.write_text("\n".join([*table, *(lines[one] for one in rows() if one in lines)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Executor:
         trace: records when each action ran; ``None`` means that it is not recorded.
 
     Attributes:
+        timing: records it as well, for those who measure a training.
         progress: says what this rank is doing.
     """
 
@@ -69,6 +70,7 @@ class Executor:
     ) -> None:
         self.mesh, self.stage_rank = mesh, tuple(stage_rank)
         self.memory, self.trace = memory, trace
+        self.timing: Trace | None = None
         self.splits: split_backward.Splits = {}
         self.progress = Progress()
 
@@ -180,11 +182,12 @@ class _Step:
     def computing(self, action: Action, component: str, grad: bool) -> Iterator[None]:
         """The context in which the model computes an action: gradients are on or off, and bytes and time are
         measured."""
-        memory, trace = self.executor.memory, self.executor.trace
+        memory, trace, timing = self.executor.memory, self.executor.trace, self.executor.timing
         counted: AbstractContextManager[None] = memory.component(component) if memory is not None else nullcontext()
         recorded = trace.action(action) if trace is not None else nullcontext()
+        timed = timing.action(action) if timing is not None else nullcontext()
         named = torch.profiler.record_function(str(action)) if profiler._is_profiler_enabled else nullcontext()
-        with torch.set_grad_enabled(grad), recorded, counted, named:
+        with torch.set_grad_enabled(grad), recorded, timed, counted, named:
             yield
 
     # -- encoder ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from bigmac_lightning.runtime.computation import Outcome
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.peers import Peers, row_indices
 from bigmac_lightning.runtime.routing import Item, Routing
+from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.training.exact import apart, parts_of, together
 from bigmac_lightning.training.nonfinite import Record
 from bigmac_lightning.training.planner import PlannedBatch
@@ -74,6 +75,18 @@ class BatchComputation:
         self.sums = torch.zeros_like(scales)
         self.predictions: dict[int, Tensor] = {}
         self.samples: dict[tuple[int, int], Tensor] = {}
+
+    def work(self, action: Action) -> tuple[int, float]:
+        """The number of items that this process works on in an action, and the sum of their costs."""
+        if action.stage is not None:
+            return 1, self.batch.microbatches[action.index].cost
+        place = (self.rank, action.piece)
+        if action.kind == "G":
+            of = [self.batch.microbatches[m].targets[i] for m, i in self.conditions.items(action.index, place)]
+        else:
+            of = [self.batch.microbatches[m].media[i] for m, i in self.features.items(action.index, place)]
+        own = [item.cost for item in of if item.peer == self.mesh.peer]
+        return len(own), sum(own)
 
     def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
         shape, extras = self._shapes(microbatch, stage)

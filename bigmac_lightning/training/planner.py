@@ -13,19 +13,17 @@ from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.plan import Costs, Plan, PlanError
+from bigmac_lightning.schedule.plan import Plan, PlanError
+from bigmac_lightning.schedule.rates import Rates
 from bigmac_lightning.schedule.simulate import simulate
-from bigmac_lightning.schedule.workload import MicrobatchWork, Workload
+from bigmac_lightning.schedule.workload import Workload
 from bigmac_lightning.training.batch_facts import fingerprint, plan_digest
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.trained import SharedTrained, Trained
+from bigmac_lightning.training.work import OwnedCost, OwnedCosts, SharedRates, guessed, measured, of_equal_work
 
 CACHED_PLANS = 16
 """How many plans are remembered: enough for the few shapes that even batches have. Uneven batches never repeat."""
-
-
-OwnedCost = tuple[int, float]
-"""The owner of an item, and its cost."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ class Planner:
         self.layout = options.layout(size, rank)
         self.known: dict[object, PlannedBatch] = {}
         self._trained = SharedTrained({*encoders, *trained.encoders}, trained)
+        self._rates = SharedRates(len(trained.weights))
 
     @property
     def trained(self) -> Trained:
@@ -113,31 +112,42 @@ class Planner:
     def trained(self, trained: Trained) -> None:
         self._trained.set(trained)
 
-    def key(self, batch: Batch, trained: Trained | None = None) -> object:
-        """Everything that the plan of a batch depends on.
+    @property
+    def rates(self) -> Rates | None:
+        """How long actions take, as far as it was measured."""
+        return self._rates.get()
 
-        Args:
-            trained: what is trained; ``None``: what is trained now.
-        """
-        trained = self.trained if trained is None else trained
+    @rates.setter
+    def rates(self, rates: Rates | None) -> None:
+        self._rates.set(rates)
+
+    def key(self, batch: Batch) -> object:
+        """Everything that the plan of a batch depends on, were it made now."""
+        return self._key(batch, self.trained, self.rates)
+
+    def _key(self, batch: Batch, trained: Trained, rates: Rates | None) -> object:
+        known = None if rates is None else tuple(rates.items())
         if self.alike is not None:
-            return trained, tuple(
-                (bool(microbatch.media), bool(microbatch.targets)) for microbatch in batch.microbatches
-            )
-        return trained, tuple(
-            (
-                microbatch.cost,
-                any(item.encoder in trained.encoders for item in microbatch.media),
-                tuple((item.owner, item.cost) for item in microbatch.media),
-                tuple((item.owner, item.cost) for item in microbatch.targets),
-            )
-            for microbatch in batch.microbatches
+            kinds = ((bool(microbatch.media), bool(microbatch.targets)) for microbatch in batch.microbatches)
+            return trained, known, tuple(kinds)
+        return (
+            trained,
+            known,
+            tuple(
+                (
+                    microbatch.cost,
+                    any(item.encoder in trained.encoders for item in microbatch.media),
+                    tuple((item.owner, item.cost) for item in microbatch.media),
+                    tuple((item.owner, item.cost) for item in microbatch.targets),
+                )
+                for microbatch in batch.microbatches
+            ),
         )
 
     def __call__(self, batch: Batch) -> PlannedBatch:
         """Plan a batch that `run_of` has returned."""
-        trained = self.trained
-        key = self.key(batch, trained)
+        trained, rates = self.trained, self.rates
+        key = self._key(batch, trained, rates)
         planned = self.known.pop(key, None)
         if planned is None:
             if len(self.known) >= CACHED_PLANS:
@@ -145,7 +155,7 @@ class Planner:
             needs = trained.needs(batch)
             if self.alike is not None:
                 needs = replace(needs, encoded=(bool(trained.encoders),) * len(batch))
-            plan, workload = self._plan(batch, trained, needs)
+            plan, workload = self._plan(batch, trained, needs, rates)
             order = self._order(plan, workload)
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
@@ -158,7 +168,7 @@ class Planner:
         """What of a batch is run: the microbatches that are useful, or all if all pipelines must run equally many."""
         return batch.useful() if self.alike is None else batch.useful_media()
 
-    def _plan(self, batch: Batch, trained: Trained, needs: Needs) -> tuple[Plan, Workload]:
+    def _plan(self, batch: Batch, trained: Trained, needs: Needs, rates: Rates | None) -> tuple[Plan, Workload]:
         groups = self.layout.groups(len(batch))
         media, targets = _owned([m.media for m in batch.microbatches]), _owned([m.targets for m in batch.microbatches])
         llm = [m.cost for m in batch.microbatches]
@@ -166,18 +176,23 @@ class Planner:
             llm = [1.0] * len(batch)
             media = [self._one_each(self.layout.encoder_ranks) if "EF" in self.alike else []] * len(batch)
             targets = [self._one_each(self.layout.generator_ranks) if "G" in self.alike else []] * len(batch)
-        encoder, generator = self._shares("EF", media, groups), self._shares("G", targets, groups)
         schedule, factors = self.options.schedule, self.options.stage_factors
-        costs, stage_costs = trained.costs(
-            self.options.costs, schedule.stages_per_rank, needs, _any(encoder), _any(generator)
-        )
+        occurring = (any(map(bool, media)), any(map(bool, targets)))
+        costs, stage_costs = trained.costs(self.options.costs, schedule.stages_per_rank, needs, *occurring)
         if factors:
             assert factors != "auto", "not estimated yet"
             one = costs.per_stage(schedule.stages_per_rank)
             rows = stage_costs or [[one.F, one.B, one.I, one.W]] * len(factors)
             stage_costs = [[time * factor for time in row] for row, factor in zip(rows, factors, strict=True)]
-        workload = _workload(llm, media, targets, costs)
-        request = replace(schedule, costs=costs).request(
+        work, media_times, target_times = guessed(costs, stage_costs, llm, media, targets), media, targets
+        if rates is not None:
+            known = rates if self.alike is None else of_equal_work(rates, self.layout.group_size)
+            peers = self.options.parallel.peers
+            work = measured(work, known, schedule.stages_per_rank, llm, media, targets, peers)
+            media_times, target_times = work.media, work.targets
+        workload = work.workload
+        encoder, generator = self._shares("EF", media_times, groups), self._shares("G", target_times, groups)
+        request = replace(schedule, costs=work.costs).request(
             self.size,
             len(batch),
             workload=workload,
@@ -185,7 +200,7 @@ class Planner:
             group_pieces=self._pieces(media, groups),
             encoder_shares=encoder if _any(encoder) else None,
             generator_shares=generator if _any(generator) else None,
-            stage_costs=stage_costs,
+            stage_costs=work.stage_costs,
             stage_rank=self.options.own_stage_rank,
         )
         plan, meeting = make_plan(request), self.options.sharding.meeting
@@ -213,7 +228,7 @@ class Planner:
             for group in groups
         ]
 
-    def _shares(self, kind: str, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[float]]:
+    def _shares(self, kind: str, items: OwnedCosts, groups: list[list[int]]) -> list[list[float]]:
         """Per group, each rank's fraction of the cost. Where all ranks meet, ranks without items have a small one."""
         rows: list[list[float]] = []
         for group in groups:
@@ -255,22 +270,6 @@ def _owned(items: Sequence[Sequence[MediaItem | TargetItem]]) -> list[list[Owned
     """Owner and cost of each microbatch's items. A cost of 0 becomes a small one, as its owner still has to act."""
     least = NEGLIGIBLE * max((item.cost for row in items for item in row), default=0.0) or 1.0
     return [[(item.owner, max(item.cost, least)) for item in row] for row in items]
-
-
-def _workload(
-    llm: Sequence[float], media: Sequence[Sequence[OwnedCost]], targets: Sequence[Sequence[OwnedCost]], costs: Costs
-) -> Workload:
-    """The work of each microbatch, so that the mean microbatch takes `costs`."""
-    mean = sum(llm) / len(llm)
-    parts = zip(llm, _scaled(media, costs.EF), _scaled(targets, costs.G), strict=True)
-    return Workload(tuple(MicrobatchWork(time / mean, encoder, generator) for time, encoder, generator in parts))
-
-
-def _scaled(items: Sequence[Sequence[OwnedCost]], cost: float) -> list[tuple[float, ...]]:
-    """Item costs as times, scaled so that the mean microbatch takes `cost`."""
-    total = sum(cost for row in items for _, cost in row)
-    factor = cost * len(items) / total if total else 0.0
-    return [tuple(cost * factor for _, cost in row) for row in items]
 
 
 def _without_unneeded(plan: Plan, order: Sequence[tuple[int, int]], batch: Batch) -> tuple[Plan, list[tuple[int, int]]]:

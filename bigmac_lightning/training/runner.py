@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
@@ -20,11 +21,14 @@ from bigmac_lightning.runtime.gradients import Reductions, SharedParameters, glo
 from bigmac_lightning.runtime.lowering import Compute, Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
+from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.rates import described
 from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.explaining import alive_in_plan, explain
+from bigmac_lightning.training.measuring import Measuring
 from bigmac_lightning.training.memory_report import is_out_of_memory
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
@@ -50,6 +54,7 @@ class PipelineRunner:
         computing: the 16-bit type in which the model computes if shards are float32; ``None``: that of the weights.
         agreement: compares batches between ranks before they run; ``None``: nothing does.
         finite: finds out whether training steps are finite; ``None``: nothing does.
+        measuring: measures how long actions take, from which plans are then made; ``None``: nothing does.
     """
 
     def __init__(
@@ -62,8 +67,9 @@ class PipelineRunner:
         computing: torch.dtype | None = None,
         agreement: BatchAgreement | None = None,
         finite: FiniteCheck | None = None,
+        measuring: Measuring | None = None,
     ) -> None:
-        self.agreement, self.finite = agreement, finite
+        self.agreement, self.finite, self.measuring = agreement, finite, measuring
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
         self.dtype = computing or _find_dtype(module, mesh, self.stage_rank)
@@ -100,6 +106,9 @@ class PipelineRunner:
         self.sharding.release()
         if self.trained.refresh(within_step):
             self.planner.trained = self.trained.now
+            if self.measuring is not None:
+                self.measuring.forget()
+                self.planner.rates = None
             self.executor.splits.clear()
 
     @property
@@ -142,6 +151,8 @@ class PipelineRunner:
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
         reductions = Reductions(self.places, self.mesh) if reduce else None
+        measuring, work = (self.measuring if training else None), dict[Action, tuple[int, float]]()
+        timing = self.executor.timing = None if measuring is None else measuring.start()
         if training:
             self.sharding.gather(has_loss)
         else:
@@ -170,6 +181,8 @@ class PipelineRunner:
                 except Exception as error:
                     self._explain(error, computation, planned, numbers)
                     raise
+            if timing is not None:
+                work = {one.action: computation.work(one.action) for one in planned.program if isinstance(one, Compute)}
             self._last_planned = planned
             sums, predictions, samples = computation.sums, computation.predictions, computation.samples
         self.executor.progress.begin("the sums of gradients over all ranks", together=True)
@@ -191,6 +204,9 @@ class PipelineRunner:
             read = reductions.drop_unused(*flags)
             if finite is not None:
                 finite.end(read == [1])
+        if measuring is not None and measuring.end(timing, work, planned is not None and planned.recomputes):
+            self.planner.rates = measuring.rates
+            rank_zero_info(f"Plans are made from measured times now: {described(measuring.rates or {})}")
         metrics = self.last_metrics = module.metrics(sums, counts)
         return PipelineOutput(
             loss=metrics["loss"],

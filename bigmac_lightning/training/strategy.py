@@ -51,6 +51,7 @@ from bigmac_lightning.training.holding import take_part
 from bigmac_lightning.training.launching import ScriptLauncher, WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
+from bigmac_lightning.training.measuring import Measuring
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.optimizers import accepting_nothing
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
@@ -340,7 +341,11 @@ class BigMacStrategy(SteppingStrategy):
         if self._on_nonfinite != "ignore":
             unscaled = getattr(self.precision_plugin, "scaler", None) is None
             finite = FiniteCheck(self._ranks, module, self.mesh, gradients=unscaled)
-        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, agreement, finite)
+        measuring = None
+        if self._options.schedule.costs is None and trainer.state.fn == TrainerFn.FITTING:
+            measuring = Measuring(self._ranks, self.root_device, self._options.sharding.meeting)
+        checks = (agreement, finite, measuring)
+        self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, *checks)
         self._runner.executor.progress = self.progress
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
         compare = partial(check_replicas, self._ranks, module, self.mesh, self._runner.sharding)

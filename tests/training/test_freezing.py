@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from bigmac_lightning import Costs
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
 from tests.models import parts
@@ -107,7 +108,9 @@ def _plans_made(rank: int) -> list[bool]:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
             ran.append(trainer.strategy.runner.last_plan is batch.planned.plan)  # type: ignore[attr-defined]
 
-    trainer = pipeline_trainer(2, max_epochs=2, callbacks=[_Turns([(2, "encoders", False)]), Watch()])
+    trainer = pipeline_trainer(
+        2, {"costs": Costs(G=3)}, max_epochs=2, callbacks=[_Turns([(2, "encoders", False)]), Watch()]
+    )
     trainer.fit(_AllOptimized(), _InWorkers(steps=8))
     return ran
 

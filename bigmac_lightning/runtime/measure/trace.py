@@ -36,7 +36,7 @@ class Trace:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[Action, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._origin = self._now()
         self.origin_seconds = time.perf_counter()
 
@@ -45,13 +45,22 @@ class Trace:
         """Record the block as the execution of `action`."""
         start = self._now()
         yield
-        self._marks.append((str(action), start, self._now()))
+        self._marks.append((action, start, self._now()))
+
+    def is_over(self) -> bool:
+        """Whether the device is done with all actions so far. Nothing waits for it."""
+        return not self._cuda or not self._marks or self._marks[-1][2].query()  # pyright: ignore
+
+    def durations(self) -> list[tuple[Action, float]]:
+        """The seconds of each action so far. The device must be done with them."""
+        return [(action, self._between(start, end)) for action, start, end in self._marks]
 
     def spans(self) -> list[Span]:
         """Return all spans so far. On CUDA, this waits until the device has finished."""
         if self._cuda:
             torch.cuda.synchronize()
-        return [Span(text, self._since(start), self._since(end)) for text, start, end in self._marks]
+        since = self._origin
+        return [Span(str(a), self._between(since, start), self._between(since, end)) for a, start, end in self._marks]
 
     def _now(self) -> "float | torch.cuda.Event":
         if not self._cuda:
@@ -60,12 +69,13 @@ class Trace:
         event.record()
         return event
 
-    def _since(self, mark: "float | torch.cuda.Event") -> float:
-        if isinstance(mark, torch.cuda.Event):
-            assert isinstance(self._origin, torch.cuda.Event)
-            return self._origin.elapsed_time(mark) / 1e3
-        assert isinstance(self._origin, float)
-        return mark - self._origin
+    def _between(self, one: "float | torch.cuda.Event", other: "float | torch.cuda.Event") -> float:
+        """The seconds from one mark to the other."""
+        if isinstance(one, torch.cuda.Event):
+            assert isinstance(other, torch.cuda.Event)
+            return one.elapsed_time(other) / 1e3
+        assert isinstance(other, float)
+        return other - one
 
 
 def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Span]]) -> None:
