@@ -93,11 +93,11 @@ class Once(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        if writes and name != "requires_grad_" and args and isinstance(args[0], DTensor):
+        if writes and name != "requires_grad_" and any(isinstance(arg, DTensor) for arg in (*args, *kwargs.values())):
             raise DrawnAgainError(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def constructed(build: Callable[[], Any], mesh: DeviceMesh) -> Any:

@@ -23,7 +23,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 
 from ..folders import has_safetensors, reading_weights
 from ..initialization import frozen_as, seeded
-from ..rows import DrawnAgainError, constructed, read_rows
+from ..rows import DrawnAgainError, constructed, cut_rows, read_rows
 from .codec import LatentCodec
 from .velocity import TRANSFORMERS
 
@@ -111,10 +111,10 @@ class FlowGenerator(Generator):
             connector, transformer = self._with_weights(self.shard_mesh)
         except DrawnAgainError:  # then all weights are drawn before any is cut
             connector, transformer = self._with_weights(None)
-        self.connector, self.transformer = (
-            frozen_as(self.connector, connector),
-            frozen_as(self.transformer, transformer),
-        )
+            assert self.shard_mesh is not None
+            cut_rows(transformer, self.shard_mesh)
+        self.connector = frozen_as(self.connector, connector)
+        self.transformer = frozen_as(self.transformer, transformer)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 

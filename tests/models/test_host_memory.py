@@ -70,7 +70,7 @@ def tower(weights: str | None) -> VisionEncoder:
 
 
 def flow(weights: str | None) -> FlowGenerator:
-    config = {"num_layers": BLOCKS, "num_attention_heads": 4, "attention_head_dim": 48, "axes_dims_rope": [16, 16, 16]}
+    config = {"num_layers": BLOCKS, "num_attention_heads": 4, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]}
     return FlowGenerator(WIDTH, **({"config": config} if weights is None else {"weights": weights}))
 
 

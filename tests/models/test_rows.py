@@ -1,23 +1,29 @@
 """Components that make only this rank's rows of their weights have the numbers of whole ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from transformers import SiglipVisionModel
 
-from bigmac_lightning.models import FlowGenerator, HFVisionEncoder, VisionEncoder
-from tests.models import zoo
+from bigmac_lightning.models import FlowGenerator, HFDecoder, HFVisionEncoder, VisionEncoder
+from bigmac_lightning.models.rows import DrawnAgainError, constructed
+from tests.models import sweep, tiny, zoo
 from tests.models.parts import WIDTH
 from tests.models.test_flow import DIFFUSION
 from tests.models.test_vision import GRIDS, TOWERS
 from tests.ranks import run_ranks
 
+WIDE = pytest.mark.wide
 RANKS = 3  # which few numbers of rows divide
 
 
@@ -43,52 +49,46 @@ def difference(build: Callable[[], Any], ranks: DeviceMesh) -> list[str]:
         wrong += [] if same and parameter.requires_grad == whole.get_parameter(name).requires_grad else [name]
     buffers = dict(whole.named_buffers())
     wrong += [name for name, buffer in part.named_buffers() if not torch.equal(buffer, buffers.pop(name))]
+    inside = getattr(part, "tower", None) or getattr(part, "transformer", None) or part
+    wrong += [name for name, parameter in inside.named_parameters() if not isinstance(parameter, DTensor)]
     return [*wrong, *expected, *buffers, *(["mode"] if part.training != whole.training else [])]
 
 
-def share(component: nn.Module) -> float:
-    """Of the numbers of a component, the fraction that lies in rows."""
-    parameters = list(component.parameters())
-    return sum(p.numel() for p in parameters if isinstance(p, DTensor)) / sum(p.numel() for p in parameters)
+def vision(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name in names:
+        for weights, dtype in ((None, "float32"), (str(folder / name), "bfloat16")):
+            yield name, partial(_encoder, name, weights, dtype)
 
 
-def vision(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for kind, config in {**TOWERS, **GRIDS}.items():
-        for weights in (None, str(folder / kind)):
-            yield kind, lambda k=kind, c=config, w=weights: VisionEncoder({"model_type": k, **c}, WIDTH, weights=w)
-    for name in zoo.VISION_LANGUAGE:
-        for weights in (None, str(folder / name)):
-            for dtype in ("float32", "bfloat16"):
-                yield (
-                    name,
-                    lambda n=name, w=weights, d=dtype: HFVisionEncoder(
-                        zoo.MODELS[n].config(), weights=w, attn_implementation=zoo.MODELS[n].attention, dtype=d
-                    ),
-                )
+def _encoder(name: str, weights: str | None, dtype: str) -> Any:
+    if name in zoo.VISION_LANGUAGE:
+        model = zoo.MODELS[name]
+        return HFVisionEncoder(model.config(), weights=weights, attn_implementation=model.attention, dtype=dtype)
+    return VisionEncoder({"model_type": name, **{**TOWERS, **GRIDS}[name]}, WIDTH, weights=weights)
 
 
-def _encoders(rank: int, folder: Path) -> list[tuple[str, list[str], float]]:
-    ranks, found = mesh(), list[tuple[str, list[str], float]]()
-    for name, build in vision(folder):
-        component = build()
-        component.shard_mesh = ranks
-        component.materialize()
-        found.append((name, difference(build, ranks), share(component)))
-    return found
+def _encoders(rank: int, folder: Path, names: Collection[str]) -> list[tuple[str, list[str]]]:
+    ranks = mesh()
+    return [(name, difference(build, ranks)) for name, build in vision(folder, names)]
 
 
-def test_encoders(tmp_path: Path) -> None:
-    for name in zoo.VISION_LANGUAGE:
-        zoo.save(name, tmp_path)
-    for kind, config in {**TOWERS, **GRIDS}.items():
-        encoder = VisionEncoder({"model_type": kind, **config}, WIDTH, seed=1)
-        encoder.materialize()
-        encoder.tower.save_pretrained(tmp_path / kind)
-    for results in run_ranks(RANKS, _encoders, tmp_path):
-        assert {name for name, *_ in results} == {*TOWERS, *GRIDS, *zoo.VISION_LANGUAGE}
-        for name, wrong, in_rows in results:
-            assert not wrong, (name, wrong)
-            print(name, in_rows)
+FEW = ["siglip_vision_model", "qwen3_vl", "mistral3"]
+
+
+@pytest.mark.parametrize(
+    "names", [FEW, pytest.param([*TOWERS, *GRIDS, *zoo.VISION_LANGUAGE], marks=WIDE)], ids=["few", "all"]
+)
+def test_encoders(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        if name in zoo.VISION_LANGUAGE:
+            zoo.save(name, tmp_path)
+        else:
+            encoder = VisionEncoder({"model_type": name, **{**TOWERS, **GRIDS}[name]}, WIDTH, seed=1)
+            encoder.materialize()
+            encoder.tower.save_pretrained(tmp_path / name)
+    for results in run_ranks(RANKS, _encoders, tmp_path, names):
+        assert {name for name, _ in results} == set(names)
+        assert not [result for result in results if result[1]]
 
 
 def _generators(rank: int, folder: Path) -> list[tuple[str, list[str]]]:
@@ -99,10 +99,6 @@ def _generators(rank: int, folder: Path) -> list[tuple[str, list[str]]]:
             def build(kind: str = kind, source: Any = source) -> FlowGenerator:
                 return FlowGenerator(WIDTH, transformer=kind, queries=5, **source)
 
-            component = build()
-            component.shard_mesh = ranks
-            component.materialize()
-            assert share(component.transformer) == 1, "no constructor draws anything anew"
             found.append((kind, difference(build, ranks)))
     return found
 
@@ -117,3 +113,74 @@ def test_generators(files: int, tmp_path: Path) -> None:
         assert (len(list((tmp_path / kind).glob("*.safetensors"))) > 1) == (files > 1)
     for results in run_ranks(RANKS, _generators, tmp_path):
         assert results == [(kind, []) for kind in DIFFUSION for _ in range(2)]
+
+
+class _Tower(SiglipVisionModel):
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            nn.init.normal_(self.encoder.layers[0].mlp.fc1.weight)
+
+
+class _Transformer(SD3Transformer2DModel):
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        made: Any = SD3Transformer2DModel.from_config(*args, **kwargs)
+        nn.init.normal_(made.transformer_blocks[0].attn.to_q.weight)
+        return made
+
+
+def _drawn_anew(rank: int) -> list[list[str]]:
+    def encoder() -> VisionEncoder:
+        made = VisionEncoder({"model_type": "siglip_vision_model", **TOWERS["siglip_vision_model"]}, WIDTH)
+        made.tower.__class__ = _Tower
+        return made
+
+    def generator() -> FlowGenerator:
+        made = FlowGenerator(WIDTH, channels=1, config=DIFFUSION["sd3"], transformer="sd3")
+        made.kind = replace(made.kind, model=_Transformer)
+        return made
+
+    ranks = mesh()
+    with pytest.raises(DrawnAgainError):
+        constructed(lambda: _Transformer.from_config(generator()._arguments), ranks)
+    return [difference(encoder, ranks), difference(generator, ranks)]
+
+
+def test_weights_that_are_drawn_anew() -> None:
+    """A model that draws a layer's weights once more, after the layer, draws all of them whole."""
+    assert run_ranks(2, _drawn_anew) == [[[], []]] * 2
+
+
+def _decoders(rank: int, folder: Path, names: Collection[str]) -> list[tuple[str, list[str]]]:
+    """The parts of decoders that a stage has, drawn and read."""
+    ranks, found = mesh(), list[tuple[str, list[str]]]()
+    for name in names:
+        for weights in (None, str(folder / name)):
+
+            def build(name: str = name, weights: str | None = weights) -> Any:
+                made: Any = HFDecoder(tiny.tiny_config(name), weights=weights)
+                made.materialize = partial(made.materialize, [0, 2], True, True)
+                return made
+
+            found.append((name, difference(build, ranks)))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of configs that are not ours
+@pytest.mark.parametrize(
+    "names", [["qwen3_moe", "llama"], pytest.param(sweep.DECODERS, marks=WIDE)], ids=["few", "all"]
+)
+def test_decoders(names: list[str], tmp_path: Path) -> None:
+    made = list[str]()
+    for name in names:
+        try:
+            decoder = HFDecoder(tiny.tiny_config(name), seed=1)
+        except Exception:  # it is refused
+            continue
+        decoder.materialize(range(decoder.num_layers), True, True)
+        decoder._whole.save_pretrained(tmp_path / name)
+        made.append(name)
+    assert len(made) >= min(len(names), 70)
+    for results in run_ranks(RANKS, _decoders, tmp_path, made, timeout=900):
+        assert not [result for result in results if result[1]]
