@@ -54,20 +54,21 @@ def allocate_and_initialize(
     are made anew as well. Tied parameters are untied.
 
     Args:
-        finish: gets the name of each module once it and all that is in it have their values.
+        finish: gets the name of each module once it and all that is in it have their values. No memory is taken for
+            the modules that come after it.
 
     Raises:
         ValueError: the class of some module has no rule for one of its parameters or buffers.
     """
-    model.to_empty(device="cpu")
-    for tensor in (tensor for module in model.modules() for tensor in _own_tensors(module).values()):
-        tensor.data.fill_(torch.nan)  # so that what no rule sets is found below; it would be any memory
     owners: dict[str, PreTrainedModel] = {}  # the innermost model around a module, as a vision tower has its own rules
     for name, module in model.named_modules():
         around = owners[name.rpartition(".")[0]] if name else model
         owners[name] = module if isinstance(module, PreTrainedModel) else around
     left: list[tuple[str, nn.Module]] = []
     for name, module in reversed(list(model.named_modules())):  # children first, as Hugging Face does
+        module.to_empty(device="cpu", recurse=False)
+        for tensor in _own_tensors(module).values():
+            tensor.data.fill_(torch.nan)  # so that what no rule sets is found below; it would be any memory
         own = module._parameters.values()
         if not own or any(parameter is not None for parameter in own):  # rules do not expect dropped parameters
             with seeded(seed, name), torch.no_grad():

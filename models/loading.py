@@ -4,20 +4,27 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import logging
 
 from bigmac_lightning.checkpoints.mismatches import first_few
 
 from .folders import reading_weights
 from .initialization import allocate_and_initialize
+from .rows import DrawnAgainError, Once, cut_rows
 
 Cut = Callable[[Any, str], None]
-"""Replaces the parameters of a module of this name (all modules: "") in a model by this rank's slices of them."""
+"""Replaces the parameters of a module of this name (all modules: "") in a model by this rank's part of them: slices or
+rows."""
 
 
 def materialize(
@@ -36,7 +43,8 @@ def materialize(
         source: the folder of a checkpoint; only tensors of modules that are left are read. ``None``: draw the weights.
         seed: the seed of drawn weights.
         dtype: the type of the weights; ``None``: as in the checkpoint.
-        cut: makes slices of parameters. Only slices are read from a checkpoint; drawn weights are cut layer by layer.
+        cut: makes this rank's part of parameters. From a checkpoint only this part is read; drawn weights are cut layer
+            by layer.
 
     Raises:
         ValueError: the checkpoint cannot be read, or belongs to another model.
@@ -47,32 +55,72 @@ def materialize(
             cut(loaded, "")  # the loader may have read views of more than slices
         return loaded
     keep(whole)
+    if cut is None:
+        return _drawn(whole, seed, dtype)
+    try:
+        made = _drawn(copy.deepcopy(whole), seed, dtype, cut)
+    except DrawnAgainError:  # then all weights are drawn before any is cut
+        made = _drawn(whole, seed, dtype)
+    cut(made, "")
+    return made
+
+
+def _drawn(whole: Any, seed: int, dtype: torch.dtype | None, cut: Cut | None = None) -> Any:
+    """A model with drawn weights, whose layers are cut one by one.
+
+    Raises:
+        DrawnAgainError: the model draws weights of a layer anew after the layer.
+    """
     convert = _conversion(whole, dtype)
-    slices: dict[str, tuple[Any, int]] = {}
+    lists = [name for name, module in whole.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = {name for name in lists if not any(name.startswith(f"{other}.") for other in lists)}
 
     def finish(name: str) -> None:
-        if cut is not None and name.rpartition(".")[0].endswith("layers"):
+        if cut is not None and name.rpartition(".")[0] in outermost:
             convert(whole.get_submodule(name), f"{name}.")
             cut(whole, name)
-            slices.update(_slices(whole.get_submodule(name), f"{name}."))
 
-    allocate_and_initialize(whole, seed, finish)
+    with Once():
+        allocate_and_initialize(whole, seed, finish)
     convert(whole, "")
-    for name, (local, version) in slices.items():
-        if local._version != version:
-            raise ValueError(
-                f"{type(whole).__name__} draws {name} anew after its layer, which cannot be done in slices: start from "
-                "a checkpoint of it"
-            )
-    if cut is not None:
-        cut(whole, "")
     return whole
 
 
-def _slices(module: Any, prefix: str) -> dict[str, tuple[Any, int]]:
-    """The slices in a module, with their versions, which grow when something is written to them."""
-    found = {f"{prefix}{n}": p._local_tensor for n, p in module.named_parameters() if isinstance(p, DTensor)}
-    return {name: (local, local._version) for name, local in found.items()}
+def rows_over(mesh: DeviceMesh | None) -> Cut | None:
+    """Leaves this rank's rows of each parameter, if they are to lie in shards on the ranks of a mesh.
+
+    The loader reads them as rows of a tensor in the checkpoint. Where it converts tensors (it joins, splits or turns
+    them), rows of the result are others; these parameters are read whole. Experts that it stacks are rows of a weight.
+    """
+    return None if mesh is None else partial(_cut_rows, mesh=mesh)
+
+
+def _cut_rows(whole: Any, inside: str, mesh: DeviceMesh) -> None:
+    drawn = not any(parameter.is_meta for parameter in whole.get_submodule(inside).parameters())
+    conversions = [] if drawn else get_model_conversion_mapping(whole)
+    converted = [one for one in conversions if isinstance(one, WeightConverter)]
+
+    def stays(name: str, parameter: Tensor) -> bool:
+        found = [one for one in converted if any(_literal(target) in name for target in one.target_patterns)]
+        return not all(_stacks(one) and parameter.ndim == 3 and len(parameter) % mesh.size() == 0 for one in found)
+
+    cut_rows(whole, mesh, inside, stays)
+
+
+def _literal(pattern: str) -> str:
+    """The longest part of a pattern of names that means itself."""
+    return max(re.split(r"[^\w.]+", pattern), key=len).strip(".")
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether each row of what a converter makes comes from tensors of its own, which the loader then reads alone."""
+    kinds = [type(operation) for operation in converter.operations]
+    along = [getattr(operation, "dim", None) for operation in converter.operations]
+    return (
+        kinds[:1] == [MergeModulelist]
+        and along[0] == 0
+        and all(kind is Concatenate and dim == 1 for kind, dim in zip(kinds[1:], along[1:], strict=True))
+    )
 
 
 def _conversion(whole: Any, dtype: torch.dtype | None) -> Callable[[Any, str], None]:

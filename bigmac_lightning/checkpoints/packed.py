@@ -4,8 +4,11 @@ Tensor parallelism cuts each of the matrices, so a rank's slice consists of seve
 DCP takes it for one piece, and would read and write the wrong numbers.
 """
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -25,3 +28,32 @@ def in_one_piece(value: Any) -> Any:
     whole = [Replicate() for _ in shards]
     value = value.redistribute(placements=[*whole, placement]) if shards else value
     return value.redistribute(placements=[*whole, Shard(placement.dim)])
+
+
+def pieces_of(value: DTensor) -> Iterator[tuple[torch.Size, Tensor]]:
+    """The pieces of the whole tensor that this rank has, as views of its local tensor, each with its offsets in the
+    whole.
+
+    Args:
+        value: such a slice, or this rank's rows of it, if several ranks have shards of the slice.
+    """
+    placement, mesh, local = value.placements[-1], value.device_mesh, value.to_local()
+    assert isinstance(placement, _StridedShard)
+    dim, number = placement.dim % value.ndim, placement.split_factor
+    matrix = value.shape[dim] // number
+    length = matrix // mesh.size(mesh.ndim - 1)  # of a piece; other sizes are refused
+    own = mesh.get_local_rank(mesh.ndim - 1) * length
+    rows, first = value.shape[0] if dim else number * length, 0
+    if mesh.ndim == 2:
+        rows, first = Shard.local_shard_size_and_offset(rows, mesh.size(0), mesh.get_local_rank(0))
+    for i in range(number):
+        offsets = [0] * value.ndim
+        if dim:
+            offsets[0], offsets[dim] = first, i * matrix + own
+            piece = local.narrow(dim, i * length, length)
+        else:  # of the slice's rows, those of this matrix that are here
+            start, stop = max(first, i * length), min(first + rows, (i + 1) * length)
+            offsets[0] = i * matrix + own + start - i * length
+            piece = local.narrow(0, start - first if stop > start else 0, max(stop - start, 0))
+        if piece.numel():
+            yield torch.Size(offsets), piece

@@ -10,19 +10,24 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint.filesystem as filesystem
 import torch.distributed.checkpoint.metadata as metadata
+from torch import Tensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from bigmac_lightning.checkpoints.packed import is_packed, pieces_of
 
 DCP_METADATA = ".metadata"
 TRUST = (
@@ -198,7 +203,24 @@ class _SafeBytes(DefaultLoadPlanner):
 
 
 class _Planner(_SafeBytes):
-    """DCP's planner for reading into given tensors."""
+    """DCP's planner for reading into given tensors. Of a slice of several pieces, each piece is read by itself."""
+
+    def create_local_plan(self) -> LoadPlan:
+        plan, metadata = super().create_local_plan(), self.metadata
+        assert metadata is not None
+        packed = {name: value for name, value in self.state_dict.items() if is_packed(value)}
+        items = [item for item in plan.items if item.dest_index.fqn not in packed]
+        for name, value in packed.items():
+            chunks = [ChunkStorageMetadata(offsets, piece.size()) for offsets, piece in pieces_of(value)]
+            stored: Any = metadata.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, stored, chunks)
+        return replace(plan, items=items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        value = self.state_dict[index.fqn]
+        if not is_packed(value):
+            return super().lookup_tensor(index)
+        return next(piece for offsets, piece in pieces_of(value) if offsets == index.offset)
 
 
 class _WholePlanner(_SafeBytes, _EmptyStateDictLoadPlanner):

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.agreement import agree, place_of
 from bigmac_lightning.checkpoints.mismatches import Shape, mismatches
-from bigmac_lightning.checkpoints.packed import is_packed
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, as_checkpoint, check_directory, refuse
 from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
 
@@ -82,17 +81,12 @@ class CheckpointWeights:
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the values into these tensors, by name. The tensors may have any dtype and device. Of a tensor that lies
-        in slices, this process gets its slice."""
+        in slices or shards, this process gets its part."""
         if self._file is not None:
             for name, tensor in tensors.items():
                 _copy(self._file["state_dict"][name], tensor)
             return
-        direct = {name: tensor for name, tensor in tensors.items() if not is_packed(tensor)}
-        read_into({"model": direct}, self.path)
-        for name in tensors.keys() - direct.keys():
-            whole = torch.empty(self.shapes[name], dtype=self._dtypes[name], device="cpu")
-            read_into({"model": {name: whole}}, self.path)
-            _copy(whole, tensors[name])
+        read_into({"model": dict(tensors)}, self.path)
 
     def read(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Tensors of these names, by default all."""

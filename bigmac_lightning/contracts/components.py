@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
@@ -31,12 +32,15 @@ class Encoder(nn.Module, ABC):
             features (see `LanguageModel.run_layers`).
         gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
+        shard_mesh: the ranks on which weights will lie in shards, while `materialize` runs; ``None``: they will not.
+            `materialize` may then leave rows of parameters: DTensors on this mesh, cut along their first dimension.
     """
 
     width: int = 0
     levels: int = 1
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
+    shard_mesh: DeviceMesh | None = None
 
     def materialize(self) -> None:
         """Give weights to the parameters that ``__init__`` left on the meta device. Called once, before all else."""
@@ -100,6 +104,8 @@ class LanguageModel(nn.Module, ABC):
         refuses_packing: the reason why a row must not have several samples; empty if it may.
         gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
+        shard_mesh: the ranks on which weights will lie in shards, while `materialize` runs; ``None``: they will not.
+            `materialize` may then leave rows of parameters: DTensors on this mesh, cut along their first dimension.
 
     *Extras* are further tensors that go with a microbatch's hidden states from layer to layer, and so from stage to
     stage; gradients flow back through them. Most models have none.
@@ -115,6 +121,7 @@ class LanguageModel(nn.Module, ABC):
     refuses_packing: str = ""
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
+    shard_mesh: DeviceMesh | None = None
 
     @abstractmethod
     def materialize(
@@ -241,11 +248,14 @@ class Generator(nn.Module, ABC):
         width: width of the conditions, D; 0: any width.
         gradient_checkpointing: whether its layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
+        shard_mesh: the ranks on which weights will lie in shards, while `materialize` runs; ``None``: they will not.
+            `materialize` may then leave rows of parameters: DTensors on this mesh, cut along their first dimension.
     """
 
     width: int = 0
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
+    shard_mesh: DeviceMesh | None = None
 
     def materialize(self) -> None:
         """Give weights to the parameters that ``__init__`` left on the meta device. Called once, before all else."""

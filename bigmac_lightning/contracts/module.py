@@ -4,12 +4,13 @@ Under any strategy of Lightning, `pipeline` runs a batch on the plain path. Unde
 in a runner, which calls the same functions of the components from the pipeline.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.component_module import ComponentModule
@@ -28,12 +29,15 @@ class Part:
         layers: global indices of its layers; ``None``: all.
         embedding, head: whether it has the input embedding, and the final norm with the output weight.
         peers: the ranks that compute this part together; ``None``: it computes it alone.
+        shards: for each component whose weights will lie in shards, such as "encoders.image" or "llm", the mesh of the
+            ranks that have them.
     """
 
     layers: Collection[int] | None = None
     embedding: bool = True
     head: bool = True
     peers: StagePeers | None = None
+    shards: Mapping[str, DeviceMesh] = field(default_factory=dict)
 
 
 class Runner(Protocol):
@@ -99,12 +103,17 @@ class PipelineModule(ComponentModule):
 
     def materialize(self) -> None:
         """Allocate and initialise the weights of the components; of the LLM, those of this process's part."""
-        for component in [*self.encoders.values(), *self.generators.values()]:
-            assert isinstance(component, Encoder | Generator)
-            component.materialize()
+        for kind, components in (("encoders", self.encoders), ("generators", self.generators)):
+            for name, component in components.items():
+                assert isinstance(component, Encoder | Generator)
+                component.shard_mesh = self.part.shards.get(f"{kind}.{name}")
+                component.materialize()
+                component.shard_mesh = None
         layers = range(self.llm.num_layers) if self.part.layers is None else self.part.layers
         further = [] if self.part.peers is None else [self.part.peers]
+        self.llm.shard_mesh = self.part.shards.get("llm")
         self.llm.materialize(layers, self.part.embedding, self.part.head, *further)
+        self.llm.shard_mesh = None
 
     def adapt(self) -> None:
         """Change the components once they have their weights: freeze parts, add adapters.

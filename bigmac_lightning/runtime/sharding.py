@@ -7,8 +7,9 @@ whole weights are float32.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class ShardedModule:
             of zeros only because other weights of their block were used.
 
     Args:
-        module: the module, with whole weights that are the same on all ranks.
-        mesh: a mesh of one dimension, over which each weight is cut along its first dimension.
+        module: the module, with whole weights that are the same on all ranks, or with this rank's rows of them.
+        mesh: a mesh of one dimension, over which each weight is cut along its first dimension; the one of the rows.
         by_block: whether blocks gather their weights themselves.
         stages: if stages run instead of the module's own forward, the blocks of each stage, in their order. The weights
             beside them are then gathered by `gather` alone.
@@ -56,16 +57,17 @@ class ShardedModule:
         blocks = [block for stage in stages for block in stage] if stages else list(blocks_of(module))
         self._by_themselves: list[FSDPModule] = []
         self._others: list[FSDPModule] = []
-        for part in [*blocks, module]:
-            by_itself = by_block and not (part is module and stages)
-            fully_shard(part, mesh=mesh, reshard_after_forward=by_itself, mp_policy=policy)
-            assert isinstance(part, FSDPModule)
-            part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
-            part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
-            part.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may have used different weights
-            if not by_itself:
-                _let_reduce(part, False)
-            (self._by_themselves if by_itself else self._others).append(part)
+        with _without_rows(module):
+            for part in [*blocks, module]:
+                by_itself = by_block and not (part is module and stages)
+                fully_shard(part, mesh=mesh, reshard_after_forward=by_itself, mp_policy=policy)
+                assert isinstance(part, FSDPModule)
+                part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
+                part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
+                part.set_reduce_scatter_unused_params(True, recurse=False)  # ranks may have used different weights
+                if not by_itself:
+                    _let_reduce(part, False)
+                (self._by_themselves if by_itself else self._others).append(part)
         _state(module)._lazy_init()  # the module's own forward might never run, but only its layers'
         assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
         for stage in stages if by_block else ():
@@ -157,6 +159,22 @@ class ShardedModule:
                 parameter.requires_grad_(trained)
 
 
+@contextmanager
+def _without_rows(module: nn.Module) -> Iterator[None]:
+    """Within this context, whole parameters without memory take the place of rows. `fully_shard` cuts them as it cuts a
+    model that was made on the meta device, and takes the rows for its shards when it runs first."""
+    places: list[Any] = [(m, name, p) for m in module.modules() for name, p in m._parameters.items() if is_rows(p)]
+    made: dict[int, nn.Parameter] = {}
+    for place, name, rows in places:
+        if id(rows) not in made:  # a parameter may have several places
+            empty = torch.empty(rows.shape, dtype=rows.dtype, device="meta")
+            made[id(rows)] = nn.Parameter(empty, rows.requires_grad)
+        place._parameters[name] = made[id(rows)]
+    yield
+    for place, name, rows in places:
+        place._parameters[name] = rows
+
+
 def _state(part: Any) -> Any:
     return part._get_fsdp_state()
 
@@ -230,6 +248,11 @@ def has_weights(module: nn.Module) -> bool:
 def is_slice(tensor: Tensor) -> bool:
     """Whether each tensor peer has its own slice of it."""
     return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def is_rows(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a rank has only its rows of a weight, before shards are made of weights or after."""
+    return isinstance(tensor, DTensor) and not is_slice(tensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from bigmac_lightning.checkpoints import marker
 from bigmac_lightning.checkpoints.agreement import agree, from_everyone, place_of, together
 from bigmac_lightning.checkpoints.mismatches import mismatches
-from bigmac_lightning.checkpoints.packed import is_packed
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, nested
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, check_directory
 from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
@@ -127,17 +126,19 @@ def _is_kept(place: tuple[Any, ...], known: Collection[tuple[Any, ...]], names: 
 def _room(entry: Any, own: Any) -> Any:
     """A tensor to read into: the model's own if its shape and type are the same, or a new one."""
     alike = isinstance(own, Tensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
-    alike = alike and not is_packed(own)  # `load_weights` cuts these
-    return own if alike and own.dtype == entry.properties.dtype else _empty(entry, "cpu")
+    return own if alike and own.dtype == entry.properties.dtype else _divided(entry, own)
 
 
 def _moments(entry: Any, place: tuple[Any, ...], own: Mapping[str, Any]) -> Any:
     """A new tensor to read an entry of an optimizer's state into, divided as its weight is."""
     weight = own.get(place[2]) if place[0] != OTHERS and len(place) == 4 else None
-    if not isinstance(weight, DTensor) or is_packed(weight):  # it is read whole, and cut when the optimizer gets it
-        return _empty(entry, "cpu")
-    alike = isinstance(entry, TensorStorageMetadata) and weight.shape == entry.size
-    return torch.empty_like(weight, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
+    return _divided(entry, weight)
+
+
+def _divided(entry: Any, own: Any) -> Any:
+    """A new tensor to read an entry into, of which this rank has the same part as of `own`."""
+    alike = isinstance(own, DTensor) and isinstance(entry, TensorStorageMetadata) and own.shape == entry.size
+    return torch.empty_like(own, dtype=entry.properties.dtype) if alike else _empty(entry, "cpu")
 
 
 def _empty(entry: Any, device: str) -> Any:

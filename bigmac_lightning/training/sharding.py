@@ -14,7 +14,7 @@ from bigmac_lightning.contracts.components import Encoder, Generator, LanguageMo
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, is_slice, lists_of
+from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, is_rows, is_slice, lists_of
 from bigmac_lightning.training.options import ShardingOptions
 
 
@@ -47,18 +47,12 @@ class Sharding:
         self._mesh, self.sharded, self._meeting = mesh, dict[str, ShardedModule](), set[str]()
         self.computing, self._options = computing, options
         self._shared = _shared_by_components(module)
-        world: Any = dist.group.WORLD
-        single = computing is not None  # also one rank then has a shard: the float32 weights
-        over_world = _mesh_of(world, mesh, single)
-        over_pipeline = _mesh_of(mesh.replica_group, mesh, single)
-        over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 or single else None
-        chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
-        chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
-        chosen += [("llm", module.llm, options.stages)]
+        chosen = [(name, part, options.of_component(name)) for name, part in _components(module)]
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
+        meshes = {**shard_meshes(module, mesh, options), **module.part.shards}  # rows lie on the latter already
         for name, part, kind in chosen:
-            over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
-            if kind == "ddp" or over is None:
+            over = meshes.get(name)
+            if over is None:
                 continue
             if kind == "fsdp" and (name != "llm" or over.size() > 1):
                 self._meeting.add(name)
@@ -179,6 +173,28 @@ class Sharding:
         return [(part, early), ("rest", {name: p for name, p in own.items() if name in self._shared})]
 
 
+def shard_meshes(module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> dict[str, DeviceMesh]:
+    """For each component whose weights lie in shards, such as "encoders.image" or "llm", the ranks that have them."""
+    world: Any = dist.group.WORLD
+    single = options.master_weights  # also one rank then has a shard: the float32 weights
+    over_world = _mesh_of(world, mesh, single)
+    over_pipeline = _mesh_of(mesh.replica_group, mesh, single)
+    over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 or single else None
+    found = dict[str, DeviceMesh]()
+    for name, _ in _components(module):
+        kind = options.of_component(name)
+        over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
+        if kind != "ddp" and over is not None:
+            found[name] = over
+    return found
+
+
+def _components(module: PipelineModule) -> list[tuple[str, nn.Module]]:
+    parts = [("encoders", module.encoders), ("generators", module.generators)]
+    found = [(f"{kind}.{name}", part) for kind, named in parts for name, part in named.items()]
+    return [*found, ("llm", module.llm)]
+
+
 class Together:
     """Runs components whose weights all ranks of a pipeline gather together: each rank makes as many calls as the rank
     with the most batches. A rank that has no batch left runs a smallest item. That changes neither results nor
@@ -260,9 +276,12 @@ def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh, single: bool) -> Devi
 def check_whole(module: PipelineModule) -> None:
     """
     Raises:
-        ValueError: an earlier run has left the module's weights in shards.
+        ValueError: an earlier run has left the module's weights in shards, or rows of them.
     """
-    if any(isinstance(child, FSDPModule) for child in module.modules()):
+    known = {id(mesh) for mesh in module.part.shards.values()}
+    rows = [parameter for parameter in module.parameters() if is_rows(parameter)]
+    in_shards = any(isinstance(child, FSDPModule) for child in module.modules())
+    if in_shards or any(id(parameter.device_mesh) not in known for parameter in rows):
         raise ValueError(
             f"the weights of this {type(module).__name__} lie in shards already, from an earlier run: save a "
             f"checkpoint, and give a new {type(module).__name__} to this run, with ckpt_path"

@@ -38,7 +38,7 @@ from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.meeting import Place, meet
 from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
-from bigmac_lightning.runtime.sharding import local
+from bigmac_lightning.runtime.sharding import is_rows, local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting, rewinding
@@ -59,7 +59,7 @@ from bigmac_lightning.training.parent import end_with_agent, end_with_parent, na
 from bigmac_lightning.training.planner import PlanningCollate
 from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner
-from bigmac_lightning.training.sharding import check_whole
+from bigmac_lightning.training.sharding import check_whole, shard_meshes
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
@@ -259,7 +259,10 @@ class BigMacStrategy(SteppingStrategy):
             sizes = {"cp": parallel.context, "tp": parallel.tensor}
             self._mesh = build_mesh(self.root_device, dp, pp, stage_rank, self._timeout, **sizes)
         self.open_module()
-        take_part(module, replace(part_of(self.mesh.pp_rank, stages, stage_rank), peers=peers_of(self.mesh, parallel)))
+        part = part_of(self.mesh.pp_rank, stages, stage_rank)
+        shards = shard_meshes(module, self.mesh, self.options.sharding)
+        shards = {name: ranks for name, ranks in shards.items() if ranks.size() > 1}
+        take_part(module, replace(part, peers=peers_of(self.mesh, parallel), shards=shards))
         module._device_mesh = self.device_mesh
         if self.options.partition != "even" and not module._materialized:
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
@@ -380,7 +383,12 @@ class BigMacStrategy(SteppingStrategy):
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
         groups = {True: self.mesh.data_group, False: None}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            group = groups[name.startswith("llm.")]
+            is_llm = name.startswith("llm.")
+            group = groups[is_llm]
+            if is_rows(tensor):  # other ranks have others, or each replica has them
+                if is_llm or self.options.sharding.of_component(name) == "zero1":
+                    continue
+                group = self.mesh.dp_group
             if dist.get_world_size(group) > 1:
                 dist.broadcast(
                     local(tensor.detach()), 0 if group is None else dist.get_global_rank(group, 0), group=group

@@ -9,11 +9,13 @@ the conditions inside the transformer, K queries.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
@@ -21,6 +23,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
 
 from ..folders import has_safetensors, reading_weights
 from ..initialization import frozen_as, seeded
+from ..rows import DrawnAgainError, constructed, cut_rows, read_rows
 from .codec import LatentCodec
 from .velocity import TRANSFORMERS
 
@@ -104,19 +107,33 @@ class FlowGenerator(Generator):
             self.codec.materialize()
         if not next(self.transformer.parameters()).is_meta:
             return
-        with seeded(self.seed, "generator"):
-            self.connector = frozen_as(self.connector, self._new_connector())
-            transformer: Any = self.kind.model.from_config(self._arguments) if self.source is None else None
-        if self.source is not None:
-            load, source = self.kind.model.from_pretrained, self.source
-            with reading_weights(source, self.kind.model.__name__):
-                safe = has_safetensors(source)
-                transformer = load(
-                    source, torch_dtype=torch.float32, local_files_only=True, use_safetensors=safe
-                ).train()
+        try:
+            connector, transformer = self._with_weights(self.shard_mesh)
+        except DrawnAgainError:  # then all weights are drawn before any is cut
+            connector, transformer = self._with_weights(None)
+            assert self.shard_mesh is not None
+            cut_rows(transformer, self.shard_mesh)
+        self.connector = frozen_as(self.connector, connector)
         self.transformer = frozen_as(self.transformer, transformer)
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+
+    def _with_weights(self, mesh: DeviceMesh | None) -> tuple[nn.Module, Any]:
+        """The connector and the transformer.
+
+        Args:
+            mesh: the ranks of which each makes its rows of the transformer's weights; ``None``: they are whole.
+        """
+        build = partial(self.kind.model.from_config, self._arguments)
+        with seeded(self.seed, "generator"):
+            connector = self._new_connector()
+            if self.source is None:
+                return connector, build() if mesh is None else constructed(build, mesh)
+        with reading_weights(self.source, self.kind.model.__name__):
+            rows = None if mesh is None else read_rows(build, self.source, mesh)
+            load, safe = self.kind.model.from_pretrained, has_safetensors(self.source)
+            arguments = {"torch_dtype": torch.float32, "local_files_only": True, "use_safetensors": safe}
+            return connector, (rows or load(self.source, **arguments)).train()
 
     def forward_cost(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
         """The cost without the codec, which is small and has no backward."""

@@ -25,6 +25,7 @@ from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
 from ..hf_component import HFComponent
+from ..loading import rows_over
 from ..meta_model import PassThrough
 from . import (
     attention,
@@ -176,6 +177,7 @@ class HFDecoder(HFComponent, LanguageModel):
         if outside := [k for k in layers if not 0 <= k < self.num_layers]:
             raise ValueError(f"layers {outside} do not exist: the decoder has layers 0..{self.num_layers - 1}")
         tie = head and bool(self.tied)
+        divided = peers.tensor is not None or peers.expert is not None  # slices are cut into shards afterwards
         whole = self._materialized(
             partial(
                 meta_model.keep_language_model,
@@ -184,7 +186,7 @@ class HFDecoder(HFComponent, LanguageModel):
                 embedding=embedding or tie,  # a tied head starts from the embedding's weights
                 head=head,
             ),
-            partial(self._cut, peers=peers) if peers.tensor is not None or peers.expert is not None else None,
+            partial(self._cut, peers=peers) if divided else rows_over(self.shard_mesh),
         )
         if tie:
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight

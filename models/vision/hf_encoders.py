@@ -17,7 +17,7 @@ from bigmac_lightning.contracts.batch import MediaData
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
-from .. import meta_model
+from .. import loading, meta_model
 from ..families import Encode, pixels_of
 from ..hf_component import HFComponent
 from ..llm import attention
@@ -81,7 +81,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         if not all(parameter.is_meta for parameter in self.parameters()):
             return
         keep = self._keep_vision if self.source is not None else lambda whole: None  # the LLM has been dropped already
-        self._hold(self._materialized(keep))
+        self._hold(self._materialized(keep, loading.rows_over(self.shard_mesh)))
 
     @staticmethod
     def _keep_vision(whole: Any) -> None:

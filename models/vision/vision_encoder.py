@@ -128,7 +128,8 @@ class VisionEncoder(Encoder):
 
     def materialize(self) -> None:
         if next(self.tower.parameters()).is_meta:
-            tower = loading.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32)
+            cut = loading.rows_over(self.shard_mesh)
+            tower = loading.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32, cut)
             self.tower = frozen_as(self.tower, tower)
             if self.gradient_checkpointing:
                 tower.activation_checkpointing_enable({"use_reentrant": False})
