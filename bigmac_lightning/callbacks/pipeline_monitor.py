@@ -1,7 +1,9 @@
 """PipelineMonitor: throughput, memory, and the timeline of one step as it was executed."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,14 +18,19 @@ from bigmac_lightning.runtime.measure.trace import Span, Trace, write_chrome_tra
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.draw import measured_picture
+from bigmac_lightning.training.planner import PlannedBatch
 from bigmac_lightning.training.strategy import BigMacStrategy
 
 COMPONENTS = ("encoder", "llm", "generator")
 
 
 class PipelineMonitor(pl.Callback):
-    """Logs the parts of the loss, samples/s, tokens/s and peak activation bytes; records one step as a trace and a
-    picture.
+    """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace and
+    a picture.
+
+    Times are means since the last logged step: ``time/batch``, the seconds from batch to batch; ``time/plan``, the
+    seconds that plans say a batch takes in the pipeline, once they are made from measured times (``costs: auto``); and
+    ``bubble_share``, the fraction of that in which the mean rank is idle.
 
     Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss, samples/s and tokens/s
     only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
@@ -42,7 +49,7 @@ class PipelineMonitor(pl.Callback):
         self.memory, self.trace_step, self.dirpath = memory, trace_step, dirpath
         self.artifacts: list[Path] = []
         self._samples = self._tokens = 0
-        self._since = 0.0
+        self._since, self._plans = 0.0, list[PlannedBatch | None]()
         self._trace_next = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -54,7 +61,7 @@ class PipelineMonitor(pl.Callback):
             strategy = trainer.strategy
             assert isinstance(strategy, BigMacStrategy)
             executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
-        self._samples, self._tokens, self._since = 0, 0, time.perf_counter()
+        self._samples, self._tokens, self._since, self._plans = 0, 0, time.perf_counter(), []
         self._trace_next = executor is not None and self.trace_step is not None
 
     def on_train_batch_start(
@@ -81,6 +88,8 @@ class PipelineMonitor(pl.Callback):
         replicas, _ = replicas_of(trainer)
         self._samples += batch.samples * replicas
         self._tokens += batch.tokens * replicas
+        if isinstance(trainer.strategy, BigMacStrategy):
+            self._plans.append(trainer.strategy.runner.last_planned)
         if not trainer._logger_connector.should_update_logs:
             return
         now = time.perf_counter()
@@ -88,7 +97,8 @@ class PipelineMonitor(pl.Callback):
             "throughput/samples_per_second": self._samples / (now - self._since),
             "throughput/tokens_per_second": self._tokens / (now - self._since),
         }
-        self._samples, self._tokens, self._since = 0, 0, now
+        values |= _times(self._plans, now - self._since)
+        self._samples, self._tokens, self._since, self._plans = 0, 0, now, []
         values.update({f"loss_parts/{name}": value for name, value in checked(self, pl_module).last_metrics.items()})
         if executor is not None and executor.memory is not None:
             values.update(_peaks(executor.mesh, executor.memory))
@@ -121,6 +131,16 @@ class PipelineMonitor(pl.Callback):
 def _executor(trainer: pl.Trainer) -> Executor | None:
     """The executor of the pipeline; ``None`` under another strategy."""
     return trainer.strategy.runner.executor if isinstance(trainer.strategy, BigMacStrategy) else None
+
+
+def _times(plans: Sequence[PlannedBatch | None], seconds: float) -> dict[str, float]:
+    """Mean times of the batches that have run in so many seconds."""
+    known = [plan for plan in plans if plan is not None]
+    if not known:
+        return {}
+    values = {"time/batch": seconds / len(plans), "bubble_share": fmean(plan.bubbles for plan in known)}
+    planned = [plan.seconds for plan in known if plan.seconds is not None]
+    return values | ({"time/plan": fmean(planned)} if len(planned) == len(known) else {})
 
 
 def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:

@@ -115,7 +115,7 @@ def _show(run: RunReader, console: Console) -> None:
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    costs_given = strategy.options.schedule.costs is not None
+    costs_given = strategy.options.schedule.given_costs is not None
     estimate = StepEstimate(
         module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp
     )
@@ -131,7 +131,7 @@ def _show(run: RunReader, console: Console) -> None:
     else:
         console.print(
             f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training plans with F: 1, B: 2, EF: 1, EB: 2, "
-            "G: 3 unless the config gives costs, such as these, to the strategy)",
+            "G: 3 for its first batches, and then with the times that it has measured, unless the config gives costs)",
             highlight=False,
             soft_wrap=True,
         )

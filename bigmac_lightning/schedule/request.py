@@ -37,7 +37,9 @@ class ScheduleOptions:
             generator and under first_stage. Otherwise it is the size of the largest group (twice that under
             disaggregated), or more if the backbone needs more to make time for the generator.
         costs: Relative times of the actions on a mean microbatch; F, B, I and W are for all stages of a rank together.
-            The defaults are 1 for F, I, W and EF, 2 for B and EB, and 0 for G (in training 3, if no costs are given).
+            auto, the default: a training measures them, and plans are made from the times of its own actions after the
+            first batches. Until then, and elsewhere, they are 1 for F, I, W and EF, 2 for B and EB, and 0 for G (in
+            training 3).
         max_encoder_units: Limit on the encoder units that are alive on a rank (a unit is the encoder's activations of
             one mean microbatch). filled uses as many as the limit allows; its default is 2, or 3 with a generator, or
             what nested takes if that is more. Plans of other policies that exceed the limit are refused.
@@ -56,13 +58,15 @@ class ScheduleOptions:
     ramp: bool = False
     pieces: int = 1
     extra_in_flight: int | None = None
-    costs: Costs | None = None
+    costs: Costs | Auto | None = None
     max_encoder_units: float | None = None
     max_llm_microbatches: float | None = None
     memory: MemoryBudget | None = None
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
+        if isinstance(self.costs, str) and self.costs != "auto":
+            raise ValueError(f'costs is {self.costs!r}; expected times of the actions, or "auto"')
         for name, least in (("virtual_stages", 1), ("group_size", 1), ("pieces", 1), ("extra_in_flight", 0)):
             value, may_be_auto = getattr(self, name), name in ("virtual_stages", "group_size")
             if value is None or (value == "auto" and may_be_auto):
@@ -88,6 +92,11 @@ class ScheduleOptions:
         if self.virtual_stages == "auto" or self.backbone == "auto":
             raise ValueError("virtual_stages or backbone is auto; choose a plan first")
         return self.virtual_stages or get_backbone(self.backbone).virtual_stages[0]
+
+    @property
+    def given_costs(self) -> Costs | None:
+        """The costs; ``None`` if they are left open."""
+        return self.costs if isinstance(self.costs, Costs) else None
 
     @property
     def own_ranks(self) -> bool:
@@ -156,4 +165,4 @@ class PlanRequest(ScheduleOptions):
     def action_costs(self) -> Costs:
         """Times of the actions, where F, B, I and W are for one stage (in `costs` they are for all stages of a
         rank)."""
-        return (self.costs or Costs()).per_stage(self.stages_per_rank)
+        return (self.given_costs or Costs()).per_stage(self.stages_per_rank)

@@ -18,7 +18,7 @@ from bigmac_lightning.schedule.request import Auto, ScheduleOptions
 
 DEFAULT_COSTS = Costs(F=1, B=2, EF=1, EB=2, G=3)
 """A backward takes about twice its forward, and a generator's action is a forward and a backward. That encoder,
-generator and a rank's part of the LLM take equally long is a guess until costs are given."""
+generator and a rank's part of the LLM take equally long is a guess until costs are given or measured."""
 
 SPLIT = (
     "splits backwards into I and W, between which the weights of a block would have to stay: use 1f1b, gpipe, "
@@ -187,7 +187,7 @@ class PipelineOptions:
     @property
     def costs(self) -> Costs:
         """The costs that plans assume: the schedule's own, or defaults."""
-        return self.schedule.costs or DEFAULT_COSTS
+        return self.schedule.given_costs or DEFAULT_COSTS
 
     def resolved(self, size: int, layers: int, encoder: bool, generator: bool) -> "tuple[PipelineOptions, str]":
         """These options with everything named that was left open: what is "auto", and the rank of each stage under a

@@ -15,7 +15,7 @@ from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Plan, PlanError
 from bigmac_lightning.schedule.rates import Rates
-from bigmac_lightning.schedule.simulate import simulate
+from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.schedule.workload import Workload
 from bigmac_lightning.training.batch_facts import fingerprint, plan_digest
 from bigmac_lightning.training.options import PipelineOptions
@@ -42,6 +42,8 @@ class PlannedBatch:
         recomputes: whether encoder forwards keep nothing, and run again before their backwards.
         source: the plan, or its text.
         digest: a number that depends on the whole plan.
+        seconds: how long the whole plan takes by what was measured; ``None``: nothing was yet.
+        bubbles: the fraction of that time, or of what costs say, in which the mean rank is idle.
     """
 
     key: object
@@ -52,12 +54,22 @@ class PlannedBatch:
     recomputes: bool
     source: Plan | str
     digest: int
+    seconds: float | None
+    bubbles: float
 
     @classmethod
-    def of(cls, key: object, plan: Plan, program: list[Instruction], needs: Needs) -> "PlannedBatch":
-        """What one rank needs of a plan."""
-        pieces = {kind: plan.pieces(kind) for kind in ("EF", "G")}
-        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, plan_digest(plan))
+    def of(
+        cls, key: object, plan: Plan, program: list[Instruction], needs: Needs, timeline: Timeline, measured: bool
+    ) -> "PlannedBatch":
+        """What one rank needs of a plan.
+
+        Args:
+            timeline: the plan's simulation.
+            measured: whether it is in seconds.
+        """
+        pieces, digest = {kind: plan.pieces(kind) for kind in ("EF", "G")}, plan_digest(plan)
+        times = (timeline.makespan if measured else None, timeline.bubble_share)
+        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, digest, *times)
 
     @cached_property
     def plan(self) -> Plan:
@@ -156,11 +168,13 @@ class Planner:
             if self.alike is not None:
                 needs = replace(needs, encoded=(bool(trained.encoders),) * len(batch))
             plan, workload = self._plan(batch, trained, needs, rates)
-            order = self._order(plan, workload)
+            timeline = simulate(plan, workload)
+            order, meeting = timeline.order, self.options.sharding.meeting  # make_plan has verified it
+            order = collective_order(plan, meeting, order) if meeting else order
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
-            program = with_hints(lower(plan, order, needs)[self.rank], self.options.sharding.meeting)
-            planned = PlannedBatch.of(key, plan, program, needs)
+            program = with_hints(lower(plan, order, needs)[self.rank], meeting)
+            planned = PlannedBatch.of(key, plan, program, needs, timeline, rates is not None)
         self.known[key] = planned
         return planned
 
@@ -212,11 +226,6 @@ class Planner:
         """An item for each of these ranks, or of all, as large as the rank's share of the work."""
         weights = self.layout.weights or (1.0,) * self.size
         return [(rank, weights[rank]) for rank in (range(self.size) if ranks is None else ranks)]
-
-    def _order(self, plan: Plan, workload: Workload) -> list[tuple[int, int]]:
-        """The order of all actions, from which programs are made."""
-        order, meeting = simulate(plan, workload).order, self.options.sharding.meeting  # make_plan has verified it
-        return collective_order(plan, meeting, order) if meeting else order
 
     def _pieces(self, items: list[list[OwnedCost]], groups: list[list[int]]) -> list[list[int]]:
         """Per group and rank, the most pieces of its share: no more than the rank has items, as no item is cut."""

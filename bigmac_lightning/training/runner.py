@@ -117,6 +117,11 @@ class PipelineRunner:
         return None if self._last_planned is None else self._last_planned.plan
 
     @property
+    def last_planned(self) -> PlannedBatch | None:
+        """What this rank needs of the plan of the last batch that was not empty; ``None`` before it."""
+        return self._last_planned
+
+    @property
     def places(self) -> list[SharedParameters]:
         """Which of this rank's trained parameters other ranks have as well."""
         return self.trained.places

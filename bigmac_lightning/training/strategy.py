@@ -345,7 +345,7 @@ class BigMacStrategy(SteppingStrategy):
             unscaled = getattr(self.precision_plugin, "scaler", None) is None
             finite = FiniteCheck(self._ranks, module, self.mesh, gradients=unscaled)
         measuring = None
-        if self._options.schedule.costs is None and trainer.state.fn == TrainerFn.FITTING:
+        if self._options.schedule.given_costs is None and trainer.state.fn == TrainerFn.FITTING:
             measuring = Measuring(self._ranks, self.root_device, self._options.sharding.meeting)
         checks = (agreement, finite, measuring)
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, *checks)
