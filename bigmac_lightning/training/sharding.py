@@ -48,17 +48,18 @@ class Sharding:
         self.computing, self._options = computing, options
         self._shared = _shared_by_components(module)
         world: Any = dist.group.WORLD
-        single = computing is not None  # also one rank then has a shard: the float32 weights
-        over_world = _mesh_of(world, mesh, single)
-        over_pipeline = _mesh_of(mesh.replica_group, mesh, single)
-        over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 or single else None
+        over_world, over_pipeline = (
+            DeviceMesh.from_group(group, mesh.device.type) for group in (world, mesh.replica_group)
+        )
         chosen = [(f"encoders.{name}", part, options.encoders) for name, part in module.encoders.items()]
         chosen += [(f"generators.{name}", part, options.generators) for name, part in module.generators.items()]
         chosen += [("llm", module.llm, options.stages)]
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
         for name, part, kind in chosen:
-            over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
-            if kind == "ddp" or over is None:
+            over = mesh.data_mesh if name == "llm" else over_world if kind == "zero1" else over_pipeline
+            offload = options.offloads(name)
+            # One rank alone may have float32 weights, or weights on the CPU, as its shard.
+            if kind == "ddp" or (over.size() == 1 and computing is None and not offload):
                 continue
             if kind == "fsdp" and (name != "llm" or over.size() > 1):
                 self._meeting.add(name)
@@ -66,7 +67,7 @@ class Sharding:
                     _check_meetings(name, part)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
                 stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
-                self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing)
+                self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing, offload)
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
@@ -148,10 +149,13 @@ class Sharding:
             own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
             summed, copies = (replicas, mesh.dp_size) if self.meets(prefix) else (None, 1)
             # Weights that were whole during a step get their gradients at its end. If stages gather weights from the
-            # other replicas during the step, sums over the same group would come between.
-            early = self.meets(prefix) and not self.meets("llm")
+            # other replicas during the step, sums over the same group would come between. Sums of gradients on the CPU
+            # would let ranks wait for each other in the middle of their plans.
+            offloaded = self._options.offloads(prefix)
+            early = self.meets(prefix) and not self.meets("llm") and not offloaded
             part = prefix.partition(".")[0] if early else "rest"
-            found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded), part))
+            used = _Used(prefix, sharded)
+            found.append(SharedParameters(own, world, summed, copies, used, part, offloaded))
         for kind in ("generators", "encoders"):
             own = {name: p for name, p in rest.items() if name.startswith(f"{kind}.")}
             for part, names in self._by_time(own, kind):
@@ -160,16 +164,17 @@ class Sharding:
         single = {name: p for name, p in llm.items() if name not in tied}
         sharded = self.sharded.get("llm")
         used = None if sharded is None else _Used("llm", sharded)
-        copies = mesh.dp_size * mesh.cp_size if sharded is None else 1
+        copies, offloaded = mesh.dp_size * mesh.cp_size if sharded is None else 1, self._options.offloads("llm")
         for own, group, times, part in ((single, data, 1, "llm"), (copied, mesh.tied_group, 2, "rest")):
             # Tensor peers have slices, or the same weights with the same gradients.
             slices = {name: p for name, p in own.items() if is_slice(p)}
             whole = {name: p for name, p in own.items() if name not in slices}
             summed = group if sharded is None else None if own is single else mesh.tied_pair
             for when, names in self._by_time(slices, part if sharded is None else "rest"):
-                found.append(SharedParameters(names, group, summed, times * copies, used, when))
+                found.append(SharedParameters(names, group, summed, times * copies, used, when, offloaded))
             for when, names in self._by_time(whole, part if sharded is None else "rest"):
-                found.append(SharedParameters(names, group, summed, times * copies * mesh.tp_size, used, when))
+                number = times * copies * mesh.tp_size
+                found.append(SharedParameters(names, group, summed, number, used, when, offloaded))
         return found
 
     def _by_time(self, own: Mapping[str, nn.Parameter], part: str) -> list[tuple[str, dict[str, nn.Parameter]]]:
@@ -250,11 +255,6 @@ class _Used:
 
     def __call__(self) -> set[str]:
         return {f"{self._prefix}.{name}" for name in self._sharded.used}
-
-
-def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh, single: bool) -> DeviceMesh | None:
-    """A mesh of the ranks of a group; ``None`` for a single rank, unless `single`."""
-    return DeviceMesh.from_group(group, mesh.device.type) if single or dist.get_world_size(group) > 1 else None
 
 
 def check_whole(module: PipelineModule) -> None:

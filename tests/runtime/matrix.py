@@ -136,7 +136,8 @@ def draw(seed: int, pp: int, dp: int) -> Case:
             pieces=random.choice([1, 1, 3]),
         )
     )
-    options = replace(options, sharding=_sharding(random, options.schedule))
+    sharding = _offloaded(Random(f"{seed}/offload"), _sharding(random, options.schedule))
+    options = replace(options, sharding=sharding)
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
     number = random.choice(NUMBERS) if options.sharding.stages == "fsdp" else None
     tied = random.random() < 0.4
@@ -165,6 +166,13 @@ def _sharding(random: Random, schedule: ScheduleOptions) -> ShardingOptions:
         generators=random.choice(["ddp", "zero1", *["fsdp"] * (2 * spread)]),
         stages=random.choice(["ddp", "zero1", *["fsdp"] * (2 * (schedule.backbone not in SPLITTING))]),
     )
+
+
+def _offloaded(random: Random, sharding: ShardingOptions) -> ShardingOptions:
+    """With some of the shards on the CPU, in every second case that has any."""
+    kinds = [kind for kind in ("encoders", "generators", "stages") if getattr(sharding, kind) != "ddp"]
+    offload: Any = tuple(kind for kind in kinds if random.random() < 0.7) if random.random() < 0.5 else ()
+    return replace(sharding, offload=offload)
 
 
 def _adapters(random: Random, layers: int, tied: bool) -> tuple[tuple[str, frozenset[str]], ...]:
