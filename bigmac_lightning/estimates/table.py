@@ -24,7 +24,7 @@ def partition_table(ranks: Sequence[RankEstimate]) -> Table:
             *["whole weights, peak"] * gathers,
             *(f"{kind}, peak" for kind in kinds),
             "memory",
-            *["of the CPU's memory"] * offloads,
+            *["offloaded"] * offloads,
             "TFLOP per step",
         ):
             table.add_column(heading, justify="right")

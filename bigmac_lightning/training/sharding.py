@@ -1,10 +1,11 @@
 """Shards the weights of a PipelineModule's components over ranks, as the strategy's options say."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -16,6 +17,8 @@ from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, is_slice, lists_of
 from bigmac_lightning.training.options import ShardingOptions
+
+Item = TypeVar("Item")
 
 
 class Sharding:
@@ -191,10 +194,11 @@ class Together:
 
     Args:
         calls: gives the number of calls on all ranks from that of this rank.
+        device: where components run.
     """
 
-    def __init__(self, calls: Callable[[int], int]) -> None:
-        self._calls = calls
+    def __init__(self, calls: Callable[[int], int], device: torch.device) -> None:
+        self._calls, self._device = calls, device
 
     def encode(self, encoder: Encoder, pixels: Sequence[MediaData], rows: Sequence[int]) -> Tensor:
         """The features of items, [rows, width], as `encoder(pixels)` gives them; there may be no items.
@@ -207,7 +211,7 @@ class Together:
         for batch in batches:
             encoded = encoder([pixels[i] for i in batch])
             made.update(zip(batch, encoded.split([rows[i] for i in batch]), strict=True))
-        missing = [encoder([encoder.smallest()]) for _ in range(calls - len(batches))]
+        missing = [encoder([self._moved(encoder.smallest())]) for _ in range(calls - len(batches))]
         features = torch.cat([made[i] for i in range(len(pixels))]) if made else missing[0][:0]
         return features + sum(map(nothing_of, missing)) if missing else features
 
@@ -224,7 +228,7 @@ class Together:
         calls = self._calls(len(batches))
         losses = [generator([conditions[i] for i in batch], [items[i] for i in batch]) for batch in batches]
         for _ in range(calls - len(batches)):
-            condition, item = generator.smallest()
+            condition, item = self._moved(generator.smallest())
             losses.append(nothing_of(generator([condition.requires_grad_(through)], [item])))
         return torch.stack(losses).sum()
 
@@ -236,9 +240,13 @@ class Together:
             samples = generator.sample([conditions[i] for i in batch], [items[i] for i in batch])
             made.update(zip(batch, samples, strict=True))
         for _ in range(calls - len(batches)):
-            condition, item = generator.smallest()
+            condition, item = self._moved(generator.smallest())
             generator.sample([condition], [item])
         return [made[i] for i in range(len(items))]
+
+    def _moved(self, smallest: Item) -> Item:
+        """What a component makes on the CPU, on the device."""
+        return move_data_to_device(smallest, self._device)
 
 
 def nothing_of(tensor: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinit
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.offloading import to_device
-from bigmac_lightning.training.optimizers import accepting_nothing
+from bigmac_lightning.training.optimizers import accepting_nothing, step_one_by_one
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
@@ -363,6 +363,7 @@ class BigMacStrategy(SteppingStrategy):
                 self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
                 refusals.check_optimizer(optimizer, self.precision_plugin)
+                step_one_by_one(optimizer)
             found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
             check_same(self._ranks, found, "optimizers")
         self.setup_precision_plugin()
