@@ -54,8 +54,7 @@ def register() -> None:
 
     dist.Backend.register_backend("relay", relay, devices=[NAME])
     torch.accelerator.current_stream = lambda *_: _Stream()
-    # torch lets a parameter get data of the other device only for CPUs and GPUs; here the parameters are swapped.
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    # torch lets parameters get data of another device for CPUs and GPUs only; here, modules that are moved get new ones.
     fsdp._move_states_to_device = _move
 
 
