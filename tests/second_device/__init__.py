@@ -54,7 +54,7 @@ def register() -> None:
 
     dist.Backend.register_backend("relay", relay, devices=[NAME])
     torch.accelerator.current_stream = lambda *_: _Stream()
-    # torch lets parameters get data of another device for CPUs and GPUs only; here, modules that are moved get new ones.
+    # torch gives a parameter data of another device for CPUs and GPUs only; here, modules that are moved get new ones.
     fsdp._move_states_to_device = _move
 
 
