@@ -115,7 +115,7 @@ RUNS = {
     "offload-fsdp-P2xdp2": Run(
         world=4,
         dp=2,
-        strategy={"sharding": replace(FSDP, offload=ALL), "microbatches": 3},
+        strategy={"sharding": replace(FSDP, offload=("encoders", "stages")), "microbatches": 3},
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
         module={"tied": True, "optimizer": "sgd"},
         data={"text_only": (0, 1)},
