@@ -310,7 +310,7 @@ FAULTS = [
     Fault(
         "optimizer states of slices are not cut into shards",
         f"{PACKAGE}/runtime/sharding.py",
-        "        if moved.device_mesh == mesh or mesh.ndim == 1:",
+        "        if whole.device_mesh == mesh or mesh.ndim == 1:",
         "        if True:",
         "tests/training/test_peers.py -k experts",
     ),
@@ -327,6 +327,34 @@ FAULTS = [
         "(_part(p, rank, shards) // slices.get(p, 1))",
         "_part(p, rank, shards)",
         "tests/test_estimates.py -k several",
+    ),
+    Fault(
+        "sums of offloaded gradients over replicas stay on the device",
+        f"{PACKAGE}/runtime/gradients.py",
+        "            _copy_into(bucket, flat.to(bucket[0].device))\n",
+        "",
+        "tests/training/test_training.py -k offload-fsdp",
+    ),
+    Fault(
+        "what is offloaded stays whole on a rank that has no others to share it with",
+        f"{PACKAGE}/training/sharding.py",
+        "(over.size() == 1 and computing is None and not offload)",
+        "(over.size() == 1 and computing is None)",
+        "tests/test_estimates.py -k memory_of_shards",
+    ),
+    Fault(
+        "estimates count what is offloaded on the device",
+        f"{PACKAGE}/estimates/ranks.py",
+        "static = sum(bytes_of.values()) - offloaded",
+        "static = sum(bytes_of.values())",
+        "tests/test_estimates.py -k memory_of_shards",
+    ),
+    Fault(
+        "optimizers step whole weights and shards at once, where torch does so by default",
+        f"{PACKAGE}/training/optimizers.py",
+        "if len(kinds) > 1 and group",
+        "if False and group",
+        "tests/training/test_sharding.py -k one_by_one",
     ),
     Fault(
         "auxiliary losses count once for each context peer",

@@ -114,6 +114,7 @@ SHARDINGS = [
     ShardingOptions("zero1", "zero1", "ddp"),
     ShardingOptions("zero1", "fsdp", "zero1", master_weights=True),
     ShardingOptions(stages="fsdp"),
+    ShardingOptions("fsdp", "zero1", "zero1", offload=("encoders", "stages")),
 ]
 
 
@@ -121,9 +122,10 @@ def precision_of(sharding: ShardingOptions) -> Precision:
     return Precision.of("bf16-true" if sharding.master_weights else "32-true")
 
 
-def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
-    """The bytes between steps, and of what is gathered at a time by zero1, for each kind of shards."""
-    found: list[tuple[int, int]] = []
+def _stored(rank: int, pp: int) -> list[tuple[int, int, int]]:
+    """For each kind of shards, the bytes between steps, of what is not offloaded and of what is, and those that zero1
+    gathers at a time."""
+    found: list[tuple[int, int, int]] = []
     for sharding in SHARDINGS:
         module = built(freeze=["encoders.image.tower"])
         options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding), pp)
@@ -135,14 +137,17 @@ def _stored(rank: int, pp: int) -> list[tuple[int, int]]:
         runner(batch(runner.layout, 4), "train")
         optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
         optimizer.step()
-        held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
-        held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        held = {False: 0, True: 0}
+        for name, parameter in module.named_parameters():
+            state = [optimizer.state[parameter].get(key) for key in ("exp_avg", "exp_avg_sq")]
+            tensors = [tensor for tensor in (parameter, parameter.grad, *state) if tensor is not None]
+            held[sharding.offloads(name)] += sum(local(tensor).nbytes for tensor in tensors)
         runner.sharding.gather()
         zero1 = [p for name, p in runner.sharding.sharded.items() if not runner.sharding.meets(name)]
         whole = [p for part in zero1 for p in part.module.parameters()]
         assert not any(isinstance(parameter, DTensor) for parameter in whole)
         taken = sum(p.nbytes + p.requires_grad * p.numel() * p.grad_dtype.itemsize for p in whole)
-        found.append((sum(local(t).nbytes for t in held), taken))
+        found.append((held[False], held[True], taken))
     return found
 
 
@@ -151,15 +156,18 @@ def test_memory_of_shards_is_that_of_the_run(pp: int) -> None:
     """Shards of weights, gradients and moments of every rank, to the byte; and what zero1 gathers."""
     told = [built(freeze=["encoders.image.tower"]) for _ in SHARDINGS]
     for rank, results in enumerate(run_ranks(2, _stored, pp)):
-        for sharding, module, (stored, gathered) in zip(SHARDINGS, told, results, strict=True):
+        for sharding, module, (stored, offloaded, gathered) in zip(SHARDINGS, told, results, strict=True):
             options, stages, _ = resolve_options(module, PipelineOptions(sharding=sharding), pp)
             precision, masters = precision_of(sharding), sharding.master_weights
             report = ranks_of(module, options, stages, pp, precision, 2 // pp)[rank % pp]
             if rank < pp:  # the report is about the first pipeline
                 assert report.static == stored
+                assert report.offloaded == offloaded
             fsdp: list[Any] = [*module.encoders.values()] if sharding.encoders == "fsdp" else []
             fsdp += [*module.generators.values()] if sharding.generators == "fsdp" else []
-            blocks = sum(precision.gathered(part, "fsdp", masters) for part in fsdp if pp > 1 or masters)
+            blocks = sum(
+                precision.gathered(part, "fsdp", masters) for part in fsdp if pp > 1 or masters or sharding.offload
+            )
             if sharding.stages == "fsdp" and pp == 1:
                 blocks += precision.gathered_stages(module.llm, part_of(0, stages, [0]), "fsdp")
             assert report.gathered == gathered + blocks

@@ -49,7 +49,7 @@ class ToyLayer(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
-        seen = torch.arange(1, h_BSD.shape[1] + 1, dtype=h_BSD.dtype).view(1, -1, 1)
+        seen = torch.arange(1, h_BSD.shape[1] + 1, dtype=h_BSD.dtype, device=h_BSD.device).view(1, -1, 1)
         h_BSD = h_BSD + self.mix(self.norm(h_BSD)).cumsum(1) / seen
         return h_BSD + self.down(nn.functional.gelu(self.up(self.norm2(h_BSD))))
 
@@ -125,10 +125,10 @@ class ToyGenerator(Generator):
         self.net = nn.ModuleList([nn.Linear(WIDTH + TARGET, 9), nn.Tanh(), nn.Linear(9, TARGET)])
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
-        total = torch.zeros((), dtype=conditions[0].dtype)
+        total = conditions[0].new_zeros(())
         for condition, item in zip(conditions, items, strict=True):
             assert item.data is not None
-            noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition.dtype)
+            noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition)
             given = torch.cat([condition.mean(0).expand(item.shape[0], -1), noise + item.data], -1)
             total = total + (through(self.net, given) - item.data).square().mean()
         return total
@@ -143,7 +143,7 @@ class ToyGenerator(Generator):
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
         made = []
         for condition, item in zip(conditions, items, strict=True):
-            noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition.dtype)
+            noise = torch.randn(item.shape, generator=torch.Generator().manual_seed(item.seed)).to(condition)
             made.append(through(self.net, torch.cat([condition.mean(0).expand(item.shape[0], -1), noise], -1)))
         return made
 

@@ -23,11 +23,13 @@ def in_one_piece(value: Any) -> Any:
     the ranks that have slices of it."""
     if not is_packed(value):
         return value
+    device = value.device
     *shards, placement = value.placements  # shards of it on several ranks are joined first
     assert isinstance(placement, _StridedShard)
     whole = [Replicate() for _ in shards]
+    value = value.to(value.device_mesh.device_type)  # offloaded shards are on the CPU, and cannot be sent there
     value = value.redistribute(placements=[*whole, placement]) if shards else value
-    return value.redistribute(placements=[*whole, Shard(placement.dim)])
+    return value.redistribute(placements=[*whole, Shard(placement.dim)]).to(device)
 
 
 def pieces_of(value: DTensor) -> Iterator[tuple[torch.Size, Tensor]]:

@@ -20,7 +20,7 @@ from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.options import OPTION_OF, PipelineOptions
 from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
 
@@ -156,10 +156,13 @@ def _components(module: PipelineModule) -> str:
 
 
 def _shards(options: PipelineOptions) -> str:
-    """Which of them lie in shards."""
-    kinds = {name: kind for name, kind in asdict(options.sharding).items() if kind != "ddp"}
-    listed = ", ".join(f"{kind} for {name}" for name, kind in kinds.items())
-    return f", in shards ({listed})" if kinds else ""
+    """Which of them lie in shards, and how."""
+    sharding = options.sharding
+    kinds = {name: getattr(sharding, name) for name in OPTION_OF.values() if getattr(sharding, name) != "ddp"}
+    listed = [f"{kind} for {name}" for name, kind in kinds.items()]
+    listed += ["float32 master weights"] * sharding.master_weights
+    listed += [f"{' and '.join(sharding.offload)} offloaded to the CPU"] * bool(sharding.offload)
+    return f", in shards ({', '.join(listed)})" if kinds else ""
 
 
 def _peers(options: PipelineOptions) -> str:

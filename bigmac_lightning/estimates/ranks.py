@@ -13,7 +13,7 @@ from torch import nn
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.runtime.sharding import blocks_of
-from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
+from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.stages import part_of
 
 Component = Encoder | LanguageModel | Generator
@@ -130,7 +130,9 @@ class RankEstimate:
         llm: the number of parameters of its part of the LLM, slices and not shards of them.
         replicated: the number of parameters of encoders and generators, which every rank has.
         share: its share of the LLM's time.
-        static: bytes of weights, gradients and AdamW's two moments, as far as this rank has them between steps.
+        static: bytes of weights, gradients and AdamW's two moments, as far as this rank has them on its device between
+            steps.
+        offloaded: bytes of the same in the CPU's memory.
         gathered: bytes of the further weights and gradients that a rank has at a time while it computes, of components
             that lie in shards.
         activations: bytes at the peak, by "LLM", "encoder", "generator" and "logits"; empty: not estimated.
@@ -142,13 +144,15 @@ class RankEstimate:
     replicated: int
     share: float
     static: int = 0
+    offloaded: int = 0
     gathered: int = 0
     activations: dict[str, float] = field(default_factory=dict)
     tflop: float = 0.0
 
     @property
     def memory(self) -> float:
-        """Bytes of everything together. That is an upper bound, as the peaks need not come at the same time."""
+        """Bytes of everything on the device together. That is an upper bound, as the peaks need not come at the same
+        time."""
         return self.static + self.gathered + sum(self.activations.values())
 
 
@@ -169,13 +173,15 @@ def ranks_of(
         precision: the bytes of weights.
         replicas: the number of pipelines.
     """
-    stage_rank, made, masters = options.stage_rank(size), list[RankEstimate](), options.sharding.master_weights
+    sharding = options.sharding
+    stage_rank, made, masters = options.stage_rank(size), list[RankEstimate](), sharding.master_weights
     peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
-    count = sum(_count(component.parameters()) for component, _ in _replicated(module, options.sharding))
-    gathered = 0
-    for component, kind in _replicated(module, options.sharding):
+    replicated = _replicated(module)
+    count, gathered = sum(_count(component.parameters()) for _, component in replicated), 0
+    for name, component in replicated:
+        kind = sharding.of_component(name)
         master = masters and kind != "ddp"
-        apart = master or _shards(kind, size * peers, replicas) > 1
+        apart = master or sharding.offloads(name) or _shards(kind, size * peers, replicas) > 1
         gathered += precision.gathered(component, kind, master) if apart else 0
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
@@ -184,17 +190,20 @@ def ranks_of(
         own = list(module.llm.parameters_of(part.layers or (), part.embedding, part.head))
         layers = tuple(stages[s] for s, owner in enumerate(stage_rank) if owner == rank)
         share = sum(times.of(stage) for stage in layers) / whole
-        kind, shards = options.sharding.stages, replicas * options.parallel.context
-        master = masters and kind != "ddp"
-        static = precision.static(module.llm, own, 0, shards if kind != "ddp" else 1, slices, master)
+        kind, shards = sharding.stages, replicas * options.parallel.context
+        master, offload = masters and kind != "ddp", sharding.offloads("llm")
+        bytes_of = {"llm": precision.static(module.llm, own, 0, shards if kind != "ddp" else 1, slices, master)}
         whole_stages = 0
-        if master or (kind != "ddp" and shards > 1):
+        if master or offload or (kind != "ddp" and shards > 1):
             whole_stages = precision.gathered_stages(module.llm, part, kind, master, slices)
-        for component, kind in _replicated(module, options.sharding):
+        for name, component in replicated:
+            kind = sharding.of_component(name)
             parts = component.parameters(), rank * peers, _shards(kind, size * peers, replicas)
-            static += precision.static(component, *parts, master=masters and kind != "ddp")
+            bytes_of[name] = precision.static(component, *parts, master=masters and kind != "ddp")
+        offloaded = sum(size for name, size in bytes_of.items() if sharding.offloads(name))
+        static = sum(bytes_of.values()) - offloaded
         llm = sum(parameter.numel() // slices.get(parameter, 1) for parameter in own)
-        made.append(RankEstimate(layers, llm, count, share, static, gathered + whole_stages))
+        made.append(RankEstimate(layers, llm, count, share, static, offloaded, gathered + whole_stages))
     return made
 
 
@@ -216,8 +225,8 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _replicated(module: PipelineModule, sharding: ShardingOptions) -> list[tuple[Encoder | Generator, str]]:
-    """Encoders and generators, and how each is sharded."""
-    found = [(part, sharding.encoders) for part in module.encoders.values()]
-    found += [(part, sharding.generators) for part in module.generators.values()]
-    return [(part, kind) for part, kind in found if isinstance(part, Encoder | Generator)]
+def _replicated(module: PipelineModule) -> list[tuple[str, Encoder | Generator]]:
+    """Encoders and generators by name."""
+    found = [(f"encoders.{name}", part) for name, part in module.encoders.items()]
+    found += [(f"generators.{name}", part) for name, part in module.generators.items()]
+    return [(name, part) for name, part in found if isinstance(part, Encoder | Generator)]

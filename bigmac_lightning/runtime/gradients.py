@@ -35,7 +35,8 @@ class SharedParameters:
             gradients; ``None`` if there is nothing to sum.
         copies: how many ranks of the world have each number of the parameters.
         used: gives the names of those shards that this rank has used; ``None``: those that have a gradient.
-        part: to which part of the model, of `PARTS`, they belong.
+        part: to which part of the model, of `PARTS`, they belong; "rest" if they are offloaded.
+        offloaded: whether they and their gradients lie in the CPU's memory.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -44,6 +45,7 @@ class SharedParameters:
     copies: int
     used: Callable[[], Collection[str]] | None = None
     part: str = "llm"
+    offloaded: bool = False
 
 
 PARTS = ("generators", "llm", "encoders", "rest")
@@ -93,9 +95,7 @@ class Reductions:
             if work is not None:
                 work.wait()
         for flat, gradients in self._flat:
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            _copy_into(gradients, flat)
 
     def drop_unused(self, *further: Tensor) -> list[int]:
         """Take away the gradients that no rank has used.
@@ -125,26 +125,46 @@ class Reductions:
             self._works.append(dist.all_reduce(used, dist.ReduceOp.MAX, group=place.everyone, async_op=True))
             self._used.append((place, used))
             if place.summed is not None:
-                self._sum(place.parameters.values(), place.summed)
+                buckets = _buckets(_gradients(place.parameters.values()))
+                (self._sum_offloaded if place.offloaded else self._sum)(buckets, place.summed)
 
-    def _sum(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-        """Start to sum the gradients of these parameters. A rank that did not use one contributes zeros."""
-        gradients: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-            gradients.append(local(parameter.grad))
-        for bucket in _buckets(gradients):
+    def _sum(self, buckets: Iterable[list[Tensor]], group: dist.ProcessGroup) -> None:
+        """Start to sum gradients."""
+        for bucket in buckets:
             flat = bucket[0] if len(bucket) == 1 and bucket[0].is_contiguous() else None
             if flat is None:
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 self._flat.append((flat, bucket))
             self._works.append(dist.all_reduce(flat, group=group, async_op=True))
 
+    def _sum_offloaded(self, buckets: Iterable[list[Tensor]], group: dist.ProcessGroup) -> None:
+        """Sum gradients that lie on the CPU, where groups of GPUs have no sums. The device has one bucket at a time."""
+        for bucket in buckets:
+            flat = torch.cat([gradient.flatten() for gradient in bucket]).to(self._device)
+            dist.all_reduce(flat, group=group)
+            _copy_into(bucket, flat.to(bucket[0].device))
+
 
 def reduce_gradients(places: Sequence[SharedParameters], mesh: PipelineMesh) -> None:
     """Replace every gradient by its sum over all ranks that have the parameter. Collective: all ranks must call it."""
     Reductions(places, mesh).finish()
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's parts of the gradients of these parameters. A rank that did not use one contributes zeros."""
+    found: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+        found.append(local(parameter.grad))
+    return found
+
+
+def _copy_into(gradients: Sequence[Tensor], flat: Tensor) -> None:
+    """Copy the numbers of a flat tensor, one gradient after another."""
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -181,16 +201,21 @@ def _square(parameters: Sequence[nn.Parameter], device: torch.device) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients).to(device=device, dtype=torch.float64).square()
 
 
-def unequal_gradients(parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> list[str]:
+def unequal_gradients(
+    parameters: Mapping[str, nn.Parameter], group: dist.ProcessGroup, device: torch.device
+) -> list[str]:
     """The names of those whole parameters whose gradients are not the same on all ranks of a group, but for rounding.
 
     Tensor peers compute the same gradient of a parameter that they all have, unless the model's plan has left out a
     parameter of which each of them has a part of the gradient. Collective: all ranks must have the same gradients.
+
+    Args:
+        device: a device on which the group's ranks can send to each other.
     """
     found = [(n, local(p.grad)) for n, p in parameters.items() if p.grad is not None and not is_slice(p)]
     if not found:
         return []
-    norms = torch.stack([gradient.detach().double().norm() for _, gradient in found])
+    norms = torch.stack([gradient.detach().double().norm().to(device) for _, gradient in found])
     largest, least = norms.clone(), norms.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
@@ -206,8 +231,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float, norm: Tensor
     """
     factor = torch.clamp(most / (norm + 1e-6), max=1.0)
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+    for some in by_device(gradients):
+        torch._foreach_mul_(some, factor.to(some[0].device))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def by_device(tensors: Iterable[Tensor]) -> Collection[list[Tensor]]:
+    """The tensors of each device: those of offloaded weights are on the CPU."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found.values()
 
 
 def accumulate_in(dtype: torch.dtype | None, parameters: Iterable[nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
 Between steps, a rank has its shard of each weight, a DTensor, and the optimizer sees only that. For computing, whole
 weights are gathered: for a whole step, or for each block of layers when it runs. Gradients of whole weights are summed
 over the ranks (never averaged) into the shards. Whole weights may be of a narrower type than shards; then gradients of
-whole weights are float32.
+whole weights are float32. Shards and their gradients may lie in the CPU's memory; whole weights are on the device.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -38,6 +38,7 @@ class ShardedModule:
             beside them are then gathered by `gather` alone.
         computing: the 16-bit type of whole weights, if shards and gradients are float32; ``None``: all have the type of
             the module's weights.
+        offload: whether shards and their gradients lie in the CPU's memory.
     """
 
     def __init__(
@@ -47,8 +48,11 @@ class ShardedModule:
         by_block: bool,
         stages: Sequence[Sequence[nn.Module]] = (),
         computing: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
         self.module, self._computing = module, computing
+        # From pinned memory, a GPU copies while the CPU goes on. A CPU cannot pin memory without one.
+        offloading = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
         policy = MixedPrecisionPolicy(  # inputs come in the type that they need, and what is float32 on purpose stays
             computing, None if computing is None else torch.float32, cast_forward_inputs=False
         )
@@ -60,7 +64,9 @@ class ShardedModule:
         with _without_rows(module):
             for part in [*blocks, module]:
                 by_itself = by_block and not (part is module and stages)
-                fully_shard(part, mesh=mesh, reshard_after_forward=by_itself, mp_policy=policy)
+                fully_shard(
+                    part, mesh=mesh, reshard_after_forward=by_itself, mp_policy=policy, offload_policy=offloading
+                )
                 assert isinstance(part, FSDPModule)
                 part.set_gradient_divide_factor(1.0)  # losses are divided by the step's counts already
                 part.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -264,9 +270,10 @@ def whole_of(tensor: Tensor) -> Tensor:
     """The whole tensor, of which this rank has a part. Collective over the ranks that have the parts."""
     if not isinstance(tensor, DTensor):
         return tensor
+    moved: Any = tensor.to(tensor.device_mesh.device_type)  # offloaded shards are on the CPU, and cannot be sent there
     if tensor.device_mesh.ndim == 2:  # shards of slices: first the slices, as torch warns of both at a time
-        tensor = tensor.redistribute(placements=[Replicate(), tensor.placements[1]])
-    return tensor.full_tensor()
+        moved = moved.redistribute(placements=[Replicate(), tensor.placements[1]])
+    return moved.full_tensor()
 
 
 def shard_like(whole: Any, parameter: Any) -> Any:
@@ -274,14 +281,14 @@ def shard_like(whole: Any, parameter: Any) -> Any:
     parameter is; the value itself if it is none of a parameter in shards, or of another shape. Nothing is sent."""
     if not (isinstance(whole, Tensor) and isinstance(parameter, DTensor) and whole.shape == parameter.shape):
         return whole
-    mesh, placements, moved = parameter.device_mesh, parameter.placements, whole.to(parameter.device)
+    mesh, placements, device = parameter.device_mesh, parameter.placements, parameter.device
     with torch.no_grad():
-        if not isinstance(moved, DTensor):
-            return distribute_tensor(moved, mesh, placements, src_data_rank=None)
-        if moved.device_mesh == mesh or mesh.ndim == 1:
+        if not isinstance(whole, DTensor):  # torch cuts it on the mesh's device
+            return distribute_tensor(whole, mesh, placements, src_data_rank=None).to(device)
+        if whole.device_mesh == mesh or mesh.ndim == 1:
             return whole
         assert mesh.mesh_dim_names is not None  # the ranks that share a slice, and the tensor peers
-        shard = distribute_tensor(moved.to_local(), mesh[mesh.mesh_dim_names[0]], [Shard(0)], src_data_rank=None)
+        shard = distribute_tensor(whole.to_local(), mesh[mesh.mesh_dim_names[0]], [Shard(0)], src_data_rank=None)
         return DTensor.from_local(
             shard.to_local(), mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-        )
+        ).to(device)

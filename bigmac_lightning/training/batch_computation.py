@@ -69,7 +69,7 @@ class BatchComputation:
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
         self.features = _routing(media, module.feature_rows, planned, "EF")
         self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
-        self._sharding, self._together = sharding, Together(sharding.calls)
+        self._sharding, self._together = sharding, Together(sharding.calls, mesh.device)
         # If pipelines gather the LLM's weights together, the graphs of their microbatches must pass the same blocks.
         self._alike, self._trains_encoders = mode == "train" and sharding.meets("llm"), planned.needs.encoder
         self.sums = torch.zeros_like(scales)

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from bigmac_lightning.runtime.gradients import by_device
 from bigmac_lightning.runtime.sharding import local
 
 
@@ -26,10 +28,17 @@ class PipelineGradScaler(ShardedGradScaler):
             process_group=dist.group.WORLD,
         )
 
-    def _unscale_grads_(self, optimizer: Any, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
-        groups = [
-            {"params": [SimpleNamespace(grad=None if p.grad is None else local(p.grad)) for p in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        stand_in: Any = SimpleNamespace(param_groups=groups)
-        return super()._unscale_grads_(stand_in, *args, **kwargs)
+    def _unscale_grads_(
+        self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool = True
+    ) -> dict[torch.device, Tensor]:
+        """Unscale the gradients of each device. Offloaded ones are on the CPU, to which torch would copy the scale
+        without waiting for it. All ranks get one flag, whatever devices their gradients are on, as they sum it."""
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        flags = [torch.zeros_like(found_inf)]
+        for gradients in by_device(local(p.grad) for p in parameters if p.grad is not None):
+            stand_in: Any = SimpleNamespace(param_groups=[{"params": [SimpleNamespace(grad=g) for g in gradients]}])
+            given = inv_scale.to(gradients[0].device), found_inf.to(gradients[0].device)
+            flags += [
+                flag.to(found_inf.device) for flag in super()._unscale_grads_(stand_in, *given, allow_fp16).values()
+            ]
+        return {found_inf.device: torch.stack(flags).amax(0)}

@@ -192,7 +192,8 @@ class LightningSteps:
         if self._compared or mesh.tp_size == 1:
             return
         self._compared = True
-        if wrong := unequal_gradients(dict(self._module.llm.named_parameters()), mesh.mesh.get_group("tp")):
+        parameters = dict(self._module.llm.named_parameters())
+        if wrong := unequal_gradients(parameters, mesh.mesh.get_group("tp"), mesh.device):
             raise RuntimeError(
                 f"the gradients of {wrong[0]} and {len(wrong) - 1} more parameters are not the same on the tensor "
                 f"peers, as transformers' plan for {type(self._module.llm).__name__} leaves them out: set "

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
 
 HELP = {
     "encoder": "a smaller schedule.group_size; schedule.pieces; gradient_checkpointing of the encoder; "
-    "schedule.policy recompute; sharding.encoders fsdp; smaller media (a limit of pixels or frames)",
+    "schedule.policy recompute; sharding.encoders fsdp; sharding.offload; smaller media (a limit of pixels or frames)",
     "LLM": "fewer tokens in a microbatch; gradient_checkpointing of the LLM; schedule.backbone 1f1b, which keeps the "
-    "fewest microbatches alive; sharding.stages zero1 or fsdp; tensor_parallel_size; more stages",
+    "fewest microbatches alive; sharding.stages zero1 or fsdp; sharding.offload; tensor_parallel_size; more stages",
     "generator": "a smaller schedule.group_size; schedule.pieces; gradient_checkpointing of the generator; "
-    "sharding.generators fsdp; smaller targets",
-    "": "sharding zero1 or fsdp; tensor_parallel_size; more pipeline ranks; an optimizer with fewer states; "
-    "precision bf16-true",
+    "sharding.generators fsdp; sharding.offload; smaller targets",
+    "": "sharding zero1 or fsdp; sharding.offload; tensor_parallel_size; more pipeline ranks; an optimizer with fewer "
+    "states; precision bf16-true",
 }
 """By the component that ran out of memory ("": none of them), the settings that lower its needs."""
 
@@ -78,25 +78,31 @@ def add_report(
 def _in_use(module: nn.Module, optimizers: Sequence[Optimizer], device: torch.device) -> str:
     """What takes this process's memory: weights, gradients, optimizer states, and all the rest."""
     parameters = list(module.parameters())
-    sizes = {
-        "weights": _bytes([*parameters, *module.buffers()], device),
-        "gradients": _bytes([p.grad for p in parameters if p.grad is not None], device),
-        "optimizer states": _bytes(
-            [v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, Tensor)],
-            device,
-        ),
+    tensors: dict[str, list[Tensor]] = {
+        "weights": [*parameters, *module.buffers()],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "optimizer states": [
+            v for o in optimizers for state in o.state.values() for v in state.values() if isinstance(v, Tensor)
+        ],
     }
-    parts = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
+    sizes = {name: _bytes(own, device.type) for name, own in tensors.items()}
+    parts = _listed(sizes)
     if device.type == "cuda":
         used = torch.cuda.memory_allocated(device)
         free, whole = torch.cuda.mem_get_info(device)
         held = f"{size_text(used)} in tensors ({size_text(torch.cuda.memory_reserved(device))} reserved)"
         rest = f"activations and temporary tensors {size_text(max(0, used - sum(sizes.values())))}"
-        return f"{held}: {parts}, {rest}; {size_text(free)} of the device's {size_text(whole)} are free"
+        offloaded = {name: _bytes(own, "cpu") for name, own in tensors.items()}
+        there = f"; offloaded to the CPU's memory: {_listed(offloaded)}" if offloaded["weights"] else ""
+        return f"{held}: {parts}, {rest}; {size_text(free)} of the device's {size_text(whole)} are free{there}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"{parts}; the process has used {size_text(peak)} at most, with everything that it has loaded"
 
 
-def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
+
+
+def _bytes(tensors: Iterable[Tensor], device: str) -> int:
     mine = [local(tensor) for tensor in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in mine if tensor.device.type == device.type)
+    return sum(tensor.numel() * tensor.element_size() for tensor in mine if tensor.device.type == device)

@@ -17,6 +17,7 @@ from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, Targe
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.slices import MicrobatchSlice
 from bigmac_lightning.ranks import Ranks
+from bigmac_lightning.runtime.gradients import by_device
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.training.agreement import SHOWN
@@ -193,15 +194,17 @@ class FiniteCheck:
         return self._records[-1]
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """How many types of parameters have gradients on this rank that are not finite, or too large for the type."""
+        """How many types of parameters have gradients on this rank that are not finite, or too large for the type.
+        Types count once for each device."""
         found = torch.zeros((), device=self._mesh.device)
         by_type: dict[torch.dtype, list[Tensor]] = {}
         for parameter in parameters if self._gradients else ():
             if parameter.grad is not None and local(parameter.grad).numel():
                 by_type.setdefault(parameter.dtype, []).append(local(parameter.grad))
         for dtype, gradients in by_type.items():
-            largest = nn.utils.get_total_norm(gradients, float("inf"))  # a 2-norm of finite numbers may overflow
-            found += ~(largest <= torch.finfo(dtype).max)
+            for some in by_device(gradients):
+                largest = nn.utils.get_total_norm(some, float("inf"))  # a 2-norm of finite numbers may overflow
+                found += ~(largest <= torch.finfo(dtype).max).to(found.device)
         return found
 
     def flag(self, sums: Tensor, gradients: Tensor) -> Tensor:

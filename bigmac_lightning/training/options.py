@@ -60,6 +60,8 @@ class StageOptions:
 
 
 SHARDINGS = ("ddp", "zero1", "fsdp")
+OPTION_OF = {"encoders": "encoders", "generators": "generators", "llm": "stages"}
+"""The field of `ShardingOptions` that says how each kind of component is sharded."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ class ShardingOptions:
         master_weights: With precision bf16-true or 16-true: shards of weights, their gradients and the optimizer's
             states are float32, and the whole weights, with which the model computes, are 16-bit. Every component that
             is trained must then be zero1 or fsdp, which it may be on a single rank, too.
+        offload: Which of encoders, generators and stages have their shards, the gradients of these and the optimizer's
+            states in the CPU's memory, where the optimizer steps. Whole weights and their gradients are on the device
+            while they are gathered. What is offloaded must be zero1 or fsdp, which it may be on a single rank, too.
 
     Raises:
         ValueError: names the option, its value and what is expected.
@@ -88,11 +93,21 @@ class ShardingOptions:
     generators: Literal["ddp", "zero1", "fsdp"] = "ddp"
     stages: Literal["ddp", "zero1", "fsdp"] = "ddp"
     master_weights: bool = False
+    offload: tuple[Literal["encoders", "generators", "stages"], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "generators", "stages"):
+        names = tuple(OPTION_OF.values())
+        for name in names:
             if getattr(self, name) not in SHARDINGS:
                 raise ValueError(f"sharding.{name} is {getattr(self, name)!r}; expected one of {', '.join(SHARDINGS)}")
+        if isinstance(self.offload, str) or not set(self.offload) <= set(names):
+            raise ValueError(f"sharding.offload is {self.offload!r}; expected a list of some of {', '.join(names)}")
+        for name in self.offload:
+            if getattr(self, name) == "ddp":
+                raise ValueError(
+                    f"sharding.offload names {name}, but sharding.{name} is ddp, and only shards can be offloaded: set "
+                    f"sharding.{name} to zero1 or fsdp, or take {name} out of offload"
+                )
         if self.master_weights and (self.encoders, self.generators, self.stages) == ("ddp", "ddp", "ddp"):
             raise ValueError(
                 "sharding.master_weights needs shards, which nothing has: set encoders, generators and stages to zero1 "
@@ -101,8 +116,12 @@ class ShardingOptions:
 
     def of_component(self, name: str) -> str:
         """How a component, such as "encoders.image" or "llm", is sharded, or the one that a parameter belongs to."""
-        kinds = {"encoders": self.encoders, "generators": self.generators, "llm": self.stages}
-        return kinds.get(name.partition(".")[0], "ddp")
+        option = OPTION_OF.get(name.partition(".")[0])
+        return "ddp" if option is None else getattr(self, option)
+
+    def offloads(self, name: str) -> bool:
+        """Whether the shards of a component, or of the one that a parameter belongs to, lie in the CPU's memory."""
+        return OPTION_OF.get(name.partition(".")[0]) in self.offload
 
     @property
     def meeting(self) -> frozenset[str]:

@@ -122,11 +122,12 @@ def check_norms(trainer: pl.Trainer, module: PipelineModule) -> None:
                     )
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers that do not update each parameter by itself.
+def check_optimizer(optimizer: Optimizer, precision: Precision) -> None:
+    """Refuse optimizers that do not update each parameter by itself, or that leave out a step on one rank only.
 
     Raises:
-        ValueError: the optimizer looks at several parameters together, and each rank has only some of them.
+        ValueError: the optimizer looks at several parameters together, and each rank has only some of them; or it looks
+            for overflows itself, in the gradients of its rank.
     """
     optimizer, reason = bare(optimizer), ""
     if isinstance(optimizer, LBFGS):
@@ -141,6 +142,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "AdamW, SGD, Adafactor or Muon"
         )
     _check_shards(optimizer)
+    if getattr(precision, "scaler", None) is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"{type(optimizer).__name__}(fused=True) looks for overflows of float16 itself, so each rank would leave "
+            f"out other steps under precision {precision.precision}: leave out fused, or use bf16-mixed"
+        )
 
 
 def _check_shards(optimizer: Optimizer) -> None:

@@ -40,7 +40,7 @@ def check_replicas(ranks: Ranks, module: PipelineModule, mesh: PipelineMesh, sha
             if tensor is None or not local(tensor).numel():
                 continue
             for section, alias in _sections(name, parameter, module, mesh, sharding):
-                exact[section, prefix + alias] = checksum(local(tensor.detach()))
+                exact[section, prefix + alias] = checksum(local(tensor.detach())).to(mesh.device)
             if (
                 mesh.tp_size > 1
                 and name.startswith("llm.")

@@ -1,10 +1,11 @@
 """Shards the weights of a PipelineModule's components over ranks, as the strategy's options say."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -16,6 +17,8 @@ from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.sharding import ShardedModule, has_weights, is_rows, is_slice, lists_of
 from bigmac_lightning.training.options import ShardingOptions
+
+Item = TypeVar("Item")
 
 
 class Sharding:
@@ -51,7 +54,7 @@ class Sharding:
         _check_apart([(name, part) for name, part, kind in chosen if kind != "ddp"], module)
         meshes = {**shard_meshes(module, mesh, options), **module.part.shards}  # rows lie on the latter already
         for name, part, kind in chosen:
-            over = meshes.get(name)
+            over, offload = meshes.get(name), options.offloads(name)
             if over is None:
                 continue
             if kind == "fsdp" and (name != "llm" or over.size() > 1):
@@ -60,7 +63,7 @@ class Sharding:
                     _check_meetings(name, part)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
                 stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
-                self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing)
+                self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing, offload)
                 if isinstance(part, Generator):
                     register_fsdp_forward_method(part, "sample")
 
@@ -142,10 +145,13 @@ class Sharding:
             own = {name: rest.pop(name) for name in list(rest) if name.startswith(f"{prefix}.")}
             summed, copies = (replicas, mesh.dp_size) if self.meets(prefix) else (None, 1)
             # Weights that were whole during a step get their gradients at its end. If stages gather weights from the
-            # other replicas during the step, sums over the same group would come between.
-            early = self.meets(prefix) and not self.meets("llm")
+            # other replicas during the step, sums over the same group would come between. Sums of gradients on the CPU
+            # would let ranks wait for each other in the middle of their plans.
+            offloaded = self._options.offloads(prefix)
+            early = self.meets(prefix) and not self.meets("llm") and not offloaded
             part = prefix.partition(".")[0] if early else "rest"
-            found.append(SharedParameters(own, world, summed, copies, _Used(prefix, sharded), part))
+            used = _Used(prefix, sharded)
+            found.append(SharedParameters(own, world, summed, copies, used, part, offloaded))
         for kind in ("generators", "encoders"):
             own = {name: p for name, p in rest.items() if name.startswith(f"{kind}.")}
             for part, names in self._by_time(own, kind):
@@ -154,16 +160,17 @@ class Sharding:
         single = {name: p for name, p in llm.items() if name not in tied}
         sharded = self.sharded.get("llm")
         used = None if sharded is None else _Used("llm", sharded)
-        copies = mesh.dp_size * mesh.cp_size if sharded is None else 1
+        copies, offloaded = mesh.dp_size * mesh.cp_size if sharded is None else 1, self._options.offloads("llm")
         for own, group, times, part in ((single, data, 1, "llm"), (copied, mesh.tied_group, 2, "rest")):
             # Tensor peers have slices, or the same weights with the same gradients.
             slices = {name: p for name, p in own.items() if is_slice(p)}
             whole = {name: p for name, p in own.items() if name not in slices}
             summed = group if sharded is None else None if own is single else mesh.tied_pair
             for when, names in self._by_time(slices, part if sharded is None else "rest"):
-                found.append(SharedParameters(names, group, summed, times * copies, used, when))
+                found.append(SharedParameters(names, group, summed, times * copies, used, when, offloaded))
             for when, names in self._by_time(whole, part if sharded is None else "rest"):
-                found.append(SharedParameters(names, group, summed, times * copies * mesh.tp_size, used, when))
+                number = times * copies * mesh.tp_size
+                found.append(SharedParameters(names, group, summed, number, used, when, offloaded))
         return found
 
     def _by_time(self, own: Mapping[str, nn.Parameter], part: str) -> list[tuple[str, dict[str, nn.Parameter]]]:
@@ -176,15 +183,15 @@ class Sharding:
 def shard_meshes(module: PipelineModule, mesh: PipelineMesh, options: ShardingOptions) -> dict[str, DeviceMesh]:
     """For each component whose weights lie in shards, such as "encoders.image" or "llm", the ranks that have them."""
     world: Any = dist.group.WORLD
-    single = options.master_weights  # also one rank then has a shard: the float32 weights
-    over_world = _mesh_of(world, mesh, single)
-    over_pipeline = _mesh_of(mesh.replica_group, mesh, single)
-    over_replicas = mesh.data_mesh if mesh.dp_size * mesh.cp_size > 1 or single else None
+    over_world, over_pipeline = (
+        DeviceMesh.from_group(group, mesh.device.type) for group in (world, mesh.replica_group)
+    )
     found = dict[str, DeviceMesh]()
     for name, _ in _components(module):
         kind = options.of_component(name)
-        over = over_replicas if name == "llm" else over_world if kind == "zero1" else over_pipeline
-        if kind != "ddp" and over is not None:
+        over = mesh.data_mesh if name == "llm" else over_world if kind == "zero1" else over_pipeline
+        # One rank alone may have float32 weights, or weights on the CPU, as its shard.
+        if kind != "ddp" and (over.size() > 1 or options.master_weights or options.offloads(name)):
             found[name] = over
     return found
 
@@ -202,10 +209,11 @@ class Together:
 
     Args:
         calls: gives the number of calls on all ranks from that of this rank.
+        device: where components run.
     """
 
-    def __init__(self, calls: Callable[[int], int]) -> None:
-        self._calls = calls
+    def __init__(self, calls: Callable[[int], int], device: torch.device) -> None:
+        self._calls, self._device = calls, device
 
     def encode(self, encoder: Encoder, pixels: Sequence[MediaData], rows: Sequence[int]) -> Tensor:
         """The features of items, [rows, width], as `encoder(pixels)` gives them; there may be no items.
@@ -218,7 +226,7 @@ class Together:
         for batch in batches:
             encoded = encoder([pixels[i] for i in batch])
             made.update(zip(batch, encoded.split([rows[i] for i in batch]), strict=True))
-        missing = [encoder([encoder.smallest()]) for _ in range(calls - len(batches))]
+        missing = [encoder([self._moved(encoder.smallest())]) for _ in range(calls - len(batches))]
         features = torch.cat([made[i] for i in range(len(pixels))]) if made else missing[0][:0]
         return features + sum(map(nothing_of, missing)) if missing else features
 
@@ -235,7 +243,7 @@ class Together:
         calls = self._calls(len(batches))
         losses = [generator([conditions[i] for i in batch], [items[i] for i in batch]) for batch in batches]
         for _ in range(calls - len(batches)):
-            condition, item = generator.smallest()
+            condition, item = self._moved(generator.smallest())
             losses.append(nothing_of(generator([condition.requires_grad_(through)], [item])))
         return torch.stack(losses).sum()
 
@@ -247,9 +255,13 @@ class Together:
             samples = generator.sample([conditions[i] for i in batch], [items[i] for i in batch])
             made.update(zip(batch, samples, strict=True))
         for _ in range(calls - len(batches)):
-            condition, item = generator.smallest()
+            condition, item = self._moved(generator.smallest())
             generator.sample([condition], [item])
         return [made[i] for i in range(len(items))]
+
+    def _moved(self, smallest: Item) -> Item:
+        """What a component makes on the CPU, on the device."""
+        return move_data_to_device(smallest, self._device)
 
 
 def nothing_of(tensor: Tensor) -> Tensor:
@@ -266,11 +278,6 @@ class _Used:
 
     def __call__(self) -> set[str]:
         return {f"{self._prefix}.{name}" for name in self._sharded.used}
-
-
-def _mesh_of(group: dist.ProcessGroup, mesh: PipelineMesh, single: bool) -> DeviceMesh | None:
-    """A mesh of the ranks of a group; ``None`` for a single rank, unless `single`."""
-    return DeviceMesh.from_group(group, mesh.device.type) if single or dist.get_world_size(group) > 1 else None
 
 
 def check_whole(module: PipelineModule) -> None:

@@ -7,7 +7,7 @@ plans and executes them, and saving.py reads and writes checkpoints.
 import logging
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -53,7 +53,8 @@ from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinit
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.measuring import Measuring
 from bigmac_lightning.training.nonfinite import FiniteCheck
-from bigmac_lightning.training.optimizers import accepting_nothing
+from bigmac_lightning.training.offloading import to_device
+from bigmac_lightning.training.optimizers import accepting_nothing, step_one_by_one
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
 from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
@@ -369,15 +370,20 @@ class BigMacStrategy(SteppingStrategy):
             with accepting_nothing():
                 self.setup_optimizers(trainer)
             for optimizer in self.optimizers:
-                refusals.check_optimizer(optimizer)
+                refusals.check_optimizer(optimizer, self.precision_plugin)
+                step_one_by_one(optimizer)
             found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
             check_same(self._ranks, found, "optimizers")
         self.setup_precision_plugin()
-        if fitting:
+        if fitting and not self.options.sharding.offload:  # an offloaded weight's states are beside it already
             _optimizers_to_device(self.optimizers, self.root_device)
         self.barrier()
         if self._watching is not None:
             self._watching.expect_loops(self._world_group)
+
+    def model_to_device(self) -> None:
+        assert isinstance(self.model, PipelineModule)
+        to_device(self.model, self.root_device, self.options.sharding)
 
     def _synchronize_initial_state(self, module: PipelineModule) -> None:
         """Broadcast weights and buffers of the first replica, as a component may be initialised without a seed."""
@@ -390,9 +396,10 @@ class BigMacStrategy(SteppingStrategy):
                     continue
                 group = self.mesh.dp_group
             if dist.get_world_size(group) > 1:
-                dist.broadcast(
-                    local(tensor.detach()), 0 if group is None else dist.get_global_rank(group, 0), group=group
-                )
+                own, source = local(tensor.detach()), 0 if group is None else dist.get_global_rank(group, 0)
+                sent = own.to(self.root_device)  # what is offloaded is on the CPU
+                dist.broadcast(sent, source, group=group)
+                own.copy_(sent)
 
     def setup_precision_plugin(self) -> None:
         super().setup_precision_plugin()
@@ -440,5 +447,6 @@ class BigMacStrategy(SteppingStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        with super().tensor_init_context(empty_init=False):
+        offloads = bool(self.options.sharding.offload)  # the device might not have room for all whole weights
+        with super().tensor_init_context(empty_init=False), torch.device("cpu") if offloads else nullcontext():
             yield

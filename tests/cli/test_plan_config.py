@@ -54,6 +54,18 @@ def test_the_papers_workload_on_128_ranks(capsys: pytest.CaptureFixture[str]) ->
     assert 20 < max(float(memory) for _, memory in rows) < 60  # GiB, of 80 GB
 
 
+def test_what_is_offloaded_is_not_counted_on_the_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*DIGITS, "--microbatches=6"]) == 0
+    assert "CPU" not in capsys.readouterr().out
+    options = "{encoders: fsdp, generators: zero1, stages: zero1, offload: [encoders, stages], master_weights: true}"
+    arguments = [f"--trainer.strategy.init_args.sharding={options}", "--trainer.precision=bf16-true"]
+    assert main([*DIGITS, "--microbatches=6", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert " offloaded ┃" in shown
+    kinds = "fsdp for encoders, zero1 for generators, zero1 for stages, float32 master weights"
+    assert f"in shards ({kinds}, encoders and stages offloaded to the CPU)" in " ".join(shown.split())
+
+
 def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     strategy = "--trainer.strategy.init_args"
     options = [f"{strategy}.schedule.policy=upfront", f"{strategy}.schedule.costs.EF=2"]

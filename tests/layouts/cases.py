@@ -52,6 +52,7 @@ class Case:
         encoders, generators, stages: how each is sharded; "none": there are no generators.
         schedule: policy and backbone.
         frozen: what is not trained.
+        offload: whether all shards are on the CPU.
     """
 
     mesh: tuple[int, int, int, int] = (1, 2, 1, 1)
@@ -61,6 +62,7 @@ class Case:
     stages: str = "ddp"
     schedule: str = "nested, 1f1b"
     frozen: str = "nothing"
+    offload: bool = False
 
     @property
     def world(self) -> int:
@@ -71,13 +73,15 @@ class Case:
         dp, pp, cp, tp = self.mesh
         generators: Any = "ddp" if self.generators == "none" else self.generators
         kinds: Any = (self.encoders, generators, self.stages)
+        names = ("encoders", "generators", "stages")
+        offload: Any = tuple(name for name, kind in zip(names, kinds, strict=True) if kind != "ddp" and self.offload)
         return {
             "data_parallel_size": dp,
             "pipeline_parallel_size": pp,
             "context_parallel_size": cp,
             "tensor_parallel_size": tp,
             "expert_parallel_size": tp if self.decoder == "spread experts" else 1,
-            "sharding": ShardingOptions(*kinds),
+            "sharding": ShardingOptions(*kinds, offload=offload),
             "microbatches": MICROBATCHES if self.stages == "fsdp" else None,
             **SCHEDULES[self.schedule],
         }

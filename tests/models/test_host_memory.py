@@ -130,13 +130,13 @@ def _growth(rank: int, name: str, how: str, folder: Path) -> float:
     ("name", "how"),
     [
         ("tower", "drawn"),
-        ("tower", "folder"),
-        ("tower", "checkpoint"),
-        ("flow", "drawn"),
-        ("flow", "folder"),
         ("experts", "folder"),
-        *(pytest.param(name, how, marks=WIDE) for name in ("decoder", "experts") for how in ("drawn", "checkpoint")),
-        pytest.param("decoder", "folder", marks=WIDE),
+        *(
+            pytest.param(name, how, marks=WIDE)
+            for name in COMPONENTS
+            for how in ("drawn", "folder", "checkpoint")
+            if (name, how) not in (("tower", "drawn"), ("experts", "folder"), ("flow", "checkpoint"))
+        ),
     ],
 )
 def test_a_shard_and_a_block(name: str, how: str, tmp_path: Path) -> None:
@@ -144,5 +144,4 @@ def test_a_shard_and_a_block(name: str, how: str, tmp_path: Path) -> None:
     if how != "drawn":
         run_ranks(1, _save, name, how, tmp_path)
     for growth in run_ranks(RANKS, _growth, name, how, tmp_path):
-        print("growth", name, how, growth)
-        assert 0.5 < growth < 0.75
+        assert 0.5 < growth < 0.9, f"{growth:.2f} of the weights; it was 1.04 and more before"

@@ -40,7 +40,7 @@ def sharded(component: Any, computing: torch.dtype | None = None) -> Together:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
 
-    return Together(calls)
+    return Together(calls, torch.device("cpu"))
 
 
 def worst(component: nn.Module, reference: nn.Module) -> float:

@@ -294,7 +294,10 @@ def _left_out(rank: int) -> tuple[list[str], list[str]]:
         divided.loss_of(stages, divided.batches(stages[0][0])[0]).backward()
         assert peers.tensor is not None
         group = peers.tensor.get_group()
-        found.append([name for llm, _ in stages for name in unequal_gradients(dict(llm.named_parameters()), group)])
+        cpu = torch.device("cpu")
+        found.append(
+            [name for llm, _ in stages for name in unequal_gradients(dict(llm.named_parameters()), group, cpu)]
+        )
     return found[0], found[1]
 
 

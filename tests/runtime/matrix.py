@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
@@ -23,6 +24,7 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import whole_of
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
+from bigmac_lightning.training.offloading import to_device
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of
@@ -136,7 +138,8 @@ def draw(seed: int, pp: int, dp: int) -> Case:
             pieces=random.choice([1, 1, 3]),
         )
     )
-    options = replace(options, sharding=_sharding(random, options.schedule))
+    sharding = _offloaded(Random(f"{seed}/offload"), _sharding(random, options.schedule))
+    options = replace(options, sharding=sharding)
     layers = max(4, pp * virtual_stages) + random.choice([0, 1])
     number = random.choice(NUMBERS) if options.sharding.stages == "fsdp" else None
     tied = random.random() < 0.4
@@ -165,6 +168,13 @@ def _sharding(random: Random, schedule: ScheduleOptions) -> ShardingOptions:
         generators=random.choice(["ddp", "zero1", *["fsdp"] * (2 * spread)]),
         stages=random.choice(["ddp", "zero1", *["fsdp"] * (2 * (schedule.backbone not in SPLITTING))]),
     )
+
+
+def _offloaded(random: Random, sharding: ShardingOptions) -> ShardingOptions:
+    """With some of the shards on the CPU."""
+    kinds = [kind for kind in ("encoders", "generators", "stages") if getattr(sharding, kind) != "ddp"]
+    offload: Any = tuple(kind for kind in kinds if random.random() < 0.5)
+    return replace(sharding, offload=offload)
 
 
 def _adapters(random: Random, layers: int, tied: bool) -> tuple[tuple[str, frozenset[str]], ...]:
@@ -258,27 +268,28 @@ def reference(case: Case) -> list[Result]:
     return results
 
 
-def pipelined(rank: int, todo: list[Case]) -> list[list[Result]]:
+def pipelined(rank: int, todo: list[Case], device: str = "cpu") -> list[list[Result]]:
     """All cases on this rank."""
     meshes: dict[tuple[int, ...], Any] = {}
     found: list[list[Result]] = []
     for case in todo:
         try:
-            found.append(_pipelined(case, meshes))
+            found.append(_pipelined(case, meshes, torch.device(device)))
         except Exception as error:
             error.add_note(f"case {case}")
             raise
     return found
 
 
-def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
+def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any], device: torch.device) -> list[Result]:
     options = case.options.resolved(case.pp, case.layers, True, True)[0]
     stage_rank = tuple(options.stage_rank(case.pp))
     if stage_rank not in meshes:
-        meshes[stage_rank] = build_mesh(torch.device("cpu"), case.dp, case.pp, stage_rank)
+        meshes[stage_rank] = build_mesh(device, case.dp, case.pp, stage_rank)
     mesh, module = meshes[stage_rank], case.module()
     module.part = part_of(mesh.pp_rank, split_layers(case.layers, len(stage_rank)), stage_rank)
     module.configure_model()
+    to_device(module, device, options.sharding)
     freeze(module, case.frozen[-1])
     runner, results = PipelineRunner(module, mesh, options), list[Result]()
     for step in range(STEPS):
@@ -286,7 +297,11 @@ def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
         runner.refresh()
         runner.sharding.forget_used()
         module.zero_grad(set_to_none=True)
-        out = runner(case.batch(step, mesh.dp_rank, runner.layout), "train", reduce=True)
+        batch = move_data_to_device(case.batch(step, mesh.dp_rank, runner.layout), device)
+        out = runner(batch, "train", reduce=True)
+        for name, parameter in module.named_parameters():
+            where = "cpu" if options.sharding.offloads(name) else device.type
+            assert {tensor.device.type for tensor in (parameter, parameter.grad) if tensor is not None} == {where}, name
         gradients = {n: whole(p.grad) for n, p in module.named_parameters() if p.requires_grad}
         results.append((out.loss.item(), global_norm(runner.places, mesh).item(), gradients))
     return results
@@ -294,7 +309,7 @@ def _pipelined(case: Case, meshes: dict[tuple[int, ...], Any]) -> list[Result]:
 
 def whole(tensor: Tensor | None) -> Tensor | None:
     """The whole tensor that may lie in shards. Collective over the ranks that have shards of it."""
-    return None if tensor is None else whole_of(tensor)
+    return None if tensor is None else whole_of(tensor).cpu()
 
 
 def differences(case: Case, expected: list[Result], by_rank: list[list[Result]]) -> Iterator[str]:

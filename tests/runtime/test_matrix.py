@@ -31,6 +31,7 @@ def test_cases_cover_what_they_name() -> None:
     assert {case.options.schedule.policy for case in CASES} == set(matrix.POLICIES)
     kinds = {kind for case in CASES for step in case.kinds for replica in step for kind in replica}
     assert kinds == set(matrix.KINDS)
+    assert {kind for case in CASES for kind in case.options.sharding.offload} == {"encoders", "generators", "stages"}
     assert any(case.tied for case in CASES)
     assert any(case.checkpointed for case in CASES)
     assert {name for case in CASES for name, _ in case.adapters} >= {"llm", "encoders.image", "generators.drawing"}

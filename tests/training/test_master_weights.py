@@ -40,11 +40,12 @@ class Case:
     clip: float | None = None
     lr: float = 0.01
     microbatches: int = 4
+    offload: tuple[str, ...] = ()
 
     @property
     def sharding(self) -> ShardingOptions:
         encoders, generators, stages = self.kinds
-        return ShardingOptions(encoders, generators, stages, master_weights=True)  # pyright: ignore
+        return ShardingOptions(encoders, generators, stages, master_weights=True, offload=self.offload)  # pyright: ignore
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -160,10 +161,12 @@ def check(case: Case) -> None:
 CASES = {
     "one-rank": Case(accumulated=2, clip=1.0, tied=True),
     "one-rank-fsdp": Case(kinds=BLOCKS, frozen_for="encoders.image"),
+    "one-rank-offload": Case(kinds=BLOCKS, accumulated=2, offload=("encoders", "stages")),
     "P2": Case(2, kinds=BLOCKS, tied=True, clip=1.0, frozen_for="generators.drawing.net.0", microbatches=16),
     "P2-zb1p-16": Case(2, backbone="zb1p", precision="16-true", accumulated=2),
     "dp2": Case(2, 2, kinds=BLOCKS, targets=False, tied=True),
     "P2xdp2": Case(4, 2, kinds=("fsdp", "zero1", "zero1"), clip=1.0, frozen_for="llm.layers.1"),
+    "P2xdp2-offload-16": Case(4, 2, BLOCKS, "16-true", tied=True, clip=1.0, offload=("encoders", "stages")),
 }
 
 
@@ -190,6 +193,7 @@ def test_random_cases_against_a_loop_by_hand(seed: int) -> None:
             frozen_for=frozen_for,
             accumulated=1 if frozen_for else draw.choice([1, 2]),
             clip=draw.choice([None, 1.0]),
+            offload=tuple(kind for kind in ("encoders", "generators", "stages") if draw.random() < 0.4),
         )
     )
 
@@ -245,7 +249,7 @@ def _distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 RUNS: dict[str, Case | None] = {
     "P2-fsdp": Case(2, kinds=BLOCKS),
-    "dp2-zero1": Case(2, 2),
+    "dp2-zero1": Case(2, 2, offload=("generators", "stages")),
     "bfloat16": None,
 }
 

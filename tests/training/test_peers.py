@@ -15,11 +15,11 @@ from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer, w
 
 STEPS = 2
 CASES = {
-    "tp-fsdp": Case((1, 2, 1, 2), "tied", "fsdp", "fsdp"),
+    "tp-fsdp": Case((1, 2, 1, 2), "tied", "fsdp", "fsdp", offload=True),
     "cp-tp": Case((1, 1, 2, 2), "tied"),
     "dp-cp": Case((2, 1, 2, 1), "tied"),
     "ep": Case((2, 1, 1, 2), "spread experts", stages="fsdp"),
-    "tp-experts": Case((2, 1, 1, 2), "experts", stages="zero1"),
+    "tp-experts": Case((2, 1, 1, 2), "experts", stages="zero1", offload=True),
 }
 
 

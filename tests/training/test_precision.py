@@ -272,3 +272,21 @@ def test_all_ranks_skip_a_step_that_overflows_on_one() -> None:
         assert found_scale == scale
         assert found_steps == steps
         assert_close(found, expected, TOLERANCES["16-mixed"])
+
+
+class _Fused(ToyModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), fused=True)
+
+
+def _fit_fused(rank: int) -> str:
+    try:
+        pipeline_trainer(2, max_steps=1, **_arguments("16-mixed")).fit(_Fused(), ToyData(steps=1))
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_optimizers_that_look_for_overflows_themselves_are_refused() -> None:
+    for message in on_ranks(2, _fit_fused):
+        assert message.startswith("AdamW(fused=True) looks for overflows of float16 itself")

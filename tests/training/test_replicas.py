@@ -1,5 +1,6 @@
 """Ranks that have the same weights compare them: no false alarm, and a single wrong bit is found."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,12 @@ def _fit(rank: int, world: int, strategy: dict[str, Any], name: str) -> tuple[st
             4,
             {"data_parallel_size": 2, "sharding": FSDP, "microbatches": 3},
             "generators.sketch.net.0.weight",
+            "shard of",
+        ),
+        (
+            4,
+            {"data_parallel_size": 2, "sharding": replace(FSDP, offload=("encoders", "stages")), "microbatches": 3},
+            "encoders.image.tower.0.weight",
             "shard of",
         ),
         pytest.param(4, {"data_parallel_size": 2, "sharding": MASTERS}, "", "", marks=WIDE),

@@ -21,6 +21,7 @@ STEPS = 3
 WHOLE = ShardingOptions()
 ZERO1 = ShardingOptions("zero1", "zero1", "zero1")
 FSDP = ShardingOptions("fsdp", "fsdp", "fsdp")
+OFFLOADED = replace(FSDP, offload=("encoders", "generators", "stages"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ LAYOUTS = {
     "zero1-dp2-file": Layout(2, 2, ZERO1, directory=False),
     "fsdp-P3-file": Layout(3, 1, FSDP, directory=False),
     "whole-P2": Layout(2, 1, WHOLE),
+    "offloaded-P1": Layout(1, 1, OFFLOADED),
+    "offloaded-P2xdp2-file": Layout(4, 2, replace(ZERO1, offload=("encoders", "stages")), directory=False),
 }
 PAIRS = [
     ("fsdp-P2xdp2", "whole-P2"),
@@ -59,6 +62,9 @@ PAIRS = [
     ("zero1-P2xdp2", "fsdp-P3-file"),
     ("fsdp-P3-file", "zero1-dp2-file"),
     ("zero1-dp2-file", "zero1-P2xdp2"),
+    ("zero1-P2xdp2", "offloaded-P1"),
+    ("offloaded-P1", "offloaded-P2xdp2-file"),
+    ("offloaded-P2xdp2-file", "whole-P2"),
 ]
 
 
@@ -149,8 +155,17 @@ def test_evaluation(dp: int) -> None:
 def test_schedules_that_fsdp_refuses(schedule: dict[str, Any], sharding: ShardingOptions, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PipelineOptions(ScheduleOptions(**schedule), sharding=sharding)
+
+
+def test_options_that_are_not_possible() -> None:
     with pytest.raises(ValueError, match="expected one of ddp, zero1"):
         ShardingOptions(stages="fsdp2")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"offload is \('llm',\); expected a list of some of encoders, generators, st"):
+        ShardingOptions(stages="zero1", offload=("llm",))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="offload is 'stages'; expected a list"):
+        ShardingOptions(stages="zero1", offload="stages")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="offload names generators, but"):
+        ShardingOptions(encoders="fsdp", offload=("encoders", "generators"))
 
 
 def test_backbones_that_fsdp_stages_refuse() -> None:
@@ -173,6 +188,28 @@ def _fit_unequal(rank: int, microbatches: int | None) -> None:
 def test_fsdp_stages_need_equally_many_microbatches(microbatches: int | None, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         on_ranks(2, _fit_unequal, microbatches)
+
+
+def _settings_of_steps(rank: int, sharding: ShardingOptions) -> tuple[set[Any], Any]:
+    found, module = set[Any](), ToyModule()
+    trainer: Any = pipeline_trainer(2, {"sharding": sharding}, max_steps=2, limit_val_batches=0)
+
+    def on_train_start() -> None:
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_pre_hook(lambda optimizer, *_: found.add(optimizer.param_groups[0]["foreach"]))
+
+    module.on_train_start = on_train_start
+    trainer.fit(module, ToyData(steps=2))
+    return found, trainer.optimizers[0].param_groups[0]["foreach"]
+
+
+def test_shards_and_whole_weights_are_stepped_one_by_one() -> None:
+    """A GPU would step them at once, and fail. On the CPU, it is seen in the optimizer's setting during a step."""
+    for during, after in on_ranks(2, _settings_of_steps, replace(FSDP, stages="ddp")):
+        assert during == {False}
+        assert after is None
+    for during, _ in on_ranks(2, _settings_of_steps, WHOLE):
+        assert during == {None}
 
 
 class _WithoutSmallest(ToyEncoder):

@@ -1,6 +1,6 @@
 """Twenty optimizer steps under Trainer(strategy=BigMacStrategy()) against strategy="auto" in one process."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ class Run:
 
 FSDP = ShardingOptions(encoders="fsdp", generators="fsdp", stages="fsdp")
 ZERO1 = ShardingOptions(encoders="zero1", generators="zero1", stages="zero1")
+ALL = ("encoders", "generators", "stages")
 
 RUNS = {
     "P1": Run(world=1),
@@ -110,6 +111,29 @@ RUNS = {
     "zero1-dp2-only": Run(dp=2, strategy={"sharding": ZERO1}, module={"tied": True}),
     "fsdp-frozen": Run(strategy={"sharding": FSDP}, module={"freeze": ("encoders.image.tower", "generators")}),
     "zero1-bf16-mixed": Run(strategy={"sharding": ZERO1}, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
+    "offload-P1": Run(world=1, strategy={"sharding": replace(FSDP, offload=ALL)}, trainer={"gradient_clip_val": 0.1}),
+    "offload-fsdp-P2xdp2": Run(
+        world=4,
+        dp=2,
+        strategy={"sharding": replace(FSDP, offload=("encoders", "stages")), "microbatches": 3},
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        module={"tied": True, "optimizer": "sgd"},
+        data={"text_only": (0, 1)},
+    ),
+    "offload-zero1-dp2-fp16-mixed": Run(
+        dp=2,
+        strategy={"sharding": replace(ZERO1, offload=("generators", "stages"))},
+        trainer={"precision": "16-mixed", "gradient_clip_val": 0.1},
+        module={"tied": True},
+        tolerance=2e-3,
+        scale=2.0**30,
+    ),
+    "offload-frozen-P3": Run(
+        world=3,
+        strategy={"sharding": replace(ZERO1, encoders="fsdp", offload=("encoders", "stages")), "backbone": "zb1p"},
+        trainer={"accumulate_grad_batches": 2},
+        module={"freeze": ("encoders.image.tower", "llm.layers.1", "llm.layers.2")},
+    ),
     "bf16-mixed-P3": Run(world=3, trainer={"precision": "bf16-mixed"}, tolerance=2e-3),
 }
 
