@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import second_device
-from tests.ranks import free_port
+from tests.ranks import free_port, run_ranks
 from tests.runtime import matrix
 from tests.toy import ToyData, ToyModule
 from tests.training.test_training import RUNS, Run
@@ -31,10 +31,14 @@ def test_shards_of_random_cases(monkeypatch: pytest.MonkeyPatch) -> None:
             worlds[case.dp, case.pp].append(case)
     results = {(dp, pp): second_device.ranks(dp * pp, _matrix, some) for (dp, pp), some in worlds.items()}
     for world, some in worlds.items():
-        for i, case in enumerate(some):
-            assert not list(matrix.differences(case, matrix.reference(case), [rank[i] for rank in results[world]])), (
-                case
-            )
+        (references,) = run_ranks(1, _references, some)
+        for i, (case, reference) in enumerate(zip(some, references, strict=True)):
+            assert not list(matrix.differences(case, reference, [rank[i] for rank in results[world]])), case
+
+
+def _references(rank: int, cases: list[matrix.Case]) -> list[list[matrix.Result]]:
+    """In a process of its own: see `second_device.ranks`."""
+    return [matrix.reference(case) for case in cases]
 
 
 def _fit(rank: int, run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -58,8 +62,13 @@ def test_trainers() -> None:
         for name, run in runs.items()
     }
     for name, run in runs.items():
-        module = ToyModule(**run.module)
-        plain_trainer(max_epochs=1, **run.trainer).fit(module, ToyData(replicas=run.dp, **run.data))
+        ((expected, known),) = run_ranks(1, _fit_plain, run)
         for found, losses in results[name]:
-            assert losses == pytest.approx(module.losses, rel=1e-5), name
-            assert_close(found, weights(module), TOLERANCE)
+            assert losses == pytest.approx(known, rel=1e-5), name
+            assert_close(found, expected, TOLERANCE)
+
+
+def _fit_plain(rank: int, run: Run) -> tuple[dict[str, torch.Tensor], list[float]]:
+    module = ToyModule(**run.module)
+    plain_trainer(max_epochs=1, **run.trainer).fit(module, ToyData(replicas=run.dp, **run.data))
+    return weights(module), module.losses

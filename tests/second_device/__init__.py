@@ -54,7 +54,9 @@ def register() -> None:
 
     dist.Backend.register_backend("relay", relay, devices=[NAME])
     torch.accelerator.current_stream = lambda *_: _Stream()
-    # torch gives a parameter data of another device for CPUs and GPUs only; here, modules that are moved get new ones.
+    # torch gives a parameter data of another device for CPUs and GPUs only. Here, parameters are swapped, so that tied
+    # ones stay one parameter.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     fsdp._move_states_to_device = _move
 
 
