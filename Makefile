@@ -20,8 +20,12 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
 	$(BIN)/bigmac fit --config configs/digits.yaml
 
+# Tests that mostly need one core each. The others start several processes, or look at how long something takes.
+SINGLE = tests/schedule tests/datamodules tests/models
+
 test: $(VENV)/.installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(SINGLE)
+	$(BIN)/python -m pytest $(SINGLE:%=--ignore=%)
 
 lint: $(VENV)/.installed-dev  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
