@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from benchmarks.sharded_makespan import _LLM, _Encoder, _Generator, batch
+from benchmarks.sharded_makespan import SleepingLLM, SleepingEncoder, SleepingGenerator, batch
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.mesh import build_mesh
@@ -41,8 +41,8 @@ def measure(
     truth = Costs(F=1, B=2, EF=encoder, EB=2 * encoder, G=3 * generator)
     for run in RUNS:
         torch.manual_seed(0)
-        parts = {"image": _Encoder(encoder * unit)}, {"drawing": _Generator(generator * unit)}
-        module = PipelineModule(_LLM(size, unit), *parts)
+        parts = {"image": SleepingEncoder(encoder * unit)}, {"drawing": SleepingGenerator(generator * unit)}
+        module = PipelineModule(SleepingLLM(size, unit), *parts)
         module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
         module.configure_model()
         options = PipelineOptions(ScheduleOptions(policy, costs={"truth": truth, "guess": guess}.get(run)))

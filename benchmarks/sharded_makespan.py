@@ -42,7 +42,7 @@ class _Sleep(torch.autograd.Function):
         return gradient, None
 
 
-class _Block(nn.Module):
+class SleepingBlock(nn.Module):
     """Sleeps for each item, and multiplies by a real weight."""
 
     def __init__(self, seconds: float) -> None:
@@ -53,13 +53,13 @@ class _Block(nn.Module):
         return _Sleep.apply(x + self.linear(x) * 0.1, self.seconds * items)
 
 
-class _Encoder(Encoder):
+class SleepingEncoder(Encoder):
     width = WIDTH
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self.entrance = nn.Linear(WIDTH, WIDTH)
-        self.blocks = nn.ModuleList(_Block(seconds / BLOCKS) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(SleepingBlock(seconds / BLOCKS) for _ in range(BLOCKS))
 
     def forward(self, pixels: list[Tensor]) -> Tensor:
         x = self.entrance(torch.cat(pixels))
@@ -71,10 +71,10 @@ class _Encoder(Encoder):
         return torch.zeros(1, WIDTH)
 
 
-class _Generator(Generator):
+class SleepingGenerator(Generator):
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(seconds / BLOCKS) for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(SleepingBlock(seconds / BLOCKS) for _ in range(BLOCKS))
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         x = torch.cat(conditions)
@@ -89,7 +89,7 @@ class _Generator(Generator):
         return torch.zeros(1, WIDTH), TargetItem("drawing", 1, (1,), data=torch.zeros(1))
 
 
-class _LLM(LanguageModel):
+class SleepingLLM(LanguageModel):
     width, tied = WIDTH, {}
 
     def __init__(self, layers: int, seconds: float) -> None:
@@ -97,7 +97,7 @@ class _LLM(LanguageModel):
         self.num_layers, self.seconds = layers, seconds
 
     def materialize(self, layers: Collection[int], embedding: bool, head: bool, peers: Any = None) -> None:
-        self.layers = nn.ModuleDict({str(k): _Block(self.seconds) for k in layers})
+        self.layers = nn.ModuleDict({str(k): SleepingBlock(self.seconds) for k in layers})
         self.embedding, self.head = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 32)
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -141,7 +141,9 @@ def measure(rank: int, size: int, microbatches: int, unit: float, repeats: int, 
     mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), {}
     for kind in ("ddp", "fsdp"):
         torch.manual_seed(0)
-        module = PipelineModule(_LLM(size, unit), {"image": _Encoder(unit)}, {"drawing": _Generator(unit)})
+        module = PipelineModule(
+            SleepingLLM(size, unit), {"image": SleepingEncoder(unit)}, {"drawing": SleepingGenerator(unit)}
+        )
         module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
         module.configure_model()
         sharding = ShardingOptions(kind, kind)  # pyright: ignore[reportArgumentType]
