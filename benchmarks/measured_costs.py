@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from benchmarks.sharded_makespan import SleepingLLM, SleepingEncoder, SleepingGenerator, batch
+from benchmarks.sharded_makespan import SleepingEncoder, SleepingGenerator, SleepingLLM, batch
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.mesh import build_mesh
@@ -36,18 +36,17 @@ def measure(
 ) -> dict[str, tuple[float, float]]:
     """For each run, the median seconds of a step, and what its plan said (in seconds)."""
     prompt_wake_ups()
-    mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), {}
-    guess = DEFAULT_COSTS
+    mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), dict[str, tuple[float, float]]()
     truth = Costs(F=1, B=2, EF=encoder, EB=2 * encoder, G=3 * generator)
     for run in RUNS:
         torch.manual_seed(0)
-        parts = {"image": SleepingEncoder(encoder * unit)}, {"drawing": SleepingGenerator(generator * unit)}
-        module = PipelineModule(SleepingLLM(size, unit), *parts)
+        encoders, generators = SleepingEncoder(encoder * unit), SleepingGenerator(generator * unit)
+        module = PipelineModule(SleepingLLM(size, unit), {"image": encoders}, {"drawing": generators})
         module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
         module.configure_model()
-        options = PipelineOptions(ScheduleOptions(policy, costs={"truth": truth, "guess": guess}.get(run)))
+        options = PipelineOptions(ScheduleOptions(policy, costs={"truth": truth, "guess": DEFAULT_COSTS}.get(run)))
         measuring = Measuring(Ranks(), mesh.device) if run == "measured" else None
-        runner, seconds, warm_up = PipelineRunner(module, mesh, options, measuring=measuring), [], 1
+        runner, seconds = PipelineRunner(module, mesh, options, measuring=measuring), list[float]()
         warm_up = FIRST if measuring else 1
         for _ in range(warm_up + repeats):
             given = batch(microbatches, runner.layout)
