@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import DoublePrecision, MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -237,6 +237,8 @@ class SteppingStrategy(SavingStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if isinstance(self.precision_plugin, DoublePrecision):  # before setup, or float64 would be read into float32
+            self.precision_plugin.convert_module(self._module)
         found = super().load_checkpoint(checkpoint_path, weights_only)
         self._float32_before = found.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get(FLOAT32)
         return found

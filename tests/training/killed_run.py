@@ -108,6 +108,12 @@ class Case:
     epochs: int = 2
 
     @property
+    def validates_alike(self) -> bool:
+        """Whether all layouts log the same loss of a validation. The toy module logs the mean of its batches, which
+        are smaller with more replicas."""
+        return self.kind != "toys" or len({layout.dp for layout in self.layouts}) == 1
+
+    @property
     def exact(self) -> bool:
         return all(layout.computes_as(self.layouts[0]) for layout in self.layouts)
 
