@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the others follow")
     parser.add_argument("--keep", type=Path, help="a folder for the files of cases that fail")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # a process that is forked from one with threads of OpenMP can wait for them for ever
     warnings.simplefilter("ignore")
     module_of(Case())  # imports what all runs need, before they are forked
     failed = []
