@@ -1,6 +1,7 @@
 """Every precision that Lightning offers for ordinary layers, on several ranks and in one process."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +291,28 @@ def _fit_fused(rank: int) -> str:
 def test_optimizers_that_look_for_overflows_themselves_are_refused() -> None:
     for message in on_ranks(2, _fit_fused):
         assert message.startswith("AdamW(fused=True) looks for overflows of float16 itself")
+
+
+class _Single(ToyModule):
+    """Has float32 weights until the precision converts them, as models of transformers have."""
+
+    def configure_model(self) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        super().configure_model()
+        torch.set_default_dtype(before)
+
+
+def _saved_and_read(rank: int, folder: Path) -> bool:
+    trainer, module = pipeline_trainer(2, max_steps=2, precision="64-true"), _Single()
+    trainer.fit(module, ToyData())
+    trainer.save_checkpoint(folder / "run.ckpt")
+    trainer.strategy.open_module()  # pyright: ignore[reportAttributeAccessIssue]
+    saved = weights(module)
+    trainer, module = pipeline_trainer(2, precision="64-true"), _Single()
+    trainer.validate(module, ToyData(), ckpt_path=folder / "run.ckpt", verbose=False)
+    return all(torch.equal(value, saved[name]) for name, value in weights(module).items())
+
+
+def test_float64_weights_are_read_as_such(tmp_path: Path) -> None:
+    assert on_ranks(2, _saved_and_read, tmp_path) == [True, True]
