@@ -135,7 +135,7 @@ FAULTS = [
     Fault(
         "what is saved in the background changes with training",
         f"{PACKAGE}/training/saving.py",
-        "partial(write, contents.copied(), self._saving_group)",
+        "partial(write, contents.copied(self._copies), self._saving_group)",
         "partial(write, contents, self._saving_group)",
         "tests/training/test_saving.py -k saved_at_once",
     ),
@@ -366,8 +366,8 @@ FAULTS = [
     Fault(
         "what is offloaded stays whole on a rank that has no others to share it with",
         f"{PACKAGE}/training/sharding.py",
-        "(over.size() == 1 and computing is None and not offload)",
-        "(over.size() == 1 and computing is None)",
+        "(over.size() > 1 or options.master_weights or options.offloads(name))",
+        "(over.size() > 1 or options.master_weights)",
         "tests/test_estimates.py -k memory_of_shards",
     ),
     Fault(
@@ -442,7 +442,7 @@ FAULTS = [
     ),
     Fault(
         "a save of other tensors is written like the one before",
-        f"{PACKAGE}/training/repeating.py",
+        f"{PACKAGE}/training/copying.py",
         "value.dtype, value.shape, value.stride(),",
         "value.dtype,",
         "tests/training/test_repeating.py",
@@ -534,8 +534,8 @@ FAULTS = [
     Fault(
         "throughput is over the time since the start",
         f"{PACKAGE}/callbacks/pipeline_monitor.py",
-        "        self._samples, self._tokens, self._since = 0, 0, now\n",
-        "        self._samples, self._tokens = 0, 0\n",
+        "        self._samples, self._tokens, self._since, self._plans = 0, 0, now, []\n",
+        "        self._samples, self._tokens, self._plans = 0, 0, []\n",
         "tests/training/test_monitor.py",
     ),
     Fault(
@@ -604,8 +604,8 @@ FAULTS = [
     Fault(
         "a stage is taken for as long as all the stages of its rank",
         f"{PACKAGE}/schedule/request.py",
-        "return (self.costs or Costs()).per_stage(self.stages_per_rank)",
-        "return self.costs or Costs()",
+        "return (self.given_costs or Costs()).per_stage(self.stages_per_rank)",
+        "return self.given_costs or Costs()",
         "tests/schedule/test_choose.py",
     ),
     Fault(
