@@ -223,7 +223,7 @@ def test_trace_of_a_step(runs: Any) -> None:
     and no action before those of other ranks that it waits for."""
     folder, _, ranks = runs
     plan = Plan.from_json(ranks[0]["plans"][TRACED])
-    assert ranks[0]["artifacts"] == ["trace.json", "timeline.png"]
+    assert ranks[0]["artifacts"] == ["trace.json", "timeline.html", "timeline.png"]
     assert ranks[1]["artifacts"] == []
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}

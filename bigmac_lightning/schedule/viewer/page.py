@@ -95,7 +95,7 @@ def executed_track(
     """
     begin = min((spans[0][1] for spans in ranks if spans), default=0.0)
     spans = [[(action, start - begin, end - begin) for action, start, end in row] for row in ranks]
-    curves = measured_curves([[(time - begin, *rest) for time, *rest in row] for row in memory or []])
+    curves = measured_curves([[(time - begin, name, size) for time, name, size in row] for row in memory or []])
     return Track("executed", spans, "s", groups, curves)
 
 
@@ -119,7 +119,7 @@ def write_page(path: Path | str, title: str, tracks: Sequence[Track]) -> None:
         "tracks": [_track(track) for track in tracks],
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script> within it
-    template = files(__package__).joinpath("timeline.html").read_text(encoding="utf-8")
+    template = files("bigmac_lightning.schedule.viewer").joinpath("timeline.html").read_text(encoding="utf-8")
     assert template.count(PLACE) == 1
     Path(path).write_text(template.replace(PLACE, text), encoding="utf-8")
 
