@@ -122,10 +122,9 @@ class PipelineMonitor(pl.Callback):
         write_chrome_trace(folder / "trace.json", [spans for spans, _ in everyone])
         executed = [[(Action.parse(s.action), s.start, s.end) for s in spans] for spans, _ in everyone]
         curves = [curve for _, curve in everyone] if memory is not None else None
-        title = f"step {trainer.global_step}, as executed"
-        tracks = _tracks(strategy.runner.last_planned, executed, curves)
-        write_page(folder / "timeline.html", title if len(tracks) == 1 else f"{title}, and its plan", tracks)
-        draw.measured_picture(executed, folder / "timeline.png", title, curves)
+        step, tracks = f"step {trainer.global_step}", _tracks(strategy.runner.last_planned, executed, curves)
+        write_page(folder / "timeline.html", f"{step}: {' and '.join(track.name for track in tracks)}", tracks)
+        draw.measured_picture(executed, folder / "timeline.png", f"{step}, as executed", curves)
         self.artifacts = [folder / name for name in ("trace.json", "timeline.html", "timeline.png")]
 
 
