@@ -157,6 +157,12 @@ press("0");
 send(PointerEvent, "pointerdown", at(0.5, 1));
 send(PointerEvent, "pointerup", at(0.5, 1));
 seen.clicked = [root.dataset.selected.split(";")[0], location.hash];
+chart.setPointerCapture = () => {};  // as these fingers do not exist
+const finger = (pointerId, time) => ({ ...at(time, 0), pointerId, pointerType: "touch" });
+send(PointerEvent, "pointerdown", finger(5, 4));
+send(PointerEvent, "pointerdown", finger(6, 6));
+send(PointerEvent, "pointermove", finger(6, 8));
+seen.pinched = to - from;
 seen.rows = document.querySelectorAll("#table tbody tr").length;
 seen.label = chart.getAttribute("aria-label");
 root.dataset.seen = JSON.stringify(seen);
@@ -184,6 +190,7 @@ def test_mouse_and_keys(tmp_path: Path) -> None:
     assert seen["dragged"] == pytest.approx(1), "what is under the mouse moves with it"
     assert seen["dragging"] == "", "a drag is no click"
     assert seen["clicked"] == ["EF0 on rank 1", "#action=EF0,rank=1"]
+    assert seen["pinched"] == pytest.approx(0.5), "fingers twice as far apart"
     assert seen["rows"] == 2
     assert "Timelines of 2 ranks" in seen["label"]
 
