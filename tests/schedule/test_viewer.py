@@ -132,10 +132,13 @@ const send = (kind, type, place) => { chart.dispatchEvent(new kind(type, place))
 const press = (key, shiftKey = false) => send(KeyboardEvent, "keydown", { key, shiftKey });
 send(PointerEvent, "pointermove", at(0.5, 1));
 seen.hovered = tip.hidden ? "" : tip.textContent;
+const bubble = tracks[0].spans[0].find((span, i, row) => i && span.start > row[i - 1].end).start - 0.1;
+send(PointerEvent, "pointermove", at(bubble, 0));
+seen.bubble = tip.hidden;
 send(PointerEvent, "pointerleave", {});
 seen.left = tip.hidden;
 send(WheelEvent, "wheel", { ...at(4, 0), deltaY: -500 });
-seen.zoomed = [from, to, toShare(at(4, 0).clientX - box.left) * tracks[0].length, drawn < total];
+seen.zoomed = [from, to, toShare(at(4, 0).clientX - box.left) * tracks[0].length, drawn];
 const start = from;
 press("ArrowRight"); seen.right = from > start && to <= 1;
 press("ArrowLeft"); seen.back = Math.abs(from - start) < 1e-9;
@@ -147,11 +150,11 @@ press("ArrowDown", true); seen.below = root.dataset.selected.split(";")[0];
 seen.said = byId("said").textContent === root.dataset.selected;
 press("Escape"); seen.none = root.dataset.selected;
 press("+"); press("+");
-const before = [from, to];
-send(PointerEvent, "pointerdown", at(6, 0));
-send(PointerEvent, "pointermove", at(5, 0));
-send(PointerEvent, "pointerup", at(5, 0));
-seen.dragged = (from - before[0]) * tracks[0].length;
+const before = from, grabbed = tracks[0].spans[0].find((span) => span.start / tracks[0].length > from).start + 0.1;
+send(PointerEvent, "pointerdown", at(grabbed, 0));
+send(PointerEvent, "pointermove", at(grabbed - 1, 0));
+send(PointerEvent, "pointerup", at(grabbed, 0));
+seen.dragged = (from - before) * tracks[0].length;
 seen.dragging = root.dataset.selected;
 press("0");
 send(PointerEvent, "pointerdown", at(0.5, 1));
@@ -173,15 +176,18 @@ root.dataset.seen = JSON.stringify(seen);
 def test_mouse_and_keys(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     assert main([*["--pipeline_parallel_size", "2", "--microbatches", "4", "--output"], str(path)]) == 0
-    first, second = data_of(path)["tracks"][0]["ranks"][0][:2]
+    (track,) = data_of(path)["tracks"]
+    first, second = track["ranks"][0][:2]
     seen = json.loads(opened(path, then=USE)["data-seen"])
     assert seen["hovered"].startswith("EF0 on rank 1encoder forward of group 0 (microbatches 0, 1)")
     assert "planned011" in seen["hovered"], "start, end and duration"
+    assert seen["bubble"], "nothing is shown in a bubble"
     assert seen["left"], "nothing is shown once the mouse has left"
-    begin, end, fixed, fewer = seen["zoomed"]
+    begin, end, fixed, drawn = seen["zoomed"]
     assert 0 < begin < end < 1
     assert fixed == pytest.approx(4), "what is at the mouse stays there"
-    assert fewer, "what is not visible is not drawn"
+    visible = (begin * track["makespan"], end * track["makespan"])
+    assert drawn == sum(a[2] >= visible[0] and a[1] <= visible[1] for row in track["ranks"] for a in row), "no others"
     assert all(seen[name] for name in ("right", "back", "plus", "said"))
     assert seen["whole"] == [0, 1]
     assert [seen["first"], seen["second"]] == [f"{first[0]} on rank 0", f"{second[0]} on rank 0"]
