@@ -44,8 +44,15 @@ def test_all_packages_are_installed() -> None:
         for folder, package in roots.items()
         for file in (ROOT / folder).rglob("*.py")
     }
-    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert set(named) == found
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["packages"]) == found
+    others = {
+        ".".join([package, *file.parent.relative_to(ROOT / folder).parts, file.name])
+        for folder, package in roots.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert {f"{package}.{name}" for package, names in settings["package-data"].items() for name in names} == others
 
 
 def test_what_is_not_exported_is_no_attribute() -> None:

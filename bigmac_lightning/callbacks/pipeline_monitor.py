@@ -16,8 +16,10 @@ from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Span, Trace, write_chrome_trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.schedule import draw
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.schedule.draw import measured_picture
+from bigmac_lightning.schedule.simulate import simulate
+from bigmac_lightning.schedule.viewer.page import Track, executed_track, planned_track, write_page
 from bigmac_lightning.training.planner import PlannedBatch
 from bigmac_lightning.training.strategy import BigMacStrategy
 
@@ -25,8 +27,8 @@ COMPONENTS = ("encoder", "llm", "generator")
 
 
 class PipelineMonitor(pl.Callback):
-    """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace and
-    a picture.
+    """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace, a
+    page for browsers and a picture.
 
     Times are means since the last logged step: ``time/batch``, the seconds from batch to batch; ``time/plan``, the
     seconds that plans say a batch takes in the pipeline, once they are made from measured times (``costs: auto``); and
@@ -38,8 +40,8 @@ class PipelineMonitor(pl.Callback):
     Args:
         memory: whether to log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
         trace_step: the optimizer step whose first batch is recorded; ``None``: record nothing.
-        dirpath: the folder for ``trace.json`` (for Chrome or Perfetto, with all ranks of the first pipeline) and
-            ``timeline.png``; ``None``: the logger's directory.
+        dirpath: the folder for ``trace.json`` (for Chrome or Perfetto), ``timeline.html`` (the plan above the executed
+            step) and ``timeline.png``, each with all ranks of the first pipeline; ``None``: the logger's directory.
 
     Attributes:
         artifacts: the files that were written, on global rank 0.
@@ -117,15 +119,26 @@ class PipelineMonitor(pl.Callback):
         folder = folder_of(trainer, self.dirpath)  # collective
         if not strategy.is_global_zero:
             return
-        spans = [spans for spans, _ in everyone]
-        write_chrome_trace(folder / "trace.json", spans)
-        measured_picture(
-            [[(Action.parse(s.action), s.start, s.end) for s in rank] for rank in spans],
-            folder / "timeline.png",
-            title=f"step {trainer.global_step}, as executed",
-            memory=[curve for _, curve in everyone] if memory is not None else None,
-        )
-        self.artifacts = [folder / "trace.json", folder / "timeline.png"]
+        write_chrome_trace(folder / "trace.json", [spans for spans, _ in everyone])
+        executed = [[(Action.parse(s.action), s.start, s.end) for s in spans] for spans, _ in everyone]
+        curves = [curve for _, curve in everyone] if memory is not None else None
+        step, tracks = f"step {trainer.global_step}", _tracks(strategy.runner.last_planned, executed, curves)
+        write_page(folder / "timeline.html", f"{step}: {' and '.join(track.name for track in tracks)}", tracks)
+        draw.measured_picture(executed, folder / "timeline.png", f"{step}, as executed", curves)
+        self.artifacts = [folder / name for name in ("trace.json", "timeline.html", "timeline.png")]
+
+
+def _tracks(
+    planned: PlannedBatch | None,
+    executed: Sequence[Sequence[draw.Span]],
+    memory: Sequence[Sequence[tuple[float, str, int]]] | None,
+) -> list[Track]:
+    """The simulated plan of a batch, if there is one, and the executed step."""
+    if planned is None:
+        return [executed_track(executed, [], memory)]
+    plan, seconds = planned.plan, planned.seconds is not None
+    simulated = planned_track(plan, simulate(plan, planned.workload), planned.workload, seconds=seconds)
+    return [simulated, executed_track(executed, plan.groups, memory)]
 
 
 def _executor(trainer: pl.Trainer) -> Executor | None:

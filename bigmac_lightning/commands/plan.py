@@ -11,11 +11,12 @@ from bigmac_lightning.commands.request import check_suffix, plan_parser, request
 from bigmac_lightning.schedule.bound import lower_bound
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.choose import choose
-from bigmac_lightning.schedule.draw import TerminalTimeline, picture, spans_of, table
+from bigmac_lightning.schedule.draw import TerminalTimeline, picture, plan_title, spans_of, table
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Plan, PlanError
 from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
+from bigmac_lightning.schedule.viewer.page import planned_track, write_page
 from bigmac_lightning.schedule.workload import Workload
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -32,13 +33,13 @@ def main(argv: Sequence[str]) -> int:
     stage_costs = "Per stage, its times of F, B, I and W, where stages differ: [[1,2,1,1],[1.3,2.6,1.3,1.3]]."
     parser.add_argument("--stage_costs", type=STAGE_COSTS, default=None, help=stage_costs)
     parser.add_argument("--plan", type=TEXT, default=None, help="Check and show this plan file instead of making one.")
-    output = "Write plan.json, or a picture: .png, .svg, .pdf. Default: the terminal."
+    output = "Write plan.json, a page for browsers: .html, or a picture: .png, .svg, .pdf. Default: the terminal."
     parser.add_argument("--output", type=TEXT, default=None, help=output)
     return answer("plan", lambda: _run(parser.parse_args(list(argv)), parser.get_defaults()))
 
 
 def _run(arguments: Namespace, defaults: Namespace) -> None:
-    suffix, console = check_suffix(arguments.output, (".json", *PICTURES)), Console()
+    suffix, console = check_suffix(arguments.output, (".json", ".html", *PICTURES)), Console()
     if arguments.plan is None:
         request = request_of(arguments, " (or --plan FILE)", stage_costs=arguments.stage_costs)
         plan, reason = _make(request)
@@ -57,6 +58,8 @@ def _run(arguments: Namespace, defaults: Namespace) -> None:
         return
     if suffix == ".json":
         plan.save(arguments.output)
+    elif suffix == ".html":
+        write_page(arguments.output, plan_title(plan), [planned_track(plan, timeline, workload, memory)])
     else:
         try:
             picture(plan, timeline, arguments.output, workload, memory)

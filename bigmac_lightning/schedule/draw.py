@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Span = tuple[Action, float, float]
 """An action with its start time and its end time."""
 
+Curve = list[tuple[float, float]]
+"""Pairs (time, amount from then on) in order of time."""
+
 COLOURS: dict[Kind, str] = {
     "F": "#8ecae6",
     "B": "#219ebc",
@@ -153,25 +156,46 @@ def picture(
         memory: if given, the picture also has a curve of each rank's memory in use, in GiB.
     """
     ratio = f", {timeline.makespan / plan.ideal:.3f} of the ideal" if plan.ideal else ""
+    title = f"{plan_title(plan)}: makespan {timeline.makespan:g}{ratio}, bubbles {timeline.bubble_share:.1%}"
+    _write(spans_of(plan, timeline), path, title, "time", alive_curves(plan, timeline, workload, memory))
+
+
+def plan_title(plan: Plan) -> str:
+    """The plan's policy, backbone and size, in words."""
     stages = f" with {plan.virtual_stages} stages per rank" if plan.virtual_stages > 1 else ""
-    title = (
+    return (
         f"{plan.policy} on {plan.backbone}{stages}, {plan.pipeline_parallel_size} ranks, "
-        f"{plan.microbatches} microbatches: makespan {timeline.makespan:g}{ratio}, "
-        f"bubbles {timeline.bubble_share:.1%}"
+        f"{plan.microbatches} microbatches"
     )
-    panels: dict[str, list[list[tuple[float, float]]]] = {}
+
+
+def alive_curves(
+    plan: Plan, timeline: Timeline, workload: Workload | None = None, memory: MemoryBudget | None = None
+) -> dict[str, list[Curve]]:
+    """By the name of what is counted, each rank's curve of how much of it is alive in a simulated plan: encoder units,
+    LLM microbatches and, if `memory` is given, GiB in use."""
+    panels: dict[str, list[Curve]] = {}
     if plan.encoder_shares:
         panels["encoder units"] = _curves(timeline, encoder_unit_steps(plan, workload))
     panels["LLM microbatches"] = _curves(timeline, llm_microbatch_steps(plan))
     if memory is not None:
         used = [[(a / 2**30, b / 2**30) for a, b in row] for row in memory.steps(plan, workload)]
         panels["memory, GiB"] = _curves(timeline, used)
-    _write(spans_of(plan, timeline), path, title, "time", panels)
+    return panels
 
 
-def _curves(timeline: Timeline, steps: Sequence[Sequence[tuple[float, float]]]) -> list[list[tuple[float, float]]]:
+def measured_curves(memory: Sequence[Sequence[tuple[float, str, int]]]) -> dict[str, list[Curve]]:
+    """By the name of a component with its unit, each rank's curve of the MiB alive, from triples (seconds, component,
+    bytes alive from then on)."""
+    return {
+        f"{component}, MiB": [[(time, size / 2**20) for time, name, size in row if name == component] for row in memory]
+        for component in dict.fromkeys(name for row in memory for _, name, _ in row)
+    }
+
+
+def _curves(timeline: Timeline, steps: Sequence[Sequence[tuple[float, float]]]) -> list[Curve]:
     """Per rank, (time, amount) pairs at each change, from the amounts during and after each action."""
-    curves: list[list[tuple[float, float]]] = []
+    curves: list[Curve] = []
     for starts, ends, row in zip(timeline.starts, timeline.ends, steps, strict=True):
         points: dict[float, float] = {}  # where several changes have the same time, the last one is drawn
         for start, end, (during, after) in zip(starts, ends, row, strict=True):
@@ -195,12 +219,7 @@ def measured_picture(
         title: the title of the picture.
         memory: per rank, a triple (seconds, component, bytes alive from then on) at each change.
     """
-    panels: dict[str, list[list[tuple[float, float]]]] = {}
-    for component in dict.fromkeys(name for curve in memory or () for _, name, _ in curve):
-        panels[f"{component}, MiB"] = [
-            [(time, size / 2**20) for time, name, size in curve if name == component] for curve in memory or ()
-        ]
-    _write(ranks, path, title, "seconds", panels)
+    _write(ranks, path, title, "seconds", measured_curves(memory or []))
 
 
 def _write(
@@ -208,7 +227,7 @@ def _write(
     path: str | PathLike[str],
     title: str,
     unit: str,
-    panels: dict[str, list[list[tuple[float, float]]]],
+    panels: dict[str, list[Curve]],
 ) -> None:
     """Write the spans as the top panel, and each set of curves as a panel below it with one curve per rank."""
     from matplotlib import colormaps

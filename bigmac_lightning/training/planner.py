@@ -44,6 +44,7 @@ class PlannedBatch:
         digest: a number that depends on the whole plan.
         seconds: how long the whole plan takes by what was measured; ``None``: nothing was yet.
         bubbles: the fraction of that time, or of what costs say, in which the mean rank is idle.
+        workload: the work of the microbatches that the plan was made for, in the unit of the plan's costs.
     """
 
     key: object
@@ -56,19 +57,28 @@ class PlannedBatch:
     digest: int
     seconds: float | None
     bubbles: float
+    workload: Workload
 
     @classmethod
     def of(
-        cls, key: object, plan: Plan, program: list[Instruction], needs: Needs, timeline: Timeline, measured: bool
+        cls,
+        key: object,
+        plan: Plan,
+        program: list[Instruction],
+        needs: Needs,
+        timeline: Timeline,
+        measured: bool,
+        workload: Workload,
     ) -> "PlannedBatch":
         """What one rank needs of a plan.
 
         Args:
             timeline: the plan's simulation.
             measured: whether it is in seconds.
+            workload: the workload that it was simulated with.
         """
         pieces, digest = {kind: plan.pieces(kind) for kind in ("EF", "G")}, plan_digest(plan)
-        times = (timeline.makespan if measured else None, timeline.bubble_share)
+        times = (timeline.makespan if measured else None, timeline.bubble_share, workload)
         return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, digest, *times)
 
     @cached_property
@@ -174,7 +184,7 @@ class Planner:
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
             program = with_hints(lower(plan, order, needs)[self.rank], meeting)
-            planned = PlannedBatch.of(key, plan, program, needs, timeline, rates is not None)
+            planned = PlannedBatch.of(key, plan, program, needs, timeline, rates is not None, workload)
         self.known[key] = planned
         return planned
 

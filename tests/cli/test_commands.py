@@ -63,7 +63,7 @@ def test_config_trains(config: Path, tmp_path: Path) -> None:
         said = bigmac(2, tmp_path, *arguments)
     assert "val/accuracy" in said
     draws = "generators:" in config.read_text()
-    for name in ("trace.json", "timeline.png", *(["samples.png"] if draws else [])):
+    for name in ("trace.json", "timeline.html", "timeline.png", *(["samples.png"] if draws else [])):
         (found,) = tmp_path.rglob(name)
         assert found.stat().st_size > 1000
         assert found.name in said

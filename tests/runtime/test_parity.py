@@ -247,8 +247,9 @@ def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> Planne
     planner = runner.planner
     planned = planner(batch)
     plan = in_pieces(planned.plan, pieces)
-    program = lower(plan, verify(plan).order, planned.needs)[planner.rank]
-    return PlannedBatch.of(planned.key, plan, program, planned.needs)
+    timeline = verify(plan)
+    program = lower(plan, timeline.order, planned.needs)[planner.rank]
+    return PlannedBatch.of(planned.key, plan, program, planned.needs, timeline, False, planned.workload)
 
 
 def in_pieces(plan: Plan, most: int) -> Plan:

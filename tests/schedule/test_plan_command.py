@@ -126,7 +126,10 @@ def test_refuses_an_edited_plan(tmp_path, capsys):
         ([*SMALL, "--policy", "best"], "policy is 'best'; expected one of nested, upfront, first_stage"),
         ([*SMALL, "--backbone", "best"], "backbone is 'best'; expected one of gpipe, 1f1b"),
         ([*SMALL, "--colour", "red"], "unrecognized arguments: --colour red"),
-        ([*SMALL, "--output", "x.txt"], "--output is 'x.txt'; expected a name that ends with .json, .png, .svg, .pdf"),
+        (
+            [*SMALL, "--output", "x.txt"],
+            "--output is 'x.txt'; expected a name that ends with .json, .html, .png, .svg, .pdf",
+        ),
         ([*SMALL, "--output", "/nowhere/x.json"], "/nowhere/x.json"),
         ([*SMALL, "--workload", "/nowhere/w.json"], "/nowhere/w.json: cannot be read: No such file or directory"),
         ([*SMALL, "--max_encoder_units", "1"], "rank 0: EF1 brings the live encoder units to 2; the limit is 1"),

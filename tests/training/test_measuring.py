@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from bigmac_lightning import Costs
+from bigmac_lightning.callbacks import PipelineMonitor
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.schedule.rates import Rate, Rates
 from bigmac_lightning.training.work import SharedRates, guessed, measured
+from tests.schedule.pages import data_of
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
@@ -95,18 +98,19 @@ class _InWorkers(ToyData):
         )
 
 
-def _fit(rank: int, strategy: dict[str, Any]) -> Any:
+def _fit(rank: int, strategy: dict[str, Any], folder: Path | None = None) -> Any:
     watch, module = _Watch(), _Slow(tied=True, optimizer="sgd")
-    trainer = pipeline_trainer(2, strategy, max_epochs=1, callbacks=[watch])
+    monitor = PipelineMonitor(trace_step=None if folder is None else 15, dirpath=str(folder))
+    trainer = pipeline_trainer(2, strategy, max_epochs=1, callbacks=[watch, monitor])
     trainer.fit(module, _InWorkers(steps=16))
     return weights(module), watch.ran, watch.rates, watch.costs
 
 
 @pytest.mark.parametrize("policy", ["filled", "recompute"])
-def test_plans_are_made_from_measured_times(policy: str) -> None:
+def test_plans_are_made_from_measured_times(policy: str, tmp_path: Path) -> None:
     expected = ToyModule(tied=True, optimizer="sgd")
     plain_trainer(max_epochs=1).fit(expected, ToyData(steps=16))
-    found = on_ranks(2, _fit, {"policy": policy})
+    found = on_ranks(2, _fit, {"policy": policy}, tmp_path)
     for trained, ran, rates, costs in found:
         assert_close(trained, weights(expected), 1e-5)
         assert rates[4] is None
@@ -116,6 +120,11 @@ def test_plans_are_made_from_measured_times(policy: str) -> None:
         assert ran[-1], "the worker has heard of the rates"
         assert costs.EF > 1.5 * costs.F, "the guess was that both take equally long"
         assert costs.EB < costs.EF, "without a second forward"
+    page = data_of(tmp_path / "timeline.html")
+    assert page["shared"], "the plan is in seconds, as what was executed"
+    planned, executed = ({text: end - start for text, start, end in track["ranks"][0]} for track in page["tracks"])
+    encoded = [action for action in planned if action.startswith("EF")]
+    assert 0.1 < sum(executed[action] for action in encoded) / sum(planned[action] for action in encoded) < 10
 
 
 def _with_costs(rank: int) -> Any:

@@ -18,6 +18,7 @@ from bigmac_lightning.callbacks import PipelineMonitor
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.schedule.plan import Plan
+from tests.schedule.pages import data_of
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -223,7 +224,7 @@ def test_trace_of_a_step(runs: Any) -> None:
     and no action before those of other ranks that it waits for."""
     folder, _, ranks = runs
     plan = Plan.from_json(ranks[0]["plans"][TRACED])
-    assert ranks[0]["artifacts"] == ["trace.json", "timeline.png"]
+    assert ranks[0]["artifacts"] == ["trace.json", "timeline.html", "timeline.png"]
     assert ranks[1]["artifacts"] == []
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
@@ -264,3 +265,31 @@ def test_trace_of_a_step(runs: Any) -> None:
             if f"G{g} on {rank}" in spans:
                 check(f"1F{group[-1]}", f"G{g} on {rank}")
                 check(f"G{g} on {rank}", f"1B{group[0]}")
+
+
+def test_page_of_a_step(runs: Any) -> None:
+    """The plan of the traced batch above the spans of the trace."""
+    folder, _, ranks = runs
+    plan, data = Plan.from_json(ranks[0]["plans"][TRACED]), data_of(folder / "timeline.html")
+    planned, executed = data["tracks"]
+    assert data["title"] == f"step {TRACED + 1}: planned and executed"
+    assert not data["shared"]
+    assert [[text for text, *_ in row] for row in planned["ranks"]] == [[*map(str, row)] for row in plan.ranks]
+    assert planned["makespan"] == pytest.approx(plan.makespan)
+    assert (planned["ideal"], planned["groups"]) == (pytest.approx(plan.ideal), plan.groups)
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    begin = min(event["ts"] for event in events if event["ph"] == "X")
+    for rank, row in enumerate(executed["ranks"]):
+        traced = [event for event in events if event["ph"] == "X" and event["tid"] == rank]
+        times = [(e["name"], e["ts"] - begin, e["ts"] - begin + e["dur"]) for e in traced]
+        assert [text for text, *_ in row] == [text for text, *_ in times]
+        for (_, *found), (_, *wanted) in zip(row, times, strict=True):
+            assert [time * 1e6 for time in found] == pytest.approx(wanted, abs=1e-3)
+    curves = {curve["name"]: curve["ranks"] for curve in executed["curves"]}
+    assert curves.keys() == {"encoder, MiB", "llm, MiB", "generator, MiB"}
+    for name, rows in curves.items():
+        for rank, points in enumerate(rows):
+            peak = max(size for _, size in points) * 2**20
+            logged = ranks[0]["logged"][TRACED][f"memory/{name.removesuffix(', MiB')}/rank{rank}"]
+            assert 0 < peak <= logged * (1 + 1e-6)
+            assert all(0 <= time <= executed["makespan"] + 1 for time, _ in points)
