@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def _trainer(case: Case, layout: Layout, place: Path, watch: Watch) -> pl.Traine
         accumulate="tokens" if case.tokens else "batches",
         save_distributed_checkpoint=case.directory,
         async_save=case.async_save,
+        timeout=timedelta(minutes=1),  # for a rank that is killed before others have met it
     )
     every: dict[str, Any] = {"every_n_train_steps": case.save} if case.save else {}
     last: Any = {"": None, "copy": True, "link": "link"}[case.last]
