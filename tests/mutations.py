@@ -189,6 +189,13 @@ FAULTS = [
         "tests/training/test_precision.py -k float64",
     ),
     Fault(
+        "a process may be locked for long after a save",
+        f"{PACKAGE}/training/watching.py",
+        "            self._watchdog.enter_loops()  # which looks",
+        "            self._watchdog.in_loops = True  # which looks",
+        "tests/training/test_stopping.py -k patience",
+    ),
+    Fault(
         "a disturbed action counts in measured times",
         f"{PACKAGE}/schedule/rates.py",
         "if ratio <= FAR * middle]",

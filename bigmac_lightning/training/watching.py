@@ -77,7 +77,8 @@ class Watching:
         self._progress.begin("saving a checkpoint", together=True)
         yield
         self._progress.begin("what follows a checkpoint")
-        self._watchdog.in_loops = before
+        if before:
+            self._watchdog.enter_loops()  # which looks at once: its last look may have been a patient one
 
     def before_batch(self, group: dist.ProcessGroup | None) -> None:
         """Stop here if all ranks of the group have agreed to. Collective over the group."""

@@ -164,6 +164,32 @@ def test_workers_end_by_sigterm_and_not_by_ctrl_c() -> None:
     assert on_ranks(2, _forks) == [3, 3]
 
 
+class _LooksAfterSaves(pl.Callback):
+    """How often the watchdog has looked right after each save."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.looks = path, list[int]()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        watchdog = trainer.strategy._watching._watchdog
+        before = watchdog._looks
+        trainer.save_checkpoint(self.path)
+        time.sleep(0.2)
+        self.looks.append(watchdog._looks - before)
+
+
+def _saves(rank: int, path: Path) -> list[int]:
+    callback = _LooksAfterSaves(path)
+    pipeline_trainer(2, max_epochs=1, callbacks=[callback]).fit(ToyModule(), ToyData(steps=5))
+    return callback.looks
+
+
+def test_patience_ends_with_a_save(tmp_path: Path) -> None:
+    """A look within a save lets Python's lock be held as long as groups wait, which must not be so after the save."""
+    for looks in on_ranks(2, _saves, tmp_path / "run.ckpt"):
+        assert all(looks), "the next look comes a second later"
+
+
 def _ends_first(rank: int) -> None:
     """Rank 1's process ends when its run is over, and rank 0 is still busy."""
     watchdog = Watchdog(Board("run"), rank, 2, Progress(), patience=2)
