@@ -15,8 +15,10 @@ COLLECTIVES = (
     "llm/vocabulary_parallel.py",
     "models/lora.py",
     "models/loading.py",
+    "models/rows.py",
 )
-"""What computes a stage together with other ranks, on meshes that it is given."""
+"""What works on meshes that it is given: it computes a stage together with other ranks, or makes a rank's part of
+weights."""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
@@ -108,9 +107,9 @@ class FlowGenerator(Generator):
         if not next(self.transformer.parameters()).is_meta:
             return
         try:
-            connector, transformer = self._with_weights(self.shard_mesh)
+            connector, transformer = self._with_weights(in_rows=self.shard_mesh is not None)
         except DrawnAgainError:  # then all weights are drawn before any is cut
-            connector, transformer = self._with_weights(None)
+            connector, transformer = self._with_weights(in_rows=False)
             assert self.shard_mesh is not None
             cut_rows(transformer, self.shard_mesh)
         self.connector = frozen_as(self.connector, connector)
@@ -118,12 +117,13 @@ class FlowGenerator(Generator):
         if self.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
-    def _with_weights(self, mesh: DeviceMesh | None) -> tuple[nn.Module, Any]:
+    def _with_weights(self, in_rows: bool) -> tuple[nn.Module, Any]:
         """The connector and the transformer.
 
         Args:
-            mesh: the ranks of which each makes its rows of the transformer's weights; ``None``: they are whole.
+            in_rows: whether this rank makes only its rows of the transformer's weights.
         """
+        mesh = self.shard_mesh if in_rows else None
         build = partial(self.kind.model.from_config, self._arguments)
         with seeded(self.seed, "generator"):
             connector = self._new_connector()
