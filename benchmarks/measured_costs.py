@@ -8,17 +8,13 @@ was told the truth, one that measures, and one that believes the guess.
 """
 
 import argparse
-import statistics
-import time
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from benchmarks.sharded_makespan import SleepingEncoder, SleepingGenerator, SleepingLLM, batch
-from bigmac_lightning.contracts.module import PipelineModule
+from benchmarks.sharded_makespan import sleeping_module, timed_steps
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.costs import Costs
@@ -26,7 +22,6 @@ from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.measuring import FIRST, Measuring
 from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner
-from bigmac_lightning.training.stages import part_of
 
 RUNS = ("truth", "measured", "guess")
 
@@ -39,27 +34,15 @@ def measure(
     mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), dict[str, tuple[float, float]]()
     truth = Costs(F=1, B=2, EF=encoder, EB=2 * encoder, G=3 * generator)
     for run in RUNS:
-        torch.manual_seed(0)
-        encoders, generators = SleepingEncoder(encoder * unit), SleepingGenerator(generator * unit)
-        module = PipelineModule(SleepingLLM(size, unit), {"image": encoders}, {"drawing": generators})
-        module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
-        module.configure_model()
+        module = sleeping_module(rank, size, unit, encoder, generator)
         options = PipelineOptions(ScheduleOptions(policy, costs={"truth": truth, "guess": DEFAULT_COSTS}.get(run)))
         measuring = Measuring(Ranks(), mesh.device) if run == "measured" else None
-        runner, seconds = PipelineRunner(module, mesh, options, measuring=measuring), list[float]()
-        warm_up = FIRST if measuring else 1
-        for _ in range(warm_up + repeats):
-            given = batch(microbatches, runner.layout)
-            runner.planner(given)  # planned before the step, as a worker does it
-            dist.barrier()
-            start = time.perf_counter()
-            runner(given, "train")
-            dist.barrier()
-            seconds.append(time.perf_counter() - start)
+        runner = PipelineRunner(module, mesh, options, measuring=measuring)
+        seconds = timed_steps(runner, microbatches, FIRST if measuring else 1, repeats)
         plan = runner.last_planned
         assert plan is not None
         said = plan.seconds if plan.seconds is not None else plan.plan.makespan * unit
-        found[run] = (statistics.median(seconds[warm_up:]), said)
+        found[run] = (seconds, said)
     return found
 
 

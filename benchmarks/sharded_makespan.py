@@ -135,29 +135,44 @@ def batch(microbatches: int, layout: PipelineLayout) -> Batch:
     return Batch(made, layout)
 
 
+def sleeping_module(rank: int, size: int, unit: float, encoder: float = 1.0, generator: float = 1.0) -> PipelineModule:
+    """A model with a layer for each rank.
+
+    Args:
+        unit: seconds of a layer's forward.
+        encoder, generator: how many times as long the forward of an item takes.
+    """
+    torch.manual_seed(0)
+    encoders, generators = SleepingEncoder(encoder * unit), SleepingGenerator(generator * unit)
+    module = PipelineModule(SleepingLLM(size, unit), {"image": encoders}, {"drawing": generators})
+    module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
+    module.configure_model()
+    return module
+
+
+def timed_steps(runner: PipelineRunner, microbatches: int, warm_up: int, repeats: int) -> float:
+    """The median seconds of training steps, after some that are not counted."""
+    seconds = list[float]()
+    for _ in range(warm_up + repeats):
+        given = batch(microbatches, runner.layout)
+        runner.planner(given)  # planned before the step, as a worker does it
+        dist.barrier()
+        start = time.perf_counter()
+        runner(given, "train")
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
+
+
 def measure(rank: int, size: int, microbatches: int, unit: float, repeats: int, group: int) -> dict[str, float]:
     """Median seconds of a step for each kind of shards."""
     prompt_wake_ups()
     mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), {}
     for kind in ("ddp", "fsdp"):
-        torch.manual_seed(0)
-        module = PipelineModule(
-            SleepingLLM(size, unit), {"image": SleepingEncoder(unit)}, {"drawing": SleepingGenerator(unit)}
-        )
-        module.part = part_of(rank, [range(k, k + 1) for k in range(size)], range(size))
-        module.configure_model()
+        module = sleeping_module(rank, size, unit)
         sharding = ShardingOptions(kind, kind)  # pyright: ignore[reportArgumentType]
         options = PipelineOptions(ScheduleOptions(group_size=group), sharding=sharding)
-        runner, seconds = PipelineRunner(module, mesh, options), []
-        for _ in range(repeats + 1):
-            given = batch(microbatches, runner.layout)
-            runner.planner(given)  # planned before the step, as a worker does it
-            dist.barrier()
-            start = time.perf_counter()
-            runner(given, "train")
-            dist.barrier()
-            seconds.append(time.perf_counter() - start)
-        found[kind] = statistics.median(seconds[1:])
+        found[kind] = timed_steps(PipelineRunner(module, mesh, options), microbatches, 1, repeats)
     return found
 
 

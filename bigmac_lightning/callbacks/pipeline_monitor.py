@@ -25,6 +25,9 @@ from bigmac_lightning.training.strategy import BigMacStrategy
 
 COMPONENTS = ("encoder", "llm", "generator")
 
+PlanTimes = tuple[float | None, float] | None
+"""`seconds` and `bubbles` of a `PlannedBatch`; ``None`` if there was no plan yet."""
+
 
 class PipelineMonitor(pl.Callback):
     """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace, a
@@ -51,7 +54,7 @@ class PipelineMonitor(pl.Callback):
         self.memory, self.trace_step, self.dirpath = memory, trace_step, dirpath
         self.artifacts: list[Path] = []
         self._samples = self._tokens = 0
-        self._since, self._plans = 0.0, list[PlannedBatch | None]()
+        self._since, self._plans = 0.0, list[PlanTimes]()
         self._trace_next = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -91,7 +94,8 @@ class PipelineMonitor(pl.Callback):
         self._samples += batch.samples * replicas
         self._tokens += batch.tokens * replicas
         if isinstance(trainer.strategy, BigMacStrategy):
-            self._plans.append(trainer.strategy.runner.last_planned)
+            planned = trainer.strategy.runner.last_planned
+            self._plans.append(None if planned is None else (planned.seconds, planned.bubbles))
         if not trainer._logger_connector.should_update_logs:
             return
         now = time.perf_counter()
@@ -146,13 +150,13 @@ def _executor(trainer: pl.Trainer) -> Executor | None:
     return trainer.strategy.runner.executor if isinstance(trainer.strategy, BigMacStrategy) else None
 
 
-def _times(plans: Sequence[PlannedBatch | None], seconds: float) -> dict[str, float]:
+def _times(plans: Sequence[PlanTimes], seconds: float) -> dict[str, float]:
     """Mean times of the batches that have run in so many seconds."""
     known = [plan for plan in plans if plan is not None]
     if not known:
         return {}
-    values = {"time/batch": seconds / len(plans), "bubble_share": fmean(plan.bubbles for plan in known)}
-    planned = [plan.seconds for plan in known if plan.seconds is not None]
+    values = {"time/batch": seconds / len(plans), "bubble_share": fmean(bubbles for _, bubbles in known)}
+    planned = [planned for planned, _ in known if planned is not None]
     return values | ({"time/plan": fmean(planned)} if len(planned) == len(known) else {})
 
 

@@ -6,6 +6,7 @@ for that. Ranks exchange what they have found seldom, and less and less often.
 
 from collections import deque
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -18,8 +19,8 @@ WARM_UP = 2
 """Batches at first that are not measured: memory is allocated in them, and code is compiled."""
 
 FIRST, MOST = 6, 64
-"""After so many batches ranks exchange what they have found for the first time; after twice as many, and so on, but at
-least after `MOST` further ones."""
+"""After so many batches ranks exchange what they have found for the first time; after twice as many, and so on, but
+after no more than `MOST` further ones."""
 
 KEPT = 512
 """Samples of each kind of action that are kept. A line has two numbers, so a few hundred are plenty."""
@@ -77,13 +78,12 @@ class Measuring:
         return self._agree()
 
     def _take(self, trace: Trace, work: Mapping[Action, tuple[int, float]], recomputes: bool) -> None:
-        forward = Rate.fit(self._samples.get(("EF", None), ())) if recomputes else None
-        for action, seconds in trace.durations():
-            items, cost = work[action]
-            if action.kind == "EB" and recomputes:  # of which the time of the forward is not a part in a plan
-                seconds = max(seconds - (forward.each * items + forward.per_cost * cost if forward else 0.0), 0.0)
+        durations = dict(trace.durations())
+        for action, seconds in durations.items():
+            if action.kind == "EB" and recomputes:  # the backward alone, as the costs of a plan have it
+                seconds = max(seconds - durations[replace(action, kind="EF")], 0.0)
             samples = self._samples.setdefault((action.kind, action.stage), deque(maxlen=KEPT))
-            samples.append(Sample(items, cost, seconds))
+            samples.append(Sample(*work[action], seconds))
 
     def _agree(self) -> bool:
         """Exchange what each rank has found."""

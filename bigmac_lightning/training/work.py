@@ -118,9 +118,9 @@ def _backward(guess: Work, rates: Rates, media: OwnedCosts, forward: float) -> f
         return 0.0
     known, backward = rates.get(("EF", None)), rates.get(("EB", None))
     ratio = guess.costs.EB / guess.costs.EF
-    if known and backward:
-        costs = [cost for row in media for _, cost in row]
-        ratio = sum(map(backward.of, costs)) / sum(map(known.of, costs))
+    costs = [cost for row in media for _, cost in row]
+    if known and backward and (forwards := sum(map(known.of, costs))):
+        ratio = sum(map(backward.of, costs)) / forwards
     return max(forward * ratio, NEGLIGIBLE * forward)
 
 

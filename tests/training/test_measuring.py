@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from bigmac_lightning import Costs
+from bigmac_lightning import Costs, ShardingOptions
 from bigmac_lightning.callbacks import PipelineMonitor
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.schedule.rates import Rate, Rates
@@ -133,3 +133,41 @@ def _with_costs(rank: int) -> Any:
 
 def test_given_costs_are_not_measured() -> None:
     assert on_ranks(2, _with_costs) == [[None] * 16] * 2
+
+
+def _fit_pair(rank: int, world: int, strategy: dict[str, Any], module: dict[str, Any], data: dict[str, Any]) -> Any:
+    trained, watch = ToyModule(**module), _Watch()
+    trainer = pipeline_trainer(world, strategy, max_epochs=1, limit_val_batches=0, callbacks=[watch])
+    trainer.fit(trained, ToyData(steps=9, **data))
+    trainer.strategy.open_module()  # pyright: ignore[reportAttributeAccessIssue]
+    return weights(trained), watch.rates[-1]
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "module", "data"),
+    [
+        (2, {"backbone": "zb1p"}, {"freeze": ["encoders", "llm.layers.0"]}, {"text_only": (0, 7)}),
+        (2, {"policy": "filled", "backbone": "zbv"}, {"tied": True}, {"text_only": range(9)}),
+        (3, {"policy": "disaggregated"}, {"freeze": ["generators"]}, {"microbatches": 5}),
+        (
+            4,
+            {
+                "data_parallel_size": 2,
+                "microbatches": 3,
+                "sharding": ShardingOptions("fsdp", "zero1", "fsdp"),
+                "group_size": 2,
+            },
+            {"tied": True},
+            {"text_only": (7,)},
+        ),
+    ],
+)
+def test_measured_times_with_other_options(
+    world: int, strategy: dict[str, Any], module: dict[str, Any], data: dict[str, Any]
+) -> None:
+    module, replicas = {"optimizer": "sgd", **module}, strategy.get("data_parallel_size", 1)
+    expected = ToyModule(**module)
+    plain_trainer(max_epochs=1, limit_val_batches=0).fit(expected, ToyData(steps=9, replicas=replicas, **data))
+    for trained, rates in on_ranks(world, _fit_pair, world, strategy, module, data):
+        assert rates, "nothing was measured"
+        assert_close(trained, weights(expected), 1e-5)
