@@ -1,7 +1,9 @@
 """What saving every five steps costs a run: the digits of `configs/digits.yaml` on two CPU processes.
 
 Blocks of five steps take turns: without a save, with one in the background, and with one at once, so that other
-programs on the machine slow all of them alike. A block with a save in the background ends when the save is whole.
+programs on the machine slow all of them alike. A block with a save in the background ends when the save is whole. The
+time of the processors tells what a save costs where all of them are busy; the time of a clock, which other programs
+disturb, also has what ranks wait for each other.
 
     python -m benchmarks.saving [--blocks 20]
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +35,8 @@ class SavingBlocks(pl.Callback):
         self.folder, self.blocks = Path(folder), blocks
         self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.stopped: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        self._start = 0.0
+        self.cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self._start = self._cpu_start = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         block, within = divmod(trainer.global_step, BLOCK)
@@ -40,29 +44,36 @@ class SavingBlocks(pl.Callback):
             return
         strategy: Any = trainer.strategy
         strategy._background.wait()
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         if block > len(KINDS):  # the first of each kind warms up
             self.seconds[KINDS[(block - 1) % len(KINDS)]].append(now - self._start)
-        self._start, kind = now, KINDS[block % len(KINDS)]
+            self.cpu[KINDS[(block - 1) % len(KINDS)]].append(cpu - self._cpu_start)
+        self._start, self._cpu_start, kind = now, cpu, KINDS[block % len(KINDS)]
         strategy._async_save = kind == "background"
         if kind != "none":
             trainer.save_checkpoint(self.folder / "run.ckpt")
             self.stopped[kind].append(time.perf_counter() - now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        everyone: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(everyone, self.cpu)
         if not trainer.is_global_zero:
             return
-        table = Table("save every 5 steps", "s per 5 steps (median)", "against none", "s until training goes on")
-        base = statistics.median(self.seconds["none"])
-        for kind, seconds in self.seconds.items():
-            ratios = [mine / none for mine, none in zip(seconds, self.seconds["none"], strict=False)]
+        cpu = {k: [sum(blocks) for blocks in zip(*(of[k] for of in everyone), strict=True)] for k in KINDS}
+        columns = ("s per 5 steps", "against none", "CPU s of all ranks", "against none", "s until training goes on")
+        table = Table("save every 5 steps", *columns)
+        for kind in KINDS:
             stopped = f"{statistics.median(self.stopped[kind]):.3f}" if self.stopped[kind] else ""
-            median = statistics.median(seconds)
-            table.add_row(
-                kind, f"{median:.3f}", f"{median / base - 1:+.1%} ({statistics.median(ratios) - 1:+.1%})", stopped
-            )
+            table.add_row(kind, *_against_none(self.seconds, kind), *_against_none(cpu, kind), stopped)
         size = sum(file.stat().st_size for file in (self.folder / "run.ckpt").iterdir())
-        Console().print(table, f"{size / 1e6:.1f} MB a checkpoint; in brackets: the median of ratios of neighbours")
+        Console().print(table, f"{size / 1e6:.1f} MB a checkpoint; medians; in brackets: the median of ratios of neighbours")
+
+
+def _against_none(found: dict[str, list[float]], kind: str) -> tuple[str, str]:
+    ratios = [mine / none for mine, none in zip(found[kind], found["none"], strict=False)]
+    median = statistics.median(found[kind])
+    more = median / statistics.median(found["none"]) - 1
+    return f"{median:.3f}", f"{more:+.1%} ({statistics.median(ratios) - 1:+.1%})"
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ def joined(trees: Sequence[Any], names: Names, where: str = "", known: dict[Any,
         ValueError: a tensor that does not go by a name of the model has another shape on another rank.
     """
     first = trees[0]
-    if len(trees) == 1:
+    if len(trees) == 1 or not any(isinstance(tree, (dict, list, Tensor)) for tree in trees):
         return first
     if all(isinstance(tree, dict) for tree in trees):
         known, parts = {} if known is None else known, tuple(map(id, trees))

@@ -6,6 +6,7 @@ loaded, and may change it as in one process. Files and formats are in checkpoint
 
 import logging
 import zipfile
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ class SavingStrategy(DDPStrategy):
         self._loaded_from = ""
         self._running = False
         self._meeting: Any = None
+        self._behind = False  # the last save was, or is being, written in the background
         self._left = False  # after an error on this rank alone: the others will not join a collective any more
 
     @property
@@ -153,10 +155,10 @@ class SavingStrategy(DDPStrategy):
         self._background.wait()
         trainer = self._module._trainer
         training = self._running and trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        behind = self._async_save and training
+        self._behind = behind = self._async_save and training
         if self._names is None or not self._running:
             self._names = checkpoints.names_of(self._module)
-        names, path = self._names, on_first_rank(lambda: _place(filepath, behind), f"cannot save {filepath}")
+        names, path = self._names, str(filepath)
         if self._save_distributed_checkpoint:
             self._refuse_remote(path)
             if storage_options is not None:
@@ -170,6 +172,9 @@ class SavingStrategy(DDPStrategy):
                 save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
 
         if behind:
+            if self.is_global_zero and _is_local_file_protocol(path):
+                with suppress(OSError):  # a link to it may be made before it is there; the save itself raises the error
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._background.start(partial(write, contents.copied(self._copies), self._saving_group))
         else:
             write(contents)
@@ -204,9 +209,10 @@ class SavingStrategy(DDPStrategy):
             return False
         return len(set(places)) == 1
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if not self._left:
-            super().barrier(*args, **kwargs)
+    def barrier(self, name: str | None = None) -> None:
+        nothing_written = name == "Trainer.save_checkpoint" and self._behind  # so there is nothing to wait for
+        if not self._left and not nothing_written:
+            super().barrier(name)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return decision if self._left else super().reduce_boolean_decision(decision, all)
@@ -319,17 +325,6 @@ class SavingStrategy(DDPStrategy):
                 f"strategy='bigmac' writes directories of local or mounted disks, not {path}: save there with "
                 "BigMacStrategy(save_distributed_checkpoint=False), or to a local folder"
             )
-
-
-def _place(path: str | Path, behind: bool) -> str:
-    """The path of a save on the first rank, which decides it.
-
-    Args:
-        behind: whether it is written in the background. A link to it may be made before it is there, in its folder.
-    """
-    if behind and _is_local_file_protocol(str(path)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return str(path)
 
 
 def _has_hooks(module: PipelineModule) -> bool:
