@@ -59,14 +59,18 @@ class SavingBlocks(pl.Callback):
         dist.all_gather_object(everyone, self.cpu)
         if not trainer.is_global_zero:
             return
-        cpu = {k: [sum(blocks) for blocks in zip(*(of[k] for of in everyone), strict=True)] for k in KINDS}
+        cpu: dict[str, list[float]] = {
+            k: [sum(blocks) for blocks in zip(*(of[k] for of in everyone), strict=True)] for k in KINDS
+        }
         columns = ("s per 5 steps", "against none", "CPU s of all ranks", "against none", "s until training goes on")
         table = Table("save every 5 steps", *columns)
         for kind in KINDS:
             stopped = f"{statistics.median(self.stopped[kind]):.3f}" if self.stopped[kind] else ""
             table.add_row(kind, *_against_none(self.seconds, kind), *_against_none(cpu, kind), stopped)
         size = sum(file.stat().st_size for file in (self.folder / "run.ckpt").iterdir())
-        Console().print(table, f"{size / 1e6:.1f} MB a checkpoint; medians; in brackets: the median of ratios of neighbours")
+        Console().print(
+            table, f"{size / 1e6:.1f} MB a checkpoint; medians; in brackets: the median of ratios of neighbours"
+        )
 
 
 def _against_none(found: dict[str, list[float]], kind: str) -> tuple[str, str]:

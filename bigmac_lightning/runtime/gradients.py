@@ -61,10 +61,16 @@ class Reductions:
     Args:
         places: which ranks have which parameters.
         mesh: the process groups.
+        before: by part, what is called first when its sums start.
     """
 
-    def __init__(self, places: Sequence[SharedParameters], mesh: PipelineMesh) -> None:
-        self._places, self._device = places, mesh.device
+    def __init__(
+        self,
+        places: Sequence[SharedParameters],
+        mesh: PipelineMesh,
+        before: Mapping[str, Callable[[], None]] | None = None,
+    ) -> None:
+        self._places, self._device, self._before = places, mesh.device, before or {}
         self._left, self._done = list(PARTS), set[str]()
         self._used: list[tuple[SharedParameters, Tensor]] = []
         self._works: list[dist.Work | None] = []
@@ -116,6 +122,8 @@ class Reductions:
         return list(flags)
 
     def _start(self, part: str) -> None:
+        if part in self._before:
+            self._before[part]()
         for place in self._places:
             if place.part != part or not place.parameters or place.everyone is None:
                 continue

@@ -161,13 +161,16 @@ def with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Ins
     for (i, action), (_, following) in pairwise(computes):
         if following.kind in meeting and following.kind in ("EF", "G") and not action.nested:
             hints.setdefault(i, []).append(Soon(following))
+    done: list[Hint] = []
     for part, kinds in LAST_OF.items():
         own = [i for i, action in computes if action.kind in kinds]
-        if own:
+        done.append(Done(part))
+        if own:  # with the parts before it that this rank has no action of
             end = own[-1] + 1
             while end < len(program) and isinstance(program[end], Send):
                 end += 1
-            hints.setdefault(end, []).append(Done(part))
+            hints.setdefault(end, []).extend(done)
+            done = []
     return [one for i in range(len(program) + 1) for one in (*hints.get(i, ()), *program[i : i + 1])]
 
 

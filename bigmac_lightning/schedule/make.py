@@ -117,6 +117,7 @@ def _without_actions(request: PlanRequest) -> Plan:
         stage_costs=longer_stages(stage_rank, size, costs, request.stage_costs)
         if fewer_ranks
         else [list(row) for row in request.stage_costs or []],
+        meeting=list(request.meeting),
     )
     check_stage_costs(plan)
     check_workload(plan, request.workload)

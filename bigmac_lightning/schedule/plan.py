@@ -43,6 +43,9 @@ class Plan:
         stage_costs: per stage, its times of F, B, I and W, where stages differ; empty if all stages take the times in
             `costs`. A kind whose time is 0 does not occur on that stage: B, I and W on stages that no gradient passes,
             W on frozen stages.
+        meeting: the kinds of actions (EF, EB, G) inside which all ranks wait for each other, because the weights lie in
+            shards on all of them: the ranks' actions of a group start when the last of the ranks can start, and end
+            together.
         makespan: simulated time of the whole plan, in the unit of `costs`.
         ideal: simulated time of the bare backbone plus the nested work's time divided by P, in the same unit.
         peak: for the keys "encoder_units" and "llm_microbatches", the largest number alive at any time on each rank.
@@ -63,6 +66,7 @@ class Plan:
     ideal: float = 0.0
     peak: dict[str, list[float]] = field(default_factory=lambda: {"encoder_units": [], "llm_microbatches": []})
     stage_costs: list[list[float]] = field(default_factory=list)
+    meeting: list[Kind] = field(default_factory=list)
 
     @property
     def stages(self) -> int:
@@ -103,8 +107,9 @@ class Plan:
         values = {"format": FORMAT} | {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["ranks"] = [[str(action) for action in actions] for actions in self.ranks]
         values["costs"] = asdict(self.costs)
-        if not self.stage_costs:
-            del values["stage_costs"]
+        for name in ("stage_costs", "meeting"):
+            if not values[name]:
+                del values[name]
         return "{\n" + ",\n".join(f' "{key}": {_value_text(value)}' for key, value in values.items()) + "\n}\n"
 
     @classmethod
@@ -125,6 +130,9 @@ class Plan:
         stage_costs: list[list[float]] = []
         if "stage_costs" in reader.data:
             stage_costs = reader.rows("stage_costs", "a list with the times of F, B, I, W per stage", is_amount)
+        meeting: list[Any] = []
+        if "meeting" in reader.data:
+            meeting = reader.items("meeting", "a list of EF, EB and G", ("EF", "EB", "G").__contains__)
         shares = "a list with a list of numbers of at least 0 per group"
         return cls(
             policy=reader.text("policy"),
@@ -142,6 +150,7 @@ class Plan:
             ideal=reader.number("ideal"),
             peak=_read_peak(reader),
             stage_costs=stage_costs,
+            meeting=meeting,
         )
 
     def save(self, path: str | PathLike[str]) -> None:

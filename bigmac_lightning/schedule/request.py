@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
+from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
@@ -129,6 +130,7 @@ class PlanRequest(ScheduleOptions):
         stage_rank: rank of each stage, for disaggregated only. Lower ranks are the encoder's, higher ranks are the
             generator's. The default is chosen so that the plan is the fastest. `costs` and `stage_costs` are for an LLM
             on all P ranks; on fewer ranks a stage takes proportionally longer.
+        meeting: the kinds of actions inside which all ranks wait for each other; see ``Plan.meeting``.
         layers: number of layers of the LLM. For "auto", only as many stages as layers are chosen, and several stages
             per rank only if all stages have the same number of layers.
 
@@ -146,6 +148,7 @@ class PlanRequest(ScheduleOptions):
     generator_shares: Sequence[Sequence[float]] | None = None
     stage_costs: Sequence[Sequence[float]] | None = None
     stage_rank: Sequence[int] | None = None
+    meeting: Sequence[Kind] = ()
     layers: int | None = None
 
     def __post_init__(self) -> None:

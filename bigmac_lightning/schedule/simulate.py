@@ -111,12 +111,14 @@ def simulate(
         for need in needs:
             needed_by[need].append(number)
 
-    start, end, ready = [0.0] * total, [0.0] * total, deque(n for n in range(total) if not waiting[n])
+    start, end = [0.0] * total, [0.0] * total
+    meetings = _Meetings(plan, flow, start, length)
+    ready = deque(n for number in range(total) if not waiting[number] for n in meetings.ready(number))
     progress: list[int] = []
     while ready:
         number = ready.popleft()
         progress.append(number)
-        rank, ended = ranks[number], start[number] + length[number]
+        rank, ended = ranks[number], start[number] + meetings.length(number)
         end[number] = ended
         arrived = ended + latency
         for later in needed_by[number]:
@@ -125,14 +127,14 @@ def simulate(
                 start[later] = available
             waiting[later] -= 1
             if not waiting[later]:
-                ready.append(later)
+                ready.extend(meetings.ready(later))
         later = number + 1
         if later not in firsts:
             if ended > start[later]:
                 start[later] = ended
             waiting[later] -= 1
             if not waiting[later]:
-                ready.append(later)
+                ready.extend(meetings.ready(later))
     if len(progress) < total:
         raise PlanError(_stuck(plan, flow, set(progress)))
 
@@ -149,6 +151,43 @@ def simulate(
         llm_microbatches=[max(row, default=0.0) for row in live_llm_microbatches(plan)],
         order=[flow.position(number) for number in progress],
     )
+
+
+class _Meetings:
+    """The actions in which ranks wait for each other: `Plan.meeting`.
+
+    Args:
+        starts: when each action can start; here it gets later for ranks that wait.
+        lengths: the time that each action takes alone.
+    """
+
+    def __init__(self, plan: Plan, flow: Dataflow, starts: list[float], lengths: list[float]) -> None:
+        self._starts, self._lengths = starts, lengths
+        self._together: dict[int, list[int]] = {}
+        found: dict[tuple[Kind, int, int], list[int]] = {}
+        for number, action in enumerate(flow.actions if plan.meeting else ()):
+            if action.kind in plan.meeting:
+                self._together[number] = found.setdefault((action.kind, action.index, action.piece), [])
+                self._together[number].append(number)
+        self._expected = {number: len(together) for number, together in self._together.items()}
+
+    def ready(self, number: int) -> Sequence[int]:
+        """The actions that can start now that this one need not wait for its rank and its needs any more."""
+        together = self._together.get(number)
+        if together is None:
+            return (number,)
+        first = together[0]
+        self._expected[first] -= 1
+        if self._expected[first]:
+            return ()
+        start = max(self._starts[other] for other in together)
+        for other in together:
+            self._starts[other] = start
+        return together
+
+    def length(self, number: int) -> float:
+        together = self._together.get(number)
+        return self._lengths[number] if together is None else max(self._lengths[other] for other in together)
 
 
 _durations = durations  # a second name, because `simulate` has an argument that is called `durations`

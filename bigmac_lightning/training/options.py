@@ -8,6 +8,7 @@ from typing import Literal
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.estimates.partition import LayerCosts, Partition
+from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.choose import choose
 from bigmac_lightning.schedule.costs import Costs
@@ -124,10 +125,11 @@ class ShardingOptions:
         return OPTION_OF.get(name.partition(".")[0]) in self.offload
 
     @property
-    def meeting(self) -> frozenset[str]:
+    def meeting(self) -> tuple[Kind, ...]:
         """The kinds of actions inside which all ranks of a pipeline meet in collectives."""
-        encoders = ("EF", "EB") if self.encoders == "fsdp" else ()
-        return frozenset((*encoders, *(("G",) if self.generators == "fsdp" else ())))
+        encoders: tuple[Kind, ...] = ("EF", "EB") if self.encoders == "fsdp" else ()
+        generators: tuple[Kind, ...] = ("G",) if self.generators == "fsdp" else ()
+        return encoders + generators
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class PipelineOptions:
         microbatches = self.microbatches or MICROBATCHES_PER_RANK * size
         schedule, reason = self.schedule, ""
         if schedule.has_auto:
-            choice = choose(replace(schedule, costs=costs).request(size, microbatches, layers=layers))
+            estimated, meeting = replace(schedule, costs=costs), self.sharding.meeting
+            choice = choose(estimated.request(size, microbatches, layers=layers, meeting=meeting))
             if self.sharding.stages == "fsdp":
                 choice = choice.among(lambda plan: not get_backbone(plan.backbone).splits, SPLIT)
             best, reason = choice.best, choice.reason

@@ -13,7 +13,7 @@ from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
 from bigmac_lightning.schedule.make import make_plan
-from bigmac_lightning.schedule.plan import Plan, PlanError
+from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.rates import Rates
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.schedule.workload import Workload
@@ -179,7 +179,7 @@ class Planner:
                 needs = replace(needs, encoded=(bool(trained.encoders),) * len(batch))
             plan, workload = self._plan(batch, trained, needs, rates)
             timeline = simulate(plan, workload)
-            order, meeting = timeline.order, self.options.sharding.meeting  # make_plan has verified it
+            order, meeting = timeline.order, plan.meeting  # make_plan has verified it
             order = collective_order(plan, meeting, order) if meeting else order
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
@@ -226,11 +226,9 @@ class Planner:
             generator_shares=generator if _any(generator) else None,
             stage_costs=work.stage_costs,
             stage_rank=self.options.own_stage_rank,
+            meeting=self.options.sharding.meeting,
         )
-        plan, meeting = make_plan(request), self.options.sharding.meeting
-        if meeting and not _can_meet(plan, meeting, workload):
-            plan = make_plan(replace(request, policy="nested"))  # filled moves a rank's actions past those of others
-        return plan, workload
+        return make_plan(request), workload
 
     def _one_each(self, ranks: Sequence[int] | None) -> list[OwnedCost]:
         """An item for each of these ranks, or of all, as large as the rank's share of the work."""
@@ -304,14 +302,6 @@ def _without_unneeded(plan: Plan, order: Sequence[tuple[int, int]], batch: Batch
     kept = [[(a.kind, a.index) not in unneeded for a in row] for row in plan.ranks]
     new = [list(accumulate(row, initial=0)) for row in kept]
     return plan.without(unneeded), [(rank, new[rank][position]) for rank, position in order if kept[rank][position]]
-
-
-def _can_meet(plan: Plan, meeting: Collection[str], workload: Workload) -> bool:
-    try:
-        collective_order(plan, meeting, simulate(plan, workload).order)
-    except PlanError:
-        return False
-    return True
 
 
 def _any(rows: list[list[float]]) -> bool:

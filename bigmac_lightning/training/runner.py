@@ -155,7 +155,7 @@ class PipelineRunner:
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
-        reductions = Reductions(self.places, self.mesh) if reduce else None
+        reductions = Reductions(self.places, self.mesh, self.sharding.early) if reduce else None
         measuring, work = (self.measuring if training else None), dict[Action, tuple[int, float]]()
         timing = self.executor.timing = None if measuring is None else measuring.start()
         if training:

@@ -89,8 +89,19 @@ class Sharding:
             if name == "llm" or not self.meets(name):
                 sharded.hold()
 
+    @property
+    def early(self) -> Mapping[str, Callable[[], None]]:
+        """What sums gradients into shards before the end of a step, by the part of the model that is done then.
+
+        It may block until all replicas are there. So where the ranks of a pipeline wait for each other inside encoders,
+        whose backwards may come later, the end must do.
+        """
+        known = "llm" in self.sharded and not self._options.offloads("llm") and not self._meeting
+        return {"llm": self.sharded["llm"].reduce} if known else {}
+
     def reduce(self) -> None:
-        """Sum gradients into the shards, which the module then has. Collective over all ranks."""
+        """Sum gradients that are still to be summed into the shards, which the module then has. Collective over all
+        ranks."""
         for sharded in self.sharded.values():
             sharded.reduce()
 

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from bigmac_lightning import BigMacStrategy, ShardingOptions
-from bigmac_lightning.runtime.sharding import local
+from bigmac_lightning.runtime.sharding import _groups, local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.sharding import Sharding
 from tests.toy import ToyData, ToyEncoder, ToyGenerator, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
@@ -295,3 +296,30 @@ def test_weights_of_bfloat16() -> None:
 def test_sums_in_float32_are_refused() -> None:
     with pytest.raises(ValueError, match="float32_gradients=True does not go with sharding"):
         BigMacStrategy(float32_gradients=True, sharding=FSDP)
+
+
+def _left_to_the_end(rank: int, runs: list[tuple[ShardingOptions, int]]) -> list[list[bool]]:
+    """By run and batch: whether the LLM's gradients were not in their shards before the end of the batch."""
+    return [_left_by_batch(*run) for run in runs]
+
+
+def _left_by_batch(sharding: ShardingOptions, accumulated: int) -> list[bool]:
+    left, reduce = list[bool](), Sharding.reduce
+
+    def noting(self: Sharding) -> None:
+        left.append(any(group.is_unsharded for group in _groups(self.sharded["llm"]._others)))
+        reduce(self)
+
+    strategy: dict[str, Any] = {"data_parallel_size": 2, "sharding": sharding}
+    options: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "accumulate_grad_batches": accumulated}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sharding, "reduce", noting)
+        pipeline_trainer(4, strategy, **options).fit(ToyModule(), ToyData(steps=4))
+    return left
+
+
+def test_gradients_of_stages_are_summed_into_shards_before_the_batch_ends() -> None:
+    stages = ShardingOptions(stages="zero1")
+    runs = [(stages, 1), (stages, 2), (replace(stages, encoders="fsdp"), 1)]
+    for found in on_ranks(4, _left_to_the_end, runs):
+        assert found == [[False] * 4, [True, False, True, False], [True] * 4]

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.liveness import live_encoder_units
+from bigmac_lightning.schedule.placing.cut import Cut
 from bigmac_lightning.schedule.placing.justification import justify
 from bigmac_lightning.schedule.placing.list_scheduling import list_schedule
 from bigmac_lightning.schedule.placing.nested_orders import NestedOrders
-from bigmac_lightning.schedule.placing.nesting import Cut, consistent_cuts, nest
+from bigmac_lightning.schedule.placing.nesting import consistent_cuts, nest
 from bigmac_lightning.schedule.placing.plan_tasks import PlanTasks, with_pieces
 from bigmac_lightning.schedule.placing.policy_input import PolicyInput
 from bigmac_lightning.schedule.placing.swaps import swap

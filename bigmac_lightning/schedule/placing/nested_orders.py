@@ -6,7 +6,7 @@ A plan has one such sequence for all ranks (see ``verify``). The filling pass tr
 from collections.abc import Iterator, Sequence
 
 from bigmac_lightning.schedule.liveness import group_units
-from bigmac_lightning.schedule.placing.nesting import Cut
+from bigmac_lightning.schedule.placing.cut import Cut
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.workload import Workload
 

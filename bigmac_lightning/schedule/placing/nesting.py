@@ -8,9 +8,12 @@ execute its share of a group's work in the pause.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import inf
 
 from bigmac_lightning.schedule.action import Action, Kind
+from bigmac_lightning.schedule.placing.common_cuts import Window, common_cuts, encoder_windows
+from bigmac_lightning.schedule.placing.cut import Cut
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations
 from bigmac_lightning.schedule.workload import Workload
@@ -23,28 +26,13 @@ the G's input is ready, so that the message has the whole time of that action to
 the start of stage 0. The value was chosen, not measured: it must be above rounding errors and below 1.
 """
 
-_RANK_AT_EQUAL_TIME: dict[Kind, int] = {"EB": 0, "G": 1, "EF": 2}  # EB comes first: it frees memory that EF allocates
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A point in time of the bare schedule at which a group's work of one kind is inserted.
-
-    Attributes:
-        time: the time; actions that start at or after it come after the inserted work.
-        kind: kind of the work, EF, EB or G.
-        group: number of the group.
-    """
-
-    time: float
-    kind: Kind
-    group: int
-
 
 def consistent_cuts(
     plan: Plan, bare: Timeline, kinds: Collection[Kind] = ("EF", "EB", "G"), workload: Workload | None = None
 ) -> list[Cut]:
     """Return the cuts of all groups in order of time; at equal times EB comes first, then G, then EF.
+
+    Kinds of work inside which ranks meet have common cuts, see ``common_cuts``.
 
     Args:
         plan: a plan whose lists have only the bare backbone's actions.
@@ -64,19 +52,24 @@ def consistent_cuts(
             assert action.stage is not None, f"{action} is already nested"
             key = ("B" if action.kind == "I" else action.kind, action.stage, action.index)
             starts[key], ends[key] = start, end
-    longest = max(time for row in durations(plan, workload) for time in row)
-    cuts: list[Cut] = []
-    for g, group in enumerate(plan.groups):
-        if "EF" in kinds and "EF" in plan.costs.kinds:
-            # A rank that is busy at the cut begins its EF when its running action ends, at most `longest` later. Its
-            # features must still arrive before stage 0 starts on the group.
-            due = min(starts["F", 0, microbatch] for microbatch in group)
-            cuts.append(Cut(due - longest - slack if g else float("-inf"), "EF", g))
-        if "G" in kinds and "G" in plan.costs.kinds:
-            cuts.append(_generator_cut(plan, g, starts, ends, slack))
-        if "EB" in kinds and "EB" in plan.costs.kinds:
-            cuts.append(Cut(max(ends["B", 0, microbatch] for microbatch in group) + latency, "EB", g))
-    return _sorted(cuts, _tolerance(plan, workload))
+    tolerance, longest = _tolerance(plan, workload), max(time for row in durations(plan, workload) for time in row)
+    kinds = [kind for kind in kinds if kind in plan.costs.kinds]
+    due = [min(starts["F", 0, m] for m in group) for group in plan.groups] if "EF" in kinds else []
+    ready = [max(ends["B", 0, m] for m in group) + latency for group in plan.groups] if "EB" in kinds else []
+    generated = [_generator_window(plan, g, starts, ends) for g in range(len(plan.groups))] if "G" in kinds else []
+    cuts, windows = list[Cut](), list[Window]()
+    if "EF" in plan.meeting:  # stage 0 waits for all ranks, which end together
+        windows += encoder_windows([time - latency if g else -inf for g, time in enumerate(due)], ready)
+    else:
+        # A rank that is busy at the cut begins its EF when its running action ends, at most `longest` later. Its
+        # features must still arrive before stage 0 starts on the group.
+        cuts += [Cut(time - longest - slack if g else -inf, "EF", g) for g, time in enumerate(due)]
+        cuts += [Cut(time, "EB", g) for g, time in enumerate(ready)]
+    if "G" in plan.meeting:
+        windows += [Window(min(time + latency, due), due, "G", g) for g, (time, due) in enumerate(generated)]
+    else:
+        cuts += [Cut(min(time + slack, due), "G", g) for g, (time, due) in enumerate(generated)]
+    return _sorted(cuts + common_cuts(windows, bare, tolerance), tolerance)
 
 
 def nest(
@@ -102,22 +95,17 @@ def nest(
     return ranks
 
 
-def _generator_cut(
-    plan: Plan,
-    g: int,
-    starts: dict[tuple[str, int, int], float],
-    ends: dict[tuple[str, int, int], float],
-    slack: float,
-) -> Cut:
-    """Return the cut of group g's G, which lies after the last stage's forwards of the group and before its first
-    backward.
+def _generator_window(
+    plan: Plan, g: int, starts: dict[tuple[str, int, int], float], ends: dict[tuple[str, int, int], float]
+) -> tuple[float, float]:
+    """Return when group g's G can run: after the last stage's forwards of the group and before its first backward.
 
     `starts` and `ends` are the times in the bare schedule by (kind, stage, microbatch), where "B" stands for I as well.
     """
     last, group = plan.stages - 1, plan.groups[g]
     available = max(ends["F", last, microbatch] for microbatch in group)
     if "B" not in plan.costs.kinds:
-        return Cut(available + slack, "G", g)
+        return available, inf
     due = min(starts["B", last, microbatch] for microbatch in group)
     if due < available:
         raise ValueError(
@@ -125,7 +113,7 @@ def _generator_cut(
             f"group {g} before it has forwarded this group's {len(group)} microbatches; "
             f"expected at least {max(len(group) - 1, 1)}, or the default"
         )
-    return Cut(min(available + slack, due), "G", g)
+    return available, due
 
 
 def _slack(plan: Plan, workload: Workload | None) -> float:
@@ -146,4 +134,4 @@ def _sorted(cuts: list[Cut], tolerance: float) -> list[Cut]:
     for later in range(1, len(cuts)):
         if cuts[later].time - cuts[later - 1].time < tolerance:
             cuts[later] = replace(cuts[later], time=cuts[later - 1].time)
-    return sorted(cuts, key=lambda cut: (cut.time, _RANK_AT_EQUAL_TIME[cut.kind], cut.group))
+    return sorted(cuts, key=lambda cut: cut.order)

@@ -7,7 +7,7 @@ from math import ceil, inf
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.liveness import live_llm_microbatches
-from bigmac_lightning.schedule.placing.nesting import Cut
+from bigmac_lightning.schedule.placing.cut import Cut
 from bigmac_lightning.schedule.placing.tasks import EPS, Tasks
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.simulate import Timeline, durations

@@ -1,7 +1,8 @@
 """The policies by name. A policy places encoder and generator work around a bare backbone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.backbones import Orders
@@ -9,7 +10,8 @@ from bigmac_lightning.schedule.placing.disaggregated import disaggregated, encod
 from bigmac_lightning.schedule.placing.filling import fill
 from bigmac_lightning.schedule.placing.nesting import nest
 from bigmac_lightning.schedule.placing.policy_input import PolicyInput
-from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.schedule.plan import Plan, PlanError
+from bigmac_lightning.schedule.simulate import simulate
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,14 @@ def first_stage(plan: Plan, policy_input: PolicyInput) -> Orders:
 
 def filled(plan: Plan, policy_input: PolicyInput) -> Orders:
     """Start from the plan of `nested` and move the work into the backbone's bubbles; the plan is never longer."""
-    return fill(plan, policy_input)
+    if not plan.meeting:
+        return fill(plan, policy_input)
+    cut = nested(plan, policy_input)
+    if all(action.kind in plan.meeting for actions in cut for action in actions if action.nested):
+        return cut  # moving one rank's action alone makes the others wait
+    # The search does not know that ranks wait for each other, so what it finds may be longer, or a deadlock.
+    found = fill(replace(plan, meeting=[]), policy_input)
+    return min(cut, found, key=lambda ranks: _makespan(plan, ranks, policy_input))
 
 
 POLICIES: dict[str, Policy] = {
@@ -118,6 +127,13 @@ def get_policy(name: str) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"policy is {name!r}; expected one of {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def _makespan(plan: Plan, ranks: Orders, policy_input: PolicyInput) -> float:
+    try:
+        return simulate(replace(plan, ranks=ranks), policy_input.workload).makespan
+    except PlanError:
+        return inf
 
 
 def _share(rows: list[list[float]], group: int, rank: int) -> float:
