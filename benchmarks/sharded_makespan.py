@@ -21,6 +21,7 @@ from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, Pipel
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
@@ -164,15 +165,25 @@ def timed_steps(runner: PipelineRunner, microbatches: int, warm_up: int, repeats
     return statistics.median(seconds[warm_up:])
 
 
-def measure(rank: int, size: int, microbatches: int, unit: float, repeats: int, group: int) -> dict[str, float]:
-    """Median seconds of a step for each kind of shards."""
+KINDS = ("ddp", "fsdp")
+
+
+def measure(
+    rank: int, size: int, microbatches: int, unit: float, repeats: int, group: int
+) -> dict[str, tuple[float, float, float]]:
+    """For each kind of shards: the median seconds of a step, what its plan says, and the most encoder units alive."""
     prompt_wake_ups()
     mesh, found = build_mesh(torch.device("cpu"), 1, size, range(size)), {}
-    for kind in ("ddp", "fsdp"):
+    for kind in KINDS:
         module = sleeping_module(rank, size, unit)
         sharding = ShardingOptions(kind, kind)  # pyright: ignore[reportArgumentType]
-        options = PipelineOptions(ScheduleOptions(group_size=group), sharding=sharding)
-        found[kind] = timed_steps(PipelineRunner(module, mesh, options), microbatches, 1, repeats)
+        costs = Costs(F=unit, B=2 * unit, EF=unit, EB=2 * unit, G=3 * unit)
+        runner = PipelineRunner(
+            module, mesh, PipelineOptions(ScheduleOptions(group_size=group, costs=costs), sharding=sharding)
+        )
+        seconds, plan = timed_steps(runner, microbatches, 1, repeats), runner.last_plan
+        assert plan is not None
+        found[kind] = (seconds, plan.makespan, max(plan.peak["encoder_units"]))
     return found
 
 
@@ -182,19 +193,21 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--unit", type=float, default=0.05, help="seconds of a stage's forward")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--group_size", type=int, help="default: the number of ranks")
+    parser.add_argument("--group_sizes", type=int, nargs="+", help="default: the number of ranks, and twice that")
     arguments = parser.parse_args()
-    group = arguments.group_size or arguments.ranks
-    with awake_cores():
-        options = (arguments.microbatches, arguments.unit, arguments.repeats, group)
-        found = run_ranks(arguments.ranks, measure, arguments.ranks, *options)
-    table = Table(title=f"P={arguments.ranks}, M={arguments.microbatches}, group_size={group}: seconds, slowest rank")
-    for column in ("shards", "seconds", "of ddp"):
+    size = arguments.ranks
+    table = Table(title=f"P={size}, M={arguments.microbatches}: seconds of a step, slowest rank")
+    for column in ("group_size", "shards", "seconds", "of ddp", "its plan says", "encoder units"):
         table.add_column(column, justify="right")
-    whole = max(rank["ddp"] for rank in found)
-    for kind in ("ddp", "fsdp"):
-        seconds = max(rank[kind] for rank in found)
-        table.add_row(kind, f"{seconds:.3f}", f"{seconds / whole:.3f}x")
+    for group in arguments.group_sizes or (size, 2 * size):
+        with awake_cores():
+            options = (arguments.microbatches, arguments.unit, arguments.repeats, group)
+            found = run_ranks(size, measure, size, *options)
+        slowest = {kind: max(rank[kind] for rank in found) for kind in KINDS}
+        whole, planned, _ = slowest["ddp"]
+        for kind, (seconds, makespan, units) in slowest.items():
+            of_ddp = (f"{seconds / whole:.3f}x", f"{makespan / planned:.3f}x")
+            table.add_row(str(group), kind, f"{seconds:.3f}", *of_ddp, f"{units:g}")
     Console().print(table)
 
 

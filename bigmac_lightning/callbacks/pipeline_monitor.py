@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
 from bigmac_lightning.contracts.batch import Batch
@@ -18,6 +19,7 @@ from bigmac_lightning.runtime.measure.trace import Span, Trace, write_chrome_tra
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.schedule import draw
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.viewer.page import Track, executed_track, planned_track, write_page
 from bigmac_lightning.training.planner import PlannedBatch
@@ -43,19 +45,32 @@ class PipelineMonitor(pl.Callback):
     Args:
         memory: whether to log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
         trace_step: the optimizer step whose first batch is recorded; ``None``: record nothing.
+        trace_every: record again after so many further steps, and so on, for which all ranks wait until rank 0 has
+            drawn the picture; ``None``: record once.
         dirpath: the folder for ``trace.json`` (for Chrome or Perfetto), ``timeline.html`` (the plan above the executed
-            step) and ``timeline.png``, each with all ranks of the first pipeline; ``None``: the logger's directory.
+            step) and ``timeline.png``, each with all ranks of the first pipeline, of the last record; ``None``: the
+            logger's directory. A `TensorBoardLogger` also gets each picture.
 
     Attributes:
         artifacts: the files that were written, on global rank 0.
     """
 
-    def __init__(self, memory: bool = True, trace_step: int | None = 5, dirpath: str | None = None) -> None:
-        self.memory, self.trace_step, self.dirpath = memory, trace_step, dirpath
+    def __init__(
+        self,
+        memory: bool = True,
+        trace_step: int | None = 5,
+        dirpath: str | None = None,
+        trace_every: int | None = None,
+    ) -> None:
+        if trace_every is not None and (trace_every < 1 or trace_step is None):
+            raise ValueError(
+                f"PipelineMonitor(trace_every={trace_every}) needs at least 1, and a trace_step to begin with"
+            )
+        self.memory, self.trace_step, self.dirpath, self.trace_every = memory, trace_step, dirpath, trace_every
         self.artifacts: list[Path] = []
         self._samples = self._tokens = 0
         self._since, self._plans = 0.0, list[PlanTimes]()
-        self._trace_next = False
+        self._trace_next: int | None = None  # the next step to record
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         checked(self, pl_module)
@@ -67,17 +82,16 @@ class PipelineMonitor(pl.Callback):
             assert isinstance(strategy, BigMacStrategy)
             executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
         self._samples, self._tokens, self._since, self._plans = 0, 0, time.perf_counter(), []
-        self._trace_next = executor is not None and self.trace_step is not None
+        self._trace_next = None if executor is None else self.trace_step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         executor = _executor(trainer)
-        if executor is None or not self._trace_next or self.trace_step is None:
-            return
-        if trainer.global_step >= self.trace_step:
+        if executor is not None and self._trace_next is not None and trainer.global_step >= self._trace_next:
             trainer.strategy.barrier()  # so that the traces of all ranks begin at the same time
             executor.trace = Trace(trainer.strategy.root_device)
+            self._trace_next = None if self.trace_every is None else trainer.global_step + self.trace_every
             if executor.memory is not None:
                 executor.memory.recording, executor.memory.curve = True, []
 
@@ -87,7 +101,7 @@ class PipelineMonitor(pl.Callback):
         executor = _executor(trainer)
         if executor is not None and executor.trace is not None:
             self._write_trace(trainer, executor.trace, executor.memory)
-            executor.trace, self._trace_next = None, False
+            executor.trace = None
             if executor.memory is not None:
                 executor.memory.recording = False
         replicas, _ = replicas_of(trainer)
@@ -123,13 +137,29 @@ class PipelineMonitor(pl.Callback):
         folder = folder_of(trainer, self.dirpath)  # collective
         if not strategy.is_global_zero:
             return
-        write_chrome_trace(folder / "trace.json", [spans for spans, _ in everyone])
+        planned = strategy.runner.last_planned
         executed = [[(Action.parse(s.action), s.start, s.end) for s in spans] for spans, _ in everyone]
         curves = [curve for _, curve in everyone] if memory is not None else None
-        step, tracks = f"step {trainer.global_step}", _tracks(strategy.runner.last_planned, executed, curves)
+        write_chrome_trace(folder / "trace.json", [spans for spans, _ in everyone], _messages(planned), curves or ())
+        step, tracks = f"step {trainer.global_step}", _tracks(planned, executed, curves)
         write_page(folder / "timeline.html", f"{step}: {' and '.join(track.name for track in tracks)}", tracks)
         draw.measured_picture(executed, folder / "timeline.png", f"{step}, as executed", curves)
         self.artifacts = [folder / name for name in ("trace.json", "timeline.html", "timeline.png")]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                from matplotlib.image import imread
+
+                image = imread(folder / "timeline.png")[..., :3]
+                logger.experiment.add_image("timeline", image, trainer.global_step, dataformats="HWC")
+
+
+def _messages(planned: PlannedBatch | None) -> list[tuple[tuple[int, str], tuple[int, str]]]:
+    """Which action sends something to which one of another rank, each as (rank, action)."""
+    if planned is None:
+        return []
+    flow, order = Dataflow(planned.plan), simulate(planned.plan, planned.workload).order
+    named = [(rank, str(action)) for rank, action in zip(flow.ranks, flow.actions, strict=True)]
+    return [(named[one], named[other]) for one, other in flow.between_ranks(order)]
 
 
 def _tracks(

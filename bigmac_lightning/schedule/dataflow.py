@@ -18,6 +18,8 @@ G g        LF on all microbatches of g
 =========  ====================================================================================================
 """
 
+from collections.abc import Sequence
+
 from bigmac_lightning.schedule.plan import Plan, PlanError
 
 
@@ -60,6 +62,26 @@ class Dataflow:
         """Return (rank, position in the rank's list) of the action with this number."""
         rank = self.ranks[number]
         return rank, number - self.first[rank]
+
+    def between_ranks(self, order: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Pairs of numbers, of an action on one rank and of the first action on another rank that needs its result.
+
+        Where an action needs several of another rank, such as all forwards of a group, the last of them counts.
+
+        Args:
+            order: all actions as (rank, position in its list), in order of time.
+        """
+        turn = {self.first[rank] + position: i for i, (rank, position) in enumerate(order)}
+        found: dict[tuple[int, int], int] = {}
+        for number in sorted(turn, key=turn.__getitem__):
+            last: dict[int, int] = {}
+            for need in self.needs[number]:
+                rank = self.ranks[need]
+                if rank != self.ranks[number] and turn[need] >= turn.get(last.get(rank, -1), -1):
+                    last[rank] = need
+            for need in last.values():
+                found.setdefault((need, self.ranks[number]), number)
+        return [(need, number) for (need, _), number in found.items()]
 
     def _needs_of(self, number: int) -> list[int]:
         action = self.actions[number]

@@ -11,7 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from bigmac_lightning.callbacks import PipelineMonitor
@@ -265,6 +266,66 @@ def test_trace_of_a_step(runs: Any) -> None:
             if f"G{g} on {rank}" in spans:
                 check(f"1F{group[-1]}", f"G{g} on {rank}")
                 check(f"G{g} on {rank}", f"1B{group[0]}")
+
+
+def test_arrows_and_counters_of_a_trace(runs: Any) -> None:
+    """An arrow for every message between the ranks, within both actions; and the bytes that the page's curves show."""
+    folder, _, ranks = runs
+    plan = Plan.from_json(ranks[0]["plans"][TRACED])
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    names = {}
+    for event in events:
+        if event["ph"] in "sf":
+            (around,) = [
+                e["name"]
+                for e in events
+                if (e["ph"], e["tid"] if e["ph"] == "X" else None) == ("X", event["tid"])
+                and e["ts"] <= event["ts"] <= e["ts"] + e["dur"]
+            ]
+            names.setdefault(event["id"], {})[event["ph"]] = around, event["tid"]
+    found = {(*arrow["s"], *arrow["f"]) for arrow in names.values()}
+    expected = {(f"0F{m}", 0, f"1F{m}", 1) for m in range(MICROBATCHES)}
+    expected |= {(f"1B{m}", 1, f"0B{m}", 0) for m in range(MICROBATCHES)}
+    for g, group in enumerate(plan.groups):
+        actions = [
+            [a for a in map(str, plan.ranks[rank]) if a in (f"EF{g}", f"EB{g}", f"G{g}")] for rank in range(SIZE)
+        ]
+        expected |= {(f"EF{g}", 1, f"0F{group[0]}", 0)} if f"EF{g}" in actions[1] else set()
+        expected |= {(f"0B{group[-1]}", 0, f"EB{g}", 1)} if f"EB{g}" in actions[1] else set()
+        expected |= (
+            {(f"1F{group[-1]}", 1, f"G{g}", 0), (f"G{g}", 0, f"1B{group[0]}", 1)} if f"G{g}" in actions[0] else set()
+        )
+    assert found == expected
+    counters = [event for event in events if event["ph"] == "C"]
+    assert {event["name"] for event in counters} == {
+        f"rank {rank}: {name}, MiB of activations" for rank in range(SIZE) for name in ("encoder", "llm", "generator")
+    }
+    curves = {curve["name"]: curve["ranks"] for curve in data_of(folder / "timeline.html")["tracks"][1]["curves"]}
+    for rank, points in enumerate(curves["llm, MiB"]):
+        own = [e["args"]["MiB"] for e in counters if e["name"].startswith(f"rank {rank}: llm")]
+        assert own == pytest.approx([size for _, size in points])
+
+
+def _record(rank: int, folder: Path) -> list[tuple[int, tuple[int, ...]]]:
+    logger = TensorBoardLogger(folder, name="")
+    monitor = PipelineMonitor(memory=False, trace_step=1, trace_every=2)
+    options: dict[str, Any] = {"max_epochs": 1, "callbacks": [monitor], "logger": logger, "limit_val_batches": 0}
+    pipeline_trainer(SIZE, **options).fit(ToyModule(), ToyData(MICROBATCHES, steps=STEPS))
+    if rank:
+        return []
+    events = EventAccumulator(logger.log_dir, {"images": 0}).Reload()
+    return [(image.step, (image.height, image.width)) for image in events.Images("timeline")]
+
+
+def test_pictures_in_tensorboard(tmp_path: Path) -> None:
+    found, _ = on_ranks(SIZE, _record, tmp_path)
+    assert [step for step, _ in found] == [2, 4, 6]  # recorded from the first batch after step 1, 3 and 5
+    assert all(min(size) > 100 for _, size in found)
+
+
+def test_recording_again_needs_a_first_record() -> None:
+    with pytest.raises(ValueError, match="needs at least 1, and a trace_step"):
+        PipelineMonitor(trace_step=None, trace_every=10)
 
 
 def test_page_of_a_step(runs: Any) -> None:

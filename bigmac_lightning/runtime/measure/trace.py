@@ -78,8 +78,18 @@ class Trace:
         return other - one
 
 
-def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Span]]) -> None:
-    """Write the spans of all ranks as one trace with a row per rank, for chrome://tracing or Perfetto."""
+def write_chrome_trace(
+    path: Path,
+    ranks: Sequence[Sequence[Span]],
+    messages: Sequence[tuple[tuple[int, str], tuple[int, str]]] = (),
+    memory: Sequence[Sequence[tuple[float, str, int]]] = (),
+) -> None:
+    """Write the spans of all ranks as one trace with a row per rank, for chrome://tracing or Perfetto.
+
+    Args:
+        messages: pairs of (rank, action), of the one that sends and the one that needs it, for arrows.
+        memory: per rank, a triple (seconds, component, bytes alive from then on) at each change, for counters.
+    """
     events: list[dict[str, object]] = []
     for rank, spans in enumerate(ranks):
         events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}})
@@ -95,4 +105,16 @@ def write_chrome_trace(path: Path, ranks: Sequence[Sequence[Span]]) -> None:
             }
             for span in spans
         ]
+    times = {
+        (rank, span.action): (span.start * 1e6, span.end * 1e6) for rank, spans in enumerate(ranks) for span in spans
+    }
+    for number, (sender, receiver) in enumerate(messages):
+        if sender in times and receiver in times:
+            arrow = {"name": "message", "cat": "message", "id": number, "pid": 0}
+            events.append({"ph": "s", **arrow, "tid": sender[0], "ts": sum(times[sender]) / 2})
+            events.append({"ph": "f", "bp": "e", **arrow, "tid": receiver[0], "ts": sum(times[receiver]) / 2})
+    for rank, changes in enumerate(memory):
+        for seconds, component, size in changes:
+            name = f"rank {rank}: {component}, MiB of activations"
+            events.append({"ph": "C", "name": name, "pid": 0, "ts": seconds * 1e6, "args": {"MiB": size / 2**20}})
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
