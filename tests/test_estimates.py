@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
+from bigmac_lightning.estimates.flops import TrainingFlops
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import TrainedLayers
 from bigmac_lightning.estimates.ranks import Precision, ranks_of
@@ -24,6 +25,7 @@ from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from tests.models.parts import counting
 from tests.ranks import run_ranks
+from tests.toy import ToyModule
 from tests.training.trainers import strategy_of
 
 TOKENS, WIDTH = 128, 64
@@ -319,6 +321,21 @@ def test_costs_of_layers_against_counted_operations() -> None:
         module.llm.run_layers(hidden, inputs, range(4), {})
     seen = sum(module.llm.costs(2 * TOKENS).layers)  # it counts the upper triangle, too
     assert TOKENS * seen == pytest.approx(counted.get_total_flops() / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("freeze", [(), ["llm"], ["encoders", "generators"]], ids=str)
+def test_operations_of_a_batch_against_counted_ones(freeze: Any) -> None:
+    """Those that torch counts in a real forward and backward, in one process. It counts the upper triangle of attention
+    as well, which is a small part here; and gradients of the first layers' inputs are not needed."""
+    module = built(freeze=freeze)
+    flops = TrainingFlops(module)
+    module.configure_model()
+    given = batch(PipelineLayout(), 2)
+    with counting() as counted:
+        module.pipeline(given).loss.backward()
+    assert flops.of(given) == pytest.approx(counted.get_total_flops(), rel=0.12)
+    assert TrainingFlops.counts(module)
+    assert not TrainingFlops.counts(ToyModule())
 
 
 def test_precisions() -> None:

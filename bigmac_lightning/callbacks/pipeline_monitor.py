@@ -9,10 +9,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
 from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.estimates.flops import TrainingFlops
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Span, Trace, write_chrome_trace
@@ -39,7 +41,11 @@ class PipelineMonitor(pl.Callback):
     seconds that plans say a batch takes in the pipeline, once they are made from measured times (``costs: auto``); and
     ``bubble_share``, the fraction of that in which the mean rank is idle.
 
-    Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss, samples/s and tokens/s
+    ``throughput/tflops_per_rank`` are the floating-point operations (10^12 in a second) that forward and backward need,
+    by the estimates of the components, divided by the number of ranks. ``throughput/mfu`` is what fraction that is of
+    what the GPU could compute, if Lightning knows the GPU.
+
+    Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss and throughputs
     only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
 
     Args:
@@ -69,6 +75,7 @@ class PipelineMonitor(pl.Callback):
         self.memory, self.trace_step, self.dirpath, self.trace_every = memory, trace_step, dirpath, trace_every
         self.artifacts: list[Path] = []
         self._samples = self._tokens = 0
+        self._flops, self._counted, self._peak = 0.0, None, None
         self._since, self._plans = 0.0, list[PlanTimes]()
         self._trace_next: int | None = None  # the next step to record
 
@@ -81,7 +88,10 @@ class PipelineMonitor(pl.Callback):
             strategy = trainer.strategy
             assert isinstance(strategy, BigMacStrategy)
             executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
-        self._samples, self._tokens, self._since, self._plans = 0, 0, time.perf_counter(), []
+        self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, time.perf_counter(), []
+        module = checked(self, pl_module)
+        self._counted = TrainingFlops(module) if TrainingFlops.counts(module) else None
+        self._peak = get_available_flops(trainer.strategy.root_device, _dtype(trainer))
         self._trace_next = None if executor is None else self.trace_step
 
     def on_train_batch_start(
@@ -107,6 +117,7 @@ class PipelineMonitor(pl.Callback):
         replicas, _ = replicas_of(trainer)
         self._samples += batch.samples * replicas
         self._tokens += batch.tokens * replicas
+        self._flops += 0.0 if self._counted is None else self._counted.of(batch) * replicas
         if isinstance(trainer.strategy, BigMacStrategy):
             planned = trainer.strategy.runner.last_planned
             self._plans.append(None if planned is None else (planned.seconds, planned.bubbles))
@@ -117,12 +128,20 @@ class PipelineMonitor(pl.Callback):
             "throughput/samples_per_second": self._samples / (now - self._since),
             "throughput/tokens_per_second": self._tokens / (now - self._since),
         }
+        values |= self._flops_per_second(trainer, now - self._since)
         values |= _times(self._plans, now - self._since)
-        self._samples, self._tokens, self._since, self._plans = 0, 0, now, []
+        self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, now, []
         values.update({f"loss_parts/{name}": value for name, value in checked(self, pl_module).last_metrics.items()})
         if executor is not None and executor.memory is not None:
             values.update(_peaks(executor.mesh, executor.memory))
         pl_module.log_dict(values, batch_size=batch.samples)
+
+    def _flops_per_second(self, trainer: pl.Trainer, seconds: float) -> dict[str, float]:
+        if self._counted is None:
+            return {}
+        of_rank = self._flops / seconds / trainer.world_size
+        values = {"throughput/tflops_per_rank": of_rank / 1e12}
+        return values | ({"throughput/mfu": of_rank / self._peak} if self._peak else {})
 
     def _write_trace(self, trainer: pl.Trainer, trace: Trace, memory: MemoryTracker | None) -> None:
         strategy = trainer.strategy
@@ -173,6 +192,12 @@ def _tracks(
     plan, seconds = planned.plan, planned.seconds is not None
     simulated = planned_track(plan, simulate(plan, planned.workload), planned.workload, seconds=seconds)
     return [simulated, executed_track(executed, plan.groups, memory)]
+
+
+def _dtype(trainer: pl.Trainer) -> torch.dtype:
+    """The type in which matrices are multiplied."""
+    precision = str(trainer.precision)
+    return torch.bfloat16 if precision.startswith("bf16") else torch.half if "16" in precision else torch.float32
 
 
 def _executor(trainer: pl.Trainer) -> Executor | None:

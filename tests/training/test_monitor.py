@@ -14,12 +14,15 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from bigmac_lightning.callbacks import PipelineMonitor
+from bigmac_lightning.callbacks import PipelineMonitor, pipeline_monitor
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.outputs import StageOutput
+from bigmac_lightning.estimates.flops import TrainingFlops
 from bigmac_lightning.schedule.plan import Plan
 from tests.schedule.pages import data_of
+from tests.test_estimates import batch, built
 from tests.toy import ToyData, ToyModule, toy_batch
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -321,6 +324,22 @@ def test_pictures_in_tensorboard(tmp_path: Path) -> None:
     found, _ = on_ranks(SIZE, _record, tmp_path)
     assert [step for step, _ in found] == [2, 4, 6]  # recorded from the first batch after step 1, 3 and 5
     assert all(min(size) > 100 for _, size in found)
+
+
+def test_operations_per_second_and_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations that the components estimate of each batch, in the same time as the samples, and as a fraction of
+    what the device could compute."""
+    monkeypatch.setattr(pipeline_monitor, "get_available_flops", lambda *_: 1e9)
+    module, given, logger = built(), batch(PipelineLayout(), 2), _Logger()
+    options: dict[str, Any] = {"callbacks": [PipelineMonitor()], "logger": logger, "log_every_n_steps": 1}
+    trainer = plain_trainer(max_steps=3, limit_val_batches=0, **options)
+    batches: Any = DataLoader([given] * 3, batch_size=None)  # pyright: ignore[reportArgumentType]
+    trainer.fit(module, batches, batches)
+    assert len(logger.logged) == 3
+    for values in logger.logged.values():
+        batches = values["throughput/samples_per_second"] / given.samples
+        assert values["throughput/tflops_per_rank"] * 1e12 == pytest.approx(TrainingFlops(module).of(given) * batches)
+        assert values["throughput/mfu"] == pytest.approx(values["throughput/tflops_per_rank"] * 1e3)
 
 
 def test_recording_again_needs_a_first_record() -> None:
