@@ -45,6 +45,8 @@ from bigmac_lightning.training.stages import part_of, resolve_options
 
 POLICIES = ("nested", "filled", "first_stage", "upfront")
 DDP = "DDP"
+REMEMBERED = ("nested", "upfront")
+"""The policies whose memory is measured."""
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 
@@ -303,11 +305,10 @@ def overlap(rank: int, size: int, place: Place, sizes: Sizes) -> dict[str, float
     return {"messages": sending, "products": computing, "together": together, "hidden": hidden}
 
 
-def measure(place: Place, size: int, sizes: Sizes, repeats: int) -> dict[str, Any]:
+def measure(place: Place, size: int, sizes: Sizes, policies: tuple[str, ...], repeats: int) -> dict[str, Any]:
     """All numbers, of the slowest or fullest rank each."""
-    policies = (*POLICIES, DDP)
     times = run_ranks(size, step_times, size, place, sizes, policies, repeats, place=place)
-    used = run_ranks(size, peaks, size, place, sizes, ("nested", "upfront"), place=place)
+    used = run_ranks(size, peaks, size, place, sizes, REMEMBERED, place=place)
     hidden = [row for row in run_ranks(size, overlap, size, place, sizes, place=place) if row]
     model = sizes.model()
     return {
@@ -338,7 +339,7 @@ def measure(place: Place, size: int, sizes: Sizes, repeats: int) -> dict[str, An
                 "peak": max(row[policy][i] for row in used),
                 "estimate": max(sizes.estimate(size, count, policy)),
             }
-            for policy in ("nested", "upfront")
+            for policy in REMEMBERED
             for i, count in enumerate(sizes.counts)
         ],
         "overlap": {name: median(row[name] for row in hidden) for name in hidden[0]} if hidden else {},
@@ -388,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backend", choices=["nccl", "gloo"], help="default: nccl if each rank has a card")
     parser.add_argument("--tiny", action="store_true", help="a tiny model in float32; the only one for the CPU")
     parser.add_argument("--microbatches", type=int, help="of a step whose time is measured")
+    parser.add_argument("--policies", nargs="+", choices=[*POLICIES, DDP], default=[*POLICIES, DDP])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="a folder; default on GPUs: benchmarks/results")
     given = parser.parse_args(argv)
@@ -402,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = replace(sizes, microbatches=given.microbatches or sizes.microbatches)
     if sizes.microbatches % size:
         parser.error(f"--microbatches {sizes.microbatches} must be a multiple of the {size} ranks, for DDP")
-    found = measure(place, size, sizes, given.repeats)
+    found = measure(place, size, sizes, tuple(given.policies), given.repeats)
     text, folder = as_markdown(found), given.output or (RESULTS if cards else None)
     print(text)
     if folder is not None:

@@ -9,13 +9,14 @@ from benchmarks import gpu
 
 
 def test_the_command(tmp_path: Path) -> None:
-    gpu.main(["--tiny", "--repeats", "1", "--microbatches", "2", "--output", str(tmp_path)])
+    few = ["--policies", "nested", gpu.DDP, "--repeats", "1", "--microbatches", "2"]
+    gpu.main(["--tiny", *few, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["policy"]: row for row in found["steps"]}
-    assert list(rows) == [*gpu.POLICIES, gpu.DDP]
-    assert all(row["seconds"] > 0 and 0 < min(row["busy"]) for row in rows.values())
+    assert list(rows) == ["nested", gpu.DDP]
+    assert all(row["seconds"] > 0 and min(row["busy"]) > 0 for row in rows.values())
     assert all((row["planned"] is None) == (name == gpu.DDP) for name, row in rows.items())
-    peaks = {policy: [row["peak"] for row in found["memory"] if row["policy"] == policy] for policy in rows}
+    peaks = {policy: [row["peak"] for row in found["memory"] if row["policy"] == policy] for policy in gpu.REMEMBERED}
     assert peaks["nested"][0] == peaks["nested"][-1]
     assert peaks["upfront"][0] < peaks["upfront"][-1]
     assert found["overlap"]["together"] > 0

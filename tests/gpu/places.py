@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils import _pytree as pytree
 
 from benchmarks.places import CPU, ONE_CARD, OWN_CARDS, Place
 from tests.ranks import free_port, run_ranks
@@ -71,12 +72,10 @@ def _without_group(rank: int, place: Place, world_size: int, port: int, function
 
 def on_cpu(found: Any) -> Any:
     """The same with all tensors on the CPU."""
-    if isinstance(found, torch.Tensor):
-        return found.detach().cpu()
-    if isinstance(found, dict):
-        return {key: on_cpu(value) for key, value in found.items()}
-    if isinstance(found, list | tuple):
-        return type(found)(on_cpu(value) for value in found)
-    if is_dataclass(found) and not isinstance(found, type):
-        return replace(found, **{field.name: on_cpu(getattr(found, field.name)) for field in fields(found)})
-    return found
+
+    def moved(leaf: Any) -> Any:
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            return replace(leaf, **{field.name: on_cpu(getattr(leaf, field.name)) for field in fields(leaf)})
+        return leaf.detach().cpu() if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(moved, found)

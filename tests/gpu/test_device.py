@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_traces(place: Place) -> None:
     for spans, actions in ranks(place, 2, _traced, 2):
         assert [span.action for span in spans] == actions
         assert all(span.end > span.start > 0 for span in spans)
-        assert all(later.start >= span.end for span, later in zip(spans, spans[1:], strict=False))
+        assert all(later.start >= span.end for span, later in pairwise(spans))
 
 
 @pytest.mark.timeout(600)

@@ -99,7 +99,7 @@ def test_losses_and_generators(place: Place, size: int, family: str, tied: bool,
         pytest.skip("needs a GPU")
     (alone,) = ranks(place, 1, _real_alone, family, tied)
     found = ranks(place, size, _real, size, family, tied, "nested", backbone, fused)
-    real.compare(alone, found, 1e-6 if place.kind == "cpu" else 5e-5)
+    real.compare(alone, found, 2e-6 if place.kind == "cpu" else 5e-5)
 
 
 @pytest.mark.gpu
