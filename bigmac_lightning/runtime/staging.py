@@ -5,8 +5,8 @@ only; for messages and for several others it would read their addresses as if th
 
 No stream and no host waits for more than the message itself. What is sent is copied to the host on a stream of the
 group, once what was given to the device before is done; a thread of the group waits for the copy and only then starts
-gloo, in the order of the calls. What is received is copied to the device by ``Work.wait()``, on the current stream.
-Tensors of the CPU go to gloo as they are.
+gloo. What is received is copied to the device by ``Work.wait()``, on the current stream. Tensors of the CPU go to gloo
+as they are, but by the same thread, because gloo tells collectives apart by their order, which is that of the calls.
 """
 
 import queue
@@ -49,8 +49,6 @@ class StagedGroup(dist.ProcessGroup):
         self._streams: dict[torch.device, Any] = {}
 
     def send(self, tensors: list[Tensor], dstRank: int, tag: int = 0) -> dist.Work:
-        if tensors[0].is_cpu:
-            return self._gloo.send(tensors, dstRank, tag)
         copy, copied = self._to_host(tensors[0])
 
         def start() -> Future[Any]:
@@ -69,7 +67,7 @@ class StagedGroup(dist.ProcessGroup):
         return _Staged(started, [(tensors[0], copy)])
 
     def barrier(self, *arguments: Any, **options: Any) -> dist.Work:
-        return self._gloo.barrier(*arguments, **options)
+        return _Staged(self._starting.call(partial(self._gloo.barrier, *arguments, **options)), [])
 
     def _run(self, name: str, written: Any, read: Any, *options: Any) -> dist.Work:
         """Start a collective.
@@ -80,9 +78,6 @@ class StagedGroup(dist.ProcessGroup):
             read: the tensors that it reads; ``None``: those that it fills.
         """
         start = getattr(self._gloo, name)
-        tensors = _flat([written, read])
-        if all(tensor.is_cpu for tensor in tensors):
-            return start(written, *([] if read is None else [read]), *options)
         copies = {id(tensor): _pinned(tensor) for tensor in _flat(written)}
         waits = []
         for tensor in _flat(written if read is None else read):
@@ -95,12 +90,15 @@ class StagedGroup(dist.ProcessGroup):
                 copied()
             return start(*arguments, *options)
 
-        return _Staged(self._starting.call(begin), [(tensor, copies[id(tensor)]) for tensor in _flat(written)])
+        results = [(tensor, copies[id(tensor)]) for tensor in _flat(written) if not tensor.is_cpu]
+        return _Staged(self._starting.call(begin), results)
 
     def _to_host(self, tensor: Tensor, copy: Tensor | None = None) -> tuple[Tensor, Callable[[], None]]:
-        """A copy in pinned memory, and a function that waits until it is there. The function has the tensor, whose
-        memory must not be used for anything else before."""
+        """A copy in pinned memory, or a tensor of the CPU itself; and a function that waits until it is there, and has
+        the tensor, whose memory must not be used for anything else before."""
         copy = _pinned(tensor) if copy is None else copy
+        if tensor.is_cpu:
+            return copy, _nothing
         module: Any = torch.get_device_module(tensor.device)
         if tensor.device not in self._streams:
             self._streams[tensor.device] = module.Stream(tensor.device)
@@ -115,6 +113,9 @@ def _wait(event: Any, tensor: Tensor) -> None:
     module: Any = torch.get_device_module(tensor.device)
     with module.device(tensor.device):  # another one's would be used in this thread, and take memory there
         event.synchronize()
+
+
+def _nothing() -> None: ...
 
 
 def _in_place(name: str) -> Callable[..., dist.Work]:
@@ -228,6 +229,9 @@ def _call_all(calls: "queue.SimpleQueue[Call | None]") -> None:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
+    """Pinned memory for such a tensor; a tensor of the CPU itself."""
+    if tensor.is_cpu:
+        return tensor
     with torch.inference_mode(False):  # a thread without that mode could not write into it
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 

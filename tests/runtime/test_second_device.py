@@ -145,6 +145,31 @@ def test_collectives_through_the_host() -> None:
     assert [float(tensor[0]) for tensor in staged[1]["received"]] == [0, 1, 2, 3, 4]
 
 
+def _in_turn(rank: int) -> list[float]:
+    """Sums of tensors of the device and of the CPU in one group, in turn; rank 0 waits long for its copies."""
+    device, event = torch.device(second_device.NAME, 0), second_device._Event
+    at_once = event.synchronize
+    event.synchronize = lambda *_: (time.sleep(0.1 * (rank == 0)), at_once())[1]
+    tensors = [torch.full((3,), 10.0**k * (rank + 1), device=device if k % 2 == 0 else "cpu") for k in range(6)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    for work in works:
+        assert work is not None
+        work.wait()
+    if rank == 0:
+        for tensor in tensors:
+            dist.send(tensor, 1)
+    else:
+        for tensor in tensors:
+            tensor.zero_()
+            dist.recv(tensor, 0)
+    return [float(tensor[0]) for tensor in tensors]
+
+
+def test_tensors_of_both_kinds_in_one_group() -> None:
+    for found in second_device.ranks(2, _in_turn, backend=staging.NAME):
+        assert found == [3 * 10.0**k for k in range(6)]
+
+
 def _threads(rank: int) -> None:
     device = torch.device(second_device.NAME, 0)
     group = dist.new_group([0])
