@@ -1,4 +1,4 @@
-"""Starts a benchmark's processes: one gloo rank each, results back in the parent. Linux only."""
+"""Starts a benchmark's processes: one rank each, results back in the parent. Linux only."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.multiprocessing.spawn import start_processes
+
+from benchmarks.places import CPU, Place
 
 
 @contextmanager
@@ -42,18 +44,20 @@ def _spin() -> None:
         pass
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank."""
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, place: Place = CPU) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes with a process group; returns the results by rank."""
     with TemporaryDirectory() as folder:
-        start_processes(_rank, (world_size, folder, function, args), world_size, start_method="fork")
+        given = (world_size, folder, place, function, args)
+        start_processes(_rank, given, world_size, start_method=place.start_method)
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, place: Place, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timeout=timedelta(minutes=5), rank=rank, world_size=world_size)
+    place.open(rank, world_size, f"file://{folder}/store", timedelta(minutes=5))
     torch.save(function(rank, *args), Path(folder) / f"{rank}.result")
     dist.barrier()
     dist.destroy_process_group()

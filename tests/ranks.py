@@ -22,8 +22,10 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """Call ``function(rank, *args)`` in `world_size` forked processes.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, start_method: str = "fork"
+) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes.
 
     Returns: the results by rank.
 
@@ -31,7 +33,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         AssertionError: a rank failed or hung; with the tracebacks of all ranks that failed.
     """
     with TemporaryDirectory() as folder:
-        context = mp.get_context("fork")
+        context = mp.get_context(start_method)
         processes = [
             context.Process(target=_rank, args=(rank, world_size, Path(folder), function, args))
             for rank in range(world_size)

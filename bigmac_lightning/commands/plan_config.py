@@ -72,7 +72,7 @@ class RunReader(ConfigReader):
             devices = len(devices)
         if not str(devices).isdigit():
             raise ValueError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8")
-        return int(devices) * trainer["num_nodes"]
+        return int(devices) * self.strategy.ranks_per_device * trainer["num_nodes"]
 
     def of_data(self, *path: str) -> Any:
         """An argument of the DataModule, or of one of its arguments; ``None`` if there is none of that name."""

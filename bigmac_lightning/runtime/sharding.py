@@ -6,8 +6,9 @@ over the ranks (never averaged) into the shards. Whole weights may be of a narro
 whole weights are float32. Shards and their gradients may lie in the CPU's memory; whole weights are on the device.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -74,6 +75,8 @@ class ShardedModule:
                 if not by_itself:
                     _let_reduce(part, False)
                 (self._by_themselves if by_itself else self._others).append(part)
+        if offload:
+            _wait_before_adding([*self._by_themselves, *self._others])
         _state(module)._lazy_init()  # the module's own forward might never run, but only its layers'
         assert [name for name, _ in module.named_parameters()] == names, "sharding has changed names of parameters"
         for stage in stages if by_block else ():
@@ -222,6 +225,24 @@ def _sum_in_float32(part: FSDPModule, whole: Iterable[nn.Parameter], computing: 
         for parameter in group.fsdp_params:
             parameter.sharded_param.computing_dtype = computing
             parameter.__class__ = _Float32Gradients
+
+
+def _wait_before_adding(parts: Sequence[FSDPModule]) -> None:
+    """Let a gradient be in the CPU's memory before another one is added to it there.
+
+    A block that runs several times before a backward reduces its gradients as often in it. FSDP2 waits for the first
+    copy at the end of the backward only.
+    """
+    for group in _groups(parts):
+        group.post_backward = partial(_post_backward, group, group.post_backward)
+
+
+def _post_backward(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
+    for parameter in group.fsdp_params:
+        if parameter.grad_offload_event is not None:
+            parameter.grad_offload_event.synchronize()
+            parameter.grad_offload_event = None
+    post_backward(*unused)
 
 
 class _Float32Gradients(FSDPParam):

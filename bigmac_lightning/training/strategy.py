@@ -39,12 +39,14 @@ from bigmac_lightning.runtime.gradients import clip_gradients
 from bigmac_lightning.runtime.meeting import Place, meet
 from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import is_rows, local
+from bigmac_lightning.runtime.staging import staged_backend
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting, rewinding
 from bigmac_lightning.training.agreement import check_same
 from bigmac_lightning.training.batch_agreement import BatchAgreement, When
 from bigmac_lightning.training.batch_facts import fingerprint
+from bigmac_lightning.training.cards import check_cards
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
@@ -116,7 +118,10 @@ class BigMacStrategy(SteppingStrategy):
             are the scaler's business, and only losses are looked at.
         check_replicas_every: after every how many optimizer steps ranks compare sums over the bits of the weights and
             gradients that they have alike, and end with an error if they differ; ``None``: never.
-        process_group_backend: "nccl", "gloo", ...; ``None``: the device's default.
+        process_group_backend: "nccl", "gloo", ...; ``None``: the device's default. With "gloo" on GPUs, messages and
+            collectives go through the host's memory, so that several ranks can share a card.
+        ranks_per_device: how many ranks share each of the Trainer's `devices`; more than one on a GPU needs
+            `process_group_backend` "gloo".
         timeout: timeout of every process group.
         hang_timeout: how long a rank may do nothing new in training or evaluation. Then all ranks say what they are
             doing, and end. "auto": 10 minutes, or 9/10 of `timeout` if that is shorter; ``None``: as long as it likes.
@@ -153,6 +158,7 @@ class BigMacStrategy(SteppingStrategy):
         on_nonfinite: OnNonfinite = "raise",
         check_replicas_every: int | None = None,
         process_group_backend: str | None = None,
+        ranks_per_device: int = 1,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         hang_timeout: timedelta | Literal["auto"] | None = "auto",
         save_distributed_checkpoint: bool = True,
@@ -166,6 +172,7 @@ class BigMacStrategy(SteppingStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         self._settings = {name: value for name, value in locals().items() if name not in NOT_COMPARED}
+        self.ranks_per_device = ranks_per_device
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -187,6 +194,7 @@ class BigMacStrategy(SteppingStrategy):
             ("expert_parallel_size", expert_parallel_size, 1),
             ("microbatches", microbatches, None),
             ("check_replicas_every", check_replicas_every, None),
+            ("ranks_per_device", ranks_per_device, 1),
         ):
             if value != otherwise and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1, or {otherwise!r}")
@@ -218,6 +226,17 @@ class BigMacStrategy(SteppingStrategy):
     # -- processes -----------------------------------------------------------------------------------------------------
 
     @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The device of each rank of this node."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, parallel_devices: list[torch.device] | None) -> None:
+        if parallel_devices:
+            parallel_devices = [device for device in parallel_devices for _ in range(self.ranks_per_device)]
+        self._parallel_devices = parallel_devices
+
+    @property
     def pipeline_layout(self) -> PipelineLayout:
         """This rank's place in the pipeline, for a DataModule's collate function."""
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank, self.mesh.peer)
@@ -241,6 +260,7 @@ class BigMacStrategy(SteppingStrategy):
         super().setup_environment()
         known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
         self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout, self._timeout)
+        check_cards(self._ranks, self.root_device, dist.get_backend())
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
@@ -280,6 +300,8 @@ class BigMacStrategy(SteppingStrategy):
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
+        if self._process_group_backend == "gloo" and self.root_device.type not in ("cpu", "mps"):
+            self._process_group_backend = staged_backend(self.root_device)
         if dist.is_initialized():
             return
         place = Place(known.main_address, known.main_port, known.global_rank(), known.world_size())

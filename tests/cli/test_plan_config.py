@@ -70,6 +70,8 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     strategy = "--trainer.strategy.init_args"
     options = [f"{strategy}.schedule.policy=upfront", f"{strategy}.schedule.costs.EF=2"]
     options += ["--microbatches=6", "--microbatch.tokens=96"]
+    assert main([*DIGITS, "--microbatches=6", "--trainer.devices=1", f"{strategy}.ranks_per_device=6"]) == 0
+    assert "3 pipelines of 2 ranks" in capsys.readouterr().out
     assert main([*DIGITS, *options, "--trainer.devices=4", f"{strategy}.stages.partition=[1,3]"]) == 0
     shown = capsys.readouterr().out
     assert "2 pipelines of 2 ranks; 6 microbatches of 96 tokens, 24 of them of media, 24 each, 1 targets" in shown

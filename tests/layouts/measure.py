@@ -1,7 +1,7 @@
 """Runs a case on its processes and in one process by plain autograd, and says how far apart they are."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -56,7 +56,12 @@ def measure(case: Case, steps: int = STEPS, half: bool = True) -> Result:
     """
     records = on_ranks(case.world, _on_rank, case, steps, half, timeout=900)
     alone = case.in_one_process
-    expected, found = _plain(alone, steps), [record for record, _ in records]
+    result = compare([record for record, _ in records], _plain(alone, steps))
+    return replace(result, half=_half_ratio([record for _, record in records if record], alone) if half else None)
+
+
+def compare(found: list[Record], expected: Record) -> Result:
+    """The differences of what all ranks have from what one process has."""
     _check_complete(found, expected)
     return Result(
         loss=_furthest(found, expected, lambda record: record.losses[:1]),
@@ -65,7 +70,6 @@ def measure(case: Case, steps: int = STEPS, half: bool = True) -> Result:
         losses=_furthest(found, expected, lambda record: [*record.losses, *record.validated]),
         clipped=_furthest(found, expected, lambda record: record.clipped),
         weight=max(_drifts(found, expected)),
-        half=_half_ratio([record for _, record in records if record is not None], alone) if half else None,
     )
 
 
@@ -73,16 +77,22 @@ def measure(case: Case, steps: int = STEPS, half: bool = True) -> Result:
 
 
 def _on_rank(rank: int, case: Case, steps: int, half: bool) -> tuple[Record, Record | None]:
-    def fit(steps: int, **arguments: Any) -> Record:
-        trainer = pipeline_trainer(
-            case.world, case.strategy_arguments(), max_epochs=1, gradient_clip_val=CLIP, **arguments
-        )
-        return _fit(trainer, case, steps)
-
-    return fit(steps), fit(1, precision="bf16-true") if half else None
+    return fit_on_rank(case, steps), fit_on_rank(case, 1, precision="bf16-true") if half else None
 
 
-def _fit(trainer: Any, case: Case, steps: int, given: dict[str, Tensor] | None = None) -> Record:
+def fit_on_rank(case: Case, steps: int, strategy: dict[str, Any] | None = None, **trainer: Any) -> Record:
+    """What this rank has of a run; with further arguments of strategy and Trainer."""
+    arguments = {**case.strategy_arguments(), **(strategy or {})}
+    made = pipeline_trainer(case.world, arguments, max_epochs=1, gradient_clip_val=CLIP, **trainer)
+    return fit(made, case, steps)
+
+
+def fit_plain(case: Case, steps: int, given: dict[str, Tensor] | None = None, **trainer: Any) -> Record:
+    """One process without a pipeline."""
+    return fit(plain_trainer(max_epochs=1, gradient_clip_val=CLIP, **trainer), case, steps, given)
+
+
+def fit(trainer: Any, case: Case, steps: int, given: dict[str, Tensor] | None = None) -> Record:
     module = module_of(case)
     module.given = given or {}
     trainer.fit(module, Data(case, steps, replicas=case.mesh[0]))
@@ -97,15 +107,13 @@ def _fit(trainer: Any, case: Case, steps: int, given: dict[str, Tensor] | None =
 
 @lru_cache(maxsize=16)
 def _plain(case: Case, steps: int, precision: Any = "32-true") -> Record:
-    return _fit(plain_trainer(max_epochs=1, gradient_clip_val=CLIP, precision=precision), case, steps)
+    return fit_plain(case, steps, precision=precision)
 
 
 @lru_cache(maxsize=16)
 def _plain_from_half(case: Case) -> Record:
     """In float32, from the weights that bfloat16 begins with."""
-    return _fit(
-        plain_trainer(max_epochs=1, gradient_clip_val=CLIP), case, 1, _plain(case, 1, precision="bf16-true").start
-    )
+    return fit_plain(case, 1, _plain(case, 1, precision="bf16-true").start)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -154,7 +162,15 @@ def _drifts(records: list[Record], expected: Record) -> Iterator[float]:
 
 
 def _half_ratio(found: list[Record], alone: Case) -> float:
-    exact, plain = _plain_from_half(alone), _plain(alone, 1, precision="bf16-true")
+    return half_ratio(found, _plain_from_half(alone), _plain(alone, 1, precision="bf16-true"))
+
+
+def half_ratio(found: list[Record], exact: Record, plain: Record) -> float:
+    """See `Result.half`.
+
+    Args:
+        exact, plain: one process in float32 and in bfloat16, from the same weights.
+    """
     errors, of_plain = [list(_errors(records, exact)) for records in (found, [plain])]
     return (sum(errors) / len(errors)) / (sum(of_plain) / len(of_plain))
 

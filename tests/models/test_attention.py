@@ -87,6 +87,7 @@ def test_samples_stay_apart_without_masks(name: str, tmp_path: Path) -> None:
         assert (gradient - others[weight]).norm() <= 1e-5 * others[weight].norm() + 1e-9, weight
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 def test_samples_stay_apart_on_a_gpu(attention: str, tmp_path: Path) -> None:

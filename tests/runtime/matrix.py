@@ -250,19 +250,20 @@ Result = tuple[float, float, dict[str, Tensor | None]]
 """Loss, norm of the gradients, gradients of what is trained."""
 
 
-def reference(case: Case) -> list[Result]:
+def reference(case: Case, device: str = "cpu") -> list[Result]:
     """The plain path in this process, over the batches of all replicas at once."""
     module = case.module()
     module.configure_model()
+    module.to(device)
     results: list[Result] = []
     for step in range(STEPS):
         freeze(module, case.frozen[step])
         batches = [case.batch(step, replica, PipelineLayout()) for replica in range(case.dp)]
-        batch = batches[0].replace(microbatches=[m for b in batches for m in b])
+        batch = batches[0].replace(microbatches=[m for b in batches for m in b]).to(device)
         module.zero_grad(set_to_none=True)
         loss = module.pipeline(batch).loss
         loss.backward()
-        gradients = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+        gradients = {n: whole(p.grad) for n, p in module.named_parameters() if p.requires_grad}
         norm = torch.nn.utils.get_total_norm([g for g in gradients.values() if g is not None])
         results.append((loss.item(), float(norm), gradients))
     return results

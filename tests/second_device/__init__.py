@@ -1,8 +1,12 @@
 """A second device of torch for tests on machines without a GPU, called "second".
 
 It is a device as a GPU is one: its tensors are others than those of the CPU, operations refuse tensors of both, and
-process groups refuse tensors of the CPU. What only a GPU has is missing: nothing runs in the background, so streams and
-events do nothing, and there is no autocast. device.cpp takes a C++ compiler half a minute, once.
+process groups refuse tensors of the CPU. A copy into pinned memory that need not block has other numbers until somebody
+waits for an event. Nothing else runs in the background, so streams do nothing, and there is no autocast. device.cpp
+takes a C++ compiler half a minute, once.
+
+Its process groups are "relay", which has tensors of the device, as NCCL has, or "staged", as on a GPU by gloo, with a
+gloo that refuses tensors of the device.
 """
 
 import types
@@ -18,23 +22,26 @@ from lightning.pytorch.accelerators import Accelerator
 from torch import Tensor, nn
 from torch.utils.cpp_extension import load
 
+from bigmac_lightning.runtime import staging
 from tests.ranks import free_port, run_ranks
 
 NAME, BACKEND = "second", "second:relay"
 
 
-def ranks(world_size: int, function: Any, *args: Any, timeout: float = 300) -> list[Any]:
+def ranks(world_size: int, function: Any, *args: Any, backend: str = BACKEND, timeout: float = 300) -> list[Any]:
     """`run_ranks` with a process group of the second device. This process must have run no backward before, as autograd
     makes its threads once, for the devices that there are then."""
     build()
-    return run_ranks(world_size, _on_second, world_size, free_port(), function, args, timeout=timeout)
+    return run_ranks(world_size, _on_second, world_size, free_port(), backend, function, args, timeout=timeout)
 
 
-def _on_second(rank: int, world_size: int, port: int, function: Any, args: tuple[Any, ...]) -> Any:
+def _on_second(rank: int, world_size: int, port: int, backend: str, function: Any, args: tuple[Any, ...]) -> Any:
     dist.barrier()
     dist.destroy_process_group()
     register()
-    dist.init_process_group(BACKEND, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    if backend == staging.NAME:
+        staging.staged_backend(torch.device(NAME))
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     return function(rank, *args)
 
 
@@ -49,10 +56,17 @@ def register() -> None:
     torch._register_device_module(NAME, _module())
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
+    gloo: Any = dist.ProcessGroupGloo
+
     def relay(store: Any, rank: int, size: int, timeout: Any) -> Any:
-        return device.Relay(dist.ProcessGroupGloo(store, rank, size, timeout))
+        return device.Relay(gloo(store, rank, size, timeout), True)
+
+    def careful(store: Any, rank: int, size: int, timeout: Any) -> Any:
+        return device.Relay(gloo(store, rank, size, timeout), False)
 
     dist.Backend.register_backend("relay", relay, devices=[NAME])
+    staging.dist.ProcessGroupGloo = careful  # pyright: ignore[reportAttributeAccessIssue]
+    _Event.synchronize = lambda *_: device.finish()
     torch.accelerator.current_stream = lambda *_: _Stream()
     # torch gives a parameter data of another device for CPUs and GPUs only. Here, parameters are swapped, so that tied
     # ones stay one parameter.
@@ -99,7 +113,8 @@ def _module() -> types.ModuleType:
     module.is_available = module.is_initialized = lambda: True
     module._is_in_bad_fork = module.is_autocast_enabled = lambda: False
     module.device_count, module.current_device = lambda: 1, lambda: 0
-    module.set_device = module.synchronize = module.manual_seed = module.manual_seed_all = lambda *_: None
+    module.synchronize = lambda *_: _Event().synchronize()
+    module.set_device = module.manual_seed = module.manual_seed_all = lambda *_: None
     module.get_rng_state, module.set_rng_state = lambda *_: torch.zeros(1, dtype=torch.uint8), lambda *_: None
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     return module

@@ -60,6 +60,11 @@ struct Pinned final : c10::Allocator {
 };
 Pinned pinned_memory;
 
+bool is_pinned(const at::Tensor& tensor) {
+  std::lock_guard<std::mutex> guard(pinned_lock);
+  return pinned.count(tensor.storage().data()) > 0;
+}
+
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -111,7 +116,25 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
                                            c10::dtype_or_default(dtype));
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+// Copies into pinned memory that nobody has waited for yet. Until then, the copy has other numbers.
+std::mutex late_lock;
+std::vector<std::pair<at::Tensor, at::Tensor>> late;
+int64_t number_late = 0;
+
+void finish() {
+  std::lock_guard<std::mutex> guard(late_lock);
+  for (auto& [from, to] : late) to.copy_(from);
+  late.clear();
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (non_blocking && to.is_cpu() && to.numel() && is_pinned(to)) {
+    std::lock_guard<std::mutex> guard(late_lock);
+    to.fill_(77);
+    late.emplace_back(on_cpu(from).clone(), to);
+    ++number_late;
+    return to;
+  }
   on_cpu(to).copy_(on_cpu(from));
   return to;
 }
@@ -190,27 +213,30 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 using Work = c10::intrusive_ptr<c10d::Work>;
 using Tensors = std::vector<at::Tensor>;
 
-Tensors all_on_cpu(const Tensors& tensors) {
-  Tensors found;
-  for (const auto& tensor : tensors) {
-    TORCH_CHECK(tensor.device().type() == TYPE, "this process group has no tensors of ", tensor.device());
-    found.push_back(on_cpu(tensor));
-  }
-  return found;
-}
-
-std::vector<Tensors> lists_on_cpu(const std::vector<Tensors>& lists) {
-  std::vector<Tensors> found;
-  for (const auto& tensors : lists) found.push_back(all_on_cpu(tensors));
-  return found;
-}
-
-// Sends the memory of the device's tensors by a backend of the CPU.
+// Sends the memory of the device's tensors by a backend of the CPU, and refuses those of the CPU; or the reverse, as
+// gloo, which would take the address of any tensor for one of the host.
 struct Relay final : c10d::Backend {
-  explicit Relay(c10::intrusive_ptr<c10d::Backend> inner)
-      : Backend(inner->getRank(), inner->getSize()), inner(std::move(inner)) {}
+  Relay(c10::intrusive_ptr<c10d::Backend> inner, bool on_device)
+      : Backend(inner->getRank(), inner->getSize()), inner(std::move(inner)), on_device(on_device) {}
 
   c10::intrusive_ptr<c10d::Backend> inner;
+  bool on_device;
+
+  Tensors all_on_cpu(const Tensors& tensors) const {
+    Tensors found;
+    for (const auto& tensor : tensors) {
+      bool here = tensor.device().type() == TYPE;
+      TORCH_CHECK(here == on_device, "this process group has no tensors of ", tensor.device());
+      found.push_back(on_cpu(tensor));
+    }
+    return found;
+  }
+
+  std::vector<Tensors> lists_on_cpu(const std::vector<Tensors>& lists) const {
+    std::vector<Tensors> found;
+    for (const auto& tensors : lists) found.push_back(all_on_cpu(tensors));
+    return found;
+  }
 
   const std::string getBackendName() const override { return "relay"; }
   c10::intrusive_ptr<Options> getBackendOptions() override { return inner->getBackendOptions(); }
@@ -292,5 +318,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   c10::SetAllocator(TYPE, &memory);
   pybind11::module_::import("torch._C._distributed_c10d");
   pybind11::class_<Relay, c10d::Backend, c10::intrusive_ptr<Relay>>(module, "Relay")
-      .def(pybind11::init<c10::intrusive_ptr<c10d::Backend>>());
+      .def(pybind11::init<c10::intrusive_ptr<c10d::Backend>, bool>());
+  module.def("finish", &finish, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("number_late", [] { return number_late; });
 }
