@@ -42,14 +42,22 @@ def _spin() -> None:
         pass
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank."""
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prompt: bool = False) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank.
+
+    Args:
+        prompt: whether the processes and gloo's threads run as soon as they wake up, see `prompt_wake_ups`.
+    """
     with TemporaryDirectory() as folder:
-        start_processes(_rank, (world_size, folder, function, args), world_size, start_method="fork")
+        start_processes(_rank, (world_size, folder, prompt, function, args), world_size, start_method="fork")
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world_size: int, folder: str, prompt: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    if prompt:
+        prompt_wake_ups()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
