@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from benchmarks.peers import report
 from benchmarks.peers.case import ENCODERS, GENERATORS, PEERS, SIGMAS, Case, default_cases, quick_cases, sleeping_cases
 from benchmarks.peers.computing_run import compute, true_costs
 from benchmarks.peers.machine import description
+from benchmarks.peers.measuring import Measured
 from benchmarks.peers.results import joined, peer_row
 from benchmarks.peers.running import sleep
 from benchmarks.ranks import awake_cores
 
-STEP = {4: 0.6, 8: 1.0}
+STEP = {4: 0.5, 8: 1.0}
 """Seconds of an ideal step, by P: the more processes share the cores, the longer it must be beside their own work."""
 
 
@@ -97,7 +99,12 @@ def _computing_row(given: argparse.Namespace) -> dict[str, Any]:
     case = replace(case, encoder=costs.EF / costs.F, generator=costs.G / costs.F)
     rounds = 1 if given.quick else given.repeats
     peers = tuple(peer for peer in case.peers if peer in given.peers)
-    runs = [{kind: compute(case, kind, costs, given.steps) for kind in peers} for _ in range(rounds)]
+    runs = list[dict[str, list[Measured]]]()
+    for number in range(rounds):
+        runs.append({})
+        for kind in peers:
+            print(f"round {number + 1} of {rounds}: {kind}", file=sys.stderr, flush=True)
+            runs[-1][kind] = compute(case, kind, costs, given.steps)
     return joined(case, costs.F, {kind: peer_row([m for run in runs for m in run[kind]], 1, case) for kind in peers})
 
 

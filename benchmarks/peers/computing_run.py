@@ -1,4 +1,4 @@
-"""Runs the peers whose layers compute: in Lightning's Trainer, or torch's schedules in a loop; each in new processes."""
+"""Runs the peers whose layers compute, in new processes: in Lightning's Trainer, or torch's schedules in a loop."""
 
 import os
 import statistics
@@ -19,7 +19,7 @@ from benchmarks.peers.data import single_loader, step_batch, step_loader
 from benchmarks.peers.data_parallel import PeerModule, shard_over
 from benchmarks.peers.measuring import Measured, Stopwatch, resident
 from benchmarks.ranks import run_ranks
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.strategy import BigMacStrategy
@@ -135,31 +135,28 @@ def true_costs(case: Case, repeats: int = 5) -> Costs:
     module = PeerModule(case)
     module.configure_model()
     microbatches = module.prepare(step_batch(case, 0, PipelineLayout())).microbatches
-    rows = list[list[float]]()
-    for _ in range(repeats):
-        for microbatch in microbatches:
-            features, forward = _timed(lambda m=microbatch: torch.cat(module.encode(m.media)))
-            given = features.detach().requires_grad_()
-            layers = range(module.llm.num_layers)
-            out, llm = _timed(lambda m=microbatch, f=given: module.run_stage(m, layers, None, {}, f, "train"))
-            assert out.conditions is not None
-            conditions = out.conditions.detach().requires_grad_()
-            pieces = list(conditions.split([item.rows for item in microbatch.targets]))
-            losses, generator = _timed(lambda m=microbatch, c=pieces: module.generate(c, m.targets))
-            _, generator_back = _timed(sum(losses.values(), torch.zeros(())).backward)
-            text = out.losses["text"]
-            _, llm_back = _timed(
-                lambda t=text, o=out, c=conditions: torch.autograd.backward([t, o.conditions], [None, c.grad])
-            )
-            _, encoder_back = _timed(lambda f=features, g=given: f.backward(g.grad))
-            rows.append([forward, encoder_back, llm / case.size, llm_back / case.size, generator + generator_back])
-    # the mean over microbatches, as images differ in number; of each microbatch's median over repeats
-    count = len(microbatches)
-    means = [
-        statistics.mean(statistics.median(row[k] for row in rows[m::count]) for m in range(count)) for k in range(5)
-    ]
-    EF, EB, F, B, G = means
+    times = [[_action_times(module, microbatch) for _ in range(repeats)] for microbatch in microbatches]
+    # of each microbatch the median over repeats; of these the mean, as images differ in number
+    medians = [[statistics.median(column) for column in zip(*rows, strict=True)] for rows in times]
+    EF, EB, F, B, G = (statistics.mean(column) for column in zip(*medians, strict=True))
+    F, B = F / case.size, B / case.size
     return Costs(F=F, B=B, I=B / 2, W=B / 2, EF=EF, EB=EB, G=G)
+
+
+def _action_times(module: PeerModule, microbatch: Microbatch) -> tuple[float, ...]:
+    """Seconds of EF, EB, the whole LLM's forward and backward, and G."""
+    layers = range(module.llm.num_layers)
+    encoded, EF = _timed(lambda: torch.cat(module.encode(microbatch.media)))
+    features = encoded.detach().requires_grad_()
+    out, F = _timed(lambda: module.run_stage(microbatch, layers, None, {}, features, "train"))
+    conditions = out.conditions.detach().requires_grad_()
+    pieces = list(conditions.split([item.rows for item in microbatch.targets]))
+    losses, forward = _timed(lambda: module.generate(pieces, microbatch.targets))
+    _, backward = _timed(lambda: torch.stack(list(losses.values())).sum().backward())
+    ends = [out.losses["text"], out.conditions]
+    _, B = _timed(lambda: torch.autograd.backward(ends, [None, conditions.grad]))
+    _, EB = _timed(lambda: encoded.backward(features.grad))
+    return EF, EB, F, B, forward + backward
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import paper_workload
 from benchmarks.peers.case import INTERLEAVED, LABELS, PEERS, Case
-from benchmarks.peers.marked import write_marked
+from benchmarks.peers.documents import FOLDER, markdown, write_marked
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "benchmarks" / "results"
 RESULTS, TABLES, PICTURE = "peers.json", "peers.md", "peers.png"
 MIB = 2**20
 
@@ -45,7 +44,8 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
     return {
         "peers-run": run_text(results),
         "peers-computing": computing_table(results),
-        "peers-verdict": verdict_table(results),
+        "peers-summary": summary_table(results),
+        "peers-verdict": "\n\n".join(verdict_texts(results)),
         "peers-sleeping": sleeping_table(results),
     }
 
@@ -83,7 +83,13 @@ def computing_table(results: dict[str, Any]) -> str:
     return markdown(head, lines)
 
 
-def verdict_table(results: dict[str, Any]) -> str:
+def verdict_texts(results: dict[str, Any]) -> list[str]:
+    """Each peer against filled, the cases in which one is faster, and how well plans foretell step times."""
+    rows = _of(results, "sleep")
+    return [summary_table(results), _exceptions(rows), _fidelity(rows)]
+
+
+def summary_table(results: dict[str, Any]) -> str:
     """Each peer against filled on the same backbone, over all cases with layers that sleep."""
     rows = _of(results, "sleep")
     head = ["peer", "step / filled", "faster than filled", "peak activations / filled", "more memory than filled"]
@@ -105,7 +111,7 @@ def verdict_table(results: dict[str, Any]) -> str:
                 f"in {more} of {len(pairs)}",
             ]
         )
-    return "\n\n".join([markdown(head, lines), _exceptions(rows), _fidelity(rows)])
+    return markdown(head, lines)
 
 
 def _fidelity(rows: Sequence[Row]) -> str:
@@ -205,12 +211,6 @@ def _means(rows: Sequence[Row], kind: str) -> Iterator[tuple[float, float]]:
             yield encoder, statistics.mean(found)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
 def _of(results: dict[str, Any], regime: str) -> list[Row]:
     return [row for row in results["rows"] if row["case"]["regime"] == regime]
 
@@ -256,7 +256,8 @@ def main() -> None:
     given = parser.parse_args()
     write(given.folder)
     if given.write:
-        write_marked(ROOT, blocks(load(given.folder)))
+        simulated = {"paper-workload": paper_workload.text(paper_workload.load(given.folder))}
+        write_marked(blocks(load(given.folder)) | simulated)
 
 
 if __name__ == "__main__":

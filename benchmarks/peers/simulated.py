@@ -1,4 +1,4 @@
-"""How long a step of each policy takes by its plan, for the cases of the grid. (This is quick, and needs no devices.)"""
+"""How long a step of each policy takes by its plan, for the cases of the grid. (No device is needed.)"""
 
 from dataclasses import replace
 

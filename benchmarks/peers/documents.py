@@ -1,9 +1,11 @@
 """Writes generated texts into documents, between ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 
 
@@ -21,8 +23,14 @@ def replaced(text: str, blocks: Mapping[str, str]) -> str:
     return text
 
 
-def write_marked(root: Path, blocks: Mapping[str, str]) -> None:
+def write_marked(blocks: Mapping[str, str]) -> None:
     """Write texts into the project's documents."""
     for name in DOCUMENTS:
-        path = root / name
+        path = ROOT / name
         path.write_text(replaced(path.read_text(), blocks))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
