@@ -1,7 +1,6 @@
 """Runs the comparison, and writes `peers.json` and its tables and picture. See the package's docstring."""
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -18,12 +17,13 @@ from benchmarks.peers.case import ENCODERS, GENERATORS, PEERS, SIGMAS, Case, def
 from benchmarks.peers.computing_run import compute, true_costs
 from benchmarks.peers.machine import description
 from benchmarks.peers.measuring import Measured
-from benchmarks.peers.results import joined, peer_row
+from benchmarks.peers.results import as_json, joined, peer_row
 from benchmarks.peers.running import sleep
 from benchmarks.ranks import awake_cores
 
-STEP = {4: 0.5, 8: 1.0}
-"""Seconds of an ideal step, by P: the more processes share the cores, the longer it must be beside their own work."""
+UNIT_MS = {4: 8.0, 8: 10.0}
+"""Milliseconds of the forward of a rank's part of the LLM, by P. The shorter it is, and the more processes share the
+cores, the more their own work matters, of which plans know nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(row)
         known["seconds"] = time.time() - began
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / report.RESULTS).write_text(json.dumps(known, indent=1))
+        (given.output / report.RESULTS).write_text(as_json(known))
         print(report.line(row), flush=True)
     report.write(given.output)
 
@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("sleep", "compute"), help="one of the two regimes")
-    parser.add_argument("--quick", action="store_true", help="five sleeping cases, and fewer repeats")
-    parser.add_argument("--full", action="store_true", help="with P = 8, all of the grid")
+    parser.add_argument(
+        "--quick", action="store_true", help="eight sleeping cases, and one round of those that compute"
+    )
+    parser.add_argument("--full", action="store_true", help="all of the grid, which takes hours")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8], help="P of sleeping devices")
     parser.add_argument("--microbatches", type=int, default=16)
@@ -55,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--generator", type=float, nargs="+", default=GENERATORS)
     parser.add_argument("--sigma", type=float, nargs="+", default=SIGMAS)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--step", type=float, help="seconds of an ideal step of sleeping devices")
+    parser.add_argument(
+        "--unit_ms", type=float, help="how long a unit takes if devices sleep; by default it depends on P"
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run that computes")
     parser.add_argument("--note", default="", help="what the tables say about this run")
     parser.add_argument("--output", type=Path, default=report.FOLDER)
@@ -85,7 +89,7 @@ def _sleeping(given: argparse.Namespace) -> list[Case]:
 
 
 def _sleeping_row(case: Case, given: argparse.Namespace) -> dict[str, Any]:
-    unit = (given.step or STEP.get(case.size, 1.0)) / case.ideal
+    unit = (given.unit_ms or UNIT_MS.get(case.size, max(UNIT_MS.values()))) / 1e3
     peers = tuple(peer for peer in case.peers if peer in given.peers)
     with awake_cores():
         found = sleep(case, peers, unit, given.repeats)

@@ -1,5 +1,6 @@
 """What is kept of the measurements of a case: medians and spread over repeats, the worst or the mean over ranks."""
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -53,6 +54,13 @@ def joined(case: Case, unit: float, peers: dict[str, dict[str, Any]]) -> dict[st
     """
     check_agreement({kind: row for kind, row in peers.items() if "reason" not in row})
     return {"case": asdict(case), "unit": unit, "ideal": case.ideal * unit, "peers": peers}
+
+
+def as_json(results: dict[str, Any]) -> str:
+    """The results as a JSON file, in which each case is a line."""
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    others = json.dumps({name: value for name, value in results.items() if name != "rows"})
+    return f'{others[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def check_agreement(peers: dict[str, dict[str, Any]]) -> None:

@@ -54,7 +54,8 @@ def test_disagreement_is_refused():
 
 
 def test_the_command_writes_tables(tmp_path):
-    options = "--only sleep --quick --ranks 4 --encoder 0.1 --peers ddp torch_1f1b filled --step 0.02 --repeats 1"
+    options = "--only sleep --quick --ranks 4 --encoder 0.1 --generator 0 --unit_ms 0.3 --repeats 1"
+    options += " --peers ddp torch_1f1b filled"
     command.main([*options.split(), "--output", str(tmp_path)])
     results = json.loads((tmp_path / report.RESULTS).read_text())
     assert [row["case"]["encoder"] for row in results["rows"]] == [0.1]
@@ -116,9 +117,9 @@ def test_simulations_follow_the_policies():
 
 def test_cutting_the_llm_anew_evens_out_stages():
     costs = Costs(F=1, B=2, EF=0.5, EB=1.0, G=1.5)
-    assert paper_workload.rebalanced(replace(costs, EF=0.0, G=0.0), 4) == pytest.approx(
-        paper_workload.seconds(replace(costs, EF=0.0, G=0.0), 4, "first_stage")
-    )
+    alone = replace(costs, EF=0.0, EB=0.0, G=0.0)
+    even = paper_workload.seconds(alone, 4, "first_stage")
+    assert paper_workload.rebalanced(alone, 4) == pytest.approx(even)
     anew = paper_workload.rebalanced(costs, 4)
     assert paper_workload.seconds(costs, 4, "filled") < anew < paper_workload.seconds(costs, 4, "first_stage")
 
