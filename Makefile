@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format bench faults clean
+.PHONY: quickstart test lint format bench bench-peers faults clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,11 @@ bench: $(VENV)/.installed-dev  ## measured against simulated step time; memory a
 	$(BIN)/python -m benchmarks.schedule_fidelity
 	$(BIN)/python -m benchmarks.memory_vs_microbatches
 	$(BIN)/python -m benchmarks.data_loading
+
+bench-peers: $(VENV)/.installed-dev  ## this framework beside its peers, and the tables in README.md and docs (40 minutes)
+	$(BIN)/python -m benchmarks.paper_workload
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers.report --write
 
 faults: $(VENV)/.installed-dev  ## a table of faults, and how a run ends after each (half an hour)
 	$(BIN)/python -m benchmarks.faults
