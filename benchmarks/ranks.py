@@ -44,35 +44,31 @@ def _spin() -> None:
         pass
 
 
-<<<<<<< HEAD
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, place: Place = CPU) -> list[Any]:
-    """Call ``function(rank, *args)`` in `world_size` processes with a process group; returns the results by rank."""
-    with TemporaryDirectory() as folder:
-        given = (world_size, folder, place, function, args)
-        start_processes(_rank, given, world_size, start_method=place.start_method)
-=======
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, prompt: bool = False) -> list[Any]:
-    """Call ``function(rank, *args)`` in `world_size` processes with a gloo group; returns the results by rank.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, place: Place = CPU, prompt: bool = False
+) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes with a process group; returns the results by rank.
 
     Args:
         prompt: whether the processes and gloo's threads run as soon as they wake up, see `prompt_wake_ups`.
     """
     with TemporaryDirectory() as folder:
-        start_processes(_rank, (world_size, folder, prompt, function, args), world_size, start_method="fork")
->>>>>>> peers
+        given = (world_size, folder, place, prompt, function, args)
+        start_processes(_rank, given, world_size, start_method=place.start_method)
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 
 def _rank(
-<<<<<<< HEAD
-    rank: int, world_size: int, folder: str, place: Place, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-=======
-    rank: int, world_size: int, folder: str, prompt: bool, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    place: Place,
+    prompt: bool,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     if prompt:
         prompt_wake_ups()
->>>>>>> peers
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     place.open(rank, world_size, f"file://{folder}/store", timedelta(minutes=5))
