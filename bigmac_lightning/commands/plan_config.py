@@ -3,6 +3,7 @@
 It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -20,6 +21,8 @@ from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
+from bigmac_lightning.schedule.measured_costs import MeanWork
+from bigmac_lightning.training.known_costs import check_known, measured_at, scaling_text
 from bigmac_lightning.training.options import OPTION_OF, PipelineOptions
 from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
@@ -95,9 +98,18 @@ class RunReader(ConfigReader):
             "target_rows": self.of_data("target", "rows") or default.target_rows,
             "target_shape": self.of_data("target", "shape") or default.target_shape,
         }
+        if (measured := self.strategy.options.known) is not None:
+            known |= _amounts(measured.work)
         given = {name: value for name, value in vars(self.config["microbatch"]).items() if value is not None}
         values = {**known, **given}
         return TypicalMicrobatch(**{**values, "target_shape": tuple(values["target_shape"])})
+
+
+def _amounts(work: MeanWork) -> dict[str, int]:
+    """The microbatch that was measured."""
+    amounts = {"tokens": work.tokens, "media_rows": work.rows, "targets": work.targets}
+    amounts |= {"item_rows": work.rows / work.items} if work.items else {}
+    return {name: math.ceil(number) for name, number in amounts.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,13 +123,20 @@ def _show(run: RunReader, console: Console) -> None:
     dp, size = mesh_shape(run.world_size, *strategy.sizes, peers=strategy.options.parallel.peers)
     if refused := module.llm.why_not_parallel(strategy.options.parallel):
         raise ValueError(refused)
+    if strategy.options.known is not None:
+        file = str(strategy.options.schedule.costs_file)
+        check_known(strategy.options.known, file, module, run.config["trainer"]["precision"])
     options, stages, reason = resolve_options(module, strategy.options, size)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    costs_given = strategy.options.schedule.given_costs is not None
+    costs_given, known = strategy.options.schedule.given_costs is not None, options.known
+    measured = None
+    if known is not None:
+        work = known.work.with_amounts(microbatch.tokens, microbatch.media_rows, microbatch.targets)
+        measured = measured_at(known, module, stages, options, work)
     estimate = StepEstimate(
-        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp
+        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp, measured
     )
     if reason:
         console.print(reason, highlight=False, soft_wrap=True)
@@ -126,7 +145,15 @@ def _show(run: RunReader, console: Console) -> None:
     ranks.caption = _assumptions(run, microbatch, microbatches, dp, size)
     console.print(ranks)
     costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
-    if costs_given:
+    if known is not None:
+        scaling = scaling_text(known, stages, options.parallel)
+        console.print(
+            f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
+            f"{{{costs}}}{scaling and f' ({scaling})'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif costs_given:
         console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
     else:
         console.print(

@@ -16,8 +16,10 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
+from bigmac_lightning.schedule.measured_costs import MeasuredCosts
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
+from bigmac_lightning.training.known_costs import costs_of
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner
 from bigmac_lightning.training.trained import Trained, trained_with
@@ -31,7 +33,7 @@ class StepEstimate:
     """The estimate of a step in which all microbatches are alike.
 
     Attributes:
-        costs: what the plan was made with: the estimated costs in TFLOP, or the costs of the options.
+        costs: what the plan was made with: the estimated costs in TFLOP, the costs of the options, or measured ones.
         plan: the plan of the step.
         timeline: the simulation of the plan.
         ranks: what each rank holds, computes and needs.
@@ -48,6 +50,7 @@ class StepEstimate:
         precision: Precision,
         estimate_costs: bool = True,
         replicas: int = 1,
+        measured: MeasuredCosts | None = None,
     ) -> None:
         """
         Args:
@@ -55,6 +58,7 @@ class StepEstimate:
             microbatch: what each microbatch holds.
             microbatches: the number of microbatches in a step, M.
             estimate_costs: whether to plan with estimated costs instead of the costs of the options.
+            measured: what was measured of these stages and microbatches, for a plan in seconds.
 
         Raises:
             ValueError: no plan is possible within the caps of the options.
@@ -73,14 +77,18 @@ class StepEstimate:
         estimated = self._estimate_costs()
         self.costs = options.costs
         if estimate_costs:
-            self.costs = estimated
-            factors = None if options.schedule.own_ranks else self._stage_factors()
+            self.costs = costs_of(measured, size, estimated) if measured else estimated
+            factors = None if measured or options.schedule.own_ranks else self._stage_factors()
             schedule = replace(options.schedule, costs=self.costs)
             options = replace(options, schedule=schedule, stage_factors=factors)
         encoder, generator = next(iter(module.encoders), ""), next(iter(module.generators), "")
         batch = microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
-        self.plan: Plan = Planner(options, size, 0, self._trained)(batch).plan
-        self.timeline: Timeline = simulate(self.plan)
+        planner = Planner(options, size, 0, self._trained)
+        if measured:
+            planner.rates = measured.of_equal_work(microbatch.items, microbatch.targets)
+        planned = planner(batch)
+        self.plan: Plan = planned.plan
+        self.timeline: Timeline = simulate(self.plan, planned.workload)
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
             for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision, replicas))

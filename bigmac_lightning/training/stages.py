@@ -7,7 +7,8 @@ from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.known_costs import costs_of
+from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
@@ -48,6 +49,8 @@ def resolve_options(
         ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
     """
     layers = module.llm.num_layers
+    if options.known is not None:
+        options = replace(options, assumed=costs_of(options.known, size, DEFAULT_COSTS))
     options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
     costs = module.llm.costs(options.sample_tokens)
     stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)
