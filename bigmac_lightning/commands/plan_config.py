@@ -5,7 +5,7 @@ It builds the model on the meta device and the strategy. It starts no processes 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -88,21 +88,18 @@ class RunReader(ConfigReader):
 
     def microbatch(self) -> TypicalMicrobatch:
         """The microbatch by the command's arguments, or else by those of the data, or else by default."""
-        default = TypicalMicrobatch()
-        tokens = self.config["microbatch"]["tokens"] or self.of_data("token_budget") or default.tokens
-        known = {
-            "tokens": tokens,
-            "media_rows": tokens // 4 if self.model.encoders else 0,
-            "item_rows": self.of_data("visual", "max_rows") or min(default.item_rows, tokens // 4 or 1),
-            "targets": 1 if self.model.generators else 0,
-            "target_rows": self.of_data("target", "rows") or default.target_rows,
-            "target_shape": self.of_data("target", "shape") or default.target_shape,
+        amounts = {
+            "tokens": self.of_data("token_budget"),
+            "item_rows": self.of_data("visual", "max_rows"),
+            "target_rows": self.of_data("target", "rows"),
+            "target_shape": self.of_data("target", "shape"),
         }
-        if (measured := self.strategy.options.known) is not None:
-            known |= _amounts(measured.work)
         given = {name: value for name, value in vars(self.config["microbatch"]).items() if value is not None}
-        values = {**known, **given}
-        return TypicalMicrobatch(**{**values, "target_shape": tuple(values["target_shape"])})
+        known = amounts | given
+        made = TypicalMicrobatch.of_data(known, bool(self.model.encoders), bool(self.model.generators))
+        measured = {} if self.strategy.options.known is None else _amounts(self.strategy.options.known.work)
+        shape = {"target_shape": tuple(given["target_shape"])} if "target_shape" in given else {}
+        return replace(made, **(measured | given | shape))
 
 
 def _amounts(work: MeanWork) -> dict[str, int]:
@@ -126,7 +123,7 @@ def _show(run: RunReader, console: Console) -> None:
     if strategy.options.known is not None:
         file = str(strategy.options.schedule.costs_file)
         check_known(strategy.options.known, file, module, run.config["trainer"]["precision"])
-    options, stages, reason = resolve_options(module, strategy.options, size)
+    options, stages, reason = resolve_options(module, strategy.options, size, microbatch)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
@@ -157,8 +154,9 @@ def _show(run: RunReader, console: Console) -> None:
         console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
     else:
         console.print(
-            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training plans with F: 1, B: 2, EF: 1, EB: 2, "
-            "G: 3 for its first batches, and then with the times that it has measured, unless the config gives costs)",
+            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training begins with these ratios if the data say "
+            "how many tokens a microbatch has, as MultimodalDataModule does, and otherwise with F: 1, B: 2, EF: 1, "
+            "EB: 2, G: 3; it goes on with the times that it has measured, unless the config gives costs)",
             highlight=False,
             soft_wrap=True,
         )

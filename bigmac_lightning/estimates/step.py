@@ -4,15 +4,14 @@ The costs of a microbatch come from counted multiplications. A plan is made with
 how many microbatches and encoder units are alive on each rank at the peak.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from bigmac_lightning.contracts.components import Encoder, Generator, trained_share
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
-from bigmac_lightning.estimates.forward_cost import ForwardCost
+from bigmac_lightning.estimates.costs import FLOP, TERA, estimated_costs, media_cost, target_cost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
@@ -23,10 +22,6 @@ from bigmac_lightning.training.known_costs import costs_of
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner
 from bigmac_lightning.training.trained import Trained, trained_with
-
-TERA = 1e12
-FLOP = 2
-"""Floating-point operations in a multiplication with its addition."""
 
 
 class StepEstimate:
@@ -69,12 +64,9 @@ class StepEstimate:
         self._tokens = microbatch.tokens / options.parallel.context
         self._llm_costs = module.llm.divided_costs(options.parallel, options.sample_tokens)
         self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
-        self._media = self._media_cost()
-        self._target = _mean(
-            g.forward_cost(microbatch.target_shape, microbatch.target_rows) for g in _generators(module)
-        )
+        self._media, self._target = media_cost(module, microbatch), target_cost(module, microbatch)
         self._trained = self._find_trained()
-        estimated = self._estimate_costs()
+        estimated = estimated_costs(module, options.parallel, options.sample_tokens, size, microbatch)
         self.costs = options.costs
         if estimate_costs:
             self.costs = costs_of(measured, size, estimated) if measured else estimated
@@ -95,37 +87,6 @@ class StepEstimate:
         ]
 
     # -- time ----------------------------------------------------------------------------------------------------------
-
-    def _media_cost(self) -> ForwardCost:
-        """The cost of the forward of all media of a microbatch."""
-        encoders = [e for e in self.module.encoders.values() if isinstance(e, Encoder)]
-        item = _mean(e.forward_cost(self.microbatch.item_rows) for e in encoders)
-        return item * (self.microbatch.media_rows / self.microbatch.item_rows)
-
-    def _estimate_costs(self) -> Costs:
-        """The costs of a microbatch in TFLOP, of one of the processes that a rank consists of.
-
-        F, B, I and W are those of the mean rank with all layers trained, as `Trained` leaves out what frozen layers do
-        not need. EF and EB are those of all media, with all weights of the encoders trained, for the same reason. G is
-        that of all targets, with what is trained of the generators.
-        """
-        module, per_multiplication = self.module, FLOP * self._tokens / TERA
-        forward = per_multiplication * sum(self._llm_costs.of(stage) for stage in self.stages) / self.size
-        again = forward * module.llm.gradient_checkpointing
-        encoder, target = (FLOP * cost.multiplications / self._peers / TERA for cost in (self._media, self._target))
-        encoders, generators = module.encoders.values(), _generators(module)
-        share = trained_share(module.generators.parameters())
-        through = share > 0 or module.trained_layers.passes[-1]
-        passes = 1 + through * (1 + _all_checkpointed(generators)) + share
-        return Costs(
-            F=forward,
-            B=2 * forward + again,
-            I=forward + again,
-            W=forward,
-            EF=encoder,
-            EB=encoder * (2 + _all_checkpointed(encoders)),
-            G=target * self.microbatch.targets * passes,
-        )
 
     def _stage_factors(self) -> tuple[float, ...]:
         """How long each stage takes, relative to the mean stage."""
@@ -193,22 +154,6 @@ class StepEstimate:
         """How many of a rank's units one of its processes has; at least one of the items of a microbatch, as items are
         never split, if the rank has any."""
         return max(units / self._peers, min(units, 1 / items)) if items else 0.0
-
-
-def _generators(module: PipelineModule) -> list[Generator]:
-    return [generator for generator in module.generators.values() if isinstance(generator, Generator)]
-
-
-def _all_checkpointed(components: Iterable[object]) -> bool:
-    found = [getattr(component, "gradient_checkpointing", False) for component in components]
-    return bool(found) and all(found)
-
-
-def _mean(costs: Iterable[ForwardCost]) -> ForwardCost:
-    """The mean over components with matrices of their own. A video encoder that uses those of the image encoder has
-    none, and would halve the mean."""
-    found = [cost for cost in costs if cost.multiplications]
-    return sum(found, ForwardCost()) * (1 / len(found)) if found else ForwardCost()
 
 
 def _of_rank(shares: Sequence[Sequence[float]], plan: Plan, rank: int) -> list[float]:

@@ -121,8 +121,8 @@ class PipelineRunner:
             return None if self._known is None else self._known.rates
         there, here = (", ".join(names) or "nothing" for names in (self._known.trained, self.trained.now.names))
         rank_zero_warn(
-            f"The costs of the file were measured while {there} was trained, and now {here} is: their ratios are used "
-            "until times have been measured"
+            f"The costs of the file were measured with these trained: {there}; now these are: {here}. So only their "
+            "ratios are used, until times have been measured"
         )
         return None
 

@@ -33,6 +33,7 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
@@ -257,7 +258,7 @@ class BigMacStrategy(SteppingStrategy):
         if self.options.known is not None:
             file = self.options.schedule.costs_file
             check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
-        self._options, stages, reason = resolve_options(module, self.options, pp)
+        self._options, stages, reason = resolve_options(module, self.options, pp, _typical(module))
         stage_rank = self._options.stage_rank(pp)
         if reason:
             rank_zero_info(reason)
@@ -465,3 +466,10 @@ class BigMacStrategy(SteppingStrategy):
         offloads = bool(self.options.sharding.offload)  # the device might not have room for all whole weights
         with super().tensor_init_context(empty_init=False), torch.device("cpu") if offloads else nullcontext():
             yield
+
+
+def _typical(module: PipelineModule) -> TypicalMicrobatch | None:
+    """The microbatch that estimates assume, if the DataModule says how many tokens it has."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    amounts = getattr(data, "typical_amounts", {})  # `ParallelDataModule` has them
+    return TypicalMicrobatch.of_data(amounts, bool(module.encoders), bool(module.generators)) if amounts else None
