@@ -5,13 +5,14 @@ how many microbatches and encoder units are alive on each rank at the peak.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
 from bigmac_lightning.estimates.costs import FLOP, TERA, estimated_costs, media_cost, target_cost
+from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
@@ -22,6 +23,40 @@ from bigmac_lightning.training.known_costs import costs_of
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner
 from bigmac_lightning.training.trained import Trained, trained_with
+
+
+@dataclass(frozen=True)
+class ReadyParts:
+    """Parts of an estimate that are the same for many plans.
+
+    Attributes:
+        media, target: see `media_cost` and `target_cost`.
+        estimated: see `estimated_costs`.
+        ranks: see `ranks_of`.
+    """
+
+    media: ForwardCost
+    target: ForwardCost
+    estimated: Costs
+    ranks: Sequence[RankEstimate]
+
+    @classmethod
+    def of(
+        cls,
+        module: PipelineModule,
+        options: PipelineOptions,
+        stages: Sequence[range],
+        size: int,
+        microbatch: TypicalMicrobatch,
+        precision: Precision,
+        replicas: int,
+    ) -> "ReadyParts":
+        return cls(
+            media_cost(module, microbatch),
+            target_cost(module, microbatch),
+            estimated_costs(module, options.parallel, options.sample_tokens, size, microbatch),
+            ranks_of(module, options, stages, size, precision, replicas),
+        )
 
 
 class StepEstimate:
@@ -46,6 +81,7 @@ class StepEstimate:
         estimate_costs: bool = True,
         replicas: int = 1,
         measured: MeasuredCosts | None = None,
+        parts: ReadyParts | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +90,7 @@ class StepEstimate:
             microbatches: the number of microbatches in a step, M.
             estimate_costs: whether to plan with estimated costs instead of the costs of the options.
             measured: what was measured of these stages and microbatches, for a plan in seconds.
+            parts: what is known already.
 
         Raises:
             ValueError: no plan is possible within the caps of the options.
@@ -64,9 +101,9 @@ class StepEstimate:
         self._tokens = microbatch.tokens / options.parallel.context
         self._llm_costs = module.llm.divided_costs(options.parallel, options.sample_tokens)
         self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
-        self._media, self._target = media_cost(module, microbatch), target_cost(module, microbatch)
+        parts = parts or ReadyParts.of(module, options, stages, size, microbatch, precision, replicas)
+        self._media, self._target, estimated = parts.media, parts.target, parts.estimated
         self._trained = self._find_trained()
-        estimated = estimated_costs(module, options.parallel, options.sample_tokens, size, microbatch)
         self.costs = options.costs
         if estimate_costs:
             self.costs = costs_of(measured, size, estimated) if measured else estimated
@@ -83,7 +120,7 @@ class StepEstimate:
         self.timeline: Timeline = simulate(self.plan, planned.workload)
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
-            for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision, replicas))
+            for rank, held in enumerate(parts.ranks)
         ]
 
     # -- time ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,6 @@ def _main(rank: int, folder: Path, arguments: tuple[str, ...]) -> None:
     os.chdir(folder)
     sys.argv = ["bigmac", *arguments]
     warnings.simplefilter("default")
-    with open(f"{rank}.log", "w") as log, redirect_stdout(log):
-        with suppress(SystemExit) if arguments[0] == "profile" else nullcontext():
-            cli.main()
+    ended = suppress(SystemExit) if arguments[0] == "profile" else nullcontext()
+    with open(f"{rank}.log", "w") as log, redirect_stdout(log), ended:
+        cli.main()
