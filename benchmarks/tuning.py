@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bigmac_lightning import Encoder, Generator
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
@@ -66,23 +65,23 @@ class Case:
     space: Space
 
 
-FEW: dict[str, Any] = {"policies": ("nested", "filled"), "pieces": (1, 4), "backbones": ("1f1b", "zb1p", "zbv")}
+FEW: dict[str, Any] = {"policies": ("nested", "filled"), "backbones": ("1f1b", "zb1p")}
 SHARDS = (ShardingOptions(), ShardingOptions("zero1", "zero1", "zero1"))
 CASES = (
     Case(
         "a large encoder",
-        *(12, 0, 64e6, 2048),
-        Space(4, tokens=(1.0, 2.0), checkpointing=(False,), shardings=SHARDS[:1], partitions=("auto",), **FEW),
+        *(12, 0, 64e6, 1024),
+        Space(4, tokens=(1.0,), checkpointing=(False,), shardings=SHARDS[:1], partitions=("auto",), **FEW),
     ),
     Case(
         "encoder and generator, little memory",
-        *(4, 4, 18e6, 2048),
-        Space(4, tokens=(1.0,), shardings=SHARDS, partitions=("even",), **FEW),
+        *(4, 4, 18e6, 1024),
+        Space(4, tokens=(0.5,), shardings=SHARDS, partitions=("even",), pieces=(1,), **FEW),
     ),
     Case(
         "a large generator, 8 ranks",
-        *(2, 10, 64e6, 4096),
-        Space(8, tokens=(1.0,), checkpointing=(False,), partitions=("auto",), shardings=SHARDS[1:], **FEW),
+        *(2, 10, 64e6, 2048),
+        Space(8, False, (1.0,), (False,), SHARDS[1:], ("auto",), pieces=(1,), **FEW),
     ),
 )
 
@@ -110,9 +109,7 @@ def problem_of(case: Case) -> Problem:
 
 
 def main() -> None:
-    table = Table(title="search / exhaustive search")
-    for heading in ("problem", "time of a step", "simulated", "seconds", "chosen", "best"):
-        table.add_column(heading, overflow="fold")
+    console = Console()
     for case in CASES:
         begin = time.perf_counter()
         found = search(Evaluator(problem_of(case)), case.space)
@@ -120,15 +117,11 @@ def main() -> None:
         everything = exhaustive(Evaluator(problem_of(case)), case.space)
         end = time.perf_counter()
         chosen, best = found.best[0], everything.best[0]
-        texts = (f"{one.layout}, {one.schedule.policy} on {one.schedule.backbone}" for one in (chosen, best))
-        table.add_row(
-            case.name,
-            f"{chosen.seconds / best.seconds:.4f}",
-            f"{found.simulated} / {everything.simulated}",
-            f"{middle - begin:.1f} / {end - middle:.1f}",
-            *texts,
-        )
-    Console().print(table)
+        console.print(f"{case.name}: a step takes {chosen.seconds / best.seconds:.4f} of the best one's time")
+        console.print(f"  plans: {found.simulated} / {everything.simulated}, fitting layouts: {len(found.best)}")
+        console.print(f"  seconds: {middle - begin:.1f} / {end - middle:.1f}")
+        for name, one in (("chosen", chosen), ("best", best)):
+            console.print(f"  {name}: {one.layout}, {one.layout.sharding.stages}, {one.schedule}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ from bigmac_lightning.tuning.search import Found, search
 from bigmac_lightning.tuning.space import SHARDINGS, TIMES_OF_TOKENS, Space
 
 SHOWN = 5
+PER_NODE = 8
+"""Processes of a usual node, which has so many GPUs."""
+
 OWN = ("ranks", "memory", "costs", "output", "device", "microbatches", "microbatch")
 """Arguments of the command, which `fit` does not have."""
 
@@ -140,7 +143,7 @@ def _device(run: TuneReader, module: PipelineModule, precision: Precision) -> De
 
 def _space(run: TuneReader) -> Space:
     base, llm = run.strategy.options.sharding, run.model.llm
-    ranks = run.config["ranks"] or run.world_size
+    ranks = run.world_size if run.config["ranks"] is None else run.config["ranks"]
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected an integer of at least 1")
     shardings = list[ShardingOptions]()
@@ -198,6 +201,14 @@ def schedule_text(one: Tried) -> str:
     return f"{chosen.policy} on {chosen.backbone}{stages}{group}{pieces}"
 
 
+def _nodes(total: int, before: int, nodes: int) -> int:
+    """How many nodes so many processes are on, which were on `nodes` when there were `before`."""
+    for number in (nodes, -(-total // max(before // nodes, PER_NODE))):
+        if total % number == 0 and total // number <= max(before // nodes, PER_NODE):
+            return number
+    return 1
+
+
 def _write(run: TuneReader, best: Tried, microbatch: TypicalMicrobatch) -> None:
     """Write the config with what was chosen."""
     config, layout, trainer = run.config, best.layout, run.config["trainer"]
@@ -216,8 +227,7 @@ def _write(run: TuneReader, best: Tried, microbatch: TypicalMicrobatch) -> None:
     was = mesh_shape(run.world_size, *run.strategy.sizes, peers=run.strategy.options.parallel.peers)[0]
     run.set_strategy(values)
     total = layout.replicas * layout.size * layout.parallel.peers
-    per_node = run.world_size // trainer["num_nodes"]
-    trainer["num_nodes"] = max(total // per_node, 1) if total % per_node == 0 else 1
+    trainer["num_nodes"] = _nodes(total, run.world_size, trainer["num_nodes"])
     trainer["devices"] = total // trainer["num_nodes"]
     if config.get(LLM_CHECKPOINTING) is not None:
         config[LLM_CHECKPOINTING] = layout.checkpointing

@@ -23,7 +23,7 @@ from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.tuning.communication import Device, Sent, sent
 from bigmac_lightning.tuning.space import Layout
 
-WEIGHTS = "weights and optimizer states do not fit"
+WEIGHTS, ACTIVATIONS = "weights and optimizer states do not fit", "activations do not fit"
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class Evaluator:
         )
         memory = max(rank.memory for rank in step.ranks)
         computing = step.timeline.makespan * (1 - step.timeline.bubble_share)
-        problem = "activations do not fit" if memory > p.memory else ""
+        problem = ACTIVATIONS if memory > p.memory else ""
         seconds = step.timeline.makespan + moved.step
         return replace(
             tried,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.request import ScheduleOptions
-from bigmac_lightning.tuning.evaluating import WEIGHTS, Evaluator, Tried
+from bigmac_lightning.tuning.evaluating import ACTIVATIONS, WEIGHTS, Evaluator, Tried
 from bigmac_lightning.tuning.space import Layout, Space
 
 REFINED = 2
@@ -64,12 +64,14 @@ def search(evaluator: Evaluator, space: Space, progress: Callable[[int, int, Fou
             break
         alike = replace(layout, sharding=space.shardings[0])
         if alike in fits:
-            continue  # it fits with shards that are sent less often
-        tried = _best_schedule(evaluator, layout, space, found)
+            continue  # everything fits with shards that are sent less often
+        every = _schedules(evaluator, layout, space, found)
+        tried = every[0]
         if tried.problem:
             found.refused[tried.problem] += 1
             continue
-        fits.add(alike)
+        if all(one.problem != ACTIVATIONS for one in every):
+            fits.add(alike)
         since = 0 if not found.best or tried.seconds < found.best[0].seconds else since + 1
         found.add(tried)
     if progress is not None:
@@ -109,8 +111,8 @@ def _ordered(evaluator: Evaluator, space: Space, found: Found) -> list[tuple[flo
     return sorted(order, key=lambda one: one[0])
 
 
-def _best_schedule(evaluator: Evaluator, layout: Layout, space: Space, found: Found) -> Tried:
-    """The fastest choice of a layout that fits; or the one with the least memory, with its problem.
+def _schedules(evaluator: Evaluator, layout: Layout, space: Space, found: Found) -> list[Tried]:
+    """Choices of a layout, the fastest first that fits, or else the one with the least memory.
 
     First each backbone is simulated once, then the fastest ones with each policy, and then the fastest of these with
     other sizes of groups and numbers of pieces.
@@ -120,7 +122,7 @@ def _best_schedule(evaluator: Evaluator, layout: Layout, space: Space, found: Fo
     tried = _evaluated(evaluator, layout, [one for one in every if one == _plain(one, layout, policy)] or every, found)
     best = found.best[0].seconds if found.best else float("inf")
     if tried[0].problem == WEIGHTS or (not tried[0].problem and tried[0].seconds > SLOWER * best):
-        return tried[0]
+        return tried
     backbones = [(one.schedule.backbone, one.schedule.virtual_stages) for one in tried[:REFINED]]
     others = [one for one in every if one == _plain(one, layout, one.policy) and one.policy != policy]
     others = [one for one in others if (one.backbone, one.virtual_stages) in backbones]
@@ -128,7 +130,7 @@ def _best_schedule(evaluator: Evaluator, layout: Layout, space: Space, found: Fo
     first = tried[0].schedule
     rest = [replace(one, group_size=first.group_size, pieces=first.pieces) == first for one in every]
     further = [one for one, alike in zip(every, rest, strict=True) if alike and one != first]
-    return min([*tried, *_evaluated(evaluator, layout, further, found)], key=_order)
+    return sorted([*tried, *_evaluated(evaluator, layout, further, found)], key=_order)
 
 
 def _plain(schedule: ScheduleOptions, layout: Layout, policy: str) -> ScheduleOptions:
