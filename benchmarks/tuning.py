@@ -14,7 +14,12 @@ from rich.console import Console
 from bigmac_lightning import Encoder, Generator
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.ranks import Precision
-from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
+from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]
+    FlowGenerator,
+    HFDecoder,
+    MultimodalLM,
+    VisionEncoder,
+)
 from bigmac_lightning.training.options import ShardingOptions
 from bigmac_lightning.tuning.communication import Device
 from bigmac_lightning.tuning.evaluating import Evaluator, Problem

@@ -118,7 +118,7 @@ class MultimodalDataModule(ParallelDataModule):
     def typical_amounts(self) -> Mapping[str, Any]:
         visual, target = self.encoder.visual, self.encoder.target
         amounts: dict[str, Any] = {"tokens": self.token_budget}
-        amounts |= {"item_rows": visual.max_rows} if isinstance(visual, VisualProcessor) else {}
+        amounts |= {"item_rows": getattr(visual, "max_rows", None)}  # a user's own processor may have none
         return amounts | ({"target_rows": target.rows, "target_shape": target.shape} if target else {})
 
     # -- sources -------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def schedule_text(one: Tried) -> str:
     chosen = one.schedule
     if one.layout.size == 1:
         return "one stage"
-    stages = f" with {chosen.virtual_stages} stages per rank" if (chosen.virtual_stages or 1) > 1 else ""
+    stages = f" with {chosen.virtual_stages} stages per rank" if chosen.virtual_stages not in (None, 1) else ""
     group = f", group_size {chosen.group_size}" if chosen.group_size else ""
     pieces = f", {chosen.pieces} pieces" if chosen.pieces > 1 else ""
     return f"{chosen.policy} on {chosen.backbone}{stages}{group}{pieces}"

@@ -228,7 +228,8 @@ class MeasuredCosts:
             values[name] = reader.integer(name, 1)
         values |= {name: reader.text(name) for name in ("device", "precision", "model")}
         values |= {name: tuple(reader.items(name, "a list of texts", _is_text)) for name in ("trained", "left_out")}
-        return cls(**values, **{name: reader.number(name) for name in OPTIONAL if name in reader.data})
+        values |= {name: reader.number(name) for name in OPTIONAL if name in reader.data}
+        return cls(**values)
 
 
 def _read_rates(reader: Reader, stages: int) -> Rates:

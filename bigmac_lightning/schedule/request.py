@@ -39,8 +39,9 @@ class ScheduleOptions:
             disaggregated), or more if the backbone needs more to make time for the generator.
         costs: Relative times of the actions on a mean microbatch; F, B, I and W are for all stages of a rank together.
             A .json file that `bigmac profile` has written: its measured times. auto, the default: a training measures
-            them, and plans are made from the times of its own actions after the first batches. Until then, and
-            elsewhere, they are 1 for F, I, W and EF, 2 for B and EB, and 0 for G (in training 3).
+            them, and plans are made from the times of its own actions after the first batches. Until then it
+            estimates them if it can. Otherwise, and elsewhere, they are 1 for F, I, W and EF, 2 for B and EB, and 0 for
+            G (in training 3).
         max_encoder_units: Limit on the encoder units that are alive on a rank (a unit is the encoder's activations of
             one mean microbatch). filled uses as many as the limit allows; its default is 2, or 3 with a generator, or
             what nested takes if that is more. Plans of other policies that exceed the limit are refused.

@@ -130,6 +130,9 @@ def _schedules(evaluator: Evaluator, layout: Layout, space: Space, found: Found)
     first = tried[0].schedule
     rest = [replace(one, group_size=first.group_size, pieces=first.pieces) == first for one in every]
     further = [one for one, alike in zip(every, rest, strict=True) if alike and one != first]
+    if tried[0].problem:  # smaller groups take less memory
+        further = [one for one in every if (one.backbone, one.virtual_stages) in backbones and one.pieces == 1]
+        further = [one for one in further if one.group_size is not None and one.group_size < layout.size]
     return sorted([*tried, *_evaluated(evaluator, layout, further, found)], key=_order)
 
 
