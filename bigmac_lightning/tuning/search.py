@@ -132,7 +132,7 @@ def _schedules(evaluator: Evaluator, layout: Layout, space: Space, found: Found)
     further = [one for one, alike in zip(every, rest, strict=True) if alike and one != first]
     if tried[0].problem:  # smaller groups take less memory
         further = [one for one in every if (one.backbone, one.virtual_stages) in backbones and one.pieces == 1]
-        further = [one for one in further if one.group_size is not None and one.group_size < layout.size]
+        further = [one for one in further if isinstance(one.group_size, int) and one.group_size < layout.size]
     return sorted([*tried, *_evaluated(evaluator, layout, further, found)], key=_order)
 
 
