@@ -14,6 +14,8 @@ TRAINING = {
 }
 OTHERS = {
     "plan": "make, check, show and save a schedule; with --config, that of a run, with the memory of each rank",
+    "profile": "train a config for a few steps and write what it costs on this hardware, for plan, compare, tune, fit",
+    "tune": "search the fastest layout and schedule that fit into memory: tune --config RUN.yaml --ranks 16",
     "data": "show what the model will see of a run's data: data --config RUN.yaml",
     "compare": "compare policies and backbones side by side",
     "export": "write a trained model as a folder that transformers loads",

@@ -4,6 +4,8 @@ The same DataModule serves strategy="auto", "ddp" and "bigmac": a strategy that 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -54,6 +56,12 @@ class ParallelDataModule(pl.LightningDataModule):
         if self.trainer is None:
             return PipelineLayout()
         return getattr(self.trainer.strategy, "pipeline_layout", PipelineLayout())
+
+    @property
+    def typical_amounts(self) -> Mapping[str, Any]:
+        """What a microbatch holds, as far as that is known before any data are read, by names of `TypicalMicrobatch`.
+        A training estimates the costs of its first batches from it; empty: it guesses them."""
+        return {}
 
     @property
     def data_parallel(self) -> dict[str, int]:

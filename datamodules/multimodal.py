@@ -114,6 +114,13 @@ class MultimodalDataModule(ParallelDataModule):
         self._ranks = Ranks()
         self._last_stream: tuple[Any, StreamLoader | None] = (None, None)
 
+    @property
+    def typical_amounts(self) -> Mapping[str, Any]:
+        visual, target = self.encoder.visual, self.encoder.target
+        amounts: dict[str, Any] = {"tokens": self.token_budget}
+        amounts |= {"item_rows": getattr(visual, "max_rows", None)}  # a user's own processor may have none
+        return amounts | ({"target_rows": target.rows, "target_shape": target.shape} if target else {})
+
     # -- sources -------------------------------------------------------------------------------------------------------
 
     def sources(self, split: Split) -> Sequence[Source | Stream]:

@@ -359,8 +359,8 @@ FAULTS = [
     Fault(
         "estimates count whole weights where there are slices",
         f"{PACKAGE}/estimates/ranks.py",
-        "(_part(p, rank, shards) // slices.get(p, 1))",
-        "_part(p, rank, shards)",
+        "(_part(shape, rank, shards) // cut)",
+        "_part(shape, rank, shards)",
         "tests/test_estimates.py -k several",
     ),
     Fault(
@@ -575,7 +575,7 @@ FAULTS = [
     ),
     Fault(
         "checkpointed layers are estimated to take no second forward",
-        f"{PACKAGE}/estimates/step.py",
+        f"{PACKAGE}/estimates/costs.py",
         "B=2 * forward + again,",
         "B=2 * forward,",
         "tests/test_estimates.py -k frozen_parts",

@@ -20,7 +20,8 @@ from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, Visi
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import local
-from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
+from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from tests.models.parts import counting
@@ -353,3 +354,13 @@ def test_the_table_of_the_strategy_has_no_memory() -> None:
     assert "memory" not in text
     with pytest.raises(ValueError, match=r"microbatch.item_rows is 0; expected at least 1"):
         replace(TYPICAL, item_rows=0)
+
+
+def test_first_plans_are_made_from_estimates() -> None:
+    """Where the data say what a microbatch holds; a decoder that does not say its costs leaves them guessed."""
+    module = built()
+    chosen, _, _ = resolve_options(module, options_of(), 2, TYPICAL)
+    assert chosen.costs == estimated(module).costs
+    assert resolve_options(module, options_of(), 2)[0].costs == DEFAULT_COSTS
+    assert resolve_options(module, options_of(costs=Costs(F=7)), 2, TYPICAL)[0].costs == Costs(F=7)
+    assert resolve_options(ToyModule(), options_of(), 2, TYPICAL)[0].costs == DEFAULT_COSTS

@@ -12,6 +12,11 @@ from bigmac_lightning.schedule.plan import PlanError
 PROBLEMS = (ValueError, OSError, ImportError, ArgumentError)
 """Errors that a user can put right. All other exceptions are faults of this package and keep their traceback."""
 
+WRONG_FIELD = (
+    r"""Problem with given class_path .*: Parser key "([^"]*)": Expected an? <class '(.*?)'>.* Got value: (.*)"""
+)
+"""What jsonargparse says of a dataclass's field with a value of the wrong type."""
+
 
 def parser_of(name: str, description: str, options: Callable[..., Any]) -> ArgumentParser:
     """A parser for the arguments of a function."""
@@ -46,6 +51,8 @@ def text_of(problem: Exception) -> str:
         return text
     key = re.match(r'Parser key "([^"]*)":', text)
     if reasons := _reasons_of_union(text):
+        if key is not None and (inner := re.search(WRONG_FIELD, reasons[0])):
+            return f"--{key[1]}.{inner[1]} is {inner[3]}; expected {inner[2]}"
         return "; ".join(reasons) if key is None else f"--{key[1]}: {'; '.join(reasons)}"
     pattern = r"""Parser key "([^"]*)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
     wrong = re.match(pattern, text, re.DOTALL)

@@ -3,8 +3,9 @@
 It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -20,6 +21,8 @@ from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
+from bigmac_lightning.schedule.measured_costs import MeanWork
+from bigmac_lightning.training.known_costs import check_known, measured_at, scaling_text
 from bigmac_lightning.training.options import OPTION_OF, PipelineOptions
 from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
@@ -85,19 +88,25 @@ class RunReader(ConfigReader):
 
     def microbatch(self) -> TypicalMicrobatch:
         """The microbatch by the command's arguments, or else by those of the data, or else by default."""
-        default = TypicalMicrobatch()
-        tokens = self.config["microbatch"]["tokens"] or self.of_data("token_budget") or default.tokens
-        known = {
-            "tokens": tokens,
-            "media_rows": tokens // 4 if self.model.encoders else 0,
-            "item_rows": self.of_data("visual", "max_rows") or min(default.item_rows, tokens // 4 or 1),
-            "targets": 1 if self.model.generators else 0,
-            "target_rows": self.of_data("target", "rows") or default.target_rows,
-            "target_shape": self.of_data("target", "shape") or default.target_shape,
+        amounts = {
+            "tokens": self.of_data("token_budget"),
+            "item_rows": self.of_data("visual", "max_rows"),
+            "target_rows": self.of_data("target", "rows"),
+            "target_shape": self.of_data("target", "shape"),
         }
         given = {name: value for name, value in vars(self.config["microbatch"]).items() if value is not None}
-        values = {**known, **given}
-        return TypicalMicrobatch(**{**values, "target_shape": tuple(values["target_shape"])})
+        known = amounts | given
+        made = TypicalMicrobatch.of_data(known, bool(self.model.encoders), bool(self.model.generators))
+        measured = {} if self.strategy.options.known is None else _amounts(self.strategy.options.known.work)
+        shape = {"target_shape": tuple(given["target_shape"])} if "target_shape" in given else {}
+        return replace(made, **(measured | given | shape))
+
+
+def _amounts(work: MeanWork) -> dict[str, int]:
+    """The microbatch that was measured."""
+    amounts = {"tokens": work.tokens, "media_rows": work.rows, "targets": work.targets}
+    amounts |= {"item_rows": work.rows / work.items} if work.items else {}
+    return {name: math.ceil(number) for name, number in amounts.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,13 +120,20 @@ def _show(run: RunReader, console: Console) -> None:
     dp, size = mesh_shape(run.world_size, *strategy.sizes, peers=strategy.options.parallel.peers)
     if refused := module.llm.why_not_parallel(strategy.options.parallel):
         raise ValueError(refused)
-    options, stages, reason = resolve_options(module, strategy.options, size)
+    if strategy.options.known is not None:
+        file = str(strategy.options.schedule.costs_file)
+        check_known(strategy.options.known, file, module, run.config["trainer"]["precision"])
+    options, stages, reason = resolve_options(module, strategy.options, size, microbatch)
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    costs_given = strategy.options.schedule.given_costs is not None
+    costs_given, known = strategy.options.schedule.given_costs is not None, options.known
+    measured = None
+    if known is not None:
+        work = known.work.with_amounts(microbatch.tokens, microbatch.media_rows, microbatch.targets)
+        measured = measured_at(known, module, stages, options, work)
     estimate = StepEstimate(
-        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp
+        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp, measured
     )
     if reason:
         console.print(reason, highlight=False, soft_wrap=True)
@@ -126,12 +142,21 @@ def _show(run: RunReader, console: Console) -> None:
     ranks.caption = _assumptions(run, microbatch, microbatches, dp, size)
     console.print(ranks)
     costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
-    if costs_given:
+    if known is not None:
+        scaling = scaling_text(known, stages, options.parallel)
+        console.print(
+            f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
+            f"{{{costs}}}{scaling and f' ({scaling})'}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif costs_given:
         console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
     else:
         console.print(
-            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training plans with F: 1, B: 2, EF: 1, EB: 2, "
-            "G: 3 for its first batches, and then with the times that it has measured, unless the config gives costs)",
+            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training begins with these ratios if the data say "
+            "how many tokens a microbatch has, as MultimodalDataModule does, and otherwise with F: 1, B: 2, EF: 1, "
+            "EB: 2, G: 3; it goes on with the times that it has measured, unless the config gives costs)",
             highlight=False,
             soft_wrap=True,
         )

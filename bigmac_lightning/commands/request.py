@@ -1,7 +1,7 @@
 """The arguments that `bigmac plan` and `bigmac compare` share, and the request for plans that they make."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.measured_costs import MeasuredCosts
 from bigmac_lightning.schedule.request import PlanRequest, ScheduleOptions
 from bigmac_lightning.schedule.workload import Workload
-
-SUMMARIES = {"costs": "times of the actions", "memory": "bytes of a rank's memory"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ def plan_parser(name: str, description: str, without: Collection[str] = ()) -> A
     """
     parser = ArgumentParser(prog=f"bigmac {name}", description=description, exit_on_error=False, default_env=False)
     parser.add_class_arguments(BatchArguments, as_group=False)
-    parser.add_class_arguments(ScheduleOptions, as_group=False, skip={*without, *SUMMARIES})
-    parser.add_class_arguments(Costs, "costs", help=SUMMARIES["costs"])
-    parser.add_class_arguments(MemoryBudget, "memory", help=SUMMARIES["memory"])
+    parser.add_class_arguments(ScheduleOptions, as_group=False, skip={*without, "memory"})
+    parser.add_class_arguments(MemoryBudget, "memory", help="bytes of a rank's memory")
     return parser
 
 
@@ -57,8 +55,9 @@ def request_of(arguments: Namespace, otherwise: str = "", **further: Any) -> Pla
         ValueError: the number of ranks or of microbatches is missing, or an option is not possible.
     """
     given = {entry.name: arguments[entry.name] for entry in fields(ScheduleOptions) if entry.name in arguments}
+    if isinstance(given["costs"], Namespace):
+        given["costs"] = Costs(**vars(given["costs"]))
     memory = MemoryBudget(**vars(arguments.memory))
-    given |= {"costs": Costs(**vars(arguments.costs)), "memory": memory if memory != MemoryBudget() else None}
     workload = None if arguments.workload is None else Workload.load(arguments.workload)
     size, microbatches = arguments.pipeline_parallel_size, arguments.microbatches
     if microbatches is None and workload is not None:
@@ -67,7 +66,14 @@ def request_of(arguments: Namespace, otherwise: str = "", **further: Any) -> Pla
         lacking = "pipeline_parallel_size" if size is None else "microbatches"
         raise ValueError(f"--{lacking} is missing; expected an integer of at least 1{otherwise}")
     further |= {"workload": workload, "layers": arguments.layers}
-    return ScheduleOptions(**given).request(size, microbatches, **further)
+    options = ScheduleOptions(**given)
+    if options.costs_file is not None:
+        known = MeasuredCosts.load(options.costs_file)
+        options, memory = replace(options, costs=known.costs(size)), known.memory(memory, size)
+        if further.get("stage_costs", ()) is None and not options.has_auto and not options.own_ranks:
+            further["stage_costs"] = known.stage_costs(size, options.stages_per_rank)
+    options = replace(options, memory=memory if memory != MemoryBudget() else None)
+    return options.request(size, microbatches, **further)
 
 
 def check_suffix(output: str | None, suffixes: Sequence[str]) -> str:

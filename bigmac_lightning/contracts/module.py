@@ -129,6 +129,11 @@ class PipelineModule(ComponentModule):
             self._trained_layers = self._find_trained_layers()
         return self._trained_layers
 
+    def checkpoint_layers(self, checkpointing: bool) -> None:
+        """Choose whether the LLM's layers save only their inputs, before it has weights, for estimates."""
+        found, self.llm.gradient_checkpointing = self.trained_layers, checkpointing
+        self._trained_layers = replace(found, recomputed=checkpointing)
+
     def _find_trained_layers(self) -> TrainedLayers:
         llm, layers = self.llm, range(self.llm.num_layers)
         parts = [((), True, False), *(((k,), False, False) for k in layers), ((), False, True)]

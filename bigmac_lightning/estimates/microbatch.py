@@ -1,6 +1,8 @@
 """The microbatch that estimates are made for: how many tokens, media items and targets it holds, without contents."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +35,26 @@ class TypicalMicrobatch:
     targets: int = 0
     target_rows: int = 64
     target_shape: tuple[int, ...] = (3, 512, 512)
+
+    @classmethod
+    def of_data(cls, amounts: Mapping[str, Any], encoders: bool, generators: bool) -> "TypicalMicrobatch":
+        """The microbatch of data, of which some amounts are known.
+
+        Args:
+            amounts: tokens, item_rows, target_rows and target_shape; those that are ``None`` or missing are not known.
+            encoders, generators: whether the model has any. A quarter of the tokens is then media, and there is one
+                target.
+        """
+        default, known = cls(), {name: amount for name, amount in amounts.items() if amount is not None}
+        tokens = known.get("tokens", default.tokens)
+        return cls(
+            tokens=tokens,
+            media_rows=tokens // 4 if encoders else 0,
+            item_rows=known.get("item_rows", min(default.item_rows, tokens // 4 or 1)),
+            targets=1 if generators else 0,
+            target_rows=known.get("target_rows", default.target_rows),
+            target_shape=tuple(known.get("target_shape", default.target_shape)),
+        )
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("media_rows", 0), ("item_rows", 1), ("targets", 0), ("target_rows", 1)):

@@ -3,11 +3,13 @@
 If a rank consists of several processes, the estimates are those of its first process, which has the most.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
+import torch
 from torch import nn
 
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
@@ -60,11 +62,12 @@ class Precision:
             slices: into how many slices a weight is divided besides.
             master: whether shards are float32 whatever type the model computes in.
         """
+        alike = Counter(
+            (p.shape, slices.get(p, 1), 4 if master else self.size(component, p), p.requires_grad) for p in parameters
+        )
         return sum(
-            (_part(p, rank, shards) // slices.get(p, 1))
-            * (4 if master else self.size(component, p))
-            * (4 if p.requires_grad else 1)
-            for p in parameters
+            number * (_part(shape, rank, shards) // cut) * size * (4 if trained else 1)
+            for (shape, cut, size, trained), number in alike.items()
         )
 
     def whole(
@@ -177,7 +180,8 @@ def ranks_of(
     stage_rank, made, masters = options.stage_rank(size), list[RankEstimate](), sharding.master_weights
     peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
     replicated = _replicated(module)
-    count, gathered = sum(_count(component.parameters()) for _, component in replicated), 0
+    weights = {name: list(component.parameters()) for name, component in replicated}
+    count, gathered = sum(map(_count, weights.values())), 0
     for name, component in replicated:
         kind = sharding.of_component(name)
         master = masters and kind != "ddp"
@@ -198,7 +202,7 @@ def ranks_of(
             whole_stages = precision.gathered_stages(module.llm, part, kind, master, slices)
         for name, component in replicated:
             kind = sharding.of_component(name)
-            parts = component.parameters(), rank * peers, _shards(kind, size * peers, replicas)
+            parts = weights[name], rank * peers, _shards(kind, size * peers, replicas)
             bytes_of[name] = precision.static(component, *parts, master=masters and kind != "ddp")
         offloaded = sum(size for name, size in bytes_of.items() if sharding.offloads(name))
         static = sum(bytes_of.values()) - offloaded
@@ -212,13 +216,13 @@ def _shards(kind: str, processes: int, replicas: int) -> int:
     return {"ddp": 1, "zero1": processes * replicas, "fsdp": processes}[kind]
 
 
-def _part(parameter: nn.Parameter, rank: int, shards: int) -> int:
+def _part(shape: torch.Size, rank: int, shards: int) -> int:
     """How many numbers of a parameter are in a shard."""
     if shards == 1:
-        return parameter.numel()
-    rows = len(parameter)
+        return shape.numel()
+    rows = shape[0]
     most = -(-rows // shards)
-    return min(max(rows - rank * most, 0), most) * (parameter.numel() // max(rows, 1))
+    return min(max(rows - rank * most, 0), most) * (shape.numel() // max(rows, 1))
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -4,34 +4,66 @@ The costs of a microbatch come from counted multiplications. A plan is made with
 how many microbatches and encoder units are alive on each rank at the peak.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from bigmac_lightning.contracts.components import Encoder, Generator, trained_share
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
+from bigmac_lightning.estimates.costs import FLOP, TERA, estimated_costs, media_cost, target_cost
 from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
+from bigmac_lightning.schedule.measured_costs import MeasuredCosts
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
+from bigmac_lightning.training.known_costs import costs_of
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import Planner
 from bigmac_lightning.training.trained import Trained, trained_with
 
-TERA = 1e12
-FLOP = 2
-"""Floating-point operations in a multiplication with its addition."""
+
+@dataclass(frozen=True)
+class ReadyParts:
+    """Parts of an estimate that are the same for many plans.
+
+    Attributes:
+        media, target: see `media_cost` and `target_cost`.
+        estimated: see `estimated_costs`.
+        ranks: see `ranks_of`.
+    """
+
+    media: ForwardCost
+    target: ForwardCost
+    estimated: Costs
+    ranks: Sequence[RankEstimate]
+
+    @classmethod
+    def of(
+        cls,
+        module: PipelineModule,
+        options: PipelineOptions,
+        stages: Sequence[range],
+        size: int,
+        microbatch: TypicalMicrobatch,
+        precision: Precision,
+        replicas: int,
+    ) -> "ReadyParts":
+        return cls(
+            media_cost(module, microbatch),
+            target_cost(module, microbatch),
+            estimated_costs(module, options.parallel, options.sample_tokens, size, microbatch),
+            ranks_of(module, options, stages, size, precision, replicas),
+        )
 
 
 class StepEstimate:
     """The estimate of a step in which all microbatches are alike.
 
     Attributes:
-        costs: what the plan was made with: the estimated costs in TFLOP, or the costs of the options.
+        costs: what the plan was made with: the estimated costs in TFLOP, the costs of the options, or measured ones.
         plan: the plan of the step.
         timeline: the simulation of the plan.
         ranks: what each rank holds, computes and needs.
@@ -48,6 +80,8 @@ class StepEstimate:
         precision: Precision,
         estimate_costs: bool = True,
         replicas: int = 1,
+        measured: MeasuredCosts | None = None,
+        parts: ReadyParts | None = None,
     ) -> None:
         """
         Args:
@@ -55,6 +89,8 @@ class StepEstimate:
             microbatch: what each microbatch holds.
             microbatches: the number of microbatches in a step, M.
             estimate_costs: whether to plan with estimated costs instead of the costs of the options.
+            measured: what was measured of these stages and microbatches, for a plan in seconds.
+            parts: what is known already.
 
         Raises:
             ValueError: no plan is possible within the caps of the options.
@@ -65,59 +101,29 @@ class StepEstimate:
         self._tokens = microbatch.tokens / options.parallel.context
         self._llm_costs = module.llm.divided_costs(options.parallel, options.sample_tokens)
         self._number_size = precision.activations or (module.llm.dtype or torch.float32).itemsize
-        self._media = self._media_cost()
-        self._target = _mean(
-            g.forward_cost(microbatch.target_shape, microbatch.target_rows) for g in _generators(module)
-        )
+        parts = parts or ReadyParts.of(module, options, stages, size, microbatch, precision, replicas)
+        self._media, self._target, estimated = parts.media, parts.target, parts.estimated
         self._trained = self._find_trained()
-        estimated = self._estimate_costs()
         self.costs = options.costs
         if estimate_costs:
-            self.costs = estimated
-            factors = None if options.schedule.own_ranks else self._stage_factors()
+            self.costs = costs_of(measured, size, estimated) if measured else estimated
+            factors = None if measured or options.schedule.own_ranks else self._stage_factors()
             schedule = replace(options.schedule, costs=self.costs)
             options = replace(options, schedule=schedule, stage_factors=factors)
         encoder, generator = next(iter(module.encoders), ""), next(iter(module.generators), "")
         batch = microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
-        self.plan: Plan = Planner(options, size, 0, self._trained)(batch).plan
-        self.timeline: Timeline = simulate(self.plan)
+        planner = Planner(options, size, 0, self._trained)
+        if measured:
+            planner.rates = measured.of_equal_work(microbatch.items, microbatch.targets)
+        planned = planner(batch)
+        self.plan: Plan = planned.plan
+        self.timeline: Timeline = simulate(self.plan, planned.workload)
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
-            for rank, held in enumerate(ranks_of(module, self.options, stages, size, precision, replicas))
+            for rank, held in enumerate(parts.ranks)
         ]
 
     # -- time ----------------------------------------------------------------------------------------------------------
-
-    def _media_cost(self) -> ForwardCost:
-        """The cost of the forward of all media of a microbatch."""
-        encoders = [e for e in self.module.encoders.values() if isinstance(e, Encoder)]
-        item = _mean(e.forward_cost(self.microbatch.item_rows) for e in encoders)
-        return item * (self.microbatch.media_rows / self.microbatch.item_rows)
-
-    def _estimate_costs(self) -> Costs:
-        """The costs of a microbatch in TFLOP, of one of the processes that a rank consists of.
-
-        F, B, I and W are those of the mean rank with all layers trained, as `Trained` leaves out what frozen layers do
-        not need. EF and EB are those of all media, with all weights of the encoders trained, for the same reason. G is
-        that of all targets, with what is trained of the generators.
-        """
-        module, per_multiplication = self.module, FLOP * self._tokens / TERA
-        forward = per_multiplication * sum(self._llm_costs.of(stage) for stage in self.stages) / self.size
-        again = forward * module.llm.gradient_checkpointing
-        encoder, target = (FLOP * cost.multiplications / self._peers / TERA for cost in (self._media, self._target))
-        encoders, generators = module.encoders.values(), _generators(module)
-        share = trained_share(module.generators.parameters())
-        through = share > 0 or module.trained_layers.passes[-1]
-        passes = 1 + through * (1 + _all_checkpointed(generators)) + share
-        return Costs(
-            F=forward,
-            B=2 * forward + again,
-            I=forward + again,
-            W=forward,
-            EF=encoder,
-            EB=encoder * (2 + _all_checkpointed(encoders)),
-            G=target * self.microbatch.targets * passes,
-        )
 
     def _stage_factors(self) -> tuple[float, ...]:
         """How long each stage takes, relative to the mean stage."""
@@ -185,22 +191,6 @@ class StepEstimate:
         """How many of a rank's units one of its processes has; at least one of the items of a microbatch, as items are
         never split, if the rank has any."""
         return max(units / self._peers, min(units, 1 / items)) if items else 0.0
-
-
-def _generators(module: PipelineModule) -> list[Generator]:
-    return [generator for generator in module.generators.values() if isinstance(generator, Generator)]
-
-
-def _all_checkpointed(components: Iterable[object]) -> bool:
-    found = [getattr(component, "gradient_checkpointing", False) for component in components]
-    return bool(found) and all(found)
-
-
-def _mean(costs: Iterable[ForwardCost]) -> ForwardCost:
-    """The mean over components with matrices of their own. A video encoder that uses those of the image encoder has
-    none, and would halve the mean."""
-    found = [cost for cost in costs if cost.multiplications]
-    return sum(found, ForwardCost()) * (1 / len(found)) if found else ForwardCost()
 
 
 def _of_rank(shares: Sequence[Sequence[float]], plan: Plan, rank: int) -> list[float]:

@@ -8,6 +8,7 @@ from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
+from bigmac_lightning.schedule.measured_costs import SUFFIX
 from bigmac_lightning.schedule.placing.policies import POLICIES, get_policy
 from bigmac_lightning.schedule.workload import Workload
 
@@ -38,9 +39,10 @@ class ScheduleOptions:
             generator and under first_stage. Otherwise it is the size of the largest group (twice that under
             disaggregated), or more if the backbone needs more to make time for the generator.
         costs: Relative times of the actions on a mean microbatch; F, B, I and W are for all stages of a rank together.
-            auto, the default: a training measures them, and plans are made from the times of its own actions after the
-            first batches. Until then, and elsewhere, they are 1 for F, I, W and EF, 2 for B and EB, and 0 for G (in
-            training 3).
+            A .json file that `bigmac profile` has written: its measured times. auto, the default: a training measures
+            them, and plans are made from the times of its own actions after the first batches. Until then it
+            estimates them if it can. Otherwise, and elsewhere, they are 1 for F, I, W and EF, 2 for B and EB, and 0 for
+            G (in training 3).
         max_encoder_units: Limit on the encoder units that are alive on a rank (a unit is the encoder's activations of
             one mean microbatch). filled uses as many as the limit allows; its default is 2, or 3 with a generator, or
             what nested takes if that is more. Plans of other policies that exceed the limit are refused.
@@ -59,15 +61,15 @@ class ScheduleOptions:
     ramp: bool = False
     pieces: int = 1
     extra_in_flight: int | None = None
-    costs: Costs | Auto | None = None
+    costs: Costs | str | None = None
     max_encoder_units: float | None = None
     max_llm_microbatches: float | None = None
     memory: MemoryBudget | None = None
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
-        if isinstance(self.costs, str) and self.costs != "auto":
-            raise ValueError(f'costs is {self.costs!r}; expected times of the actions, or "auto"')
+        if isinstance(self.costs, str) and self.costs != "auto" and not self.costs.endswith(SUFFIX):
+            raise ValueError(f'costs is {self.costs!r}; expected times of the actions, a {SUFFIX} file, or "auto"')
         for name, least in (("virtual_stages", 1), ("group_size", 1), ("pieces", 1), ("extra_in_flight", 0)):
             value, may_be_auto = getattr(self, name), name in ("virtual_stages", "group_size")
             if value is None or (value == "auto" and may_be_auto):
@@ -98,6 +100,11 @@ class ScheduleOptions:
     def given_costs(self) -> Costs | None:
         """The costs; ``None`` if they are left open."""
         return self.costs if isinstance(self.costs, Costs) else None
+
+    @property
+    def costs_file(self) -> str | None:
+        """The name of the file that has the costs; ``None`` if there is none."""
+        return self.costs if isinstance(self.costs, str) and self.costs != "auto" else None
 
     @property
     def own_ranks(self) -> bool:
@@ -156,6 +163,8 @@ class PlanRequest(ScheduleOptions):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected an integer of at least 1")
         super().__post_init__()
+        if self.costs_file is not None:
+            raise ValueError(f"costs is {self.costs_file!r}; expected times, as `MeasuredCosts.load` reads them")
         if self.stage_rank is not None and not self.own_ranks:
             raise ValueError(f"stage_rank is given; expected only with policy disaggregated, not with {self.policy}")
         given = self.stage_costs or self.encoder_shares or self.generator_shares

@@ -77,6 +77,20 @@ class Measuring:
         self._next += min(self._next, MOST)
         return self._agree()
 
+    def finish(self) -> Rates:
+        """What all ranks have measured so far. The device must be done with all batches. Collective.
+
+        Raises:
+            ValueError: nothing was measured; raised on all ranks.
+        """
+        while self._running:
+            self._take(*self._running.popleft())
+        self.rates = None
+        self._agree()
+        if self.rates is None:
+            raise ValueError(f"nothing was measured: at least {WARM_UP + 1} batches with labels are needed")
+        return self.rates
+
     def _take(self, trace: Trace, work: Mapping[Action, tuple[int, float]], recomputes: bool) -> None:
         durations = dict(trace.durations())
         for action, seconds in durations.items():

@@ -13,6 +13,7 @@ from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.choose import choose
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.make import make_plan
+from bigmac_lightning.schedule.measured_costs import MeasuredCosts
 from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.placing.uneven_shares import balanced_shares
 from bigmac_lightning.schedule.request import Auto, ScheduleOptions
@@ -145,6 +146,8 @@ class PipelineOptions:
         own_stage_rank: the rank of each stage under a policy that leaves it open; set by `resolved`.
         sharding: which weights lie in shards.
         parallel: over how many processes the work of a stage is divided.
+        known: the costs of the file that the schedule names; ``None``: it names none.
+        assumed: what plans assume of costs that are not given, before anything is measured.
 
     Raises:
         ValueError: the schedule does not go with shards that all ranks gather together.
@@ -158,6 +161,8 @@ class PipelineOptions:
     own_stage_rank: tuple[int, ...] | None = None
     sharding: ShardingOptions = ShardingOptions()
     parallel: ParallelSizes = field(default_factory=ParallelSizes)
+    known: MeasuredCosts | None = None
+    assumed: Costs = DEFAULT_COSTS
 
     def __post_init__(self) -> None:
         parallel = self.parallel
@@ -203,12 +208,13 @@ class PipelineOptions:
             stages.sample_tokens,
             sharding=sharding or ShardingOptions(),
             parallel=parallel or ParallelSizes(),
+            known=None if schedule.costs_file is None else MeasuredCosts.load(schedule.costs_file),
         )
 
     @property
     def costs(self) -> Costs:
-        """The costs that plans assume: the schedule's own, or defaults."""
-        return self.schedule.given_costs or DEFAULT_COSTS
+        """The costs that plans assume: the schedule's own, or those that are `assumed`."""
+        return self.schedule.given_costs or self.assumed
 
     def resolved(self, size: int, layers: int, encoder: bool, generator: bool) -> "tuple[PipelineOptions, str]":
         """These options with everything named that was left open: what is "auto", and the rank of each stage under a

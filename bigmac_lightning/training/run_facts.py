@@ -62,11 +62,16 @@ def settings(
         strategy: the strategy's arguments by name; those of dataclasses are told apart.
     """
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "strategy": dict(_flat("", dict(strategy))),
         "trainer": _trainer(trainer) | {"precision": f"{precision.precision} ({type(precision).__name__})"},
-        "model": _model(module),
+        "model": model(module),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what is computed."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:
@@ -105,7 +110,8 @@ def _trainer(trainer: pl.Trainer) -> dict[str, str]:
     return found
 
 
-def _model(module: pl.LightningModule) -> dict[str, str]:
+def model(module: pl.LightningModule) -> dict[str, str]:
+    """The classes of components, and their configs."""
     found = {"class": type(module).__qualname__}
     if not isinstance(module, PipelineModule):
         return found
@@ -117,6 +123,7 @@ def _model(module: pl.LightningModule) -> dict[str, str]:
         found[kind] = ", ".join(f"{name}: {type(part).__qualname__}" for name, part in components.items()) or "none"
     for name, part in [("llm", llm), *module.encoders.items(), *module.generators.items()]:
         found |= _config(name, getattr(part, "config", None))
+        found[f"{name}.gradient_checkpointing"] = _text(getattr(part, "gradient_checkpointing", False))
     return found
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
@@ -23,11 +23,12 @@ from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.plan import Plan
-from bigmac_lightning.schedule.rates import described
+from bigmac_lightning.schedule.rates import Rates, described
 from bigmac_lightning.training.batch_agreement import BatchAgreement
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.explaining import alive_in_plan, explain
+from bigmac_lightning.training.known_costs import KnownRates
 from bigmac_lightning.training.measuring import Measuring
 from bigmac_lightning.training.memory_report import is_out_of_memory
 from bigmac_lightning.training.nonfinite import FiniteCheck
@@ -55,6 +56,7 @@ class PipelineRunner:
         agreement: compares batches between ranks before they run; ``None``: nothing does.
         finite: finds out whether training steps are finite; ``None``: nothing does.
         measuring: measures how long actions take, from which plans are then made; ``None``: nothing does.
+        known: times from which plans are made before; ``None``: there are none.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class PipelineRunner:
         agreement: BatchAgreement | None = None,
         finite: FiniteCheck | None = None,
         measuring: Measuring | None = None,
+        known: KnownRates | None = None,
     ) -> None:
+        self._known = known
         self.agreement, self.finite, self.measuring = agreement, finite, measuring
         self.stage_rank = tuple(options.stage_rank(mesh.pp_size))
         self.stages = make_stages(module.llm.costs(), len(self.stage_rank), options.partition)
@@ -108,8 +112,19 @@ class PipelineRunner:
             self.planner.trained = self.trained.now
             if self.measuring is not None:
                 self.measuring.forget()
-                self.planner.rates = None
+                self.planner.rates = self.measuring.rates = self._known_rates()
             self.executor.splits.clear()
+
+    def _known_rates(self) -> Rates | None:
+        """The times that are known of what is trained now."""
+        if self._known is None or self._known.trained == self.trained.now.names:
+            return None if self._known is None else self._known.rates
+        there, here = (", ".join(names) or "nothing" for names in (self._known.trained, self.trained.now.names))
+        rank_zero_warn(
+            f"The costs of the file were measured with these trained: {there}; now these are: {here}. So only their "
+            "ratios are used, until times have been measured"
+        )
+        return None
 
     @property
     def last_plan(self) -> Plan | None:

@@ -5,9 +5,12 @@ from dataclasses import replace
 
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
+from bigmac_lightning.estimates.costs import can_be_estimated, estimated_costs
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.known_costs import costs_of
+from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions
 
 
 def part_of(rank: int, stages: Sequence[range], stage_rank: Sequence[int]) -> Part:
@@ -34,7 +37,7 @@ def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
 
 
 def resolve_options(
-    module: PipelineModule, options: PipelineOptions, size: int
+    module: PipelineModule, options: PipelineOptions, size: int, microbatch: TypicalMicrobatch | None = None
 ) -> tuple[PipelineOptions, list[range], str]:
     """The options without anything left open, the layers of each stage, and why "auto" became what it is.
 
@@ -43,11 +46,18 @@ def resolve_options(
     Args:
         module: with or without its weights.
         size: number of the pipeline's ranks, P.
+        microbatch: what a microbatch holds, for estimates of costs that are neither given nor measured; ``None``: it is
+            not known, and costs are guessed.
 
     Raises:
         ValueError: the LLM cannot be cut into so many stages, or no plan is possible.
     """
     layers = module.llm.num_layers
+    if options.known is not None:
+        options = replace(options, assumed=costs_of(options.known, size, DEFAULT_COSTS))
+    elif microbatch is not None and can_be_estimated(module, microbatch):
+        parallel, sample_tokens = options.parallel, options.sample_tokens
+        options = replace(options, assumed=estimated_costs(module, parallel, sample_tokens, size, microbatch))
     options, reason = options.resolved(size, layers, bool(module.encoders), bool(module.generators))
     costs = module.llm.costs(options.sample_tokens)
     stages = make_stages(module.trained_layers.step(costs), len(options.stage_rank(size)), options.partition)

@@ -33,6 +33,8 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
+from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
+from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
@@ -50,6 +52,7 @@ from bigmac_lightning.training.cards import check_cards
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
+from bigmac_lightning.training.known_costs import KnownRates, check_known, rates_at, scaling_text
 from bigmac_lightning.training.launching import ScriptLauncher, WholeModelLauncher
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
@@ -272,7 +275,10 @@ class BigMacStrategy(SteppingStrategy):
                 "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
                 "microbatches=N, and the DataModule a batch size that makes so many"
             )
-        self._options, stages, reason = resolve_options(module, self.options, pp)
+        if self.options.known is not None:
+            file = self.options.schedule.costs_file
+            check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
+        self._options, stages, reason = resolve_options(module, self.options, pp, _typical(module))
         stage_rank = self._options.stage_rank(pp)
         if reason:
             rank_zero_info(reason)
@@ -370,7 +376,7 @@ class BigMacStrategy(SteppingStrategy):
         measuring = None
         if self._options.schedule.given_costs is None and trainer.state.fn == TrainerFn.FITTING:
             measuring = Measuring(self._ranks, self.root_device, self._options.sharding.meeting)
-        checks = (agreement, finite, measuring)
+        checks = (agreement, finite, measuring, self._known_rates(module))
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, *checks)
         self._runner.executor.progress = self.progress
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
@@ -402,6 +408,16 @@ class BigMacStrategy(SteppingStrategy):
         self.barrier()
         if self._watching is not None:
             self._watching.expect_loops(self._world_group)
+
+    def _known_rates(self, module: PipelineModule) -> KnownRates | None:
+        """The times of the file that the schedule names, for the stages of this run."""
+        known, options = self._options.known, self._options
+        if known is None:
+            return None
+        stages = make_stages(module.llm.costs(), len(options.stage_rank(self.mesh.pp_size)), options.partition)
+        scaling = scaling_text(known, stages, options.parallel)
+        rank_zero_info(f"Plans are made from the times of {options.schedule.costs_file}{scaling and f': {scaling}'}")
+        return KnownRates(rates_at(known, module, stages, options.parallel, options.sample_tokens), known.trained)
 
     def model_to_device(self) -> None:
         assert isinstance(self.model, PipelineModule)
@@ -472,3 +488,10 @@ class BigMacStrategy(SteppingStrategy):
         offloads = bool(self.options.sharding.offload)  # the device might not have room for all whole weights
         with super().tensor_init_context(empty_init=False), torch.device("cpu") if offloads else nullcontext():
             yield
+
+
+def _typical(module: PipelineModule) -> TypicalMicrobatch | None:
+    """The microbatch that estimates assume, if the DataModule says how many tokens it has."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    amounts = getattr(data, "typical_amounts", {})  # `ParallelDataModule` has them
+    return TypicalMicrobatch.of_data(amounts, bool(module.encoders), bool(module.generators)) if amounts else None

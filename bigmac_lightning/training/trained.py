@@ -38,6 +38,12 @@ class Trained:
     def nothing(cls, stages: int) -> "Trained":
         return cls((False,) * stages)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is trained."""
+        llm = () if not any(self.weights) else ("llm",) if all(self.weights) else ("llm, some stages",)
+        return (*llm, *(f"encoders.{name}" for name in sorted(self.encoders)), *(("generators",) * self.generator))
+
     def needs(self, batch: Batch) -> Needs:
         """Where gradients are needed in a training step on this batch."""
         encoded = (any(item.encoder in self.encoders for item in m.media) for m in batch.microbatches)

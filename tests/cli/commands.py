@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 from bigmac_lightning import cli
@@ -38,5 +38,6 @@ def _main(rank: int, folder: Path, arguments: tuple[str, ...]) -> None:
     os.chdir(folder)
     sys.argv = ["bigmac", *arguments]
     warnings.simplefilter("default")
-    with open(f"{rank}.log", "w") as log, redirect_stdout(log):
+    ended = suppress(SystemExit) if arguments[0] == "profile" else nullcontext()
+    with open(f"{rank}.log", "w") as log, redirect_stdout(log), ended:
         cli.main()

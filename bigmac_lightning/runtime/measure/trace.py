@@ -55,6 +55,13 @@ class Trace:
         """The seconds of each action so far. The device must be done with them."""
         return [(action, self._between(start, end)) for action, start, end in self._marks]
 
+    def elapsed(self) -> float:
+        """Seconds since the trace began, by the device's clock. On CUDA, this waits until the device has finished."""
+        now = self._now()
+        if self._cuda:
+            torch.cuda.synchronize()
+        return self._between(self._origin, now)
+
     def spans(self) -> list[Span]:
         """Return all spans so far. On CUDA, this waits until the device has finished."""
         if self._cuda:
