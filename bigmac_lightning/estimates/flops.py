@@ -5,9 +5,7 @@ from dataclasses import replace
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel, trained_share
 from bigmac_lightning.contracts.module import PipelineModule
-
-FLOP = 2
-"""Floating-point operations of a multiplication with its addition."""
+from bigmac_lightning.estimates.costs import FLOP
 
 
 class TrainingFlops:

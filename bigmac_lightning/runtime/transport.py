@@ -17,6 +17,11 @@ from bigmac_lightning.runtime.lowering import Message
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.progress import Progress
 
+MOST_SENDING = 8
+"""Messages on their way from a rank. gloo does not say that one has arrived before somebody waits for it, so without a
+limit all messages of a step would stay in memory until its end. Waiting cannot be a deadlock: the receiver reaches its
+place in the total order without anything that this rank does later."""
+
 
 class Transport:
     """The messages of one rank in one step, including those that an action produces for another one on the same
@@ -39,6 +44,8 @@ class Transport:
             return
         # A tensor must stay in memory until it is sent. Those that have been sent meanwhile are released here.
         self._sending = [one for one in self._sending if not one[0].is_completed()]
+        while len(self._sending) >= MOST_SENDING:
+            self._wait_for(self._sending.pop(0))
         group = self._mesh.channels[message.kind, peer > self._mesh.pp_rank]
         receiver = self._mesh.pp_ranks[peer]
         work = dist.isend(tensor, receiver, group=group)
@@ -68,9 +75,13 @@ class Transport:
 
     def finish(self) -> None:
         """Wait until all tensors have been sent."""
-        for work, _, message, receiver in self._sending:
-            self._progress.wait(message, receiver, sending=True)
-            work.wait()
-        self._sending.clear()
+        while self._sending:
+            self._wait_for(self._sending.pop(0))
         never_taken = [*self._tensors, *self._receiving]
         assert not never_taken, f"these messages were never used: {never_taken}"
+
+    def _wait_for(self, sending: tuple[dist.Work, Tensor, Message, int]) -> None:
+        work, _, message, receiver = sending
+        self._progress.wait(message, receiver, sending=True)
+        work.wait()
+        self._progress.waiting = None
