@@ -15,7 +15,7 @@ from bigmac_lightning.tuning.evaluating import ACTIVATIONS, WEIGHTS, Evaluator, 
 from bigmac_lightning.tuning.space import Layout, Space
 
 REFINED = 2
-"""How many backbones of a layout get all policies: those that are fastest with one. The number was chosen, not measured."""
+"""How many backbones of a layout get all policies: the fastest with one. The number was chosen, not measured."""
 
 SLOWER = 1.3
 """A layout whose backbones are all so many times slower than the best choice is not looked at further: other policies
