@@ -151,7 +151,7 @@ def lower(plan: Plan, order: list[tuple[int, int]], needs: Needs) -> list[list[I
 
 def with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Instruction]:
     """A program that says when it is done with a part of the model: after the last action, and what it sends; and
-    before an LLM action that a nested action follows, if that gathers weights for a forward.
+    before an LLM action that a nested action follows, if that gathers weights.
 
     Args:
         meeting: the kinds of actions inside which all ranks gather weights.
@@ -159,7 +159,7 @@ def with_hints(program: list[Instruction], meeting: Collection[str]) -> list[Ins
     hints: dict[int, list[Hint]] = {}
     computes = [(i, one.action) for i, one in enumerate(program) if isinstance(one, Compute)]
     for (i, action), (_, following) in pairwise(computes):
-        if following.kind in meeting and following.kind in ("EF", "G") and not action.nested:
+        if following.kind in meeting and not action.nested:
             hints.setdefault(i, []).append(Soon(following))
     done: list[Hint] = []
     for part, kinds in LAST_OF.items():

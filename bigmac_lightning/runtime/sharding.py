@@ -101,10 +101,11 @@ class ShardedModule:
             for part in self._others:
                 part.unshard()
 
-    def start_gathering(self) -> None:
-        """Start to gather the weights beside blocks and those of the first block, whose forwards come next. Collective
-        over the mesh."""
-        for part in dict.fromkeys((self._by_themselves[-1], self._by_themselves[0])):
+    def start_gathering(self, backward: bool = False) -> None:
+        """Start to gather the weights beside blocks and those of the first block, whose forwards come next, or of the last
+        one, whose backwards do. Collective over the mesh."""
+        *blocks, beside = self._by_themselves
+        for part in [beside, *blocks[-1:]] if backward else [beside, *blocks[:1]]:
             part.unshard(async_op=True)
 
     def hold(self) -> None:

@@ -69,6 +69,7 @@ class BatchComputation:
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
         self.features = _routing(media, module.feature_rows, planned, "EF")
         self.conditions = _routing(targets, lambda item: item.rows, planned, "G")
+        self._recomputes = planned.recomputes
         self._sharding, self._together = sharding, Together(sharding.calls, mesh.device)
         # If pipelines gather the LLM's weights together, the graphs of their microbatches must pass the same blocks.
         self._alike, self._trains_encoders = mode == "train" and sharding.meets("llm"), planned.needs.encoder
@@ -137,13 +138,17 @@ class BatchComputation:
         return {name for name in known if self._sharding.meets(f"generators.{name}")}
 
     def start_gathering(self, kind: str, group: int) -> None:
-        """Start to gather weights for the first component that a group's EF or G runs."""
-        if kind == "EF":
-            names, components, prefix = self._meeting_encoders(group), self.module.encoders, "encoders"
-        else:
+        """Start to gather weights for the first component that a group's action of a kind runs."""
+        backward = kind == "EB" and not self._recomputes
+        if kind == "G":
             names, components, prefix = self._meeting_generators(group), self.module.generators, "generators"
-        if first := next((name for name in components if name in names), None):
-            self._sharding.start_gathering(f"{prefix}.{first}")
+        else:
+            names, components, prefix = self._meeting_encoders(group), self.module.encoders, "encoders"
+        order = [name for name in components if name in names]
+        if backward:  # the one that ran last comes first, if it has a backward
+            order = [n for n in reversed(order) if any(p.requires_grad for p in components[n].parameters())]
+        if order:
+            self._sharding.start_gathering(f"{prefix}.{order[0]}", backward)
 
     def encode(self, group: int, piece: int) -> Tensor:
         places = self.features.items(group, (self.rank, piece))

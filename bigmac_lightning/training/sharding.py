@@ -77,10 +77,11 @@ class Sharding:
         for sharded in self.sharded.values():
             sharded.gather(has_loss)
 
-    def start_gathering(self, name: str) -> None:
-        """Start to gather what a component needs first, which all ranks of the pipeline run together, soon."""
+    def start_gathering(self, name: str, backward: bool = False) -> None:
+        """Start to gather what a component needs first, whose forward or backward all ranks of the pipeline run together,
+        soon."""
         if name in self.sharded:
-            self.sharded[name].start_gathering()
+            self.sharded[name].start_gathering(backward)
 
     def hold(self) -> None:
         """Let all weights be whole that lie in shards on several pipelines, until `release`: in an evaluation, these

@@ -1,6 +1,7 @@
 """Weights in shards are on their way before the nested action that needs them begins."""
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -29,15 +30,17 @@ def _starts(rank: int) -> tuple[Counter[str], Counter[str]]:
             found[kind] += any(group._all_gather_result is not None for group in groups)
 
         sharded.module.register_forward_pre_hook(note, prepend=True)
+        if name.startswith("enc"):
+            sharded.module.register_full_backward_pre_hook(partial(note, kind="EB"), prepend=True)
     runner(toy_batch(8, runner.layout), "train")
     assert runner.last_plan is not None
     expected = Counter[str]()
     for before, action in pairwise(runner.last_plan.ranks[rank]):
-        expected[action.kind] += action.kind in ("EF", "G") and not before.nested
+        expected[action.kind] += action.kind in ("EF", "EB", "G") and not before.nested
     return +found, +expected
 
 
 def test_nested_actions_find_their_weights_on_the_way() -> None:
     for found, expected in run_ranks(2, _starts):
         assert found == expected
-        assert set(found) == {"EF", "G"}
+        assert set(found) == {"EB", "G"}  # here, each EF but the first comes right after an EB
