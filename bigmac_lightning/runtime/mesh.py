@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from bigmac_lightning.groups import destroy_with
 from bigmac_lightning.runtime.lowering import MESSAGE_KINDS, MessageKind
@@ -176,6 +177,9 @@ def build_mesh(
         timeout: timeout of all process groups; by default that of torch.
         cp, tp: numbers of context and of tensor peers of each pipeline rank.
     """
+    # DTensor remembers results of its operations with their mesh. That of an earlier run in this process is equal to
+    # the new one, but its process groups are gone.
+    _clear_sharding_prop_cache()
     ranks, stage_rank = torch.arange(dp * pp * cp * tp).view(dp, pp, cp, tp), list(stage_rank)
     make = partial(_own_group, ranks, timeout)
     own = {name: make(name) for name in ("dp", "pp", *(("cp", "tp") if cp * tp > 1 else ()))}

@@ -102,8 +102,8 @@ class ShardedModule:
                 part.unshard()
 
     def start_gathering(self, backward: bool = False) -> None:
-        """Start to gather the weights beside blocks and those of the first block, whose forwards come next, or of the last
-        one, whose backwards do. Collective over the mesh."""
+        """Start to gather the weights beside blocks and those of the first block, whose forwards come next, or of the
+        last one, whose backwards do. Collective over the mesh."""
         *blocks, beside = self._by_themselves
         for part in [beside, *blocks[-1:]] if backward else [beside, *blocks[:1]]:
             part.unshard(async_op=True)

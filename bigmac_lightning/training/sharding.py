@@ -78,8 +78,8 @@ class Sharding:
             sharded.gather(has_loss)
 
     def start_gathering(self, name: str, backward: bool = False) -> None:
-        """Start to gather what a component needs first, whose forward or backward all ranks of the pipeline run together,
-        soon."""
+        """Start to gather what a component needs first, whose forward or backward all ranks of the pipeline run
+        together, soon."""
         if name in self.sharded:
             self.sharded[name].start_gathering(backward)
 

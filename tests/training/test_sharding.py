@@ -15,6 +15,8 @@ from bigmac_lightning.runtime.sharding import _groups, local
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.sharding import Sharding
+from tests.layouts.cases import Case
+from tests.layouts.measure import fit_on_rank
 from tests.toy import ToyData, ToyEncoder, ToyGenerator, ToyModule
 from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
@@ -296,6 +298,17 @@ def test_weights_of_bfloat16() -> None:
 def test_sums_in_float32_are_refused() -> None:
     with pytest.raises(ValueError, match="float32_gradients=True does not go with sharding"):
         BigMacStrategy(float32_gradients=True, sharding=FSDP)
+
+
+def _twice(rank: int) -> list[list[float]]:
+    case = Case(mesh=(2, 1, 1, 1), encoders="fsdp", stages="zero1")
+    return [fit_on_rank(case, 2).losses for _ in range(2)]
+
+
+def test_a_second_training_in_the_same_processes() -> None:
+    """Its meshes are equal to those of the first one, for which torch remembers results of operations."""
+    for first, second in on_ranks(2, _twice):
+        assert first == second
 
 
 def _left_to_the_end(rank: int, runs: list[tuple[ShardingOptions, int]]) -> list[list[bool]]:
