@@ -33,6 +33,69 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "ranks meet at a time when one of them is busy for long",
+        f"{PACKAGE}/schedule/placing/common_cuts.py",
+        "return min(times, key=lambda time: _left(time, bare, tolerance))",
+        "return max(times, key=lambda time: _left(time, bare, tolerance))",
+        "tests/schedule/test_meeting.py -k takes_little",
+    ),
+    Fault(
+        "common cuts keep more groups alive",
+        f"{PACKAGE}/schedule/placing/common_cuts.py",
+        "    before, after = [-inf] * alive + list(ready), [*due, *[inf] * alive]\n",
+        "    alive += 1\n    before, after = [-inf] * alive + list(ready), [*due, *[inf] * alive]\n",
+        "tests/schedule/test_meeting.py",
+    ),
+    Fault(
+        "a simulated rank does not wait for the others",
+        f"{PACKAGE}/schedule/simulate.py",
+        "        start = max(self._starts[other] for other in together)\n",
+        "        start = min(self._starts[other] for other in together)\n",
+        "tests/schedule/test_meeting.py",
+    ),
+    Fault(
+        "gradients of zero1 stages wait for the end of the batch",
+        f"{PACKAGE}/training/runner.py",
+        "Reductions(self.places, self.mesh, self.sharding.early)",
+        "Reductions(self.places, self.mesh)",
+        "tests/training/test_sharding.py -k gradients_of_stages",
+    ),
+    Fault(
+        "weights of a backward are gathered in the order of a forward",
+        f"{PACKAGE}/training/batch_computation.py",
+        'backward = kind == "EB" and not self._recomputes',
+        "backward = False",
+        "tests/runtime/test_gathering.py",
+    ),
+    Fault(
+        "messages pile up until the end of a step",
+        f"{PACKAGE}/runtime/transport.py",
+        "        while len(self._sending) >= MOST_SENDING:\n",
+        "        while False:\n",
+        "tests/runtime/test_transport.py",
+    ),
+    Fault(
+        "a second run takes meshes of the first one",
+        f"{PACKAGE}/runtime/mesh.py",
+        "    _clear_sharding_prop_cache()\n",
+        "",
+        "tests/training/test_sharding.py -k second_training",
+    ),
+    Fault(
+        "an arrow ends at the last action that needs a message",
+        f"{PACKAGE}/schedule/dataflow.py",
+        "                found.setdefault((need, self.ranks[number]), number)",
+        "                found[need, self.ranks[number]] = number",
+        "tests/training/test_monitor.py -k arrows",
+    ),
+    Fault(
+        "operations of a backward are not counted",
+        f"{PACKAGE}/estimates/flops.py",
+        "sum(trained.step(module.llm.costs(tokens)).parts)",
+        "sum(module.llm.costs(tokens).parts)",
+        "tests/test_estimates.py -k operations_of_a_batch",
+    ),
+    Fault(
         "a rank receives before it has sent what the other waits for",
         f"{PACKAGE}/runtime/lowering.py",
         "                programs[receiver].append(Receive(message, rank))",
@@ -85,8 +148,8 @@ FAULTS = [
     Fault(
         "a copy for a save in the background is the tensor itself",
         f"{PACKAGE}/training/copying.py",
-        "path: self._made[path] if path in tensors else",
-        "path: value if path in tensors else",
+        "        return self._made\n",
+        "        return Copied(values)\n",
         "tests/training/test_copying.py",
     ),
     Fault(
@@ -541,15 +604,15 @@ FAULTS = [
     Fault(
         "throughput is over the time since the start",
         f"{PACKAGE}/callbacks/pipeline_monitor.py",
-        "        self._samples, self._tokens, self._since, self._plans = 0, 0, now, []\n",
-        "        self._samples, self._tokens, self._plans = 0, 0, []\n",
+        "        self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, now, []\n",
+        "        self._samples, self._tokens, self._flops, self._plans = 0, 0, 0.0, []\n",
         "tests/training/test_monitor.py",
     ),
     Fault(
         "the step after is traced",
         f"{PACKAGE}/callbacks/pipeline_monitor.py",
-        "if trainer.global_step >= self.trace_step",
-        "if trainer.global_step > self.trace_step",
+        "trainer.global_step >= self._trace_next",
+        "trainer.global_step > self._trace_next",
         "tests/training/test_monitor.py",
     ),
     Fault(
