@@ -24,14 +24,14 @@ def _starts(rank: int) -> tuple[Counter[str], Counter[str]]:
     runner = PipelineRunner(module, mesh, options)
     found = Counter[str]()
     for name, sharded in runner.sharding.sharded.items():
-        groups = [g for part in sharded._by_themselves for g in part._get_fsdp_state()._fsdp_param_groups]
+        first, *_, last, _ = [part._get_fsdp_state()._fsdp_param_groups for part in sharded._by_themselves]
 
-        def note(*_: object, kind: str = "EF" if name.startswith("enc") else "G", groups: list = groups) -> None:
-            found[kind] += any(group._all_gather_result is not None for group in groups)
+        def note(*_: object, kind: str = "EF" if name.startswith("enc") else "G", groups: list = first) -> None:
+            found[kind] += all(group._all_gather_result is not None for group in groups)
 
         sharded.module.register_forward_pre_hook(note, prepend=True)
         if name.startswith("enc"):
-            sharded.module.register_full_backward_pre_hook(partial(note, kind="EB"), prepend=True)
+            sharded.module.register_full_backward_pre_hook(partial(note, kind="EB", groups=last), prepend=True)
     runner(toy_batch(8, runner.layout), "train")
     assert runner.last_plan is not None
     expected = Counter[str]()
