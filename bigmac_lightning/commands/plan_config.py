@@ -5,7 +5,7 @@ It builds the model on the meta device and the strategy. It starts no processes 
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -102,11 +102,13 @@ class RunReader(ConfigReader):
         return replace(made, **(measured | given | shape))
 
 
-def _amounts(work: MeanWork) -> dict[str, int]:
+def _amounts(work: MeanWork) -> dict[str, Any]:
     """The microbatch that was measured."""
     amounts = {"tokens": work.tokens, "media_rows": work.rows, "targets": work.targets}
     amounts |= {"item_rows": work.rows / work.items} if work.items else {}
-    return {name: math.ceil(number) for name, number in amounts.items()}
+    amounts |= {"target_rows": work.target_rows / work.targets} if work.targets else {}
+    shape = {"target_shape": work.target_shape} if work.targets else {}
+    return {name: math.ceil(number) for name, number in amounts.items()} | shape
 
 
 def main(argv: Sequence[str]) -> int:
@@ -114,7 +116,34 @@ def main(argv: Sequence[str]) -> int:
     return answer("plan", lambda: _show(RunReader("plan", argv), Console()), further=[TypeError])
 
 
-def _show(run: RunReader, console: Console) -> None:
+@dataclass(frozen=True)
+class Estimated:
+    """What is told of a run before it starts.
+
+    Attributes:
+        estimate: the estimate of a step.
+        options, stages: those that the run will have.
+        reason: why "auto" became what it is.
+        microbatch, microbatches: what a microbatch holds, and their number in a step.
+        replicas, size: the numbers of pipelines, and of the ranks of each.
+    """
+
+    estimate: StepEstimate
+    options: PipelineOptions
+    stages: list[range]
+    reason: str
+    microbatch: TypicalMicrobatch
+    microbatches: int
+    replicas: int
+    size: int
+
+
+def estimated(run: RunReader) -> Estimated:
+    """Estimate a step of a run.
+
+    Raises:
+        ValueError: the run is not possible, or its costs were measured for another one.
+    """
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
     dp, size = mesh_shape(run.world_size, *strategy.sizes, peers=strategy.options.parallel.peers)
@@ -127,30 +156,35 @@ def _show(run: RunReader, console: Console) -> None:
     microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     module.adapt()
     name = run.config["trainer"]["precision"]
-    costs_given, known = strategy.options.schedule.given_costs is not None, options.known
-    measured = None
+    costs_given, known, measured = strategy.options.schedule.given_costs is not None, options.known, None
     if known is not None:
         work = known.work.with_amounts(microbatch.tokens, microbatch.media_rows, microbatch.targets)
         measured = measured_at(known, module, stages, options, work)
     estimate = StepEstimate(
         module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp, measured
     )
-    if reason:
-        console.print(reason, highlight=False, soft_wrap=True)
-    console.print(_components(module), highlight=False, soft_wrap=True)
+    return Estimated(estimate, options, stages, reason, microbatch, microbatches, dp, size)
+
+
+def _show(run: RunReader, console: Console) -> None:
+    found = estimated(run)
+    estimate, options, known = found.estimate, found.options, found.options.known
+    if found.reason:
+        console.print(found.reason, highlight=False, soft_wrap=True)
+    console.print(_components(run.model), highlight=False, soft_wrap=True)
     ranks = partition_table(estimate.ranks)
-    ranks.caption = _assumptions(run, microbatch, microbatches, dp, size)
+    ranks.caption = _assumptions(run, found.microbatch, found.microbatches, found.replicas, found.size)
     console.print(ranks)
     costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
     if known is not None:
-        scaling = scaling_text(known, stages, options.parallel)
+        scaling = scaling_text(known, found.stages, options.parallel)
         console.print(
             f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
             f"{{{costs}}}{scaling and f' ({scaling})'}",
             highlight=False,
             soft_wrap=True,
         )
-    elif costs_given:
+    elif run.strategy.options.schedule.given_costs is not None:
         console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
     else:
         console.print(

@@ -32,6 +32,8 @@ class MeanWork:
         tokens, llm: the number of its tokens, and its cost.
         items, rows, media: the number of its media items, of their feature rows, and the sum of their costs.
         targets, target_cost: the number of its targets, and the sum of their costs.
+        target_rows: the number of condition rows of its targets.
+        target_shape: the shape of the largest target; empty: there are no targets.
     """
 
     tokens: float
@@ -41,6 +43,8 @@ class MeanWork:
     media: float = 0.0
     targets: float = 0.0
     target_cost: float = 0.0
+    target_rows: float = 0.0
+    target_shape: tuple[int, ...] = ()
 
     def with_amounts(self, tokens: float, rows: float, targets: float) -> "MeanWork":
         """The work of a microbatch with these amounts of what has the same mean costs."""
@@ -54,6 +58,8 @@ class MeanWork:
             self.media * media,
             self.targets * drawn,
             self.target_cost * drawn,
+            self.target_rows * drawn,
+            self.target_shape,
         )
 
 
@@ -259,12 +265,13 @@ def _read_rates(reader: Reader, stages: int) -> Rates:
 
 def _read_work(reader: Reader) -> MeanWork:
     one = Reader(reader.get("work", "an object"), f"{reader.source}: work", ValueError)
-    names = list(MeanWork.__dataclass_fields__)
-    one.only(set(names))
+    names = [name for name in MeanWork.__dataclass_fields__ if name != "target_shape"]
+    one.only({*names, "target_shape"})
     for name in ("tokens", "llm"):
         if not one.number(name):
             raise one.refuse(name, "a number above 0", one.data[name])
-    return MeanWork(**{name: one.number(name) for name in names})
+    shape = tuple(one.items("target_shape", "a list of the lengths of a target's dimensions", _is_count))
+    return MeanWork(**{name: one.number(name) for name in names}, target_shape=shape)
 
 
 def _record(key: RateKey, rate: Rate) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Measures a short training: what its actions cost, its messages, its activations, its sums of gradients and its
 optimizer. `bigmac profile` lets it watch a run, and saves what it has found."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -152,12 +153,15 @@ def _work(batch: Batch) -> MeanWork:
     media, targets = [i for m in given for i in m.media], [i for m in given for i in m.targets]
     llm = (sum(m.inputs["input_ids"].numel() for m in given), sum(m.cost for m in given))
     encoder = (len(media), sum(i.rows for i in media), sum(i.cost for i in media))
-    generator = (len(targets), sum(i.cost for i in targets))
-    return MeanWork(*(number / len(given) for number in (*llm, *encoder, *generator)))
+    generator = (len(targets), sum(i.cost for i in targets), sum(i.rows for i in targets))
+    shape = max((tuple(i.shape) for i in targets), key=math.prod, default=())
+    return MeanWork(*(number / len(given) for number in (*llm, *encoder, *generator)), target_shape=shape)
 
 
 def _mean(works: Sequence[MeanWork]) -> MeanWork:
-    return MeanWork(*(sum(getattr(work, f.name) for work in works) / len(works) for f in fields(MeanWork)))
+    numbers = [f.name for f in fields(MeanWork) if f.name != "target_shape"]
+    means = {name: sum(getattr(work, name) for work in works) / len(works) for name in numbers}
+    return MeanWork(**means, target_shape=max((work.target_shape for work in works), key=math.prod))
 
 
 def _over(which: Callable[..., float], everyone: Sequence[_Found], name: str) -> float | None:

@@ -1,0 +1,145 @@
+"""How long a step takes and how many bytes of activations it keeps, as told before a run and as measured in it.
+
+    python -m benchmarks.predictions
+
+`bigmac profile` measures a config for a few steps, and `bigmac plan --config` plans with that file; then the config is
+trained with it. A step is what plans say, and the sums of gradients and the optimizer's step as the file says. Two
+processes on the CPU; the model of "100M" has 100 million weights and the data of the digits.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from bigmac_lightning.commands.plan_config import RunReader, estimated
+from bigmac_lightning.runtime.measure.memory import MemoryTracker
+from bigmac_lightning.schedule.measured_costs import MeasuredCosts
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+COUNTED = 3
+"""Batches in which bytes are counted, which takes time; and then as many that are not timed."""
+LARGE: dict[str, Any] = {
+    "llm": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"num_key_value_heads": 4, "head_dim": 64},
+    "encoder": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6},
+    "generator": {"num_layers": 2, "num_attention_heads": 6, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]},
+}
+
+
+class Watch(pl.Callback):
+    """Writes the seconds of steps, what their plans said, and the bytes of activations at the peak of each rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.starts, self.planned, self.peak = list[float](), list[float](), 0
+        self._tracker: MemoryTracker | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        runner: Any = trainer.strategy.runner  # pyright: ignore[reportAttributeAccessIssue]
+        if batch_idx == 0:
+            whole = runner.sharding.whole()
+            self._tracker = runner.executor.memory = MemoryTracker([*pl_module.parameters(), *whole])
+            self._tracker.recording = True
+        if batch_idx == COUNTED:
+            self.peak, runner.executor.memory = self._most(), None
+        if batch_idx >= 2 * COUNTED:
+            self.starts.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        planned = trainer.strategy.runner.last_planned  # pyright: ignore[reportAttributeAccessIssue]
+        if self.starts and planned.seconds is not None:
+            self.planned.append(planned.seconds)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        everyone: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(everyone, self.peak)
+        if trainer.is_global_zero:
+            seconds = [after - before for before, after in zip(self.starts, self.starts[1:], strict=False)]
+            found = {"seconds": seconds, "planned": self.planned, "peaks": everyone}
+            self.path.write_text(json.dumps(found))
+
+    def _most(self) -> int:
+        """The most bytes that were alive at one time, of all components together."""
+        assert self._tracker is not None
+        live, most = dict[str, int](), 0
+        for _, name, size in self._tracker.curve:
+            live[name] = size
+            most = max(most, sum(live.values()))
+        return most
+
+
+def large() -> dict[str, Any]:
+    """The config of the digits with a model of 100 million weights."""
+    config = yaml.safe_load((CONFIGS / "digits.yaml").read_text())
+    parts, width = config["model"]["init_args"], LARGE["llm"]["hidden_size"]
+    parts["llm"]["init_args"]["config"] |= LARGE["llm"]
+    for kind, name in (("encoders", "encoder"), ("generators", "generator")):
+        arguments = parts[kind]["image"]["init_args"]
+        arguments["width"] = width
+        arguments["config"] |= LARGE[name]
+    parts["learning_rate"] = 1e-4
+    config["data"]["init_args"] |= {"batch_size": 32, "microbatches": 8}
+    return config
+
+
+def measured(name: str, steps: int) -> dict[str, Any]:
+    """The seconds and bytes of a config, as told before and as measured."""
+    config = large() if name == "100M" else yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        path, costs, found = (Path(folder) / file for file in ("config.yaml", "costs.json", "found.json"))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": -1}
+        quiet |= {"callbacks": None, "limit_val_batches": 0, "default_root_dir": folder}
+        config["trainer"] |= quiet | {"max_steps": steps}
+        path.write_text(yaml.safe_dump(config))
+        _bigmac("profile", "--config", str(path), "--steps", str(steps), "--output", str(costs))
+        config["trainer"]["callbacks"] = [{"class_path": f"benchmarks.predictions.{Watch.__name__}"}]
+        config["trainer"]["callbacks"][0]["init_args"] = {"path": str(found)}
+        config["trainer"]["strategy"]["init_args"]["schedule"] = {"costs": str(costs)}
+        path.write_text(yaml.safe_dump(config))
+        _bigmac("fit", "--config", str(path))
+        known, seen = MeasuredCosts.load(costs), json.loads(found.read_text())
+        run = estimated(RunReader("plan", ["--config", str(path)]))
+    beside = (known.reduction or 0.0) + (known.optimizer or 0.0)
+    return {
+        "step": statistics.median(seen["seconds"]),
+        "told": run.estimate.timeline.makespan + beside,
+        "planned": statistics.median(seen["planned"]) + beside,
+        "peak": max(seen["peaks"]),
+        "told peak": max(sum(rank.activations.values()) for rank in run.estimate.ranks),
+    }
+
+
+def _bigmac(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "bigmac_lightning.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["digits", "easy_vqa", "100M"])
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    table = Table(title="told before the run (by mean microbatches, and by each batch's own plan), and measured")
+    for column in ("run", "step, s", "told / step", "plans / step", "peak activations, MB", "told / peak"):
+        table.add_column(column, justify="right")
+    for name in arguments.configs:
+        found = measured(name, arguments.steps)
+        step, peak = found["step"], found["peak"]
+        ratios = [f"{found[what] / step:.3f}" for what in ("told", "planned")]
+        table.add_row(name, f"{step:.3f}", *ratios, f"{peak / 1e6:.1f}", f"{found['told peak'] / peak:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
