@@ -29,8 +29,6 @@ cores, the more their own work matters, of which plans know nothing."""
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     given = _parser().parse_args(argv)
-    torch.set_num_threads(1)
-    _be_quiet()
     began, rows = time.time(), list[dict[str, Any]]()
     options = {name: value for name, value in vars(given).items() if name != "output"}
     known = {"machine": description(), "options": options, "rows": rows}
@@ -119,5 +117,7 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # what changes the whole process is not for tests that call `main`
+    torch.set_num_threads(1)
+    _be_quiet()
     main()
