@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         "gradients of zero1 stages wait for the end of the batch",
         f"{PACKAGE}/training/runner.py",
-        "Reductions(self.places, self.mesh, self.sharding.early)",
+        "Reductions(self.places, self.mesh, self.sharding.early(self._splits))",
         "Reductions(self.places, self.mesh)",
         "tests/training/test_sharding.py -k gradients_of_stages",
     ),
@@ -806,7 +806,7 @@ FAULTS = [
     ),
     Fault(
         "a run uses what an attempt before has left in the store",
-        f"{PACKAGE}/training/strategy.py",
+        f"{PACKAGE}/training/processes.py",
         "timeout=self._timeout, store=store)",
         "timeout=self._timeout)",
         "tests/training/test_elastic.py",

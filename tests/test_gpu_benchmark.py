@@ -4,19 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.measuring import REMEMBERED
+from benchmarks.gpu.model import DDP
 
 
 def test_the_command(tmp_path: Path) -> None:
-    few = ["--policies", "nested", gpu.DDP, "--repeats", "1", "--microbatches", "2"]
-    gpu.main(["--tiny", *few, "--output", str(tmp_path)])
+    few = ["--policies", "nested", DDP, "--repeats", "1", "--microbatches", "2"]
+    command.main(["--tiny", *few, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = {row["policy"]: row for row in found["steps"]}
-    assert list(rows) == ["nested", gpu.DDP]
+    assert list(rows) == ["nested", DDP]
     assert all(row["seconds"] > 0 and min(row["busy"]) > 0 for row in rows.values())
-    assert all((row["planned"] is None) == (name == gpu.DDP) for name, row in rows.items())
-    peaks = {policy: [row["peak"] for row in found["memory"] if row["policy"] == policy] for policy in gpu.REMEMBERED}
+    assert all((row["planned"] is None) == (name == DDP) for name, row in rows.items())
+    peaks = {policy: [row["peak"] for row in found["memory"] if row["policy"] == policy] for policy in REMEMBERED}
     assert peaks["nested"][0] == peaks["nested"][-1]
     assert peaks["upfront"][0] < peaks["upfront"][-1]
     assert found["overlap"]["together"] > 0
@@ -34,8 +37,8 @@ def test_the_command(tmp_path: Path) -> None:
     ],
 )
 def test_what_it_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if gpu.torch.cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
-        gpu.main(arguments)
+        command.main(arguments)
     assert message in capsys.readouterr().err

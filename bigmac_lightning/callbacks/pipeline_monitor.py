@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
 from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.estimates.costs import counts_multiplications
 from bigmac_lightning.estimates.flops import TrainingFlops
 from bigmac_lightning.runtime.executor import Executor
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
@@ -90,7 +91,7 @@ class PipelineMonitor(pl.Callback):
             executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, time.perf_counter(), []
         module = checked(self, pl_module)
-        self._counted = TrainingFlops(module) if TrainingFlops.counts(module) else None
+        self._counted = TrainingFlops(module) if counts_multiplications(module.llm) else None
         self._peak = get_available_flops(trainer.strategy.root_device, _dtype(trainer))
         self._trace_next = None if executor is None else self.trace_step
 

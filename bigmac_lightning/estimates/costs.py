@@ -46,9 +46,8 @@ def estimated_costs(
     media, drawn = media_cost(module, microbatch), target_cost(module, microbatch)
     encoder, target = (FLOP * cost.multiplications / parallel.peers / TERA for cost in (media, drawn))
     encoders, generators = module.encoders.values(), _generators(module)
-    share = trained_share(module.generators.parameters())
-    through = share > 0 or module.trained_layers.passes[-1]
-    passes = 1 + through * (1 + _all_checkpointed(generators)) + share
+    passes = passes_of(generators, module.trained_layers.passes[-1])
+    passes += _all_checkpointed(generators) * (passes > 1)
     return Costs(
         F=forward,
         B=2 * forward + again,
@@ -60,9 +59,24 @@ def estimated_costs(
     )
 
 
+def counts_multiplications(llm: LanguageModel) -> bool:
+    """Whether an LLM says what it costs in multiplications, and not only that all layers cost the same."""
+    return type(llm).costs is not LanguageModel.costs
+
+
+def passes_of(generators: Iterable[Generator], passes_below: bool) -> float:
+    """How many times as much as its forward a generator's forward and backward take, without what is computed again.
+
+    Args:
+        passes_below: whether the LLM has to get gradients.
+    """
+    share = trained_share(parameter for generator in generators for parameter in generator.parameters())
+    return 1 + (share > 0 or passes_below) + share
+
+
 def can_be_estimated(module: PipelineModule, microbatch: TypicalMicrobatch) -> bool:
     """Whether all components say what they cost in multiplications, so that their times can be compared."""
-    says = type(module.llm).costs is not LanguageModel.costs
+    says = counts_multiplications(module.llm)
     encoded = not module.encoders or media_cost(module, microbatch).multiplications > 0
     return says and encoded and (not module.generators or target_cost(module, microbatch).multiplications > 0)
 

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from bigmac_lightning.contracts.batch import Batch
-from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel, trained_share
+from bigmac_lightning.contracts.components import Encoder, Generator, trained_share
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.estimates.costs import FLOP
+from bigmac_lightning.estimates.costs import FLOP, passes_of
 
 
 class TrainingFlops:
@@ -23,11 +23,6 @@ class TrainingFlops:
         alone, more = (sum(trained.step(module.llm.costs(tokens)).parts) for tokens in (0, 1024))
         self._of_token, self._of_token_seen = alone, (more - alone) / 1024
         self._above = trained.passes[-1]  # whether gradients pass from generators to the LLM
-
-    @staticmethod
-    def counts(module: PipelineModule) -> bool:
-        """Whether the LLM says how many multiplications it takes."""
-        return type(module.llm).costs is not LanguageModel.costs
 
     def of(self, batch: Batch) -> float:
         """The floating-point operations of a batch, of all ranks together."""
@@ -53,7 +48,5 @@ class TrainingFlops:
             return 0.0
         key = (name, tuple(shape), rows)
         if key not in self._known:
-            share = trained_share(generator.parameters())
-            through = share > 0 or self._above
-            self._known[key] = generator.forward_cost(shape, rows).multiplications * (1 + through + share)
+            self._known[key] = generator.forward_cost(shape, rows).multiplications * passes_of([generator], self._above)
         return self._known[key]

@@ -14,7 +14,7 @@ from typing import Any
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.rates import Rate, RateKey, Rates
-from bigmac_lightning.schedule.reading import Reader, is_integer, parse_json, read_text
+from bigmac_lightning.schedule.reading import Reader, is_integer, read_text
 
 FORMAT = "bigmac-costs/1"
 SUFFIX = ".json"
@@ -221,10 +221,7 @@ class MeasuredCosts:
         Raises:
             ValueError: the text has another form; names the source, the key and the expected value.
         """
-        reader = Reader(parse_json(text, source, ValueError), source, ValueError)
-        if reader.text("format") != FORMAT:
-            raise reader.refuse("format", json.dumps(FORMAT), reader.data["format"])
-        reader.only({"format", *cls.__dataclass_fields__})
+        reader = Reader.of_format(text, source, ValueError, FORMAT, set(cls.__dataclass_fields__))
         layers = reader.items("layers", "a list with the number of layers of each stage", _is_count)
         values: dict[str, Any] = {"rates": _read_rates(reader, len(layers)), "work": _read_work(reader)}
         values["layers"], values["versions"] = tuple(layers), reader.get("versions", "an object of texts")

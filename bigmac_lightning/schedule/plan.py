@@ -11,7 +11,7 @@ from typing import Any
 
 from bigmac_lightning.schedule.action import Action, Kind
 from bigmac_lightning.schedule.costs import Costs
-from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, parse_json, read_text
+from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, read_text
 
 __all__ = ["FORMAT", "Costs", "Plan", "PlanError"]
 
@@ -123,10 +123,7 @@ class Plan:
         Raises:
             PlanError: the text is not JSON, or a key is missing, unknown or has a wrong value; names source and key.
         """
-        reader = Reader(parse_json(text, source, PlanError), source, PlanError)
-        if reader.text("format") != FORMAT:
-            raise reader.refuse("format", json.dumps(FORMAT), reader.data["format"])
-        reader.only({"format"} | {entry.name for entry in fields(cls)})
+        reader = Reader.of_format(text, source, PlanError, FORMAT, {entry.name for entry in fields(cls)})
         stage_costs: list[list[float]] = []
         if "stage_costs" in reader.data:
             stage_costs = reader.rows("stage_costs", "a list with the times of F, B, I, W per stage", is_amount)

@@ -26,6 +26,15 @@ class Reader:
             raise error(f"{source}: expected a JSON object, found {_show(data)}")
         self.data: dict[str, Any] = data
 
+    @classmethod
+    def of_format(cls, text: str, source: str, error: type[ValueError], kind: str, keys: set[str]) -> "Reader":
+        """Read an object whose key "format" says that it is of this kind, and which has no other keys than these."""
+        reader = cls(parse_json(text, source, error), source, error)
+        if reader.text("format") != kind:
+            raise reader.refuse("format", json.dumps(kind), reader.data["format"])
+        reader.only({"format", *keys})
+        return reader
+
     def refuse(self, key: str, expected: str, found: Any) -> ValueError:
         """Return the exception for a wrong value."""
         return self.error(f"{self.source}: {key}: expected {expected}, found {_show(found)}")

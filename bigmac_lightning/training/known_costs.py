@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # pyright: ignore[reportPrivateImportUsage]
+
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
+from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.measured_costs import MeanWork, MeasuredCosts
 from bigmac_lightning.schedule.rates import Rates
@@ -87,6 +90,21 @@ def rates_at(
     forward, inputs, weights = (costs.parts for costs in module.trained_layers.times(module.llm.costs(sample_tokens)))
     both = [one + other for one, other in zip(inputs, weights, strict=True)]
     return known.at([len(stage) for stage in stages], {"F": forward, "B": both, "I": inputs, "W": weights}, factor)
+
+
+def known_rates(module: PipelineModule, options: PipelineOptions, size: int) -> KnownRates | None:
+    """The times of the file that the schedule names, for the stages of a run; ``None``: it names none.
+
+    Args:
+        size: number of the pipeline's ranks, P.
+    """
+    known = options.known
+    if known is None:
+        return None
+    stages = make_stages(module.llm.costs(), len(options.stage_rank(size)), options.partition)
+    scaling = scaling_text(known, stages, options.parallel)
+    rank_zero_info(f"Plans are made from the times of {options.schedule.costs_file}{scaling and f': {scaling}'}")
+    return KnownRates(rates_at(known, module, stages, options.parallel, options.sample_tokens), known.trained)
 
 
 def measured_at(

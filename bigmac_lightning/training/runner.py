@@ -22,6 +22,7 @@ from bigmac_lightning.runtime.lowering import Compute, Hint, Soon
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.randomness import seeded
 from bigmac_lightning.schedule.action import Action
+from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.rates import Rates, described
 from bigmac_lightning.training.batch_agreement import BatchAgreement
@@ -80,6 +81,7 @@ class PipelineRunner:
         own_stages = [stage for stage, rank in zip(self.stages, self.stage_rank, strict=True) if rank == mesh.pp_rank]
         self.sharding = sharding or Sharding(module, mesh, options.sharding, own_stages, computing)
         self.module, self.mesh, self.options, self.forward_context = module, mesh, options, forward_context
+        self._splits = get_backbone(options.schedule.backbone).splits
         self.layout = options.layout(mesh.pp_size, mesh.pp_rank, mesh.peer)
         self.executor = Executor(mesh, self.stage_rank)
         self._last_planned: PlannedBatch | None = None
@@ -170,7 +172,7 @@ class PipelineRunner:
         sums = torch.zeros_like(counts)
         predictions: dict[int, Tensor] = {}
         samples: dict[tuple[int, int], Tensor] = {}
-        reductions = Reductions(self.places, self.mesh, self.sharding.early) if reduce else None
+        reductions = Reductions(self.places, self.mesh, self.sharding.early(self._splits)) if reduce else None
         measuring, work = (self.measuring if training else None), dict[Action, tuple[int, float]]()
         timing = self.executor.timing = None if measuring is None else measuring.start()
         if training:

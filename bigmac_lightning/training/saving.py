@@ -16,7 +16,6 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
@@ -36,6 +35,7 @@ from bigmac_lightning.training import holding
 from bigmac_lightning.training.background import Background
 from bigmac_lightning.training.copying import Copies
 from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
+from bigmac_lightning.training.processes import ProcessStrategy
 from bigmac_lightning.training.repeating import Repeating
 from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
 
@@ -49,7 +49,7 @@ LIGHTNINGS_OWN = (TorchCheckpointIO, DirectoryCheckpointIO)
 """The checkpoint plugins that a Trainer has if the user gives none."""
 
 
-class SavingStrategy(DDPStrategy):
+class SavingStrategy(ProcessStrategy):
     """Reads and writes checkpoints, directories or single files, that any number of ranks can read."""
 
     def __init__(

@@ -90,15 +90,18 @@ class Sharding:
             if name == "llm" or not self.meets(name):
                 sharded.hold()
 
-    @property
-    def early(self) -> Mapping[str, Callable[[], None]]:
+    def early(self, splits: bool) -> Mapping[str, Callable[[], None]]:
         """What sums gradients into shards before the end of a step, by the part of the model that is done then.
 
-        It may block until all replicas are there. So where the ranks of a pipeline wait for each other inside encoders,
-        whose backwards may come later, the end must do.
+        It may block until all replicas are there, while the other ranks of this pipeline wait for this one inside an
+        encoder. Then no rank may be done before another one in one replica and after it in the next. Whole backwards
+        end from the last stage to the first in all of them; weight gradients that are computed apart need not.
+
+        Args:
+            splits: whether backwards are split into input and weight gradients.
         """
-        known = "llm" in self.sharded and not self._options.offloads("llm") and not self._meeting
-        return {"llm": self.sharded["llm"].reduce} if known else {}
+        known = "llm" in self.sharded and not self.meets("llm") and not self._options.offloads("llm")
+        return {"llm": self.sharded["llm"].reduce} if known and not (splits and self._meeting) else {}
 
     def reduce(self) -> None:
         """Sum gradients that are still to be summed into the shards, which the module then has. Collective over all

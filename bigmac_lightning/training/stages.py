@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
@@ -34,6 +35,13 @@ def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
         expert=tensor if sizes.expert > 1 else None,
         experts_see_same_tokens=True,
     )
+
+
+def typical_microbatch(module: PipelineModule) -> TypicalMicrobatch | None:
+    """The microbatch that estimates assume in a run, if its DataModule says how many tokens it has."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    amounts = getattr(data, "typical_amounts", {})  # `ParallelDataModule` has them
+    return TypicalMicrobatch.of_data(amounts, bool(module.encoders), bool(module.generators)) if amounts else None
 
 
 def resolve_options(

@@ -1,7 +1,7 @@
 """BigMacStrategy: connects Lightning's Trainer to the pipeline.
 
-It sets up processes, mesh and module. stepping.py and lightning_steps.py run the batches of Lightning's loop, runner.py
-plans and executes them, and saving.py reads and writes checkpoints.
+It sets up mesh and module. processes.py starts processes, stepping.py and lightning_steps.py run the batches of
+Lightning's loop, runner.py plans and executes them, and saving.py reads and writes checkpoints.
 """
 
 import logging
@@ -18,11 +18,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -33,27 +30,21 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
-from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
-from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
-from bigmac_lightning.runtime.meeting import Place, meet
 from bigmac_lightning.runtime.mesh import build_mesh, mesh_shape
 from bigmac_lightning.runtime.sharding import is_rows, local
-from bigmac_lightning.runtime.staging import staged_backend
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training import refusals, run_facts
 from bigmac_lightning.training.accumulation_loader import counting, rewinding
 from bigmac_lightning.training.agreement import check_same
 from bigmac_lightning.training.batch_agreement import BatchAgreement, When
 from bigmac_lightning.training.batch_facts import fingerprint
-from bigmac_lightning.training.cards import check_cards
 from bigmac_lightning.training.compiling import arguments_of, compile_layers
 from bigmac_lightning.training.grad_scaler import PipelineGradScaler
 from bigmac_lightning.training.holding import take_part
-from bigmac_lightning.training.known_costs import KnownRates, check_known, rates_at, scaling_text
-from bigmac_lightning.training.launching import ScriptLauncher, WholeModelLauncher
+from bigmac_lightning.training.known_costs import check_known, known_rates
 from bigmac_lightning.training.lightning_steps import LightningSteps, OnNonfinite
 from bigmac_lightning.training.master_weights import with_master_weights
 from bigmac_lightning.training.measuring import Measuring
@@ -61,18 +52,18 @@ from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.offloading import to_device
 from bigmac_lightning.training.optimizers import accepting_nothing, step_one_by_one
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions, StageOptions
-from bigmac_lightning.training.parent import end_with_agent, end_with_parent, name_parent, outlive_parent
+from bigmac_lightning.training.parent import outlive_parent
 from bigmac_lightning.training.planner import PlanningCollate
+from bigmac_lightning.training.processes import DEFAULT_TIMEOUT
 from bigmac_lightning.training.replicas import check_replicas
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.sharding import check_whole, shard_meshes
-from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
+from bigmac_lightning.training.stages import part_of, peers_of, resolve_options, typical_microbatch
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_HANG_TIMEOUT = timedelta(minutes=10)
 
 NOT_COMPARED = (
@@ -175,8 +166,8 @@ class BigMacStrategy(SteppingStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         self._settings = {name: value for name, value in locals().items() if name not in NOT_COMPARED}
-        self.ranks_per_device = ranks_per_device
         super().__init__(
+            ranks_per_device=ranks_per_device,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -229,17 +220,6 @@ class BigMacStrategy(SteppingStrategy):
     # -- processes -----------------------------------------------------------------------------------------------------
 
     @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """The device of each rank of this node."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, parallel_devices: list[torch.device] | None) -> None:
-        if parallel_devices:
-            parallel_devices = [device for device in parallel_devices for _ in range(self.ranks_per_device)]
-        self._parallel_devices = parallel_devices
-
-    @property
     def pipeline_layout(self) -> PipelineLayout:
         """This rank's place in the pipeline, for a DataModule's collate function."""
         return self._options.layout(self.mesh.pp_size, self.mesh.pp_rank, self.mesh.peer)
@@ -249,10 +229,6 @@ class BigMacStrategy(SteppingStrategy):
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
     def setup_environment(self) -> None:
-        if isinstance(self.cluster_environment, LightningEnvironment):  # others end their processes themselves
-            end_with_parent()
-        if isinstance(self.cluster_environment, TorchElasticEnvironment):  # unless it is killed
-            end_with_agent()
         module = self.lightning_module
         assert self.cluster_environment is not None
         if not isinstance(module, PipelineModule):
@@ -263,7 +239,6 @@ class BigMacStrategy(SteppingStrategy):
         super().setup_environment()
         known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
         self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout, self._timeout)
-        check_cards(self._ranks, self.root_device, dist.get_backend())
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
@@ -278,7 +253,7 @@ class BigMacStrategy(SteppingStrategy):
         if self.options.known is not None:
             file = self.options.schedule.costs_file
             check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
-        self._options, stages, reason = resolve_options(module, self.options, pp, _typical(module))
+        self._options, stages, reason = resolve_options(module, self.options, pp, typical_microbatch(module))
         stage_rank = self._options.stage_rank(pp)
         if reason:
             rank_zero_info(reason)
@@ -293,26 +268,6 @@ class BigMacStrategy(SteppingStrategy):
         module._device_mesh = self.device_mesh
         if self.options.partition != "even" and not module._materialized:
             rank_zero_info(as_text(partition_table(ranks_of(module, self._options, stages, pp))))
-
-    def setup_distributed(self) -> None:
-        """Start the process group as Lightning does, in a store of its own, and do not bind it to a device.
-
-        Then torch makes an NCCL communicator with its own stream for each pair of ranks, when they first send to each
-        other. Otherwise all messages of a group would share one stream, in which a receive holds up what comes after
-        it, and all groups' communicators would be made at the start.
-        """
-        known = self.cluster_environment
-        assert known is not None
-        reset_seed()
-        self.set_world_ranks()
-        self._process_group_backend = self._get_process_group_backend()
-        if self._process_group_backend == "gloo" and self.root_device.type not in ("cpu", "mps"):
-            self._process_group_backend = staged_backend(self.root_device)
-        if dist.is_initialized():
-            return
-        place = Place(known.main_address, known.main_port, known.global_rank(), known.world_size())
-        store = meet(place, self._timeout or DEFAULT_TIMEOUT, log.warning)
-        _init_dist_connection(known, self._process_group_backend, timeout=self._timeout, store=store)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let workers plan the batches that they load, and seed them by replica instead of by rank, because all ranks
@@ -376,7 +331,7 @@ class BigMacStrategy(SteppingStrategy):
         measuring = None
         if self._options.schedule.given_costs is None and trainer.state.fn == TrainerFn.FITTING:
             measuring = Measuring(self._ranks, self.root_device, self._options.sharding.meeting)
-        checks = (agreement, finite, measuring, self._known_rates(module))
+        checks = (agreement, finite, measuring, known_rates(module, self._options, self.mesh.pp_size))
         self._runner = PipelineRunner(module, self.mesh, self._options, context, known, computing, *checks)
         self._runner.executor.progress = self.progress
         refusals.check_averaging(trainer, self._runner.sharding.sharded)
@@ -408,16 +363,6 @@ class BigMacStrategy(SteppingStrategy):
         self.barrier()
         if self._watching is not None:
             self._watching.expect_loops(self._world_group)
-
-    def _known_rates(self, module: PipelineModule) -> KnownRates | None:
-        """The times of the file that the schedule names, for the stages of this run."""
-        known, options = self._options.known, self._options
-        if known is None:
-            return None
-        stages = make_stages(module.llm.costs(), len(options.stage_rank(self.mesh.pp_size)), options.partition)
-        scaling = scaling_text(known, stages, options.parallel)
-        rank_zero_info(f"Plans are made from the times of {options.schedule.costs_file}{scaling and f': {scaling}'}")
-        return KnownRates(rates_at(known, module, stages, options.parallel, options.sample_tokens), known.trained)
 
     def model_to_device(self) -> None:
         assert isinstance(self.model, PipelineModule)
@@ -468,30 +413,8 @@ class BigMacStrategy(SteppingStrategy):
             self._watching = None
         super().teardown()
 
-    def _configure_launcher(self) -> None:
-        if self._start_method != "popen":
-            start_method: Any = self._start_method
-            self._launcher = WholeModelLauncher(self, start_method, self.whole_state_dict)
-        elif _IS_INTERACTIVE:
-            raise ValueError(
-                f"strategy={self.strategy_name!r} runs a script once more for each process, which an interactive "
-                "session is not: use strategy='bigmac_notebook', or BigMacStrategy(start_method='fork')"
-            )
-        else:
-            assert self.cluster_environment is not None
-            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        if self.cluster_environment is not None and not self.cluster_environment.creates_processes_externally:
-            name_parent()
-
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         offloads = bool(self.options.sharding.offload)  # the device might not have room for all whole weights
         with super().tensor_init_context(empty_init=False), torch.device("cpu") if offloads else nullcontext():
             yield
-
-
-def _typical(module: PipelineModule) -> TypicalMicrobatch | None:
-    """The microbatch that estimates assume, if the DataModule says how many tokens it has."""
-    data: Any = getattr(module.trainer, "datamodule", None)
-    amounts = getattr(data, "typical_amounts", {})  # `ParallelDataModule` has them
-    return TypicalMicrobatch.of_data(amounts, bool(module.encoders), bool(module.generators)) if amounts else None

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import SMALL, TINY, peaks
+from benchmarks.gpu.measuring import peaks
+from benchmarks.gpu.model import SMALL, TINY
 from benchmarks.places import ONE_CARD, Place
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.lowering import Compute

@@ -311,19 +311,23 @@ def test_a_second_training_in_the_same_processes() -> None:
         assert first == second
 
 
-def _left_to_the_end(rank: int, runs: list[tuple[ShardingOptions, int]]) -> list[list[bool]]:
+def _left_to_the_end(rank: int, runs: list[tuple[ShardingOptions, int, str]]) -> list[list[bool]]:
     """By run and batch: whether the LLM's gradients were not in their shards before the end of the batch."""
     return [_left_by_batch(*run) for run in runs]
 
 
-def _left_by_batch(sharding: ShardingOptions, accumulated: int) -> list[bool]:
+def _left_by_batch(sharding: ShardingOptions, accumulated: int, backbone: str) -> list[bool]:
     left, reduce = list[bool](), Sharding.reduce
 
     def noting(self: Sharding) -> None:
         left.append(any(group.is_unsharded for group in _groups(self.sharded["llm"]._others)))
         reduce(self)
 
-    strategy: dict[str, Any] = {"data_parallel_size": 2, "sharding": sharding}
+    strategy: dict[str, Any] = {
+        "data_parallel_size": 2,
+        "sharding": sharding,
+        "backbone": backbone,
+    }
     options: dict[str, Any] = {"max_epochs": 1, "limit_val_batches": 0, "accumulate_grad_batches": accumulated}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Sharding, "reduce", noting)
@@ -333,6 +337,7 @@ def _left_by_batch(sharding: ShardingOptions, accumulated: int) -> list[bool]:
 
 def test_gradients_of_stages_are_summed_into_shards_before_the_batch_ends() -> None:
     stages = ShardingOptions(stages="zero1")
-    runs = [(stages, 1), (stages, 2), (replace(stages, encoders="fsdp"), 1)]
-    for found in on_ranks(4, _left_to_the_end, runs):
-        assert found == [[False] * 4, [True, False, True, False], [True] * 4]
+    gathered = replace(stages, encoders="fsdp", generators="fsdp")
+    early = [(stages, 1, "1f1b"), (gathered, 1, "1f1b"), (stages, 1, "zb1p")]
+    for found in on_ranks(4, _left_to_the_end, [*early, (stages, 2, "1f1b"), (gathered, 1, "zb1p")]):
+        assert found == [[False] * 4] * 3 + [[True, False, True, False], [True] * 4]

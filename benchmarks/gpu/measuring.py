@@ -1,146 +1,30 @@
-"""Steps of a model of about 1 B parameters on GPUs: time by policy against what the plan says and against data
-parallelism, peak memory against the number of microbatches and against the estimate, and whether messages go together
-with computing.
+"""Times of steps, peaks of memory, and messages beside computing, on ranks that are on GPUs."""
 
-    python -m benchmarks.gpu                # NCCL, a rank per card; or gloo, two ranks that share a single card
-    python -m benchmarks.gpu --tiny         # a model of some thousand parameters, also on the CPU
-
-On GPUs, benchmarks/results/gpu.json and gpu.md keep the numbers, with the card and the versions.
-"""
-
-import argparse
 import gc
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.places import CPU, ONE_CARD, OWN_CARDS, Place
+from benchmarks.gpu.model import DDP, Sizes, options_of
+from benchmarks.places import Place
 from benchmarks.ranks import run_ranks
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
-from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
-from bigmac_lightning.estimates.ranks import Precision
-from bigmac_lightning.estimates.step import StepEstimate
-from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/, see pyproject.toml)
-    HFDecoder,
-    MultimodalLM,
-    VisionEncoder,
-)
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import build_mesh
-from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.measuring import FIRST, Measuring
-from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of, resolve_options
 
-POLICIES = ("nested", "filled", "first_stage", "upfront")
-DDP = "DDP"
 REMEMBERED = ("nested", "upfront")
 """The policies whose memory is measured."""
-RESULTS = Path(__file__).parent / "results"
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The model, and what a step computes.
-
-    Attributes:
-        images: per microbatch, of `pixels` x `pixels`.
-        counts: numbers of microbatches for which the peak of memory is measured.
-    """
-
-    width: int = 2048
-    layers: int = 16
-    inner: int = 6144
-    heads: int = 16
-    vocabulary: int = 32_768
-    tower_width: int = 1024
-    tower_layers: int = 12
-    pixels: int = 448
-    patch: int = 14
-    tokens: int = 4096
-    images: int = 2
-    microbatches: int = 16
-    counts: tuple[int, ...] = (8, 16, 32, 64)
-    dtype: str = "bfloat16"
-
-    @property
-    def rows(self) -> int:
-        """Feature rows of an image."""
-        return (self.pixels // self.patch) ** 2
-
-    def model(self) -> MultimodalLM:
-        decoder: dict[str, Any] = {
-            "model_type": "qwen3",
-            "hidden_size": self.width,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads // 2,
-            "head_dim": self.width // self.heads,
-            "vocab_size": self.vocabulary,
-            "tie_word_embeddings": False,
-        }
-        tower: dict[str, Any] = {
-            "model_type": "siglip_vision_model",
-            "hidden_size": self.tower_width,
-            "intermediate_size": 4 * self.tower_width,
-            "num_hidden_layers": self.tower_layers,
-            "num_attention_heads": self.heads,
-            "image_size": self.pixels,
-            "patch_size": self.patch,
-        }
-        return MultimodalLM(HFDecoder(decoder), {"image": VisionEncoder(tower, width=self.width)})
-
-    def batch(self, microbatches: int, layout: PipelineLayout) -> Batch:
-        """Rows of images and then of text; all microbatches are alike."""
-        random, media = torch.Generator().manual_seed(microbatches), self.images * self.rows
-        made = []
-        for _ in range(microbatches):
-            ids = torch.randint(self.vocabulary, (1, self.tokens), generator=random)
-            made.append(
-                Microbatch(
-                    inputs={"input_ids": ids, "position_ids": torch.arange(self.tokens)[None]},
-                    label_positions=torch.arange(media, self.tokens - 1),
-                    labels=ids[0, media + 1 :],
-                    media=[MediaItem("image", self.rows) for _ in range(self.images)],
-                    media_positions=torch.arange(media),
-                )
-            )
-        assign_owners(made, layout)
-        for item in [item for microbatch in made for item in microbatch.media]:
-            if item.owner == layout.rank:
-                item.data = torch.randn(3, self.pixels, self.pixels, generator=random).to(getattr(torch, self.dtype))
-        return Batch(made, layout)
-
-    def estimate(self, size: int, microbatches: int, policy: str) -> list[float]:
-        """Bytes that each rank will need, as `bigmac plan --config` estimates them."""
-        module = self.model()
-        options, stages, _ = resolve_options(module, options_of(policy), size)
-        typical = TypicalMicrobatch(self.tokens, self.images * self.rows, self.rows)
-        precision = Precision.of("bf16-true" if self.dtype == "bfloat16" else "32-true")
-        return [
-            rank.memory for rank in StepEstimate(module, options, stages, size, typical, microbatches, precision).ranks
-        ]
-
-
-TINY = Sizes(32, 4, 64, 4, 128, 32, 2, 16, 4, 64, 1, 4, (4, 8), "float32")
-SMALL = Sizes(512, 8, 1536, 8, 8192, 384, 6, 224, 14, 1024, 2, 8, (8, 32))
-
-
-def options_of(policy: str) -> PipelineOptions:
-    return PipelineOptions(ScheduleOptions("nested" if policy == DDP else policy))
 
 
 class Run:
@@ -344,74 +228,3 @@ def measure(place: Place, size: int, sizes: Sizes, policies: tuple[str, ...], re
         ],
         "overlap": {name: median(row[name] for row in hidden) for name in hidden[0]} if hidden else {},
     }
-
-
-def as_markdown(found: dict[str, Any]) -> str:
-    """The numbers as tables."""
-    known, sizes = ", ".join(f"{n} {v}" for n, v in found["versions"].items() if v), found["sizes"]
-    parameters = ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items())
-    lines = [
-        "# Steps on GPUs",
-        "",
-        f"`python -m benchmarks.gpu`: {found['ranks']} ranks by {found['backend']} on {found['cards'] or 'no'} x "
-        f"{found['card']}; {known}. Parameters: {parameters}; {sizes['dtype']}; microbatches of {sizes['tokens']} "
-        f"tokens, {sizes['images']} images of {sizes['pixels']} x {sizes['pixels']}.",
-        "",
-        f"Seconds of a step of {sizes['microbatches']} microbatches, without its optimizer:",
-        "",
-        "| | measured | as planned from measured actions | measured / planned | ranks compute |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["steps"]:
-        planned = row["planned"]
-        said = ("", "") if planned is None else (f"{planned:.3f}", f"{row['seconds'] / planned:.3f}")
-        busy = f"{min(row['busy']):.0%} to {max(row['busy']):.0%}"
-        lines.append(f"| {row['policy']} | {row['seconds']:.3f} | {said[0]} | {said[1]} | {busy} |")
-    what = "activations" if found["card"] == "CPU" else "the allocator, without the batch"
-    lines += ["", f"Peak GiB of the fullest rank ({what}), and what `bigmac plan --config` estimates for it:", ""]
-    lines += ["| | microbatches | peak | estimate |", "|---|---|---|---|"]
-    for row in found["memory"]:
-        peak, estimate = row["peak"] / GIB, row["estimate"] / GIB
-        lines.append(f"| {row['policy']} | {row['microbatches']} | {peak:.4g} | {estimate:.4g} |")
-    if seconds := found["overlap"]:
-        lines += [
-            "",
-            f"Eight messages of a stage's size take {seconds['messages'] * 1e3:.2f} ms, matrix products "
-            f"{seconds['products'] * 1e3:.2f} ms, and both together {seconds['together'] * 1e3:.2f} ms: "
-            f"{seconds['hidden']:.0%} of the shorter one is hidden.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, help="default: the number of cards, but at least 2")
-    parser.add_argument("--backend", choices=["nccl", "gloo"], help="default: nccl if each rank has a card")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model in float32; the only one for the CPU")
-    parser.add_argument("--microbatches", type=int, help="of a step whose time is measured")
-    parser.add_argument("--policies", nargs="+", choices=[*POLICIES, DDP], default=[*POLICIES, DDP])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="a folder; default on GPUs: benchmarks/results")
-    given = parser.parse_args(argv)
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not cards and not given.tiny:
-        parser.error("there is no GPU: add --tiny")
-    size = given.ranks or max(cards, 2)
-    place = CPU if not cards else ONE_CARD if given.backend == "gloo" or cards < size else OWN_CARDS
-    if (given.backend or place.backend) != place.backend:
-        parser.error(f"--backend {given.backend} {place.why_not(size) or OWN_CARDS.why_not(size)}")
-    sizes = TINY if given.tiny else Sizes()
-    sizes = replace(sizes, microbatches=given.microbatches or sizes.microbatches)
-    if sizes.microbatches % size:
-        parser.error(f"--microbatches {sizes.microbatches} must be a multiple of the {size} ranks, for DDP")
-    found = measure(place, size, sizes, tuple(given.policies), given.repeats)
-    text, folder = as_markdown(found), given.output or (RESULTS if cards else None)
-    print(text)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "gpu.md").write_text(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Steps on GPUs: `python -m benchmarks.gpu`."""
