@@ -51,7 +51,7 @@ class SavingBlocks(pl.Callback):
         self._start, self._cpu_start, kind = now, cpu, KINDS[block % len(KINDS)]
         strategy._async_save = kind == "background"
         if kind != "none":
-            trainer.save_checkpoint(self.folder / "run.ckpt")
+            trainer.save_checkpoint(self.folder / "run.ckpt", weights_only=False)
             self.stopped[kind].append(time.perf_counter() - now)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
