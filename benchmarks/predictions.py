@@ -3,7 +3,7 @@
     python -m benchmarks.predictions
 
 `bigmac profile` measures a config for a few steps, and `bigmac plan --config` plans with that file; then the config is
-trained with it. A step is what plans say, and the sums of gradients and the optimizer's step as the file says. Two
+trained with it. A step is what plans say, and what is done beside the plan, as the file says. Two
 processes on the CPU; the model of "100M" has 100 million weights and the data of the digits.
 """
 
@@ -94,8 +94,8 @@ def large() -> dict[str, Any]:
     return config
 
 
-def measured(name: str, steps: int) -> dict[str, Any]:
-    """The seconds and bytes of a config, as told before and as measured."""
+def measured(name: str, steps: int) -> dict[str, float]:
+    """The seconds and bytes of a config, as measured, and what was told of them, as parts of that."""
     config = large() if name == "100M" else yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     with tempfile.TemporaryDirectory() as folder:
         path, costs, found = (Path(folder) / file for file in ("config.yaml", "costs.json", "found.json"))
@@ -111,14 +111,20 @@ def measured(name: str, steps: int) -> dict[str, Any]:
         _bigmac("fit", "--config", str(path))
         known, seen = MeasuredCosts.load(costs), json.loads(found.read_text())
         run = estimated(RunReader("plan", ["--config", str(path)]))
-    beside = (known.reduction or 0.0) + (known.optimizer or 0.0)
+    assert run.seconds is not None
+    step, peak = statistics.median(seen["seconds"]), max(seen["peaks"])
     return {
-        "step": statistics.median(seen["seconds"]),
-        "told": run.estimate.timeline.makespan + beside,
-        "planned": statistics.median(seen["planned"]) + beside,
-        "peak": max(seen["peaks"]),
-        "told peak": max(sum(rank.activations.values()) for rank in run.estimate.ranks),
+        "step, s": step,
+        "told / step": run.seconds / step,
+        "plans / step": (statistics.median(seen["planned"]) + known.beside) / step,
+        "peak activations, MB": peak / 1e6,
+        "told / peak": max(_saved(rank.activations) for rank in run.estimate.ranks) / peak,
     }
+
+
+def _saved(activations: dict[str, float]) -> float:
+    """The bytes of what autograd saves. The logits are not: they are made and used within one function."""
+    return sum(size for name, size in activations.items() if name != "logits")
 
 
 def _bigmac(*arguments: str) -> None:
@@ -128,17 +134,22 @@ def _bigmac(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["digits", "easy_vqa", "100M"])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of a profile and a run, as machines change speed")
     arguments = parser.parse_args()
     table = Table(title="told before the run (by mean microbatches, and by each batch's own plan), and measured")
-    for column in ("run", "step, s", "told / step", "plans / step", "peak activations, MB", "told / peak"):
-        table.add_column(column, justify="right")
+    table.caption = f"medians of {arguments.repeats} pairs of a profile and a run (least to most)"
     for name in arguments.configs:
-        found = measured(name, arguments.steps)
-        step, peak = found["step"], found["peak"]
-        ratios = [f"{found[what] / step:.3f}" for what in ("told", "planned")]
-        table.add_row(name, f"{step:.3f}", *ratios, f"{peak / 1e6:.1f}", f"{found['told peak'] / peak:.3f}")
-    Console().print(table)
+        rows = [measured(name, arguments.steps) for _ in range(arguments.repeats)]
+        if not table.columns:
+            for column in ("run", *rows[0]):
+                table.add_column(column, justify="right")
+        table.add_row(name, *(_spread([row[column] for row in rows]) for column in rows[0]))
+    Console(width=120).print(table)
+
+
+def _spread(numbers: list[float]) -> str:
+    return f"{statistics.median(numbers):.3g} ({min(numbers):.3g} to {max(numbers):.3g})"
 
 
 if __name__ == "__main__":

@@ -137,6 +137,12 @@ class Estimated:
     replicas: int
     size: int
 
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of a step, if its costs were measured."""
+        known = self.options.known
+        return None if known is None else self.estimate.timeline.makespan + known.beside
+
 
 def estimated(run: RunReader) -> Estimated:
     """Estimate a step of a run.
@@ -180,7 +186,9 @@ def _show(run: RunReader, console: Console) -> None:
         scaling = scaling_text(known, found.stages, options.parallel)
         console.print(
             f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
-            f"{{{costs}}}{scaling and f' ({scaling})'}",
+            f"{{{costs}}}{scaling and f' ({scaling})'}\n"
+            f"a step takes {found.seconds:.4g} s: {estimate.timeline.makespan:.4g} s by the plan, and {known.beside:.4g} s "
+            "for sums of gradients, the optimizer, and what is done before the first action",
             highlight=False,
             soft_wrap=True,
         )

@@ -87,7 +87,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _show(found: MeasuredCosts, output: str, console: Console) -> None:
     times = {"message": found.message, "sums of gradients": found.reduction, "optimizer": found.optimizer}
-    sizes = {"encoder unit": found.encoder_unit, "LLM microbatch": found.llm_microbatch, "peak": found.peak}
+    times |= {"rest of a step": found.outside}
+    sizes = {"encoder unit": found.encoder_unit, "LLM microbatch": found.llm_microbatch}
+    sizes |= {"generator's targets of a microbatch": found.generator_unit, "peak": found.peak}
     lines = [f"{output}: measured on {found.device}", f"  {described(found.rates)}"]
     lines += ["  " + ", ".join(f"{name} {1e3 * known:.3g} ms" for name, known in times.items() if known is not None)]
     lines += ["  " + ", ".join(f"{name} {size_text(known)}" for name, known in sizes.items() if known is not None)]

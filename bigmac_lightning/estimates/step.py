@@ -16,6 +16,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import LayerCosts
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
+from bigmac_lightning.schedule.liveness import generator_units
 from bigmac_lightning.schedule.measured_costs import MeasuredCosts
 from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
@@ -118,6 +119,7 @@ class StepEstimate:
         planned = planner(batch)
         self.plan: Plan = planned.plan
         self.timeline: Timeline = simulate(self.plan, planned.workload)
+        self.measured = measured
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
             for rank, held in enumerate(parts.ranks)
@@ -163,7 +165,8 @@ class StepEstimate:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _activations(self, rank: int, held: RankEstimate) -> dict[str, float]:
-        """Bytes at the peak by component. Whatever has a backward counts as if all of its weights were trained."""
+        """Bytes at the peak by component, as measured, or else by an estimate, in which whatever has a backward counts
+        as if all of its weights were trained."""
         given, llm, size, parallel = self.microbatch, self.module.llm, self._number_size, self.options.parallel
         passes, activations = self.module.trained_layers.passes, llm.divided_activations(parallel)
         saved = LayerCosts.of_parts([numbers * there for numbers, there in zip(activations.parts, passes, strict=True)])
@@ -174,12 +177,18 @@ class StepEstimate:
         alive = sum(saved.of(stage) for stage in held.layers)
         microbatches = self.timeline.llm_microbatches[rank]
         found = {"LLM": self._tokens * size * (alive * microbatches + at_once)}
-        if self._media.activations:
+        known = self.measured
+        if known and len(known.rank_microbatches) == self.size:
+            found["LLM"] = known.rank_microbatches[rank] * microbatches
+        if known and known.encoder_unit:
+            found["encoder"] = known.encoder_unit * self.timeline.encoder_units[rank]
+        elif self._media.activations:
             unit = self._media.activations * self._trained.encoder_backward if self._trained.encoders else 0.0
             found["encoder"] = self._of_process(self.timeline.encoder_units[rank], given.items) * unit * size
-        if self._target.activations:
-            shares = _of_rank(self.plan.generator_shares, self.plan, rank)
-            targets = self._of_process(max(shares, default=0.0), given.targets) * given.targets
+        if known and known.generator_unit:
+            found["generator"] = known.generator_unit * generator_units(self.plan, rank)
+        elif self._target.activations:
+            targets = self._of_process(generator_units(self.plan, rank), given.targets) * given.targets
             found["generator"] = targets * self._target.activations * size
         head = any(stage.stop == llm.num_layers for stage in held.layers)
         elements = min(self._tokens * llm.vocabulary / parallel.tensor, CHUNK_ELEMENTS) if head else 0

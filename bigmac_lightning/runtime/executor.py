@@ -57,7 +57,7 @@ class Executor:
         trace: records when each action ran; ``None`` means that it is not recorded.
 
     Attributes:
-        timing: records it as well, for those who measure a training.
+        timing: records it as well, and waiting for messages, for those who measure a training.
         progress: says what this rank is doing.
     """
 
@@ -126,7 +126,7 @@ class _Step:
         self.executor, self.computation, self.needs, self.recompute = executor, computation, needs, recompute
         self.rank = executor.mesh.pp_rank
         self.last = len(executor.stage_rank) - 1
-        self.transport = Transport(executor.mesh, executor.progress)
+        self.transport = Transport(executor.mesh, executor.progress, executor.timing)
         self.graphs: dict[tuple[int, int], _Graph] = {}
         self.deferred: dict[tuple[int, int], split_backward.Deferred] = {}
         self.encoded: dict[tuple[int, int], GradientEdge | RandomState | None] = {}

@@ -8,12 +8,14 @@ message. Tensors without elements (empty pieces) are not sent: the receiver know
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bigmac_lightning.runtime.lowering import Message
+from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.progress import Progress
 
@@ -25,10 +27,15 @@ place in the total order without anything that this rank does later."""
 
 class Transport:
     """The messages of one rank in one step, including those that an action produces for another one on the same
-    rank."""
+    rank.
 
-    def __init__(self, mesh: PipelineMesh, progress: Progress) -> None:
-        self._mesh, self._progress = mesh, progress
+    Args:
+        progress: says what this rank waits for.
+        timing: records how long it waits.
+    """
+
+    def __init__(self, mesh: PipelineMesh, progress: Progress, timing: Trace | None = None) -> None:
+        self._mesh, self._progress, self._timing = mesh, progress, timing
         self._tensors: dict[Message, Tensor] = {}
         self._receiving: dict[Message, tuple[dist.Work, int]] = {}
         self._sending: list[tuple[dist.Work, Tensor, Message, int]] = []
@@ -68,9 +75,7 @@ class Transport:
         receiving = self._receiving.pop(message, None)
         if receiving is not None:
             work, sender = receiving
-            self._progress.wait(message, sender)
-            work.wait()
-            self._progress.waiting = None
+            self._wait(work, message, sender)
         return self._tensors.pop(message)
 
     def finish(self) -> None:
@@ -82,6 +87,10 @@ class Transport:
 
     def _wait_for(self, sending: tuple[dist.Work, Tensor, Message, int]) -> None:
         work, _, message, receiver = sending
-        self._progress.wait(message, receiver, sending=True)
-        work.wait()
+        self._wait(work, message, receiver, sending=True)
+
+    def _wait(self, work: dist.Work, message: Message, peer: int, sending: bool = False) -> None:
+        self._progress.wait(message, peer, sending)
+        with nullcontext() if self._timing is None else self._timing.waiting():
+            work.wait()
         self._progress.waiting = None

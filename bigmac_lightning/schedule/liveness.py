@@ -51,6 +51,18 @@ def live_encoder_units(plan: Plan, workload: Workload | None = None) -> list[lis
     return [[during for during, _ in row] for row in encoder_unit_steps(plan, workload)]
 
 
+def generator_units(plan: Plan, rank: int) -> float:
+    """The most microbatches' worth of targets that a rank's generator works on at a time."""
+    return max(
+        (
+            plan.generator_shares[action.index][rank] * len(plan.groups[action.index]) / action.pieces
+            for action in plan.ranks[rank]
+            if action.kind == "G"
+        ),
+        default=0.0,
+    )
+
+
 def llm_microbatch_steps(plan: Plan) -> list[list[tuple[float, float]]]:
     """Per rank and position in its list, the LLM microbatches alive while that action runs, and right after it.
 

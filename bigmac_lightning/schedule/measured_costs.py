@@ -8,19 +8,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
+from math import ceil
 from os import PathLike
 from typing import Any
 
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.rates import Rate, RateKey, Rates
-from bigmac_lightning.schedule.reading import Reader, is_integer, read_text
+from bigmac_lightning.schedule.reading import Reader, is_amount, is_integer, read_text
 
 FORMAT = "bigmac-costs/1"
 SUFFIX = ".json"
 LLM = ("F", "B", "I", "W")
 KINDS = (*LLM, "EF", "EB", "G")
-OPTIONAL = ("message", "optimizer", "reduction", "encoder_unit", "llm_microbatch", "peak")
+OPTIONAL = ("message", "optimizer", "reduction", "outside", "encoder_unit", "llm_microbatch", "generator_unit", "peak")
 """Numbers that cannot be measured everywhere, and are then left out of the file."""
 
 
@@ -47,12 +48,15 @@ class MeanWork:
     target_shape: tuple[int, ...] = ()
 
     def with_amounts(self, tokens: float, rows: float, targets: float) -> "MeanWork":
-        """The work of a microbatch with these amounts of what has the same mean costs."""
-        media = rows / self.rows if self.rows else 0.0
-        drawn = targets / self.targets if self.targets else 0.0
+        """The work of a microbatch with these amounts of what has the same mean costs. An amount that is the mean one,
+        rounded up, stands for the mean one."""
+        more, media, drawn = (
+            1.0 if wanted == ceil(known) else wanted / known if known else 0.0
+            for wanted, known in ((tokens, self.tokens), (rows, self.rows), (targets, self.targets))
+        )
         return MeanWork(
-            tokens,
-            self.llm * tokens / self.tokens,
+            self.tokens * more,
+            self.llm * more,
             self.items * media,
             self.rows * media,
             self.media * media,
@@ -81,8 +85,13 @@ class MeasuredCosts:
         message: seconds until a message from a rank has arrived at the next one.
         optimizer: seconds of the optimizer's step.
         reduction: seconds from the last action's end until gradients are summed.
+        outside: seconds of a step before its first action and after the optimizer's step, such as those in which data
+            are waited for.
         encoder_unit: bytes of the activations of an encoder unit.
         llm_microbatch: bytes of the activations of an LLM microbatch on all stages of a rank, where that is most.
+        generator_unit: bytes of the activations of a microbatch's targets.
+        rank_microbatches: per rank, bytes of the activations of an LLM microbatch on all of its stages; empty: not
+            measured.
         peak: the most bytes that were allocated on a device.
         left_out: what was not measured, and why.
     """
@@ -101,8 +110,11 @@ class MeasuredCosts:
     message: float | None = None
     optimizer: float | None = None
     reduction: float | None = None
+    outside: float | None = None
     encoder_unit: float | None = None
     llm_microbatch: float | None = None
+    generator_unit: float | None = None
+    rank_microbatches: tuple[float, ...] = ()
     peak: float | None = None
     left_out: tuple[str, ...] = ()
 
@@ -150,6 +162,11 @@ class MeasuredCosts:
         work = self.work
         items, cost = (work.targets, work.target_cost) if kind == "G" else (work.items, work.media)
         return rate.each * items + rate.per_cost * cost
+
+    @property
+    def beside(self) -> float:
+        """Seconds of a step in which no action runs: sums of gradients, the optimizer, and the rest."""
+        return sum(seconds for seconds in (self.reduction, self.optimizer, self.outside) if seconds is not None)
 
     def stage_costs(self, size: int, virtual_stages: int) -> list[list[float]] | None:
         """The seconds of each stage, as `Plan.stage_costs`; ``None`` if other stages were measured."""
@@ -232,6 +249,8 @@ class MeasuredCosts:
         values |= {name: reader.text(name) for name in ("device", "precision", "model")}
         values |= {name: tuple(reader.items(name, "a list of texts", _is_text)) for name in ("trained", "left_out")}
         values |= {name: reader.number(name) for name in OPTIONAL if name in reader.data}
+        if "rank_microbatches" in reader.data:
+            values["rank_microbatches"] = tuple(reader.items("rank_microbatches", "a list of bytes", is_amount))
         return cls(**values)
 
 

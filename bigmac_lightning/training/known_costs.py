@@ -115,17 +115,27 @@ def measured_at(
     Args:
         options: over how many processes the work of a stage is divided, and the tokens of a sample.
     """
-    parallel = options.parallel
+    parallel, layers = options.parallel, tuple(len(stage) for stage in stages)
+    measured = ParallelSizes(known.tensor_parallel_size, known.context_parallel_size)
+    same = layers == known.layers and (measured.tensor, measured.context) == (parallel.tensor, parallel.context)
     message = known.message and known.message * work.tokens / known.work.tokens
     return replace(
         known,
         rates=rates_at(known, module, stages, parallel, options.sample_tokens),
         work=work,
-        layers=tuple(len(stage) for stage in stages),
+        layers=layers,
         tensor_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
         message=message and message * known.context_parallel_size / parallel.context,
+        encoder_unit=_times(known.encoder_unit, work.rows, known.work.rows) if same else None,
+        generator_unit=_times(known.generator_unit, work.targets, known.work.targets) if same else None,
+        rank_microbatches=tuple(size * work.tokens / known.work.tokens for size in known.rank_microbatches * same),
     )
+
+
+def _times(size: float | None, work: float, measured: float) -> float | None:
+    """Bytes of other work of the same kind than was measured."""
+    return None if size is None or not measured else size * work / measured
 
 
 def costs_of(known: MeasuredCosts, size: int, otherwise: Costs) -> Costs:

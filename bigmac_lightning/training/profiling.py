@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +20,7 @@ from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.schedule.liveness import generator_units
 from bigmac_lightning.schedule.measured_costs import MeanWork, MeasuredCosts
 from bigmac_lightning.training import run_facts
 from bigmac_lightning.training.known_costs import model_text, precision_text
@@ -35,8 +36,10 @@ ROUND_TRIPS = 20
 class _Found:
     """What one rank has found; see the fields of `MeasuredCosts` with these names."""
 
+    outside: float | None = None
     encoder_unit: float | None = None
     llm_microbatch: float | None = None
+    generator_unit: float | None = None
     peak: float | None = None
     message: float | None = None
     optimizer: float | None = None
@@ -53,8 +56,10 @@ class Profiling(pl.Callback):
     def __init__(self) -> None:
         self.found: MeasuredCosts | None = None
         self._batches, self._work = 0, list[MeanWork]()
-        self._reductions, self._steps = list[float](), list[float]()
+        self._reductions, self._steps, self._outside = list[float](), list[float](), list[float]()
         self._summed: float | None = None
+        self._start, self._inside = 0.0, math.nan
+        self._bytes: dict[str, list[float]] = {"encoder_unit": [], "llm_microbatch": [], "generator_unit": []}
         self._own, self._ranks = _Found(), Ranks()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,6 +72,10 @@ class Profiling(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         strategy, runner = _of(trainer)
+        now = time.perf_counter()
+        if self._batches > WARM_UP and not math.isnan(self._inside):
+            self._outside.append(max(now - self._start - self._inside, 0.0))
+        self._start, self._inside = now, math.nan
         runner.executor.trace, self._summed = Trace(strategy.root_device), None
 
     def on_before_optimizer_step(
@@ -85,12 +94,20 @@ class Profiling(pl.Callback):
         _, runner = _of(trainer)
         trace, executor = runner.executor.trace, runner.executor
         if trace is not None and self._summed is not None:
-            self._steps.append(trace.elapsed() - self._summed)
+            end, began = trace.elapsed(), time.perf_counter()
+            self._steps.append(end - self._summed)
+            if spans := trace.spans():
+                self._inside = end - spans[0].start
+        else:
+            began = time.perf_counter()
         executor.trace = None
         self._work.append(_work(batch))
         self._batches += 1
-        if self._batches == WARM_UP:  # counting bytes takes time
-            self._count(runner)
+        if executor.memory is not None:
+            self._count(runner, executor.memory)
+            if self._batches == WARM_UP:  # counting bytes takes time
+                executor.memory = None
+        self._inside += time.perf_counter() - began  # of this callback itself
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, runner = _of(trainer)
@@ -103,11 +120,16 @@ class Profiling(pl.Callback):
         rates = runner.measuring.finish()
         own.reduction = median(self._reductions) if self._reductions else None
         own.optimizer = median(self._steps) if self._steps else None
+        own.outside = median(self._outside) if self._outside else None
+        for name, found in self._bytes.items():
+            setattr(own, name, mean(found) if found else None)
         work = _mean(self._work)
         own.message = _message_seconds(mesh, runner, round(work.tokens))
         everyone: list[_Found] = self._ranks.exchange(own)()[0]
         # a rank that came early has waited for the last one, which is not part of the sums' time
-        numbers = {f.name: _over(min if f.name == "reduction" else max, everyone, f.name) for f in fields(_Found)}
+        together = ("reduction", "outside")
+        numbers = {f.name: _over(min if f.name in together else max, everyone, f.name) for f in fields(_Found)}
+        of_ranks = [everyone[process].llm_microbatch for process in mesh.pp_ranks]
         parallel = runner.options.parallel
         self.found = MeasuredCosts(
             rates=rates,
@@ -122,23 +144,24 @@ class Profiling(pl.Callback):
             trained=runner.trained.now.names,
             versions=run_facts.versions(),
             left_out=_left_out(numbers),
+            rank_microbatches=tuple(size for size in of_ranks if size is not None) if all(of_ranks) else (),
             **numbers,
         )
 
-    def _count(self, runner: PipelineRunner) -> None:
-        """Note the bytes of what is alive, from the first batches."""
-        memory, planned, rank = runner.executor.memory, runner.last_planned, runner.mesh.pp_rank
-        runner.executor.memory = None
-        if memory is None or planned is None:
-            return
-        alive = planned.plan.peak
-        for name, component, count in (
-            ("encoder_unit", "encoder", "encoder_units"),
-            ("llm_microbatch", "llm", "llm_microbatches"),
-        ):
-            number = alive[count][rank] if alive[count] else 0.0
-            if number and memory.peak.get(component):
-                setattr(self._own, name, memory.peak[component] / number)
+    def _count(self, runner: PipelineRunner, memory: MemoryTracker) -> None:
+        """Note the bytes of a batch's activations for each unit that was alive at the peak."""
+        planned, rank = runner.last_planned, runner.mesh.pp_rank
+        if planned is not None:
+            alive = {name: row[rank] for name, row in planned.plan.peak.items() if row}
+            targets = generator_units(planned.plan, rank) if planned.plan.generator_shares else 0.0
+            for name, component, number in (
+                ("encoder_unit", "encoder", alive.get("encoder_units", 0.0)),
+                ("llm_microbatch", "llm", alive.get("llm_microbatches", 0.0)),
+                ("generator_unit", "generator", targets),
+            ):
+                if number and memory.peak.get(component):
+                    self._bytes[name].append(memory.peak[component] / number)
+        memory.reset_peak()
 
 
 def _of(trainer: pl.Trainer) -> tuple[BigMacStrategy, PipelineRunner]:
@@ -206,6 +229,8 @@ def _left_out(numbers: dict[str, float | None]) -> tuple[str, ...]:
         "message": "one rank sends no messages",
         "encoder_unit": "no encoder's activations were alive",
         "llm_microbatch": "no activations of the LLM were alive",
+        "generator_unit": "no generator's activations were alive",
+        "outside": "fewer than two batches were timed",
         "optimizer": "no optimizer step ended",
         "reduction": "no gradients were summed",
     }

@@ -195,7 +195,8 @@ class Evaluator:
         found = measured_at(p.known, p.module, stages, options, work)
         if layout.checkpointing == self._was_checkpointing:
             return found
-        return replace(found, rates=_with_forwards(found.rates, 1 if layout.checkpointing else -1))
+        rates = _with_forwards(found.rates, 1 if layout.checkpointing else -1)
+        return replace(found, rates=rates, rank_microbatches=())
 
     # -- a schedule ----------------------------------------------------------------------------------------------------
 

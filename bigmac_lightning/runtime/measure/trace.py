@@ -12,6 +12,9 @@ import torch
 
 from bigmac_lightning.schedule.action import Action
 
+Mark = float | torch.cuda.Event
+"""A time: seconds of a clock of the CPU, or an event on a stream."""
+
 
 class Span(NamedTuple):
     """One executed action.
@@ -36,7 +39,8 @@ class Trace:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[Action, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[Action, Mark, Mark]] = []
+        self._waits: list[tuple[int, Mark, Mark]] = []  # each after so many actions
         self._origin = self._now()
         self.origin_seconds = time.perf_counter()
 
@@ -47,13 +51,26 @@ class Trace:
         yield
         self._marks.append((action, start, self._now()))
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Record that the block waits for a message."""
+        start = self._now()
+        yield
+        self._waits.append((len(self._marks), start, self._now()))
+
     def is_over(self) -> bool:
         """Whether the device is done with all actions so far. Nothing waits for it."""
         return not self._cuda or not self._marks or self._marks[-1][2].query()  # pyright: ignore
 
     def durations(self) -> list[tuple[Action, float]]:
-        """The seconds of each action so far. The device must be done with them."""
-        return [(action, self._between(start, end)) for action, start, end in self._marks]
+        """The seconds for which each action so far has kept its rank busy: with itself, and with what was done between
+        the action before and it, but for waiting. The device must be done with them."""
+        ends = [end for _, _, end in self._marks]
+        found = [self._between(before, end) for before, end in zip([self._marks[0][1], *ends], ends, strict=False)]
+        for number, start, end in self._waits:
+            if 0 < number < len(found):
+                found[number] -= self._between(start, end)
+        return [(action, max(seconds, 0.0)) for (action, _, _), seconds in zip(self._marks, found, strict=True)]
 
     def elapsed(self) -> float:
         """Seconds since the trace began, by the device's clock. On CUDA, this waits until the device has finished."""
@@ -69,14 +86,14 @@ class Trace:
         since = self._origin
         return [Span(str(a), self._between(since, start), self._between(since, end)) for a, start, end in self._marks]
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> "Mark":
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _between(self, one: "float | torch.cuda.Event", other: "float | torch.cuda.Event") -> float:
+    def _between(self, one: "Mark", other: "Mark") -> float:
         """The seconds from one mark to the other."""
         if isinstance(one, torch.cuda.Event):
             assert isinstance(other, torch.cuda.Event)
