@@ -187,8 +187,8 @@ def _show(run: RunReader, console: Console) -> None:
         console.print(
             f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
             f"{{{costs}}}{scaling and f' ({scaling})'}\n"
-            f"a step takes {found.seconds:.4g} s: {estimate.timeline.makespan:.4g} s by the plan, and {known.beside:.4g} s "
-            "for sums of gradients, the optimizer, and what is done before the first action",
+            f"a step takes {found.seconds:.4g} s: {estimate.timeline.makespan:.4g} s by the plan, and "
+            f"{known.beside:.4g} s for sums of gradients, the optimizer, and what is done before the first action",
             highlight=False,
             soft_wrap=True,
         )
