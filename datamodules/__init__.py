@@ -7,9 +7,9 @@ yourself; digits.py is an example of it (`pip install bigmac-lightning[quickstar
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .encoding.hf_visual import HFVisual
 from .encoding.processors import byte_tokenizer
-from .encoding.visual import PatchProcessor, TargetProcessor, VisualProcessor
+from .encoding.visual import MediaPlan, MediaProcessor, PatchProcessor, TargetProcessor, VisualProcessor
 from .errors import ExampleError, SourceError
-from .example import Example, Image, Message, Size, Video
+from .example import Example, Image, MediaPart, Message, Size, Video
 from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
@@ -17,6 +17,7 @@ from .files import File
 from .limits import Limits
 from .loading.collate import Collator, Media, Sample, Target
 from .loading.sampler import EpochSampler
+from .media.modalities import Modality, register
 from .multimodal import MultimodalDataModule
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .sources.caption_folder import CaptionFolder
@@ -50,9 +51,13 @@ __all__ = [
     "LlavaJSON",
     "LoadingOptions",
     "Media",
+    "MediaPart",
+    "MediaPlan",
+    "MediaProcessor",
     "Message",
     "MessagesJSONL",
     "MixtureOptions",
+    "Modality",
     "MultimodalDataModule",
     "PackingOptions",
     "PatchProcessor",
@@ -75,4 +80,5 @@ __all__ = [
     "WebDatasetTars",
     "byte_tokenizer",
     "example_of",
+    "register",
 ]

@@ -1,6 +1,6 @@
-"""The schema of examples, which all sources return: a list of messages whose parts are text, images and videos.
+"""The schema of examples, which all sources return: a list of messages whose parts are text, images and other media.
 
-Nothing is opened or decoded here: an image is a file, and its size if the source knows it.
+Nothing is opened or decoded here: an item of media is a file, and its size if the source knows it.
 """
 
 import json
@@ -16,12 +16,12 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "text")
 
 @dataclass(frozen=True)
 class Size:
-    """The size of an image or video, which is known before it is decoded.
+    """The size of an item of media, which is known before it is decoded.
 
     Attributes:
-        height, width: in pixels, as displayed.
-        frames: number of frames; 1 for an image.
-        seconds: duration of a video, in seconds.
+        height, width: in pixels, as displayed; 1 for what has no pixels.
+        frames: number of frames of a video, of samples of a sound, or of steps; 1 for an image.
+        seconds: duration of a video or sound, in seconds.
     """
 
     height: int
@@ -31,8 +31,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Image:
-    """An image, as a part of a message or as the target of a generator.
+class MediaPart:
+    """An item of media as a part of a message. Each modality has a class of its own, see media/modalities.py.
 
     Attributes:
         file: its file.
@@ -43,15 +43,15 @@ class Image:
     size: Size | None = None
 
 
-@dataclass(frozen=True)
-class Video:
-    """A video as a part of a message. The attributes are those of `Image`."""
-
-    file: File
-    size: Size | None = None
+class Image(MediaPart):
+    """An image, as a part of a message or as the target of a generator."""
 
 
-Part = str | Image | Video
+class Video(MediaPart):
+    """A video."""
+
+
+Part = str | MediaPart
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Message:
     Attributes:
         role: "system", "developer", "user", "assistant" or "tool"; or "text": a text that no one speaks, to which no
             template is applied.
-        parts: texts, images and videos, in their order; empty if an assistant only calls tools.
+        parts: texts and media, in their order; empty if an assistant only calls tools.
         reasoning_content: the reasoning of the assistant before its reply.
         tool_calls: the assistant's: ``{"type": "function", "id": "1", "function": {"name": "f", "arguments": {}}}``.
             Arguments are an object or its JSON text; type and id may be missing.
@@ -128,7 +128,7 @@ class Example:
 
     @classmethod
     def of_text(cls, *parts: Part, name: str = "") -> "Example":
-        """A text for pretraining, which may contain images and videos. No template is applied; all of it is learnt, and
+        """A text for pretraining, which may contain media. No template is applied; all of it is learnt, and
         the tokenizer's end token after it."""
         return cls([Message("text", parts)], name=name)
 
@@ -167,8 +167,8 @@ class Example:
                 raise ExampleError(f"has text without a template and {what}, which belong to a conversation")
 
     @property
-    def media(self) -> list[Image | Video]:
-        """The images and videos of the messages, in their order."""
+    def media(self) -> list[MediaPart]:
+        """The media of the messages, in their order."""
         return [part for message in self.messages for part in message.parts if not isinstance(part, str)]
 
 

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .example import Example, Image, Size, Video
+from .example import Example, MediaPart, Size
 from .loading.collate import Sample
-from .media.decoding import read_frames, read_image
-from .media.frame_choice import evenly_spaced
+from .media.modalities import modality_of
 from .multimodal import MultimodalDataModule
 from .packing.measuring import Measurements, encoded, measure_all, name_of
 from .sources.source import Source
@@ -60,7 +59,7 @@ class Span:
 
 @dataclass(frozen=True)
 class ItemView:
-    """An image or video of a sample, or its target.
+    """An item of media of a sample, or its target.
 
     Attributes:
         label: what spans call it.
@@ -68,20 +67,19 @@ class ItemView:
     """
 
     label: str
-    item: Image | Video
+    item: MediaPart
     size: Size
     rows: int
 
     def pixels(self, most: int = 4) -> list[Any]:
-        """The decoded pixels: an image, or `most` evenly spaced frames of a video; each (C, H, W), uint8.
+        """The decoded pixels: an image, or `most` evenly spaced frames of a video; each (C, H, W), uint8. There are
+        none of modalities without a view.
 
         Raises:
             ExampleError: the file is broken.
         """
-        if isinstance(self.item, Image):
-            return [read_image(self.item.file, self.size)]
-        numbers = evenly_spaced(self.size.frames, min(most, self.size.frames))
-        return list(read_frames(self.item.file, self.size, numbers))
+        view = modality_of(self.item).view
+        return [] if view is None else list(view(self.item, self.size, most))
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[Item
     for media in sample.media:
         at = next(i for i, (item, _) in enumerate(left) if item.file.name == media.name)
         item, size = left.pop(at)
-        kind = type(item).__name__.lower()
+        kind = modality_of(item).name
         counts[kind] += 1
         views.append(ItemView(f"{kind} {counts[kind]}", item, size, media.rows))
     if example.target is not None:

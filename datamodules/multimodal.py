@@ -20,7 +20,7 @@ from bigmac_lightning.ranks import Ranks
 
 from .base import ParallelDataModule
 from .encoding.processors import chat_encoder
-from .encoding.visual import TargetProcessor, VisualProcessor
+from .encoding.visual import MediaProcessor, TargetProcessor, VisualProcessor
 from .loading.failures import Agreement, OnError
 from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
 from .loading.stream_loader import StreamCollate, StreamLoader
@@ -58,6 +58,7 @@ class MultimodalDataModule(ParallelDataModule):
         chat: ChatOptions = ChatOptions(),
         packing: PackingOptions = PackingOptions(),
         loading: LoadingOptions = LoadingOptions(),
+        media: Mapping[str, MediaProcessor] | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +80,7 @@ class MultimodalDataModule(ParallelDataModule):
             chat: the chat template, and what the model learns of a conversation.
             packing: how examples become microbatches.
             loading: augmentation, prefetching, and where measurements are stored.
+            media: by modality, what makes the encoders' inputs from items of modalities besides images and videos.
         """
         super().__init__()
         for name, number, least in (
@@ -105,7 +107,7 @@ class MultimodalDataModule(ParallelDataModule):
         self.mixture, self.packing, self.loading = mixture, packing, loading
         cut_at = token_budget if packing.truncation == "end" else None
         self.encoder = chat_encoder(
-            processor, visual, target, chat, loading.augment, seed, cut_at, loading.trust_remote_code
+            processor, visual, target, chat, loading.augment, seed, cut_at, loading.trust_remote_code, media or {}
         )
         self._sources: dict[Split, Sequence[Source | Stream]]
         self._sources = {"train": train, "val": val, "test": test, "predict": predict}

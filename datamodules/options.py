@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .media.modalities import MODALITIES
 from .sources.splitting import HeldOut
 
-IMAGE, VIDEO, DRAW = "<|image_pad|>", "<|video_pad|>", "<|draw|>"
-"""Qwen's tokens for images and videos, which its decoders have; and one that no tokenizer has by itself."""
+DRAW = "<|draw|>"
+"""A token that no tokenizer has by itself."""
 
 Learn = Literal["all", "last"]
 InText = Literal["text", "refuse"]
@@ -39,7 +40,8 @@ class ChatOptions:
         special_tokens: how a text is treated that contains a special token, such as ``<|im_end|>``: "text" encodes the
             token as ordinary characters; "refuse" counts the example as broken.
         allowed_special: special tokens that remain tokens where a text contains them.
-        image_token, video_token: what the template writes for an image or a video. A processor's own tokens come first.
+        tokens: by modality, what the template writes for an item, such as ``{"image": "<image>"}``; for one that is not
+            named it is ``<|image_pad|>``, ``<|video_pad|>`` and so on. A processor's own tokens come first.
         draw_token: the token that is repeated for the rows that condition a generator.
     """
 
@@ -49,8 +51,7 @@ class ChatOptions:
     end_of_reply: str | None = None
     special_tokens: InText = "text"
     allowed_special: Sequence[str] = ()
-    image_token: str = IMAGE
-    video_token: str = VIDEO
+    tokens: dict[str, str] = field(default_factory=dict)
     draw_token: str = DRAW
 
     def __post_init__(self) -> None:
@@ -58,9 +59,22 @@ class ChatOptions:
         _check_choice("chat.special_tokens", self.special_tokens, ("text", "refuse"))
         if isinstance(self.allowed_special, str):
             raise ValueError(f"chat.allowed_special={self.allowed_special!r}: give a list of tokens")
-        for name in ("image_token", "video_token", "draw_token"):
-            if not getattr(self, name):
+        for name, token in (*((f"tokens[{name!r}]", token) for name, token in self.tokens.items()), self._drawn):
+            if not token:
                 raise ValueError(f"chat.{name} is empty: name a token of the tokenizer")
+        if unknown := sorted(self.tokens.keys() - MODALITIES.keys()):
+            raise ValueError(
+                f"chat.tokens names {unknown[0]!r}, which is no modality: known are {', '.join(MODALITIES)}"
+            )
+
+    @property
+    def _drawn(self) -> tuple[str, str]:
+        return "draw_token", self.draw_token
+
+    @property
+    def media_tokens(self) -> dict[str, str]:
+        """By modality, what the template writes for an item."""
+        return {name: self.tokens.get(name, modality.token) for name, modality in MODALITIES.items()}
 
 
 @dataclass(frozen=True)

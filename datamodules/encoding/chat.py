@@ -6,7 +6,7 @@ Media are planned from their sizes alone; nothing is decoded. The text and what 
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from bigmac_lightning.contracts.batch import MediaData
 
 from ..errors import ExampleError
-from ..example import Example, Image, Size, Video
+from ..example import Example, Image, MediaPart, Size, Video
 from ..loading.collate import Media, Sample, Target
+from ..media.modalities import modality_of
 from ..options import ChatOptions
 from .placeholders import Placeholders
 from .replies import Replies, plain_text
@@ -23,7 +24,7 @@ from .special import SpecialTokens
 from .template import ChatTemplate
 from .text import Text, strings_in
 from .truncation import cut
-from .visual import Augment, MediaPlan, TargetProcessor, VisualProcessor, seeded_augment
+from .visual import Augment, MediaPlan, MediaProcessor, TargetProcessor, VisualProcessor, seeded_augment
 
 NO_RUN = (sys.maxsize, sys.maxsize)
 """A run of characters after every text, which ends a search for the next learnt run."""
@@ -38,13 +39,14 @@ class ChatEncoder:
         processor: the processor around the tokenizer, if there is one. It then applies the template, and the tokenizer
             adds its special tokens, as it does for its model. Without a processor, the tokenizer adds none to those of
             the template.
-        visual: plans and loads images and videos; ``None``: examples are text only.
+        visual: plans and loads images and videos; ``None``: examples have none.
+        media: by modality, what plans and loads items of others.
         target: plans and loads what generators make; ``None``: examples have no targets.
         options: the template, the tokens that stand for media, and what is learnt. Its `template`, if not ``None``, is
             the text of a template, and not a path.
         augment: transforms of the pixels of images and videos in training; targets are not transformed.
         seed: of augmentation and of generators' noise.
-        feature_tokens: the tokens that features replace; empty: the image and video tokens of the options.
+        feature_tokens: the tokens that features replace; empty: the tokens of the options.
         cut_at: maximum number of tokens of a sample, the rest of which is cut off; ``None``: all tokens are kept.
     """
 
@@ -57,6 +59,7 @@ class ChatEncoder:
     seed: int = 0
     feature_tokens: Sequence[str] = ()
     cut_at: int | None = None
+    media: Mapping[str, MediaProcessor] = field(default_factory=dict)
 
     def check(self) -> None:
         """
@@ -83,7 +86,8 @@ class ChatEncoder:
         settings = (
             self.visual and self.visual.fingerprint(),
             self.target,
-            (options.image_token, options.video_token, options.draw_token),
+            {name: processor.fingerprint() for name, processor in self.media.items()},
+            (options.media_tokens, options.draw_token),
             (tuple(self.feature_tokens), self.processor is None, self.cut_at),
             (options.learn, options.end_of_reply, options.special_tokens, tuple(options.allowed_special)),
             json.dumps(dict(options.template_kwargs), sort_keys=True, default=repr),
@@ -140,7 +144,7 @@ class ChatEncoder:
                 tokens.append(token)
                 continue
             if not left:
-                raise ExampleError("has more tokens for rows of images and videos than it has images and videos")
+                raise ExampleError("has more tokens for rows of media than its media have")
             # a plan's own text has all its feature tokens; otherwise one placeholder stands for all rows
             plan, indices = plans[left[-1]], rows[left[-1]]
             times = plan.rows if plan.text is None else 1
@@ -150,7 +154,7 @@ class ChatEncoder:
             if len(indices) >= plan.rows:
                 left.pop()
         if left:
-            raise ExampleError("has fewer tokens for rows of images and videos than it has images and videos")
+            raise ExampleError("has fewer tokens for rows of media than its media have")
         if text.whole:
             self._append_end(tokens, labelled, bool(text.learnt) and text.learnt[-1][1] == len(text.text))
         return tokens, labelled, rows
@@ -166,31 +170,35 @@ class ChatEncoder:
         labelled[-1] = learnt and len(tokens) > 1
 
     @cached_property
-    def _features(self) -> frozenset[int | None]:
+    def _features(self) -> frozenset[int]:
         """Ids of the tokens that features replace."""
-        tokens = self.feature_tokens or (self.options.image_token, self.options.video_token)
-        return frozenset(self._id(token) for token in tokens)
+        tokens = self.feature_tokens or self.options.media_tokens.values()
+        return frozenset(found for token in tokens if (found := self._id(token)) is not None)
 
     # -- media ---------------------------------------------------------------------------------------------------------
 
     def _plans(self, example: Example, sizes: Sequence[Size]) -> list[MediaPlan]:
         items = example.media
         assert len(sizes) == len(items) + (example.target is not None), "one size per item"
-        if items and self.visual is None:
-            raise ExampleError("has images or videos, but the DataModule was given no visual processor")
         if example.target is not None and self.target is None:
             raise ExampleError("has a target image, but the DataModule was given no target processor")
-        if self.visual is None:
-            return []
         alone = sum(isinstance(item, Image) for item in items) == 1
-        return [self.visual.plan(item, size, alone) for item, size in zip(items, sizes, strict=False)]
+        return [self._processor(item).plan(item, size, alone) for item, size in zip(items, sizes, strict=False)]
+
+    def _processor(self, item: MediaPart) -> MediaProcessor:
+        """What prepares an item."""
+        name = modality_of(item).name
+        found = self.media.get(name, self.visual if isinstance(item, Image | Video) else None)
+        if found is None:
+            given = "visual" if isinstance(item, Image | Video) else f'media={{"{name}": ...}}'
+            raise ExampleError(f"has {name} items, but the DataModule was given no processor for them: {given}")
+        return found
 
     def _media(
-        self, item: Image | Video, size: Size, plan: MediaPlan, rows: list[int], draw: tuple[object, ...] | None
+        self, item: MediaPart, size: Size, plan: MediaPlan, rows: list[int], draw: tuple[object, ...] | None
     ) -> Media:
-        assert self.visual is not None, "checked with the plans"
-        load = partial(self.visual.load, item, size, plan)
-        if self.augment and draw is not None:
+        load = partial(self._processor(item).load, item, size, plan)
+        if self.augment and draw is not None and isinstance(item, Image | Video):
             load = partial(_load_augmented, load, self.augment, _seed(self.seed, "augment", *draw, rows[0]))
         contiguous = rows[-1] - rows[0] == len(rows) - 1
         return Media(
@@ -218,8 +226,7 @@ class ChatEncoder:
         options = self.options
         return ChatTemplate(
             self.tokenizer,
-            options.image_token,
-            options.video_token,
+            options.media_tokens,
             self.processor,
             None if options.template is None else str(options.template),
             options.template_kwargs,
@@ -228,7 +235,7 @@ class ChatEncoder:
     @cached_property
     def _special(self) -> SpecialTokens:
         options = self.options
-        placeholders = [options.image_token, options.video_token, options.draw_token, *self.feature_tokens]
+        placeholders = [*options.media_tokens.values(), options.draw_token, *self.feature_tokens]
         return SpecialTokens.of(self._template, placeholders, options.special_tokens, options.allowed_special)
 
     @cached_property
@@ -237,11 +244,12 @@ class ChatEncoder:
 
     @cached_property
     def _placeholders(self) -> Placeholders:
-        return Placeholders(self.options.image_token, self.options.video_token, self._is_usable)
+        return Placeholders(self.options.media_tokens, self._is_usable)
 
     def _is_usable(self, token: str) -> bool:
         """Whether the tokenizer has a placeholder as a token. It need not where other tokens are replaced."""
-        return bool(self.feature_tokens) or self._id(token) is not None
+        others = bool(self.feature_tokens) and token not in self.feature_tokens
+        return others or self._id(token) is not None
 
     def _adds_special_tokens(self, text: Text) -> bool:
         """Whether the tokenizer adds its special tokens: with a processor it does, unless the template wrote them."""

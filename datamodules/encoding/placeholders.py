@@ -1,16 +1,17 @@
-"""Placeholders in the text of an example: each stands for an image or video, and becomes the text of its plan.
+"""Placeholders in the text of an example: each stands for an item of media, and becomes the text of its plan.
 
 A template may write images in another order than the messages have them (before all text, for example), and a text of
 the example may contain a placeholder as ordinary characters.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import ExampleError
-from ..example import Example, Image, Video
+from ..example import Example
+from ..media.modalities import modality_of
 from .marks import alternatives
 from .text import Edit, Text
 from .visual import MediaPlan
@@ -20,12 +21,11 @@ from .visual import MediaPlan
 class Placeholders:
     """
     Attributes:
-        image_token, video_token: what the chat template writes for an image or a video.
+        tokens: by modality, what the chat template writes for an item.
         is_known: whether the tokenizer has a token.
     """
 
-    image_token: str
-    video_token: str
+    tokens: Mapping[str, str]
     is_known: Callable[[str], bool]
 
     def expand(self, text: Text, example: Example, plans: Sequence[MediaPlan]) -> tuple[Text, list[int]]:
@@ -41,9 +41,9 @@ class Placeholders:
         """
         order: list[int] = []
         edits: list[Edit] = []
-        left = {
-            token: [i for i, item in enumerate(example.media) if isinstance(item, kind)] for token, kind in self._kinds
-        }
+        left: dict[str, list[int]] = {token: [] for token in self.tokens.values()}
+        for i, item in enumerate(example.media):
+            left[self.tokens[modality_of(item).name]].append(i)
         for match in self._pattern.finditer(text.text):
             if text.is_given(*match.span()):  # ordinary characters of the example
                 continue
@@ -57,28 +57,23 @@ class Placeholders:
             raise self._wrong_number(example, text)
         return text.edited(edits), order
 
-    @property
-    def _kinds(self) -> tuple[tuple[str, type], ...]:
-        return (self.image_token, Image), (self.video_token, Video)
-
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(alternatives([token for token, _ in self._kinds]))
+        return re.compile(alternatives([*self.tokens.values()]))
 
     def _wrong_number(self, example: Example, text: Text) -> ExampleError:
         found = [match for match in self._pattern.finditer(text.text) if not text.is_given(*match.span())]
         counts: list[str] = []
-        for token, kind in self._kinds:
-            name = kind.__name__.lower()
-            items = sum(isinstance(item, kind) for item in example.media)
+        for name, token in self.tokens.items():
+            items = sum(modality_of(item).name == name for item in example.media)
             if items and not self.is_known(token):
                 return ExampleError(
-                    f"has {name}s, but the tokenizer has no token {token}: choose another as chat.{name}_token, or add "
-                    "it to the tokenizer"
+                    f"has {name} items, but the tokenizer has no token {token}: name another in chat.tokens, or add it "
+                    "to the tokenizer"
                 )
-            written = sum(match[0] == token for match in found)
-            counts.append(f"{written} {token} for {items} {name}s")
+            if items or any(match[0] == token for match in found):
+                counts.append(f"{sum(match[0] == token for match in found)} {token} for {items} {name} items")
         return ExampleError(
-            f"has images or videos for which the chat template does not write its tokens: {', '.join(counts)}. It must "
-            "write one for each item"
+            f"has media for which the chat template does not write its tokens: {', '.join(counts)}. It must write one "
+            "for each item"
         )

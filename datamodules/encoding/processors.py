@@ -1,31 +1,37 @@
 """Tokenizers and processors of the transformers library, a tokenizer that needs no files, and encoders for them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bigmac_lightning.contracts.remote_code import without_asking
 
-from ..options import DRAW, IMAGE, VIDEO, ChatOptions
+from ..media.modalities import MODALITIES
+from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
 from .hf_visual import HFVisual
 from .template import read_template
-from .visual import Augment, TargetProcessor, VisualProcessor
+from .visual import Augment, MediaProcessor, TargetProcessor, VisualProcessor
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE, VIDEO, DRAW)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", DRAW)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% for part in m.content %}"
-    "{% if part.type == 'image' %}" + IMAGE + "{% elif part.type == 'video' %}" + VIDEO + "{% else %}{{ part.text }}"
-    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<|{{ part.type }}_pad|>{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, with lists of parts as contents."""
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer of 262 tokens: padding ("<|endoftext|>", id 0), tokens of the template and of media, and 256 bytes.
+def byte_tokenizer(modalities: Sequence[str] = ()) -> Any:
+    """A tokenizer of 262 tokens: padding ("<|endoftext|>", id 0), tokens of the template, of images, of videos and of
+    drawing, and 256 bytes.
+
+    Args:
+        modalities: further ones, each of which has one more token, from 262 on.
 
     Returns: a `PreTrainedTokenizerFast` with a ChatML template.
     """
@@ -33,11 +39,12 @@ def byte_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
+    special = [*SPECIAL, *(token for name in modalities if (token := MODALITIES[name].token) not in SPECIAL)]
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet, *special[len(SPECIAL) :]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -47,12 +54,13 @@ def byte_tokenizer() -> Any:
     )
 
 
-def load_processor(given: Any, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequence[str] = ()) -> tuple[Any, Any]:
     """Load a fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
 
     Args:
         given: a folder or name, a processor, a tokenizer, or "bytes".
         trust_remote_code: whether Python code in that folder may run.
+        modalities: see `byte_tokenizer`.
 
     Returns: the tokenizer, and the processor or ``None``.
 
@@ -62,7 +70,7 @@ def load_processor(given: Any, trust_remote_code: bool = False) -> tuple[Any, An
     from transformers import AutoProcessor, ProcessorMixin, dynamic_module_utils
 
     if given == "bytes":
-        return byte_tokenizer(), None
+        return byte_tokenizer(modalities), None
     if isinstance(given, str | Path):
         trust = "set loading.trust_remote_code=True in the DataModule"
         with without_asking(f"the processor {given}", trust, dynamic_module_utils):
@@ -88,26 +96,32 @@ def chat_encoder(
     seed: int,
     cut_at: int | None,
     trust_remote_code: bool = False,
+    media: Mapping[str, MediaProcessor] = MappingProxyType({}),
 ) -> ChatEncoder:
     """The encoder for a processor, whose own media tokens and media preparation are used unless `visual` is given.
 
     Args:
         processor, trust_remote_code: see `load_processor`.
-        visual, target, augment, seed, cut_at: see `ChatEncoder`.
+        visual, target, augment, seed, cut_at, media: see `ChatEncoder`.
 
     Raises:
-        ValueError: the options contradict the tokenizer or its template.
+        ValueError: the options contradict the tokenizer or its template, or a modality is not known.
     """
-    tokenizer, loaded = load_processor(processor, trust_remote_code)
+    if unknown := sorted(media.keys() - MODALITIES.keys()):
+        raise ValueError(
+            f"media names {unknown[0]!r}, which is no modality: known are {', '.join(MODALITIES)}; others are added by "
+            "register(Modality(...))"
+        )
+    tokenizer, loaded = load_processor(processor, trust_remote_code, tuple(media))
     if chat.template is not None:
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: tuple[str, ...] = ()
     if loaded is not None:
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)
-            feature_tokens = visual.feature_tokens
-        tokens = {name: getattr(loaded, name, getattr(chat, name)) for name in ("image_token", "video_token")}
-        chat = replace(chat, **tokens)
-    encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at)
+            feature_tokens = (*visual.feature_tokens, *(chat.media_tokens[name] for name in media))
+        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
+        chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
+    encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at, media)
     encoder.check()
     return encoder

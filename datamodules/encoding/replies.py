@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import ExampleError
-from ..example import Example, Image, Message, arguments_of
+from ..example import Example, Message, arguments_of
 from ..options import Learn
 from .marks import alternatives
 from .reading import Reading
@@ -34,7 +34,7 @@ def plain_text(example: Example, template: ChatTemplate) -> Text:
                 given.append((at, at + len(part)))
                 pieces.append(part)
             else:
-                pieces.append(template.image_token if isinstance(part, Image) else template.video_token)
+                pieces.append(template.token(part))
             at += len(pieces[-1])
         if message.learn is not False:
             learnt.append((first, at))

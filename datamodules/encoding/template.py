@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExampleError, reason_of
-from ..example import Example, Image, Message, Video, arguments_of, tool_name
+from ..example import Example, MediaPart, Message, arguments_of, tool_name
+from ..media.modalities import modality_of
 
 Turn = dict[str, Any]
 Mark = Callable[[str, int, str], str]
@@ -44,12 +45,11 @@ class ChatTemplate:
         processor: the processor around it, if there is one; it then applies the template.
         given: a template that is used instead of theirs.
         variables: values of the template's variables in all examples.
-        image_token, video_token: the token for an image or a video in a text, if the template accepts only strings.
+        tokens: by modality, the token for an item in a text, if the template accepts only strings.
     """
 
     tokenizer: Any
-    image_token: str
-    video_token: str
+    tokens: Mapping[str, str]
     processor: Any = None
     given: str | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -80,9 +80,9 @@ class ChatTemplate:
         if not message.parts:
             return ""
         is_text = all(isinstance(part, str) for part in message.parts)
-        if not self._takes_parts or (self._takes_strings_alike and (is_text or not self._writes_images)):
+        if not self._takes_parts or (self._takes_strings_alike and (is_text or not self._writes_all(message))):
             texts = [
-                mark(part, number, "content") if isinstance(part, str) else self._token(part) for part in message.parts
+                mark(part, number, "content") if isinstance(part, str) else self.token(part) for part in message.parts
             ]
             return "".join(texts)
         content: list[dict[str, str]] = []
@@ -90,11 +90,12 @@ class ChatTemplate:
             if isinstance(part, str):
                 content.append({"type": "text", "text": mark(part, number, "content")})
             else:
-                content.append({"type": "image" if isinstance(part, Image) else "video"})
+                content.append({"type": modality_of(part).name})
         return content
 
-    def _token(self, item: Image | Video) -> str:
-        return self.image_token if isinstance(item, Image) else self.video_token
+    def token(self, item: MediaPart) -> str:
+        """The token for an item in a text."""
+        return self.tokens[modality_of(item).name]
 
     def _call(self, number: int, call: Mapping[str, Any], mark: Mark) -> Turn:
         name, given = arguments_of(call)
@@ -227,12 +228,23 @@ class ChatTemplate:
         text = self._exchange([{"type": "text", "text": PROBE}])
         return PROBE in text and not SERIALIZED.search(text)
 
+    def _writes_all(self, message: Message) -> bool:
+        """Whether the template writes something for the media of a message in a list of parts. Those for text only
+        leave them out."""
+        return all(self._writes(modality_of(part).name) for part in message.parts if not isinstance(part, str))
+
+    def _writes(self, modality: str) -> bool:
+        if modality not in self._written:
+            text = {"type": "text", "text": PROBE}
+            both = ([{"role": "user", "content": [*item, text]}] for item in ([{"type": modality}], []))
+            with_item, without = map(self._tried, both)
+            self._written[modality] = with_item not in ("", without)
+        return self._written[modality]
+
     @cached_property
-    def _writes_images(self) -> bool:
-        """Whether the template writes something for an image in a list of parts. Those for text only leave it out."""
-        text = {"type": "text", "text": PROBE}
-        with_image, without = ([{"role": "user", "content": [*image, text]}] for image in ([{"type": "image"}], []))
-        return self._tried(with_image) not in ("", self._tried(without))
+    def _written(self) -> dict[str, bool]:
+        """By modality, what `_writes` has found."""
+        return {}
 
     @cached_property
     def _takes_strings_alike(self) -> bool:

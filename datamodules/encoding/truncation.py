@@ -10,7 +10,7 @@ def cut(sample: Sample, most: int | None) -> Sample:
     """The first `most` tokens of a sample; ``None``: all of them.
 
     Raises:
-        ExampleError: an image, a video or a target would be cut off, or nothing to learn would be left.
+        ExampleError: an item of media or a target would be cut off, or nothing to learn would be left.
     """
     length = len(sample.tokens)
     if most is None or length <= most:

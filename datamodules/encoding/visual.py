@@ -1,5 +1,5 @@
-"""Prepares images and videos for encoders: the number of rows of an item, which follows from the item's size, and the
-input tensor, which the item's owner makes.
+"""Prepares media for encoders: the number of rows of an item, which follows from the item's size, and the input tensor,
+which the item's owner makes. Images and videos are prepared here, other modalities by processors of their own.
 
 Shape suffixes: T frames, C channels, H and W pixels.
 """
@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,19 @@ class MediaPlan:
     alone: bool = True
 
 
-class VisualProcessor(ABC):
-    """Prepares images and videos for one model."""
+class MediaProcessor(ABC):
+    """Prepares media of a modality for one model."""
 
     def fingerprint(self) -> str:
         """A text that changes whenever plans would."""
         return repr(self)
 
     @abstractmethod
-    def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
+    def plan(self, item: Any, size: Size, alone: bool = True) -> MediaPlan:
         """How an item will be prepared. A plan is cheap to make, and the same on every rank.
 
         Args:
+            item: a part of a message, such as an `Image`.
             alone: whether its example has no other image; some models cut such an image into more crops.
 
         Raises:
@@ -71,12 +73,19 @@ class VisualProcessor(ABC):
         """
 
     @abstractmethod
-    def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
-        """Read, decode, augment and resize an item; returns the value of `MediaItem.data`.
+    def load(self, item: Any, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
+        """Read, decode and prepare an item; returns the value of `MediaItem.data`.
+
+        Args:
+            augment: changes the pixels of images and videos; ``None`` for other modalities.
 
         Raises:
             ExampleError: the file is broken.
         """
+
+
+class VisualProcessor(MediaProcessor):
+    """Prepares images and videos for one model."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""The sizes and pixels of images and videos, whatever their files are."""
+"""The sizes of media, and the pixels of images and videos, whatever their files are."""
 
-from ..example import Image, Size, Video
+from ..example import MediaPart, Size
 from ..limits import Limits
-from .images import image_size, read_image
+from .images import read_image
+from .modalities import modality_of
 from .opening import check_limits, opened
-from .videos import check_reading, read_frames, video_size
+from .videos import check_reading, read_frames
 
 __all__ = ["check_reading", "measure", "read_frames", "read_image"]
 
 
-def measure(item: Image | Video, limits: Limits = Limits()) -> Size:
+def measure(item: MediaPart, limits: Limits = Limits()) -> Size:
     """The size of an item: the one that its source knows, or that of its file. The first frame of a video is decoded.
 
     Args:
@@ -20,7 +21,8 @@ def measure(item: Image | Video, limits: Limits = Limits()) -> Size:
     """
     size = item.size
     if size is None:
+        modality = modality_of(item)
         with opened(item.file, "read") as stream:
-            size = image_size(stream, limits) if isinstance(item, Image) else video_size(stream, limits)
+            size = modality.measure(stream, limits)
     check_limits(item.file, size, limits)
     return size

@@ -32,7 +32,7 @@ def opened(file: File, done: str) -> Iterator[BinaryIO]:
 def check_limits(file: File, size: Size, limits: Limits) -> None:
     """
     Raises:
-        ExampleError: the image or video is empty, or too large to be decoded.
+        ExampleError: the item is empty, or too large to be decoded.
     """
     if size.height * size.width > limits.pixels:
         raise ExampleError(limits.exceeded("pixels", f"{file.name} has {size.height} x {size.width} pixels"))

@@ -10,8 +10,8 @@ from ..errors import ExampleError
 from ..example import Example, Image, Message
 from ..files import File, Roots, roots_of
 from ..limits import Limits
+from ..media.modalities import IMAGES
 from .data_files import stamp
-from .media_files import IMAGES
 from .records import captioned
 from .source import Source
 

@@ -1,23 +1,21 @@
-"""The contents of messages as data: where images and videos belong, and which ``<image>`` is ordinary text."""
+"""The contents of messages as data: where media belong, and which ``<image>`` is ordinary text."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Required, TypedDict
 
 from ..errors import ExampleError
-from ..example import Image, Part, Video
+from ..example import MediaPart, Part
 from ..files import Roots
+from ..media.modalities import MODALITIES
 from .media_files import media_at
-
-KINDS: dict[str, type[Image] | type[Video]] = {"image": Image, "video": Video}
-PLACES = re.compile("(<image>|<video>)")
-FILES = {kind: (kind, "path", "url", "base64") for kind in KINDS} | {f"{kind}_url": (f"{kind}_url",) for kind in KINDS}
-"""The keys by which a part of each type may name its file."""
 
 
 class TypedPart(TypedDict, total=False):
-    """A part of a message. Placeholders in its text are ordinary text.
+    """A part of a message. Placeholders in its text are ordinary text. Other modalities have the keys that those of
+    images are for.
 
     Attributes:
         type: "text"; "image" or "video", which stands for the next one if it names no file; or "image_url" or
@@ -43,7 +41,7 @@ class Contents:
     """Makes the parts of the messages of one conversation.
 
     Args:
-        items: by kind, the images and videos that placeholders and parts without a file stand for, in their order.
+        items: by modality, the media that placeholders and parts without a file stand for, in their order.
         turns: all messages.
         roots: folders of the files that parts name.
 
@@ -99,9 +97,9 @@ class Contents:
     def _text(self, content: str, learnt: bool) -> list[Part]:
         parts: list[Part] = []
         text = ""
-        for piece in PLACES.split(content):
+        for piece in places().split(content):
             kind = piece[1:-1]
-            if not PLACES.fullmatch(piece) or (learnt and kind in self._words):
+            if not places().fullmatch(piece) or (learnt and kind in self._words):
                 text += piece
                 continue
             parts += [text, self._left[kind].pop(0)]
@@ -109,31 +107,33 @@ class Contents:
         return [part for part in (*parts, text) if part != ""]
 
     def _part(self, part: Any, where: str) -> Part:
-        if isinstance(part, Image | Video):
+        if isinstance(part, MediaPart):
             return part
-        if isinstance(part, Mapping) and "audio" in str(part.get("type")):
+        if isinstance(part, Mapping) and isinstance(named := part.get("type"), str) and named not in _types():
             raise ExampleError(
-                f"has {where} with a part of type {part.get('type')!r}: nothing can be learnt from audio"
+                f"has {where} with a part of type {named!r}: known are {', '.join(_types())}; register(Modality(...)) "
+                "adds others"
             )
-        given = known(part, TypedPart, f" in a part of {where}")
+        given = known(part, _part_keys(), f" in a part of {where}")
         kind, own = _file(given)
         if given.get("type") == "text" and isinstance(given.get("text"), str) and not own:
             return given["text"]
-        if kind is None or given.get("text") or len(own) > 1 or not own.keys() <= set(FILES[given["type"]]):
+        if kind is None or given.get("text") or len(own) > 1 or not own.keys() <= {*_file_keys(given["type"])}:
+            types = " or ".join(f'{{"type": "{name}"}}' for name in MODALITIES)
             raise ExampleError(
-                f'has {where} with the part {part!r}: give {{"type": "text", "text": ...}}, {{"type": "image"}} or '
-                '{"type": "video"}, or one of the latter with its file, under "path" and no other key'
+                f'has {where} with the part {part!r}: give {{"type": "text", "text": ...}}, {types}, or one of the '
+                'latter with its file, under "path" and no other key'
             )
         if not own:
             return self._left[kind].pop(0)
         ((key, value),) = own.items()
         if key == "base64":
             value = f"data:;base64,{value}"
-        if key in ("image_url", "video_url") and isinstance(value, Mapping):
+        if key == f"{kind}_url" and isinstance(value, Mapping):
             if set(value) - {"url", "detail"} or value.get("detail", "auto") not in ("auto", None):
                 raise ExampleError(f'has {where} with {key} {dict(value)!r}: only its "url" can be given')
             value = value.get("url")
-        return media_at(KINDS[kind], value, self._roots, f"the {kind} in {where}")
+        return media_at(kind, value, self._roots, f"the {kind} in {where}")
 
 
 @dataclass
@@ -164,22 +164,46 @@ class Places:
                 continue
             for part in content if isinstance(content, Sequence) else ():
                 of, own = _file(part) if isinstance(part, Mapping) else (None, {})
-                places.with_file += isinstance(part, KINDS[kind]) or (of == kind and bool(own))
+                places.with_file += isinstance(part, MODALITIES[kind].part) or (of == kind and bool(own))
                 places.given += of == kind and not own
                 text = part.get("text") if isinstance(part, Mapping) else None
                 places.in_parts += not learnt and isinstance(text, str) and f"<{kind}>" in text
         return places
 
 
-def known(given: Any, schema: Any, where: str) -> dict[str, Any]:
+def places() -> re.Pattern[str]:
+    """Matches the placeholders of all modalities, each in a group."""
+    return _pattern(tuple(modality.placeholder for modality in MODALITIES.values()))
+
+
+@cache
+def _pattern(placeholders: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(map(re.escape, placeholders))})")
+
+
+def _types() -> tuple[str, ...]:
+    """The types of parts."""
+    return ("text", *MODALITIES, *(f"{name}_url" for name in MODALITIES))
+
+
+def _part_keys() -> tuple[str, ...]:
+    """The keys of a part."""
+    return ("type", "text", *MODALITIES, "path", "url", "base64", *(f"{name}_url" for name in MODALITIES))
+
+
+def _file_keys(kind: str) -> tuple[str, ...]:
+    """The keys by which a part of a type may name its file."""
+    return (kind, "path", "url", "base64") if kind in MODALITIES else (kind,)
+
+
+def known(given: Any, keys: Collection[str], where: str) -> dict[str, Any]:
     """The keys of an object that have a value.
 
     Raises:
-        ExampleError: a key that the schema does not have has a value.
+        ExampleError: a key that is not one of these has a value.
     """
     if not isinstance(given, Mapping):
         raise ExampleError(f"is no JSON object{where}: {given!r}")
-    keys = schema.__annotations__
     unknown = [str(key) for key, value in given.items() if key not in keys and value not in (None, "", [], {}, ())]
     if unknown:
         advice = "" if where else ". A source leaves out what its ignore names"
@@ -195,11 +219,10 @@ def _is_learnt(turn: Mapping[str, Any]) -> bool:
 
 
 def _file(part: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The kind of a part, if it is an image or a video, and the keys that name its file; empty: it is the next one."""
+    """The modality of a part, and the keys that name its file; empty: it is the next one."""
     given = part.get("type")
-    kind = given.removesuffix("_url") if isinstance(given, str) and given in FILES else None
-    keys = [key for key in TypedPart.__annotations__ if key not in ("type", "text")]
-    own = {key: part[key] for key in keys if part.get(key) is not None}
+    kind = given.removesuffix("_url") if isinstance(given, str) and given in _types() and given != "text" else None
+    own = {key: part[key] for key in _part_keys()[2:] if part.get(key) is not None}
     if kind != given and not own:  # an image_url without a URL
         kind = None
     return kind, own

@@ -14,11 +14,13 @@ A key that the schema does not have is refused if it has a value. No file is ope
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Required, TypedDict
 
 from ..errors import ExampleError
-from ..example import Example, Image, Message, Video
+from ..example import Example, Image, MediaPart, Message, Video
 from ..files import Roots
+from ..media.modalities import MODALITIES
 from .contents import Contents, TypedPart, known
 
 
@@ -28,14 +30,15 @@ class Turn(TypedDict, total=False):
     Attributes:
         role: see `Message`.
         content: a text, in which ``<image>`` and ``<video>`` stand for the next image or video; or a list of parts,
-            each a `TypedPart`, an `Image` or a `Video`. It may be missing if there are `tool_calls`. Placeholders in
-            learnt messages are ordinary text if those in the other messages are as many as there are images or videos.
+            each a `TypedPart`, an `Image`, a `Video` or another `MediaPart`. It may be missing if there are
+            `tool_calls`. Placeholders in learnt messages are ordinary text if those in the other messages are as many
+            as there are items of their modality.
         reasoning_content, tool_calls, name, tool_call_id: see `Message`.
         loss: whether an assistant's message is learnt: true or false, or 1 or 0; see `Message.learn`.
     """
 
     role: Required[str]
-    content: str | Sequence[TypedPart | Image | Video] | None
+    content: str | Sequence[TypedPart | MediaPart] | None
     reasoning_content: str | None
     tool_calls: Sequence[Mapping[str, Any]] | None
     name: str | None
@@ -64,6 +67,7 @@ def example_of(
     target: Image | None = None,
     name: str = "",
     media_root: Roots = ".",
+    others: Mapping[str, Sequence[MediaPart]] = MappingProxyType({}),
 ) -> Example:
     """The example of a conversation.
 
@@ -72,13 +76,15 @@ def example_of(
             If there are no placeholders and no such parts, they come before the first message of the user.
         target, name: see `Example`.
         media_root: folders of the files that parts name, see `Roots`.
+        others: like `images` and `videos`, by modality.
 
     Raises:
         ExampleError: it is no such conversation, has another key, or has not one placeholder for each image and video.
     """
-    given = known(conversation, Conversation, "")
+    given = known(conversation, Conversation.__annotations__, "")
     turns = _list_of_objects(given.get("messages"), "messages")
-    content = Contents({"image": list(images), "video": list(videos)}, turns, media_root)
+    items = {**dict.fromkeys(MODALITIES, ()), "image": images, "video": videos, **others}
+    content = Contents(items, turns, media_root)
     messages = [_message(turn, number, content) for number, turn in enumerate(turns, start=1)]
     tools = given.get("tools", ())
     if isinstance(tools, str):
@@ -91,7 +97,7 @@ def example_of(
 
 def _message(turn: Mapping[str, Any], number: int, content: Contents) -> Message:
     where = f"message {number}"
-    given = known(turn, Turn, f" in {where}")
+    given = known(turn, Turn.__annotations__, f" in {where}")
     for key in ("role", "reasoning_content", "name", "tool_call_id"):
         if not isinstance(given.get(key, ""), str):
             raise ExampleError(f"has {where} whose {key} is no text, but {given[key]!r}")

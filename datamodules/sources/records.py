@@ -7,15 +7,15 @@ from reprlib import repr as shortened
 from typing import Any
 
 from ..errors import ExampleError
-from ..example import Example, Image, Message, Video
-from .contents import KINDS, PLACES
+from ..example import Example, MediaPart, Message
+from ..media.modalities import MODALITIES, named
+from .contents import places
 from .conversation import example_of, loaded
 from .media_files import media_at
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool", "tool_response": "tool"}
 CALLS = ("function_call", "tool_call")
 """Roles whose content is the JSON text of one or several tool calls."""
-MEDIA = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag")
 FORMS = '"messages" or "conversations", "prompt" and "completion", "text", or "caption"'
 DESCRIBE = "Describe what you see."
@@ -31,10 +31,10 @@ class Records:
       `Conversation`;
     - "prompt" and "completion", both texts or both lists of messages;
     - "text", to which no template is applied;
-    - "caption" with images or videos; a "text" without placeholders beside them is a caption, too.
+    - "caption" with media; a "text" without placeholders beside them is a caption, too.
 
-    Media are under "image", "images", "video" and "videos", see `media_at`; "target" is an image that a generator
-    learns to make, "system" is the first message, and "id" is a part of the example's name.
+    Media are under "image", "images", "video", "videos" and so on for each modality, see `media_at`; "target" is an
+    image that a generator learns to make, "system" is the first message, and "id" is a part of the example's name.
 
     Attributes:
         roots: folders of media that are given by path.
@@ -68,32 +68,37 @@ class Records:
             name = f"{name}, {number}" if name else str(number)
         media = self._media(given)
         target = given.pop("target", None)
-        drawn = None if target is None else media_at(Image, target, self.roots, "target")
+        drawn = None if target is None else media_at("image", target, self.roots, "target")
         if "messages" not in given and "conversations" not in given:
             captions = [key for key in ("caption", "text") if key in given]
-            if captions and (captions[0] == "caption" or (any(media) and not _has_places(given["text"]))):
+            if captions and (captions[0] == "caption" or (any(media.values()) and not _has_places(given["text"]))):
                 return self._captioned(given, captions[0], media, name)
-        return example_of(_conversation(given), *media, drawn, name, self.roots)
+        return example_of(_conversation(given), target=drawn, name=name, media_root=self.roots, others=media)
 
-    def _media(self, given: dict[str, Any]) -> tuple[list[Image], list[Video]]:
-        """The images and videos of a record, whose keys are removed from it."""
-        found: dict[str, list[Any]] = {"image": [], "video": []}
-        for key, kind in MEDIA.items():
+    def _media(self, given: dict[str, Any]) -> dict[str, list[MediaPart]]:
+        """The media of a record by modality, whose keys are removed from it."""
+        found: dict[str, list[MediaPart]] = {name: [] for name in MODALITIES}
+        for key, kind in media_keys().items():
             value = given.pop(key, None)
             items = [] if value is None else [*value] if isinstance(value, list | tuple) else [value]
             if items and found[kind]:
                 raise ExampleError(f"has {kind} and {kind}s: leave out one of them")
-            found[kind] += [media_at(KINDS[kind], item, self.roots, f"{key} {k}") for k, item in enumerate(items)]
-        return found["image"], found["video"]
+            found[kind] += [media_at(kind, item, self.roots, f"{key} {k}") for k, item in enumerate(items)]
+        return found
 
-    def _captioned(self, given: dict[str, Any], key: str, media: tuple[list[Image], list[Video]], name: str) -> Example:
+    def _captioned(self, given: dict[str, Any], key: str, media: dict[str, list[MediaPart]], name: str) -> Example:
         caption = given.pop(key)
         if given:
             raise ExampleError(f"has {', '.join(given)} beside its {key}: name them in ignore to leave them out")
-        return captioned([*media[0], *media[1]], self.prompt, caption, name)
+        return captioned([item for items in media.values() for item in items], self.prompt, caption, name)
 
 
-def captioned(media: Sequence[Image | Video], prompt: str, caption: Any, name: str) -> Example:
+def media_keys() -> dict[str, str]:
+    """The keys of records under which media are, with their modalities."""
+    return {key: name for name in MODALITIES for key in (name, f"{name}s")}
+
+
+def captioned(media: Sequence[MediaPart], prompt: str, caption: Any, name: str) -> Example:
     """The example of media and a caption that describes them.
 
     Raises:
@@ -102,11 +107,9 @@ def captioned(media: Sequence[Image | Video], prompt: str, caption: Any, name: s
     if not isinstance(caption, str):
         raise ExampleError(f"has a caption that is no text, but {caption!r}")
     if not media:
-        raise ExampleError("has a caption, and neither an image nor a video")
+        raise ExampleError(f"has a caption, and no {named()}")
     if _has_places(prompt):
-        raise ExampleError(
-            f"has the prompt {prompt!r}: images and videos come before it, so leave out their placeholders"
-        )
+        raise ExampleError(f"has the prompt {prompt!r}: media come before it, so leave out their placeholders")
     return Example([Message("user", [*media, prompt]), Message("assistant", [caption])], name=name)
 
 
@@ -203,7 +206,7 @@ def _text(given: Any, what: str) -> str:
 
 
 def _has_places(text: Any) -> bool:
-    return isinstance(text, str) and PLACES.search(text) is not None
+    return isinstance(text, str) and places().search(text) is not None
 
 
 def check_columns(row: Mapping[str, Any]) -> None:

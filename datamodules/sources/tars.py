@@ -13,9 +13,9 @@ from ..errors import ExampleError
 from ..example import Example
 from ..files import File
 from ..limits import Limits
+from ..media.modalities import MODALITIES
 from .data_files import matching, name_of_all, stamp
-from .media_files import IMAGES, VIDEOS
-from .records import DESCRIBE, MEDIA, Records
+from .records import DESCRIBE, Records, media_keys
 from .source import Source
 
 MAX_LINKS = 40
@@ -26,7 +26,7 @@ class WebDatasetTars(Source):
     """Uncompressed tar files whose members share a name per sample: ``000.jpg``, ``000.txt`` or ``000.json``.
 
     A ``.txt`` member is the caption of the media members. A ``.json`` member is a record as of `Records`, in whose
-    messages ``<image>`` and ``<video>`` stand for the media members in the order of their names.
+    messages ``<image>``, ``<video>`` and so on stand for the media members in the order of their names.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class WebDatasetTars(Source):
 
     def _record(self, path: str, key: str, members: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
         """The record that the members of a sample make together."""
-        media: dict[str, list[File]] = {"images": [], "videos": []}
+        media: dict[str, list[File]] = {}
+        plural = {ending: f"{m.name}s" for m in MODALITIES.values() for ending in m.endings}
         texts: dict[str, str] = {}
         for suffix, offset, length in members:
             kind = suffix.rsplit(".", 1)[-1].lower()
@@ -84,10 +85,8 @@ class WebDatasetTars(Source):
             if offset < 0:
                 raise ExampleError(f"has {suffix} that is no file, and no link to one of this tar")
             file = File.inside(path, key + suffix, offset, length)
-            if f".{kind}" in IMAGES:
-                media["images"].append(file)
-            elif f".{kind}" in VIDEOS:
-                media["videos"].append(file)
+            if f".{kind}" in plural:
+                media.setdefault(plural[f".{kind}"], []).append(file)
             elif kind not in ("txt", "json"):
                 raise ExampleError(f"has {suffix}, which is not known here: name {kind!r} in ignore to leave it out")
             elif kind in texts:
@@ -102,7 +101,7 @@ class WebDatasetTars(Source):
         if not isinstance(record, Mapping):
             raise ExampleError(f"has .json that is no object, but {record!r}")
         record = {key: value for key, value in record.items() if value is not None and key not in self.ignore}
-        if named := [key for key in MEDIA if record.get(key)]:
+        if named := [key for key in media_keys() if record.get(key)]:
             raise ExampleError(f"has .json with {', '.join(named)}: its media are the members; name it in ignore")
         if "txt" in texts:
             caption = texts["txt"].strip()

@@ -268,7 +268,7 @@ def tokenizer(name: str, source: str) -> Any:
 def encoder(name: str, source: str) -> ChatEncoder:
     visual = PatchProcessor(patch_size=8, max_rows=4)
     return ChatEncoder(
-        tokenizer(name, source), visual=visual, options=ChatOptions(image_token=named(IMAGE_TOKENS, name))
+        tokenizer(name, source), visual=visual, options=ChatOptions(tokens={"image": named(IMAGE_TOKENS, name)})
     )
 
 
@@ -276,7 +276,7 @@ def of_processor(name: str) -> ChatEncoder:
     processor = PROCESSORS[name]()
     visual = HFVisual(processor)
     end = "</s>" if name == "llava" else None
-    options = ChatOptions(image_token=processor.image_token, end_of_reply=end)
+    options = ChatOptions(tokens={"image": processor.image_token}, end_of_reply=end)
     return ChatEncoder(processor.tokenizer, processor, visual, options=options, feature_tokens=visual.feature_tokens)
 
 
@@ -320,7 +320,9 @@ def marked(encoder: ChatEncoder, source: str, example: Example) -> Labels:
     """As the library says what a template marks."""
     turns: list[dict[str, Any]] = []
     for message in example.messages:
-        content: Any = "".join(part if isinstance(part, str) else encoder.options.image_token for part in message.parts)
+        content: Any = "".join(
+            part if isinstance(part, str) else encoder.options.media_tokens["image"] for part in message.parts
+        )
         has_images = any(not isinstance(part, str) for part in message.parts)
         if (has_images and "image" in source) or "['content'][0]" in source:
             content = [
@@ -340,7 +342,7 @@ def marked(encoder: ChatEncoder, source: str, example: Example) -> Labels:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    image = encoder.tokenizer.convert_tokens_to_ids(encoder.options.image_token)
+    image = encoder.tokenizer.convert_tokens_to_ids(encoder.options.media_tokens["image"])
     kept = [i for i, token in enumerate(out["input_ids"]) if token != image]
     return Labels([out["input_ids"][i] for i in kept], [bool(out["assistant_masks"][i]) for i in kept])
 

@@ -67,14 +67,14 @@ def test_a_target_follows_the_request() -> None:
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        ([Image(NOWHERE)], {"visual": None}, "no visual processor"),
+        ([Image(NOWHERE)], {"visual": None}, "given no processor for them: visual"),
         (["<|image_pad|>"], {"special_tokens": "refuse"}, "has a text with the special tokens <|image_pad|>"),
         ([Image(NOWHERE), "<|video_pad|>"], {"special_tokens": "refuse"}, "the special tokens <|video_pad|>: take"),
         (["<|draw|>"], {"special_tokens": "refuse"}, "has a text with the special tokens <|draw|>: take them out"),
         (
             [Image(NOWHERE)],
-            {"image_token": "<|other|>"},
-            "has images, but the tokenizer has no token <|other|>: choose another as chat.image_token",
+            {"tokens": {"image": "<|other|>"}},
+            "has image items, but the tokenizer has no token <|other|>: name another in chat.tokens",
         ),
     ],
 )

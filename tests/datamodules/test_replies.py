@@ -309,7 +309,7 @@ def test_random_conversations_against_the_twin(name: str) -> None:
 
 def test_images_with_other_words_around_them() -> None:
     """An image in any turn, and a text that says what stands for one."""
-    chat = chatml(image_token="<|image_pad|>")
+    chat = chatml(tokens={"image": "<|image_pad|>"})
     example = Example([Message("user", ["<|image_pad|>", PICTURE]), reply("b"), Message("user", [PICTURE]), reply("c")])
     sample = chat.encode(example, [Size(8, 8)] * 2, "x")
     token = chat.tokenizer.convert_tokens_to_ids("<|image_pad|>")
