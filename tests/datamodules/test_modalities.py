@@ -119,7 +119,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     names = page()
-    steps = [entry for entry in MODALITIES.values() if entry.name == "signal"][0].measure
+    steps = MODALITIES["signal"].measure
     assert steps(io.BytesIO(b"1,2\n3,4\n\n"), None) == Size(1, 1, frames=2)  # pyright: ignore[reportArgumentType]
     made = names["datamodule"]
     example = Example([Message("user", [names["Signal"](made._sources["train"][0][0].media[0].file)])])
@@ -144,12 +144,9 @@ def test_all_formats_know_it(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps([{"signal": "0.csv", "caption": "rising"}]))
     [example] = list(LlavaJSON(tmp_path / "list.json"))
     assert [type(item) for item in example.media] == [kind]
+    members = {"1.csv": _csv(KINDS["still"]), "1.txt": b"still", "1.png": pictures(1)[0].read_bytes()}
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (
-            ("1.csv", _csv(KINDS["still"])),
-            ("1.txt", b"still"),
-            ("1.png", pictures(1)[0].read_bytes()),
-        ):
+        for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -173,11 +170,11 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     example = made._sources["train"][0][0]  # pyright: ignore[reportIndexIssue]
     assert isinstance(example.media[0], signal)
     without = MultimodalDataModule()
-    with pytest.raises(
-        ExampleError, match='has signal items, but the DataModule was given no processor .*media={"signal"'
-    ):
+    with pytest.raises(ExampleError, match=r'has signal items, but .* no processor .*media={"signal"'):
         without.encoder.encode(example, [Size(1, 1, 9)], "x")
-    with pytest.raises(ValueError, match="media names 'sonar', which is no modality: known are image, video, .*signal"):
+    with pytest.raises(
+        ValueError, match=r"media names 'sonar', which is no modality: known are image, video, .*signal"
+    ):
         MultimodalDataModule(media={"sonar": names["SignalProcessor"]()})
     with pytest.raises(ExampleError, match="with a part of type 'sonar': known are text, image, video"):
         example_of({"messages": [{"role": "user", "content": [{"type": "sonar", "path": "a"}]}]})
@@ -187,15 +184,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ExampleError, match="has a Sonar, which is of no modality"):
         made.encoder.encode(Example([Message("user", [Sonar(example.media[0].file)])]), [Size(1, 1, 9)], "x")
+    steps = MODALITIES["signal"].measure
     for wrong, message in (
-        (Modality("signal", Sonar, MODALITIES["signal"].measure), "has the name or the class of another"),
-        (Modality("sonar", Video, MODALITIES["signal"].measure), "has the name or the class of another"),
-        (
-            Modality("sonar", Sonar, MODALITIES["signal"].measure, (".csv", ".png")),
-            "files .png are of the modality 'image'",
-        ),
+        (Modality("signal", Sonar, steps), "has the name or the class of another"),
+        (Modality("sonar", Video, steps), "has the name or the class of another"),
+        (Modality("sonar", Sonar, steps, (".png", ".x")), "files .png are of the modality 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
             register(wrong)
     with pytest.raises(ValueError, match=r"Modality\(name='text'\)"):
-        Modality("text", Sonar, MODALITIES["signal"].measure)
+        Modality("text", Sonar, steps)
