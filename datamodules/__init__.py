@@ -5,11 +5,12 @@ yourself; digits.py is an example of it (`pip install bigmac-lightning[quickstar
 """
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
+from .encoding.audio import AudioProcessor
 from .encoding.hf_visual import HFVisual
 from .encoding.processors import byte_tokenizer
 from .encoding.visual import MediaPlan, MediaProcessor, PatchProcessor, TargetProcessor, VisualProcessor
 from .errors import ExampleError, SourceError
-from .example import Example, Image, MediaPart, Message, Size, Video
+from .example import Audio, Example, Image, MediaPart, Message, Size, Video
 from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
@@ -30,6 +31,8 @@ from .sources.tars import WebDatasetTars
 from .sources.text_files import TextFiles
 
 __all__ = [
+    "Audio",
+    "AudioProcessor",
     "CaptionFolder",
     "ChatOptions",
     "Clips",

@@ -51,6 +51,10 @@ class Video(MediaPart):
     """A video."""
 
 
+class Audio(MediaPart):
+    """A sound, or the sound of a video."""
+
+
 Part = str | MediaPart
 
 

@@ -17,6 +17,7 @@ class Limits:
     Attributes:
         pixels: pixels of an image, or of a frame of a video.
         frames: frames of a video.
+        seconds: seconds of a sound.
         image_bytes: bytes of an image file.
         record_bytes: bytes of a JSON line, of a text, or of a caption, without the media files that it names.
         growth: how many times their own size data files may have when the `datasets` library has decompressed them;
@@ -26,6 +27,7 @@ class Limits:
 
     pixels: int = 64 * MiB
     frames: int = 4 * MiB
+    seconds: int = 4 * 60 * 60
     image_bytes: int = 1 * GiB
     record_bytes: int = 512 * MiB
     growth: int = 200

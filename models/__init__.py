@@ -3,6 +3,7 @@
 They need `pip install bigmac-lightning[models]` (transformers, diffusers); nothing else in the package does.
 """
 
+from .audio.audio_encoder import AudioEncoder
 from .generation.codec import LatentCodec
 from .generation.flow import FlowGenerator
 from .llm.decoder import HFDecoder
@@ -11,6 +12,7 @@ from .vision.hf_encoders import HFVideoEncoder, HFVisionEncoder
 from .vision.vision_encoder import VisionEncoder
 
 __all__ = [
+    "AudioEncoder",
     "FlowGenerator",
     "HFDecoder",
     "HFVideoEncoder",

@@ -12,15 +12,17 @@ from functools import cached_property
 from typing import Any, BinaryIO
 
 from ..errors import ExampleError
-from ..example import Image, MediaPart, Size, Video
+from ..example import Audio, Image, MediaPart, Size, Video
 from ..limits import Limits
 from .frame_choice import evenly_spaced
 from .images import image_size, read_image
+from .sounds import sound_size
 from .videos import read_frames, video_size
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGES += (".avif", ".heic", ".heif", ".jp2", ".pgm", ".ppm")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".ts", ".wmv")
+AUDIOS = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".wma")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ MODALITIES: dict[str, Modality] = {
     for modality in (
         Modality("image", Image, image_size, IMAGES, "image/", _view_image),
         Modality("video", Video, video_size, VIDEOS, "video/", _view_video),
+        Modality("audio", Audio, sound_size, AUDIOS, "audio/"),
     )
 }
 """All modalities by name, in the order in which captions come after media."""

@@ -4,7 +4,7 @@ A decoder may silently leave frames of a damaged video out, or invent some. So i
 packet comes out of the decoder, undamaged and in order.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
 from typing import Any, BinaryIO
@@ -13,30 +13,36 @@ from ..limits import Limits
 from .mp4_samples import check_samples
 
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
-"""FFmpeg's names of the containers that are read; "mov" includes MP4. Others are playlists, for which FFmpeg would open
-further files."""
+"""FFmpeg's names of the containers of videos that are read; "mov" includes MP4. Others are playlists, for which FFmpeg
+would open further files."""
 
 SEEKABLE = ("mov", "matroska", "avi", "mpegts")
 """Containers that store the time of each packet. In others FFmpeg computes it from the times of the packets before."""
 
 
 @contextmanager
-def opened_container(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
+def opened_container(
+    stream: BinaryIO, limits: Limits, containers: Sequence[str] = CONTAINERS, what: str = "video"
+) -> Iterator[Any]:
     """
+    Args:
+        containers: FFmpeg's names of those that may be read.
+        what: what the file should be.
+
     Raises:
-        ValueError: it is no video, is damaged, or would take too much memory.
+        ValueError: it is none, is damaged, or would take too much memory.
     """
     import av
     import av.error
 
     check_samples(stream)
     # FFmpeg decodes frames when it opens a file, so it must know the limit
-    options = {"format_whitelist": ",".join(CONTAINERS), "max_pixels": str(limits.pixels)}
+    options = {"format_whitelist": ",".join(containers), "max_pixels": str(limits.pixels)}
     try:
         container = av.open(stream, metadata_errors="ignore", options=options)
     except (av.error.ArgumentError, av.error.InvalidDataError, av.error.EOFError) as error:
         raise ValueError(
-            f"it is no video, or broken from its first bytes on; containers that are read: {', '.join(CONTAINERS)}"
+            f"it is no {what}, or broken from its first bytes on; containers that are read: {', '.join(containers)}"
         ) from error
     try:
         with container:

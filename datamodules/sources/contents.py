@@ -109,6 +109,7 @@ class Contents:
     def _part(self, part: Any, where: str) -> Part:
         if isinstance(part, MediaPart):
             return part
+        part = _plain(part, where)
         if isinstance(part, Mapping) and isinstance(named := part.get("type"), str) and named not in _types():
             raise ExampleError(
                 f"has {where} with a part of type {named!r}: known are {', '.join(_types())}; register(Modality(...)) "
@@ -162,7 +163,8 @@ class Places:
                 places.learnt += number * learnt
                 places.given += number * (not learnt)
                 continue
-            for part in content if isinstance(content, Sequence) else ():
+            for given in content if isinstance(content, Sequence) else ():
+                part = _plain(given, "a message")
                 of, own = _file(part) if isinstance(part, Mapping) else (None, {})
                 places.with_file += isinstance(part, MODALITIES[kind].part) or (of == kind and bool(own))
                 places.given += of == kind and not own
@@ -179,6 +181,19 @@ def places() -> re.Pattern[str]:
 @cache
 def _pattern(placeholders: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, placeholders))})")
+
+
+def _plain(part: Any, where: str) -> Any:
+    """A part, where OpenAI's form of a sound is written as those of other media are."""
+    if not isinstance(part, Mapping) or part.get("type") != "input_audio":
+        return part
+    sound = part.get("input_audio")
+    if not isinstance(sound, Mapping) or not isinstance(sound.get("data"), str) or sound.keys() - {"data", "format"}:
+        raise ExampleError(
+            f'has {where} with the part {part!r}: give {{"type": "input_audio", "input_audio": {{"data": the bytes in '
+            'base64, "format": "wav"}}'
+        )
+    return {"type": "audio", "base64": sound["data"]}
 
 
 def _types() -> tuple[str, ...]:

@@ -7,19 +7,17 @@ N rows of all images.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig
 
-from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
-from .. import loading, meta_model
-from ..initialization import frozen_as, seeded, to_config
+from ..initialization import to_config
 from ..llm import attention
+from ..projected_tower import ProjectedTower
 from .hf_encoders import smallest_grid
 
 
@@ -51,7 +49,7 @@ _PATCH_TOWERS = {  # the towers of the Qwen models, with their merger: items are
 }
 
 
-class VisionEncoder(Encoder):
+class VisionEncoder(ProjectedTower):
     """A vision transformer without its pooling head, then a linear layer or a two-layer perceptron. Between the two,
     neighbouring patches may be merged.
 
@@ -62,8 +60,6 @@ class VisionEncoder(Encoder):
 
     Attributes:
         tower: the vision transformer: SigLIP (1 and 2), CLIP, DINOv2, DINOv3, or that of Qwen2.5-VL or Qwen3-VL.
-        projector: maps from the tower's width to the LLM's. To train it alone, freeze "encoders.<name>.tower".
-        width: the width of the features, D.
     """
 
     def __init__(
@@ -110,31 +106,10 @@ class VisionEncoder(Encoder):
             self.config.vision_use_head = False  # the head's weights would never get a gradient
         if kind == "dinov3_vit":  # training would jitter positions at random, on each rank in another way
             self.config.pos_embed_shift = self.config.pos_embed_jitter = self.config.pos_embed_rescale = None
-        self.config._attn_implementation = attn_implementation
-        self.seed, self.source, self.gradient_checkpointing = seed, weights, gradient_checkpointing
         tower_width = (self.config.out_hidden_size if self.takes_patches else self.config.hidden_size) * merge**2
-        self.width = width
-        self._widths = (tower_width, *([] if projector_hidden is None else [projector_hidden]), width)
-        with attention.refused_clearly(attn_implementation, kind), torch.device("meta"):
-            self.tower: Any = AutoModel.from_config(self.config, trust_remote_code=False)  # it has a tower of its own
-            self.projector = self._new_projector()
-        if gradient_checkpointing:
-            meta_model.check_checkpointing(self.tower)
+        further = (seed, attn_implementation, weights, gradient_checkpointing)
+        self._build(tower_width, width, projector_hidden, *further)
         self._freeze_unused()
-
-    def _new_projector(self) -> nn.Module:
-        first, *others = (nn.Linear(a, b) for a, b in pairwise(self._widths))
-        return nn.Sequential(first, nn.GELU(), *others) if others else first
-
-    def materialize(self) -> None:
-        if next(self.tower.parameters()).is_meta:
-            cut = loading.rows_over(self.shard_mesh)
-            tower = loading.materialize(self.tower, lambda tower: None, self.source, self.seed, torch.float32, cut)
-            self.tower = frozen_as(self.tower, tower)
-            if self.gradient_checkpointing:
-                tower.activation_checkpointing_enable({"use_reentrant": False})
-            with seeded(self.seed, "projector"):
-                self.projector = frozen_as(self.projector, self._new_projector())
 
     def forward_cost(self, rows: int) -> ForwardCost:
         """The cost for an item that is one picture, whose patches all see each other."""
