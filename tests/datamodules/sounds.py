@@ -45,10 +45,9 @@ def write_sound(
                 shown = np.full((32, 32, 3), 20 * k, dtype=np.uint8)
                 container.mux(video.encode(av.VideoFrame.from_ndarray(shown)))  # pyright: ignore
             container.mux(video.encode(None))  # pyright: ignore
-        sound = container.add_stream(codec, rate=rate, layout="stereo" if channels == 2 else "mono")
-        frame = av.AudioFrame.from_ndarray(
-            np.stack([samples] * channels), "fltp", "stereo" if channels == 2 else "mono"
-        )
+        layout = "stereo" if channels == 2 else "mono"
+        sound = container.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(np.stack([samples] * channels), "fltp", layout)
         frame.sample_rate = rate
         resampler = av.AudioResampler(sound.format, sound.layout, rate, frame_size=sound.frame_size or None)  # pyright: ignore
         for piece in [*resampler.resample(frame), *resampler.resample(None)]:

@@ -66,18 +66,19 @@ def test_odd_files_are_read_or_refused_by_name() -> None:
     """Those by which scipy tests its reader: 1 to 64 bits, ulaw, RF64, cut off, of no length."""
     files = sorted((package_folder("scipy") / "io" / "tests" / "data").glob("*.wav"))
     assert len(files) > 10
-    read = 0
+    read, refused = 0, list[tuple[str, str]]()
     for file in files:
         try:
             size, found = _read(file)
         except ExampleError as error:
-            assert file.name in str(error)
+            refused.append((file.name, str(error)))
             continue
         read += 1
         assert np.isfinite(found).all(), file
         assert np.abs(found).max() <= 1.01, file
         assert len(found) == max(1, round(size.seconds * 16_000))
     assert read > len(files) // 2
+    assert all(name in text for name, text in refused)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.flac").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(ExampleError, match=r"cut.flac (cannot be decoded|is another than was measured)"):
         read_sound(File.at(tmp_path / "cut.flac"), size, 16_000)
-    with pytest.raises(ExampleError, match="is another than was measured: .* instead of 3.00 seconds"):
+    with pytest.raises(ExampleError, match=r"is another than was measured: .* instead of 3.00 seconds"):
         read_sound(File.at(write_sound(tmp_path / "longer.flac", 4.0)), size, 16_000)
 
 
@@ -146,9 +147,8 @@ def test_parts_of_messages(tmp_path: Path) -> None:
     assert [type(item) for item in example.media] == [Audio] * 4
     assert {measure(item).frames for item in example.media} == {4410}
     wrong = {"type": "input_audio", "input_audio": {"url": "a.wav"}}
-    with pytest.raises(ExampleError, match="the part .* give .*the bytes in base64"):
+    with pytest.raises(ExampleError, match=r"the part .* give .*the bytes in base64"):
         example_of({"messages": [{"role": "user", "content": [wrong]}]}, media_root=tmp_path)
+    wrong = {"type": "audio", "audio": "data:image/png;base64,aa"}
     with pytest.raises(ExampleError, match="has data of type image/png as its audio"):
-        example_of(
-            {"messages": [{"role": "user", "content": [{"type": "audio", "audio": "data:image/png;base64,aa"}]}]}
-        )
+        example_of({"messages": [{"role": "user", "content": [wrong]}]})
