@@ -18,23 +18,27 @@ class TypedPart(TypedDict, total=False):
     images are for.
 
     Attributes:
-        type: "text"; "image" or "video", which stands for the next one if it names no file; or "image_url" or
-            "video_url".
+        type: "text"; "image", "video" or "audio", which stands for the next one if it names no file; "image_url",
+            "video_url" or "audio_url"; or "input_audio".
         text: the text of a part of type "text".
-        image, video, path, url: the file of an image or video, under one of these keys; see `media_at`.
-        base64: the bytes of an image or video.
-        image_url, video_url: for parts of these types: ``{"url": ...}``, or the URL alone.
+        image, video, audio, path, url: the file of an item, under one of these keys; see `media_at`.
+        base64: the bytes of an item.
+        image_url, video_url, audio_url: for parts of these types: ``{"url": ...}``, or the URL alone.
+        input_audio: for parts of this type: ``{"data": the bytes in base64, "format": "wav"}``.
     """
 
     type: Required[str]
     text: str | None
     image: Any
     video: Any
+    audio: Any
     path: str | None
     url: str | None
     base64: str | None
     image_url: Mapping[str, Any] | str | None
     video_url: Mapping[str, Any] | str | None
+    audio_url: Mapping[str, Any] | str | None
+    input_audio: Mapping[str, str]
 
 
 class Contents:
