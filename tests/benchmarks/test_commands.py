@@ -1,0 +1,36 @@
+"""The commands of benchmarks work on tiny input; what they measure then means nothing."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measured_costs, paper_workload, predictions, saving
+
+
+def test_predictions_beside_what_is_measured() -> None:
+    found = predictions.measured("digits", 9)
+    assert list(found) == ["step, s", "told / step", "plans / step", "replayed", "peak activations, MB", "told / peak"]
+    assert all(math.isfinite(number) and number > 0 for number in found.values()), found
+    assert 0.9 < found["replayed"] < 1.05, "plans take as long as they say, if their actions do"
+    assert 0.9 < found["told / peak"] < 1.1
+
+
+def test_saving(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["saving", "--blocks", "1"])
+    saving.main()
+    assert "background" in capfd.readouterr().out
+
+
+def test_measured_costs(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--ranks 2 --microbatches 4 --unit 0.0005 --repeats 1 --encoder 2 --generator 2"
+    monkeypatch.setattr(sys, "argv", ["measured_costs", *options.split()])
+    measured_costs.main()
+    assert "measured" in capfd.readouterr().out
+
+
+def test_the_workload_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["paper_workload", "--folder", str(tmp_path)])
+    paper_workload.main()
+    assert (tmp_path / "paper_workload.json").stat().st_size > 1000
