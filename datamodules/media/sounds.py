@@ -37,10 +37,10 @@ def sound_size(stream: BinaryIO, limits: Limits) -> Size:
         start = end = None
         decoded = 0
         for packet in container.demux(sound):
-            if packet.size == 0:
-                continue
             if not decoded:
                 decoded = sum(frame.samples for frame in packet.decode())
+            if packet.size == 0:  # the end, where decoders give what they have kept
+                continue
             time = end if packet.pts is None else packet.pts
             start = time if start is None else min(start, time or 0)
             end = max(end or 0, (time or 0) + (packet.duration or 0))

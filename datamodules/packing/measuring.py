@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -98,6 +98,25 @@ class Measurements:
         first, last = self.arrays["first"][index : index + 2]
         rows = self.arrays["sizes"][first:last].tolist()
         return [Size(int(height), int(width), int(frames), seconds) for height, width, frames, seconds in rows]
+
+    def replaced(self, examples: Mapping[int, Measured]) -> "Measurements":
+        """The measurements with other ones of some examples that could not be used."""
+        arrays = dict(self.arrays)
+        for name in ("tokens", "learnt", "rows", "encoder"):
+            arrays[name] = arrays[name].copy()
+            for index, found in examples.items():
+                arrays[name][index] = getattr(found, name)
+        first, own = self.arrays["first"], Measurements.of(list(examples.values())).arrays
+        counts = np.diff(first)
+        places = np.repeat([first[index] for index in examples], np.diff(own["first"]))
+        arrays["sizes"] = np.insert(arrays["sizes"], places.astype(np.int64), own["sizes"], axis=0)
+        counts[list(examples)] += np.diff(own["first"])
+        arrays["first"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        errors = self.errors | {index: found.error for index, found in examples.items()}
+        left = sorted(index for index, error in errors.items() if error)
+        arrays["bad"] = np.array(left, dtype=np.int64)
+        arrays["errors"] = np.array([errors[index] for index in left], dtype=np.str_)
+        return Measurements(arrays)
 
     def save(self, path: Path) -> None:
         """Write a file, so that a run which is killed leaves no part of one."""
@@ -234,9 +253,21 @@ def measurements(
                 raise ValueError(f"{path} was damaged while the run began: {error}") from error
             log.warning("%s is damaged, and the examples are measured again: %s", path, error)
         else:
-            if read_only or not stored.errors:  # broken examples may have been mended
-                return stored
+            return stored if read_only else _mended(stored, source, encoder, budget, learns, path)
     made = measure_all(source, encoder, budget, workers, learns)
+    made.save(path)
+    return made
+
+
+def _mended(
+    stored: Measurements, source: Source, encoder: ChatEncoder, budget: int, learns: bool, path: Path
+) -> Measurements:
+    """Measurements in which the examples that could not be used are measured again, as they may have been mended."""
+    measuring = _Measuring(source, encoder, budget, learns)
+    again = {index: measuring[index] for index in stored.errors}
+    if all(found.error == stored.errors[index] for index, found in again.items()):
+        return stored
+    made = stored.replaced(again)
     made.save(path)
     return made
 

@@ -3,24 +3,35 @@
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
-def matching(paths: str | Sequence[str], called: str, link_roots: Sequence[str | Path] = ()) -> list[str]:
+
+def matching(
+    paths: str | Sequence[str], called: str, link_roots: Sequence[str | Path] = (), ending: str = ""
+) -> list[str]:
     """Paths of files.
 
     Args:
-        paths: the paths, or a pattern such as ``shards/*.tar``, whose matches are sorted.
+        paths: the paths; or a pattern such as ``shards/*.tar``, whose matches are sorted; or one with braces, such as
+            ``shards/{000..199}.tar`` or ``{cats,dogs}.tar``, all of whose files must exist; or a folder.
         called: what the error calls the source.
+        ending: of the files of a folder that are taken, such as ".tar".
         link_roots: folders into which matches of a pattern may be links, besides the pattern's own folder.
 
     Raises:
         ValueError: there is no file, or a match of the pattern is a link to another place. A path that is given is
             followed wherever it leads.
     """
-    if isinstance(paths, str):
-        pattern = Path(paths)
+    if isinstance(paths, str) and BRACES.search(paths):
+        parts = [matching(part, f"{called}: {part}", link_roots, ending) for part in expanded(paths)]
+        paths = [path for part in parts for path in part]
+    elif isinstance(paths, str):
+        pattern = Path(paths) / f"*{ending}" if Path(paths).is_dir() else Path(paths)
         found = sorted(pattern.parent.glob(pattern.name))
         roots = [pattern.parent.resolve(), *(Path(root).resolve() for root in link_roots)]
         for path in found if glob.has_magic(pattern.name) else ():
@@ -34,6 +45,22 @@ def matching(paths: str | Sequence[str], called: str, link_roots: Sequence[str |
     if not paths:
         raise ValueError(f"{called}: there are no such files")
     return list(paths)
+
+
+def expanded(text: str) -> list[str]:
+    """The texts that a text with braces stands for, as in a shell: ``{1..3}``, ``{08..11}``, ``{a,b}``."""
+    found = BRACES.search(text)
+    if found is None:
+        return [text]
+    if numbers := RANGE.fullmatch(found[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        width = max(map(len, numbers.groups())) if any(n[0] == "0" and n != "0" for n in numbers.groups()) else 0
+        step = 1 if first <= last else -1
+        choices = [str(number).zfill(width) for number in range(first, last + step, step)]
+    else:
+        choices = found[1].split(",")
+    before, after = text[: found.start()], text[found.end() :]
+    return [whole for choice in choices for whole in expanded(f"{before}{choice}{after}")]
 
 
 def name_of_all(paths: Sequence[str]) -> str:

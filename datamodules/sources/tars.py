@@ -39,14 +39,18 @@ class WebDatasetTars(Source):
     ) -> None:
         """
         Args:
-            paths: of tar files, or a pattern such as ``shards/*.tar``.
+            paths: of tar files; or a pattern such as ``shards/*.tar`` or ``shards/{000..199}.tar``; or their folder.
             prompt: the user's words for samples that are only a caption.
             ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out.
                 Other suffixes and keys that are not known are refused.
             link_roots: folders into which matches of a pattern may be links, besides the pattern's own folder.
             limits: what its examples may have at most.
         """
-        self.paths, self.ignore, self.limits = matching(paths, "WebDatasetTars", link_roots), tuple(ignore), limits
+        self.paths, self.ignore, self.limits = (
+            matching(paths, "WebDatasetTars", link_roots, ".tar"),
+            tuple(ignore),
+            limits,
+        )
         self.records = Records((), self.ignore, prompt)
         self._left_out = {suffix.removeprefix(".").lower() for suffix in self.ignore}
         self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []

@@ -38,7 +38,7 @@ class TextFiles(Source):
         """
         if separator == "":
             raise ValueError("separator is empty: give the string between texts, or None if a file is one text")
-        self.paths, self.separator, self.limits = matching(paths, "TextFiles", link_roots), separator, limits
+        self.paths, self.separator, self.limits = matching(paths, "TextFiles", link_roots, ".txt"), separator, limits
         spans = [(i, *span) for i, path in enumerate(self.paths) for span in _spans_of(path, separator)]
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)
 
