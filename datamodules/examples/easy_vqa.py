@@ -6,10 +6,13 @@ from typing import Any, Literal
 
 from ..example import Example, Image, Message, Size
 from ..files import File
+from ..media.modalities import MODALITIES
 from ..multimodal import MultimodalDataModule
-from ..options import DRAW, IMAGE, ChatOptions
+from ..options import DRAW, ChatOptions
 from ..sources.source import Source
 from .installed import installed_folder
+
+IMAGE = MODALITIES["image"].token
 
 TEMPLATE = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}"

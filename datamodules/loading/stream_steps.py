@@ -159,4 +159,8 @@ class StreamSteps(IterableDataset):
             bins = packed if len(packed) <= len(bins) else bins  # more bins might need another step
             random.Random(f"{self.seed}/buffer/{number}").shuffle(bins)
         steps = -(-len(bins) // (self.replicas * size.microbatches))
-        return deal(bins, costs, self.replicas, size.microbatches, steps, exact=True)
+        further = [
+            [sum(item.cost for item in sample.media) for sample in buffer.samples],
+            [sum(item.cost for item in sample.targets) for sample in buffer.samples],
+        ]
+        return deal(bins, costs, self.replicas, size.microbatches, steps, True, further)

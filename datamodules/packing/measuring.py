@@ -28,7 +28,7 @@ from ..media.decoding import measure
 from ..sources.source import Source
 from ..sources.stream import Stream
 
-FORMAT = 5
+FORMAT = 6
 """Version of the stored measurements; a change of what is measured needs another one."""
 
 SHOWN_ERRORS = 10
@@ -46,6 +46,7 @@ class Measured:
         learnt: how many of them are learnt.
         rows: how many of them stand for its media.
         encoder: cost of its media, in the unit of their processor.
+        target: cost of its target, in the unit of its processor.
         sizes: of its media and its target.
         error: why it cannot be used; empty: it can be used.
     """
@@ -54,6 +55,7 @@ class Measured:
     learnt: int = 0
     rows: int = 0
     encoder: float = 0.0
+    target: float = 0.0
     sizes: tuple[Size, ...] = ()
     error: str = ""
 
@@ -83,6 +85,7 @@ class Measurements:
                 "learnt": np.array([m.learnt for m in measured], dtype=np.int64),
                 "rows": np.array([m.rows for m in measured], dtype=np.int64),
                 "encoder": np.array([m.encoder for m in measured], dtype=np.float64),
+                "target": np.array([m.target for m in measured], dtype=np.float64),
                 "first": np.cumsum([0, *(len(m.sizes) for m in measured)], dtype=np.int64),
                 "sizes": np.array(sizes, dtype=np.float64).reshape(-1, 4),
                 "bad": np.array(bad, dtype=np.int64),
@@ -102,7 +105,7 @@ class Measurements:
     def replaced(self, examples: Mapping[int, Measured]) -> "Measurements":
         """The measurements with other ones of some examples that could not be used."""
         arrays = dict(self.arrays)
-        for name in ("tokens", "learnt", "rows", "encoder"):
+        for name in ("tokens", "learnt", "rows", "encoder", "target"):
             arrays[name] = arrays[name].copy()
             for index, found in examples.items():
                 arrays[name][index] = getattr(found, name)
@@ -174,6 +177,7 @@ class _Measuring(Dataset):
             sum(sample.labelled),
             sum(item.rows for item in sample.media),
             sum(item.cost for item in sample.media),
+            sum(item.cost for item in sample.targets),
             sizes,
         )
 

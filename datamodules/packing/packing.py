@@ -9,7 +9,15 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
+import numpy as np
+
 Bin = list[int]
+
+UNIT = 1_000_000
+"""The integer load of a replica that has its fair part of a step."""
+
+SWAPS, PARTNERS = 8, 8
+"""Bins that a replica of a step swaps at most, on average, and the replicas among which a partner is looked for."""
 
 
 def mix(
@@ -155,6 +163,7 @@ def deal(
     microbatches: int,
     steps: int | None = None,
     exact: bool = False,
+    further: Sequence[Sequence[float]] = (),
 ) -> list[list[list[Bin]]]:
     """Deal bins to steps and replicas. In a step all replicas have equally many bins, of nearly equal total cost.
 
@@ -168,6 +177,8 @@ def deal(
             does not divide evenly.
         exact: every step has exactly `microbatches` bins per replica; if `steps` is given, bins beyond that are left
             out.
+        further: other kinds of costs of each sample, such as those of the encoder, each in a unit of its own. Replicas
+            get nearly equal ones of each kind, as nobody knows yet how the kinds compare.
 
     Returns: per step, per replica, its bins.
     """
@@ -178,7 +189,7 @@ def deal(
     number = steps * replicas * microbatches if exact else replicas * max(steps, -(-len(bins) // replicas))
     bins = _resize(list(bins), costs, number)
     bounds = [replicas * (s * (number // replicas) // steps) for s in range(steps + 1)]
-    return [_share(bins[a:b], costs, replicas) for a, b in pairwise(bounds)]
+    return [_share(bins[a:b], (costs, *further), replicas) for a, b in pairwise(bounds)]
 
 
 def _resize(bins: list[Bin], costs: Sequence[float], number: int) -> list[Bin]:
@@ -199,15 +210,53 @@ def _half(samples: Bin, costs: Sequence[float]) -> int:
     return min(range(1, len(samples)), key=lambda k: abs(2 * sums[k - 1] - sums[-1]))
 
 
-def _share(bins: Sequence[Bin], costs: Sequence[float], replicas: int) -> list[list[Bin]]:
-    """Equally many bins for each replica: each bin, costliest first, goes to the replica with the lowest cost that has
-    not got its number of bins yet. The bins of a replica keep their order."""
-    each = len(bins) // replicas
-    cost = [sum(costs[i] for i in b) for b in bins]
+def _share(bins: Sequence[Bin], kinds: Sequence[Sequence[float]], replicas: int) -> list[list[Bin]]:
+    """Equally many bins for each replica: each bin, costliest first, goes to a replica that then has the lowest load;
+    then the replica with the highest load swaps bins with others as long as that helps. The bins of a replica keep
+    their order.
+
+    Loads are integers, so that all machines of a run add them up to the same.
+    """
+    if replicas == 1:
+        return [list(bins)]
+    costs = [[sum(kind[i] for i in b) for kind in kinds] for b in bins]
+    totals = [sum(column) for column in zip(*costs, strict=True)]
+    fair = [total / replicas for total in totals]  # of each kind, the load of a replica that is to become `UNIT`
+    rows = [[round(UNIT * c / f) if f else 0 for c, f in zip(row, fair, strict=True)] for row in costs]
+    loads, each = np.array(rows, dtype=np.int64), len(bins) // replicas
     shares: list[list[int]] = [[] for _ in range(replicas)]
-    load = [0.0] * replicas
-    for b in sorted(range(len(bins)), key=lambda b: (-cost[b], b)):
-        r = min((r for r in range(replicas) if len(shares[r]) < each), key=lambda r: load[r])
+    sums = np.zeros((replicas, len(kinds)), dtype=np.int64)
+    for b in sorted(range(len(bins)), key=lambda b: (-sum(rows[b]), b)):
+        free = [r for r in range(replicas) if len(shares[r]) < each]
+        after = (sums[free] + loads[b]).max(1)
+        r = free[int(after.argmin())]
         shares[r].append(b)
-        load[r] += cost[b]
+        sums[r] += loads[b]
+    _swap(shares, sums, loads)
     return [[bins[b] for b in sorted(part)] for part in shares]
+
+
+def _swap(shares: list[list[int]], sums: np.ndarray, loads: np.ndarray) -> None:
+    """Swap bins of the replica with the highest load, in place.
+
+    Args:
+        shares: the bins of each replica.
+        sums: (replicas, kinds), their loads.
+        loads: (bins, kinds).
+    """
+    for _ in range(SWAPS * len(shares)):
+        heavy, kind = np.unravel_index(int(sums.argmax()), sums.shape)
+        highest = sums[heavy, kind]
+        for light in np.argsort(sums[:, kind], kind="stable")[:PARTNERS].tolist():
+            if light == heavy:
+                continue
+            moved = loads[shares[heavy]][:, None] - loads[shares[light]][None]
+            after = np.maximum((sums[heavy] - moved).max(-1), (sums[light] + moved).max(-1))
+            i, j = divmod(int(after.argmin()), after.shape[1])
+            if after[i, j] < highest:
+                shares[heavy][i], shares[light][j] = shares[light][j], shares[heavy][i]
+                sums[heavy] -= moved[i, j]
+                sums[light] += moved[i, j]
+                break
+        else:
+            return

@@ -13,6 +13,9 @@ from ..options import PackingOptions
 from .measuring import Measurements
 from .packing import Bin, deal, llm_cost, mix, pack
 
+ORDER = 2
+"""Version of the order of samples; a change of how they are packed or dealt needs another one."""
+
 
 @dataclass(frozen=True)
 class StepSize:
@@ -31,7 +34,7 @@ class StepSize:
 
 def order_settings(size: StepSize, packing: PackingOptions) -> tuple[object, ...]:
     """The settings that the order of samples depends on. `packed`, for one, changes the shapes of a batch alone."""
-    return size, packing.buffer_size, packing.ordered, packing.attention_tokens
+    return ORDER, size, packing.buffer_size, packing.ordered, packing.attention_tokens
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,9 @@ class StepSampler(DistributedSampler):
         picks = [(source, int(self.usable[source][index])) for source, index in picks]
         tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
         costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
+        further = [[float(self.measured[s].arrays[name][i]) for s, i in picks] for name in ("encoder", "target")]
         bins = pack(tokens, costs, size.token_budget, packing.buffer_size, packing.ordered)
         if self.shuffle and not packing.ordered:
             random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
-        return _EpochPlan(epoch, picks, deal(bins, costs, self.num_replicas, size.microbatches, steps, size.exact))
+        dealt = deal(bins, costs, self.num_replicas, size.microbatches, steps, size.exact, further)
+        return _EpochPlan(epoch, picks, dealt)

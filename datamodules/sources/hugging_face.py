@@ -12,7 +12,7 @@ from ..example import Example
 from ..files import File, Roots, roots_of
 from ..limits import Limits
 from .bounded import Bounded
-from .records import DESCRIBE, FORMS, MEDIA, Records, check_columns
+from .records import DESCRIBE, FORMS, Records, check_columns, media_keys
 from .source import Source
 from .stream import Place, Stream
 
@@ -49,7 +49,7 @@ class HFDataset(Source):
         columns = [name for name in rows.column_names if name not in ignore]
         if not set(NEEDED) & set(columns):
             raise ValueError(f"the rows have columns {rows.column_names}: {FORMS} is needed")
-        media = [name for name in columns if name in (*MEDIA, "target")]
+        media = [name for name in columns if name in (*media_keys(), "target")]
         self._rows = rows
         self._texts = rows.select_columns([name for name in columns if name not in media])
         self._media = rows.select_columns(media).with_format("arrow") if media else None

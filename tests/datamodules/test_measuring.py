@@ -72,7 +72,7 @@ def test_examples_take_the_places_of_others() -> None:
 
     def drawn() -> Measured:
         sizes = tuple(Size(int(h), 1) for h in generator.integers(1, 9, generator.integers(0, 4)))
-        return Measured(int(generator.integers(1, 50)), 1, len(sizes), float(len(sizes)), sizes)
+        return Measured(int(generator.integers(1, 50)), 1, len(sizes), float(len(sizes)), 2.0, sizes)
 
     for _ in range(30):
         whole = [drawn() for _ in range(8)]

@@ -79,7 +79,37 @@ def test_replicas_are_balanced() -> None:
     random.Random(1).shuffle(bins)
     for step in deal(bins, costs, 4, 8):
         loads = [sum(costs[i] for b in part for i in b) for part in step]
-        assert max(loads) < 1.1 * sum(loads) / len(loads)
+        assert max(loads) < 1.02 * sum(loads) / len(loads)
+
+
+@pytest.mark.parametrize("replicas", [2, 4, 16])
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_replicas_are_balanced_in_each_kind_of_cost(replicas: int, sigma: float) -> None:
+    """Texts, images of very different sizes, and drawings, of which some steps have few."""
+    draw = random.Random(0)
+    tokens = lognormal(6000, 4096)
+    media = [draw.lognormvariate(5.0, sigma) if draw.random() < 0.7 else 0.0 for _ in tokens]
+    targets = [float(draw.random() < 0.3) for _ in tokens]
+    costs = quadratic(tokens)
+    bins = pack(tokens, costs, 4096, 256)
+    random.Random(1).shuffle(bins)
+    dealt = deal(bins, costs, replicas, 8, exact=True, further=[media, targets])
+    unbalanced = deal(bins, costs, replicas, 8, exact=True)
+    most, before = [], []
+    for found, into in ((dealt, most), (unbalanced, before)):
+        for step in found:
+            for kind in (costs, media, targets):
+                loads = [sum(kind[i] for b in part for i in b) for part in step]
+                into.append(max(loads) * len(loads) / sum(loads))
+        assert sorted(i for step in found for part in step for b in part for i in b) == list(range(len(tokens)))
+    whole = [sum(kind[i] / sum(kind) for kind in (costs, media, targets)) for i in range(len(tokens))]
+    for step in dealt:  # of work of which each kind is a third
+        loads = [sum(whole[i] for b in part for i in b) for part in step]
+        assert max(loads) * len(loads) / sum(loads) < (1.03 if replicas <= 4 else 1.05)
+    most.sort()
+    before.sort()
+    assert most[len(most) // 2] < 1.025
+    assert most[-1] < 1.05 < 1.2 < before[int(0.9 * len(before))]
 
 
 def test_mixture() -> None:
