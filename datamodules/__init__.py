@@ -14,6 +14,7 @@ from .example import Audio, Example, Image, MediaPart, Message, Size, Video
 from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
+from .examples.two_speakers import TwoSpeakers
 from .files import File
 from .limits import Limits
 from .loading.collate import Collator, Media, Sample, Target
@@ -78,6 +79,7 @@ __all__ = [
     "Target",
     "TargetProcessor",
     "TextFiles",
+    "TwoSpeakers",
     "Video",
     "VisualProcessor",
     "WebDatasetTars",
