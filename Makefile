@@ -15,6 +15,7 @@ $(VENV)/.installed-quickstart: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps pyannote.audio==4.0.7  # half a minute of speech, for configs/two_speakers.yaml
 	touch $@
 
 quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
