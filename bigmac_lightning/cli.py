@@ -1,5 +1,6 @@
 """The command `bigmac`. A subcommand is imported only when it is called: importing those that train takes seconds."""
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -32,7 +33,9 @@ line (--trainer.devices 4), or from both."""
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. Classes in files of the current folder can be named in configs."""
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in {**TRAINING, **OTHERS}.items())))

@@ -1,6 +1,7 @@
 """LightningCLI for PipelineModules, which runs `bigmac fit`, `validate`, `test` and `predict`."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
+from bigmac_lightning.commands.answer import answer
 from bigmac_lightning.contracts.module import PipelineModule
 
 
@@ -18,6 +20,8 @@ class BigMacCLI(LightningCLI):
     """LightningCLI for PipelineModules, with a summary after fit."""
 
     def __init__(self, **kwargs: Any) -> None:
+        own = {name: {"exit_on_error": False} for name in self.subcommands()}
+        kwargs = {"parser_kwargs": {"exit_on_error": False, **own}, **kwargs}
         super().__init__(
             PipelineModule,
             pl.LightningDataModule,
@@ -32,6 +36,12 @@ class BigMacCLI(LightningCLI):
         """Let the number of nodes be the one that torchrun has found, which may change when it starts a run again."""
         if dist.is_available() and dist.is_torchelastic_launched():
             parser.set_defaults({"trainer.num_nodes": int(os.environ.get("GROUP_WORLD_SIZE", 1))})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """An error ends with the key, its value and what is expected, and not with the list of all options."""
+        command = (list(args) if isinstance(args, list) else sys.argv[1:] or [""])[0]
+        if code := answer(command, lambda: super(BigMacCLI, self).parse_arguments(parser, args), [TypeError]):
+            sys.exit(code)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

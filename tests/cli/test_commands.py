@@ -32,6 +32,8 @@ TINY = [
     "--trainer.log_every_n_steps=1",
 ]
 
+ONE_RANK = "--trainer.strategy.init_args.pipeline_parallel_size=1"
+
 FEW = {
     "easy_vqa": ["--data.train_questions=1500", "--data.val_questions=50", "--data.loading.cache_dir=cache"],
     "qwen3_moe_vit_mmdit": paper_workload.TINY,
@@ -197,3 +199,22 @@ def test_readme_names_real_make_targets_and_files() -> None:
     for command in readme_commands():
         for path in re.findall(r"configs/[\w.]+", command):
             assert (ROOT / path).is_file(), path
+
+
+def test_own_classes_and_wrong_arguments(tmp_path: Path) -> None:
+    """Classes in files of the current folder are found; a wrong argument is named in one line, without all options."""
+    (tmp_path / "mine.py").write_text(
+        "import lightning.pytorch as pl\n\n\nclass Told(pl.Callback):\n"
+        "    def on_train_start(self, trainer, pl_module):\n        print('told by mine.py')\n"
+    )
+    arguments = ["bigmac", "fit", "--config", str(ROOT / "configs" / "digits.yaml"), *TINY]
+    done = run([*arguments, "--trainer.callbacks+=mine.Told", "--trainer.devices=1", ONE_RANK], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "told by mine.py" in done.stdout
+    wrong = "--trainer.strategy.init_args.schedule.policy"
+    done = run([*arguments, f"{wrong}=nestd"], tmp_path)
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("bigmac fit: error:")
+    assert "nestd" in said[0]
