@@ -117,11 +117,11 @@ def chat_encoder(
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: tuple[str, ...] = ()
     if loaded is not None:
+        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
+        chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)
             feature_tokens = (*visual.feature_tokens, *(chat.media_tokens[name] for name in media))
-        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
-        chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
     encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at, media)
     encoder.check()
     return encoder
