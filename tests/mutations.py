@@ -33,6 +33,62 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "sounds of a batch take the windows of the first",
+        "models/audio/audio_encoder.py",
+        '            first += len(sound["windows"])\n',
+        "",
+        "tests/models/test_audio.py",
+    ),
+    Fault(
+        "rows are made of the silence after a sound",
+        "datamodules/encoding/audio.py",
+        "        rows = -(-rest // of_row)\n",
+        "        rows = (self.features.n_samples if rest else 0) // of_row\n",
+        "tests/datamodules/test_sounds.py",
+    ),
+    Fault(
+        "a sound that is cut off is filled with silence",
+        "datamodules/media/sounds.py",
+        "    if not pieces or abs(number - wanted) > TOLERANCE * rate:\n",
+        "    if not pieces:\n",
+        "tests/datamodules/test_sounds.py -k refused",
+    ),
+    Fault(
+        "an item of one modality takes the place of another",
+        "datamodules/encoding/placeholders.py",
+        "            left[self.tokens[modality_of(item).name]].append(i)\n",
+        "            left[next(iter(self.tokens.values()))].append(i)\n",
+        "tests/datamodules/test_modalities.py",
+    ),
+    Fault(
+        "mended examples get the sizes of others",
+        "datamodules/packing/measuring.py",
+        '        counts[list(examples)] += np.diff(own["first"])\n',
+        "",
+        "tests/datamodules/test_measuring.py",
+    ),
+    Fault(
+        "replicas are balanced by the LLM's costs alone",
+        "datamodules/packing/packing.py",
+        "(costs, *further), replicas)",
+        "(costs,), replicas)",
+        "tests/datamodules/test_packing.py",
+    ),
+    Fault(
+        "waiting counts as time of an action",
+        f"{PACKAGE}/runtime/measure/trace.py",
+        "                found[number] -= self._between(start, end)\n",
+        "                pass\n",
+        "tests/runtime/test_timing.py",
+    ),
+    Fault(
+        "only the model's computing counts as time of an action",
+        f"{PACKAGE}/runtime/measure/trace.py",
+        "zip([self._marks[0][1], *ends], ends, strict=False)]",
+        "((start, end) for _, start, end in self._marks)]",
+        "tests/runtime/test_timing.py",
+    ),
+    Fault(
         "ranks meet at a time when one of them is busy for long",
         f"{PACKAGE}/schedule/placing/common_cuts.py",
         "return min(times, key=lambda time: _left(time, bare, tolerance))",
