@@ -84,7 +84,7 @@ FAULTS = [
     Fault(
         "only the model's computing counts as time of an action",
         f"{PACKAGE}/runtime/measure/trace.py",
-        "zip([self._marks[0][1], *ends], ends, strict=False)]",
+        "zip(begins, ends, strict=True)]",
         "((start, end) for _, start, end in self._marks)]",
         "tests/runtime/test_timing.py",
     ),

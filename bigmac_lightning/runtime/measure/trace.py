@@ -66,7 +66,8 @@ class Trace:
         """The seconds for which each action so far has kept its rank busy: with itself, and with what was done between
         the action before and it, but for waiting. The device must be done with them."""
         ends = [end for _, _, end in self._marks]
-        found = [self._between(before, end) for before, end in zip([self._marks[0][1], *ends], ends, strict=False)]
+        begins = [start for _, start, _ in self._marks[:1]] + ends[:-1]
+        found = [self._between(begin, end) for begin, end in zip(begins, ends, strict=True)]
         for number, start, end in self._waits:
             if 0 < number < len(found):
                 found[number] -= self._between(start, end)
