@@ -44,8 +44,7 @@ def export(
         ValueError: tensors are missing, `output` is not empty, or a file of `source` is a link to another place.
     """
     copied = [] if source is None else files_to_copy(source)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not an empty folder: give --output a new one")
+    _check_empty(output)
     whole = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager")
     expected = whole.state_dict().keys()
     state: dict[str, Tensor] = {}
@@ -53,8 +52,7 @@ def export(
     for name, tensor in fold_lora(tensors, lora or {}).items():
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        component, _, rest = name.partition(".")
-        short = rest if component == "llm" else rest.partition(".")[2]
+        component, short = name.partition(".")[0], _in_whole(name)
         if component in ("llm", "encoders") and short in expected:
             state[short] = tensor
         else:
@@ -76,6 +74,84 @@ def export(
     for path in copied:
         shutil.copy2(path, output / path.name)
     return list(others)
+
+
+def export_adapters(
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    source: Path | None,
+    output: Path,
+    dtype: torch.dtype | None,
+    lora: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write low-rank adapters alone, as a folder that peft loads beside the model that training started from.
+
+    Args:
+        tensors, config, output, dtype, lora: see `export`.
+        source: the folder of the model that training started from.
+
+    Raises:
+        ValueError: there are no adapters, the model's weights were drawn, adapters are of a component that is no part
+            of the Hugging Face model, or `output` is not empty.
+    """
+    from peft import LoraConfig
+
+    if not lora:
+        raise ValueError("the checkpoint has no low-rank adapters: leave out --adapters")
+    if source is None:
+        raise ValueError(
+            "training did not start from the weights of a folder, so adapters alone would be worth nothing: leave out "
+            "--adapters, and weights and adapters are written together"
+        )
+    _check_empty(output)
+    expected = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager").state_dict().keys()
+    ranks, alphas, adapters = dict[str, int](), dict[str, float](), dict[str, Tensor]()
+    for name, tensor in tensors.items():
+        before, side, _ = _adapter_of(name)
+        if not side:
+            continue
+        (component,) = (component for component in lora if name.startswith(f"{component}."))
+        short = _in_whole(before)
+        if f"{short}.weight" not in expected:
+            raise ValueError(f"{before} is no part of the Hugging Face model, so peft cannot load its adapter")
+        ranks[short], alphas[short] = lora[component]["r"], lora[component].get("lora_alpha", 8)
+        adapters[f"base_model.model.{short}.{side}.weight"] = tensor.contiguous().to(dtype or tensor.dtype)
+    scaled = {bool(options.get("use_rslora")) for options in lora.values()}
+    if len(scaled) > 1:
+        raise ValueError("components differ in use_rslora, which peft has once for all: leave out --adapters")
+    made = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(alphas.values()),
+        target_modules=sorted(ranks),
+        rank_pattern=ranks if len({*ranks.values()}) > 1 else {},
+        alpha_pattern=alphas if len({*alphas.values()}) > 1 else {},
+        use_rslora=scaled.pop(),
+        base_model_name_or_path=str(source),
+        inference_mode=True,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    made.save_pretrained(str(output))
+    save_file(adapters, output / "adapter_model.safetensors")
+
+
+def _adapter_of(name: str) -> tuple[str, str, str]:
+    """The layer of an adapter's tensor, and which of its two it is; the latter is empty for other tensors."""
+    for side in ("lora_A", "lora_B"):
+        before, found, after = name.partition(f".{side}.")
+        if found:
+            return before, side, after
+    return name, "", ""
+
+
+def _in_whole(name: str) -> str:
+    """The name in the Hugging Face model of what has a name in the module."""
+    component, _, rest = name.partition(".")
+    return rest if component == "llm" else rest.partition(".")[2]
+
+
+def _check_empty(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not an empty folder: give --output a new one")
 
 
 def files_to_copy(source: Path) -> list[Path]:

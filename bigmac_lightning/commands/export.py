@@ -12,7 +12,9 @@ from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
 
 
-def export_checkpoint(checkpoint: str, output: str, source: str | None = None, dtype: str | None = None) -> list[str]:
+def export_checkpoint(
+    checkpoint: str, output: str, source: str | None = None, dtype: str | None = None, adapters: bool = False
+) -> list[str]:
     """Write a folder that `transformers` loads.
 
     Args:
@@ -22,6 +24,7 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
             whose files are all copied but those with weights.
         dtype: Type of the written weights, such as bfloat16; by default the type that the checkpoint
             has, which is float32 with master weights.
+        adapters: Write the low-rank adapters alone, for peft, and not folded into the weights.
 
     Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it.
 
@@ -30,7 +33,7 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
             exported.
     """
     # imported here because it imports transformers, which the other commands do not need
-    from bigmac_lightning.models.export import export  # pyright: ignore[reportMissingImports]
+    from bigmac_lightning.models.export import export, export_adapters  # pyright: ignore[reportMissingImports]
 
     stored = CheckpointWeights(checkpoint)
     described = stored.rest().get("hugging_face")
@@ -49,6 +52,9 @@ def export_checkpoint(checkpoint: str, output: str, source: str | None = None, d
     stored.check()
     kind = None if dtype is None else getattr(torch, dtype)
     files = None if folder is None else Path(folder)
+    if adapters:
+        export_adapters(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+        return []
     return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
 
 
@@ -77,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         options = vars(parser.parse_args(list(argv)))
         others = export_checkpoint(**options)
         more = f"; {len(others)} tensors of other components beside it" if others else ""
-        Console().print(f"{options['output']}: a Hugging Face folder{more}", highlight=False, soft_wrap=True)
+        what = "adapters for peft" if options["adapters"] else "a Hugging Face folder"
+        Console().print(f"{options['output']}: {what}{more}", highlight=False, soft_wrap=True)
 
     return answer("export", run)

@@ -1,5 +1,6 @@
 """Adapters by peft: in a pipeline as in one process, and folded into the weights that are exported."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,48 @@ def test_export_folds_adapters(name: str, lora: Any, size: int, adapted: int, tm
     before = dict(start.named_parameters())
     moved = {weight for weight, p in exported.named_parameters() if not torch.equal(p, before[weight])}
     assert len(moved) == adapted
+
+
+BOTH = {"llm": LORA["llm"], "encoders.image": {"r": 2, "target_modules": ["qkv"]}}
+
+
+@pytest.mark.parametrize(("name", "lora", "size"), [("qwen3_vl", BOTH, 1), ("llama", UPPER, 2), ("llama", OUTPUT, 2)])
+def test_adapters_alone_are_what_peft_loads(name: str, lora: Any, size: int, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    zoo.save(name, tmp_path)
+    on_ranks(size, _train, size, tmp_path, name, lora)
+    given = ["--checkpoint", str(tmp_path / "run.ckpt"), "--output"]
+    assert export_command.main([*given, str(tmp_path / "out" / name)]) == 0
+    assert export_command.main([*given, str(tmp_path / "adapters"), "--adapters=true"]) == 0
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    exported, start = zoo.load(name, tmp_path / "out"), zoo.load(name, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter keys.*")  # as peft says of tensors that it does not know
+        merged = PeftModel.from_pretrained(start, str(tmp_path / "adapters")).merge_and_unload()
+    expected = dict(exported.named_parameters())
+    for weight, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter, expected[weight], rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_that_peft_cannot_have(tmp_path: Path, capsys: Any) -> None:
+    zoo.save("qwen3_vl", tmp_path)
+    module = module_of(tmp_path, "qwen3_vl")
+    module.configure_model()
+    noted = {"config": zoo.MODELS["qwen3_vl"].config().to_dict(), "source": str(tmp_path / "qwen3_vl"), "lora": LORA}
+    given = ["--checkpoint", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out"), "--adapters=true"]
+    for changes, message in (
+        ({}, "components differ in use_rslora"),
+        ({"lora": {}}, "has no low-rank adapters: leave out --adapters"),
+        ({"source": None}, "adapters alone would be worth nothing"),
+    ):
+        torch.save({"state_dict": module.state_dict(), "hugging_face": {**noted, **changes}}, tmp_path / "a.ckpt")
+        assert export_command.main(given) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_folding_against_the_adapted_layer() -> None:
