@@ -4,9 +4,10 @@ All functions are pure: every process computes the same answer. A *bin* is the l
 their indices in the order of the epoch.
 """
 
-import random
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush, heapreplace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -22,7 +23,7 @@ SWAPS, PARTNERS = 8, 8
 
 def mix(
     sizes: Sequence[int], weights: Sequence[float] | None, samples: int | None, seed: int, epoch: int, shuffle: bool
-) -> list[tuple[int, int]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The order of the samples of several sources in an epoch.
 
     Each source is read in passes, each of which has a new order. An epoch continues the pass in which the last one
@@ -34,26 +35,30 @@ def mix(
         samples: length of the epoch; ``None``: the sum of the sizes.
         shuffle: whether the order is random. Otherwise sources keep their order, and are interleaved evenly.
 
-    Returns: (source, index of the sample in it) pairs.
+    Returns: for each sample of the epoch its source, and its index in it.
     """
     samples = sum(sizes) if samples is None else samples
     counts = apportion(samples, sizes if weights is None else weights)
-    picks: list[tuple[float, int, int]] = []
+    parts: list[np.ndarray] = []
     for source, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        first = epoch * count if shuffle else 0
-        passes: dict[int, list[int]] = {}
-        for i in range(count):
-            number, index = divmod(first + i, size)
-            if number not in passes:
-                passes[number] = list(range(size))
-                if shuffle:
-                    random.Random(f"{seed}/{source}/{number}").shuffle(passes[number])
-            picks.append(((i + 0.5) / count, source, passes[number][index]))
-    picks.sort(key=lambda pick: pick[:2])
-    order = [(source, index) for _, source, index in picks]
+        numbers, indices = np.divmod(np.arange(count) + (epoch * count if shuffle else 0), size)
+        for number in range(int(numbers[0]), int(numbers[-1]) + 1) if shuffle and count else ():
+            own = numbers == number
+            indices[own] = _shuffled(size, f"{seed}/{source}/{number}")[indices[own]]
+        parts.append(indices)
+    sources, indices = np.repeat(np.arange(len(sizes)), counts), np.concatenate(parts)
     if shuffle:
-        random.Random(f"{seed}/order/{epoch}").shuffle(order)
-    return order
+        order = _shuffled(samples, f"{seed}/order/{epoch}")
+    else:
+        places = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+        order = np.lexsort((sources, places))
+    return sources[order], indices[order]
+
+
+def _shuffled(number: int, seed: str) -> np.ndarray:
+    """The numbers below another one in a random order, by a generator whose numbers no version of numpy changes."""
+    words = np.frombuffer(hashlib.sha256(seed.encode()).digest(), dtype="<u4")
+    return np.random.RandomState(words).permutation(number)
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:
@@ -144,15 +149,20 @@ def _even(packed: list[Bin], tokens: Sequence[int], costs: Sequence[float], budg
     """The samples in as many bins of nearly equal cost: each sample, costliest first, goes into the cheapest bin that
     has room for it. If the budget does not allow that, `packed` is returned."""
     bins: list[Bin] = [[] for _ in packed]
-    loads, rooms = [0.0] * len(bins), [budget] * len(bins)
+    rooms = [budget] * len(bins)
+    cheapest = [(0.0, b) for b in range(len(bins))]  # a heap
     for i in sorted((i for b in packed for i in b), key=lambda i: (-costs[i], i)):
-        possible = [b for b in range(len(bins)) if rooms[b] >= tokens[i]]
-        if not possible:
+        full: list[tuple[float, int]] = []
+        while cheapest and rooms[cheapest[0][1]] < tokens[i]:
+            full.append(heappop(cheapest))
+        if not cheapest:
             return packed
-        b = min(possible, key=lambda b: loads[b])
+        load, b = cheapest[0]
         bins[b].append(i)
-        loads[b] += costs[i]
         rooms[b] -= tokens[i]
+        heapreplace(cheapest, (load + costs[i], b))
+        for entry in full:
+            heappush(cheapest, entry)
     return bins
 
 

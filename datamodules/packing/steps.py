@@ -55,12 +55,12 @@ class _EpochPlan:
     """The steps of one epoch, for all replicas.
 
     Attributes:
-        picks: the (source, example) pairs of the epoch.
+        picks: for each sample of the epoch its source, and the number of its example.
         steps: per step, per replica, bins of indices of the picks.
     """
 
     epoch: int
-    picks: list[tuple[int, int]]
+    picks: tuple[np.ndarray, np.ndarray]
     steps: list[list[list[Bin]]]
 
 
@@ -105,7 +105,8 @@ class StepSampler(DistributedSampler):
     def __len__(self) -> int:
         """Number of steps of an epoch: that of the first epoch."""
         if self._length is None:
-            self._length = len(self._plan(0, None).steps)
+            plan = self._plan(0, None)
+            self._length, self._epoch_plan = len(plan.steps), plan
         return self._length
 
     def set_epoch(self, epoch: int) -> None:
@@ -115,7 +116,8 @@ class StepSampler(DistributedSampler):
         plan = self._plan_of(self.epoch)
         first, self.start = self.start, 0
         for step in plan.steps[first:]:
-            bins = [[plan.picks[i] for i in b] for b in step[self.rank]]
+            sources, examples = plan.picks
+            bins = [[(int(sources[i]), int(examples[i])) for i in b] for b in step[self.rank]]
             yield Step(self.epoch, bins)
 
     def fingerprint(self) -> str:
@@ -127,19 +129,29 @@ class StepSampler(DistributedSampler):
         return state.hexdigest()[:16]
 
     def _plan_of(self, epoch: int) -> _EpochPlan:
+        steps = len(self)  # this plans the first epoch
         if self._epoch_plan is None or self._epoch_plan.epoch != epoch:
-            self._epoch_plan = self._plan(epoch, len(self))
+            self._epoch_plan = self._plan(epoch, steps)
         return self._epoch_plan
 
     def _plan(self, epoch: int, steps: int | None) -> _EpochPlan:
         size, packing = self.size, self.packing
-        picks = mix([len(u) for u in self.usable], self.weights, self.samples, self.seed, epoch, self.shuffle)
-        picks = [(source, int(self.usable[source][index])) for source, index in picks]
-        tokens = [int(self.measured[source].tokens[index]) for source, index in picks]
+        sizes = [len(usable) for usable in self.usable]
+        sources, examples = mix(sizes, self.weights, self.samples, self.seed, epoch, self.shuffle)
+        of_source = [np.flatnonzero(sources == source) for source in range(len(sizes))]
+        for own, usable in zip(of_source, self.usable, strict=True):
+            examples[own] = usable[examples[own]]
+
+        def measured(name: str) -> list[Any]:
+            found = np.empty(len(sources), dtype=self.measured[0].arrays[name].dtype)
+            for own, measurements in zip(of_source, self.measured, strict=True):
+                found[own] = measurements.arrays[name][examples[own]]
+            return found.tolist()
+
+        tokens, further = measured("tokens"), [measured("encoder"), measured("target")]
         costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
-        further = [[float(self.measured[s].arrays[name][i]) for s, i in picks] for name in ("encoder", "target")]
         bins = pack(tokens, costs, size.token_budget, packing.buffer_size, packing.ordered)
         if self.shuffle and not packing.ordered:
             random.Random(f"{self.seed}/bins/{epoch}").shuffle(bins)
         dealt = deal(bins, costs, self.num_replicas, size.microbatches, steps, size.exact, further)
-        return _EpochPlan(epoch, picks, dealt)
+        return _EpochPlan(epoch, (sources, examples), dealt)

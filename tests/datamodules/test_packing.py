@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigmac_lightning.datamodules.packing.packing import apportion, deal, mix, pack
+from bigmac_lightning.datamodules.packing import packing
+from bigmac_lightning.datamodules.packing.packing import apportion, deal, pack
+
+
+def mix(*arguments, **options) -> list[tuple[int, int]]:
+    sources, indices = packing.mix(*arguments, **options)
+    return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
 
 def lognormal(number: int, budget: int, seed: int = 0) -> list[int]:
