@@ -96,7 +96,8 @@ class Watch(pl.Callback):
 
 def _replayed(ranks: Sequence[tuple[Plan, float, float, dict[str, float]]]) -> float:
     """The simulation of a plan with the times that its actions have taken, relative to the time it has taken."""
-    plan, begins, ends, took = ranks[0][0], *([rank[k] for rank in ranks] for k in (1, 2, 3))
+    plans, begins, ends, took = zip(*ranks, strict=True)
+    plan: Plan = plans[0]
     durations = [[took[rank][str(action)] for action in actions] for rank, actions in enumerate(plan.ranks)]
     return simulate(plan, durations=durations).makespan / (max(ends) - min(begins))
 

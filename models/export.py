@@ -105,7 +105,7 @@ def export_adapters(
         )
     _check_empty(output)
     expected = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager").state_dict().keys()
-    ranks, alphas, adapters = dict[str, int](), dict[str, float](), dict[str, Tensor]()
+    ranks, alphas, adapters = dict[str, int](), dict[str, int](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         before, side, _ = _adapter_of(name)
         if not side:

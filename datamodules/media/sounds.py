@@ -25,6 +25,9 @@ CONTAINERS += ("mpeg", "flv")
 TOLERANCE = 0.25
 """Seconds by which the decoded sound may be shorter or longer than its packets."""
 
+LEAST = 0.005
+"""Seconds that a sound has at least: of a few samples nothing can be made at another rate."""
+
 
 def sound_size(stream: BinaryIO, limits: Limits) -> Size:
     """The size of a sound: its duration, and its number of samples at its own rate.
@@ -47,6 +50,8 @@ def sound_size(stream: BinaryIO, limits: Limits) -> Size:
         seconds = float(((end or 0) - (start or 0)) * (sound.time_base or 0))
         if not decoded or seconds <= 0:
             raise ValueError("none of its sound can be decoded")
+        if seconds < LEAST:
+            raise ValueError(f"it has only {1000 * seconds:.2g} ms of sound")
         if seconds > limits.seconds:
             raise ValueError(limits.exceeded("seconds", f"it has {seconds:,.0f} seconds of sound"))
         return Size(1, 1, max(1, round(seconds * sound.rate)), seconds)
@@ -100,12 +105,12 @@ def _pieces(container: Any, rate: int) -> Iterator[np.ndarray]:
     """The samples of a container's sound, one channel at this rate."""
     from av import AudioResampler
 
-    resampler = AudioResampler(format="flt", layout="mono", rate=rate)
+    resampler = AudioResampler(format="fltp", rate=rate)  # FFmpeg's own mix of channels would be louder than their mean
     for frame in container.decode(_stream(container)):
         if frame.is_corrupt:
             raise ValueError(f"it is damaged at {float(frame.time or 0):.2f} s")
         frame.pts = None  # gaps in the times of packets are no silence
         for made in resampler.resample(frame):
-            yield made.to_ndarray()[0]
+            yield made.to_ndarray().mean(0)
     for made in resampler.resample(None):
-        yield made.to_ndarray()[0]
+        yield made.to_ndarray().mean(0)

@@ -1,6 +1,8 @@
 """Sounds that tests write: two tones that rise, in any format that PyAV can write."""
 
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +12,7 @@ FORMATS = {
     "flac": "flac",
     "mp3": "libmp3lame",
     "m4a": "aac",
-    "ogg": "libvorbis",
+    "ogg": "libopus",
     "opus": "libopus",
     "mkv": "aac",
     "aiff": "pcm_s16be",
@@ -37,16 +39,17 @@ def write_sound(
     rate = 48_000 if codec == "libopus" else rate
     samples = tones(seconds, rate, low)
     with av.open(str(path), "w") as container:
-        if pictures:
-            video = container.add_stream("mpeg4", rate=10)
-            video.width = video.height = 32  # pyright: ignore[reportAttributeAccessIssue]
-            video.pix_fmt = "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
-            for k in range(pictures):
-                shown = np.full((32, 32, 3), 20 * k, dtype=np.uint8)
-                container.mux(video.encode(av.VideoFrame.from_ndarray(shown)))  # pyright: ignore
-            container.mux(video.encode(None))  # pyright: ignore
+        video: Any = container.add_stream("mpeg4", rate=10) if pictures else None
         layout = "stereo" if channels == 2 else "mono"
         sound = container.add_stream(codec, rate=rate, layout=layout)
+        if pictures:
+            video.width = video.height = 32
+            video.pix_fmt, video.codec_context.time_base = "yuv420p", Fraction(1, 10)
+            for k in range(pictures):
+                picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * k, dtype=np.uint8))
+                picture.pts, picture.time_base = k, Fraction(1, 10)
+                container.mux(video.encode(picture))
+            container.mux(video.encode(None))
         frame = av.AudioFrame.from_ndarray(np.stack([samples] * channels), "fltp", layout)
         frame.sample_rate = rate
         resampler = av.AudioResampler(sound.format, sound.layout, rate, frame_size=sound.frame_size or None)  # pyright: ignore

@@ -44,7 +44,7 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "an empty reply": (answer(content=""), "has nothing to learn"),
     "an empty reply that is to be learnt": (answer(content="", loss=True), "is to learn message 2 (assistant), whi"),
     "nothing said": (answer(content=None), "has message 2 without content"),
-    "audios": ({**answer(), "audios": ["a.wav"]}, "has audios, which is not known here"),
+    "objects": ({**answer(), "objects": ["a"]}, "has objects, which is not known here"),
     "objects": ({**answer(), "objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}}, "has objects, which is not known"),
     "an unknown part": (answer(content=[{"type": "input_audio"}]), "message 2 with a part of type 'input_audio'"),
     "a variable": ({**answer(), "chat_template_kwargs": {"enable_thinking": True}}, "template has no such variable"),
@@ -156,7 +156,7 @@ def _fit_fickle(rank: int, path: Path, bad: str, faulty_rank: str, stream: bool)
 
 @pytest.mark.parametrize("faulty_rank", ["0", "1"])
 @pytest.mark.parametrize(
-    ("bad", "stream"), [("tools", False), ("audios", False), ("a URL", False), ("no loss", True), ("reasoning", True)]
+    ("bad", "stream"), [("tools", False), ("objects", False), ("a URL", False), ("no loss", True), ("reasoning", True)]
 )
 def test_what_one_rank_alone_reads_ends_the_run_on_all(
     bad: str, stream: bool, faulty_rank: str, tmp_path: Path

@@ -129,7 +129,7 @@ def test_files_that_are_refused(image: Any, message: str, tmp_path: Path) -> Non
         ({"text": ["a"]}, "has a text that is no text"),
         ({"text": "a", "tools": [{"name": "f"}]}, "has text without a template and tools"),
         ({"text": "a", "system": "b"}, "has text without a template and messages of other roles"),
-        ({"caption": "a"}, "has a caption, and neither an image nor a video"),
+        ({"caption": "a"}, "has a caption, and no image, video or audio"),
         ({"caption": "a", "text": "b", "image": "a.png"}, "has text beside its caption"),
         ({"caption": ["a"], "image": "a.png"}, "has a caption that is no text"),
         ({"text": "<image>, <image>", "image": "a.png"}, "has 2 <image> placeholders for 1 images"),

@@ -39,11 +39,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 KINDS = {"rising": [[k, 1.0] for k in range(9)], "falling": [[-k, 1.0] for k in range(5)], "still": [[0.0, 2.0]]}
 
 
-def page() -> dict[str, Any]:
-    """What the page defines, and its DataModule."""
+def page(whole: bool = False) -> dict[str, Any]:
+    """What the page defines; on request, also its DataModule, which is of a file in the current folder."""
     code = next(text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "register(" in text)
     names: dict[str, Any] = {"__name__": __name__}
-    exec(code, names)
+    exec(code if whole else code.partition("\ndatamodule = ")[0], names)
     return names
 
 
@@ -118,7 +118,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    names = page()
+    names = page(whole=True)
     steps = MODALITIES["signal"].measure
     assert steps(io.BytesIO(b"1,2\n3,4\n\n"), None) == Size(1, 1, frames=2)  # pyright: ignore[reportArgumentType]
     made = names["datamodule"]

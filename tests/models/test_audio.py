@@ -69,7 +69,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
     torch.rand(3)
     for (name, a), b, c in zip(one.named_parameters(), other.parameters(), third.parameters(), strict=True):
         assert torch.equal(a, b)
-        assert torch.equal(a, c) == (a.std() < 1e-6 or "embed_positions" in name or a.ndim == 1), name
+        assert a.ndim == 1 or torch.equal(a, c) == ("embed_positions" in name), name
     assert torch.equal(one(sounds(1)), other(sounds(1))), "no layer is dropped, and no dropout"
 
 
@@ -99,6 +99,7 @@ def test_the_smallest_sound_and_the_cost() -> None:
     assert one == two, "of one window, only the projector's rows differ"
     from torch.utils.flop_counter import FlopCounterMode
 
+    encoder = made(merge=5, attn_implementation="eager")  # torch does not count fused attention on the CPU
     with FlopCounterMode(display=False) as counted:
         encoder([{"windows": torch.randn(2, 8, 40), "frames": torch.arange(30)}])
     assert 2 * encoder.forward_cost(6).multiplications == pytest.approx(counted.get_total_flops(), rel=0.05)
