@@ -68,6 +68,7 @@ class AudioEncoder(ProjectedTower):
         if merge < 1 or self.config.max_source_positions % merge:
             raise ValueError(f"merge={merge} must divide max_source_positions={self.config.max_source_positions}")
         self.config.encoder_layerdrop = 0.0  # it would drop other layers on each rank
+        self.config.decoder_layers = 0  # the decoder is left out
         self.merge = merge
         further = (seed, attn_implementation, weights, gradient_checkpointing)
         self._build(self.config.d_model * merge, width, projector_hidden, *further)

@@ -19,12 +19,12 @@ from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, pl
 
 TOWER = {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8, "num_channels": 3, "hidden_size": 24}
 TOWER |= {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SECOND = {"feature_size": 8, "chunk_length": 1, "sampling_rate": 8_000, "n_fft": 200}
-"""A window of one second: 50 columns of 160 samples, and so 25 frames of the tower."""
+SECOND = {"feature_size": 8, "chunk_length": 1}
+"""A window of one second: 100 columns of 160 samples, and so 50 frames of the tower."""
 
 
 def module(**changes: Any) -> Any:
-    audio = AudioEncoder({**WHISPER, "max_source_positions": 25}, 32, merge=5)
+    audio = AudioEncoder({**WHISPER, "max_source_positions": 50}, 32, merge=5)
     encoders = {"image": VisionEncoder(TOWER, 32), "audio": audio}
     llm = HFDecoder(decoder_config(vocab_size=263, num_hidden_layers=3))
     return model(llm=llm, encoders=encoders, **changes)
@@ -93,10 +93,7 @@ def test_microbatches_have_all_modalities(records: Path) -> None:
 def test_training_equals_one_process(
     world: int, strategy: dict[str, Any], changes: dict[str, Any], records: Path
 ) -> None:
-    from bigmac_lightning import ShardingOptions
 
-    if "sharding" in strategy:
-        strategy = {"sharding": ShardingOptions(**strategy["sharding"])}
     expected, wanted = _trained(plain_trainer(max_epochs=1), records, changes)
     assert len(expected) > 2
     parts: dict[str, Any] = {}
@@ -104,5 +101,7 @@ def test_training_equals_one_process(
         assert losses == pytest.approx(expected, rel=1e-5)
         parts |= found
     assert parts.keys() >= {"encoders.audio.projector.weight", "encoders.audio.tower.encoder.conv1.weight"}
-    assert_close(parts, {name: wanted[name] for name in parts}, 1e-4)
+    # attention does not depend on the bias of keys, so its gradient is rounding, of which Adam makes steps
+    compared = {name: found for name, found in parts.items() if not name.endswith("k_proj.bias")}
+    assert_close(compared, wanted, 1e-4)
     assert torch.isfinite(torch.tensor(expected)).all()

@@ -40,5 +40,5 @@ def test_a_wrong_value_is_refused_by_its_name(make: Callable[[], Any], message: 
 
 
 def test_there_are_few_arguments() -> None:
-    assert len(inspect.signature(MultimodalDataModule).parameters) <= 16
+    assert len(inspect.signature(MultimodalDataModule).parameters) <= 17
     assert EasyVQADataModule(train_questions=2, val_questions=2).encoder.options.end_of_reply == ""

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from bigmac_lightning.datamodules import (
+    Audio,
     CaptionFolder,
     Example,
     ExampleError,
@@ -158,7 +159,7 @@ def test_text_files(tmp_path: Path) -> None:
 def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
     members: list[tuple[str, bytes]] = [
         ("0.png", png()), ("0.txt", b"a"), ("0.cls", b"7"),
-        ("1.png", png()), ("1.wav", b""), ("1.txt", b"a"),
+        ("1.png", png()), ("1.mid", b""), ("1.txt", b"a"),
         ("2.png", png()), ("2.txt", b"a"), ("2.json", b'{"caption": "b"}'),
         ("3.png", png()), ("3.json", b'{"caption": "b", "url": "x"}'),
         ("4.a.txt", b"a"), ("4.b.txt", b"a"), ("4.png", png()),
@@ -173,14 +174,14 @@ def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
     for index, message in enumerate(
         (
             "has .cls, which is not known here: name 'cls' in ignore",
-            "has .wav, which is not known here",
+            "has .mid, which is not known here",
             'has a .txt and another "caption" in its .json',
             "has url beside its caption",
             "has more than one .txt",
             "has .json with image: its media are the members",
             "has .json that is no object",
             "has text that cannot be read",
-            "has a caption, and neither an image nor a video",
+            "has a caption, and no image, video or audio",
             "has text that cannot be read",
             "names the image '5.png': no files are read but those that come with the record",
         )
@@ -189,7 +190,7 @@ def test_members_of_tars_are_honoured_or_refused(tmp_path: Path) -> None:
             source[index]
         assert message in str(error.value)
         assert f"0.tar: {index:X})" in str(error.value)
-    ignoring = WebDatasetTars(str(tmp_path / "0.tar"), ignore=[".cls", "wav", "json"])
+    ignoring = WebDatasetTars(str(tmp_path / "0.tar"), ignore=[".cls", "mid", "json"])
     assert [told(ignoring[i])[1] for i in range(3)] == [("assistant", ["a"])] * 3
 
 
@@ -341,8 +342,9 @@ def test_media_in_columns(stream: bool, tmp_path: Path, monkeypatch: pytest.Monk
         read(messages=pair, image=row)
     with pytest.raises(ExampleError, match="has image and images"):
         read(messages=talk, image=row, images=[row])
-    with pytest.raises(ExampleError, match=r"has audio, which is not known here"):
-        read({"audio": datasets.Audio()}, messages=said("a", "b"), audio=row)
+    sound = read({"audio": datasets.Audio()}, messages=said("<audio>?", "b"), audio=row)
+    assert isinstance(sound.media[0], Audio)
+    assert contents(sound) == [png(3)], "whatever its bytes are"
     with pytest.raises(ExampleError, match="nothing is downloaded"):
         read(messages=talk, image="https://x/a.png")
     with pytest.raises(ExampleError, match="leads out of the media root"):
