@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from bigmac_lightning.commands.answer import answer
+from bigmac_lightning.commands.answer import answer, text_of
 from bigmac_lightning.contracts.module import PipelineModule
 
 
@@ -42,6 +42,16 @@ class BigMacCLI(LightningCLI):
         command = (list(args) if isinstance(args, list) else sys.argv[1:] or [""])[0]
         if code := answer(command, lambda: super(BigMacCLI, self).parse_arguments(parser, args), [TypeError]):
             sys.exit(code)
+
+    def instantiate_classes(self) -> None:
+        """An argument that a class refuses is named in the same way. Other errors keep their traceback."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if self.subcommand is None or "Union subtypes" not in str(error):
+                raise
+            print(f"bigmac {self.subcommand}: error: {text_of(error)}", file=sys.stderr)
+            sys.exit(2)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

@@ -215,6 +215,9 @@ def test_own_classes_and_wrong_arguments(tmp_path: Path) -> None:
     done = run([*arguments, f"{wrong}=nestd"], tmp_path)
     assert done.returncode == 2
     said = done.stderr.strip().splitlines()
-    assert len(said) == 1, said
-    assert said[0].startswith("bigmac fit: error:")
-    assert "nestd" in said[0]
+    assert said[-1].startswith("bigmac fit: error: policy is 'nestd'; expected one of nested, ")
+    assert len(said) <= 2, said
+    done = run([*arguments, "--trainer.devics=2"], tmp_path)
+    assert done.returncode == 2
+    assert "devics" in done.stderr.strip().splitlines()[-1]
+    assert len(done.stderr.strip().splitlines()) <= 3
