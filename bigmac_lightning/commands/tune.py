@@ -33,7 +33,7 @@ SHOWN = 5
 PER_NODE = 8
 """Processes of a usual node, which has so many GPUs."""
 
-OWN = ("ranks", "memory", "costs", "output", "device", "microbatches", "microbatch")
+OWN = ("ranks", "memory", "costs", "output", "seconds", "device", "microbatches", "microbatch")
 """Arguments of the command, which `fit` does not have."""
 
 LLM_CHECKPOINTING = "model.init_args.llm.init_args.gradient_checkpointing"
@@ -51,6 +51,8 @@ class TuneReader(RunReader):
         parser.add_argument("--memory", type=str, default="80GiB", help="memory of each of them, less what others use")
         parser.add_argument("--costs", type=text, help="a file of `bigmac profile`; default: costs are estimated")
         parser.add_argument("--output", type=str, default="tuned.yaml", help="the config to write")
+        limit = "after so long the search ends, if it has found anything"
+        parser.add_argument("--seconds", type=float, default=60.0, help=limit)
         tflops = "TFLOP that a process computes in a second, in a training; for estimated costs"
         parser.add_argument("--device.tflops", type=float, default=Device.tflops, help=tflops)
         sent = "bytes that it sends in a second; default: as messages were measured, or 50GB"
@@ -90,13 +92,16 @@ def _tune(run: TuneReader, console: Console) -> None:
             text = f"layouts ({found.simulated} plans simulated{best})"
             bar.update(task, completed=number, total=total, description=text)
 
-        found = search(Evaluator(problem), space, show)
+        found = search(Evaluator(problem), space, show, run.config["seconds"])
     if not found.best:
         reasons = "".join(f"\n  {number} layouts: {reason}" for reason, number in found.refused.most_common())
         raise ValueError(f"no choice fits {space.processes} ranks of {size_text(problem.memory)}:{reasons}")
     if not console.is_terminal:
         console.width = max(console.width, 160)  # no line is cut off in a file
     console.print(_table(found, problem))
+    if found.left:
+        text = f"{found.left} layouts, which are slower by a rough guess, were not looked at; --seconds gives more time"
+        console.print(text, highlight=False, soft_wrap=True)
     _write(run, found.best[0], problem.microbatch)
     console.print(f"{run.config['output']}: the first of them", highlight=False, soft_wrap=True)
 

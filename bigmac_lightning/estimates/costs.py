@@ -27,7 +27,13 @@ def target_cost(module: PipelineModule, microbatch: TypicalMicrobatch) -> Forwar
 
 
 def estimated_costs(
-    module: PipelineModule, parallel: ParallelSizes, sample_tokens: int, size: int, microbatch: TypicalMicrobatch
+    module: PipelineModule,
+    parallel: ParallelSizes,
+    sample_tokens: int,
+    size: int,
+    microbatch: TypicalMicrobatch,
+    media: ForwardCost | None = None,
+    target: ForwardCost | None = None,
 ) -> Costs:
     """The costs of a microbatch in TFLOP, of one of the processes that a rank consists of.
 
@@ -39,12 +45,13 @@ def estimated_costs(
         parallel: over how many processes the work of a stage is divided.
         sample_tokens: see `StageOptions`.
         size: number of the pipeline's ranks, P.
+        media, target: see `media_cost` and `target_cost`, if they are known already.
     """
     per_multiplication = FLOP * microbatch.tokens / parallel.context / TERA
     forward = per_multiplication * sum(module.llm.divided_costs(parallel, sample_tokens).parts) / size
     again = forward * module.llm.gradient_checkpointing
-    media, drawn = media_cost(module, microbatch), target_cost(module, microbatch)
-    encoder, target = (FLOP * cost.multiplications / parallel.peers / TERA for cost in (media, drawn))
+    both = media or media_cost(module, microbatch), target or target_cost(module, microbatch)
+    encoder, drawn = (FLOP * cost.multiplications / parallel.peers / TERA for cost in both)
     encoders, generators = module.encoders.values(), _generators(module)
     passes = passes_of(generators, module.trained_layers.passes[-1])
     passes += _all_checkpointed(generators) * (passes > 1)
@@ -55,7 +62,7 @@ def estimated_costs(
         W=forward,
         EF=encoder,
         EB=encoder * (2 + _all_checkpointed(encoders)),
-        G=target * microbatch.targets * passes,
+        G=drawn * microbatch.targets * passes,
     )
 
 

@@ -1,7 +1,9 @@
 """The cut of the LLM's layers into stages: in equal numbers, balanced by estimated cost, or as the user gives it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -90,7 +92,7 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
             f"choose pipeline_parallel_size * virtual_stages <= {layers}, or a deeper LLM"
         )
     if partition == "auto":
-        return _balanced(costs, stages)
+        return list(_balanced(costs, stages))
     if partition == "even":  # earlier stages take the remainder, because the last one has the head besides
         bounds = [-(-layers * s // stages) for s in range(stages + 1)]
     else:
@@ -103,7 +105,8 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
-def _balanced(costs: LayerCosts, stages: int) -> list[range]:
+@lru_cache(maxsize=256)
+def _balanced(costs: LayerCosts, stages: int) -> Sequence[range]:
     """The cut whose most expensive stage is cheapest; among those cuts, the one with the least sum of squares.
 
     Dynamic programming over the layers: after each stage, `best` has for every number of layers so far the best cut of
@@ -115,11 +118,11 @@ def _balanced(costs: LayerCosts, stages: int) -> list[range]:
         ends = [layers] if stage == stages else range(stage, layers - (stages - stage) + 1)
         extended: dict[int, tuple[float, float, list[range]]] = {}
         for end in ends:
-            choices: list[tuple[float, float, list[range]]] = []
-            for start, (worst, squares, cut) in best.items():
+            chosen, key = 0, (math.inf, math.inf)
+            for start, (worst, squares, _) in best.items():
                 if start < end:
                     cost = costs.of(range(start, end))
-                    choices.append((max(worst, cost), squares + cost**2, [*cut, range(start, end)]))
-            extended[end] = min(choices, key=lambda choice: choice[:2])
+                    key, chosen = min((key, chosen), ((max(worst, cost), squares + cost**2), start))
+            extended[end] = (*key, [*best[chosen][2], range(chosen, end)])
         best = extended
     return best[layers][2]

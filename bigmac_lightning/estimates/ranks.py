@@ -21,6 +21,10 @@ from bigmac_lightning.training.stages import part_of
 Component = Encoder | LanguageModel | Generator
 
 
+Alike = Mapping[tuple[torch.Size, int, int, bool], int]
+"""Numbers of weights by their shape, slices, bytes of a number, and whether they are trained."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """The bytes that a number takes.
@@ -62,12 +66,18 @@ class Precision:
             slices: into how many slices a weight is divided besides.
             master: whether shards are float32 whatever type the model computes in.
         """
-        alike = Counter(
+        return static_of(self.alike(component, parameters, slices, master), rank, shards)
+
+    def alike(
+        self,
+        component: Component,
+        parameters: Iterable[nn.Parameter],
+        slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
+        master: bool = False,
+    ) -> Alike:
+        """How many of these weights are of the same shape, slices, size of a number, and trained or not."""
+        return Counter(
             (p.shape, slices.get(p, 1), 4 if master else self.size(component, p), p.requires_grad) for p in parameters
-        )
-        return sum(
-            number * (_part(shape, rank, shards) // cut) * size * (4 if trained else 1)
-            for (shape, cut, size, trained), number in alike.items()
         )
 
     def whole(
@@ -113,6 +123,14 @@ class Precision:
         if kind == "zero1":
             return bytes_of(own)
         return _by_block(bytes_of, own, [list(llm.parameters_of((k,), False, False)) for k in layers])
+
+
+def static_of(alike: Alike, rank: int, shards: int) -> int:
+    """The bytes of a rank's shards of weights, see `Precision.static`."""
+    return sum(
+        number * (_part(shape, rank, shards) // cut) * size * (4 if trained else 1)
+        for (shape, cut, size, trained), number in alike.items()
+    )
 
 
 def _by_block(
@@ -181,12 +199,13 @@ def ranks_of(
     peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
     replicated = _replicated(module)
     weights = {name: list(component.parameters()) for name, component in replicated}
-    count, gathered = sum(map(_count, weights.values())), 0
+    count, gathered, alike = sum(map(_count, weights.values())), 0, dict[str, Alike]()
     for name, component in replicated:
         kind = sharding.of_component(name)
         master = masters and kind != "ddp"
         apart = master or sharding.offloads(name) or _shards(kind, size * peers, replicas) > 1
         gathered += precision.gathered(component, kind, master) if apart else 0
+        alike[name] = precision.alike(component, weights[name], master=master)
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
     for rank in range(size):
@@ -200,10 +219,9 @@ def ranks_of(
         whole_stages = 0
         if master or offload or (kind != "ddp" and shards > 1):
             whole_stages = precision.gathered_stages(module.llm, part, kind, master, slices)
-        for name, component in replicated:
+        for name in alike:
             kind = sharding.of_component(name)
-            parts = weights[name], rank * peers, _shards(kind, size * peers, replicas)
-            bytes_of[name] = precision.static(component, *parts, master=masters and kind != "ddp")
+            bytes_of[name] = static_of(alike[name], rank * peers, _shards(kind, size * peers, replicas))
         offloaded = sum(size for name, size in bytes_of.items() if sharding.offloads(name))
         static = sum(bytes_of.values()) - offloaded
         llm = sum(parameter.numel() // slices.get(parameter, 1) for parameter in own)

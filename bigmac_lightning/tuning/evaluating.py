@@ -8,6 +8,7 @@ from typing import Any
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.estimates.costs import estimated_costs, media_cost, target_cost
+from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.estimates.ranks import Precision, RankEstimate, ranks_of
@@ -176,8 +177,16 @@ class Evaluator:
         microbatch = self.microbatch(layout)
         return self._once(
             ("estimated", *key),
-            lambda: estimated_costs(p.module, layout.parallel, p.sample_tokens, layout.size, microbatch),
+            lambda: estimated_costs(
+                *(p.module, layout.parallel, p.sample_tokens, layout.size, microbatch), *self._nested(layout)
+            ),
         )
+
+    def _nested(self, layout: Layout) -> tuple[ForwardCost, ForwardCost]:
+        """The costs of the forward of all media of a microbatch, and of one target."""
+        module, microbatch = self.problem.module, self.microbatch(layout)
+        media = self._once(("media", layout.tokens), lambda: media_cost(module, microbatch))
+        return media, self._once("target", lambda: target_cost(module, microbatch))
 
     def _costs(self, layout: Layout) -> Costs:
         """In seconds, without what is sent."""
@@ -251,13 +260,12 @@ class Evaluator:
         )
 
     def _ready(self, layout: Layout, options: PipelineOptions, stages: Sequence[range]) -> ReadyParts:
-        p, microbatch, tokens = self.problem, self.microbatch(layout), layout.tokens
+        p = self.problem
         place = (layout.replicas, layout.size, layout.parallel, layout.sharding, layout.checkpointing)
         cut = (tuple(stages), tuple(options.stage_rank(layout.size)))
         module, precision = p.module, p.precision
         return ReadyParts(
-            self._once(("media", tokens), lambda: media_cost(module, microbatch)),
-            self._once(("target", tokens), lambda: target_cost(module, microbatch)),
+            *self._nested(layout),
             self._estimated(layout),
             self._once(
                 ("ranks", *place, *cut),

@@ -5,6 +5,8 @@ backbone; its fastest backbones then get all policies, sizes of groups and numbe
 layouts in a row were slower, or when the guesses of all others are far above the best time.
 """
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -24,6 +26,9 @@ gain less."""
 PATIENCE = 12
 """After so many layouts in a row that were slower, the search ends."""
 
+OVER = 1.05
+"""Where weights take so many times the memory, other schedules are not tried: their stages are cut nearly alike."""
+
 FAR = 1.3
 """The search ends at a layout whose guessed time is so many times the best one. Guesses differ from simulated times by
 the bubbles."""
@@ -37,29 +42,40 @@ class Found:
         best: the best choice of each layout that fits, the fastest first.
         simulated: number of choices that were simulated.
         refused: why layouts were refused, and how many of them.
+        left: number of layouts that were not looked at, because the time was over.
     """
 
     best: list[Tried] = field(default_factory=list)
     simulated: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    left: int = 0
 
     def add(self, tried: Tried) -> None:
         self.best = sorted([*self.best, tried], key=lambda one: (one.seconds, one.memory))
 
 
-def search(evaluator: Evaluator, space: Space, progress: Callable[[int, int, Found], None] | None = None) -> Found:
+def search(
+    evaluator: Evaluator,
+    space: Space,
+    progress: Callable[[int, int, Found], None] | None = None,
+    seconds: float = math.inf,
+) -> Found:
     """Search a space.
 
     Args:
         progress: is told the number of layouts that were looked at, that of all, and what was found so far.
+        seconds: after so long, the search ends as soon as something was found.
     """
-    found, since = Found(), 0
+    found, since, begin = Found(), 0, time.monotonic()
     order = _ordered(evaluator, space, found)
     fits = set[Layout]()
     for number, (guess, layout) in enumerate(order):
         if progress is not None:
             progress(number, len(order), found)
         if found.best and (since > PATIENCE or guess > FAR * found.best[0].seconds):
+            break
+        if found.best and time.monotonic() - begin > seconds:
+            found.left = len(order) - number
             break
         alike = replace(layout, sharding=space.shardings[0])
         if alike in fits:
@@ -142,7 +158,11 @@ def _plain(schedule: ScheduleOptions, layout: Layout, policy: str) -> ScheduleOp
 
 
 def _evaluated(evaluator: Evaluator, layout: Layout, schedules: Iterable[ScheduleOptions], found: Found) -> list[Tried]:
-    tried = [evaluator.evaluate(layout, schedule) for schedule in schedules]
+    tried = list[Tried]()
+    for schedule in schedules:
+        tried.append(evaluator.evaluate(layout, schedule))
+        if tried[-1].problem == WEIGHTS and tried[-1].memory > OVER * evaluator.problem.memory:
+            break
     found.simulated += len(tried)
     return sorted(tried, key=_order)
 

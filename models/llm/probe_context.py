@@ -195,12 +195,33 @@ def _layers_problem(
     try:
         with whole_rows(exchange, stubs.shell, h_BsD, {WHOLE_POSITIONS: positions}), attention_set_to(decoder, name):
             stubs.run(h_BsD, positions[..., :SLICE])
+            tried: set[str] = set()
             for k, layer in enumerate(decoder.layers):
-                if reason := _layer_problem(layer, k, stubs, exchange, sizes):
+                kind = _kind_of(layer, k, stubs)
+                if kind not in tried and (reason := _layer_problem(layer, k, stubs, exchange, sizes)):
                     return reason
+                tried.add(kind)
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]
     return ""
+
+
+def _kind_of(layer: nn.Module, k: int, stubs: StubDecoder) -> str:
+    """A text that is the same for layers that are alike: of the same modules, with the same settings and shapes, which
+    get the same kinds of arguments. Only their numbers may differ."""
+    settings = [
+        (name, type(module), sorted((key, value) for key, value in vars(module).items() if _is_setting(key, value, k)))
+        for name, module in layer.named_modules()
+    ]
+    shapes = [(name, tensor.shape) for name, tensor in (*layer.named_parameters(), *layer.named_buffers())]
+    given = [getattr(leaf, "shape", leaf) for leaf in tree_leaves(stubs.arguments_on_meta(k))]
+    return repr((settings, shapes, given))
+
+
+def _is_setting(key: str, value: Any, k: int) -> bool:
+    """Whether an attribute of a module is a setting, and not the number of its layer."""
+    is_number = value == k and ("idx" in key or "id" in key or "number" in key) and not isinstance(value, bool)
+    return isinstance(value, int | float | str | tuple | None) and not is_number
 
 
 def _layer_problem(layer: nn.Module, k: int, stubs: StubDecoder, exchange: _NoExchange, sizes: ParallelSizes) -> str:
