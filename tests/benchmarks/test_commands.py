@@ -2,11 +2,21 @@
 
 import math
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import measured_costs, paper_workload, predictions, saving
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """As in a terminal: the command line's library warns of how Lightning uses it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def test_predictions_beside_what_is_measured() -> None:
