@@ -674,8 +674,8 @@ FAULTS = [
     Fault(
         "traced actions begin when they end",
         f"{PACKAGE}/runtime/measure/trace.py",
-        "        start = self._now()\n        yield\n",
-        "        yield\n        start = self._now()\n",
+        "        start = self._now()\n        yield\n        self._marks.append(",
+        "        yield\n        start = self._now()\n        self._marks.append(",
         "tests/training/test_monitor.py",
     ),
     Fault(
