@@ -7,8 +7,9 @@ yourself; digits.py is an example of it (`pip install bigmac-lightning[quickstar
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .encoding.audio import AudioProcessor
 from .encoding.hf_visual import HFVisual
+from .encoding.media_processor import MediaPlan, MediaProcessor
 from .encoding.processors import byte_tokenizer
-from .encoding.visual import MediaPlan, MediaProcessor, PatchProcessor, TargetProcessor, VisualProcessor
+from .encoding.visual import PatchProcessor, TargetProcessor, VisualProcessor
 from .errors import ExampleError, SourceError
 from .example import Audio, Example, Image, MediaPart, Message, Size, Video
 from .examples.clips_and_sums import Clips, Sums

@@ -19,8 +19,9 @@ from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
 from bigmac_lightning.ranks import Ranks
 
 from .base import ParallelDataModule
+from .encoding.media_processor import MediaProcessor
 from .encoding.processors import chat_encoder
-from .encoding.visual import MediaProcessor, TargetProcessor, VisualProcessor
+from .encoding.visual import TargetProcessor, VisualProcessor
 from .loading.failures import Agreement, OnError
 from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
 from .loading.stream_loader import StreamCollate, StreamLoader

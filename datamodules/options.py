@@ -59,17 +59,14 @@ class ChatOptions:
         _check_choice("chat.special_tokens", self.special_tokens, ("text", "refuse"))
         if isinstance(self.allowed_special, str):
             raise ValueError(f"chat.allowed_special={self.allowed_special!r}: give a list of tokens")
-        for name, token in (*((f"tokens[{name!r}]", token) for name, token in self.tokens.items()), self._drawn):
+        named = {f"tokens[{name!r}]": token for name, token in self.tokens.items()} | {"draw_token": self.draw_token}
+        for name, token in named.items():
             if not token:
                 raise ValueError(f"chat.{name} is empty: name a token of the tokenizer")
         if unknown := sorted(self.tokens.keys() - MODALITIES.keys()):
             raise ValueError(
                 f"chat.tokens names {unknown[0]!r}, which is no modality: known are {', '.join(MODALITIES)}"
             )
-
-    @property
-    def _drawn(self) -> tuple[str, str]:
-        return "draw_token", self.draw_token
 
     @property
     def media_tokens(self) -> dict[str, str]:

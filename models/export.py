@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from . import meta_model
-from .lora import fold_lora
+from .lora import ALPHA, adapters_in, fold_lora
 
 OTHERS = "other_components.safetensors"
 """The file for tensors that are no part of the Hugging Face model."""
@@ -83,12 +83,14 @@ def export_adapters(
     output: Path,
     dtype: torch.dtype | None,
     lora: Mapping[str, Mapping[str, Any]],
-) -> None:
+) -> list[str]:
     """Write low-rank adapters alone, as a folder that peft loads beside the model that training started from.
 
     Args:
         tensors, config, output, dtype, lora: see `export`.
         source: the folder of the model that training started from.
+
+    Returns: the names of the tensors of components without adapters. They are not written, though they may be trained.
 
     Raises:
         ValueError: there are no adapters, the model's weights were drawn, adapters are of a component that is no part
@@ -106,15 +108,12 @@ def export_adapters(
     _check_empty(output)
     expected = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager").state_dict().keys()
     ranks, alphas, adapters = dict[str, int](), dict[str, int](), dict[str, Tensor]()
-    for name, tensor in tensors.items():
-        before, side, _ = _adapter_of(name)
-        if not side:
-            continue
-        (component,) = (component for component in lora if name.startswith(f"{component}."))
-        short = _in_whole(before)
+    for layer, side, tensor in adapters_in(tensors):
+        (component,) = (component for component in lora if layer.startswith(f"{component}."))
+        short = _in_whole(layer)
         if f"{short}.weight" not in expected:
-            raise ValueError(f"{before} is no part of the Hugging Face model, so peft cannot load its adapter")
-        ranks[short], alphas[short] = lora[component]["r"], lora[component].get("lora_alpha", 8)
+            raise ValueError(f"{layer} is no part of the Hugging Face model, so peft cannot load its adapter")
+        ranks[short], alphas[short] = lora[component]["r"], lora[component].get("lora_alpha", ALPHA)
         adapters[f"base_model.model.{short}.{side}.weight"] = tensor.contiguous().to(dtype or tensor.dtype)
     scaled = {bool(options.get("use_rslora")) for options in lora.values()}
     if len(scaled) > 1:
@@ -132,15 +131,7 @@ def export_adapters(
     output.mkdir(parents=True, exist_ok=True)
     made.save_pretrained(str(output))
     save_file(adapters, output / "adapter_model.safetensors")
-
-
-def _adapter_of(name: str) -> tuple[str, str, str]:
-    """The layer of an adapter's tensor, and which of its two it is; the latter is empty for other tensors."""
-    for side in ("lora_A", "lora_B"):
-        before, found, after = name.partition(f".{side}.")
-        if found:
-            return before, side, after
-    return name, "", ""
+    return [name for name in tensors if not any(name.startswith(f"{component}.") for component in lora)]
 
 
 def _in_whole(name: str) -> str:

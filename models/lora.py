@@ -19,6 +19,8 @@ OPTIONS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora")
 """The options of peft's `LoraConfig` that are supported."""
 _ADAPTER = "default"
 """The name by which peft has an adapter if it is given none."""
+ALPHA = 8
+"""peft's default of lora_alpha."""
 
 
 def targets_of(component: nn.Module, name: str, options: Mapping[str, Any]) -> frozenset[str]:
@@ -121,6 +123,15 @@ def _whole_shapes(component: nn.Module) -> Iterator[None]:
             module._parameters[name] = weight
 
 
+def adapters_in(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """The tensors of adapters: the name of the layer in the model, "lora_A" or "lora_B", and the tensor."""
+    for name, tensor in tensors.items():
+        for side in ("lora_A", "lora_B"):
+            layer, found, _ = name.partition(f".{side}.{_ADAPTER}.")
+            if found:
+                yield layer, side, tensor
+
+
 def fold_lora(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Add adapters to the weights beside them; returns tensors by the names that they have without adapters.
 
@@ -134,8 +145,8 @@ def fold_lora(tensors: Mapping[str, Tensor], options: Mapping[str, Mapping[str, 
         if base and after == "weight":
             (own,) = (o for component, o in options.items() if name.startswith(f"{component}."))
             rank = own["r"]
-            # peft's default of lora_alpha is 8. rsLoRA (arXiv 2312.03732) divides by the root of the rank.
-            scale = own.get("lora_alpha", 8) / (rank**0.5 if own.get("use_rslora") else rank)
+            # rsLoRA (arXiv 2312.03732) divides by the root of the rank
+            scale = own.get("lora_alpha", ALPHA) / (rank**0.5 if own.get("use_rslora") else rank)
             exact = torch.promote_types(tensor.dtype, torch.float32)
             up, down = (tensors[f"{before}.lora_{side}.{_ADAPTER}.weight"].to(exact) for side in "BA")
             tensor = (tensor.to(exact) + scale * (up @ down)).to(tensor.dtype)

@@ -45,6 +45,16 @@ def test_against_an_exhaustive_search(memory: float) -> None:
     assert found.best[0].memory <= memory
 
 
+def test_the_search_ends_when_its_time_is_over() -> None:
+    """But not before something was found."""
+    short, whole = (search(Evaluator(problem()), FEW, seconds=seconds) for seconds in (0.0, 600.0))
+    assert len(short.best) == 1
+    assert short.left > 0
+    assert short.simulated < whole.simulated
+    assert whole.left == 0
+    assert not search(Evaluator(problem(1e6)), FEW, seconds=0.0).left, "nothing fits, so all were looked at"
+
+
 def test_what_does_not_fit_is_refused_with_reasons() -> None:
     found = search(Evaluator(problem(1e6)), FEW)
     assert not found.best

@@ -39,7 +39,8 @@ class BigMacCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """An error ends with the key, its value and what is expected, and not with the list of all options."""
-        command = (list(args) if isinstance(args, list) else sys.argv[1:] or [""])[0]
+        given = args if isinstance(args, list) else sys.argv[1:]
+        command = next((word for word in given if word in self.subcommands()), "")
         if code := answer(command, lambda: super(BigMacCLI, self).parse_arguments(parser, args), [TypeError]):
             sys.exit(code)
 

@@ -26,7 +26,8 @@ def export_checkpoint(
             has, which is float32 with master weights.
         adapters: Write the low-rank adapters alone, for peft, and not folded into the weights.
 
-    Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it.
+    Returns: names of the tensors that are not part of the Hugging Face model; they are written to a file beside it. Of
+        adapters alone: names of the tensors of components without adapters, which are not written.
 
     Raises:
         ValueError, FileNotFoundError: this is not a checkpoint, it is damaged, or it is not one of a model that can be
@@ -53,8 +54,7 @@ def export_checkpoint(
     kind = None if dtype is None else getattr(torch, dtype)
     files = None if folder is None else Path(folder)
     if adapters:
-        export_adapters(stored.read(), described["config"], files, Path(output), kind, described["lora"])
-        return []
+        return export_adapters(stored.read(), described["config"], files, Path(output), kind, described["lora"])
     return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
 
 
@@ -82,8 +82,11 @@ def main(argv: Sequence[str]) -> int:
     def run() -> None:
         options = vars(parser.parse_args(list(argv)))
         others = export_checkpoint(**options)
-        more = f"; {len(others)} tensors of other components beside it" if others else ""
-        what = "adapters for peft" if options["adapters"] else "a Hugging Face folder"
+        if options["adapters"]:
+            what, more = "adapters for peft", f"; not written: {len(others)} tensors of components without adapters"
+        else:
+            what, more = "a Hugging Face folder", f"; {len(others)} tensors of other components beside it"
+        more = more if others else ""
         Console().print(f"{options['output']}: {what}{more}", highlight=False, soft_wrap=True)
 
     return answer("export", run)

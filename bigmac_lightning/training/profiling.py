@@ -93,13 +93,11 @@ class Profiling(pl.Callback):
     ) -> None:
         _, runner = _of(trainer)
         trace, executor = runner.executor.trace, runner.executor
+        end = math.nan if trace is None else trace.elapsed()
+        began = time.perf_counter()
         if trace is not None and self._summed is not None:
-            end, began = trace.elapsed(), time.perf_counter()
             self._steps.append(end - self._summed)
-            if spans := trace.spans():
-                self._inside = end - spans[0].start
-        else:
-            began = time.perf_counter()
+            self._inside = end - min((span.start for span in trace.spans()), default=math.nan)
         executor.trace = None
         self._work.append(_work(batch))
         self._batches += 1
@@ -153,11 +151,10 @@ class Profiling(pl.Callback):
         planned, rank = runner.last_planned, runner.mesh.pp_rank
         if planned is not None:
             alive = {name: row[rank] for name, row in planned.plan.peak.items() if row}
-            targets = generator_units(planned.plan, rank) if planned.plan.generator_shares else 0.0
             for name, component, number in (
                 ("encoder_unit", "encoder", alive.get("encoder_units", 0.0)),
                 ("llm_microbatch", "llm", alive.get("llm_microbatches", 0.0)),
-                ("generator_unit", "generator", targets),
+                ("generator_unit", "generator", generator_units(planned.plan, rank)),
             ):
                 if number and memory.peak.get(component):
                     self._bytes[name].append(memory.peak[component] / number)

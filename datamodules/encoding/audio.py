@@ -13,7 +13,7 @@ from bigmac_lightning.contracts.remote_code import without_asking
 from ..errors import ExampleError
 from ..example import Size
 from ..media.sounds import read_sound, samples_of
-from .visual import Augment, MediaPlan, MediaProcessor
+from .media_processor import Augment, MediaPlan, MediaProcessor
 
 STRIDE = 2
 """Columns of the spectrogram in a frame of the tower."""
@@ -43,6 +43,11 @@ class AudioProcessor(MediaProcessor):
         if self.merge < 1 or self.max_seconds <= 0:
             raise ValueError(f"merge={self.merge} and max_seconds={self.max_seconds} must be positive")
         made = self.features
+        if not hasattr(made, "n_samples"):
+            raise ValueError(
+                f"extractor={self.extractor!r} is a {type(made).__name__}, which has no windows of one length: give "
+                "Whisper's, or another that has n_samples"
+            )
         if made.n_samples % (made.hop_length * STRIDE * self.merge):
             raise ValueError(
                 f"a window of {made.n_samples} samples does not consist of whole rows of {STRIDE * self.merge} times "

@@ -18,13 +18,14 @@ from ..example import Example, Image, MediaPart, Size, Video
 from ..loading.collate import Media, Sample, Target
 from ..media.modalities import modality_of
 from ..options import ChatOptions
+from .media_processor import Augment, MediaPlan, MediaProcessor
 from .placeholders import Placeholders
 from .replies import Replies, plain_text
 from .special import SpecialTokens
 from .template import ChatTemplate
 from .text import Text, strings_in
 from .truncation import cut
-from .visual import Augment, MediaPlan, MediaProcessor, TargetProcessor, VisualProcessor, seeded_augment
+from .visual import TargetProcessor, VisualProcessor, seeded_augment
 
 NO_RUN = (sys.maxsize, sys.maxsize)
 """A run of characters after every text, which ends a search for the next learnt run."""

@@ -21,7 +21,8 @@ from ..errors import ExampleError
 from ..example import Image, Size, Video
 from ..media.decoding import check_reading, read_frames, read_image
 from ..media.frame_choice import evenly_spaced, frame_count
-from .visual import Augment, MediaPlan, VisualProcessor
+from .media_processor import Augment, MediaPlan
+from .visual import VisualProcessor
 
 MAX_PLANS = 16384
 """Most plans that are cached: a few hundred bytes each. A cache that is full is cleared."""

@@ -13,8 +13,8 @@ from ..errors import ExampleError
 from ..example import Example
 from ..media.modalities import modality_of
 from .marks import alternatives
+from .media_processor import MediaPlan
 from .text import Edit, Text
-from .visual import MediaPlan
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from ..media.modalities import MODALITIES
 from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
 from .hf_visual import HFVisual
+from .media_processor import Augment, MediaProcessor
 from .template import read_template
-from .visual import Augment, MediaProcessor, TargetProcessor, VisualProcessor
+from .visual import TargetProcessor, VisualProcessor
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", DRAW)
 TEMPLATE = (
@@ -107,6 +108,8 @@ def chat_encoder(
     Raises:
         ValueError: the options contradict the tokenizer or its template, or a modality is not known.
     """
+    if visuals := sorted(media.keys() & {"image", "video"}):
+        raise ValueError(f"media names {visuals[0]!r}: images and videos are prepared by visual, so give that instead")
     if unknown := sorted(media.keys() - MODALITIES.keys()):
         raise ValueError(
             f"media names {unknown[0]!r}, which is no modality: known are {', '.join(MODALITIES)}; others are added by "

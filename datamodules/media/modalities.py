@@ -3,12 +3,11 @@
 Sources, chat templates, measuring and packing go by this table alone. What encoders get of an item, a `MediaProcessor`
 makes. A modality of your own joins with `register` (docs/data.md has an example)::
 
-    register(Modality("series", Series, measure=number_of_steps, endings=(".csv",)))
+    register(Modality("signal", Signal, measure=number_of_steps, endings=(".csv",)))
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, BinaryIO
 
 from ..errors import ExampleError
@@ -48,7 +47,8 @@ class Modality:
     view: Callable[[Any, Size, int], Sequence[Any]] | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or self.name in ("text", "path", "url", "base64", "type"):
+        taken = self.name in ("text", "path", "url", "base64", "type") or self.name.endswith("_url")
+        if not (self.name.isidentifier() and self.name.islower()) or taken:
             raise ValueError(f"Modality(name={self.name!r}): give a word in lower case that is no key of messages")
 
     @property
@@ -56,7 +56,7 @@ class Modality:
         """The token that stands for an item in a text, unless a processor or `ChatOptions.tokens` has another."""
         return f"<|{self.name}_pad|>"
 
-    @cached_property
+    @property
     def placeholder(self) -> str:
         """What stands for an item in a text of a source."""
         return f"<{self.name}>"
@@ -114,7 +114,7 @@ def modality_of(item: MediaPart) -> Modality:
     raise ExampleError(f"has a {type(item).__name__}, which is of no modality: call register(Modality(...)) for it")
 
 
-def named(modalities: Sequence[str] = ()) -> str:
-    """Names in words: "image or video"."""
-    *most, last = modalities or tuple(MODALITIES)
-    return f"{', '.join(most)} or {last}" if most else last
+def any_of_them() -> str:
+    """All modalities in words: "image, video or audio"."""
+    *most, last = MODALITIES
+    return f"{', '.join(most)} or {last}"

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..encoding.chat import ChatEncoder
 from ..errors import ExampleError, reason_of
@@ -257,18 +257,19 @@ def measurements(
                 raise ValueError(f"{path} was damaged while the run began: {error}") from error
             log.warning("%s is damaged, and the examples are measured again: %s", path, error)
         else:
-            return stored if read_only else _mended(stored, source, encoder, budget, learns, path)
+            return stored if read_only else _mended(stored, source, encoder, budget, workers, learns, path)
     made = measure_all(source, encoder, budget, workers, learns)
     made.save(path)
     return made
 
 
 def _mended(
-    stored: Measurements, source: Source, encoder: ChatEncoder, budget: int, learns: bool, path: Path
+    stored: Measurements, source: Source, encoder: ChatEncoder, budget: int, workers: int, learns: bool, path: Path
 ) -> Measurements:
     """Measurements in which the examples that could not be used are measured again, as they may have been mended."""
-    measuring = _Measuring(source, encoder, budget, learns)
-    again = {index: measuring[index] for index in stored.errors}
+    broken = list(stored.errors)
+    found = _measured(source, encoder, budget, workers, learns, broken) if broken else []
+    again = dict(zip(broken, found, strict=True))
     if all(found.error == stored.errors[index] for index, found in again.items()):
         return stored
     made = stored.replaced(again)
@@ -279,19 +280,27 @@ def _mended(
 def measure_all(
     source: Source, encoder: ChatEncoder, budget: int, workers: int = 0, learns: bool = False
 ) -> Measurements:
-    """Measure a source, whatever is stored, with a progress bar in a terminal. Arguments are as in `measurements`."""
-    log.info("measuring the %d examples of %s", len(source), source.name)
-    loader = DataLoader(_Measuring(source, encoder, budget, learns), batch_size=None, num_workers=workers)
+    """Measure a source, whatever is stored. Arguments are as in `measurements`."""
+    return Measurements.of(_measured(source, encoder, budget, workers, learns, range(len(source))))
+
+
+def _measured(
+    source: Source, encoder: ChatEncoder, budget: int, workers: int, learns: bool, examples: Sequence[int]
+) -> list[Measured]:
+    """The measurements of these examples, with a progress bar in a terminal."""
+    log.info("measuring %d of the %d examples of %s", len(examples), len(source), source.name)
+    chosen = Subset(_Measuring(source, encoder, budget, learns), examples)
+    loader = DataLoader(chosen, batch_size=None, num_workers=workers)
     console = Console(stderr=True)
     watched = track(
         loader,
         f"measuring {source.name}",
-        len(source),
+        len(examples),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    return Measurements.of(list(watched))
+    return list(watched)
 
 
 def report_errors(measured: Sequence[Measurements], split: str, on_error: Literal["raise", "skip"]) -> None:

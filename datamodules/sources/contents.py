@@ -14,8 +14,8 @@ from .media_files import media_at
 
 
 class TypedPart(TypedDict, total=False):
-    """A part of a message. Placeholders in its text are ordinary text. Other modalities have the keys that those of
-    images are for.
+    """A part of a message. Placeholders in its text are ordinary text. A modality of your own has the same keys under
+    its own name, such as "signal" and "signal_url".
 
     Attributes:
         type: "text"; "image", "video" or "audio", which stands for the next one if it names no file; "image_url",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example, MediaPart, Message
-from ..media.modalities import MODALITIES, named
+from ..media.modalities import MODALITIES, any_of_them
 from .contents import places
 from .conversation import example_of, loaded
 from .media_files import media_at
@@ -107,7 +107,7 @@ def captioned(media: Sequence[MediaPart], prompt: str, caption: Any, name: str) 
     if not isinstance(caption, str):
         raise ExampleError(f"has a caption that is no text, but {caption!r}")
     if not media:
-        raise ExampleError(f"has a caption, and no {named()}")
+        raise ExampleError(f"has a caption, and no {any_of_them()}")
     if _has_places(prompt):
         raise ExampleError(f"has the prompt {prompt!r}: media come before it, so leave out their placeholders")
     return Example([Message("user", [*media, prompt]), Message("assistant", [caption])], name=name)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bigmac_lightning.contracts.parallel import ParallelSizes
@@ -209,19 +210,23 @@ def _layers_problem(
 def _kind_of(layer: nn.Module, k: int, stubs: StubDecoder) -> str:
     """A text that is the same for layers that are alike: of the same modules, with the same settings and shapes, which
     get the same kinds of arguments. Only their numbers may differ."""
-    settings = [
-        (name, type(module), sorted((key, value) for key, value in vars(module).items() if _is_setting(key, value, k)))
-        for name, module in layer.named_modules()
-    ]
+    settings = [(name, type(module), _settings(module, k)) for name, module in layer.named_modules()]
     shapes = [(name, tensor.shape) for name, tensor in (*layer.named_parameters(), *layer.named_buffers())]
     given = [getattr(leaf, "shape", leaf) for leaf in tree_leaves(stubs.arguments_on_meta(k))]
     return repr((settings, shapes, given))
 
 
-def _is_setting(key: str, value: Any, k: int) -> bool:
-    """Whether an attribute of a module is a setting, and not the number of its layer."""
-    is_number = value == k and ("idx" in key or "id" in key or "number" in key) and not isinstance(value, bool)
-    return isinstance(value, int | float | str | tuple | None) and not is_number
+def _settings(module: nn.Module, k: int) -> list[tuple[str, str]]:
+    """The plain attributes of a module of layer k, without the number of the layer. Configs are the same only if they
+    are one object."""
+    found = list[tuple[str, str]]()
+    for key, value in vars(module).items():
+        is_number = type(value) is int and value == k and key.endswith(("idx", "_id", "number"))
+        if isinstance(value, PreTrainedConfig):
+            found.append((key, str(id(value))))
+        elif isinstance(value, int | float | str | tuple | list | None) and not is_number:
+            found.append((key, repr(value)))
+    return sorted(found)
 
 
 def _layer_problem(layer: nn.Module, k: int, stubs: StubDecoder, exchange: _NoExchange, sizes: ParallelSizes) -> str:

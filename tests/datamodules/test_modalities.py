@@ -176,6 +176,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ValueError, match=r"media names 'sonar', which is no modality: known are image, video, .*signal"
     ):
         MultimodalDataModule(media={"sonar": names["SignalProcessor"]()})
+    with pytest.raises(ValueError, match="media names 'image': images and videos are prepared by visual"):
+        MultimodalDataModule(media={"image": names["SignalProcessor"]()})
     with pytest.raises(ExampleError, match="with a part of type 'sonar': known are text, image, video"):
         example_of({"messages": [{"role": "user", "content": [{"type": "sonar", "path": "a"}]}]})
 
@@ -192,5 +194,6 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             register(wrong)
-    with pytest.raises(ValueError, match=r"Modality\(name='text'\)"):
-        Modality("text", Sonar, steps)
+    for name in ("text", "Sonar", "sonar_url", "two words"):
+        with pytest.raises(ValueError, match=f"name='{name}'.*give a word in lower case that is no key of messages"):
+            Modality(name, Sonar, steps)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Wav2Vec2FeatureExtractor
 
 from bigmac_lightning.datamodules import Audio, AudioProcessor, ExampleError, File, Limits, Size, Video, example_of
 from bigmac_lightning.datamodules.media.decoding import measure
@@ -125,6 +126,8 @@ def test_options_of_the_processor(tmp_path: Path) -> None:
         AudioProcessor(SMALL, merge=3)
     with pytest.raises(ValueError, match="must be positive"):
         AudioProcessor(SMALL, merge=0)
+    with pytest.raises(ValueError, match="is a Wav2Vec2FeatureExtractor, which has no windows of one length"):
+        AudioProcessor(Wav2Vec2FeatureExtractor())
     item = Audio(File.at(write_sound(tmp_path / "a.wav", 1.5, 16_000)))
     with pytest.raises(ExampleError, match=r"a.wav, a sound of 1.5 s; the most is max_seconds=1"):
         AudioProcessor(SMALL, max_seconds=1.0).plan(item, measure(item))

@@ -178,6 +178,19 @@ def test_adapters_that_peft_cannot_have(tmp_path: Path, capsys: Any) -> None:
         assert not (tmp_path / "out").exists()
 
 
+def test_what_is_not_among_adapters_alone_is_told(tmp_path: Path, capsys: Any) -> None:
+    zoo.save("qwen3_vl", tmp_path)
+    module = module_of(tmp_path, "qwen3_vl", lora={"llm": LORA["llm"]})
+    module.configure_model()
+    noted = {"config": zoo.MODELS["qwen3_vl"].config().to_dict(), "source": str(tmp_path / "qwen3_vl")}
+    noted["lora"] = {"llm": LORA["llm"]}
+    torch.save({"state_dict": module.state_dict(), "hugging_face": noted}, tmp_path / "a.ckpt")
+    given = ["--checkpoint", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out"), "--adapters=true"]
+    assert export_command.main(given) == 0
+    others = sum(name.startswith("encoders.image.") for name in module.state_dict())
+    assert f"not written: {others} tensors of components without adapters" in " ".join(capsys.readouterr().out.split())
+
+
 def test_folding_against_the_adapted_layer() -> None:
     torch.manual_seed(0)
     component = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(3, 2)})
