@@ -1,7 +1,9 @@
 """PipelineMonitor: throughput, memory, and the timeline of one step as it was executed."""
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,10 +27,12 @@ from bigmac_lightning.schedule.action import Action
 from bigmac_lightning.schedule.dataflow import Dataflow
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.schedule.viewer.page import Track, executed_track, planned_track, write_page
+from bigmac_lightning.training.activation_bytes import COMPONENTS, ActivationBytes, alive_rows
+from bigmac_lightning.training.known_costs import measured_at
+from bigmac_lightning.training.measuring import Busy
 from bigmac_lightning.training.planner import PlannedBatch
+from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.strategy import BigMacStrategy
-
-COMPONENTS = ("encoder", "llm", "generator")
 
 PlanTimes = tuple[float | None, float] | None
 """`seconds` and `bubbles` of a `PlannedBatch`; ``None`` if there was no plan yet."""
@@ -38,9 +42,12 @@ class PipelineMonitor(pl.Callback):
     """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace, a
     page for browsers and a picture.
 
-    Times are means since the last logged step: ``time/batch``, the seconds from batch to batch; ``time/plan``, the
-    seconds that plans say a batch takes in the pipeline, once they are made from measured times (``costs: auto``); and
-    ``bubble_share``, the fraction of that in which the mean rank is idle.
+    What is measured stands beside what plans say, since the last logged step. ``time/batch``: the mean seconds from
+    batch to batch; ``time/plan``: those that a batch takes in the pipeline by the plans, once they are made from
+    measured times (``costs: auto``). ``bubble_share/batch``: the fraction of the time from the first to the last action
+    in which the mean rank is idle, while times are measured; ``bubble_share/plan``: the same by the plans.
+    ``memory/<component>/rank<r>``: the peak activation bytes; ``memory/<component>/rank<r>/plan``: the same for the
+    units that are alive by the plans, with the bytes of a unit that were measured before, if there are any.
 
     ``throughput/tflops_per_rank`` are the floating-point operations (10^12 in a second) that forward and backward need,
     by the estimates of the components, divided by the number of ranks. ``throughput/mfu`` is what fraction that is of
@@ -50,7 +57,7 @@ class PipelineMonitor(pl.Callback):
     only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
 
     Args:
-        memory: whether to log ``memory/<component>/rank<r>``, the peak activation bytes since the last logged step.
+        memory: whether to log the peak activation bytes.
         trace_step: the optimizer step whose first batch is recorded; ``None``: record nothing.
         trace_every: record again after so many further steps, and so on, for which all ranks wait until rank 0 has
             drawn the picture; ``None``: record once.
@@ -78,6 +85,7 @@ class PipelineMonitor(pl.Callback):
         self._samples = self._tokens = 0
         self._flops, self._counted, self._peak = 0.0, None, None
         self._since, self._plans = 0.0, list[PlanTimes]()
+        self._bytes, self._rows = ActivationBytes(), [0.0] * len(COMPONENTS)  # the most rows since the last logged step
         self._trace_next: int | None = None  # the next step to record
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -88,7 +96,12 @@ class PipelineMonitor(pl.Callback):
         if executor is not None and self.memory:
             strategy = trainer.strategy
             assert isinstance(strategy, BigMacStrategy)
-            executor.memory = MemoryTracker([*pl_module.parameters(), *strategy.runner.sharding.whole()])
+            runner = strategy.runner
+            executor.memory = MemoryTracker([*pl_module.parameters(), *runner.sharding.whole()])
+            self._bytes, known = ActivationBytes(), runner.options.known
+            if known is not None:
+                known = measured_at(known, runner.module, runner.stages, runner.options, known.work)
+                self._bytes.take(known, runner.mesh.pp_rank)
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, time.perf_counter(), []
         module = checked(self, pl_module)
         self._counted = TrainingFlops(module) if counts_multiplications(module.llm) else None
@@ -122,6 +135,8 @@ class PipelineMonitor(pl.Callback):
         if isinstance(trainer.strategy, BigMacStrategy):
             planned = trainer.strategy.runner.last_planned
             self._plans.append(None if planned is None else (planned.seconds, planned.bubbles))
+            if planned is not None and self.memory:
+                self._rows = list(map(max, self._rows, alive_rows(planned, batch)))
         if not trainer._logger_connector.should_update_logs:
             return
         now = time.perf_counter()
@@ -133,8 +148,8 @@ class PipelineMonitor(pl.Callback):
         values |= _times(self._plans, now - self._since)
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, now, []
         values.update({f"loss_parts/{name}": value for name, value in checked(self, pl_module).last_metrics.items()})
-        if executor is not None and executor.memory is not None:
-            values.update(_peaks(executor.mesh, executor.memory))
+        if isinstance(trainer.strategy, BigMacStrategy):
+            values |= self._of_ranks(trainer.strategy.runner)
         pl_module.log_dict(values, batch_size=batch.samples)
 
     def _flops_per_second(self, trainer: pl.Trainer, seconds: float) -> dict[str, float]:
@@ -143,6 +158,29 @@ class PipelineMonitor(pl.Callback):
         of_rank = self._flops / seconds / trainer.world_size
         values = {"throughput/tflops_per_rank": of_rank / 1e12}
         return values | ({"throughput/mfu": of_rank / self._peak} if self._peak else {})
+
+    def _of_ranks(self, runner: PipelineRunner) -> dict[str, float]:
+        """What every rank of this pipeline has measured since the last call, and what was expected of it. Collective
+        over the pipeline."""
+        memory, trained, own = runner.executor.memory, runner.trained.now.names, list[float]()
+        if runner.measuring is not None:
+            own += astuple(runner.measuring.busy)
+            runner.measuring.busy = Busy()
+        if memory is not None:
+            expected = self._bytes.expected(trained, self._rows)
+            self._bytes.add(trained, self._rows, memory.peak)
+            own += [float(memory.peak.get(name, 0)) for name in COMPONENTS]
+            own += [expected.get(name, math.nan) for name in COMPONENTS]
+            memory.reset_peak()
+            self._rows = [0.0] * len(COMPONENTS)
+        everyone, values = _gathered(runner.mesh, own), dict[str, float]()
+        if runner.measuring is not None:
+            values |= _idle([Busy(*row[:3]) for row in everyone])
+            everyone = [row[3:] for row in everyone]
+        for rank, row in enumerate(everyone):
+            names = [f"memory/{name}/rank{rank}{which}" for which in ("", "/plan") for name in COMPONENTS]
+            values |= {name: size for name, size in zip(names, row, strict=False) if not math.isnan(size)}
+        return values
 
     def _write_trace(self, trainer: pl.Trainer, trace: Trace, memory: MemoryTracker | None) -> None:
         strategy = trainer.strategy
@@ -211,22 +249,21 @@ def _times(plans: Sequence[PlanTimes], seconds: float) -> dict[str, float]:
     known = [plan for plan in plans if plan is not None]
     if not known:
         return {}
-    values = {"time/batch": seconds / len(plans), "bubble_share": fmean(bubbles for _, bubbles in known)}
+    values = {"time/batch": seconds / len(plans), "bubble_share/plan": fmean(bubbles for _, bubbles in known)}
     planned = [planned for planned, _ in known if planned is not None]
     return values | ({"time/plan": fmean(planned)} if len(planned) == len(known) else {})
 
 
-def _peaks(mesh: PipelineMesh, memory: MemoryTracker) -> dict[str, float]:
-    """The peak bytes of every rank of this pipeline since the last call. Collective over the pipeline."""
-    own = torch.tensor([float(memory.peak.get(name, 0)) for name in COMPONENTS], device=mesh.device)
-    memory.reset_peak()
-    everyone = [torch.empty_like(own) for _ in range(mesh.pp_size)]
-    if mesh.pp_size > 1:
-        dist.all_gather(everyone, own, group=mesh.pp_group)
-    else:
-        everyone = [own]
-    return {
-        f"memory/{name}/rank{rank}": value
-        for rank, values in enumerate(everyone)
-        for name, value in zip(COMPONENTS, values.tolist(), strict=True)
-    }
+def _idle(ranks: Sequence[Busy]) -> dict[str, float]:
+    """The idle time of the mean rank, as a fraction of the time from the first to the last action."""
+    seconds = max(busy.end for busy in ranks) - min(busy.begin for busy in ranks)
+    return {"bubble_share/batch": 1 - fmean(busy.seconds for busy in ranks) / seconds} if seconds > 0 else {}
+
+
+def _gathered(mesh: PipelineMesh, own: Sequence[float]) -> list[list[float]]:
+    """The numbers of every rank of this pipeline. Collective over it."""
+    numbers = torch.tensor(own, dtype=torch.float64, device=mesh.device)
+    everyone = [torch.empty_like(numbers) for _ in range(mesh.pp_size)]
+    if mesh.pp_size > 1 and len(own):
+        dist.all_gather(everyone, numbers, group=mesh.pp_group)
+    return [row.tolist() for row in everyone] if mesh.pp_size > 1 else [list(own)]

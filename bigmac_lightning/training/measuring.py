@@ -6,7 +6,7 @@ for that. Ranks exchange what they have found seldom, and less and less often.
 
 from collections import deque
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,11 +30,26 @@ CHANGE = 0.05
 differ by a few percent."""
 
 
+@dataclass
+class Busy:
+    """The time of this rank in some batches, added up, in seconds.
+
+    Attributes:
+        seconds: how long actions have kept it busy; see `Trace.durations`.
+        begin, end: from the batch's begin to that of the first action, and to the last action's end.
+    """
+
+    seconds: float = 0.0
+    begin: float = 0.0
+    end: float = 0.0
+
+
 class Measuring:
     """What this rank has measured, and what all ranks have agreed on.
 
     Attributes:
         rates: what they have agreed on last; ``None``: nothing yet.
+        busy: the time of this rank in the batches that were timed since somebody has set this.
 
     Args:
         ranks: all processes.
@@ -44,6 +59,7 @@ class Measuring:
     def __init__(self, ranks: Ranks, device: torch.device, meeting: Collection[str] = ()) -> None:
         self._ranks, self._device, self._meeting = ranks, device, meeting
         self.rates: Rates | None = None
+        self.busy = Busy()
         self.forget()
 
     def forget(self) -> None:
@@ -93,6 +109,10 @@ class Measuring:
 
     def _take(self, trace: Trace, work: Mapping[Action, tuple[int, float]], recomputes: bool) -> None:
         durations = dict(trace.durations())
+        if durations:
+            begin, end = trace.bounds()
+            busy = self.busy
+            self.busy = Busy(busy.seconds + sum(durations.values()), busy.begin + begin, busy.end + end)
         for action, seconds in durations.items():
             if action.kind == "EB" and recomputes:  # the backward alone, as the costs of a plan have it
                 seconds = max(seconds - durations[replace(action, kind="EF")], 0.0)

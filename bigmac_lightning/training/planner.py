@@ -12,6 +12,7 @@ from bigmac_lightning.runtime.lowering import Instruction, Needs, lower, with_hi
 from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.collective_order import collective_order
 from bigmac_lightning.schedule.costs import NEGLIGIBLE
+from bigmac_lightning.schedule.liveness import generator_units
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.rates import Rates
@@ -45,6 +46,8 @@ class PlannedBatch:
         seconds: how long the whole plan takes by what was measured; ``None``: nothing was yet.
         bubbles: the fraction of that time, or of what costs say, in which the mean rank is idle.
         workload: the work of the microbatches that the plan was made for, in the unit of the plan's costs.
+        alive: the encoder units, the LLM microbatches and the microbatches' worth of targets whose activations this
+            rank holds at its peak.
     """
 
     key: object
@@ -58,6 +61,7 @@ class PlannedBatch:
     seconds: float | None
     bubbles: float
     workload: Workload
+    alive: tuple[float, float, float]
 
     @classmethod
     def of(
@@ -69,6 +73,7 @@ class PlannedBatch:
         timeline: Timeline,
         measured: bool,
         workload: Workload,
+        rank: int,
     ) -> "PlannedBatch":
         """What one rank needs of a plan.
 
@@ -79,7 +84,8 @@ class PlannedBatch:
         """
         pieces, digest = {kind: plan.pieces(kind) for kind in ("EF", "G")}, plan_digest(plan)
         times = (timeline.makespan if measured else None, timeline.bubble_share, workload)
-        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, digest, *times)
+        alive = (timeline.encoder_units[rank], timeline.llm_microbatches[rank], generator_units(plan, rank))
+        return cls(key, program, needs, plan.groups, pieces, plan.recomputes, plan, digest, *times, alive)
 
     @cached_property
     def plan(self) -> Plan:
@@ -184,7 +190,7 @@ class Planner:
             if self.alike is not None:
                 plan, order = _without_unneeded(plan, order, batch)
             program = with_hints(lower(plan, order, needs)[self.rank], meeting)
-            planned = PlannedBatch.of(key, plan, program, needs, timeline, rates is not None, workload)
+            planned = PlannedBatch.of(key, plan, program, needs, timeline, rates is not None, workload, self.rank)
         self.known[key] = planned
         return planned
 

@@ -20,9 +20,9 @@ from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.measure.trace import Trace
 from bigmac_lightning.runtime.mesh import PipelineMesh
-from bigmac_lightning.schedule.liveness import generator_units
 from bigmac_lightning.schedule.measured_costs import MeanWork, MeasuredCosts
 from bigmac_lightning.training import run_facts
+from bigmac_lightning.training.activation_bytes import COMPONENTS, work_of
 from bigmac_lightning.training.known_costs import model_text, precision_text
 from bigmac_lightning.training.measuring import WARM_UP
 from bigmac_lightning.training.runner import PipelineRunner
@@ -30,6 +30,10 @@ from bigmac_lightning.training.strategy import BigMacStrategy
 
 ROUND_TRIPS = 20
 """How often a message goes to the next rank and back. The median is taken, as the first ones set up connections."""
+
+
+UNITS = ("encoder_unit", "llm_microbatch", "generator_unit")
+"""The fields that have the bytes of a unit of each of `COMPONENTS`."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ class Profiling(pl.Callback):
         self._reductions, self._steps, self._outside = list[float](), list[float](), list[float]()
         self._summed: float | None = None
         self._start, self._inside = 0.0, math.nan
-        self._bytes: dict[str, list[float]] = {"encoder_unit": [], "llm_microbatch": [], "generator_unit": []}
+        self._bytes = {name: list[float]() for name in UNITS}
         self._own, self._ranks = _Found(), Ranks()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,7 +103,7 @@ class Profiling(pl.Callback):
             self._steps.append(end - self._summed)
             self._inside = end - min((span.start for span in trace.spans()), default=math.nan)
         executor.trace = None
-        self._work.append(_work(batch))
+        self._work.append(work_of(batch))
         self._batches += 1
         if executor.memory is not None:
             self._count(runner, executor.memory)
@@ -148,14 +152,9 @@ class Profiling(pl.Callback):
 
     def _count(self, runner: PipelineRunner, memory: MemoryTracker) -> None:
         """Note the bytes of a batch's activations for each unit that was alive at the peak."""
-        planned, rank = runner.last_planned, runner.mesh.pp_rank
+        planned = runner.last_planned
         if planned is not None:
-            alive = {name: row[rank] for name, row in planned.plan.peak.items() if row}
-            for name, component, number in (
-                ("encoder_unit", "encoder", alive.get("encoder_units", 0.0)),
-                ("llm_microbatch", "llm", alive.get("llm_microbatches", 0.0)),
-                ("generator_unit", "generator", generator_units(planned.plan, rank)),
-            ):
+            for name, component, number in zip(UNITS, COMPONENTS, planned.alive, strict=True):
                 if number and memory.peak.get(component):
                     self._bytes[name].append(memory.peak[component] / number)
         memory.reset_peak()
@@ -165,17 +164,6 @@ def _of(trainer: pl.Trainer) -> tuple[BigMacStrategy, PipelineRunner]:
     strategy: Any = trainer.strategy
     assert isinstance(strategy, BigMacStrategy)
     return strategy, strategy.runner
-
-
-def _work(batch: Batch) -> MeanWork:
-    """The work of a batch's mean microbatch."""
-    given = batch.useful().microbatches or batch.microbatches
-    media, targets = [i for m in given for i in m.media], [i for m in given for i in m.targets]
-    llm = (sum(m.inputs["input_ids"].numel() for m in given), sum(m.cost for m in given))
-    encoder = (len(media), sum(i.rows for i in media), sum(i.cost for i in media))
-    generator = (len(targets), sum(i.cost for i in targets), sum(i.rows for i in targets))
-    shape = max((tuple(i.shape) for i in targets), key=math.prod, default=())
-    return MeanWork(*(number / len(given) for number in (*llm, *encoder, *generator)), target_shape=shape)
 
 
 def _mean(works: Sequence[MeanWork]) -> MeanWork:

@@ -249,7 +249,9 @@ def planned_in_pieces(runner: PipelineRunner, batch: Any, pieces: int) -> Planne
     plan = in_pieces(planned.plan, pieces)
     timeline = verify(plan)
     program = lower(plan, timeline.order, planned.needs)[planner.rank]
-    return PlannedBatch.of(planned.key, plan, program, planned.needs, timeline, False, planned.workload)
+    return PlannedBatch.of(
+        planned.key, plan, program, planned.needs, timeline, False, planned.workload, runner.mesh.pp_rank
+    )
 
 
 def in_pieces(plan: Plan, most: int) -> Plan:

@@ -220,6 +220,28 @@ def test_peak_bytes(runs: Any) -> None:
             assert logged[f"memory/generator/rank{rank}"] > 0
 
 
+def test_peak_bytes_that_plans_expect(runs: Any) -> None:
+    """Nothing is expected before something was measured. Then bytes are those of the rows that plans keep alive."""
+    _, policy, (run, _) = runs
+    (_, first), *later = sorted(run["logged"].items())
+    assert not [name for name in first if name.endswith("/plan") and name.startswith("memory/")]
+    for _, logged in later:
+        for rank in range(SIZE):
+            for name, tolerance in (("llm", 0.15), ("encoder", 0.2 if policy == "upfront" else 0.5)):
+                measured = logged[f"memory/{name}/rank{rank}"]
+                assert logged[f"memory/{name}/rank{rank}/plan"] == pytest.approx(measured, rel=tolerance)
+            assert logged[f"memory/generator/rank{rank}/plan"] > 0
+
+
+def test_idle_time(runs: Any) -> None:
+    """Measured once times are, beside what plans say."""
+    _, _, (run, _) = runs
+    (_, first), *later = sorted(run["logged"].items())
+    assert "bubble_share/batch" not in first, "the first two batches are not timed"
+    assert all(0 < logged["bubble_share/plan"] < 0.5 for logged in (first, *(logged for _, logged in later)))
+    assert all(0 < logged["bubble_share/batch"] < 0.8 for _, logged in later)
+
+
 # -- the trace of a step
 
 

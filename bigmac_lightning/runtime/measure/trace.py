@@ -73,6 +73,11 @@ class Trace:
                 found[number] -= self._between(start, end)
         return [(action, max(seconds, 0.0)) for (action, _, _), seconds in zip(self._marks, found, strict=True)]
 
+    def bounds(self) -> tuple[float, float]:
+        """When the first action began and the last one ended, in seconds since the trace began. The device must be done
+        with them, and there must be one."""
+        return self._between(self._origin, self._marks[0][1]), self._between(self._origin, self._marks[-1][2])
+
     def elapsed(self) -> float:
         """Seconds since the trace began, by the device's clock. On CUDA, this waits until the device has finished."""
         now = self._now()
