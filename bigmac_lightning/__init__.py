@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
     from bigmac_lightning.contracts.module import PipelineModule
     from bigmac_lightning.contracts.outputs import PipelineOutput
+    from bigmac_lightning.loaded_run import LoadedRun, load
     from bigmac_lightning.schedule.budget import MemoryBudget
     from bigmac_lightning.schedule.costs import Costs
     from bigmac_lightning.schedule.request import ScheduleOptions
@@ -27,6 +28,7 @@ __all__ = [
     "Encoder",
     "Generator",
     "LanguageModel",
+    "LoadedRun",
     "MediaItem",
     "MemoryBudget",
     "Microbatch",
@@ -38,6 +40,7 @@ __all__ = [
     "StageOptions",
     "TargetItem",
     "assign_owners",
+    "load",
 ]
 
 _PLACES = {
@@ -45,6 +48,7 @@ _PLACES = {
     "contracts.components": ("Encoder", "Generator", "LanguageModel"),
     "contracts.module": ("PipelineModule",),
     "contracts.outputs": ("PipelineOutput",),
+    "loaded_run": ("LoadedRun", "load"),
     "schedule.budget": ("MemoryBudget",),
     "schedule.costs": ("Costs",),
     "schedule.request": ("ScheduleOptions",),

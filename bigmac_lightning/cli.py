@@ -19,6 +19,8 @@ OTHERS = {
     "tune": "search the fastest layout and schedule that fit into memory: tune --config RUN.yaml --ranks 16",
     "data": "show what the model will see of a run's data: data --config RUN.yaml",
     "compare": "compare policies and backbones side by side",
+    "chat": "ask a trained model something: chat runs/digits/version_0",
+    "draw": "let its generator draw: draw runs/digits/version_0 'draw a 3 :' x.png",
     "export": "write a trained model as a folder that transformers loads",
 }
 HELP = """usage: bigmac COMMAND ...

@@ -4,7 +4,7 @@ The same DataModule serves strategy="auto", "ddp" and "bigmac": a strategy that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from bigmac_lightning.checkpoints.resuming import uncounted_in
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 
+from .example import Example
 from .loading.collate import Collator, Sample
 from .loading.sampler import EpochLoader, EpochSampler
 
@@ -68,6 +69,31 @@ class ParallelDataModule(pl.LightningDataModule):
         """The number of data-parallel replicas, "num_replicas", and the "rank" of this process's replica."""
         given = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return {**given} if given else {"num_replicas": 1, "rank": 0}  # Lightning has None on a single device
+
+    # -- what a trained model is asked, see `bigmac_lightning.load` ----------------------------------------------------
+
+    reply_tokens: int = 256
+    """The number of tokens after which a reply is cut off, unless the caller has another."""
+
+    def prompt(self, example: Example) -> Batch:
+        """A batch of one sample, which ends where the model is to reply to a conversation; with a target, where a
+        generator is to draw, whose file is not read.
+
+        Raises:
+            ValueError: this DataModule makes no prompts.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no method `prompt`, with which a trained model can be asked something: define "
+            "it, and `reply` and `reply_ends`"
+        )
+
+    def reply(self, tokens: Sequence[int]) -> str:
+        """The text of tokens that the model has written."""
+        raise ValueError(f"{type(self).__name__} has no method `reply`, which makes a text of tokens: define it")
+
+    def reply_ends(self) -> Collection[int]:
+        """The tokens that end a reply."""
+        return ()
 
 
 class PipelineDataModule(ParallelDataModule):

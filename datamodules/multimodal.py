@@ -5,7 +5,7 @@ the owner of each media item decode it in a worker, makes the validation loaders
 files. It works under any strategy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,20 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch.utils._pytree import tree_flatten
 
 from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.ranks import Ranks
 
 from .base import ParallelDataModule
 from .encoding.media_processor import MediaProcessor
 from .encoding.processors import chat_encoder
 from .encoding.visual import TargetProcessor, VisualProcessor
+from .example import Example, Size
+from .loading.collate import make_batch
 from .loading.failures import Agreement, OnError
 from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
 from .loading.stream_loader import StreamCollate, StreamLoader
 from .loading.stream_steps import StreamSteps
+from .media.decoding import measure
 from .model_checks import check_vocabulary, refused_packing
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .packing.measuring import Measurements, measurements, report_errors
@@ -179,6 +183,26 @@ class MultimodalDataModule(ParallelDataModule):
             self._measured[split] = self._measure(split, read_only=True)
             report_errors(self._measured[split], split, self.on_error)
         return self._measured[split]
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def prompt(self, example: Example) -> Batch:
+        """See the base class.
+
+        Raises:
+            ExampleError: the example is no prompt, or an item of media cannot be read.
+        """
+        sizes = [measure(item) for item in example.media]
+        if example.target is not None:
+            sizes.append(example.target.size or Size(1, 1))
+        sample = self.encoder.prompt(example, sizes)
+        return make_batch([[sample]], PipelineLayout(), self.encoder.tokenizer.pad_token_id or 0)
+
+    def reply(self, tokens: Sequence[int]) -> str:
+        return self.encoder.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def reply_ends(self) -> Collection[int]:
+        return self.encoder.reply_ends
 
     # -- loaders -------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -18,10 +19,23 @@ WRONG_FIELD = (
 """What jsonargparse says of a dataclass's field with a value of the wrong type."""
 
 
-def parser_of(name: str, description: str, options: Callable[..., Any]) -> ArgumentParser:
-    """A parser for the arguments of a function."""
+def parser_of(
+    name: str,
+    description: str,
+    options: Callable[..., Any],
+    positional: bool = False,
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> ArgumentParser:
+    """A parser for the arguments of a function.
+
+    Args:
+        positional: whether arguments without a default are given by their places.
+        files: help of the arguments that take any number of files, by name.
+    """
     parser = ArgumentParser(prog=f"bigmac {name}", description=description, exit_on_error=False, default_env=False)
-    parser.add_function_arguments(options, fail_untyped=True)
+    parser.add_function_arguments(options, as_positional=positional, skip={*files}, fail_untyped=True)
+    for argument, text in files.items():
+        parser.add_argument(f"--{argument}", nargs="+", default=[], metavar="FILE", help=text)
     return parser
 
 

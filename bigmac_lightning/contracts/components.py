@@ -8,7 +8,8 @@ V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -226,6 +227,17 @@ class LanguageModel(nn.Module, ABC):
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A microbatch's inputs with all that its stages need (positions, ...). Calling it twice changes nothing."""
         return inputs
+
+    def new_cache(self) -> Any:
+        """What keeps keys and values while a text is written token by token; ``None``: this model keeps nothing, and
+        all tokens run again for each new one."""
+        return None
+
+    @contextmanager
+    def using_cache(self, cache: Any) -> Iterator[None]:
+        """Within this context, `run_layers` gets all layers and tokens that follow those in the cache, and adds them to
+        it. Rows hold one sample each."""
+        yield
 
     @abstractmethod
     def logits(self, h_LD: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -110,8 +110,37 @@ class ChatEncoder:
                 sample off would cut media or a target, or leave nothing to learn.
         """
         example.check()
-        plans = self._plans(example, sizes)
         text = plain_text(example, self._template) if example.is_text else self._replies.text(example)
+        return cut(self._sample(text, example, sizes, name, draw), self.cut_at)
+
+    def prompt(self, example: Example, sizes: Sequence[Size], name: str = "the prompt") -> Sample:
+        """A sample that ends where the model is to continue: after what asks the assistant for a reply; of a text,
+        after its last word; if the example has a target, after the tokens from which it is drawn.
+
+        Args:
+            sizes, name: see `encode`.
+
+        Raises:
+            ExampleError: see `encode`; or the assistant has spoken last.
+        """
+        example.check()
+        text = plain_text(example, self._template) if example.is_text else self._replies.prompt(example)
+        sample = self._sample(text, example, sizes, name, None)
+        tokens, end = list(sample.tokens), self.tokenizer.eos_token_id
+        if example.is_text and tokens[-1] == end and not sample.targets:
+            tokens.pop()
+        targets = [replace(target, load=None) for target in sample.targets]
+        return replace(sample, tokens=tokens, labelled=[False] * len(tokens), targets=targets)
+
+    @property
+    def reply_ends(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        return self._replies.ends
+
+    def _sample(
+        self, text: Text, example: Example, sizes: Sequence[Size], name: str, draw: tuple[object, ...] | None
+    ) -> Sample:
+        plans = self._plans(example, sizes)
         text, order = self._placeholders.expand(text, example, plans)
         tokens, labelled, rows = self._tokens(text, plans, order)
         media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
@@ -121,7 +150,7 @@ class ChatEncoder:
             targets.append(target)
             tokens += [draw_id] * target.rows
             labelled += [False] * target.rows
-        return cut(Sample(tokens, labelled, media, targets, name), self.cut_at)
+        return Sample(tokens, labelled, media, targets, name)
 
     def _tokens(
         self, text: Text, plans: Sequence[MediaPlan], order: Sequence[int]

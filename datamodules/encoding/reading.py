@@ -38,9 +38,12 @@ class Reading:
         control: re.Pattern[str],
         example: Example,
         cuts: tuple[re.Pattern[str], re.Pattern[str]],
+        asks: bool = False,
     ) -> None:
         """
         Args:
+            asks: whether the text ends with what asks the assistant for a reply. It always does if the example has a
+                target, which is then the reply.
             control: matches any special token that the template may write.
             cuts: see `Marker`.
 
@@ -50,8 +53,7 @@ class Reading:
         """
         self._template, self._control = template, control
         self._example, self._messages = example, example.messages
-        # the target is the reply: the text ends with what asks the assistant for one
-        self._asks = example.target is not None and self._messages[-1].role != "assistant"
+        self._asks = asks or (example.target is not None and self._messages[-1].role != "assistant")
         self.text, self.generation = template.marked_generation(template.turns(self._messages), self._asks, example)
         template.check_tools(template.turns(self._messages), self._asks, example)
         speakers = frozenset(i for i, message in enumerate(self._messages) if message.role == "assistant")

@@ -17,7 +17,7 @@ from ..options import Learn
 from .marks import alternatives
 from .reading import Reading
 from .special import SpecialTokens
-from .template import ChatTemplate
+from .template import PROBE, ChatTemplate
 from .text import Edit, Run, Text, keys_in, overlaps, strings_in
 
 
@@ -63,11 +63,7 @@ class Replies:
             ExampleError: the template refuses the conversation, leaves out a part of it, or writes it so that it is not
                 known where replies begin and end.
         """
-        if reason := self.template.refused_variable(example.chat_template_kwargs):
-            raise ExampleError(f"has chat_template_kwargs with {reason}")
-        self._check_names(example)
-        messages = example.messages
-        reading = Reading(self.template, self.special.written, example, self._cuts)
+        messages, reading = example.messages, self._read(example)
         spoken = [i for i, wanted in enumerate(self.wanted(messages)) if wanted and reading.of(i)]
         for i, message in enumerate(messages):
             if message.learn and i not in spoken:
@@ -89,8 +85,34 @@ class Replies:
                 elif self.end:
                     stop += len(self.end)
             learnt += [*own[:-1], (own[-1][0], stop)]
-        given = sorted((place.start, place.stop) for place in (*reading.places, *reading.repeated))
-        return Text(reading.text, given, learnt).edited(edits)
+        return Text(reading.text, _given(reading), learnt).edited(edits)
+
+    def prompt(self, example: Example) -> Text:
+        """The text of a conversation up to where the assistant is to reply.
+
+        Raises:
+            ExampleError: the assistant has spoken last, or see `text`.
+        """
+        if example.messages[-1].role == "assistant":
+            raise ExampleError("ends with a message of the assistant, so there is nothing to reply to")
+        reading = self._read(example, asks=True)
+        return Text(reading.text, _given(reading), [])
+
+    def _read(self, example: Example, asks: bool = False) -> Reading:
+        if reason := self.template.refused_variable(example.chat_template_kwargs):
+            raise ExampleError(f"has chat_template_kwargs with {reason}")
+        self._check_names(example)
+        return Reading(self.template, self.special.written, example, self._cuts, asks)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a reply: the tokenizer's end token, and what the template or `end` puts after one."""
+        tokenizer = self.special.tokenizer
+        found = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids([self.end]) if self.end else ())}
+        _, _, after = self.template.ordinary_reply.rpartition(PROBE)
+        if first := self.special.written.search(after):
+            found.add(tokenizer.convert_tokens_to_ids(first[0]))
+        return frozenset(found - {None, tokenizer.unk_token_id})
 
     def wanted(self, messages: Sequence[Message]) -> list[bool]:
         """For each message whether it is learnt."""
@@ -149,6 +171,11 @@ class Replies:
         last, stop = max(place.stop for place in reading.of(i)), runs[-1][1]
         ended = self.special.written.search(reading.text, last, stop) is not None
         return (stop, True) if ended else (min(last, stop), False)
+
+
+def _given(reading: Reading) -> list[Run]:
+    """The runs of the text that come from messages."""
+    return sorted((place.start, place.stop) for place in (*reading.places, *reading.repeated))
 
 
 def _generated(reading: Reading, generation: Sequence[Run], spoken: Sequence[int]) -> list[list[Run]]:

@@ -205,6 +205,12 @@ class ChatTemplate:
         return texts[self._takes_parts and not self._takes_strings_alike]
 
     @cached_property
+    def ordinary_reply(self) -> str:
+        """The text of a conversation that ends with a reply, which is `PROBE`; empty if the template refuses it."""
+        turns = [("user", self._text("a")), ("assistant", self._text(PROBE))]
+        return self._tried([{"role": role, "content": content} for role, content in turns])
+
+    @cached_property
     def looked_for(self) -> tuple[str, ...]:
         """The strings that the template looks for at the ends of texts, or splits them at, such as ``</think>``; the
         longest first."""

@@ -17,9 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
+
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 
 from ..base import PipelineDataModule, PipelineDataset, SampleList
-from ..loading.collate import Media, Sample, Target
+from ..errors import ExampleError
+from ..example import Example, Image
+from ..loading.collate import Media, Sample, Target, make_batch
+from ..media.decoding import measure, read_image
 
 if TYPE_CHECKING:  # this example's own needs, scikit-learn and tokenizers, are imported where they are used
     from tokenizers import Tokenizer
@@ -31,6 +37,9 @@ FACTS = [
     *((f"what comes before {d} ?", str(d - 1)) for d in range(1, 10)),
     *((f"is {d} odd or even ?", ("even", "odd")[d % 2]) for d in range(10)),
 ]
+KNOWN = ", ".join(sorted({repr(text) for text in (*QUESTIONS, *REQUESTS, "what comes after 3 ?")}))
+"""What can be said, for errors."""
+
 HELD_OUT = 297
 """Number of the 1797 images that are held out for validation."""
 
@@ -115,6 +124,12 @@ class TrainingDigits(PipelineDataset):
         return self.digits.tell(*random.choice(FACTS))
 
 
+def _small(image: Image) -> Tensor:
+    """The pixels (1, 8, 8) of a file, in [-1, 1]."""
+    pixels = read_image(image.file, measure(image), "L")
+    return resize(pixels, [8, 8], antialias=True).float() / 127.5 - 1
+
+
 class DigitsDataModule(PipelineDataModule):
     """1500 images to train on, and 297 for validation: always the same ones, with all digits in equal shares.
 
@@ -172,6 +187,28 @@ class DigitsDataModule(PipelineDataModule):
             if index % 3 == 0:
                 samples.append(digits.draw(digit, REQUESTS[0], seed=index, index=index))
         return self.loader(SampleList(samples))
+
+    reply_tokens = 1
+
+    def prompt(self, example: Example) -> Batch:
+        """Of the last message alone: words that the tokenizer knows, and images, which are shrunk to 8 x 8 pixels. A
+        target is one digit."""
+        tokenizer, words, media = digits_tokenizer(), list[str](), list[Media]()
+        for part in example.messages[-1].parts:
+            if isinstance(part, str):
+                words += part.split()
+            elif isinstance(part, Image):
+                load = partial(_small, part)
+                media.append(Media("image", len(words), self.image_rows, load, name=part.file.name))
+                words += ["<image>"] * self.image_rows
+        if unknown := [word for word in words if tokenizer.token_to_id(word) is None]:
+            raise ExampleError(f"has the words {unknown}, which the digits' tokenizer does not know; it knows {KNOWN}")
+        targets = [Target("image", len(words), self.draw_rows, (1, 8, 8), seed=0)] * (example.target is not None)
+        tokens = tokenizer.encode(" ".join([*words, *["<draw>"] * self.draw_rows * len(targets)])).ids
+        return make_batch([[Sample(tokens, [False] * len(tokens), media, targets)]], PipelineLayout())
+
+    def reply(self, tokens: Sequence[int]) -> str:
+        return digits_tokenizer().decode(list(tokens))
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         requests = [(digit, turn) for turn in range(self.drawings) for digit in range(10)]

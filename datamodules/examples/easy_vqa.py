@@ -89,6 +89,8 @@ class EasyVQADataModule(MultimodalDataModule):
     """Trains on the training questions, and validates on the others. The answer is one word, and the only label: token
     accuracy is the share of right answers."""
 
+    reply_tokens = 1
+
     def __init__(
         self,
         train_questions: int | None = None,

@@ -8,13 +8,14 @@ Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
@@ -32,6 +33,7 @@ from . import (
     context_parallel,
     expert_parallel,
     liger,
+    probe_cache,
     probe_context,
     probe_cut,
     probe_packing,
@@ -132,6 +134,8 @@ class HFDecoder(HFComponent, LanguageModel):
         self._tensor_plan = tensor_parallel.plan_of(whole, self._names)
         self._expert_plan = expert_parallel.plan_of(whole)
         self._vocabulary_slice: VocabularySlice | None = None
+        self._cache: Any = None
+        self._keeps: bool | None = None  # whether a cache works, once it was tried
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -375,7 +379,9 @@ class HFDecoder(HFComponent, LanguageModel):
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         attention.check_device(self._attention, h_BSD.device)
         further: dict[str, Any] = {}
-        if attention.STARTS in inputs:
+        if self._cache is not None:
+            further["cache"] = self._cache
+        elif attention.STARTS in inputs:
             further = attention.sample_arguments(
                 inputs[attention.STARTS], inputs.get(WHOLE_POSITIONS, inputs["input_ids"]).shape[-1]
             )
@@ -398,6 +404,8 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
         """What the decoder gets as its attention mask; ``None``: it makes its own."""
+        if self._cache is not None and self._cache.get_seq_length():
+            return None
         config = self._decoder.config
         if self._bidirectional and "token_type_ids" in inputs:
             return bidirectional_masks(config, h_BSD, inputs)
@@ -415,6 +423,20 @@ class HFDecoder(HFComponent, LanguageModel):
         stage = self._stages[layers]
         stage.shell.training = self.training
         return stage
+
+    def new_cache(self) -> Any:
+        if self._keeps is None:
+            device = next(self.parameters()).device
+            self._keeps = probe_cache.agrees(self, DynamicCache(config=self._decoder.config), device)
+        return DynamicCache(config=self._decoder.config) if self._keeps else None
+
+    @contextmanager
+    def using_cache(self, cache: Any) -> Iterator[None]:
+        self._cache = cache
+        try:
+            yield
+        finally:
+            self._cache = None
 
     def logits(self, h_LD: Tensor) -> Tensor:
         logits = logits_of(self._whole, self._names, h_LD)

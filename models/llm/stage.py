@@ -81,14 +81,14 @@ class Stage:
         """
         Args:
             h_BSD: the input of the first of these layers; for the decoder's first layer, embeddings.
-            arguments: further arguments of the decoder's forward.
+            arguments: further arguments of the decoder's forward. Without `cache`, it keeps no keys and values.
 
         Returns: h_BSD after the last of these layers, and after the final norm if it is the decoder's last layer.
         """
         try:
             if self._entrance is not None:
                 self._entrance.hidden = h_BSD
-            out = self.shell(inputs_embeds=h_BSD, use_cache=False, **arguments)
+            out = self.shell(inputs_embeds=h_BSD, use_cache="cache" in arguments, **arguments)
             return out[0] if self._exit is None else self._exit.hidden
         finally:
             for boundary in (self._entrance, self._exit):

@@ -1,5 +1,5 @@
 """Every decoder and vision-language model that the installed `transformers` has, cut after every layer, against the
-library's unsplit model.
+library's unsplit model; and in one part, while it writes a text token by token.
 
 For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
 compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
@@ -25,10 +25,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto import modeling_auto
 
-from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.families import FAMILIES
+from bigmac_lightning.models.writing import GrowingText
 from tests.models import tiny, zoo
 
 DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -38,6 +39,8 @@ OTHER_LLMS = {  # what families other than those of the zoo may have inside
     "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
 }
 LENGTHS = (9, 6, 11)  # of samples
+WRITTEN = 8
+"""Number of tokens that are written after a prompt: more than the windows of sliding attention here."""
 Gradients = dict[str, Tensor | None]
 
 
@@ -51,6 +54,7 @@ class Verdict:
         router: why it has no load balancing loss; empty: it has one, or has no routers.
         attention: the implementation that was compared.
         errors: the largest error of each comparison, relative to the norm of what is compared.
+        keeps: whether it keeps keys and values while it writes.
         rounding: the unsplit model's own error against double precision, once a comparison has needed it.
     """
 
@@ -59,11 +63,18 @@ class Verdict:
     router: str = ""
     attention: str = ""
     errors: dict[str, float] = field(default_factory=dict)
+    keeps: bool = False
     rounding: float = 0.0
 
     @property
     def wrong(self) -> dict[str, float]:
-        return {name: error for name, error in self.errors.items() if not error <= max(1e-6, 2 * self.rounding)}
+        allowed = max(1e-6, 2 * self.rounding)
+        # what is written token by token is computed by other formulas where layers have states
+        return {
+            name: error
+            for name, error in self.errors.items()
+            if not error <= (1e-5 if name.startswith("written") else allowed)
+        }
 
     def allow_rounding(self, measure: Callable[[], float]) -> None:
         """Measure the unsplit model's own error, if anything would be wrong without it."""
@@ -143,6 +154,13 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
 
     rows = pad_sequence(samples(), batch_first=True)
     mask = pad_sequence([torch.ones_like(sample) for sample in samples()], batch_first=True)
+    ids = torch.cat(samples())
+    prompt = Batch([Microbatch({"input_ids": ids[None, :7]})])
+    known = {k: whole(input_ids=ids[None, : 7 + k], use_cache=False).logits[0, -1].detach() for k in range(WRITTEN)}
+    module = _whole_module(made, whole.state_dict())
+    error = _writing_error(module, prompt, ids[7 : 7 + WRITTEN].tolist(), lambda tokens: known[len(tokens)])
+    verdict.errors["written: logits"] = error
+    verdict.keeps = module.llm.new_cache() is not None
     for name, given in (("padded", {}), ("masked", {"attention_mask": mask})):
         if name == "padded" or verdict.attention == attention:
             found, _ = parts.run({"input_ids": rows, **given})
@@ -168,6 +186,31 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
             verdict.errors[f"{name}: loss"] = _error(losses["router"].detach(), expected_loss)
             verdict.errors[f"{name}: gradients"] = _largest(parts.gradients(), expected_gradients)
     verdict.allow_rounding(rounding)
+
+
+def _writing_error(
+    module: MultimodalLM, prompt: Batch, tokens: Sequence[int], expected: Callable[[Sequence[int]], Tensor]
+) -> float:
+    """The largest error of the next token's logits while tokens are written after a prompt.
+
+    Args:
+        expected: the library's logits after the prompt and these tokens.
+    """
+    module.eval()
+    text, errors = GrowingText(module, prompt), list[float]()
+    with torch.no_grad():
+        for k, token in enumerate(tokens):
+            errors.append(_error(text.logits_V, expected(tokens[:k])))
+            text.append(token)
+    return max(errors)
+
+
+def _whole_module(made: HFDecoder, weights: dict[str, Tensor], encoders: dict[str, Encoder] | None = None) -> Any:
+    """A module with all layers of a decoder that has no weights yet."""
+    llm = copy.deepcopy(made)
+    llm.materialize(range(made.num_layers), embedding=True, head=True)
+    llm.load_state_dict({name: weights[name] for name in llm.state_dict()})
+    return MultimodalLM(llm, encoders)
 
 
 def _balancing_loss_alone(whole: Any) -> Tensor:
@@ -275,6 +318,19 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
             return _largest(expected, _taken(double))
 
         verdict.allow_rounding(rounding)
+    module = _whole_module(made, whole.state_dict(), encoders)
+    whole.eval()
+    for sample in (rows[0][0] for rows in zoo.sequences(model, packed=False)):
+        prompt, tokens = Batch([zoo.microbatch([[sample]])]), sample.tokens[:WRITTEN:2]
+        words = [token for token in tokens if token not in (zoo.IMAGE, zoo.VIDEO)]
+
+        def expected_logits(more: Sequence[int], sample: zoo.Sequence = sample) -> Tensor:
+            longer = zoo.Sequence([*sample.tokens, *more], sample.items)
+            return whole(**zoo.arguments(whole, longer, zoo.microbatch([[longer]]))).logits[0, -1].detach()
+
+        error = _writing_error(module, prompt, words, expected_logits)
+        verdict.errors["written: logits"] = max(error, verdict.errors.get("written: logits", 0.0))
+    verdict.keeps = module.llm.new_cache() is not None
     return verdict
 
 

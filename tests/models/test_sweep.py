@@ -73,5 +73,12 @@ def test_vision_language(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "keeps"), [("qwen3", True), ("gemma2", True), ("qwen3_next", True), ("moshi", False)])
+def test_what_keeps_keys_and_values(name: str, keeps: bool) -> None:
+    """With a cache, the library's own Moshi gives other logits. It runs all tokens again for each one."""
+    assert sweep.decoder(name).keeps == keeps
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_documentation() -> None:
     assert table.PAGE.read_text() == table.page(), "run: python -m tests.models.table"
