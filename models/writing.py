@@ -63,11 +63,15 @@ class Sampling:
         found = LogitsProcessorList()
         if self.repetition_penalty != 1:
             found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature:
-            found.append(TemperatureLogitsWarper(self.temperature))
-            found += [TopKLogitsWarper(self.top_k)] * bool(self.top_k)
-            found += [TopPLogitsWarper(self.top_p)] * (self.top_p < 1)
-            found += [MinPLogitsWarper(self.min_p)] * bool(self.min_p)
+        if not self.temperature:
+            return found
+        found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            found.append(MinPLogitsWarper(self.min_p))
         return found
 
 

@@ -7,7 +7,7 @@ marks replies itself by ``{% generation %}``, its marks are used. If neither is 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -63,7 +63,10 @@ class Replies:
             ExampleError: the template refuses the conversation, leaves out a part of it, or writes it so that it is not
                 known where replies begin and end.
         """
-        messages, reading = example.messages, self._read(example)
+        return self._text(example, self._read(example))
+
+    def _text(self, example: Example, reading: Reading) -> Text:
+        messages = example.messages
         spoken = [i for i, wanted in enumerate(self.wanted(messages)) if wanted and reading.of(i)]
         for i, message in enumerate(messages):
             if message.learn and i not in spoken:
@@ -95,8 +98,7 @@ class Replies:
         """
         if example.messages[-1].role == "assistant":
             raise ExampleError("ends with a message of the assistant, so there is nothing to reply to")
-        reading = self._read(example, asks=True)
-        return Text(reading.text, _given(reading), [])
+        return replace(self._text(example, self._read(example, asks=True)), learnt=[])
 
     def _read(self, example: Example, asks: bool = False) -> Reading:
         if reason := self.template.refused_variable(example.chat_template_kwargs):

@@ -1,0 +1,121 @@
+"""Texts that a trained module writes token by token. Every model of the library is in sweep.py."""
+
+import copy
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from bigmac_lightning.contracts.batch import Batch, Microbatch
+from bigmac_lightning.models import HFDecoder, MultimodalLM
+from bigmac_lightning.models.writing import Sampling, next_positions, written
+from tests.models.parts import decoder_config
+from tests.toy import ToyModule
+
+PROMPT = torch.tensor([[5, 9, 3, 17]])
+
+
+def _prompt() -> Batch:
+    return Batch([Microbatch({"input_ids": PROMPT.clone()})])
+
+
+def _both(**changes: Any) -> tuple[MultimodalLM, Any]:
+    """A module, and the library's model with the same weights, which are so large that likely tokens differ."""
+    config = hf.AutoConfig.for_model(**decoder_config(initializer_range=0.5, **changes))
+    module = MultimodalLM(HFDecoder(copy.deepcopy(config)))
+    module.configure_model()
+    whole = hf.AutoModelForCausalLM.from_config(config)
+    whole.load_state_dict(module.llm.state_dict())
+    return module.eval(), whole.eval()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.5},
+    ],
+)
+def test_as_the_library_generates(given: dict[str, float]) -> None:
+    """Always the most likely token."""
+    module, whole = _both()
+    expected = whole.generate(PROMPT, do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0, **given)
+    assert [*written(module, _prompt(), Sampling(max_new_tokens=20, **given))] == expected[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "likely"),
+    [
+        ({"temperature": 1.0}, lambda p: p > 0),
+        ({"temperature": 1.0, "top_k": 3}, lambda p: p >= p.topk(3).values[-1]),
+        ({"temperature": 1.0, "min_p": 0.2}, lambda p: p >= 0.2 * p.max()),
+        ({"temperature": 1.0, "top_p": 0.3}, lambda p: torch.stack([p[p > own].sum() < 0.3 for own in p])),
+        ({"temperature": 0.01}, lambda p: p >= p.max() * 0.9),
+    ],
+)  # fmt: skip
+def test_drawn_tokens(given: dict[str, Any], likely: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """As often as they are likely, and none that is left out."""
+    module, whole = _both(vocab_size=12)
+    probabilities = whole(PROMPT % 12).logits[0, -1].softmax(-1).detach()
+    prompt = Batch([Microbatch({"input_ids": PROMPT % 12})])
+    drawn = [next(written(module, prompt, Sampling(seed=seed, max_new_tokens=1, **given))) for seed in range(300)]
+    allowed = likely(probabilities)
+    expected = torch.where(allowed, probabilities, 0)
+    expected /= expected.sum()
+    counts = torch.bincount(torch.tensor(drawn), minlength=12) / 300
+    assert not counts[~allowed].any()
+    assert (counts - expected).abs().max() < 0.12
+
+
+def test_a_seed_gives_the_same_text() -> None:
+    module, _ = _both()
+    texts = [[*written(module, _prompt(), Sampling(10, temperature=1.0, seed=seed))] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_end() -> None:
+    """It is not a part of the text."""
+    module, _ = _both()
+    free = [*written(module, _prompt(), Sampling(20))]
+    end = free[5]
+    assert [*written(module, _prompt(), Sampling(20), [end])] == free[: free.index(end)]
+
+
+def test_placeholders_of_features_are_never_written() -> None:
+    module, _ = _both()
+    first = next(written(module, _prompt(), Sampling(1)))
+    module.llm.placeholders = [first, 10**6]
+    assert first not in [*written(module, _prompt(), Sampling(20))]
+
+
+def test_a_model_without_a_cache() -> None:
+    """A language model of one's own runs all tokens again."""
+    module = ToyModule()
+    module.configure_model()
+    ids, found = PROMPT.clone(), list[int]()
+    for _ in range(6):
+        inputs = module.llm.prepare({"input_ids": ids})
+        hidden = module.llm.run_layers(module.llm.embed(inputs), inputs, range(module.llm.num_layers), {})
+        found.append(int(module.llm.logits(hidden[0, -1:]).argmax()))
+        ids = torch.cat([ids, torch.tensor([[found[-1]]])], dim=1)
+    assert [*islice(written(module.eval(), _prompt(), Sampling()), 6)] == found
+
+
+def test_next_positions() -> None:
+    assert next_positions(torch.tensor([[0, 1, 2]])).tolist() == [[3]]
+    rows = torch.tensor([[[0, 1, 2, 3]], [[0, 1, 1, 2]], [[0, 1, 5, 2]], [[0, 1, 1, 2]]])
+    assert next_positions(rows).flatten().tolist() == [4, 6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0),
+     ("repetition_penalty", 0.0)],
+)  # fmt: skip
+def test_wrong_options(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
+        Sampling(**{name: value})
