@@ -31,7 +31,8 @@ class LoadedRun:
     """A trained model and its data's way of making prompts, in this process.
 
     A message may be a text, in which ``<image>`` stands for the next one of `images`, or a list of messages with parts
-    of their own. An image is a path, a picture of Pillow, or bytes; a video and a sound is a path or bytes.
+    of their own. An image is a path, a picture of Pillow, or bytes; a video and a sound is a path or bytes. One of them
+    needs no list.
 
     Attributes:
         module: the model, with all of its weights, in eval mode.
@@ -61,7 +62,7 @@ class LoadedRun:
             ExampleError: the messages are no prompt for this model.
             ValueError: a field of `sampling` has a value that it cannot have.
         """
-        return "".join(self.stream(messages, images, videos, audios, **sampling))
+        return self.data.reply([*self.generate(self.prompt(messages, images, videos, audios), **sampling)])
 
     def stream(
         self,
@@ -72,8 +73,12 @@ class LoadedRun:
         **sampling: Any,
     ) -> Iterator[str]:
         """As `chat`, piece by piece, as soon as each is known."""
+        return self.pieces(self.prompt(messages, images, videos, audios), **sampling)
+
+    def pieces(self, prompt: Batch, **sampling: Any) -> Iterator[str]:
+        """The pieces of the text that the model writes after a prompt; see `stream`."""
         shown, tokens = "", list[int]()
-        for token in self.generate(self.prompt(messages, images, videos, audios), **sampling):
+        for token in self.generate(prompt, **sampling):
             tokens.append(token)
             text = self.data.reply(tokens)
             if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(shown):  # else a part of a character
@@ -105,10 +110,13 @@ class LoadedRun:
         Raises:
             ValueError: the model has no generator, or none that draws pictures.
         """
+        return self.pictures(self.prompt(messages, images, draws=True), seed, number)
+
+    def pictures(self, prompt: Batch, seed: int = 0, number: int = 1) -> list[Pictures.Image]:
+        """Pictures that a generator draws after a prompt for one; see `draw`."""
         if not self.module.generators:
             raise ValueError("this model has no generator that could draw")
-        prompt, pictures = self.prompt(messages, images, draws=True), list[Pictures.Image]()
-        [microbatch] = prompt.microbatches
+        [microbatch], pictures = prompt.microbatches, list[Pictures.Image]()
         for k in range(number):
             targets = [replace(target, seed=seed + k) for target in microbatch.targets]
             batch = Batch([replace(microbatch, targets=targets)]).to(self.module.device)
@@ -131,15 +139,15 @@ class LoadedRun:
 
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         roots = [Path.cwd(), Path(Path.cwd().anchor)]  # paths of the caller are trusted
-        given = {
-            kind: [media_at(kind, _bytes(item), roots) for item in items]
-            for kind, items in (("image", images), ("video", videos), ("audio", audios))
+        items = {
+            kind: [media_at(kind, _bytes(item), roots) for item in _list(given)]
+            for kind, given in (("image", images), ("video", videos), ("audio", audios))
         }
         target = Image(File.lazy("the picture to be drawn", bytes), Size(1, 1)) if draws else None
         conversation = {"messages": [_with_bytes(turn) for turn in turns]}
-        sounds = {"audio": given["audio"]}
+        sounds = {"audio": items["audio"]}
         return self.data.prompt(
-            example_of(conversation, given["image"], given["video"], target, media_root=roots, others=sounds)
+            example_of(conversation, items["image"], items["video"], target, media_root=roots, others=sounds)
         )
 
 
@@ -245,6 +253,11 @@ def _with_bytes(turn: Mapping[str, Any]) -> dict[str, Any]:
         {key: _bytes(value) for key, value in part.items()} if isinstance(part, dict) else part for part in content
     ]
     return {**turn, "content": parts}
+
+
+def _list(given: Any) -> Sequence[Any]:
+    """Several items, or one."""
+    return [given] if isinstance(given, str | bytes | Path | Pictures.Image) else given
 
 
 def _bytes(item: Any) -> Any:

@@ -33,7 +33,8 @@ class MultimodalLM(PipelineModule):
     """Encoders + LLM + generators with a text loss and a loss of each generator.
 
     Logs ``train/loss``, ``train/text`` and ``train/<generator>`` at each step, the same of ``val`` and ``test`` over
-    each evaluation, and there ``val/accuracy``: the share of labelled tokens that are the most likely ones.
+    each evaluation; and there ``val/accuracy``, the share of labelled tokens that are the most likely ones, and
+    ``val/exact_match``, the share of samples of which all labelled tokens are: they would be written exactly so.
     """
 
     def __init__(
@@ -268,7 +269,7 @@ class MultimodalLM(PipelineModule):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         out = self.pipeline(batch)
         assert out.predictions is not None, "only training goes without predictions"
-        self._evaluation(stage).update(out.metrics, self.counts(batch), out.predictions, batch.labels)
+        self._evaluation(stage).update(out.metrics, self.counts(batch), out.predictions, batch)
 
     def _log_evaluation(self, stage: str) -> None:
         values = self._evaluation(stage).compute()

@@ -33,6 +33,62 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a text goes on at the position of its last token",
+        "models/writing.py",
+        "    last = positions[..., -1:] + 1\n",
+        "    last = positions[..., -1:]\n",
+        "tests/models/test_writing.py",
+    ),
+    Fault(
+        "a text goes on after the last row of an image, and not after the largest",
+        "models/writing.py",
+        "(positions[1:].max() + 1)",
+        "(positions[1:, :, -1].max() + 1)",
+        "tests/models/test_writing.py",
+    ),
+    Fault(
+        "a cache is taken that gives other logits",
+        "models/llm/probe_cache.py",
+        "    return bool(error < TOLERANCE)\n",
+        "    return True\n",
+        "tests/models/test_sweep.py -k moshi",
+    ),
+    Fault(
+        "a prompt leaves out the ends of replies that were learnt",
+        "datamodules/encoding/replies.py",
+        "        return replace(self._text(example, self._read(example, asks=True)), learnt=[])\n",
+        "        reading = self._read(example, asks=True)\n        return Text(reading.text, _given(reading), [])\n",
+        "tests/datamodules/test_prompts.py -k llava",
+    ),
+    Fault(
+        "a loaded run keeps the weights that were drawn",
+        f"{PACKAGE}/loaded_run.py",
+        "    weights.read_into({name: tensor for name, tensor in state.items() if name not in copies})\n",
+        "",
+        "tests/cli/test_chat.py -k test_digits",
+    ),
+    Fault(
+        "samples without labels are matched exactly",
+        "models/evaluation.py",
+        "(((labels > 0) & (wrong == 0)).sum()",
+        "((wrong == 0).sum()",
+        "tests/models/test_multimodal_lm.py -k exact_match",
+    ),
+    Fault(
+        "expected bytes do not grow with rows",
+        f"{PACKAGE}/training/activation_bytes.py",
+        "fmean(sizes) * alive if alive",
+        "fmean(sizes) if alive",
+        "tests/training/test_activation_bytes.py",
+    ),
+    Fault(
+        "the busiest rank's idle time is logged",
+        f"{PACKAGE}/callbacks/pipeline_monitor.py",
+        "1 - fmean(busy.seconds for busy in ranks) / seconds",
+        "1 - max(busy.seconds for busy in ranks) / seconds",
+        "tests/training/test_monitor.py -k idle_time_of_ranks",
+    ),
+    Fault(
         "sounds of a batch take the windows of the first",
         "models/audio/audio_encoder.py",
         '            first += len(sound["windows"])\n',

@@ -1,10 +1,12 @@
 """A trained run, loaded without a Trainer: what it says and draws, from Python and from the command line."""
 
 import io
+import json
 import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import yaml
 
 import bigmac_lightning
 from bigmac_lightning import cli
+from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.datamodules import DigitsDataModule, ExampleError
 from bigmac_lightning.models import MultimodalLM
 from tests.cli.commands import bigmac
@@ -61,6 +64,9 @@ def _likely(run: Any, prompt: Any) -> int:
 def test_digits(runs: Path, tmp_path: Path) -> None:
     run = bigmac_lightning.load(_run(runs, "digits"), device="cpu")
     assert not run.module.training
+    saved, state = CheckpointWeights(run.checkpoint).read(), run.module.state_dict()
+    assert saved.keys() >= state.keys() - run.module.tied_copies.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in state.keys() & saved.keys())
     picture = PIL.Image.open(io.BytesIO(_png()))
     expected = _likely(run, run.prompt("<image> which digit is this ?", images=[picture]))
     reply = run.chat("<image> which digit is this ?", images=[picture])
@@ -68,7 +74,8 @@ def test_digits(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(_png())
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": "which digit is this ?"}]
     assert run.chat([{"role": "user", "content": parts}]) == reply
-    assert run.chat("<image> which digit is this ?", images=[tmp_path / "x.png"]) == reply
+    for images in ([tmp_path / "x.png"], tmp_path / "x.png", picture, _png()):
+        assert run.chat("<image> which digit is this ?", images=images) == reply
     first, second = run.draw("draw a 3 :", number=2, seed=5)
     assert first.size == (8, 8)
     assert first.tobytes() != second.tobytes()
@@ -111,6 +118,50 @@ def test_a_chat_with_images(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "".join(pieces) == run.data.reply(tokens) == run.chat(messages, max_new_tokens=5)
     with pytest.raises(ExampleError, match="ends with a message of the assistant"):
         run.chat(messages[:2])
+
+
+def test_replies_to_examples(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each example, in order, with the reply that `chat` gives; pictures beside the file."""
+    place = tmp_path / "x.jsonl"
+    arguments = ["predict", str(_run(runs, "mixed")), "--output", str(place), "--max_new_tokens", "4", "--limit", "3"]
+    monkeypatch.chdir(runs)
+    assert _main(monkeypatch, *arguments, "--split", "train") == 0
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in place.read_text().splitlines()]
+    run = bigmac_lightning.load(_run(runs, "mixed"))
+    examples = [(source, i) for source in run.data.split_sources("train") for i in range(min(3, len(source)))]
+    assert len(lines) == len(examples)
+    right = []
+    for line, (source, i) in zip(lines, examples, strict=True):
+        example = source[i]
+        assert line["name"] == f"{source.name}, sample {i}"
+        if example.target is not None:
+            assert Path(line["image"]).is_file()
+            continue
+        last = example.messages[-1]
+        if last.role == "assistant":
+            assert line["reference"] == "".join(last.parts)
+            right.append(line["reply"] == line["reference"])
+            example = replace(example, messages=example.messages[:-1])
+        assert line["reply"] == "".join(run.pieces(run.data.prompt(example), max_new_tokens=4))
+    assert right
+    assert f"exact_match {sum(right) / len(right):.4g}, chrF " in said
+    assert any("image" in line for line in lines)
+
+
+def test_replies_that_cannot_be_given(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs)
+    for name, more, message in (
+        ("digits", [], "DigitsDataModule has no sources of examples"),
+        ("mixed", ["--split", "all"], "--split is 'all'; expected one of train, val, test, predict"),
+        ("mixed", ["--split", "test"], "there is no source of examples of the split 'test'"),
+    ):
+        assert _main(monkeypatch, "predict", str(_run(runs, name)), "--output", str(tmp_path / "x.jsonl"), *more) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_and_a_model_of_ones_own(runs: Path, tmp_path: Path) -> None:

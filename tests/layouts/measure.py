@@ -101,8 +101,12 @@ def fit(trainer: Any, case: Case, steps: int, given: dict[str, Tensor] | None = 
     record = module.record
     record.end = weights(module)
     logged = sorted(trainer.callback_metrics.items())
-    record.validated = [float(v) for name, v in logged if name.startswith("val/") and name != "val/accuracy"]
+    record.validated = [float(v) for name, v in logged if name.startswith("val/") and name not in NOT_SMOOTH]
     return record
+
+
+NOT_SMOOTH = ("val/accuracy", "val/exact_match")
+"""Numbers that rounding can change by much, as another token becomes the most likely one."""
 
 
 @lru_cache(maxsize=16)

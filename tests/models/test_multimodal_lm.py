@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.batch import Batch, Microbatch, Origin
 from bigmac_lightning.contracts.module import Part
 from bigmac_lightning.models import HFDecoder, MultimodalLM
+from bigmac_lightning.models.evaluation import whole_samples
 from tests.models.parts import LAYERS, collate, decoder_config, flow, model
 
 KINDS = "rdtrrddtrdr"  # reads, drawings, texts
@@ -236,9 +237,9 @@ def test_the_same_keys_whatever_is_in_a_batch() -> None:
     assert keys.seen == [{"train/loss", "train/text", "train/image"}] * 3
     for kinds in ("t", "r", "dd", "rdt"):
         (logged,) = trainer().validate(built(), loader(collate(kinds, 2)), verbose=False)
-        assert set(logged) == {"val/loss", "val/text", "val/image", "val/accuracy"}
+        assert set(logged) == {"val/loss", "val/text", "val/image", "val/accuracy", "val/exact_match"}
     (logged,) = trainer().test(built(), loader(collate("rd", 2)), verbose=False)
-    assert set(logged) == {"test/loss", "test/text", "test/image", "test/accuracy"}
+    assert set(logged) == {"test/loss", "test/text", "test/image", "test/accuracy", "test/exact_match"}
 
 
 def test_evaluation_weighs_batches_by_what_they_hold() -> None:
@@ -258,9 +259,42 @@ def test_evaluation_weighs_batches_by_what_they_hold() -> None:
     assert again == logged
 
 
+def test_exact_match_counts_samples() -> None:
+    """Of packed rows, of padded ones, and of rows of which nobody says what they hold; without labels none counts."""
+    inputs = {"input_ids": torch.zeros(2, 6, dtype=torch.long)}
+
+    def microbatch(labelled: list[int], *stops: int) -> Microbatch:
+        starts = [0, *stops[:-1]]
+        origins = [Origin("x", start, stop) for start, stop in zip(starts, stops, strict=False)]
+        positions = torch.tensor(labelled, dtype=torch.long) - 1
+        return Microbatch(inputs, positions, torch.zeros(len(labelled), dtype=torch.long), origins=origins)
+
+    batch = Batch([microbatch([1, 3, 5, 9], 3, 5, 9, 12), microbatch([], 12), microbatch([2, 5, 6, 11])])
+    right = torch.tensor([True, True, False, True, True, False, True, True])
+    share, number = whole_samples(batch, right)
+    # samples 0..2, 3..4, 5..8 and 9..11, of which the third is wrong; rows 0..5 and 6..11, of which the first is
+    assert (share.item(), number.item()) == (pytest.approx(4 / 6), 6)
+    assert [float(x) for x in whole_samples(Batch([microbatch([], 12)]), right[:0])] == [0, 0]
+
+
+def test_exact_match_of_an_evaluation() -> None:
+    """Of batches of different sizes, the share over all samples with labels."""
+    module, batches = built().eval(), [Batch([m]) for m in collate(KINDS, 4).microbatches]
+    expected = list[bool]()
+    for batch in batches:
+        with torch.no_grad():
+            right = module.pipeline(batch).predictions == batch.labels
+        [microbatch] = batch.microbatches
+        for origin in microbatch.origins:
+            own = (microbatch.label_positions + 1 >= origin.start) & (microbatch.label_positions + 1 < origin.stop)
+            expected += [bool(right[own].all())] * bool(own.any())
+    (logged,) = trainer().validate(module, loader(*batches), verbose=False)
+    assert logged["val/exact_match"] == pytest.approx(sum(expected) / len(expected))
+
+
 def test_a_model_with_nothing_but_text_is_evaluated() -> None:
     (logged,) = trainer().validate(built(generators={}), loader(collate("rt", 2)), verbose=False)
-    assert set(logged) == {"val/loss", "val/text", "val/accuracy"}
+    assert set(logged) == {"val/loss", "val/text", "val/accuracy", "val/exact_match"}
     assert logged["val/loss"] == logged["val/text"] > 0
 
 
@@ -273,6 +307,7 @@ def test_a_trained_model_scores() -> None:
     untrained = trainer().validate(built(), loader(batch), verbose=False)[0]
     assert untrained["val/accuracy"] < 0.3
     assert logged["val/accuracy"] > 0.8
+    assert logged["val/exact_match"] > 0.2
 
 
 def test_predict() -> None:

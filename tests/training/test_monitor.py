@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bigmac_lightning.callbacks import PipelineMonitor, pipeline_monitor
+from bigmac_lightning.callbacks.pipeline_monitor import _idle
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.estimates.flops import TrainingFlops
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.measuring import Busy
 from tests.schedule.pages import data_of
 from tests.test_estimates import batch, built
 from tests.toy import ToyData, ToyModule, toy_batch
@@ -240,6 +242,13 @@ def test_idle_time(runs: Any) -> None:
     assert "bubble_share/batch" not in first, "the first two batches are not timed"
     assert all(0 < logged["bubble_share/plan"] < 0.5 for logged in (first, *(logged for _, logged in later)))
     assert all(0 < logged["bubble_share/batch"] < 0.8 for _, logged in later)
+
+
+def test_idle_time_of_ranks() -> None:
+    """From the first action of any rank to the last one: 9 s, of which one rank has worked 6 s and the other 3 s."""
+    found = _idle([Busy(seconds=6.0, begin=1.0, end=8.0), Busy(seconds=3.0, begin=2.0, end=10.0)])
+    assert found == {"bubble_share/batch": pytest.approx(0.5)}
+    assert _idle([Busy(), Busy()]) == {}
 
 
 # -- the trace of a step

@@ -1,0 +1,125 @@
+"""The command `bigmac predict RUN --output FILE`: what a trained model replies to each example of a split."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torchmetrics.text import CHRFScore
+
+from bigmac_lightning.commands.answer import answer, parser_of
+
+SPLITS = ("train", "val", "test", "predict")
+
+
+def predict(
+    run: str,
+    output: str = "replies.jsonl",
+    split: str = "predict",
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, float]:
+    """Write a JSON line for each example: its name; "reply", what the model says; "reference", what the example has
+    there, if it ends with a message of the assistant; or "image", the picture that a generator has drawn, in a folder
+    beside the file. Of an example that cannot be used, "error" says why.
+
+    Args:
+        run: Folder of a run, or a checkpoint of it.
+        output: File to write.
+        split: The examples of train, val, test or predict.
+        limit: Number of examples of each source, from the first on; by default all.
+        max_new_tokens: Tokens after which a reply is cut off; by default 256, or what the data say.
+        temperature: What logits are divided by before a token is drawn; 0 takes the most likely token.
+        top_p: Draw among the most likely tokens that together have this probability.
+        seed: Of the draws, and of the noise of pictures.
+        device: Such as cuda:0; by default a GPU, if there is one.
+
+    Returns: the number of "replies", "images" and "errors"; and where there are references "exact_match", the share of
+        replies that are the reference, and "chrF", their likeness in letters (torchmetrics' CHRFScore).
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such run; its DataModule has no examples, or none of this split.
+    """
+    from bigmac_lightning.loaded_run import load
+
+    if split not in SPLITS:
+        raise ValueError(f"--split is {split!r}; expected one of {', '.join(SPLITS)}")
+    place = Path(output)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {place.parent} for {output}")
+    loaded = load(run, device=device)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if max_new_tokens is not None:
+        sampling["max_new_tokens"] = max_new_tokens
+    examples = list(_examples(loaded.data, split, limit))
+    found = {"replies": 0.0, "images": 0.0, "errors": 0.0}
+    pairs, alike = list[bool](), CHRFScore()
+    with place.open("w", encoding="utf-8") as file, torch.inference_mode():
+        for number, (source, index) in enumerate(track(examples, "replies", console=Console(stderr=True))):
+            line: dict[str, Any] = {"name": f"{source.name}, sample {source.origin(index)}"}
+            try:
+                example = source[index]
+                if example.target is not None:
+                    pictures = place.with_suffix("")
+                    pictures.mkdir(exist_ok=True)
+                    [picture] = loaded.pictures(loaded.data.prompt(example), seed + number)
+                    line["image"] = str(pictures / f"{number:06}.png")
+                    picture.save(line["image"])
+                    found["images"] += 1
+                else:
+                    asked, reference = _asked(example)
+                    line["reply"] = "".join(loaded.pieces(loaded.data.prompt(asked), **sampling))
+                    found["replies"] += 1
+                    if reference is not None:
+                        line["reference"] = reference
+                        pairs.append(line["reply"] == reference)
+                        alike.update([line["reply"]], [[reference]])
+            except ValueError as error:  # of a broken example
+                line["error"] = str(error)
+                found["errors"] += 1
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if pairs:
+        likeness: Any = alike.compute()
+        found |= {"exact_match": sum(pairs) / len(pairs), "chrF": float(likeness)}
+    return found
+
+
+def _examples(data: Any, split: str, limit: int | None) -> Iterator[tuple[Any, int]]:
+    """The sources of a split and the numbers of their examples."""
+    if not hasattr(data, "split_sources"):
+        raise ValueError(f"{type(data).__name__} has no sources of examples; a MultimodalDataModule has some")
+    sources = [source for source in data.split_sources(split) if hasattr(source, "__getitem__")]
+    if not sources:
+        raise ValueError(f"there is no source of examples of the split {split!r}: choose another --split")
+    for source in sources:
+        yield from ((source, index) for index in range(min(len(source), len(source) if limit is None else limit)))
+
+
+def _asked(example: Any) -> tuple[Any, str | None]:
+    """The example up to its last reply, and the text of that reply; ``None``: it has none."""
+    last = example.messages[-1]
+    if last.role != "assistant" and not (last.role == "text" and len(example.messages) > 1):
+        return example, None
+    texts = [part for part in last.parts if isinstance(part, str)]
+    return replace(example, messages=example.messages[:-1]), "".join(texts)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = parser_of("predict", "Write what a trained model replies to examples.", predict, positional=True)
+
+    def run() -> None:
+        options = vars(parser.parse_args(list(argv)))
+        found = predict(**options)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if value or name == "exact_match")
+        Console().print(f"{options['output']}: {text}", highlight=False, soft_wrap=True)
+
+    return answer("predict", run)
