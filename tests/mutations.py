@@ -61,6 +61,13 @@ FAULTS = [
         "tests/datamodules/test_prompts.py -k llava",
     ),
     Fault(
+        "replies after different texts are taken to begin alike",
+        "datamodules/encoding/reading.py",
+        '        key = ("start", gap, before is None, self._form(i - 1), self._form(i))\n',
+        '        key = ("start", before is None, self._form(i - 1), self._form(i))\n',
+        "tests/datamodules/test_replies.py -k alike",
+    ),
+    Fault(
         "a loaded run keeps the weights that were drawn",
         f"{PACKAGE}/loaded_run.py",
         "    weights.read_into({name: tensor for name, tensor in state.items() if name not in copies})\n",

@@ -9,8 +9,10 @@ A template does not say where a reply begins and ends, so this is found by rende
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example, Message
@@ -21,6 +23,10 @@ STUB = -1
 """The number of the message in `_stub`, which is no message of the example."""
 
 KINDS = {"content": "text", "reasoning": "reasoning", "name": "a tool call", "argument": "an argument of a tool call"}
+
+
+def _start(place: Place) -> int:
+    return place.start
 
 
 class Reading:
@@ -68,6 +74,7 @@ class Reading:
                 "tool_calls or messages of role tool, or set another chat.template"
             )
         self.places, self.repeated = found.places, found.repeated
+        self._known: dict[object, Any] = {}
         self._check_left_out()
 
     # -- places --------------------------------------------------------------------------------------------------------
@@ -78,7 +85,19 @@ class Reading:
 
     def of(self, i: int) -> list[Place]:
         """The places of the i-th message."""
-        return [place for place in self.places if self.message(place) == i]
+        return self._by_message.get(i, [])
+
+    @cached_property
+    def _by_message(self) -> dict[int, list[Place]]:
+        found: dict[int, list[Place]] = {}
+        for place in self.places:
+            found.setdefault(self.message(place), []).append(place)
+        return found
+
+    @cached_property
+    def _in_order(self) -> list[Place]:
+        """All places, which do not overlap, in the order of the text."""
+        return sorted(self.places, key=_start)
 
     def called(self, i: int) -> str:
         """What errors call the i-th message."""
@@ -86,9 +105,10 @@ class Reading:
 
     def _before(self, i: int) -> Place | None:
         """The last piece of another message before the i-th."""
-        first = self.of(i)[0].start
-        others = [place for place in self.places if self.message(place) != i and place.start < first]
-        return max(others, key=lambda place: place.stop, default=None)
+        number = bisect_left(self._in_order, self.of(i)[0].start, key=_start) - 1
+        while number >= 0 and self.message(self._in_order[number]) == i:
+            number -= 1
+        return self._in_order[number] if number >= 0 else None
 
     def _after(self, i: int) -> Place | None:
         """The first piece of another message after the i-th.
@@ -98,8 +118,10 @@ class Reading:
         """
         own = self.of(i)
         first, last = own[0].start, max(place.stop for place in own)
-        others = [place for place in self.places if self.message(place) != i and place.start >= first]
-        after = min(others, key=lambda place: place.start, default=None)
+        number = bisect_left(self._in_order, first, key=_start)
+        while number < len(self._in_order) and self.message(self._in_order[number]) == i:
+            number += 1
+        after = self._in_order[number] if number < len(self._in_order) else None
         if after is not None and after.start < last:
             raise self._unclear(i)
         return after
@@ -127,9 +149,21 @@ class Reading:
         """
         first, before = self.of(i)[0].start, self._before(i)
         at = 0 if before is None else before.stop
-        gap, asked = self.text[at:first], self._asked(i, True)
+        gap = self.text[at:first]
+        key = ("start", gap, before is None, self._form(i - 1), self._form(i))
+        if key not in self._known:
+            self._known[key] = self._start_in(i, gap, before)
+        return at + self._known[key]
+
+    def _start_in(self, i: int, gap: str, before: Place | None) -> int:
+        """Where the i-th message begins in the gap between the message before and its first piece.
+
+        It is found by writing all messages before, and so only for the first of the replies that are alike: those with
+        the same text before them, after a message of the same form.
+        """
+        asked = self._asked(i, True)
         if asked is None or asked[0] != (before and before.piece):
-            return first - self._within(i, gap)
+            return len(gap) - self._within(i, gap)
         shared = common_start(gap, asked[1])
         if shared < min(len(gap), len(asked[1])):  # a reply starts differently from the prompt that asks for it
             unasked = self._asked(i, False)
@@ -138,7 +172,15 @@ class Reading:
         if self._control.match(gap, shared):  # the template may open another turn here, which it does not ask for
             opening = self._opening
             shared += len(opening) if opening and gap.startswith(opening, shared) else 0
-        return at + shared
+        return shared
+
+    def _form(self, i: int) -> object:
+        """What a template may go by in how it writes a message, besides its texts."""
+        if not 0 <= i < len(self._messages):
+            return None
+        message = self._messages[i]
+        parts = tuple(dict.fromkeys(type(part) for part in message.parts))
+        return message.role, parts, message.reasoning_content is None, len(message.tool_calls) > 0
 
     def _asked(self, i: int, reply: bool) -> tuple[int | None, str] | None:
         """What the template writes after the messages before the i-th, with the number of their last piece; ``None``:
@@ -198,17 +240,26 @@ class Reading:
         """
         last, after = max(place.stop for place in self.of(i)), self._after(i)
         gap = self.text[last : len(self.text) if after is None else after.start]
+        key = ("stop", gap, after is None, self._form(i), self._form(i + 1))
+        if key not in self._known:
+            self._known[key] = self._stop_in(i, gap, after)
+        length, ended = self._known[key]
+        return last + length, ended
+
+    def _stop_in(self, i: int, gap: str, after: Place | None) -> tuple[int, bool]:
+        """Where the i-th message ends in the gap after its last word, and whether a special token ends it; found as
+        `_start_in`."""
         tail = gap if after is None and not self._asks else self._tail(i)
         shared = common_start(gap, tail)
         ends = [match.end() for match in self._control.finditer(gap) if match.end() <= shared]
         if ends:
-            return last + ends[-1], True
+            return ends[-1], True
         one, other = self._control.search(gap), self._control.search(tail)
         if (
             one and other and one.start() == other.start() <= shared
         ):  # the last reply of a conversation ends with another token
-            return last + one.end(), True
-        return last + len(gap[:shared].rstrip()), False
+            return one.end(), True
+        return len(gap[:shared].rstrip()), False
 
     def _tail(self, i: int) -> str:
         """What the template writes after the i-th message if it is the last."""

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bigmac_lightning.datamodules import ChatOptions, Example, ExampleError, Image, Message, MultimodalDataModule, Size
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
+from bigmac_lightning.datamodules.encoding.reading import Reading
+from bigmac_lightning.datamodules.encoding.template import ChatTemplate
 from bigmac_lightning.datamodules.packing.measuring import encoded
 from tests.datamodules import chat_table
 from tests.datamodules.chat_table import CALL, CASES, PICTURE, TOOL, Labels, labels, turns
@@ -305,6 +307,39 @@ def test_random_conversations_against_the_twin(name: str) -> None:
         compared += 1
         assert found == chat_table.without_what_is_asked(reference, chat.tokenizer, asked), example.messages
     assert compared > 8
+
+
+@pytest.mark.parametrize("name", chat_table.sources())
+def test_replies_that_are_alike_are_read_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a reply begins and ends is found out once for all that are alike; the labels are as if for each."""
+    chat, draw = chat_table.encoder(name, chat_table.sources()[name]), random.Random(name)
+    long = [[message for _ in range(4) for message in conversation(draw).messages] for _ in range(4)]
+    examples = [*chat_table.CASES.values(), *(Example(messages, tools=[TOOL]) for messages in long)]
+    once = [_labels_or_reason(chat, example) for example in examples]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "_form", lambda *_: object())
+        assert once == [_labels_or_reason(chat, example) for example in examples]
+
+
+def _labels_or_reason(chat: ChatEncoder, example: Example) -> Any:
+    try:
+        return labels(chat, example)
+    except ExampleError as error:
+        return str(error)
+
+
+def test_long_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number of replies does not matter to how often they are written by the template."""
+    chat, written = chat_table.encoder("qwen3", chat_table.sources()["qwen3"]), list[int]()
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *args, **kwargs: written.append(1) or render(*args, **kwargs))
+    numbers = list[int]()
+    for replies in (3, 3, 30):
+        messages = [user(f"question {i}") if i % 2 == 0 else reply(f"answer {i}") for i in range(2 * replies)]
+        written.clear()
+        assert sum(labels(chat, Example(messages)).learnt) > 8 * replies
+        numbers.append(len(written))
+    assert numbers[2] == numbers[1]
 
 
 def test_images_with_other_words_around_them() -> None:
