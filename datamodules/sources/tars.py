@@ -3,10 +3,11 @@
 Members are read in place: reading a sample reads no bytes of other samples.
 """
 
+import hashlib
 import json
-import posixpath
-import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import ExampleError
@@ -17,9 +18,7 @@ from ..media.modalities import MODALITIES
 from .data_files import matching, name_of_all, stamp
 from .records import DESCRIBE, Records, media_keys
 from .source import Source
-
-MAX_LINKS = 40
-"""Most links that are followed from one to the next, as Linux does: more are taken for a circle."""
+from .tar_index import Member, TarIndex
 
 
 class WebDatasetTars(Source):
@@ -36,6 +35,7 @@ class WebDatasetTars(Source):
         ignore: Sequence[str] = (),
         link_roots: Sequence[str] = (),
         limits: Limits = Limits(),
+        index_dir: str | Path = "~/.cache/bigmac_lightning",
     ) -> None:
         """
         Args:
@@ -45,6 +45,8 @@ class WebDatasetTars(Source):
                 Other suffixes and keys that are not known are refused.
             link_roots: folders into which matches of a pattern may be links, besides the pattern's own folder.
             limits: what its examples may have at most.
+            index_dir: folder in which it is kept where the members of large tars lie, so that only the first run reads
+                all of their headers.
         """
         self.paths, self.ignore, self.limits = (
             matching(paths, "WebDatasetTars", link_roots, ".tar"),
@@ -53,22 +55,24 @@ class WebDatasetTars(Source):
         )
         self.records = Records((), self.ignore, prompt)
         self._left_out = {suffix.removeprefix(".").lower() for suffix in self.ignore}
-        self._samples: list[tuple[str, str, list[tuple[str, int, int]]]] = []
-        for path in self.paths:
-            self._samples += _members(path)
+        self._index = TarIndex.of(self.paths, Path(index_dir).expanduser())
 
     @property
     def name(self) -> str:
         return name_of_all(self.paths)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._index)
 
     def fingerprint(self) -> str:
         return stamp(self.paths)
 
+    def identity(self) -> str:
+        own = {name: value for name, value in vars(self).items() if name != "_index"}
+        return hashlib.sha256(pickle.dumps((type(self).__qualname__, len(self), own))).hexdigest()
+
     def __getitem__(self, index: int) -> Example:
-        path, key, members = self._samples[index]
+        path, key, members = self._index[index]
         name = f"{path}: {key}"
         try:
             record = self._record(path, key, members)
@@ -77,7 +81,7 @@ class WebDatasetTars(Source):
             reason = error if isinstance(error, ExampleError) else f"has text that cannot be read: {error}"
             raise ExampleError(f"({name}) {reason}") from error
 
-    def _record(self, path: str, key: str, members: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+    def _record(self, path: str, key: str, members: Sequence[Member]) -> dict[str, Any]:
         """The record that the members of a sample make together."""
         media: dict[str, list[File]] = {}
         plural = {ending: f"{m.name}s" for m in MODALITIES.values() for ending in m.endings}
@@ -115,45 +119,3 @@ class WebDatasetTars(Source):
         if not record:
             raise ExampleError("has neither a conversation nor a caption")
         return {**record, **media}
-
-
-def _members(path: str) -> list[tuple[str, str, list[tuple[str, int, int]]]]:
-    """For each sample (path of the tar, key, [(suffix, offset, length) of its members]), in the order of the tar."""
-    samples: dict[str, list[tuple[str, int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            found = list(_forward(tar))
-            files = {posixpath.normpath(member.name): member for member in found}
-            for member in found:
-                if not member.isdir():
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
-    except (tarfile.TarError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
-    return [(path, key, sorted(members)) for key, members in samples.items()]
-
-
-def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """
-    Raises:
-        TarError: a member does not come after the one before: its size is negative, and reading would never end.
-    """
-    end = -1
-    while (member := tar.next()) is not None:
-        if member.size < 0 or member.offset <= end:
-            raise tarfile.ReadError(f"the header of {member.name!r} says that it has {member.size} bytes")
-        end = member.offset
-        yield member
-
-
-def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
-    """The offset and length of a member, or of the member that it links to; (-1, 0): the tar has no such file."""
-    file: tarfile.TarInfo | None = member
-    for _ in range(MAX_LINKS):
-        if file is None or not (file.issym() or file.islnk()):
-            break
-        folder = posixpath.dirname(file.name) if file.issym() else ""
-        file = files.get(posixpath.normpath(posixpath.join(folder, file.linkname)))
-    return (file.offset_data, file.size) if file is not None and file.isreg() and not file.issparse() else (-1, 0)

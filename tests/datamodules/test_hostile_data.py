@@ -169,13 +169,15 @@ def deep_member(folder: Path) -> Source:
 
 
 def device(folder: Path) -> Source:
-    with tarfile.open(tar(folder / "a.tar", ("1.json", b'{"text": "y"}')), "a") as file:
+    with tarfile.open(folder / "a.tar", "w") as file:
         member = tarfile.TarInfo("0.json")
         member.type = tarfile.CHRTYPE
         file.addfile(member)
-    source = WebDatasetTars(str(folder / "a.tar"))
-    source._samples.reverse()
-    return source
+        content = b'{"text": "y"}'
+        member = tarfile.TarInfo("1.json")
+        member.size = len(content)
+        file.addfile(member, io.BytesIO(content))
+    return WebDatasetTars(str(folder / "a.tar"))
 
 
 def long_caption(folder: Path) -> Source:

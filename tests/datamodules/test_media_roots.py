@@ -182,7 +182,7 @@ def test_links_in_a_tar(prefix: str, tmp_path: Path) -> None:
             (tmp_path / "text").write_text(f"number {i}")
             tar.add(tmp_path / "text", f"{prefix}a/{i}.txt")
     source = WebDatasetTars(str(tmp_path / "a.tar"))
-    names = [source._samples[i][1] for i in range(len(source))]
+    names = [source._index[i][1] for i in range(len(source))]
     assert [name.removeprefix("./") for name in names] == ["a/0", "a/1", "a/2", "b/x", "a/3", "a/4", "a/5"]
     for i in range(3):
         (image,) = source[i].media
