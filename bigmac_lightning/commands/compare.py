@@ -13,6 +13,7 @@ from bigmac_lightning.schedule.backbones import BACKBONES
 from bigmac_lightning.schedule.choose import candidates
 from bigmac_lightning.schedule.comparison import comparison, numbers
 from bigmac_lightning.schedule.placing.policies import POLICIES
+from bigmac_lightning.whole_tables import print_whole
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ def _run(arguments: Namespace) -> None:
     rows = candidates(request, arguments.policies.split(","), arguments.backbones.split(","), stages)
     console = Console()
     if not output:
-        console.print(comparison(request, rows))
+        print_whole(console, comparison(request, rows))
         return
     records = numbers(request, rows)
     with open(output, "w", encoding="utf-8", newline="") as file:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bigmac_lightning.commands.answer import answer, text_of
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.whole_tables import print_whole
 
 
 class BigMacCLI(LightningCLI):
@@ -56,7 +57,7 @@ class BigMacCLI(LightningCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
-            Console().print(summary(self.trainer))
+            print_whole(Console(), summary(self.trainer))
 
 
 class ConfigReader(BigMacCLI):

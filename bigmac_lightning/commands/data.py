@@ -30,6 +30,7 @@ from bigmac_lightning.datamodules.inspection import (  # pyright: ignore[reportM
     SourceView,
     StepView,
 )
+from bigmac_lightning.whole_tables import print_whole
 
 SPLITS = ("train", "val", "test", "predict")
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -94,14 +95,14 @@ def _show(run: DataReader, console: Console) -> None:
             f"--split is {config['split']!r}, for which the DataModule has no sources; it has {list(views)}"
         )
     if not console.is_terminal:
-        console.width = max(console.width, 220)  # no line is cut off in a file
-    console.print(_sources(views))
+        console.width = max(console.width, 220)  # no line of a sample is cut off in a file
+    print_whole(console, _sources(views))
     for split, view in ((split, view) for split, some in views.items() for view in some):
         _print_refused(console, split, view, config["refused"], data.on_error)
     split = config["split"]
     step = inspection.first_step(data, views.get(split, ()), split, run.microbatches, config["replicas"])
     if step is not None:
-        console.print(_step(step, data, config["replicas"]))
+        print_whole(console, _step(step, data, config["replicas"]))
     samples = []
     for view, index in inspection.evenly_chosen(views.get(split, ()), config["samples"]):
         samples.append(inspection.sample_of(data, view, index, split))

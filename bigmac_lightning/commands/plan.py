@@ -18,6 +18,7 @@ from bigmac_lightning.schedule.request import PlanRequest
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.viewer.page import planned_track, write_page
 from bigmac_lightning.schedule.workload import Workload
+from bigmac_lightning.whole_tables import print_whole
 
 PICTURES = (".png", ".svg", ".pdf")
 CHECKED = ("plan", "output", "workload", "memory", "max_encoder_units", "max_llm_microbatches")
@@ -53,7 +54,7 @@ def _run(arguments: Namespace, defaults: Namespace) -> None:
         console.print(reason, highlight=False, soft_wrap=True)
     if not arguments.output:
         bound = lower_bound(plan, arguments.max_encoder_units, workload)
-        console.print(table(plan, timeline, bound, memory and memory.peaks(plan, workload)))
+        print_whole(console, table(plan, timeline, bound, memory and memory.peaks(plan, workload)))
         console.print(TerminalTimeline(spans_of(plan, timeline)))
         return
     if suffix == ".json":

@@ -26,6 +26,7 @@ from bigmac_lightning.training.known_costs import check_known, measured_at, scal
 from bigmac_lightning.training.options import OPTION_OF, PipelineOptions
 from bigmac_lightning.training.stages import resolve_options
 from bigmac_lightning.training.strategy import BigMacStrategy
+from bigmac_lightning.whole_tables import print_whole
 
 HELP = {
     "tokens": "tokens of a microbatch, all labelled; default: the data's token_budget, or 4096",
@@ -180,7 +181,7 @@ def _show(run: RunReader, console: Console) -> None:
     console.print(_components(run.model), highlight=False, soft_wrap=True)
     ranks = partition_table(estimate.ranks)
     ranks.caption = _assumptions(run, found.microbatch, found.microbatches, found.replicas, found.size)
-    console.print(ranks)
+    print_whole(console, ranks)
     costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
     if known is not None:
         scaling = scaling_text(known, found.stages, options.parallel)
@@ -202,7 +203,7 @@ def _show(run: RunReader, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(table(estimate.plan, estimate.timeline))
+    print_whole(console, table(estimate.plan, estimate.timeline))
     console.print(TerminalTimeline(spans_of(estimate.plan, estimate.timeline)))
 
 

@@ -28,6 +28,7 @@ from bigmac_lightning.tuning.communication import Device
 from bigmac_lightning.tuning.evaluating import Evaluator, Problem, Tried, chosen_of
 from bigmac_lightning.tuning.search import Found, search
 from bigmac_lightning.tuning.space import SHARDINGS, TIMES_OF_TOKENS, Space
+from bigmac_lightning.whole_tables import print_whole
 
 SHOWN = 5
 PER_NODE = 8
@@ -96,9 +97,7 @@ def _tune(run: TuneReader, console: Console) -> None:
     if not found.best:
         reasons = "".join(f"\n  {number} layouts: {reason}" for reason, number in found.refused.most_common())
         raise ValueError(f"no choice fits {space.processes} ranks of {size_text(problem.memory)}:{reasons}")
-    if not console.is_terminal:
-        console.width = max(console.width, 160)  # no line is cut off in a file
-    console.print(_table(found, problem))
+    print_whole(console, _table(found, problem))
     if found.left:
         text = f"{found.left} layouts, which are slower by a rough guess, were not looked at; --seconds gives more time"
         console.print(text, highlight=False, soft_wrap=True)

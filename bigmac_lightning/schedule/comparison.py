@@ -71,7 +71,7 @@ def comparison(request: PlanRequest, candidates: Sequence[Candidate]) -> Group:
         padding=0,
     )
     for heading in ("policy", "backbone"):
-        table.add_column(heading, overflow="ellipsis")  # these columns are shortened in a narrow terminal
+        table.add_column(heading)
     headings = ["V", "group", "makespan", "ratio", "bubble %", "units", "mbs"]
     for heading in headings + ["memory"] * (request.memory is not None) + ["plan s"]:
         table.add_column(heading, justify="right", no_wrap=True)
