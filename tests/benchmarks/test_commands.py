@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measured_costs, paper_workload, predictions, saving
+from benchmarks import measured_costs, paper_workload, predictions, saving, tar_index
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,12 @@ def test_saving(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["saving", "--blocks", "1"])
     saving.main()
     assert "background" in capfd.readouterr().out
+
+
+def test_the_index_of_tars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tar_index", "--shards", "3", "--samples", "20"])
+    tar_index.main()
+    assert "60 samples" in capfd.readouterr().out
 
 
 def test_measured_costs(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
