@@ -71,11 +71,12 @@ def whole_samples(batch: Batch, right: Tensor) -> tuple[Tensor, Tensor]:
     ends = from_host(stops, torch.long, right.device)
     sample = torch.searchsorted(ends, torch.cat([ends[:0], *positions]), right=True)
     labels, wrong = (
-        torch.zeros(len(stops), device=right.device).index_add(0, sample, values.float())
+        torch.zeros(len(stops), dtype=torch.long, device=right.device).index_add(0, sample, values.long())
         for values in (torch.ones_like(right), ~right)
     )
     number = (labels > 0).sum()
-    return (((labels > 0) & (wrong == 0)).sum() / number.clamp(min=1)).view(1), number.float().view(1)
+    whole = ((labels > 0) & (wrong == 0)).sum()
+    return (whole.float() / number.clamp(min=1)).view(1), number.float().view(1)
 
 
 class WeightedMeans(Metric):

@@ -77,8 +77,8 @@ FAULTS = [
     Fault(
         "samples without labels are matched exactly",
         "models/evaluation.py",
-        "(((labels > 0) & (wrong == 0)).sum()",
-        "((wrong == 0).sum()",
+        "    whole = ((labels > 0) & (wrong == 0)).sum()\n",
+        "    whole = (wrong == 0).sum()\n",
         "tests/models/test_multimodal_lm.py -k exact_match",
     ),
     Fault(
