@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigmac_lightning.datamodules import WebDatasetTars
+from bigmac_lightning.datamodules import WebDatasetTars  # pyright: ignore[reportMissingImports]
 
 
 def _memory() -> int:
