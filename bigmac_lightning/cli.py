@@ -11,7 +11,7 @@ TRAINING = {
     "fit": "train the model of a config: fit --config RUN.yaml",
     "validate": "evaluate it on the validation data",
     "test": "evaluate it on the test data",
-    "predict": "run it on the prediction data; predict RUN --output FILE.jsonl writes what it replies",
+    "predict": "run it on the prediction data; predict RUN writes what it replies",
 }
 OTHERS = {
     "plan": "make, check, show and save a schedule; with --config, that of a run, with the memory of each rank",
@@ -41,7 +41,7 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in {**TRAINING, **OTHERS}.items())))
-    elif name in OTHERS or (name == "predict" and _named(arguments, "--output")):
+    elif name in OTHERS or (name == "predict" and _of_run(arguments)):
         sys.exit(module_of(name, arguments).main(arguments))
     elif name in TRAINING or name.startswith("-"):
         from bigmac_lightning.commands.config import BigMacCLI
@@ -58,6 +58,11 @@ def module_of(name: str, arguments: Sequence[str]) -> Any:
     """The module of a command that does not train."""
     of_config = name == "plan" and _named(arguments, "-c", "--config")
     return import_module(f"bigmac_lightning.commands.{'plan_config' if of_config else name}")
+
+
+def _of_run(arguments: Sequence[str]) -> bool:
+    """Whether `predict` gets a run, and not a config."""
+    return bool(arguments) and (not arguments[0].startswith("-") or _named(arguments, "--output"))
 
 
 def _named(arguments: Sequence[str], *names: str) -> bool:

@@ -1,6 +1,7 @@
 """A trained model without a Trainer: `load` builds what a run has trained, and it can then be asked and can draw."""
 
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from jsonargparse import Namespace
 from PIL import Image as Pictures
 from torch import Tensor
 
-from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few
+from bigmac_lightning.checkpoints.newest import in_words, newest_whole
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import PROBLEMS, text_of
 from bigmac_lightning.commands.config import ConfigReader
@@ -22,17 +24,19 @@ from bigmac_lightning.contracts.module import PipelineModule
 CONFIG = "config.yaml"
 """What `bigmac fit` writes beside the folder of a run's checkpoints."""
 
-Messages = str | Sequence[Mapping[str, Any]]
-"""What the user says; or a conversation, as in a `Conversation`'s messages."""
+log = logging.getLogger(__name__)
+
+Messages = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""What the user says; or the messages of a `Conversation`; or all of one."""
 
 
 @dataclass
 class LoadedRun:
     """A trained model and its data's way of making prompts, in this process.
 
-    A message may be a text, in which ``<image>`` stands for the next one of `images`, or a list of messages with parts
-    of their own. An image is a path, a picture of Pillow, or bytes; a video and a sound is a path or bytes. One of them
-    needs no list.
+    What is said may be a text, in which ``<image>`` stands for the next one of `images`; a list of messages with parts
+    of their own; or a whole `Conversation`, which may have ``tools`` and ``chat_template_kwargs``. An image is a path,
+    a picture of Pillow, or bytes; a video and a sound is a path or bytes. One of them needs no list.
 
     Attributes:
         module: the model, with all of its weights, in eval mode.
@@ -55,14 +59,15 @@ class LoadedRun:
         """The model's reply.
 
         Args:
-            sampling: fields of `Sampling`, such as ``max_new_tokens=20`` or ``temperature=0.7``. By default, always the
-                most likely token is taken.
+            sampling: fields of `Sampling`, such as ``max_new_tokens=20`` or ``temperature=0.7``; ``None``: its default.
+                By default, always the most likely token is taken.
 
         Raises:
             ExampleError: the messages are no prompt for this model.
             ValueError: a field of `sampling` has a value that it cannot have.
         """
-        return self.data.reply([*self.generate(self.prompt(messages, images, videos, audios), **sampling)])
+        prompt = self.prompt(messages, images, videos, audios)
+        return self.data.reply([*self.generate(prompt, **sampling)])
 
     def stream(
         self,
@@ -92,11 +97,17 @@ class LoadedRun:
         Args:
             prompt: a batch of one sample, such as `prompt` makes.
         """
-        # imported here because it imports transformers
-        from bigmac_lightning.models.writing import Sampling, written  # pyright: ignore[reportMissingImports]
+        from bigmac_lightning.models.writing import written  # pyright: ignore[reportMissingImports]
 
-        chosen = Sampling(**{"max_new_tokens": self.data.reply_tokens, **sampling})
-        return written(self.module, prompt, chosen, self.data.reply_ends())
+        return written(self.module, prompt, self.sampling(**sampling), self.data.reply_ends())
+
+    def sampling(self, **options: Any) -> Any:
+        """The `Sampling` of these options; see `chat`."""
+        # imported here because it imports transformers
+        from bigmac_lightning.models.writing import Sampling  # pyright: ignore[reportMissingImports]
+
+        given = {name: value for name, value in options.items() if value is not None}
+        return Sampling(**{"max_new_tokens": self.data.reply_tokens, **given})
 
     def draw(
         self, messages: Messages, images: Sequence[Any] = (), seed: int = 0, number: int = 1
@@ -133,18 +144,28 @@ class LoadedRun:
         audios: Sequence[Any] = (),
         draws: bool = False,
     ) -> Batch:
-        """A batch of one sample, which ends where the model is to reply, or with `draws` to draw."""
+        """A batch of one sample, which ends where the model is to reply, or with `draws` to draw.
+
+        Raises:
+            ValueError: the DataModule makes no prompts; or, as an ExampleError, the messages are none.
+        """
+        if not hasattr(self.data, "prompt"):
+            raise ValueError(
+                f"{type(self.data).__name__} makes no prompts: derive it from ParallelDataModule, and define prompt, "
+                "reply and reply_ends"
+            )
         from bigmac_lightning.datamodules import File, Image, Size, example_of  # pyright: ignore[reportMissingImports]
         from bigmac_lightning.datamodules.sources.media_files import media_at  # pyright: ignore[reportMissingImports]
 
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        said: Any = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        conversation = dict(said) if isinstance(said, Mapping) else {"messages": said}
+        conversation["messages"] = [_with_bytes(turn) for turn in conversation.get("messages", ())]
         roots = [Path.cwd(), Path(Path.cwd().anchor)]  # paths of the caller are trusted
         items = {
             kind: [media_at(kind, _bytes(item), roots) for item in _list(given)]
             for kind, given in (("image", images), ("video", videos), ("audio", audios))
         }
         target = Image(File.lazy("the picture to be drawn", bytes), Size(1, 1)) if draws else None
-        conversation = {"messages": [_with_bytes(turn) for turn in turns]}
         sounds = {"audio": items["audio"]}
         return self.data.prompt(
             example_of(conversation, items["image"], items["video"], target, media_root=roots, others=sounds)
@@ -171,7 +192,7 @@ def load(
             in one of the three folders above it.
         module, data: model and DataModule, if there is no config.yaml, or to replace what it says.
         device: default: the GPU, if there is one.
-        dtype: the type of the weights; default: the one that the config says.
+        dtype: the type of the weights; default: those of the components, whatever the Trainer's precision was.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -180,7 +201,7 @@ def load(
     checkpoint = _checkpoint(Path(path))
     if module is None or data is None:
         reader = _Reader.of(_config_of(checkpoint))
-        module, data = module or reader.model, data or reader.data
+        module, data = reader.model if module is None else module, reader.data if data is None else data
         assert module is not None
     weights = CheckpointWeights(checkpoint)
     _without_sources(module)
@@ -216,13 +237,14 @@ class _Reader(ConfigReader):
 
 def _checkpoint(path: Path) -> Path:
     """The checkpoint at a path, or the newest whole one of a run."""
-    if not path.exists() or path.is_file() or not (path / CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         return files.present(path)
-    found = [files.present(each) for folder in (path, path / "checkpoints") for each in files.in_folder(folder)]
-    whole = [place for place in found if not marker.problems(place, contents=False)]
-    if not whole:
-        raise FileNotFoundError(f"there is no whole checkpoint in {path} or in its folder checkpoints")
-    return max(whole, key=marker.saved_at)
+    found, skipped = newest_whole([(path / "checkpoints", ".ckpt"), (path, ".ckpt")])
+    if found is None:
+        raise FileNotFoundError(f"there is no whole checkpoint in {path} or its folder checkpoints{in_words(skipped)}")
+    if skipped:
+        log.warning("%s is loaded%s", found, in_words(skipped))
+    return found
 
 
 def _config_of(checkpoint: Path) -> Path:

@@ -192,11 +192,25 @@ class MultimodalDataModule(ParallelDataModule):
         Raises:
             ExampleError: the example is no prompt, or an item of media cannot be read.
         """
-        sizes = [measure(item) for item in example.media]
-        if example.target is not None:
-            sizes.append(example.target.size or Size(1, 1))
-        sample = self.encoder.prompt(example, sizes)
+        sample = self.encoder.prompt(example, _sizes(example))
         return make_batch([[sample]], PipelineLayout(), self.encoder.tokenizer.pad_token_id or 0)
+
+    def question(self, example: Example) -> tuple[Batch, str | None]:
+        """The prompt of an example up to its last reply, and that reply as the template writes it, with reasoning and
+        calls of tools; ``None``: it has none, or a generator is to draw it.
+
+        Raises:
+            ExampleError: see `prompt`; or the reply cannot be learnt, for instance as it is empty.
+        """
+        *before, last = example.messages
+        replies = last.role == "assistant" or (last.role == "text" and bool(before))
+        if example.target is not None or not replies:
+            return self.prompt(example), None
+        learnt = replace(example, messages=[*before, replace(last, learn=True)])
+        sample = self.encoder.encode(learnt, _sizes(example), example.name)
+        stop = max(i for i, label in enumerate(sample.labelled) if label) + 1
+        start = max(i for i in range(stop) if not sample.labelled[i]) + 1
+        return self.prompt(replace(example, messages=before)), self.reply(sample.tokens[start:stop])
 
     def reply(self, tokens: Sequence[int]) -> str:
         return self.encoder.tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -310,6 +324,12 @@ class MultimodalDataModule(ParallelDataModule):
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         return self.loader("predict")
+
+
+def _sizes(example: Example) -> list[Size]:
+    """The sizes of its media, and that of its target, whose file need not be there."""
+    target = [] if example.target is None else [example.target.size or Size(1, 1)]
+    return [*(measure(item) for item in example.media), *target]
 
 
 def _no_loaders() -> CombinedLoader:

@@ -101,7 +101,7 @@ class PipelineMonitor(pl.Callback):
             self._bytes, known = ActivationBytes(), runner.options.known
             if known is not None:
                 known = measured_at(known, runner.module, runner.stages, runner.options, known.work)
-                self._bytes.take(known, runner.mesh.pp_rank)
+                self._bytes.take(known, runner.mesh.pp_rank, runner.mesh.pp_size)
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, time.perf_counter(), []
         module = checked(self, pl_module)
         self._counted = TrainingFlops(module) if counts_multiplications(module.llm) else None

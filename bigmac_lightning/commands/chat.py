@@ -44,9 +44,8 @@ def chat(
     from bigmac_lightning.loaded_run import load
 
     loaded = load(run, device=device)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    if max_new_tokens is not None:
-        sampling["max_new_tokens"] = max_new_tokens
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    loaded.sampling(**sampling)  # wrong ones are refused before anything is said
     if message is not None:
         _say(loaded.stream(message, images, videos, audios, **sampling))
         return
@@ -61,6 +60,8 @@ def chat(
             turns, parts = [], []
         elif word[1:] in KINDS and word.startswith("/"):
             parts.append({"type": word[1:], "path": rest.strip()})
+        elif word.startswith("/"):
+            print(f"bigmac chat: there is no {word}. {HELP}", file=sys.stderr)
         elif line.strip():
             content = [*parts, {"type": "text", "text": line.strip()}]
             asked = [*turns, {"role": "user", "content": content}]

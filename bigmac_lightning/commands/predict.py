@@ -1,8 +1,7 @@
 """The command `bigmac predict RUN --output FILE`: what a trained model replies to each example of a split."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,9 @@ def predict(
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Write a JSON line for each example: its name; "reply", what the model says; "reference", what the example has
-    there, if it ends with a message of the assistant; or "image", the picture that a generator has drawn, in a folder
-    beside the file. Of an example that cannot be used, "error" says why.
+    """Write a JSON line for each example: its name; "reply", what the model says, and "reference", what the example has
+    there, as the template writes it, if it ends with a reply; or "image", the picture that a generator has drawn, in a
+    folder beside the file. Of an example that cannot be used, "error" says why.
 
     Args:
         run: Folder of a run, or a checkpoint of it.
@@ -52,39 +51,45 @@ def predict(
 
     if split not in SPLITS:
         raise ValueError(f"--split is {split!r}; expected one of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is {limit}; expected at least 1")
     place = Path(output)
     if not place.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {place.parent} for {output}")
     loaded = load(run, device=device)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    if max_new_tokens is not None:
-        sampling["max_new_tokens"] = max_new_tokens
-    examples = list(_examples(loaded.data, split, limit))
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    loaded.sampling(**sampling)  # wrong ones are refused before the file is written
+    sources = _sources(loaded.data, split)
+    examples = ((source, index) for source in sources for index in range(len(source))[:limit])
+    total = sum(len(range(len(source))[:limit]) for source in sources)
     found = {"replies": 0.0, "images": 0.0, "errors": 0.0}
     pairs, alike = list[bool](), CHRFScore()
     with place.open("w", encoding="utf-8") as file, torch.inference_mode():
-        for number, (source, index) in enumerate(track(examples, "replies", console=Console(stderr=True))):
+        shown = track(examples, "replies", total, console=Console(stderr=True))
+        for number, (source, index) in enumerate(shown):
             line: dict[str, Any] = {"name": f"{source.name}, sample {source.origin(index)}"}
             try:
                 example = source[index]
-                if example.target is not None:
-                    pictures = place.with_suffix("")
-                    pictures.mkdir(exist_ok=True)
-                    [picture] = loaded.pictures(loaded.data.prompt(example), seed + number)
-                    line["image"] = str(pictures / f"{number:06}.png")
-                    picture.save(line["image"])
-                    found["images"] += 1
-                else:
-                    asked, reference = _asked(example)
-                    line["reply"] = "".join(loaded.pieces(loaded.data.prompt(asked), **sampling))
-                    found["replies"] += 1
-                    if reference is not None:
-                        line["reference"] = reference
-                        pairs.append(line["reply"] == reference)
-                        alike.update([line["reply"]], [[reference]])
-            except ValueError as error:  # of a broken example
-                line["error"] = str(error)
+                prompt, reference = loaded.data.question(example)
+            except Exception as error:  # a source may raise anything
+                line["error"] = str(error) or type(error).__name__
                 found["errors"] += 1
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                continue
+            if example.target is not None:
+                pictures = place.with_suffix("")
+                pictures.mkdir(exist_ok=True)
+                [picture] = loaded.pictures(prompt, seed + number)
+                line["image"] = str(pictures / f"{number:06}.png")
+                picture.save(line["image"])
+                found["images"] += 1
+            else:
+                line["reply"] = "".join(loaded.pieces(prompt, **sampling))
+                found["replies"] += 1
+            if reference is not None:
+                line["reference"] = reference
+                pairs.append(line["reply"] == reference)
+                alike.update([line["reply"]], [[reference]])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     if pairs:
         likeness: Any = alike.compute()
@@ -92,24 +97,14 @@ def predict(
     return found
 
 
-def _examples(data: Any, split: str, limit: int | None) -> Iterator[tuple[Any, int]]:
-    """The sources of a split and the numbers of their examples."""
+def _sources(data: Any, split: str) -> list[Any]:
+    """The sources of a split."""
     if not hasattr(data, "split_sources"):
         raise ValueError(f"{type(data).__name__} has no sources of examples; a MultimodalDataModule has some")
     sources = [source for source in data.split_sources(split) if hasattr(source, "__getitem__")]
     if not sources:
         raise ValueError(f"there is no source of examples of the split {split!r}: choose another --split")
-    for source in sources:
-        yield from ((source, index) for index in range(min(len(source), len(source) if limit is None else limit)))
-
-
-def _asked(example: Any) -> tuple[Any, str | None]:
-    """The example up to its last reply, and the text of that reply; ``None``: it has none."""
-    last = example.messages[-1]
-    if last.role != "assistant" and not (last.role == "text" and len(example.messages) > 1):
-        return example, None
-    texts = [part for part in last.parts if isinstance(part, str)]
-    return replace(example, messages=example.messages[:-1]), "".join(texts)
+    return sources
 
 
 def main(argv: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ def work_of(batch: Batch) -> MeanWork:
     encoder = (len(media), sum(i.rows for i in media), sum(i.cost for i in media))
     generator = (len(targets), sum(i.cost for i in targets), sum(i.rows for i in targets))
     shape = max((tuple(i.shape) for i in targets), key=math.prod, default=())
-    return MeanWork(*(number / len(given) for number in (*llm, *encoder, *generator)), target_shape=shape)
+    return MeanWork(*(number / max(len(given), 1) for number in (*llm, *encoder, *generator)), target_shape=shape)
 
 
 def rows_of(work: MeanWork) -> tuple[float, float, float]:
@@ -44,13 +44,17 @@ class ActivationBytes:
     def __init__(self) -> None:
         self._found: dict[tuple[tuple[str, ...], str], deque[float]] = {}
 
-    def take(self, known: MeasuredCosts, rank: int) -> None:
-        """Begin with what was measured before on the same stages."""
-        llm = known.rank_microbatches[rank] if known.rank_microbatches else None
+    def take(self, known: MeasuredCosts, rank: int, size: int) -> None:
+        """Begin with what was measured before on the same stages.
+
+        Args:
+            rank, size: this rank of a pipeline of so many. The LLM's bytes of another number of ranks say nothing.
+        """
+        llm = known.rank_microbatches[rank] if len(known.rank_microbatches) == size else None
         units = (known.encoder_unit, llm, known.generator_unit)
-        for name, size, rows in zip(COMPONENTS, units, rows_of(known.work), strict=True):
-            if size is not None and rows:
-                self._of(known.trained, name).append(size / rows)
+        for name, unit, rows in zip(COMPONENTS, units, rows_of(known.work), strict=True):
+            if unit is not None and rows:
+                self._of(known.trained, name).append(unit / rows)
 
     def add(self, trained: tuple[str, ...], rows: Sequence[float], peaks: Mapping[str, float]) -> None:
         """Learn from what was measured.

@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.agreement import on_first_rank
+from bigmac_lightning.checkpoints.newest import in_words, newest_whole
 
 AUTO = "auto"
 LAST = "last, of all ranks"
@@ -51,28 +52,11 @@ def find(trainer: pl.Trainer, asked: str) -> str | None:
 def _newest_whole(trainer: pl.Trainer) -> tuple[str | None, str]:
     """The checkpoint, and in words what was found."""
     folders = list(dict.fromkeys(_folders(trainer)))
-    candidates: dict[Path, Path] = {}
-    skipped: list[str] = []
-    for path in (path for folder, ending in folders for path in files.in_folder(folder, ending)):
-        try:
-            place = files.present(path)
-        except FileNotFoundError as error:
-            skipped.append(f"{path}: {_unfinished_reason(path) or error}")
-            continue
-        candidates.setdefault(place.resolve(), place)
-    dated: list[tuple[float, Path]] = []
-    for place in candidates.values():
-        try:
-            dated.append((marker.saved_at(place), place))
-        except (OSError, ValueError) as error:
-            skipped.append(f"{place}: {error}")
-    for _, place in sorted(dated, reverse=True):
-        if problems := marker.problems(place):
-            skipped.append(f"{place}: {problems[0]}")
-            continue
-        return str(place), f"the run resumes from {place}{_words(skipped)}"
+    found, skipped = newest_whole(folders)
+    if found is not None:
+        return str(found), f"the run resumes from {found}{in_words(skipped)}"
     where = ", ".join(str(folder) for folder, _ in folders) or "no folder"
-    return None, f"there is no whole checkpoint in {where}; the run starts anew{_words(skipped)}"
+    return None, f"there is no whole checkpoint in {where}; the run starts anew{in_words(skipped)}"
 
 
 def _last(trainer: pl.Trainer) -> tuple[str | None, str]:
@@ -141,16 +125,3 @@ def _saved_at(place: Path) -> float:
 
 def _on_exception(callback: Any) -> str | None:
     return callback.ckpt_path if isinstance(callback, OnExceptionCheckpoint) else None
-
-
-def _unfinished_reason(path: Path) -> str | None:
-    place = path.with_name(path.name + files.UNFINISHED)
-    if not place.exists():
-        return None
-    if place.is_dir() and not (place / marker.MARKER).exists():
-        return f"{place} was not written to its end: it has no {marker.MARKER}"
-    return next(iter(marker.problems(place, contents=False)), None)
-
-
-def _words(skipped: list[str]) -> str:
-    return f"; not whole, and skipped: {'; '.join(skipped)}" if skipped else ""

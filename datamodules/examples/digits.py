@@ -201,6 +201,8 @@ class DigitsDataModule(PipelineDataModule):
                 load = partial(_small, part)
                 media.append(Media("image", len(words), self.image_rows, load, name=part.file.name))
                 words += ["<image>"] * self.image_rows
+            else:
+                raise ExampleError(f"has a {type(part).__name__}: the digits are images and words")
         if unknown := [word for word in words if tokenizer.token_to_id(word) is None]:
             raise ExampleError(f"has the words {unknown}, which the digits' tokenizer does not know; it knows {KNOWN}")
         targets = [Target("image", len(words), self.draw_rows, (1, 8, 8), seed=0)] * (example.target is not None)

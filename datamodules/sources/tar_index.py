@@ -65,11 +65,11 @@ class TarIndex:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = place.with_suffix(".lock").open("w")
-        except OSError as error:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes of a node, one makes the index, and the others wait
+        except OSError as error:  # some file systems have no locks
             log.warning("The index of %s is not kept: %s", paths[0], error)
             return cls.scanned(paths, shown=True)
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes of a node, one makes the index, and the others wait
             if (kept := cls._kept(paths, place)) is not None:
                 return kept
             made = cls.scanned(paths, shown=True)
@@ -90,8 +90,7 @@ class TarIndex:
         files = [
             _File.of(path, names) for path in (track(paths, "index", console=Console(stderr=True)) if shown else paths)
         ]
-        lengths = {name: [len(getattr(file, name)) for file in files] for name in ("key_ends", "member_ends")}
-        tars = np.cumsum([0, *lengths["key_ends"]], dtype=np.int64)
+        tars = np.cumsum([0, *(len(file.key_ends) for file in files)], dtype=np.int64)
         arrays = {"tars": tars, "keys": np.concatenate([file.keys for file in files])}
         for name, ends in (("key_starts", "key_ends"), ("members", "member_ends")):
             before = np.cumsum([0, *(int(getattr(file, ends)[-1]) if len(file.key_ends) else 0 for file in files)])

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +143,7 @@ def test_replies_to_examples(
         if last.role == "assistant":
             assert line["reference"] == "".join(last.parts)
             right.append(line["reply"] == line["reference"])
-            example = replace(example, messages=example.messages[:-1])
-        assert line["reply"] == "".join(run.pieces(run.data.prompt(example), max_new_tokens=4))
+        assert line["reply"] == "".join(run.pieces(run.data.question(example)[0], max_new_tokens=4))
     assert right
     assert f"exact_match {sum(right) / len(right):.4g}, chrF " in said
     assert any("image" in line for line in lines)
@@ -159,9 +157,35 @@ def test_replies_that_cannot_be_given(
         ("digits", [], "DigitsDataModule has no sources of examples"),
         ("mixed", ["--split", "all"], "--split is 'all'; expected one of train, val, test, predict"),
         ("mixed", ["--split", "test"], "there is no source of examples of the split 'test'"),
+        ("mixed", ["--temperature", "-1"], "temperature is -1.0; expected 0 or more"),
+        ("mixed", ["--limit", "0"], "--limit is 0; expected at least 1"),
     ):
         assert _main(monkeypatch, "predict", str(_run(runs, name)), "--output", str(tmp_path / "x.jsonl"), *more) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_tools_and_variables_of_the_template(runs: Path) -> None:
+    """A whole conversation has them, and they reach the template."""
+    run = bigmac_lightning.load(_run(runs, "mixed"), device="cpu")
+    run.data.encoder.tokenizer.chat_template += "{{ mood }}"
+    messages = [{"role": "user", "content": "Hi."}]
+    given = run.prompt({"messages": messages, "chat_template_kwargs": {"mood": "calm"}})
+    assert run.data.reply(given.microbatches[0].inputs["input_ids"][0].tolist()).endswith("calm")
+    with pytest.raises(ExampleError, match="tool"):
+        run.chat({"messages": messages, "tools": [{"name": "f"}]})
+    with pytest.raises(ExampleError, match="is empty: it has no message"):
+        run.chat([])
+
+
+def test_a_conversation_by_lines(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/imgae x.png\nwhat comes after 3 ?\n/new\n"))
+    assert _main(monkeypatch, "chat", str(_run(runs, "digits"))) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1
+    assert "there is no /imgae. A line is your next message; /image FILE" in said.err
 
 
 def test_a_checkpoint_and_a_model_of_ones_own(runs: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from bigmac_lightning.datamodules import (
     PatchProcessor,
     Size,
     TargetProcessor,
+    Video,
 )
 from bigmac_lightning.datamodules.encoding.chat import ChatEncoder
 from tests.datamodules import chat_table
@@ -116,6 +117,38 @@ def test_a_batch_of_a_data_module() -> None:
     assert data.reply(data.encoder.tokenizer.encode("Hällo<|im_end|>")) == "Hällo"
 
 
+@pytest.mark.parametrize(
+    ("case", "reference"),
+    [
+        ("two turns", "<think>\n\n</think>\n\nTwo."),
+        ("reasoning, last turn", "<think>\nI count.\n</think>\n\nTwo."),
+        ("tool call", "<think>\n\n</think>\n\nIt is sunny."),
+    ],
+)
+def test_a_question_and_its_reply(case: str, reference: str) -> None:
+    """The reply is what the template writes, with what is thought, as the model would write it."""
+    example, encoder = chat_table.CASES[case], _encoder("qwen3")
+    data = MultimodalDataModule(processor=encoder.tokenizer)
+    prompt, reply = data.question(example)
+    assert reply == reference
+    assert prompt.microbatches[0].inputs["input_ids"][0].tolist() == list(
+        encoder.prompt(replace(example, messages=example.messages[:-1]), []).tokens
+    )
+
+
+def test_questions_without_a_reply() -> None:
+    data = MultimodalDataModule(target=TargetProcessor(rows=3, shape=(3, 16, 16)))
+    user = Message("user", ["hi"])
+    assert data.question(Example([user]))[1] is None
+    assert data.question(Example([user], Image(File.lazy("none", bytes))))[1] is None
+    assert data.question(Example.of_text("Once"))[1] is None
+    assert data.question(Example.of_completion(["Once "], ["upon"]))[1] == "upon"
+    silent = Message("assistant", ["no"], learn=False)
+    assert data.question(Example([user, silent]))[1] == "no", "also of replies that are not learnt"
+    with pytest.raises(ExampleError, match="which is empty"):
+        data.question(Example([user, Message("assistant", [])]))
+
+
 def test_digits() -> None:
     data = DigitsDataModule()
     picture = Image(File.lazy("x.png", partial(_png, 32, 32)))
@@ -126,3 +159,5 @@ def test_digits() -> None:
     assert torch.equal(microbatch.media_positions, torch.arange(16))
     with pytest.raises(ExampleError, match=r"the words \['hello'\], which the digits' tokenizer does not know"):
         data.prompt(Example([Message("user", ["hello"])]))
+    with pytest.raises(ExampleError, match="has a Video: the digits are images and words"):
+        data.prompt(Example([Message("user", [Video(File.lazy("x.mp4", bytes))])]))

@@ -2,8 +2,9 @@
 
 import pytest
 
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.schedule.measured_costs import MeanWork, MeasuredCosts
-from bigmac_lightning.training.activation_bytes import KEPT, ActivationBytes
+from bigmac_lightning.training.activation_bytes import KEPT, ActivationBytes, rows_of, work_of
 
 TRAINED = ("llm",)
 
@@ -27,9 +28,16 @@ def test_a_costs_file_tells_them_from_the_first_batch_on(rank: int) -> None:
         {}, work, (2, 2), 2, trained=TRAINED, encoder_unit=3200.0, generator_unit=40.0, rank_microbatches=(500.0, 400.0)
     )
     known = ActivationBytes()
-    known.take(file, rank)
+    known.take(file, rank, 2)
     assert known.expected(TRAINED, [64.0, 100.0, 2.0]) == {
         "encoder": 6400.0,
         "llm": (1000.0, 800.0)[rank],
         "generator": 20.0,
     }
+    other = ActivationBytes()
+    other.take(file, rank, 4)
+    assert "llm" not in other.expected(TRAINED, [64.0, 100.0, 2.0]), "these are other stages"
+
+
+def test_a_batch_of_nothing() -> None:
+    assert rows_of(work_of(Batch([]))) == (0.0, 0.0, 0.0)

@@ -5,8 +5,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.datamodules import Collator
+from tests.models import parts
 from tests.toy import ToyData, ToyModule
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -147,3 +150,29 @@ def test_replicas_with_different_numbers_of_batches() -> None:
     assert ranks[0] == ranks[1]
     assert ranks[2] == ranks[3]
     assert ranks[0][1] < ranks[2][1]
+
+
+def _validated(trainer: Any, layout: PipelineLayout) -> dict[str, float]:
+    """Of a model that has learnt three of six samples by heart."""
+    torch.manual_seed(0)
+    samples = parts.samples("rtdrtd")
+    module = parts.model(learning_rate=1e-2, schedule="constant")
+    given, learnt = (Collator(layout, 3)(some) for some in (samples, samples[:3]))
+    loaders: list[Any] = [DataLoader([batch], batch_size=None) for batch in (learnt, given)]  # pyright: ignore
+    trainer.fit(module, loaders[0])
+    (found,) = trainer.validate(module, loaders[1], verbose=False)
+    return found
+
+
+def _validated_on_rank(rank: int) -> dict[str, float]:
+    trainer = pipeline_trainer(2, {}, max_epochs=25, limit_val_batches=1)
+    return _validated(trainer, PipelineLayout(2, rank, group_size=2))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_exact_match_in_a_pipeline() -> None:
+    expected = _validated(plain_trainer(max_epochs=25, limit_val_batches=1), PipelineLayout())
+    assert 0 < expected["val/exact_match"] < 1
+    for found in on_ranks(2, _validated_on_rank):
+        assert found["val/exact_match"] == expected["val/exact_match"]
+        assert found["val/accuracy"] == pytest.approx(expected["val/accuracy"])
