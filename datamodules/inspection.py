@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,9 @@ from .packing.measuring import Measurements, encoded, measure_all, name_of
 from .sources.source import Source
 from .sources.stream import Stream, Taken
 from .splits import Split
+
+SURVEYED = 1000
+"""Steps of which it is told how full their microbatches are."""
 
 Kind = Literal["given", "learnt", "media", "target"]
 
@@ -36,7 +39,7 @@ class SourceView:
     @property
     def usable(self) -> list[int]:
         """The numbers of the examples that can be used."""
-        return np.flatnonzero(self.measured.tokens).tolist()
+        return self.measured.usable(np.arange(self.measured.number_usable)).tolist()
 
     def reasons(self) -> list[tuple[str, int]]:
         """The reasons why examples cannot be used, and for how many each, the most frequent first. Numbers in the texts
@@ -110,7 +113,7 @@ class StepView:
 
     Attributes:
         steps: number of steps of an epoch.
-        used: share of the token budget that the samples of an epoch use; padding does not count.
+        used: share of the token budget that the samples of the first steps use; padding does not count.
         microbatches: in any order.
     """
 
@@ -220,7 +223,7 @@ def first_step(
     measured = [view.measured for view in views]
     sampler = data.sampler(split, measured, microbatches, {"num_replicas": replicas, "rank": 0})
     first, used, bins = None, 0, 0
-    for step in sampler:
+    for step in islice(sampler, SURVEYED):
         first = first or step
         used += sum(int(measured[source].tokens[i]) for b in step.bins for source, i in b)
         bins += len(step.bins)

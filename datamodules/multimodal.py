@@ -32,8 +32,9 @@ from .loading.stream_steps import StreamSteps
 from .media.decoding import measure
 from .model_checks import check_vocabulary, refused_packing
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
+from .packing.epoch import StepSize
 from .packing.measuring import Measurements, measurements, report_errors
-from .packing.steps import StepSampler, StepSize
+from .packing.steps import StepSampler
 from .sources.source import Source
 from .sources.stream import Stream
 from .splits import Split, Splits
@@ -174,9 +175,12 @@ class MultimodalDataModule(ParallelDataModule):
 
     def measure(self, source: Source, split: Split, read_only: bool = False) -> Measurements:
         """Measure the examples of a source as examples of a split; for `read_only` see `measurements`."""
-        folder = Path(self.loading.cache_dir).expanduser()
-        learns = split == "train"
-        return measurements(source, self.encoder, self.token_budget, folder, self.num_workers, read_only, learns)
+        learns, workers = split == "train", self.num_workers
+        return measurements(source, self.encoder, self.token_budget, self._kept_in, workers, read_only, learns)
+
+    @property
+    def _kept_in(self) -> Path:
+        return Path(self.loading.cache_dir).expanduser()
 
     def _measurements(self, split: Split) -> list[Measurements]:
         if split not in self._measured:
@@ -289,6 +293,7 @@ class MultimodalDataModule(ParallelDataModule):
             shuffle=training and not self.packing.ordered and not same,
             seed=self.seed,
             same=same,
+            kept_in=self._kept_in,
             **(data_parallel or {}),
         )
 

@@ -164,7 +164,7 @@ def _step(step: StepView, data: MultimodalDataModule, replicas: int) -> Table:
         table.add_row(str(number), *(f"{n:,}" for n in (m.samples, m.tokens)), share, f"{m.learnt:,}", f"{m.rows:,}",
                       f"{m.cost:,.0f}")  # fmt: skip
     rows = "packed into one row" if data.packing.packed else "a row for each sample, padded"
-    table.caption = f"{step.used:.1%} of token_budget={data.token_budget} are used over the epoch; {rows}"
+    table.caption = f"{step.used:.1%} of token_budget={data.token_budget} are used; {rows}"
     return table
 
 

@@ -20,9 +20,10 @@ from ..encoding.chat import ChatEncoder
 from ..errors import ExampleError, SourceError, reason_of
 from ..example import Example
 from ..options import PackingOptions
+from ..packing.epoch import StepSize
 from ..packing.measuring import encoded, name_of
 from ..packing.packing import Bin, Bins, deal, llm_cost, pack
-from ..packing.steps import StepSize, order_settings
+from ..packing.steps import order_settings
 from ..sources.stream import Stream
 from .agreed_loader import Position, Progress
 from .collate import Sample
@@ -155,12 +156,11 @@ class StreamSteps(IterableDataset):
         tokens = [len(sample.tokens) for sample in buffer.samples]
         costs = [llm_cost(n, packing.attention_tokens) for n in tokens]
         if not packing.ordered:
-            packed = pack(tokens, costs, size.token_budget, len(tokens))
+            packed = pack(tokens, costs, size.token_budget)
             bins = packed if len(packed) <= len(bins) else bins  # more bins might need another step
             random.Random(f"{self.seed}/buffer/{number}").shuffle(bins)
-        steps = -(-len(bins) // (self.replicas * size.microbatches))
         further = [
             [sum(item.cost for item in sample.media) for sample in buffer.samples],
             [sum(item.cost for item in sample.targets) for sample in buffer.samples],
         ]
-        return deal(bins, costs, self.replicas, size.microbatches, steps, True, further)
+        return deal(bins, costs, self.replicas, size.microbatches, further)

@@ -6,30 +6,33 @@ examples, and no rank opens a media file that it does not own.
 
 import hashlib
 import logging
-import os
-import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from ..encoding.chat import ChatEncoder
 from ..errors import ExampleError, reason_of
 from ..example import Example, Size
+from ..kept_arrays import keep, mapped, of_texts, texts_of
+from ..left_out import remaining
 from ..limits import Limits
 from ..loading.collate import Sample
 from ..media.decoding import measure
 from ..sources.source import Source
 from ..sources.stream import Stream
 
-FORMAT = 6
+FORMAT = 7
 """Version of the stored measurements; a change of what is measured needs another one."""
+
+PIECE, JOINED = 32, 1 << 16
+"""Examples that a worker measures at a time, and that are made arrays together."""
 
 SHOWN_ERRORS = 10
 """Broken examples that one error or warning lists; it counts the others."""
@@ -61,24 +64,31 @@ class Measured:
 
 
 class Measurements:
-    """The measurements of all n examples of a source, in flat arrays that worker processes share without copies.
+    """The measurements of all n examples of a source, in flat arrays. If they lie on disk, all processes map them.
 
     Attributes:
         arrays: the fields of `Measured` as arrays (n,); "sizes" (items, 4) of all examples, of which example i has
-            those from "first"[i] up to "first"[i + 1]; and "bad", the numbers of the examples with "errors".
+            those from "first"[i] up to "first"[i + 1]; and "bad", the numbers of the examples with "errors", whose
+            bytes end at "error_ends".
         tokens: (n,) number of tokens of each example; 0 for one that cannot be used.
         errors: why examples cannot be used, by their numbers.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        self.arrays = arrays
+    def __init__(self, arrays: Mapping[str, np.ndarray], place: Path | None = None) -> None:
+        """
+        Args:
+            place: the file that the arrays are mapped from. Workers map it as well, and the arrays are not sent.
+        """
+        self.arrays, self._place = dict(arrays), place
         self.tokens = arrays["tokens"]
-        self.errors = dict(zip(arrays["bad"].tolist(), arrays["errors"].tolist(), strict=True))
+        errors = texts_of(arrays["errors"], arrays["error_ends"])
+        self.errors = dict(zip(arrays["bad"].tolist(), errors, strict=True))
 
     @classmethod
     def of(cls, measured: list[Measured]) -> "Measurements":
         bad = [i for i, m in enumerate(measured) if m.error]
         sizes = [(s.height, s.width, s.frames, s.seconds) for m in measured for s in m.sizes]
+        errors, error_ends = of_texts([measured[i].error for i in bad])
         return cls(
             {
                 "tokens": np.array([m.tokens for m in measured], dtype=np.int64),
@@ -89,12 +99,44 @@ class Measurements:
                 "first": np.cumsum([0, *(len(m.sizes) for m in measured)], dtype=np.int64),
                 "sizes": np.array(sizes, dtype=np.float64).reshape(-1, 4),
                 "bad": np.array(bad, dtype=np.int64),
-                "errors": np.array([measured[i].error for i in bad], dtype=np.str_),
+                "errors": errors,
+                "error_ends": error_ends,
             }
         )
 
+    @classmethod
+    def joined(cls, parts: Iterable[Sequence[Measured]]) -> "Measurements":
+        """The measurements of one part after another. There may be millions, of which few are objects at a time."""
+        made, waiting = list[dict[str, np.ndarray]](), list[Measured]()
+        for part in parts:
+            waiting += part
+            if len(waiting) >= JOINED:
+                made.append(cls.of(waiting).arrays)
+                waiting = []
+        made.append(cls.of(waiting).arrays)
+        examples = np.cumsum([0, *(len(arrays["tokens"]) for arrays in made)])
+        items = np.cumsum([0, *(len(arrays["sizes"]) for arrays in made)])
+        texts = np.cumsum([0, *(len(arrays["errors"]) for arrays in made)])
+        for number, arrays in enumerate(made):
+            arrays["bad"] += examples[number]
+            arrays["error_ends"] += texts[number]
+            arrays["first"] = arrays["first"][bool(number) :] + items[number]
+        return cls({name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]})
+
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.arrays,)) if self._place is None else (type(self).load, (self._place,))
+
+    @property
+    def number_usable(self) -> int:
+        """How many examples can be used."""
+        return len(self) - len(self.arrays["bad"])
+
+    def usable(self, places: np.ndarray) -> np.ndarray:
+        """The numbers of the examples at places (n,) among those that can be used."""
+        return remaining(places, self.arrays["bad"])
 
     def sizes(self, index: int) -> list[Size]:
         """The sizes of an example's media, then of its target."""
@@ -106,7 +148,7 @@ class Measurements:
         """The measurements with other ones of some examples that could not be used."""
         arrays = dict(self.arrays)
         for name in ("tokens", "learnt", "rows", "encoder", "target"):
-            arrays[name] = arrays[name].copy()
+            arrays[name] = np.array(arrays[name])  # in memory, if it was mapped
             for index, found in examples.items():
                 arrays[name][index] = getattr(found, name)
         first, own = self.arrays["first"], Measurements.of(list(examples.values())).arrays
@@ -118,52 +160,52 @@ class Measurements:
         errors = self.errors | {index: found.error for index, found in examples.items()}
         left = sorted(index for index, error in errors.items() if error)
         arrays["bad"] = np.array(left, dtype=np.int64)
-        arrays["errors"] = np.array([errors[index] for index in left], dtype=np.str_)
+        arrays["errors"], arrays["error_ends"] = of_texts([errors[index] for index in left])
         return Measurements(arrays)
 
-    def save(self, path: Path) -> None:
+    def save(self, place: Path) -> None:
         """Write a file, so that a run which is killed leaves no part of one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            np.savez(file, allow_pickle=False, **self.arrays)
-        os.replace(file.name, path)
+        keep(place, self.arrays)
 
     @classmethod
-    def load(cls, path: Path) -> "Measurements":
+    def load(cls, place: Path) -> "Measurements":
         """
         Raises:
             ValueError: the file is damaged, or was not written by `save`.
         """
         expected = cls.of([]).arrays
         try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-            if {m.filename for m in members} != {f"{name}.npy" for name in expected} or len(members) != len(expected):
-                raise ValueError(f"it has the arrays {[m.filename for m in members]}")
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members):  # they could grow without limit
-                raise ValueError("its arrays are compressed")
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
+            arrays = mapped(place, list(expected))
             for name, array in expected.items():
                 if arrays[name].dtype.kind != array.dtype.kind or arrays[name].shape[1:] != array.shape[1:]:
                     raise ValueError(
                         f"its array {name} has the type {arrays[name].dtype} and shape {arrays[name].shape}"
                     )
-            return cls(arrays)
-        except (ValueError, zipfile.BadZipFile, MemoryError, EOFError, OSError) as error:
+            lengths = {name: len(array) for name, array in arrays.items()}
+            of_examples = {lengths[name] for name in ("tokens", "learnt", "rows", "encoder", "target")}
+            if of_examples != {lengths["first"] - 1} or lengths["bad"] != lengths["error_ends"]:
+                raise ValueError(f"its arrays have the lengths {lengths}")
+            return cls(arrays, place)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 class _Measuring(Dataset):
-    """A dataset of the measurements of a source's examples."""
+    """A dataset of the measurements of some examples of a source, in pieces of several examples."""
 
-    def __init__(self, source: Source, encoder: ChatEncoder, budget: int, learns: bool) -> None:
+    def __init__(
+        self, source: Source, encoder: ChatEncoder, budget: int, learns: bool, examples: Sequence[int]
+    ) -> None:
         self.source, self.encoder, self.budget, self.learns = source, encoder, budget, learns
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self.source)
+        return -(-len(self.examples) // PIECE)
 
-    def __getitem__(self, index: int) -> Measured:
+    def __getitem__(self, piece: int) -> list[Measured]:
+        return [self._measured(index) for index in self.examples[PIECE * piece : PIECE * (piece + 1)]]
+
+    def _measured(self, index: int) -> Measured:
         name = name_of(self.source, index)
         try:
             example = self.source[index]
@@ -211,6 +253,8 @@ def encoded(
             f"has {len(sample.tokens)} tokens, more than a microbatch may have: shorten it, allow fewer rows per "
             f'image or video, raise token_budget={budget}, or set packing.truncation to "end", which cuts off its end'
         )
+    if not sample.tokens:
+        raise ExampleError("has no tokens: the chat template writes nothing for it")
     if learns and not any(sample.labelled) and not sample.targets:
         raise ExampleError(
             "has nothing to learn: neither a target nor a reply that is learnt and not empty. Leave it out, or set "
@@ -223,6 +267,14 @@ def name_of(source: Source | Stream, index: int, example: Example | None = None)
     """What errors call an example: its source, its number, and its own name if it has one."""
     own_name = f" ({example.name})" if example is not None and example.name else ""
     return f"{source.name}, sample {source.origin(index)}{own_name}"
+
+
+def place_of(source: Source, encoder: ChatEncoder, budget: int, folder: Path, learns: bool) -> Path:
+    """Where the measurements of a source are stored. Arguments are as in `measurements`."""
+    settings = [repr((FORMAT, budget, learns, source.limits)), encoder.fingerprint(), source.identity()]
+    key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:24]
+    stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
+    return folder / f"{key}-{stamp}.safetensors"
 
 
 def measurements(
@@ -243,10 +295,7 @@ def measurements(
         read_only: whether a stored file is taken as it is, since another process of this node has just made it.
         learns: whether the examples are for training.
     """
-    settings = [repr((FORMAT, budget, learns, source.limits)), encoder.fingerprint(), source.identity()]
-    key = hashlib.sha256("\n".join(settings).encode()).hexdigest()[:24]
-    stamp = hashlib.sha256((source.fingerprint() or "").encode()).hexdigest()[:16]
-    path = folder / f"{key}-{stamp}.npz"
+    path = place_of(source, encoder, budget, folder, learns)
     if path.exists() and (read_only or source.fingerprint() is not None):
         try:
             stored = Measurements.load(path)
@@ -260,7 +309,7 @@ def measurements(
             return stored if read_only else _mended(stored, source, encoder, budget, workers, learns, path)
     made = measure_all(source, encoder, budget, workers, learns)
     made.save(path)
-    return made
+    return Measurements.load(path)
 
 
 def _mended(
@@ -268,39 +317,37 @@ def _mended(
 ) -> Measurements:
     """Measurements in which the examples that could not be used are measured again, as they may have been mended."""
     broken = list(stored.errors)
-    found = _measured(source, encoder, budget, workers, learns, broken) if broken else []
-    again = dict(zip(broken, found, strict=True))
+    pieces = _measured(source, encoder, budget, workers, learns, broken) if broken else []
+    again = dict(zip(broken, chain.from_iterable(pieces), strict=True))
     if all(found.error == stored.errors[index] for index, found in again.items()):
         return stored
-    made = stored.replaced(again)
-    made.save(path)
-    return made
+    stored.replaced(again).save(path)
+    return Measurements.load(path)
 
 
 def measure_all(
     source: Source, encoder: ChatEncoder, budget: int, workers: int = 0, learns: bool = False
 ) -> Measurements:
     """Measure a source, whatever is stored. Arguments are as in `measurements`."""
-    return Measurements.of(_measured(source, encoder, budget, workers, learns, range(len(source))))
+    return Measurements.joined(_measured(source, encoder, budget, workers, learns, range(len(source))))
 
 
 def _measured(
     source: Source, encoder: ChatEncoder, budget: int, workers: int, learns: bool, examples: Sequence[int]
-) -> list[Measured]:
-    """The measurements of these examples, with a progress bar in a terminal."""
+) -> Iterable[list[Measured]]:
+    """The measurements of these examples, in pieces, with a progress bar in a terminal."""
     log.info("measuring %d of the %d examples of %s", len(examples), len(source), source.name)
-    chosen = Subset(_Measuring(source, encoder, budget, learns), examples)
-    loader = DataLoader(chosen, batch_size=None, num_workers=workers)
+    pieces = _Measuring(source, encoder, budget, learns, examples)
+    loader = DataLoader(pieces, batch_size=None, num_workers=workers)
     console = Console(stderr=True)
-    watched = track(
+    return track(
         loader,
         f"measuring {source.name}",
-        len(examples),
+        len(pieces),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    return list(watched)
 
 
 def report_errors(measured: Sequence[Measurements], split: str, on_error: Literal["raise", "skip"]) -> None:

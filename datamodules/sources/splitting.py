@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 
 from ..example import Example
+from ..left_out import remaining
 from .source import Source
 from .stream import Stream
 
@@ -32,16 +33,40 @@ class SourceSubset(Source):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self.whole[int(self.indices[index])]
+        return self.whole[self.at(index)]
+
+    def at(self, index: int) -> int:
+        """The index in the whole source."""
+        return int(self.indices[index])
 
     def origin(self, index: int) -> int:
-        return self.whole.origin(int(self.indices[index]))
+        return self.whole.origin(self.at(index))
 
     def fingerprint(self) -> str | None:
         return self.whole.fingerprint()
 
     def identity(self) -> str:
-        return hashlib.sha256(self.whole.identity().encode() + self.indices.tobytes()).hexdigest()
+        own = f"{type(self).__name__} {self.whole.identity()}".encode()
+        return hashlib.sha256(own + self.indices.tobytes()).hexdigest()
+
+
+class SourceRest(SourceSubset):
+    """The examples of another source without some of them."""
+
+    def __init__(self, whole: Source, left_out: Sequence[int]) -> None:
+        """
+        Args:
+            left_out: the indices of those that it does not have, sorted.
+        """
+        super().__init__(whole, left_out)
+
+    def __len__(self) -> int:
+        return len(self.whole) - len(self.indices)
+
+    def at(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(remaining(np.array([index]), self.indices)[0])
 
 
 def hold_out(
@@ -75,7 +100,7 @@ def hold_out(
     return train, held_out
 
 
-def _split(source: Source, amount: HeldOut, seed: str) -> tuple[SourceSubset, SourceSubset]:
+def _split(source: Source, amount: HeldOut, seed: str) -> tuple[SourceRest, SourceSubset]:
     """What is left to train on, and what is held out. The choice depends only on the seed and the source's length.
 
     Raises:
@@ -89,5 +114,5 @@ def _split(source: Source, amount: HeldOut, seed: str) -> tuple[SourceSubset, So
             "(0.05), or a number of examples that leaves some to train on"
         )
     number = max(number, 1) if isinstance(amount, float) and total > 1 else number
-    held_out = set(Random(seed).sample(range(total), number))
-    return SourceSubset(source, [i for i in range(total) if i not in held_out]), SourceSubset(source, sorted(held_out))
+    held_out = sorted(Random(seed).sample(range(total), number))
+    return SourceRest(source, held_out), SourceSubset(source, held_out)

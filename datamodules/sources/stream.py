@@ -3,16 +3,21 @@
 To train on a stream of your own, derive from `Stream`.
 """
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from ..errors import ExampleError, reason_of
 from ..example import Example
 from ..limits import Limits
+from ..permutation import key_of, permuted
 from .source import Source
+
+PIECE = 1024
+"""Examples of a shuffled source whose order is found at once."""
 
 Place = Any
 """A place in a stream. It goes into checkpoints: numbers, texts, and lists and dictionaries of them."""
@@ -62,15 +67,21 @@ class SourceStream(Stream):
         return self.source.name
 
     def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
-        order = list(range(len(self.source)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{repeat}").shuffle(order)
-        for number, index in enumerate(order[place or 0 :], start=place or 0):
+        for number, index in enumerate(self._order(repeat, place or 0), start=place or 0):
             try:
                 example: Example | ExampleError = self.source[index]
             except Exception as error:  # a source may raise anything
                 example = ExampleError(reason_of(error))
             yield example, number + 1
+
+    def _order(self, repeat: int, start: int) -> Iterator[int]:
+        """The indices of the examples from a place on."""
+        size, key = len(self.source), key_of(f"{self.seed}/{repeat}")
+        for first in range(start, size, PIECE):
+            places = np.arange(first, min(first + PIECE, size))
+            if self.shuffle:
+                places = permuted(places, np.full(len(places), size), np.full(len(places), key))
+            yield from places.tolist()
 
 
 class Taken(Source):

@@ -2,15 +2,10 @@
 process. Ten million samples take a few hundred megabytes of disk, and next to nothing in a process.
 """
 
-import fcntl
 import hashlib
-import json
-import logging
 import os
 import posixpath
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +14,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from ..kept_arrays import made_once, of_texts, texts_of
 from .data_files import stamp
 
-FORMAT = 1
+FORMAT = 2
 """Version of kept indices."""
 LARGE = 1 << 28
 """Bytes of tar files from which on their index is kept. That of others is made sooner than found."""
 MAX_LINKS = 40
 """Most links that are followed from one to the next, as Linux does: more are taken for a circle."""
 
-ARRAYS = ("tars", "keys", "key_starts", "members", "suffixes", "offsets", "lengths")
+ARRAYS = ("names", "name_ends", "tars", "keys", "key_starts", "members", "suffixes", "offsets", "lengths")
 Member = tuple[str, int, int]
 """The suffix, offset and length of a member of a tar; (suffix, -1, 0): it is no file of the tar."""
-
-log = logging.getLogger(__name__)
 
 
 class TarIndex:
@@ -41,13 +35,24 @@ class TarIndex:
     Attributes:
         paths: of the tar files.
         names: the suffixes that occur.
-        arrays: "tars" (files + 1,), the number of the first sample of each file; "keys", the UTF-8 bytes of the keys of
-            all samples, and "key_starts" (n + 1,), where each begins; "members" (n + 1,), the number of the first
-            member of each sample; of each member "suffixes", its number in `names`, "offsets" and "lengths".
+        arrays: "names" and "name_ends", see `of_texts`; "tars" (files + 1,), the number of the first sample of each
+            file; "keys", the UTF-8 bytes of the keys of all samples, and "key_starts" (n + 1,), where each begins;
+            "members" (n + 1,), the number of the first member of each sample; of each member "suffixes", its number in
+            `names`, "offsets" and "lengths".
     """
 
-    def __init__(self, paths: Sequence[str], names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
-        self.paths, self.names, self.arrays = list(paths), list(names), dict(arrays)
+    def __init__(self, paths: Sequence[str], arrays: Mapping[str, np.ndarray], place: Path | None = None) -> None:
+        """
+        Args:
+            place: the file in which the arrays are kept, if they are. Workers open it, and the arrays are not sent.
+        """
+        self.paths, self.arrays, self._place = list(paths), dict(arrays), place
+        self.names = texts_of(self.arrays["names"], self.arrays["name_ends"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._place is not None and self._place.exists():  # otherwise it could not be kept
+            return type(self).of, (self.paths, self._place.parent)
+        return type(self), (self.paths, self.arrays)
 
     @classmethod
     def of(cls, paths: Sequence[str], folder: Path) -> "TarIndex":
@@ -58,30 +63,14 @@ class TarIndex:
             OSError: a file cannot be read.
         """
         if sum(os.path.getsize(path) for path in paths) < LARGE:
-            return cls.scanned(paths)
-        place = folder / f"tars-{hashlib.sha256(f'{FORMAT} {stamp(paths)}'.encode()).hexdigest()[:32]}"
-        if (kept := cls._kept(paths, place)) is not None:
-            return kept
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = place.with_suffix(".lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of the processes of a node, one makes the index, and the others wait
-        except OSError as error:  # some file systems have no locks
-            log.warning("The index of %s is not kept: %s", paths[0], error)
-            return cls.scanned(paths, shown=True)
-        with lock:
-            if (kept := cls._kept(paths, place)) is not None:
-                return kept
-            made = cls.scanned(paths, shown=True)
-            try:
-                return made._keep(place)
-            except OSError as error:
-                log.warning("The index of %s is not kept: %s", paths[0], error)
-                return made
+            return cls(paths, cls.scanned(paths))
+        place = folder / f"tars-{hashlib.sha256(f'{FORMAT} {stamp(paths)}'.encode()).hexdigest()[:32]}.safetensors"
+        made = made_once(place, ARRAYS, lambda: cls.scanned(paths, shown=True), f"The places of samples in {paths[0]}")
+        return cls(paths, made, place)
 
     @classmethod
-    def scanned(cls, paths: Sequence[str], shown: bool = False) -> "TarIndex":
-        """The index of tar files, of which all headers are read.
+    def scanned(cls, paths: Sequence[str], shown: bool = False) -> dict[str, np.ndarray]:
+        """The arrays of the index of tar files, of which all headers are read.
 
         Args:
             shown: whether a bar shows the progress.
@@ -98,30 +87,8 @@ class TarIndex:
             arrays[name] = np.concatenate([np.zeros(1, np.int64), *found])
         for name in ("suffixes", "offsets", "lengths"):
             arrays[name] = np.concatenate([getattr(file, name) for file in files])
-        return cls(paths, list(names), arrays)
-
-    @classmethod
-    def _kept(cls, paths: Sequence[str], place: Path) -> "TarIndex | None":
-        try:
-            names = json.loads((place / "names.json").read_text("utf-8"))
-            found = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-        except (OSError, ValueError):  # it is not there, or somebody has damaged it
-            return None
-        return _Mapped(paths, names, found, place)
-
-    def _keep(self, place: Path) -> "TarIndex":
-        """Write it; returns the one that is mapped from there."""
-        new = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent))
-        try:
-            for name in ARRAYS:
-                np.save(new / f"{name}.npy", self.arrays[name], allow_pickle=False)
-            (new / "names.json").write_text(json.dumps(self.names), "utf-8")
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one
-            new.rename(place)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        return self._kept(self.paths, place) or self
+        arrays["names"], arrays["name_ends"] = of_texts(list(names))
+        return arrays
 
     def __len__(self) -> int:
         return len(self.arrays["key_starts"]) - 1
@@ -136,23 +103,6 @@ class TarIndex:
         columns = (self.arrays[name][first:last].tolist() for name in ("suffixes", "offsets", "lengths"))
         members = [(self.names[suffix], offset, length) for suffix, offset, length in zip(*columns, strict=True)]
         return path, self.arrays["keys"][start:stop].tobytes().decode("utf-8", "surrogateescape"), members
-
-
-class _Mapped(TarIndex):
-    """An index that lies on disk. Workers map it as well, and it is not sent to them."""
-
-    def __init__(
-        self, paths: Sequence[str], names: Sequence[str], arrays: Mapping[str, np.ndarray], place: Path
-    ) -> None:
-        super().__init__(paths, names, arrays)
-        self._place = place
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.paths, self._place)
-
-
-def _reopened(paths: Sequence[str], place: Path) -> TarIndex:
-    return TarIndex._kept(paths, place) or TarIndex.of(paths, place.parent)
 
 
 class _File:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import measured_costs, paper_workload, predictions, saving, tar_index
+from benchmarks import many_samples, measured_costs, paper_workload, predictions, saving
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def test_saving(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_the_index_of_tars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["tar_index", "--shards", "3", "--samples", "20"])
-    tar_index.main()
+    monkeypatch.setattr(sys, "argv", ["many_samples", "--shards", "3", "--samples", "20"])
+    many_samples.main()
     assert "60 samples" in capfd.readouterr().out
 
 

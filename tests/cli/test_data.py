@@ -52,7 +52,7 @@ def test_samples_sources_and_a_step(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [(split, int(number)) for split, number, *_ in rows] == [("train", 16), ("val", 4)]
     assert all(int(tokens.replace(",", "")) > int(learnt.replace(",", "")) > 0 for *_, tokens, learnt in rows)
     assert re.search(r"first step of \d+ in an epoch", shown)
-    assert "of token_budget=160 are used over the epoch; packed into one row" in shown
+    assert "of token_budget=160 are used; packed into one row" in shown
     assert shown.count("of them learnt") == 5
     assert len(re.findall(r"⟦[^⟧]+<\|im_end\|>⟧", shown)) >= 3
     assert re.search(r"<image 1: \d+ tokens>", shown)

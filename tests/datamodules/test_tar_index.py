@@ -6,6 +6,8 @@ import logging
 import multiprocessing
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from bigmac_lightning.datamodules import WebDatasetTars
+from bigmac_lightning.datamodules.kept_arrays import keep, mapped
 from bigmac_lightning.datamodules.sources import tar_index
 from bigmac_lightning.datamodules.sources.tar_index import TarIndex
 
@@ -109,7 +112,6 @@ def test_it_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         _no_scanning(patch)
         for index in (first, TarIndex.of(paths, cache), pickle.loads(sent)):
-            assert all(isinstance(array, np.memmap) for array in index.arrays.values() if array.size)
             assert _contents(index) == expected
     assert len(sent) < 600, "its arrays are not sent to workers"
     with tarfile.open(paths[0], "w") as tar:
@@ -121,11 +123,36 @@ def test_it_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_damaged_one_is_made_again(tmp_path: Path) -> None:
     paths, cache = _shards(tmp_path), tmp_path / "cache"
     TarIndex.of(paths, cache)
-    for name in ("names.json", "offsets.npy"):
-        [place] = cache.glob("tars-*/")
-        (place / name).write_bytes(b"{")
+    for content in (b"", b"{", b"\0" * 100):
+        [file] = cache.glob("tars-*.safetensors")
+        file.write_bytes(content)
         assert _contents(TarIndex.of(paths, cache)) == _listed(paths)
-    assert len([*cache.glob("tars-*/")]) == 1
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".safetensors"], "no parts are left"
+
+
+def test_pages_of_kept_arrays_are_shared(tmp_path: Path) -> None:
+    """They are not in the own memory of a process, and it may not change what others read."""
+    keep(tmp_path / "a", {"many": np.arange(20_000_000), "none": np.zeros((0, 3))})
+    process = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "a")], check=True, capture_output=True, text=True
+    )
+    assert process.stdout.split() == ["199999990000000", "(0,", "3)", "True"]
+    assert mapped(tmp_path / "a", ["many", "none"])["many"][3] == 3
+
+
+READ = """
+import sys
+from pathlib import Path
+from bigmac_lightning.datamodules.kept_arrays import mapped
+
+def own() -> int:
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+before = own()
+found = mapped(Path(sys.argv[1]), ["many", "none"])
+print(found["many"].sum(), found["none"].shape, own() - before < 5e6)
+found["many"][3] = 0
+"""
 
 
 @pytest.mark.usefixtures("kept")
@@ -134,7 +161,7 @@ def test_it_cannot_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     (tmp_path / "cache").write_text("")
     with caplog.at_level(logging.WARNING):
         assert _contents(TarIndex.of(paths, tmp_path / "cache")) == _listed(paths)
-    assert "is not kept" in caplog.text
+    assert "are not kept" in caplog.text
 
 
 def _open_at_once(paths: list[str], cache: Path, notes: Path) -> None:
