@@ -249,6 +249,7 @@ class MultimodalDataModule(ParallelDataModule):
             self.seed,
             replicas=self.data_parallel["num_replicas"],
             replica=self.data_parallel["rank"],
+            parts=self.mixture.stream_parts,
         )
         loader = StreamLoader(
             steps,

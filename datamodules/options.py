@@ -84,6 +84,9 @@ class MixtureOptions:
         samples_per_epoch: number of training examples in an epoch; ``None``: as many as all sources have together.
         steps_per_epoch: number of training steps in an epoch. It is needed, and allowed, only if one of the training
             sources is a stream; the next epoch then continues where the last one stopped.
+        stream_parts: number of parts into which streams are divided. Each part is read, packed and dealt by itself, and
+            steps come from the parts in turn. With as many workers as parts, each worker reads a part of its own; with
+            one part, every worker reads everything. The order of samples depends on it, and not on the workers.
         val_split: how many examples of each training source are held out and added to the validation sources: a share
             between 0 and 1 (0.05), or a number of examples (500); or a list with one of these for each training source,
             0 for none. The seed decides which examples are held out.
@@ -92,6 +95,7 @@ class MixtureOptions:
     weights: Sequence[float] | None = None
     samples_per_epoch: int | None = None
     steps_per_epoch: int | None = None
+    stream_parts: int = 1
     val_split: HeldOut | Sequence[HeldOut] | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +103,7 @@ class MixtureOptions:
             raise ValueError(f"mixture.weights={list(self.weights)}: every weight must be positive")
         _check_at_least_one("mixture.samples_per_epoch", self.samples_per_epoch)
         _check_at_least_one("mixture.steps_per_epoch", self.steps_per_epoch)
+        _check_at_least_one("mixture.stream_parts", self.stream_parts)
 
 
 @dataclass(frozen=True)

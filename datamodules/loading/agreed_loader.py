@@ -15,7 +15,7 @@ from .failures import Agreement
 from .flat_batch import FlatBatch, FlatCollate
 
 Position = dict[str, Any]
-"""A position in a mixture of streams, as checkpoints hold it:
+"""A position in a part of a mixture of streams, as checkpoints hold it:
 
 - "streams": for each stream its "name", its "repeat", its "place" and "drawn", how many of its examples have been
   drawn, all at the start of a buffer;
@@ -29,11 +29,13 @@ class Progress:
     """What a batch of streams says about the reading of its streams.
 
     Attributes:
-        position: where reading continues after this batch.
+        part: the number of the part of the streams that the batch is of.
+        position: where reading of the part continues after this batch.
         left_out: the reasons why examples of the buffer were left out, if this batch is the buffer's first.
         checksum: equal on all ranks if they have read the same examples.
     """
 
+    part: int
     position: Position
     left_out: tuple[str, ...] = ()
     checksum: int = 0
@@ -41,7 +43,7 @@ class Progress:
     def __str__(self) -> str:
         left_out = "".join(f"; left out: {text}" for text in self.left_out)
         drawn = ", ".join(f"{stream['drawn']} of {stream['name']}" for stream in self.position["streams"])
-        where = f"buffer {self.position['buffer']} step {self.position['step']}"
+        where = f"part {self.part} buffer {self.position['buffer']} step {self.position['step']}"
         return f"up to {where}, drawn {drawn}, checksum {self.checksum:x}{left_out}"
 
 

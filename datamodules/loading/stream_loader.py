@@ -36,6 +36,8 @@ class StreamLoader(AgreedLoader):
 
     Attributes:
         same: whether every epoch repeats the first one.
+        position: where reading continues: "parts", the `Position` in each part of the streams, and "next", the number
+            of the part that the next step comes from.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class StreamLoader(AgreedLoader):
         self.stream_steps, self.steps, self.same = stream_steps, steps, same
         self.epoch = 0
         self._batches: Iterator[Batch] | None = None
-        self._start = {"epoch": 0, "step": 0, "skipped": 0, "position": stream_steps.position}
+        self.position: dict[str, Any]
+        position = {"parts": stream_steps.positions, "next": 0}
+        self._start = {"epoch": 0, "step": 0, "skipped": 0, "position": position}
         self.stands = [self._start]
 
     @property
@@ -85,7 +89,8 @@ class StreamLoader(AgreedLoader):
         stand, epoch = self.stands[-1], self.epoch
         step = stand["step"] if self.resumes and stand["epoch"] == epoch else 0
         if self.resumes or self.same or self._batches is None:
-            self.stream_steps.position = self._start["position"] if self.same and not step else stand["position"]
+            self.position = self._start["position"] if self.same and not step else stand["position"]
+            self.stream_steps.positions, self.stream_steps.first = self.position["parts"], self.position["next"]
             self._batches = agreed(self._loader, self.agreement)
         self.resumes = False
         while step < self.steps:
@@ -94,8 +99,10 @@ class StreamLoader(AgreedLoader):
             assert isinstance(progress, Progress)
             self.agreement.leave_out(progress.left_out)
             step += 1
-            skipped = self.agreement.skipped
-            self.reach({"epoch": epoch, "step": step, "skipped": skipped, "position": progress.position})
+            skipped, parts = self.agreement.skipped, [*self.position["parts"]]
+            parts[progress.part] = progress.position
+            self.position = {"parts": parts, "next": (progress.part + 1) % len(parts)}
+            self.reach({"epoch": epoch, "step": step, "skipped": skipped, "position": self.position})
             yield batch
 
     def describe(self) -> dict[str, Any]:
@@ -105,22 +112,30 @@ class StreamLoader(AgreedLoader):
         """Where to continue: with other settings or another number of replicas, at the start of the saved buffer.
 
         Raises:
-            ValueError: the run was saved while it read other streams.
+            ValueError: the run was saved while it read other streams, or other parts of them.
         """
-        position = state["position"]
+        parts = state["position"]["parts"]
+        if len(parts) != len(self.stream_steps.positions):
+            raise ValueError(
+                f"the run was saved with mixture.stream_parts={len(parts)}, and now has "
+                f"{len(self.stream_steps.positions)}: the places of its parts are not known. Restore it, or start from "
+                "the weights alone"
+            )
         now = [stream.name for stream in self.stream_steps.streams]
-        saved = [stream["name"] for stream in position["streams"]]
+        saved = [stream["name"] for stream in parts[0]["streams"]]
         if saved != now:
             raise ValueError(
                 f"the run was saved while it read {saved}, and now it reads {now}: their places are not known. Restore "
                 "the sources, or start from the weights alone"
             )
-        if position["step"] and state["order"] != self.stream_steps.fingerprint():
+        again = sum(part["step"] for part in parts)
+        if again and state["order"] != self.stream_steps.fingerprint():
             log.warning(
                 "data_parallel_size, token_budget, microbatches, packing, mixture.weights or seed differ from those of "
                 "the saved run: the streams continue at the start of their buffer, of which %d steps come once more",
-                position["step"],
+                again,
             )
-            position = {**position, "step": 0}
+            parts = [{**part, "step": 0} for part in parts]
         self.agreement.skipped = state["skipped"]
+        position = {"parts": parts, "next": state["position"]["next"]}
         return {**{name: state[name] for name in ("epoch", "step", "skipped")}, "position": position}

@@ -3,15 +3,19 @@
 A buffer is extended until it fills whole steps. So no example is carried over to the next buffer, and a position in the
 data is the start of a buffer and a number of steps.
 
-Every worker of every rank reads and packs all buffers, since which step an example belongs to depends on the sizes of
-all examples in its buffer. Of W workers, worker w makes the batches of steps w, w + W, w + 2 W, ...: a DataLoader takes
-one batch from each worker in turn, which puts the steps into their order again.
+Streams are read in parts, each of which has buffers of its own; steps come from the parts in turn. Of W workers, worker
+w makes the batches of steps w, w + W, w + 2 W, ...: a DataLoader takes one batch from each worker in turn, which puts
+the steps into their order again. A worker reads and packs all buffers of the parts that any of its steps comes from,
+since which step an example belongs to depends on the sizes of all examples in its buffer. With W parts that is one of
+them; with one part, each worker reads everything.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -65,7 +69,8 @@ class StreamSteps(IterableDataset):
     """An endless dataset of steps; in a worker, those that are the worker's.
 
     Attributes:
-        position: where reading begins; it must be set before the first step is asked for.
+        positions: where reading of each part begins, and `first`, the number of the part that the first step comes
+            from; they must be set before the first step is asked for.
     """
 
     def __init__(
@@ -78,12 +83,14 @@ class StreamSteps(IterableDataset):
         seed: int,
         replicas: int,
         replica: int,
+        parts: int = 1,
     ) -> None:
         self.streams, self.weights, self.encoder = streams, weights, encoder
         self.size, self.packing = size, packing
         self.seed, self.replicas, self.replica = seed, replicas, replica
         start = [{"name": stream.name, "repeat": 0, "place": None, "drawn": 0} for stream in streams]
-        self.position: Position = {"streams": start, "buffer": 0, "step": 0}
+        self.positions: list[Position] = [{"streams": start, "buffer": 0, "step": 0}] * parts
+        self.first = 0
 
     def fingerprint(self) -> str:
         """A hash of everything that the steps of a buffer depend on, except its examples."""
@@ -93,31 +100,36 @@ class StreamSteps(IterableDataset):
     def __iter__(self) -> Generator[StreamStep | SourceError, None, None]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        parts = len(self.positions)
+        shared = math.gcd(parts, workers)  # its steps come from every so manyeth part
+        reading = {part: self._steps(part) for part in range(parts) if (part - self.first - worker) % shared == 0}
         try:
-            for number, step in enumerate(self._steps()):
+            for number in count(worker % shared, shared):
+                step = next(reading[(self.first + number) % parts])
                 if number % workers == worker:
                     yield step
         except SourceError as error:  # all ranks must know it before any rank raises it
             yield error
 
-    def _steps(self) -> Iterator[StreamStep]:
-        position = self.position
-        mixture = Mixture(self.streams, self.weights, position)
+    def _steps(self, part: int) -> Iterator[StreamStep]:
+        """The steps of a part."""
+        position, parts = self.positions[part], len(self.positions)
+        mixture = Mixture([stream.part(part, parts) for stream in self.streams], self.weights, position)
         while True:
-            buffer = self._read(mixture)
+            buffer = self._read(mixture, part)
             next_buffer: Position = {"streams": mixture.streams, "buffer": position["buffer"] + 1, "step": 0}
-            steps = self._deal(buffer, position["buffer"])
+            steps = self._deal(buffer, f"{part}/{position['buffer']}")
             checksum = buffer.checksum()
             for k in range(position["step"], len(steps)):
                 microbatches = [[buffer.samples[i] for i in b] for b in steps[k][self.replica]]
                 if not self.packing.ordered:
                     microbatches = costliest_first(microbatches)
                 after = {**position, "step": k + 1} if k + 1 < len(steps) else next_buffer
-                yield StreamStep(microbatches, Progress(after, () if k else tuple(buffer.left_out), checksum))
+                yield StreamStep(microbatches, Progress(part, after, () if k else tuple(buffer.left_out), checksum))
             position = next_buffer
 
-    def _read(self, mixture: Mixture) -> _Buffer:
-        """Read a buffer: `buffer_size` samples, and more until they fill whole steps.
+    def _read(self, mixture: Mixture, part: int) -> _Buffer:
+        """Read a buffer of a part: `buffer_size` samples, and more until they fill whole steps.
 
         Raises:
             SourceError: more examples in a row than the buffer's size cannot be used.
@@ -127,7 +139,8 @@ class StreamSteps(IterableDataset):
         buffer = _Buffer([], [], bins.bins)
         unusable = 0
         while True:
-            which, number, example = mixture.draw()
+            which, drawn, example = mixture.draw()
+            number = drawn * len(self.positions) + part  # no two examples of a stream have the same
             name = name_of(self.streams[which], number, example if isinstance(example, Example) else None)
             try:
                 if isinstance(example, ExampleError):
@@ -150,7 +163,7 @@ class StreamSteps(IterableDataset):
                 return buffer
             buffer.samples.append(sample)
 
-    def _deal(self, buffer: _Buffer, number: int) -> list[list[list[Bin]]]:
+    def _deal(self, buffer: _Buffer, number: str) -> list[list[list[Bin]]]:
         """Per step, per replica, the bins."""
         size, packing, bins = self.size, self.packing, buffer.bins
         tokens = [len(sample.tokens) for sample in buffer.samples]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class HFStream(Stream):
         rows: Any = path
         if not isinstance(path, datasets.IterableDataset):
             rows = _loaded(path, data_files, split, True, limits)
-        self._rows = undecoded(rows)
+        self._rows: Any = undecoded(rows)
         self.media_roots, self.shuffle, self.limits = roots_of(media_root), shuffle, limits
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
@@ -137,6 +137,13 @@ class HFStream(Stream):
     @property
     def name(self) -> str:
         return self._label
+
+    def part(self, number: int, parts: int) -> Stream:
+        if self._rows.num_shards < parts:
+            return super().part(number, parts)
+        own = copy(self)
+        own._rows = self._rows.shard(parts, number)
+        return own
 
     def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
         rows = deepcopy(self._rows)  # the library shares its epoch with all workers, which may be in another repeat

@@ -50,35 +50,73 @@ class Stream(ABC):
             place: where to continue: after the example that came with this place; ``None``: at the start.
         """
 
+    def part(self, number: int, parts: int) -> "Stream":
+        """A part of the stream: all parts together have each example once.
+
+        By default a part reads the whole stream, and has every so manyeth example of it. A stream of many files can
+        return one that reads its own files.
+
+        Args:
+            number: of the part, from 0 on.
+            parts: number of parts.
+        """
+        return self if parts == 1 else _EveryNth(self, number, parts)
+
+
+class _EveryNth(Stream):
+    """Every so manyeth example of another stream. A place is how many examples of it came before, and its own place."""
+
+    def __init__(self, whole: Stream, number: int, parts: int) -> None:
+        self._whole, self._number, self._parts, self.limits = whole, number, parts, whole.limits
+
+    @property
+    def name(self) -> str:
+        return self._whole.name
+
+    def origin(self, index: int) -> int:
+        return self._whole.origin(index)
+
+    def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
+        before, own = place or (0, None)
+        for count, (example, after) in enumerate(self._whole.read(repeat, own), start=before):
+            if count % self._parts == self._number:
+                yield example, [count + 1, after]
+
 
 class SourceStream(Stream):
     """A `Source` that is read as a stream, so that it can be mixed with streams."""
 
-    def __init__(self, source: Source, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, source: Source, seed: int = 0, shuffle: bool = True, number: int = 0, parts: int = 1) -> None:
         """
         Args:
             seed: of the order.
             shuffle: whether the order is random, and another one in each repeat.
+            number, parts: the stream has the examples at the places number, number + parts, ... of the order.
         """
         self.source, self.seed, self.shuffle, self.limits = source, seed, shuffle, source.limits
+        self._number, self._parts = number, parts
 
     @property
     def name(self) -> str:
         return self.source.name
 
     def read(self, repeat: int, place: Place = None) -> Iterator[tuple[Example | ExampleError, Place]]:
-        for number, index in enumerate(self._order(repeat, place or 0), start=place or 0):
+        start = self._number if place is None else place
+        for at, index in enumerate(self._order(repeat, start)):
             try:
                 example: Example | ExampleError = self.source[index]
             except Exception as error:  # a source may raise anything
                 example = ExampleError(reason_of(error))
-            yield example, number + 1
+            yield example, start + self._parts * (at + 1)
+
+    def part(self, number: int, parts: int) -> Stream:
+        return SourceStream(self.source, self.seed, self.shuffle, number, parts)
 
     def _order(self, repeat: int, start: int) -> Iterator[int]:
         """The indices of the examples from a place on."""
         size, key = len(self.source), key_of(f"{self.seed}/{repeat}")
-        for first in range(start, size, PIECE):
-            places = np.arange(first, min(first + PIECE, size))
+        for first in range(start, size, PIECE * self._parts):
+            places = np.arange(first, min(first + PIECE * self._parts, size), self._parts)
             if self.shuffle:
                 places = permuted(places, np.full(len(places), size), np.full(len(places), key))
             yield from places.tolist()

@@ -3,6 +3,7 @@ import math
 import random
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigmac_lightning.datamodules import PackingOptions
+from bigmac_lightning.datamodules.example import Size
+from bigmac_lightning.datamodules.packing import measuring, steps
 from bigmac_lightning.datamodules.packing.epoch import (
     EpochSteps,
     Samples,
@@ -21,6 +24,7 @@ from bigmac_lightning.datamodules.packing.epoch import (
 from bigmac_lightning.datamodules.packing.measuring import Measured, Measurements
 from bigmac_lightning.datamodules.packing.order import Order, apportion
 from bigmac_lightning.datamodules.packing.packing import deal, number_of_bins, pack
+from bigmac_lightning.datamodules.packing.steps import StepSampler
 from bigmac_lightning.datamodules.permutation import key_of, keys_of, permuted
 
 Picks = list[tuple[int, int]]
@@ -97,7 +101,7 @@ def test_replicas_get_equally_many(
     tokens: list[list[int]],
     replicas: int,
     microbatches: int,
-    steps: int | None,
+    number: int | None,
     exact: bool,
     buffer_size: int,
     ordered: bool,
@@ -110,12 +114,12 @@ def test_replicas_get_equally_many(
     numbers = numbers_of_bins(samples, 60, packing)
 
     def made() -> EpochSteps:
-        return EpochSteps(samples, numbers, size, packing, replicas, steps, "0" if shuffle else None)
+        return EpochSteps(samples, numbers, size, packing, replicas, number, "0" if shuffle else None)
 
     dealt = [made()[step] for step in range(len(made()))]
     whole = made()
     assert dealt == [whole[step] for step in range(len(whole))]
-    assert steps is None or len(dealt) == steps
+    assert number is None or len(dealt) == number
     for step in dealt:
         assert len(step) == replicas
         assert len({len(part) for part in step}) == 1
@@ -126,7 +130,7 @@ def test_replicas_get_equally_many(
     counts = Counter(pick for step in dealt for replica in step for b in replica for pick in b)
     usable = [(s, i) for s, m in enumerate(sources) for i, n in enumerate(m.tokens) if n]
     slots = sum(len(part) for step in dealt for part in step)
-    if slots <= len(usable) and not (exact and steps is not None and numbers.sum() > slots):
+    if slots <= len(usable) and not (exact and number is not None and numbers.sum() > slots):
         assert counts == dict.fromkeys(usable, 1)  # cutting bins suffices
     elif numbers.sum() <= slots:
         assert set(counts) == set(usable)
@@ -249,3 +253,56 @@ def test_mixture_in_order_is_interleaved_evenly() -> None:
 def test_an_epoch_of_everything_has_everything_once(epoch: int) -> None:
     order = order_of([7, 5], None, None, seed=2, epoch=epoch, shuffle=True)
     assert sorted(order) == [(s, i) for s, size in enumerate([7, 5]) for i in range(size)]
+
+
+def test_numbers_of_bins_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many samples: another process, or a run that continues, finds them."""
+    monkeypatch.setattr(steps, "MANY", 100)
+    counted: list[int] = []
+
+    def noted(samples: Samples, *arguments: Any) -> np.ndarray:
+        counted.append(len(samples))
+        return numbers_of_bins(samples, *arguments)
+
+    monkeypatch.setattr(steps, "numbers_of_bins", noted)
+    tokens = lognormal(300, 60)
+
+    def epochs(many: list[int], seed: int = 0) -> list[Any]:
+        size, packing = StepSize(60, 2, True), PackingOptions(buffer_size=20)
+        sources = [measured(many, random.Random(0))]
+        sampler = StepSampler(sources, size, packing, shuffle=True, seed=seed, kept_in=tmp_path)
+        found = []
+        for epoch in (0, 2):
+            sampler.set_epoch(epoch)
+            found.append([step.bins for step in sampler])
+        return found
+
+    first = epochs(tokens)
+    assert (counted, epochs(tokens)) == ([300, 300], first)
+    assert counted == [300, 300]
+    epochs(tokens, seed=1)
+    epochs([*tokens[:-1], tokens[-1] % 59 + 1])
+    assert len(counted) == 6, "of another order and of other data, they are others"
+    few = len([*tmp_path.iterdir()])
+    epochs(tokens[:99])
+    assert (len(counted), len([*tmp_path.iterdir()])) == (8, few), "those of few samples are not kept"
+
+
+def test_many_measurements_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(0)
+    many = [
+        Measured(error="ä" * draw.randint(1, 9))
+        if draw.random() < 0.3
+        else Measured(draw.randint(1, 9), 1, 0, draw.random(), 0.0, (Size(draw.randint(1, 9), 2),) * draw.randint(0, 3))
+        for _ in range(50)
+    ]
+    expected = Measurements.of(many)
+    for joined in (1, 7, 1000):
+        monkeypatch.setattr(measuring, "JOINED", joined)
+        found = Measurements.joined(many[a : a + 4] for a in range(0, 50, 4))
+        assert found.errors == expected.errors
+        for name, array in expected.arrays.items():
+            assert np.array_equal(found.arrays[name], array), name
+        assert [found.sizes(i) for i in range(50)] == [expected.sizes(i) for i in range(50)]
+    usable = [i for i, one in enumerate(many) if not one.error]
+    assert expected.usable(np.arange(expected.number_usable)).tolist() == usable

@@ -2,8 +2,11 @@
 
 import io
 import multiprocessing
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +128,7 @@ def test_every_example_once_per_repeat_by_weights_and_packed(folder: Path) -> No
     assert all(len(batch) == 2 for batch in batches)
     assert sum(batch.tokens for batch in batches) / (20 * 2 * 100) > 0.85
     assert all(m.shape[1] <= 100 for batch in batches for m in batch.microbatches)
-    assert made.state_dict()["position"]["streams"][1]["repeat"] >= 1, "texts are read again"
+    assert made.state_dict()["position"]["parts"][0]["streams"][1]["repeat"] >= 1, "texts are read again"
     first = [samples(batch) for batch in batches]
     assert first == [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20))]
     assert first != [samples(batch) for batch in loader(folder, mixture=replace(TWO, steps_per_epoch=20), seed=1)]
@@ -170,6 +173,70 @@ def test_a_loader_continues_where_another_stopped(folder: Path, stop: int, tmp_p
         assert rest == [step for step, _ in expected[stop:]]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(
+    ("parts", "replicas"),
+    [(2, 1), (3, 2), *(pytest.param(*given, marks=pytest.mark.wide) for given in ((2, 2), (3, 1), (4, 1), (4, 2)))],
+)
+def test_parts_come_in_turn_for_any_workers(folder: Path, parts: int, replicas: int, tmp_path: Path) -> None:
+    """Each example once in a repeat; a loader continues anywhere, with other workers."""
+    steps = 6 * parts
+    options: dict[str, Any] = {"mixture": replace(TWO, steps_per_epoch=steps, stream_parts=parts)}
+    alone = [list(loader(folder, replicas, replica, **options)) for replica in range(replicas)]
+    expected = [(names(batch), pixels(batch)) for batch in alone[0]]
+    assert [batch.progress.part for batch in alone[0]] == [step % parts for step in range(steps)]
+    counts = Counter(name for batches in alone for batch in batches for name in samples(batch))
+    assert max(counts.values()) == 1, "no two examples have the same number"
+    content = Counter(pixels(batch) for batch in alone[0])
+    assert len(content) > steps // 2
+    for workers in (1, 2, 4):
+        got = loader(folder, replicas, 0, num_workers=workers, **options)
+        assert [(names(batch), pixels(batch)) for batch in got] == expected, workers
+    for stop in (1, parts, parts + 1, 3 * parts - 1):
+        first = loader(folder, replicas, 0, num_workers=stop % 4, **options)
+        batches = iter(first)
+        for _ in range(stop):
+            next(batches)
+        torch.save(first.state_dict(), tmp_path / "state")
+        second = loader(folder, replicas, 0, num_workers=(stop + 1) % 4, **options)
+        second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        assert [(names(batch), pixels(batch)) for batch in second] == expected[stop:]
+    other = loader(folder, replicas, 0, mixture=replace(options["mixture"], stream_parts=parts + 1))
+    with pytest.raises(ValueError, match=rf"stream_parts={parts}, and now has {parts + 1}: .* Restore it"):
+        other.load_state_dict(second.state_dict())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_parts_of_a_stream_have_each_example_once(folder: Path, parts: int) -> None:
+    """And each of them continues anywhere; files go to parts only if there are enough of them."""
+    for stream in (
+        HFStream("parquet", str(folder / "*.parquet")),
+        SourceStream(MessagesJSONL(folder / "texts.jsonl")),
+        SourceStream(MessagesJSONL(folder / "texts.jsonl"), shuffle=False),
+        Numbers({4: "record"}),
+    ):
+        for repeat in (0, 1):
+            whole = Counter(_shown(example) for example, _ in stream.read(repeat))
+            found: Counter[str] = Counter()
+            for number in range(parts):
+                part = stream.part(number, parts)
+                assert part.name == stream.name
+                read = [(_shown(example), place) for example, place in part.read(repeat)]
+                found += Counter(text for text, _ in read)
+                for k in (0, len(read) // 2):
+                    rest = [_shown(example) for example, _ in part.read(repeat, read[k][1])]
+                    assert rest == [text for text, _ in read[k + 1 :]]
+            assert found == whole
+    own = HFStream("parquet", str(folder / "*.parquet")).part(1, 3)
+    assert isinstance(own, HFStream)
+    assert own._rows.num_shards == 1
+
+
+def _shown(example: Example | ExampleError) -> str:
+    """An example, without where in memory its files are."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(example))
+
+
 def _read(stream: HFStream, repeat: int) -> None:
     next(stream.read(repeat))
 
@@ -189,7 +256,7 @@ def test_what_can_be_resumed(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     batches = iter(made)
     first = samples(next(batches))
     state = made.state_dict()
-    assert state["position"]["step"] == 1
+    assert state["position"]["parts"][0]["step"] == 1
     with pytest.raises(ValueError, match=r"was saved while it read \['parquet .* now it reads .*texts.jsonl"):
         loader(folder, train=streams(folder)[::-1]).load_state_dict(state)
     other = loader(folder, microbatches=1)
@@ -244,6 +311,41 @@ class Numbers(Stream):
             raise OSError("the line is cut")
         image = Image(File.lazy(f"{i}.png", lambda: content))
         return Example([Message("user", [image]), Message("assistant", [str(i)])])
+
+
+class Counted(Numbers):
+    """Notes which process makes which example."""
+
+    start, step = 0, 1
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__({}, 200)
+        self.notes = notes
+
+    def part(self, number: int, parts: int) -> Stream:
+        own = copy(self)
+        own.start, own.step = number, parts
+        return own
+
+    def read(self, repeat: int, place: Any = None) -> Iterator[tuple[Example | ExampleError, Any]]:
+        for i in range(self.start if place is None else place, self.end, self.step):
+            with self.notes.open("a") as file:
+                file.write(f"{os.getpid()} {i}\n")
+            yield self.example(i), i + self.step
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_each_worker_reads_its_own_part(folder: Path, tmp_path: Path) -> None:
+    for parts in (4, 2, 1):
+        notes = tmp_path / str(parts)
+        mixture = MixtureOptions(steps_per_epoch=8, stream_parts=parts)
+        list(loader(folder, train=[Counted(notes)], mixture=mixture, num_workers=4, packing=SMALL_BUFFER))
+        by_process: dict[str, set[int]] = {}
+        for line in notes.read_text().splitlines():
+            process, number = line.split()
+            by_process.setdefault(process, set()).add(int(number) % parts)
+        assert len(by_process) == 4
+        assert all(len(found) == 1 for found in by_process.values())
 
 
 BROKEN = {3: "record", 5: "header", 8: "pixels"}
