@@ -33,6 +33,62 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "orders of a few numbers are all even permutations",
+        "datamodules/permutation.py",
+        "    found[swapped] ^= _hashed(keys[swapped]) & np.uint64(1)\n",
+        "",
+        "tests/datamodules/test_packing.py -k random_orders",
+    ),
+    Fault(
+        "examples after a broken one are taken for others",
+        "datamodules/left_out.py",
+        'side="right")',
+        'side="left")',
+        "tests/datamodules/test_packing.py",
+    ),
+    Fault(
+        "a source of an interleaved order comes after itself",
+        "datamodules/packing/order.py",
+        "(2 * count) + 1 if other < source else",
+        "(2 * count) + 1 if other > source else",
+        "tests/datamodules/test_packing.py -k parts_of_an_order",
+    ),
+    Fault(
+        "bins of a buffer are taken from its start",
+        "datamodules/packing/epoch.py",
+        "self._last.bins[number - int(self._ends[at])]",
+        "self._last.bins[int(self._ends[at]) - 1 - number]",
+        "tests/datamodules/test_packing.py",
+    ),
+    Fault(
+        "a small room is kept that a sample of its size still fits",
+        "datamodules/packing/packing.py",
+        "        if room >= least:\n",
+        "        if room > least:\n",
+        "tests/datamodules/test_packing.py -k every_sample_once",
+    ),
+    Fault(
+        "a run continues with the part whose step it had last",
+        "datamodules/loading/stream_loader.py",
+        '"next": (progress.part + 1) % len(parts)',
+        '"next": progress.part',
+        "tests/datamodules/test_streams.py -k parts",
+    ),
+    Fault(
+        "workers take steps of parts that they do not read first",
+        "datamodules/loading/stream_steps.py",
+        "if (part - self.first - worker) % shared == 0",
+        "if (part - worker) % shared == 0",
+        "tests/datamodules/test_streams.py -k parts",
+    ),
+    Fault(
+        "samples of different parts have the same number",
+        "datamodules/loading/stream_steps.py",
+        "number = drawn * len(self.positions) + part",
+        "number = drawn",
+        "tests/datamodules/test_streams.py -k parts",
+    ),
+    Fault(
         "a text goes on at the position of its last token",
         "models/writing.py",
         "    last = positions[..., -1:] + 1\n",
