@@ -127,7 +127,11 @@ def test_replicas_get_equally_many(
         assert not exact or len(step[0]) == microbatches
         for b in (b for part in step for b in part):
             assert 0 < sum(int(sources[source].tokens[i]) for source, i in b) <= 60
-    counts = Counter(pick for step in dealt for replica in step for b in replica for pick in b)
+    dealt_picks = [pick for step in dealt for replica in step for b in replica for pick in b]
+    if ordered and not shuffle and replicas == 1:
+        in_order = pairs(*samples.part(0, len(samples)))
+        assert dealt_picks[: len(in_order)] == in_order[: len(dealt_picks)]
+    counts = Counter(dealt_picks)
     usable = [(s, i) for s, m in enumerate(sources) for i, n in enumerate(m.tokens) if n]
     slots = sum(len(part) for step in dealt for part in step)
     if slots <= len(usable) and not (exact and number is not None and numbers.sum() > slots):
