@@ -8,8 +8,12 @@ from typing import Any
 class FilePart(io.RawIOBase):
     """A range of bytes of a file, which is not read into memory."""
 
-    def __init__(self, path: str, offset: int, length: int) -> None:
-        self._file = open(path, "rb", 0)  # noqa: SIM115  # `close` closes it
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        """
+        Args:
+            file: a binary one, unbuffered, that can be sought. It is closed with this one.
+        """
+        self._file = file
         self._offset, self._length, self._at = offset, length, 0
 
     def readable(self) -> bool:

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from bigmac_lightning.file_part import FilePart
 
+from . import remote
 from .errors import ExampleError
 
 Roots = str | Path | Sequence[str | Path]
@@ -58,8 +59,10 @@ class File:
 
     @classmethod
     def inside(cls, path: str | Path, name: str, offset: int, length: int) -> "File":
-        """A range of bytes of a file, such as a member of an uncompressed tar."""
-        return cls(f"{path}: {name}", partial(_read_part, str(path), offset, length))
+        """A range of bytes of a file, such as a member of an uncompressed tar. The file may be remote."""
+        return cls(
+            f"{path}: {name}", partial(remote.part if remote.is_remote(path) else _read_part, str(path), offset, length)
+        )
 
     @classmethod
     def lazy(cls, name: str, load: Callable[[], bytes]) -> "File":
@@ -89,7 +92,7 @@ def _open_file(path: str) -> BinaryIO:
 
 
 def _read_part(path: str, offset: int, length: int) -> BinaryIO:
-    return io.BufferedReader(FilePart(path, offset, length))
+    return io.BufferedReader(FilePart(open(path, "rb", 0), offset, length))  # it is closed with it
 
 
 def _read_lazily(load: Callable[[], bytes]) -> BinaryIO:

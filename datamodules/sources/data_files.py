@@ -6,6 +6,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from .. import remote
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -30,6 +33,8 @@ def matching(
     if isinstance(paths, str) and BRACES.search(paths):
         parts = [matching(part, f"{called}: {part}", link_roots, ending) for part in expanded(paths)]
         paths = [path for part in parts for path in part]
+    elif isinstance(paths, str) and remote.is_remote(paths):
+        paths = remote.found(paths, ending, called)
     elif isinstance(paths, str):
         pattern = Path(paths) / f"*{ending}" if Path(paths).is_dir() else Path(paths)
         found = sorted(pattern.parent.glob(pattern.name))
@@ -70,7 +75,8 @@ def name_of_all(paths: Sequence[str]) -> str:
 
 def stamp(paths: Sequence[str | Path]) -> str:
     """A fingerprint: a hash of the names, sizes and times of files. Missing files (broken links) are ignored."""
-    stats = [(str(path), found.st_size, found.st_mtime_ns) for path in paths if (found := _stat(path))]
+    stats: list[Any] = [(str(path), found.st_size, found.st_mtime_ns) for path in paths if (found := _stat(path))]
+    stats += remote.facts([str(path) for path in paths if remote.is_remote(path)])
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ from ..errors import ExampleError
 from ..example import Example
 from ..files import Roots, roots_of
 from ..limits import Limits
+from ..remote import is_remote
 from .data_files import stamp
 from .records import DESCRIBE, Records
 from .source import Source
@@ -41,6 +42,10 @@ class JSONSource(Source):
             prompt: the user's words for records that are only a caption.
             limits: what its examples may have at most.
         """
+        if is_remote(path):
+            raise ValueError(
+                f"{type(self).__name__}: {path} is remote, which only WebDatasetTars and HFStream can read"
+            )
         self.path, self.limits = Path(path), limits
         self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
         self.records = Records(self.media_roots, tuple(ignore), prompt)

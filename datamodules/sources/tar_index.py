@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..kept_arrays import made_once, of_texts, texts_of
+from ..remote import is_remote, opened
 from .data_files import stamp
 
 FORMAT = 2
@@ -62,7 +63,7 @@ class TarIndex:
             ValueError: a file is no uncompressed tar.
             OSError: a file cannot be read.
         """
-        if sum(os.path.getsize(path) for path in paths) < LARGE:
+        if not any(map(is_remote, paths)) and sum(os.path.getsize(path) for path in paths) < LARGE:
             return cls(paths, cls.scanned(paths))
         place = folder / f"tars-{hashlib.sha256(f'{FORMAT} {stamp(paths)}'.encode()).hexdigest()[:32]}.safetensors"
         made = made_once(place, ARRAYS, lambda: cls.scanned(paths, shown=True), f"The places of samples in {paths[0]}")
@@ -126,7 +127,10 @@ class _File:
         """
         samples: dict[str, list[Member]] = {}
         try:
-            with tarfile.open(path, "r:") as tar:
+            with (
+                opened(path) if is_remote(path) else open(path, "rb") as file,
+                tarfile.open(fileobj=file, mode="r:") as tar,
+            ):
                 found = list(_forward(tar))
                 files = {posixpath.normpath(member.name): member for member in found}
                 for member in found:

@@ -40,6 +40,8 @@ class WebDatasetTars(Source):
         """
         Args:
             paths: of tar files; or a pattern such as ``shards/*.tar`` or ``shards/{000..199}.tar``; or their folder.
+                They may be remote, such as ``s3://bucket/*.tar``, if the library that fsspec wants for it is installed
+                (s3fs).
             prompt: the user's words for samples that are only a caption.
             ignore: suffixes of members, such as "cls" or "json", and keys of ``.json`` members that are left out.
                 Other suffixes and keys that are not known are refused.

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import ExampleError
 from ..example import Example
 from ..limits import Limits
+from ..remote import is_remote
 from .data_files import matching, name_of_all, stamp
 from .source import Source
 
@@ -38,6 +39,8 @@ class TextFiles(Source):
         """
         if separator == "":
             raise ValueError("separator is empty: give the string between texts, or None if a file is one text")
+        if any(map(is_remote, [paths] if isinstance(paths, str) else paths)):
+            raise ValueError(f"TextFiles: {paths} is remote, which only WebDatasetTars and HFStream can read")
         self.paths, self.separator, self.limits = matching(paths, "TextFiles", link_roots, ".txt"), separator, limits
         spans = [(i, *span) for i, path in enumerate(self.paths) for span in _spans_of(path, separator)]
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, 3)

@@ -1,0 +1,150 @@
+"""Tars on a server that speaks S3, and in fsspec's memory, give what the same files on disk give."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import PIL.Image
+import pytest
+import s3fs
+
+from bigmac_lightning.datamodules import MessagesJSONL, TextFiles, WebDatasetTars, remote
+from tests.datamodules.examples import data, train_loader, write_jsonl
+from tests.datamodules.test_resume import names, pixels
+from tests.ranks import free_port
+
+SHARDS, SAMPLES = 3, 6
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A server, whose address and keys are in the environment, as s3fs looks for them."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    log = (tmp_path_factory.mktemp("server") / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=subprocess.STDOUT
+    )
+    given = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    given["AWS_DEFAULT_REGION"] = "us-east-1"
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        system = s3fs.S3FileSystem(skip_instance_cache=True)
+        for _ in range(300):
+            try:
+                system.mkdir("shards")
+                break
+            except Exception:
+                assert process.poll() is None, "the server has ended"
+                time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+        log.close()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("local")
+    for shard in range(SHARDS):
+        with tarfile.open(made / f"{shard}.tar", "w") as tar:
+            for i in range(SAMPLES):
+                number = shard * SAMPLES + i
+                PIL.Image.effect_noise((16 + 8 * i, 16 + 8 * shard), 50 + number).convert("RGB").save(made / "a.png")
+                (made / "a.txt").write_text("n" * (number + 1))
+                for ending in ("png", "txt"):
+                    tar.add(made / f"a.{ending}", f"{number:03}.{ending}")
+    return made
+
+
+@pytest.fixture
+def s3(server: None, folder: Path) -> Iterator[str]:
+    fsspec.filesystem("s3", skip_instance_cache=True).put(f"{folder}/*.tar", "shards/")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield "s3://shards"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _content(source: WebDatasetTars) -> list[Any]:
+    """Captions and bytes of images."""
+    examples = [source[i] for i in range(len(source))]
+    return [(example.messages[1].parts, [item.file.open().read() for item in example.media]) for example in examples]
+
+
+def test_s3_gives_what_the_disk_gives(s3: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = _content(WebDatasetTars(f"{folder}/*.tar"))
+    assert len(local) == SHARDS * SAMPLES
+    for paths in (f"{s3}/*.tar", f"{s3}/{{0..2}}.tar", s3, f"{s3}/", [f"{s3}/{k}.tar" for k in range(SHARDS)]):
+        assert _content(WebDatasetTars(paths, index_dir=tmp_path)) == local, paths
+    assert _content(WebDatasetTars(f"{s3}/1.tar", index_dir=tmp_path)) == local[SAMPLES : 2 * SAMPLES]
+    monkeypatch.setattr(remote, "WHOLE", 100)  # large members are read in blocks
+    assert _content(WebDatasetTars(s3, index_dir=tmp_path)) == local
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tar was read")
+
+    monkeypatch.setattr(tarfile, "open", refused)
+    assert _content(WebDatasetTars(s3, index_dir=tmp_path)) == local, "the index is kept"
+
+
+def test_batches_of_workers(s3: str, folder: Path, tmp_path: Path) -> None:
+    """Forked workers open connections of their own."""
+
+    def batches(paths: str, workers: int) -> list[Any]:
+        source = WebDatasetTars(paths, index_dir=tmp_path)
+        made = data(write_jsonl(tmp_path / "a.jsonl", []), train=[source], val=[], num_workers=workers, token_budget=100)
+        made.prepare_data()
+        return [([len(part) for part in names(batch)], pixels(batch)) for batch in train_loader(made, 1, 0)]
+
+    expected = batches(f"{folder}/*.tar", 0)
+    assert len(expected) > 2
+    assert batches(f"{s3}/*.tar", 0) == expected
+    assert batches(f"{s3}/*.tar", 2) == expected
+
+
+def test_a_changed_file_has_another_fingerprint(s3: str, folder: Path, tmp_path: Path) -> None:
+    first = WebDatasetTars(s3, index_dir=tmp_path).fingerprint()
+    assert first == WebDatasetTars(f"{s3}/{{0..2}}.tar", index_dir=tmp_path).fingerprint()
+    shutil.copy(folder / "0.tar", tmp_path / "1.tar")
+    fsspec.filesystem("s3", skip_instance_cache=True).put(str(tmp_path / "1.tar"), "shards/1.tar")
+    s3fs.S3FileSystem.clear_instance_cache()
+    second = WebDatasetTars(s3, index_dir=tmp_path)
+    assert second.fingerprint() != first
+    assert _content(second)[SAMPLES : 2 * SAMPLES] == _content(second)[:SAMPLES]
+
+
+def test_what_cannot_be_found(s3: str, tmp_path: Path) -> None:
+    for paths, wrong in (
+        (f"{s3}/*.zip", "WebDatasetTars: there are no such files"),
+        (f"{s3}/7.tar", "there are no such files"),
+        ("s3://other/*.tar", "other.*cannot be looked for|there are no such files"),
+        ([f"{s3}/7.tar"], r"7\.tar cannot be found: FileNotFoundError"),
+        ("nothing://a.tar", "nothing://a.tar cannot be looked for: ValueError: Protocol not known"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            WebDatasetTars(paths, index_dir=tmp_path)
+    for kind in (MessagesJSONL, TextFiles):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: .* is remote, which only WebDatasetTars"):
+            kind(f"{s3}/a.jsonl")
+
+
+def test_memory(folder: Path, tmp_path: Path) -> None:
+    system = fsspec.filesystem("memory")
+    for shard in range(SHARDS):
+        system.pipe(f"/data/{shard}.tar", (folder / f"{shard}.tar").read_bytes())
+    try:
+        for paths in ("memory://data/*.tar", "memory://data", "memory://data/{0..2}.tar"):
+            found = WebDatasetTars(paths, index_dir=tmp_path)
+            assert _content(found) == _content(WebDatasetTars(f"{folder}/*.tar"))
+    finally:
+        system.rm("/data", recursive=True)
