@@ -53,5 +53,6 @@ def _link(found: re.Match[str]) -> str:
     name, place, anchor = found.groups()
     page = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md"}.get(place, place.removeprefix("docs/"))
     if (ROOT / "docs" / page).is_file():
-        return f"[{name.removeprefix('docs/')}]({page}{anchor or ''})"
+        title = (ROOT / "docs" / page).read_text().partition("\n")[0].removeprefix("# ")
+        return f"[{title if name.endswith('.md') else name}]({page}{anchor or ''})"
     return f"{name} (`{place}`)"
