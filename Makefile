@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint format bench bench-peers faults clean
+.PHONY: quickstart test lint format docs bench bench-peers faults clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,12 @@ $(VENV)/.installed-quickstart: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps pyannote.audio==4.0.7  # half a minute of speech, for configs/two_speakers.yaml
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	mkdir -p build
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > build/docs.txt
+	$(BIN)/python -m pip install --quiet -r build/docs.txt
 	touch $@
 
 quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
@@ -38,6 +44,9 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.installed-docs  ## the pages of docs/ and the reference, in build/site; a dead link is an error
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/.installed-dev  ## measured against simulated step time; memory against the number of microbatches
 	$(BIN)/python -m benchmarks.schedule_fidelity
 	$(BIN)/python -m benchmarks.memory_vs_microbatches
@@ -52,4 +61,4 @@ faults: $(VENV)/.installed-dev  ## a table of faults, and how a run ends after e
 	$(BIN)/python -m benchmarks.faults
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .hypothesis

@@ -190,7 +190,8 @@ def load(
     Args:
         path: the folder of a run, whose newest whole checkpoint is taken; or a checkpoint, with the run's config.yaml
             in one of the three folders above it.
-        module, data: model and DataModule, if there is no config.yaml, or to replace what it says.
+        module: the model, if there is no config.yaml, or to replace the one that it names.
+        data: the DataModule, likewise.
         device: default: the GPU, if there is one.
         dtype: the type of the weights; default: those of the components, whatever the Trainer's precision was.
 

@@ -68,8 +68,10 @@ class MultimodalDataModule(ParallelDataModule):
     ) -> None:
         """
         Args:
-            train, val, test, predict: the sources of each split. In prediction, generators make new targets. The
-                training sources may include streams.
+            train: the sources of the training, which may include streams.
+            val: the sources of the validation.
+            test: the sources of the test.
+            predict: the sources of the prediction, in which generators make new targets.
             processor: the folder or name of a pretrained processor or tokenizer; or one that has been loaded; or
                 "bytes": one token per byte, for tiny models.
             visual: makes the encoders' inputs from images and videos; ``None``: the processor does, if it can.

@@ -56,7 +56,8 @@ class MultimodalLM(PipelineModule):
         Args:
             llm, encoders, generators, loss_weights: see `PipelineModule`.
             freeze: what is not trained: names of components ("llm", "generators"), of modules in them
-                ("encoders.image.tower") or of parameters, or patterns of parameter names ("llm.model.layers.*.mlp.*").
+                ("encoders.image.tower") or of parameters, or patterns of parameter names
+                (``llm.model.layers.*.mlp.*``).
             learning_rate: the learning rate after the warm-up.
             weight_decay: the weight decay of matrices; vectors (biases, norms) have none.
             warmup_steps: the number of optimizer steps in which the learning rate rises linearly.

@@ -30,11 +30,7 @@ class ComponentModule(ResumableModule):
     """Encoders, an LLM and generators, applied to parts of a batch.
 
     Attributes:
-        encoders: by the name that `MediaItem.encoder` gives.
-        llm: the language model.
-        generators: by the name that `TargetItem.generator` gives.
-        loss_weights: weight of "text", of auxiliary losses and of each generator's loss. A loss that is not named has
-            the weight 1.0, or for auxiliary losses the language model's default.
+        encoders, llm, generators, loss_weights: see `PipelineModule`.
     """
 
     def __init__(

@@ -63,7 +63,11 @@ class PipelineModule(ComponentModule):
             return out.loss
 
     Attributes:
-        encoders, llm, generators, loss_weights: see `ComponentModule`.
+        encoders: by the name that `MediaItem.encoder` gives.
+        llm: the language model.
+        generators: by the name that `TargetItem.generator` gives.
+        loss_weights: weight of "text", of auxiliary losses and of each generator's loss. A loss that is not named has
+            the weight 1.0, or for auxiliary losses the language model's default.
         part: the part of the LLM that this process gets; the strategy sets it before `configure_model`.
         runner: runs a batch through the pipeline; the strategy sets it. ``None``: the plain path.
         last_metrics: metrics of the last batch that `pipeline` has run.

@@ -129,8 +129,10 @@ def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 class LlavaJSON(JSONSource):
     """A JSON list of records, as LLaVA and LLaMA-Factory have them. `Records` lists all keys::
 
-    [{"id": "1", "image": "cats/1.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
-                                                           {"from": "gpt", "value": "A cat."}]}]
+        [{"id": "1", "image": "cats/1.png", "conversations": [
+            {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}]
+
+    The whole file is read at once. `MessagesJSONL` keeps only where its lines begin, so it suits large files better.
     """
 
     def _open(self) -> None:
