@@ -107,7 +107,7 @@ def _slots(file: Path, entries: list[Any], tensors: Leaves) -> list[_Slot]:
     for offset, length, path in sorted(entries, key=lambda entry: entry[0]):
         if offset != position or not isinstance(tensors.get(path), Tensor):
             raise _UnfamiliarError(file)
-        with FilePart(str(file), offset, length) as archive:
+        with FilePart(file.open("rb", 0), offset, length) as archive:
             found.append(_slot(path, archive, tensors[path]))
         position += length
     if position != file.stat().st_size:

@@ -102,7 +102,9 @@ def test_batches_of_workers(s3: str, folder: Path, tmp_path: Path) -> None:
 
     def batches(paths: str, workers: int) -> list[Any]:
         source = WebDatasetTars(paths, index_dir=tmp_path)
-        made = data(write_jsonl(tmp_path / "a.jsonl", []), train=[source], val=[], num_workers=workers, token_budget=100)
+        made = data(
+            write_jsonl(tmp_path / "a.jsonl", []), train=[source], val=[], num_workers=workers, token_budget=100
+        )
         made.prepare_data()
         return [([len(part) for part in names(batch)], pixels(batch)) for batch in train_loader(made, 1, 0)]
 
