@@ -33,6 +33,20 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "the table of the model counts a tied copy twice",
+        f"{PACKAGE}/training/whole_summary.py",
+        "                known_as = tied_copies.get(known_as, known_as)\n",
+        "",
+        "tests/training/test_model_summary.py -k tied",
+    ),
+    Fault(
+        "the table of the model has the placeholders of other ranks' layers",
+        f"{PACKAGE}/training/whole_summary.py",
+        " or (layer.has_weights and not layers[layer.name].has_weights)",
+        "",
+        "tests/training/test_model_summary.py -k adapters",
+    ),
+    Fault(
         "a text goes on at the position of its last token",
         "models/writing.py",
         "    last = positions[..., -1:] + 1\n",

@@ -61,6 +61,7 @@ from bigmac_lightning.training.sharding import check_whole, shard_meshes
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options, typical_microbatch
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
+from bigmac_lightning.training.whole_summary import show_own_part, show_whole_model
 
 log = logging.getLogger(__name__)
 
@@ -357,6 +358,7 @@ class BigMacStrategy(SteppingStrategy):
                 step_one_by_one(optimizer)
             found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
             check_same(self._ranks, found, "optimizers")
+            show_whole_model(trainer, module, self.mesh)
         self.setup_precision_plugin()
         if fitting and not self.options.sharding.offload:  # an offloaded weight's states are beside it already
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -404,6 +406,8 @@ class BigMacStrategy(SteppingStrategy):
             well = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
             if well and started_here and dist.is_initialized():
                 self.barrier()  # no rank's process ends before all outlive it
+            if trainer is not None:
+                show_own_part(trainer)
             self.close_module()
             self._float32_before = None
             if any(parameter.is_meta for parameter in module.parameters()):
