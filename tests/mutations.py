@@ -33,6 +33,20 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a new run that is stopped replaces the checkpoint of the run before",
+        f"{PACKAGE}/callbacks/preemption_checkpoint.py",
+        "    return resumed_from is not None and place.resolve() == Path(resumed_from).resolve()\n",
+        "    return True\n",
+        "tests/training/test_second_run.py -k background",
+    ),
+    Fault(
+        "a run that goes on keeps every checkpoint of its stops",
+        f"{PACKAGE}/callbacks/preemption_checkpoint.py",
+        "    return resumed_from is not None and place.resolve() == Path(resumed_from).resolve()\n",
+        "    return False\n",
+        "tests/training/test_second_run.py -k goes_on",
+    ),
+    Fault(
         "the table of the model counts a tied copy twice",
         f"{PACKAGE}/training/whole_summary.py",
         "                known_as = tied_copies.get(known_as, known_as)\n",
