@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "all ranks say that their number is wrong",
+        f"{PACKAGE}/commands/config.py",
+        "                if strategy.global_rank == 0:\n",
+        "                if strategy.global_rank >= 0:\n",
+        "tests/cli/test_commands.py -k world_size_under_torchrun",
+    ),
+    Fault(
         "a new run that is stopped replaces the checkpoint of the run before",
         f"{PACKAGE}/callbacks/preemption_checkpoint.py",
         "    return resumed_from is not None and place.resolve() == Path(resumed_from).resolve()\n",

@@ -229,6 +229,23 @@ class BigMacStrategy(SteppingStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
+    def mesh_shape(self, module: PipelineModule) -> tuple[int, int]:
+        """The numbers of pipelines and of ranks of each, (dp, pp). Other processes are not needed for that.
+
+        Raises:
+            ValueError: the processes cannot form such a mesh, or the model cannot be divided so.
+        """
+        parallel = self.options.parallel
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
+        if reason := module.llm.why_not_parallel(parallel):
+            raise ValueError(reason)
+        if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
+            raise ValueError(
+                "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
+                "microbatches=N, and the DataModule a batch size that makes so many"
+            )
+        return dp, pp
+
     def setup_environment(self) -> None:
         module = self.lightning_module
         assert self.cluster_environment is not None
@@ -243,14 +260,7 @@ class BigMacStrategy(SteppingStrategy):
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
-        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
-        if reason := module.llm.why_not_parallel(parallel):
-            raise ValueError(reason)
-        if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
-            raise ValueError(
-                "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
-                "microbatches=N, and the DataModule a batch size that makes so many"
-            )
+        dp, pp = self.mesh_shape(module)
         if self.options.known is not None:
             file = self.options.schedule.costs_file
             check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
