@@ -57,6 +57,10 @@ class BigMacCLI(LightningCLI):
             sys.exit(2)
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self.check_sizes(subcommand)
+        super()._run_subcommand(subcommand)
+
+    def check_sizes(self, command: str) -> None:
         """Sizes that do not go with the number of processes, or with the model, end in the same way. They are found
         before a process starts others; those that torchrun has started find them alike, and the first one says it."""
         strategy = self.trainer.strategy
@@ -65,9 +69,8 @@ class BigMacCLI(LightningCLI):
                 strategy.mesh_shape(self.model)
             except ValueError as error:
                 if strategy.global_rank == 0:
-                    print(f"bigmac {subcommand}: error: {text_of(error)}", file=sys.stderr)
+                    print(f"bigmac {command}: error: {text_of(error)}", file=sys.stderr)
                 sys.exit(2)
-        super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
