@@ -1,10 +1,13 @@
 """A callback that saves a checkpoint when a signal stops the training."""
 
+import itertools
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from bigmac_lightning.checkpoints import files
 
 
 class PreemptionCheckpoint(pl.Callback):
@@ -19,7 +22,8 @@ class PreemptionCheckpoint(pl.Callback):
     Args:
         dirpath: where; ``None``: where the first ModelCheckpoint of the Trainer saves, or else in the Trainer's
             `default_root_dir`.
-        filename: the checkpoint's name, without its ending. An older one of this name is replaced.
+        filename: the checkpoint's name, without its ending. The checkpoint of this name that the run was resumed from
+            is replaced. One of another run stays; then this run's name ends with "-v1" or a higher number.
     """
 
     saves_when_stopped = True
@@ -27,11 +31,31 @@ class PreemptionCheckpoint(pl.Callback):
     def __init__(self, dirpath: str | Path | None = None, filename: str = "preempted") -> None:
         self.dirpath, self.filename = dirpath, filename
         self.path: Path | None = None
+        self._place: Path | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the place now, on rank 0, as ranks that were stopped cannot always ask each other."""
+        others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folder = Path(self.dirpath or (others[0] if others else trainer.default_root_dir))
+        self._place = trainer.strategy.broadcast(self._free_place(folder, trainer.ckpt_path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SIGTERMException | KeyboardInterrupt) or not trainer.global_step:
+        place = self._place
+        stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if place is None or not stopped or not trainer.global_step:
             return
-        others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        path = Path(self.dirpath or (others[0] if others else trainer.default_root_dir)) / f"{self.filename}.ckpt"
-        trainer.save_checkpoint(path)
-        self.path = path if path.exists() else None
+        trainer.save_checkpoint(place)
+        self.path = place if place.exists() else None
+
+    def _free_place(self, folder: Path, resumed_from: str | Path | None) -> Path:
+        """The first place where there is no checkpoint, or only the one that the run was resumed from."""
+        names = itertools.chain([self.filename], (f"{self.filename}-v{k}" for k in itertools.count(1)))
+        return next(path for name in names if _is_free(path := folder / f"{name}.ckpt", resumed_from))
+
+
+def _is_free(path: Path, resumed_from: str | Path | None) -> bool:
+    try:
+        place = files.present(path)
+    except FileNotFoundError:
+        return True
+    return resumed_from is not None and place.resolve() == Path(resumed_from).resolve()

@@ -61,6 +61,7 @@ from bigmac_lightning.training.sharding import check_whole, shard_meshes
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options, typical_microbatch
 from bigmac_lightning.training.stepping import SteppingStrategy
 from bigmac_lightning.training.watching import Watching
+from bigmac_lightning.training.whole_summary import show_own_part, show_whole_model
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +229,23 @@ class BigMacStrategy(SteppingStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
 
+    def mesh_shape(self, module: PipelineModule) -> tuple[int, int]:
+        """The numbers of pipelines and of ranks of each, (dp, pp). Other processes are not needed for that.
+
+        Raises:
+            ValueError: the processes cannot form such a mesh, or the model cannot be divided so.
+        """
+        parallel = self.options.parallel
+        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
+        if reason := module.llm.why_not_parallel(parallel):
+            raise ValueError(reason)
+        if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
+            raise ValueError(
+                "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
+                "microbatches=N, and the DataModule a batch size that makes so many"
+            )
+        return dp, pp
+
     def setup_environment(self) -> None:
         module = self.lightning_module
         assert self.cluster_environment is not None
@@ -242,14 +260,7 @@ class BigMacStrategy(SteppingStrategy):
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
-        dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
-        if reason := module.llm.why_not_parallel(parallel):
-            raise ValueError(reason)
-        if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
-            raise ValueError(
-                "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "
-                "microbatches=N, and the DataModule a batch size that makes so many"
-            )
+        dp, pp = self.mesh_shape(module)
         if self.options.known is not None:
             file = self.options.schedule.costs_file
             check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
@@ -357,6 +368,7 @@ class BigMacStrategy(SteppingStrategy):
                 step_one_by_one(optimizer)
             found = run_facts.optimizers(module, self.optimizers, self.lr_scheduler_configs, part)
             check_same(self._ranks, found, "optimizers")
+            show_whole_model(trainer, module, self.mesh)
         self.setup_precision_plugin()
         if fitting and not self.options.sharding.offload:  # an offloaded weight's states are beside it already
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -404,6 +416,8 @@ class BigMacStrategy(SteppingStrategy):
             well = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
             if well and started_here and dist.is_initialized():
                 self.barrier()  # no rank's process ends before all outlive it
+            if trainer is not None:
+                show_own_part(trainer)
             self.close_module()
             self._float32_before = None
             if any(parameter.is_meta for parameter in module.parameters()):

@@ -157,11 +157,37 @@ def test_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "polcy" in capsys.readouterr().err
 
 
-def test_a_wrong_world_size(tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "digits.yaml")
-    done = run(["bigmac", "fit", "--config", config, "--trainer.strategy.init_args.pipeline_parallel_size=3"], tmp_path)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--trainer.devices=3"],
+            "3 processes cannot form pipelines: pipeline_parallel_size=2 x data_parallel_size=auto",
+        ),
+        (
+            ["--trainer.devices=6", "--trainer.strategy.init_args.tensor_parallel_size=3"],
+            "model_type 'qwen3' has 64 rows in model.layers.0.self_attn.q_proj.weight: choose a number",
+        ),
+    ],
+)
+def test_a_wrong_world_size(options: list[str], message: str, tmp_path: Path) -> None:
+    """One line, and no other process is started."""
+    done = run(["bigmac", "fit", "--config", str(ROOT / "configs" / "digits.yaml"), *options], tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith("bigmac fit: error: ")
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert "GLOBAL_RANK" not in done.stderr
+
+
+def test_a_wrong_world_size_under_torchrun(tmp_path: Path) -> None:
+    """The first process says it, and the others end with it."""
+    command = ["torchrun", "--nproc-per-node=3", "-m", "bigmac_lightning.cli", "validate"]
+    done = run([*command, "--config", str(ROOT / "configs" / "digits.yaml"), "--trainer.devices=3"], tmp_path)
     assert done.returncode != 0
-    assert "2 processes cannot form pipelines: pipeline_parallel_size=3" in done.stderr
+    assert done.stderr.count("bigmac validate: error: 3 processes cannot form pipelines") == 1
+    assert "bigmac_lightning/training" not in done.stderr, "a traceback of a rank"
 
 
 def readme_commands(*files: str) -> list[str]:

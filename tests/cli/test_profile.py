@@ -49,3 +49,9 @@ def test_profile_then_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
 def test_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile.main([*DIGITS, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_world_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        profile.main([*DIGITS, "--trainer.devices=3"])
+    assert "bigmac profile: error: 3 processes cannot form pipelines" in capsys.readouterr().err
