@@ -87,6 +87,8 @@ FAULTS = [
         "number = drawn * len(self.positions) + part",
         "number = drawn",
         "tests/datamodules/test_streams.py -k parts",
+    ),
+    Fault(
         "all ranks say that their number is wrong",
         f"{PACKAGE}/commands/config.py",
         "                if strategy.global_rank == 0:\n",
