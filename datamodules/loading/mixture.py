@@ -68,4 +68,4 @@ class Mixture:
             for example, place_after in reader:
                 return repeat, place_after, example
             self._readers[which] = None
-        raise SourceError(f"{self._from[which].name} has no examples")
+        raise SourceError(f"{self._from[which].name} has no examples, or fewer than mixture.stream_parts")

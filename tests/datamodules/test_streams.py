@@ -367,6 +367,8 @@ def test_broken_examples(folder: Path) -> None:
         list(loader(folder, train=[Numbers({9: "stream"})], mixture=ONE, num_workers=1))
     with pytest.raises(SourceError, match="Numbers has no examples"):
         list(loader(folder, train=[Numbers({}, end=0)], mixture=ONE))
+    with pytest.raises(SourceError, match=r"Numbers has no examples, or fewer than mixture\.stream_parts"):
+        list(loader(folder, train=[Numbers({}, end=3)], mixture=replace(ONE, stream_parts=4)))
     with pytest.raises(SourceError, match=r"11 examples in a row cannot be used; the last: Numbers, sample 10 is no"):
         list(loader(folder, train=[Numbers(dict.fromkeys(range(20), "record"))], mixture=ONE, on_error="skip"))
 
