@@ -15,11 +15,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+TESTERS = 8
+"""Most processes of pytest-xdist (`make test`)."""
+
+
 def free_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port on which nothing listens, and which no other process of pytest-xdist gets from this function: the ranks
+    of two tests would meet there, and wait for ever."""
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        if port % TESTERS == own % TESTERS:
+            return port
 
 
 def run_ranks(
