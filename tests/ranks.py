@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 TESTERS = 8
 """Most processes of pytest-xdist (`make test`)."""
 
