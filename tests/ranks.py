@@ -26,7 +26,7 @@ def free_port() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        if port % TESTERS == own % TESTERS:
+        if port // 2 % TESTERS == own % TESTERS:  # Linux may give odd ones alone
             return port
 
 
