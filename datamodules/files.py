@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bigmac_lightning.file_part import FilePart
 
 from . import remote
 from .errors import ExampleError
 
-Roots = str | Path | Sequence[str | Path]
-"""A folder of media, or several folders: paths are relative to the first one, and links may lead into all of them."""
+Roots = str | Path | remote.Folder | Sequence[str | Path | remote.Folder]
+"""A folder of media, or several folders: paths are relative to the first one, and links may lead into all of them. One
+folder may be remote."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class File:
         if root is None:
             return cls(str(path), partial(_open_file, str(path)))
         roots = roots_of(root)
+        if isinstance(roots[0], remote.Folder):
+            try:
+                address = roots[0].file(str(path))
+            except ValueError as error:
+                raise ExampleError(f"{str(path)!r} leads out of the media root {roots[0]}") from error
+            return cls(address, partial(remote.opened, address))
         whole = roots[0] / path
         try:
             place = whole.resolve()
@@ -73,16 +80,28 @@ class File:
         return self.opener()
 
 
-def roots_of(given: Roots) -> tuple[Path, ...]:
-    """The folders as a tuple.
+def roots_of(given: Roots) -> Any:
+    """The folders as a tuple: of paths, or of one `remote.Folder`.
 
     Raises:
-        ValueError: there is no folder.
+        ValueError: there is no folder, or a remote one and others.
     """
-    roots = (Path(given),) if isinstance(given, str | Path) else tuple(Path(folder) for folder in given)
+    roots = [given] if isinstance(given, str | Path | remote.Folder) else list(given)
     if not roots:
         raise ValueError("media_root is an empty list: give one folder at least")
-    return roots
+    distant = [root for root in roots if remote.is_remote(root) or isinstance(root, remote.Folder)]
+    if distant and len(roots) > 1:
+        raise ValueError(
+            f"media_root has {distant[0]}, which is remote, and others: give one folder, as it has no links"
+        )
+    if distant:
+        return (distant[0] if isinstance(distant[0], remote.Folder) else remote.Folder(str(distant[0])),)
+    return tuple(Path(str(folder)) for folder in roots)
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """A file, which may be remote."""
+    return remote.opened(str(path)) if remote.is_remote(str(path)) else open(path, "rb")
 
 
 def _open_file(path: str) -> BinaryIO:

@@ -1,9 +1,11 @@
 """Remote files, such as ``s3://bucket/000.tar``, through fsspec. A path with a protocol is a remote one."""
 
 import io
+import posixpath
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
@@ -17,6 +19,31 @@ WHOLE = 1 << 20
 
 def is_remote(path: Any) -> bool:
     return isinstance(path, str) and PROTOCOL.match(path) is not None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A remote folder."""
+
+    address: str
+
+    def __str__(self) -> str:
+        return self.address
+
+    def resolve(self) -> "Folder":
+        """Itself, as for a path without links."""
+        return self
+
+    def file(self, path: str) -> str:
+        """The address of a file below it.
+
+        Raises:
+            ValueError: the path leads out of the folder.
+        """
+        below = posixpath.normpath(path)
+        if posixpath.isabs(below) or below.partition("/")[0] == "..":
+            raise ValueError(f"{path!r} leads out of {self.address}")
+        return f"{self.address.rstrip('/')}/{below}"
 
 
 def found(pattern: str, ending: str, called: str) -> list[str]:
@@ -70,9 +97,10 @@ def _shown(entry: dict[str, Any]) -> str:
 
 
 def opened(path: str) -> BinaryIO:
-    """A remote file; only what is read of it is fetched, and a little more."""
+    """A remote file, which is fetched in blocks as it is read."""
     system, inner = url_to_fs(path)
-    return system.open(inner, "rb", block_size=WHOLE)
+    file = system.open(inner, "rb", block_size=WHOLE)
+    return io.BufferedReader(FilePart(file, 0, file.size))
 
 
 def part(path: str, offset: int, length: int) -> BinaryIO:
@@ -83,9 +111,9 @@ def part(path: str, offset: int, length: int) -> BinaryIO:
     """
     if not length:
         return io.BytesIO()
-    if length > WHOLE:
-        return io.BufferedReader(FilePart(opened(path), offset, length))
     system, inner = url_to_fs(path)
+    if length > WHOLE:
+        return io.BufferedReader(FilePart(system.open(inner, "rb", block_size=WHOLE), offset, length))
     content = system.cat_file(inner, start=offset, end=offset + length)
     if len(content) != length:
         raise OSError(f"{path} has {len(content)} bytes from {offset} on, and not {length}")

@@ -4,6 +4,8 @@ A decoder may silently leave frames of a damaged video out, or invent some. So i
 packet comes out of the decoder, undamaged and in order.
 """
 
+import gc
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heapify, heappop, heappush
@@ -11,6 +13,10 @@ from typing import Any, BinaryIO
 
 from ..limits import Limits
 from .mp4_samples import check_samples
+
+# A decoder has threads, which a process that is forked off lacks. There the garbage collector might free a decoder of
+# before, which a traceback has kept, and wait for its threads for ever. So it leaves alone what there was before.
+os.register_at_fork(after_in_child=gc.freeze)
 
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
 """FFmpeg's names of the containers of videos that are read; "mov" includes MP4. Others are playlists, for which FFmpeg

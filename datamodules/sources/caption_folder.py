@@ -11,6 +11,7 @@ from ..example import Example, Image, Message
 from ..files import File, Roots, roots_of
 from ..limits import Limits
 from ..media.modalities import IMAGES
+from ..remote import Folder
 from .data_files import stamp
 from .records import captioned
 from .source import Source
@@ -52,6 +53,8 @@ class CaptionFolder(Source):
             raise ValueError(f"prompt={prompt!r} must have {{}} in it, for the caption that is to be drawn")
         self.roots, self.prompt, self.task, self.limits = roots_of(root), prompt, task, limits
         self.root = self.roots[0]
+        if isinstance(self.root, Folder):
+            raise ValueError(f"CaptionFolder: {root} is remote: give a list of its files as JSON, or tars of them")
         found = _Walk(self.roots)
         files = sorted(found.files)
         images = [path for path in files if path.suffix.lower() in IMAGES]

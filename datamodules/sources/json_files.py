@@ -1,26 +1,22 @@
 """Sources that are JSON files: one record per line, or a list of records. records.py makes examples of the records."""
 
-import codecs
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example
-from ..files import Roots, roots_of
+from ..files import File, Roots, opened, roots_of
 from ..limits import Limits
 from ..remote import is_remote
 from .data_files import stamp
+from .line_index import LineIndex
 from .records import DESCRIBE, Records
 from .source import Source
 
 TOO_DEEP = "has objects or lists that are nested too deep to be read"
-PIECE = 1 << 24
-"""Bytes of a line that are read at once."""
 
 
 class JSONSource(Source):
@@ -36,18 +32,15 @@ class JSONSource(Source):
     ) -> None:
         """
         Args:
-            path: of the data file.
+            path: of the data file, which may be remote (``s3://bucket/a.jsonl``).
             media_root: the folder of its media, or several folders, see `Roots`; ``None``: the folder of the data file.
             ignore: keys of records that are left out; other keys that are not known are refused.
             prompt: the user's words for records that are only a caption.
             limits: what its examples may have at most.
         """
-        if is_remote(path):
-            raise ValueError(
-                f"{type(self).__name__}: {path} is remote, which only WebDatasetTars and HFStream can read"
-            )
-        self.path, self.limits = Path(path), limits
-        self.media_roots = roots_of(self.path.parent if media_root is None else media_root)
+        self.path, self.limits = path if is_remote(path) else Path(path), limits
+        folder = str(path).rpartition("/")[0] if is_remote(path) else Path(path).parent
+        self.media_roots = roots_of(folder if media_root is None else media_root)
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._open()
 
@@ -63,7 +56,8 @@ class JSONSource(Source):
         return stamp([self.path])
 
     def identity(self) -> str:
-        return repr((type(self).__qualname__, str(self.path.resolve()), self.records.identity()))
+        path = self.path if isinstance(self.path, str) else self.path.resolve()
+        return repr((type(self).__qualname__, str(path), self.records.identity()))
 
 
 class MessagesJSONL(JSONSource):
@@ -77,28 +71,40 @@ class MessagesJSONL(JSONSource):
     learns to make. Texts for pretraining are ``{"text": "..."}``, or ``{"prompt": "...", "completion": "..."}``.
     """
 
+    def __init__(
+        self,
+        path: str | Path,
+        media_root: Roots | None = None,
+        ignore: Sequence[str] = (),
+        prompt: str = DESCRIBE,
+        limits: Limits = Limits(),
+        index_dir: str | Path = "~/.cache/bigmac_lightning",
+    ) -> None:
+        """
+        Args:
+            path: of the data file, which may be remote (``s3://bucket/a.jsonl``).
+            media_root: the folder of its media, or several folders, see `Roots`; ``None``: the folder of the data file.
+            ignore: keys of records that are left out; other keys that are not known are refused.
+            prompt: the user's words for records that are only a caption.
+            limits: what its examples may have at most.
+            index_dir: folder in which it is kept where the lines of a large or remote file lie, so that only the first
+                run reads all of it before training.
+        """
+        self._index_dir = Path(index_dir).expanduser()
+        super().__init__(path, media_root, ignore, prompt, limits)
+
     def _open(self) -> None:
-        starts, numbers, start = [], [], 0
-        with open(self.path, "rb") as file:
-            for number, (line, length) in enumerate(_lines(file), start=1):
-                if text := line.removeprefix(codecs.BOM_UTF8).strip():
-                    if not starts and text[:1] == b"[" and text[-1:] != b"]":
-                        raise ValueError(f"{self.path} is a JSON list, and not an object per line: use LlavaJSON")
-                    starts.append((start, length))
-                    numbers.append(number)
-                start += length
-        self._spans, self._numbers = np.array(starts, dtype=np.int64).reshape(-1, 2), np.array(numbers, dtype=np.int64)
+        self._lines = LineIndex(self.path, self._index_dir)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._lines)
 
     def __getitem__(self, index: int) -> Example:
-        start, length = self._spans[index].tolist()
-        where = f"line {self._numbers[index]}"
+        start, length = self._lines.spans[index].tolist()
+        where = f"line {self._lines.numbers[index]}"
         self.limits.check_record(length, f"({where})")
-        with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.read(length)
+        with File.inside(self.path, where, start, length).open() as file:
+            line = file.read()
         try:
             record = json.loads(line.decode("utf-8-sig"))
             return self._read(record, where)
@@ -115,17 +121,6 @@ class MessagesJSONL(JSONSource):
         return self.records.example(record, name)
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """The lines of a file, each with its length. Of a line that is longer than `PIECE`, only the first piece that is
-    not blank is in memory."""
-    while line := file.readline(PIECE):
-        length, piece = len(line), line
-        while len(piece) == PIECE and not piece.endswith(b"\n"):
-            piece = file.readline(PIECE)
-            length, line = length + len(piece), line if line.strip() else piece
-        yield line, length
-
-
 class LlavaJSON(JSONSource):
     """A JSON list of records, as LLaVA and LLaMA-Factory have them. `Records` lists all keys::
 
@@ -137,7 +132,8 @@ class LlavaJSON(JSONSource):
 
     def _open(self) -> None:
         try:
-            records = json.loads(self.path.read_text("utf-8-sig"))
+            with opened(self.path) as file:
+                records = json.loads(file.read().decode("utf-8-sig"))
         except RecursionError as error:
             raise ValueError(f"{self.path} {TOO_DEEP}") from error
         except ValueError as error:

@@ -3,6 +3,8 @@
 import gc
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from bigmac_lightning.datamodules.media import packets, videos
 from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.datamodules.media.packets import VideoStream
 from tests.datamodules.clips import CLIPS, ON_WHITE, PLAIN, RATE, Clip, H, W, encoded, growing
+from tests.datamodules.examples import clips
 
 READ = [clip for clip in CLIPS if not clip.refused]
 
@@ -225,3 +228,30 @@ def test_another_video_than_was_measured(tmp_path: Path) -> None:
     encoded(rotation=(90, False))(path)
     with pytest.raises(ExampleError, match=r"is another than was measured: 64 x 48 instead of 48 x 64"):
         read_frames(File.at(path), size, [5])
+
+
+FORKED = """
+import gc, os, sys
+from pathlib import Path
+from bigmac_lightning.datamodules.limits import Limits
+from bigmac_lightning.datamodules.media.packets import VideoStream, opened_container
+
+def make_garbage():
+    with open(sys.argv[1], "rb") as file, opened_container(file, Limits()) as container:
+        video = VideoStream(container, Limits())
+        video.stream.codec_context.thread_count = 4
+        kept = [video, next(frame for packet in video.packets() for frame in packet.decode())]
+        kept.append(kept)
+
+gc.disable()
+make_garbage()
+if os.fork() == 0:
+    gc.collect()
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_garbage_of_before_does_not_stop_a_forked_process() -> None:
+    """It would wait for the threads of a decoder, which it lacks."""
+    subprocess.run([sys.executable, "-c", FORKED, str(clips()[0])], check=True, timeout=60)

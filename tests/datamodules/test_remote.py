@@ -1,6 +1,8 @@
 """Tars on a server that speaks S3, and in fsspec's memory, give what the same files on disk give."""
 
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,8 +17,17 @@ import PIL.Image
 import pytest
 import s3fs
 
-from bigmac_lightning.datamodules import MessagesJSONL, TextFiles, WebDatasetTars, remote
-from tests.datamodules.examples import data, train_loader, write_jsonl
+from bigmac_lightning.datamodules import (
+    CaptionFolder,
+    ExampleError,
+    LlavaJSON,
+    MessagesJSONL,
+    TextFiles,
+    WebDatasetTars,
+    remote,
+)
+from bigmac_lightning.datamodules.example import Size
+from tests.datamodules.examples import data, said, train_loader, write_jsonl
 from tests.datamodules.test_resume import names, pixels
 from tests.ranks import free_port
 
@@ -76,9 +87,18 @@ def s3(server: None, folder: Path) -> Iterator[str]:
 
 
 def _content(source: WebDatasetTars) -> list[Any]:
-    """Captions and bytes of images."""
-    examples = [source[i] for i in range(len(source))]
-    return [(example.messages[1].parts, [item.file.open().read() for item in example.media]) for example in examples]
+    return _content_of(source, len(source))
+
+
+def _content_of(source: Any, number: int) -> list[Any]:
+    """Captions and bytes of images, of the first examples."""
+    examples = [source[i] for i in range(number)]
+    return [(example.messages[1].parts, [_read(item.file) for item in example.media]) for example in examples]
+
+
+def _read(file: Any) -> bytes:
+    with file.open() as opened:
+        return opened.read()
 
 
 def test_s3_gives_what_the_disk_gives(s3: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +155,53 @@ def test_what_cannot_be_found(s3: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=wrong):
             WebDatasetTars(paths, index_dir=tmp_path)
-    for kind in (MessagesJSONL, TextFiles):
-        with pytest.raises(ValueError, match=rf"{kind.__name__}: .* is remote, which only WebDatasetTars"):
-            kind(f"{s3}/a.jsonl")
+    with pytest.raises(ValueError, match=r"TextFiles: .* is remote, which only WebDatasetTars"):
+        TextFiles(f"{s3}/a.txt")
+    with pytest.raises(ValueError, match=r"CaptionFolder: s3://shards is remote: give a list"):
+        CaptionFolder(s3)
+    with pytest.raises(ValueError, match=r"media_root has s3://shards, which is remote, and others: give one folder"):
+        MessagesJSONL(tmp_path / "a.jsonl", media_root=[s3, tmp_path])
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be found: FileNotFoundError"):
+        MessagesJSONL(f"{s3}/none.jsonl", index_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", [MessagesJSONL, LlavaJSON])
+def test_json_and_its_media(s3: str, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file and its images lie on a server, or one of both does. Images are larger than a block, or smaller."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # the index is kept there
+    local = tmp_path / "data"
+    (local / "photos").mkdir(parents=True)
+    names_ = []
+    for k, side in enumerate((16, 24, 900)):
+        PIL.Image.effect_noise((side, side), 90).convert("RGB").save(local / "photos" / f"{k}.png")
+        names_.append(f"photos/{k}.png")
+    assert (local / names_[-1]).stat().st_size > remote.WHOLE
+    records = [{"messages": said("<image>?", "ä" * (k + 1)), "images": [name]} for k, name in enumerate(names_)]
+    records += [{"messages": said("<image>?", "no"), "images": ["../../secret.png"]}]
+    file = local / "a.json"
+    write_jsonl(file, records) if kind is MessagesJSONL else file.write_text(json.dumps(records))
+    fsspec.filesystem("s3", skip_instance_cache=True).put(f"{local}/", "shards/data/", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+    expected = _content_of(kind(file), 3)
+    there, media = f"{s3}/data/a.json", f"{s3}/data"
+    for source in (kind(there), kind(there, media_root=media), kind(there, media_root=local), kind(file, media)):
+        assert _content_of(source, 3) == expected
+        assert pickle.loads(pickle.dumps(source)).identity() == source.identity()
+        with pytest.raises(ExampleError, match=r"'\.\./\.\./secret\.png' leads out of the media root"):
+            source[3]
+    if kind is MessagesJSONL:
+        assert len(pickle.dumps(kind(there))) < 1000, "the index is not sent to workers"
+        fsspec.filesystem("s3", skip_instance_cache=True).pipe("shards/data/a.json", b"\n" + file.read_bytes())
+        s3fs.S3FileSystem.clear_instance_cache()
+        assert _content_of(kind(there), 3) == expected, "another file has another index"
+    assert kind(there).fingerprint() != kind(file).fingerprint()
+    assert kind(there).identity() != kind(file).identity()
+    own = data(file, train=[kind(there)], val=[], on_error="skip", token_budget=4000)
+    own.prepare_data()
+    own.setup("fit")
+    [measured] = own._measured["train"]
+    assert sorted(measured.errors) == [3]
+    assert measured.sizes(2) == [Size(900, 900)]
 
 
 def test_memory(folder: Path, tmp_path: Path) -> None:
