@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 
 from bigmac_lightning.file_part import FilePart
 
-PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]*(://|::)")
+PROTOCOL = re.compile(r"(?!file:|local:)[a-z][a-z0-9+.-]*(://|::)")
 WHOLE = 1 << 20
 """Bytes of a part of a file up to which it is fetched at once. Larger ones are read in blocks of so many bytes."""
 
@@ -41,7 +41,9 @@ class Folder:
             ValueError: the path leads out of the folder.
         """
         below = posixpath.normpath(path)
-        if posixpath.isabs(below) or below.partition("/")[0] == "..":
+        # "::" would name a place of another kind, and a server may take "%2e%2e" for ".."
+        misread = "::" in path or (self.address.startswith("http") and set(path) & set("%?#\\"))
+        if misread or posixpath.isabs(below) or below.partition("/")[0] == "..":
             raise ValueError(f"{path!r} leads out of {self.address}")
         return f"{self.address.rstrip('/')}/{below}"
 

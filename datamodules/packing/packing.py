@@ -103,7 +103,7 @@ def _even(packed: list[Bin], tokens: Sequence[int], costs: Sequence[float], budg
 
 
 def number_of_bins(tokens: np.ndarray, budget: int, ordered: bool) -> int:
-    """How many bins `pack` makes of one buffer; it takes a fifth of the time.
+    """How many bins `pack` makes of one buffer, without making them.
 
     Args:
         tokens: (samples,) of the buffer.

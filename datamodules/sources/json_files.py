@@ -71,27 +71,15 @@ class MessagesJSONL(JSONSource):
     learns to make. Texts for pretraining are ``{"text": "..."}``, or ``{"prompt": "...", "completion": "..."}``.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        media_root: Roots | None = None,
-        ignore: Sequence[str] = (),
-        prompt: str = DESCRIBE,
-        limits: Limits = Limits(),
-        index_dir: str | Path = "~/.cache/bigmac_lightning",
-    ) -> None:
+    def __init__(self, *args: Any, index_dir: str | Path = "~/.cache/bigmac_lightning", **kwargs: Any) -> None:
         """
         Args:
-            path: of the data file, which may be remote (``s3://bucket/a.jsonl``).
-            media_root: the folder of its media, or several folders, see `Roots`; ``None``: the folder of the data file.
-            ignore: keys of records that are left out; other keys that are not known are refused.
-            prompt: the user's words for records that are only a caption.
-            limits: what its examples may have at most.
+            args, kwargs: see `JSONSource`.
             index_dir: folder in which it is kept where the lines of a large or remote file lie, so that only the first
                 run reads all of it before training.
         """
         self._index_dir = Path(index_dir).expanduser()
-        super().__init__(path, media_root, ignore, prompt, limits)
+        super().__init__(*args, **kwargs)
 
     def _open(self) -> None:
         self._lines = LineIndex(self.path, self._index_dir)

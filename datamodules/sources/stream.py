@@ -53,7 +53,7 @@ class Stream(ABC):
     def part(self, number: int, parts: int) -> "Stream":
         """A part of the stream: all parts together have each example once.
 
-        By default a part reads the whole stream, and has every so manyeth example of it. A stream of many files can
+        By default a part reads the whole stream, and leaves out the examples of other parts. A stream of many files can
         return one that reads its own files.
 
         Args:
@@ -64,7 +64,8 @@ class Stream(ABC):
 
 
 class _EveryNth(Stream):
-    """Every so manyeth example of another stream. A place is how many examples of it came before, and its own place."""
+    """The examples number, number + parts, ... of another stream. A place is how many of its examples came before,
+    and its own place."""
 
     def __init__(self, whole: Stream, number: int, parts: int) -> None:
         self._whole, self._number, self._parts, self.limits = whole, number, parts, whole.limits

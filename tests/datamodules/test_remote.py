@@ -204,6 +204,18 @@ def test_json_and_its_media(s3: str, tmp_path: Path, kind: Any, monkeypatch: pyt
     assert measured.sizes(2) == [Size(900, 900)]
 
 
+def test_paths_that_lead_out_of_a_remote_folder() -> None:
+    folder = remote.Folder("s3://bucket/photos/")
+    assert folder.file("a/./b%20.png") == "s3://bucket/photos/a/b%20.png"
+    for path in ("../a", "a/../../b", "/a", "..", "a::file:///etc/passwd", "a::file://b"):
+        with pytest.raises(ValueError, match="leads out"):
+            folder.file(path)
+    for path in ("%2e%2e/a", "a?b", "a#b", "..\\a"):
+        with pytest.raises(ValueError, match="leads out"):
+            remote.Folder("https://server/photos").file(path)
+    assert not remote.is_remote("file:///photos"), "links in it are followed, and must stay inside"
+
+
 def test_memory(folder: Path, tmp_path: Path) -> None:
     system = fsspec.filesystem("memory")
     for shard in range(SHARDS):
