@@ -36,14 +36,15 @@ class Contents:
 
     Attributes:
         tensors: the tensors that go by names of the model, by their paths in DCP.
-        rest: everything else.
+        rest: everything else, as a pickle, which training does not change and which other ranks can be sent.
         names: the names of the whole model's tensors.
-        replica: the data-parallel replica that this rank belongs to; what the first replica has is saved.
+        replica: the data-parallel replica that this rank belongs to; what the first replica has is saved, and `rest` is
+            empty on others.
         step: the optimizer steps that the run has made.
     """
 
     tensors: Leaves
-    rest: Tree
+    rest: bytes
     names: Names
     replica: int
     step: int
@@ -59,11 +60,12 @@ class Contents:
         tensors, rest = _apart(checkpoint, names)
         take = _whole_on_cpu if whole else in_one_piece
         step = int(checkpoint.get("global_step", 0))
-        return cls({path: take(value) for path, value in _leaves(tensors)}, rest, names, replica, step)
+        leaves = {path: take(value) for path, value in _leaves(tensors)}
+        return cls(leaves, pickle.dumps(rest) if replica == 0 else b"", names, replica, step)
 
     def copied(self, copies: Copies) -> "Contents":
         """A copy on the CPU, which training does not change."""
-        return replace(self, tensors=copies.of(self.tensors), rest=pickle.loads(pickle.dumps(self.rest)))
+        return replace(self, tensors=copies.of(self.tensors))
 
 
 def save_directory(contents: Contents, path: Path, group: Any = None, repeating: Repeating | None = None) -> None:
@@ -83,8 +85,8 @@ def save_directory(contents: Contents, path: Path, group: Any = None, repeating:
     what = f"cannot save the checkpoint {path}"
     rank, world = place_of(group)
     tensors = contents.tensors
-    own_fit, own_rest = repeating is not None and repeating.fits(tensors), _own_rest(contents)
-    fits, every_rest = zip(*from_everyone((own_fit, own_rest), group), strict=True)
+    own_fit = repeating is not None and repeating.fits(tensors)
+    fits, every_rest = zip(*from_everyone((own_fit, contents.rest), group), strict=True)
     known = repeating if all(fits) else None
     rest: list[Any] = []
 
@@ -190,15 +192,11 @@ def _apart(checkpoint: Tree, names: Names) -> tuple[Tree, Tree]:
 
 def _joined_rest(contents: Contents, group: Any) -> Tree:
     """Everything that is not a tensor of the model, joined over the ranks of the first replica. Collective."""
-    return _joined(from_everyone(_own_rest(contents), group), contents.names)
+    return _joined(from_everyone(contents.rest, group), contents.names)
 
 
-def _own_rest(contents: Contents) -> Tree | None:
-    return contents.rest if contents.replica == 0 else None
-
-
-def _joined(parts: Sequence[Tree | None], names: Names) -> Tree:
-    return joined([part for part in parts if part is not None], names)
+def _joined(parts: Sequence[bytes], names: Names) -> Tree:
+    return joined([pickle.loads(part) for part in parts if part], names)
 
 
 def _leaves(tree: Tree, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...], Any]]:

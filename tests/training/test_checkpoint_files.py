@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.training import saving
 from tests.toy import ToyData, ToyModule
@@ -253,3 +254,14 @@ def test_what_directories_cannot_be_written_with(tmp_path: Path) -> None:
         assert error == "no error"
     (saved,) = (tmp_path / "files").iterdir()
     assert "llm.layers.3.mix.weight" in torch.load(saved, weights_only=True)["state_dict"]
+
+
+def test_parts_that_the_system_takes_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`writev` may write less than it is given, and takes 1024 parts at once."""
+    parts = [bytes([i % 256]) * (i % 5) for i in range(3000)]
+    at_once = os.writev
+    monkeypatch.setattr(os, "writev", lambda file, some: at_once(file, [some[0][:2]] if len(some) % 3 else some))
+    found = marker.write_parts(tmp_path / "file", parts)
+    whole = b"".join(parts)
+    assert (tmp_path / "file").read_bytes() == whole
+    assert found == marker.Part(len(whole), zlib.crc32(whole))
