@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from bigmac_lightning.contracts.batch import MediaData
 
@@ -24,6 +25,32 @@ def _patches(base: Any, items: Sequence[Tensor]) -> Any:
     """Items have the shape (t, h, w, E): the processor's patches in its order, on the grid that they come from."""
     grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
     return base.get_image_features(torch.cat([item.flatten(0, 2) for item in items]), grid, return_dict=True)
+
+
+def _square_patches(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `_patches`, but the model takes patches of the shape (C, side, side)."""
+    grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
+    side = base.config.vision_config.patch_size
+    patches = torch.cat([item.flatten(0, 2) for item in items]).unflatten(-1, (-1, side, side))
+    return base.get_image_features(patches, grid, return_dict=True)
+
+
+def _padded_patches(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (T, E) or (tiles, T, E), where T is the most patches that a tile can
+    have; "spatial_shapes", the grids of the tiles, (2,) or (tiles, 2); and "pixel_attention_mask", (T,) or (tiles, T),
+    which tells patches from padding."""
+    names = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+    given = {name: torch.cat([_tiled(item, name) for item in items]) for name in names}
+    return base.get_image_features(**given, return_dict=True)
+
+
+def _tiled(item: MediaData, name: str) -> Tensor:
+    if not isinstance(item, dict) or name not in item:
+        raise ValueError(
+            f'this model needs images as {{"pixel_values": ..., "{name}": ...}}, as its processor makes them'
+        )
+    several = 3 if name == "pixel_values" else 2  # dimensions, with that of tiles
+    return item[name] if item[name].ndim == several else item[name][None]
 
 
 def _crops(base: Any, items: Sequence[Tensor]) -> Any:
@@ -57,6 +84,18 @@ def _any_resolution(base: Any, items: Sequence[MediaData]) -> Any:
     return base.get_image_features(pixels, _sizes(items), batch_num_images=samples, return_dict=True)
 
 
+def _cut_into_crops(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (crops, C, H, W), and "image_sizes", the picture's own size, by
+    which the model puts the crops together."""
+    if not all(isinstance(item, dict) for item in items):
+        raise ValueError(
+            'this model needs images as {"pixel_values": crops, "image_sizes": (height, width)}, as its processor '
+            "makes them"
+        )
+    pixels = torch.stack([pixels_of(item) for item in items])
+    return base.get_image_features(pixels, _sizes(items), return_dict=True)
+
+
 def _pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
     """Items have the shape (frames, C, H, W)."""
     return base.get_video_features(torch.stack(list(items)), return_dict=True)
@@ -76,6 +115,23 @@ def _sizes(items: Sequence[MediaData]) -> Tensor:
     return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
 
 
+def _smallest_tile(config: Any) -> MediaData:
+    vision, side = config.vision_config, config.downsample_factor
+    return {
+        "pixel_values": torch.zeros(1, side**2, vision.num_channels * vision.patch_size**2),
+        "spatial_shapes": torch.full((1, 2), side),
+        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.int32),
+    }
+
+
+def _smallest_crops(config: Any) -> MediaData:
+    vision = config.vision_config
+    size = torch.full((2,), vision.image_size)
+    crops = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size)
+    pixels = torch.zeros(crops, vision.num_channels, vision.image_size, vision.image_size)
+    return {"pixel_values": pixels, "image_sizes": size}
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of vision-language model.
@@ -87,6 +143,8 @@ class Family:
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
+        joined: the number of patches that become a row of features, where no config says it.
+        smallest: makes of the model's config a small item, where that is not pixels or patches alone.
     """
 
     image: Encode
@@ -95,10 +153,14 @@ class Family:
     multimodal_positions: bool = False
     bidirectional_images: bool = False
     mixes_shapes: bool = False
+    joined: int | None = None
+    smallest: Callable[[Any], MediaData] | None = None
 
 
 _QWEN2 = Family(_patches, _patches, mixes_shapes=True, multimodal_positions=True)
 _QWEN3 = replace(_QWEN2, deepstack=True)
+_PATCHES = Family(_patches, mixes_shapes=True)
+_GLM = replace(_PATCHES, multimodal_positions=True)
 _IDEFICS = Family(_batched_crops)
 _SMOLVLM = Family(_batched_crops, _batched_crops)
 
@@ -109,13 +171,29 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe": _QWEN3,
     "qwen3_5": _QWEN2,
     "qwen3_5_moe": _QWEN2,
-    "glm4v": replace(_QWEN2, video=None),
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm46v": _GLM,
+    "glm_ocr": _GLM,
+    "paddleocr_vl": replace(_GLM, image=_square_patches),
+    "exaone4_5": replace(_PATCHES, video=_patches),
+    "kimi_k25": replace(_PATCHES, image=_square_patches),
+    "lfm3_vl": _PATCHES,
+    "lfm2_vl": Family(_padded_patches, smallest=_smallest_tile),
     "aya_vision": Family(_crops),
     "cohere2_vision": Family(_crops),
     "llava": Family(_crops),
+    "vipllava": Family(_crops),
+    "deepseek_vl": Family(_crops),
+    "janus": Family(_crops),
+    "got_ocr2": Family(_crops, joined=16),
+    "qianfan_ocr": Family(_crops),
+    "llava_next": Family(_cut_into_crops, smallest=_smallest_crops),
     "llava_onevision": Family(_any_resolution, _pooled_video),
     "internvl": Family(_crops, _crops),
     "mistral3": Family(_sized),
+    "lighton_ocr": Family(_sized),
+    "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,
     "smolvlm": _SMOLVLM,
     "gemma3": Family(_crops, bidirectional_images=True),
@@ -124,6 +202,7 @@ FAMILIES: dict[str, Family] = {
 """The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
 
 REFUSED = {
+    "paligemma": "tokens of a prompt see each other both ways, and batches here do not say where a prompt ends",
     "mllama": "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages",
     "gemma3n": "its layers take embeddings of the token ids of their own, beside the hidden states",
     "gemma4": "its layers take embeddings of the token ids of their own, beside the hidden states",

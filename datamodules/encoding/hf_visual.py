@@ -7,6 +7,7 @@ Shape suffixes: T frames, C channels, H and W pixels, E values of a patch.
 """
 
 import copy
+import inspect
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,14 @@ from ..media.frame_choice import evenly_spaced, frame_count
 from .media_processor import Augment, MediaPlan
 from .visual import VisualProcessor
 
+USED = {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"}
+TILES = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
+"""What a processor makes of a picture that it cuts into tiles of patches (LFM2-VL)."""
+UNUSED = {
+    *("video_metadata", "batch_num_images", "num_patches", "num_crops"),  # of several items, which come apart here
+    *("rows", "cols", "image_rows", "image_cols"),  # which are in the text that stands for the item
+    "pixel_attention_mask",  # of an item alone there is no padding
+}
 MAX_PLANS = 16384
 """Most plans that are cached: a few hundred bytes each. A cache that is full is cleared."""
 
@@ -36,7 +45,11 @@ class HFVisual(VisualProcessor):
 
     - patches, (t, h, w, E), if it makes a grid of them;
     - otherwise crops, (crops, C, H, W), or frames, (T, C, H, W);
-    - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,).
+    - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,);
+    - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
+      "pixel_attention_mask", (tiles, T).
+
+    A processor that makes anything else is refused when it plans its first item.
 
     Attributes:
         processor: a processor, as `AutoProcessor.from_pretrained` returns it.
@@ -99,6 +112,12 @@ class HFVisual(VisualProcessor):
             frames = evenly_spaced(size.frames, frame_count(size, self.fps, self.max_frames))
             shape = (len(frames), *shape)
         made, text = self._prepare(self._without_values, torch.empty(shape, device="meta"), size, frames, alone)
+        tiles = TILES if "spatial_shapes" in made else ()
+        if unknown := made.keys() - USED - UNUSED - set(tiles):
+            raise ValueError(
+                f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
+                "takes: prepare the media with a processor of your own (see docs/data.md)"
+            )
         grid = _grid(made)
         placeholder = self.processor.video_token if is_video else self.processor.image_token
         return MediaPlan(
@@ -126,7 +145,9 @@ class HFVisual(VisualProcessor):
                 f"{plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
             )
         if grid is not None:
-            return pixel_values.unflatten(0, grid)
+            return pixel_values.flatten(1).unflatten(0, grid)
+        if "spatial_shapes" in made:
+            return {name: made[name] for name in TILES}
         if "image_sizes" in made:
             return {"pixel_values": pixel_values, "image_sizes": torch.as_tensor(made["image_sizes"][0])}
         return pixel_values
@@ -147,11 +168,17 @@ class HFVisual(VisualProcessor):
             images.append(
                 pixels[:, :1, :1]
             )  # a second image, one pixel high and wide, makes the processor treat the first as not alone
-        made, texts = processor._process_images([images], **self._arguments["images_kwargs"])
+        made, texts = processor._process_images([images], **self._of_images, **self._arguments["images_kwargs"])
         return made, texts[0]
 
     @cached_property
-    def _arguments(self) -> dict[str, dict[str, Any]]:
+    def _of_images(self) -> dict[str, Any]:
+        """Options of the whole processor that it uses when it prepares images."""
+        taken = inspect.signature(self.processor._process_images).parameters
+        return {k: value for k, value in self._arguments.items() if k in taken and not isinstance(value, dict)}
+
+    @cached_property
+    def _arguments(self) -> dict[str, Any]:
         """The arguments that the processor passes to its image and video processor when it is called."""
         return self.processor._merge_kwargs(
             tokenizer_init_kwargs=self.processor.tokenizer.init_kwargs,

@@ -71,8 +71,9 @@ class HFVisionEncoder(HFComponent, Encoder):
     def forward_cost(self, rows: int) -> ForwardCost:
         """The cost for an item that is one picture, whose patches all see each other."""
         vision: Any = self.config.vision_config
-        patches = rows * _patches_per_row(self.config)
-        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        assert self.family is not None, "the constructor refuses models without a vision part"
+        patches = rows * (self.family.joined or _patches_per_row(self.config))
+        depth = getattr(vision, "num_hidden_layers", None) or vision.depth
         cost = forward_cost(self, lambda name: rows if _AFTER_MERGING.search(name) else patches)
         cost += attention_cost(vision.hidden_size, patches, patches) * depth
         return cost.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else cost
@@ -99,8 +100,14 @@ class HFVisionEncoder(HFComponent, Encoder):
             of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
         return list(of_shape.values())
 
-    def smallest(self) -> Tensor:
+    def smallest(self) -> MediaData:
         vision: Any = self.config.vision_config
+        assert self.family is not None, "the constructor refuses models without a vision part"
+        if self.family.smallest is not None:
+            made = self.family.smallest(self.config)
+            return (
+                made if isinstance(made, Tensor) else {**made, "pixel_values": pixels_of(made).to(self.input_dtype())}
+            )
         if self._mixes_shapes:
             return smallest_grid(vision).to(self.input_dtype())
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
@@ -155,7 +162,7 @@ class HFVideoEncoder(Encoder):
         return self._unregistered[0].batches(pixels)
 
     def smallest(self) -> Tensor:
-        image = self._unregistered[0].smallest()
+        image = pixels_of(self._unregistered[0].smallest())
         return image[None] if image.ndim == 3 else image
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
@@ -172,8 +179,10 @@ def smallest_grid(vision: Any) -> Tensor:
     Args:
         vision: the config of the tower.
     """
-    side, channels = vision.spatial_merge_size, getattr(vision, "in_channels", None) or vision.in_chans
-    return torch.zeros(1, side, side, channels * vision.temporal_patch_size * vision.patch_size**2)
+    side = getattr(vision, "spatial_merge_size", None) or vision.merge_kernel_size[0]
+    named = (getattr(vision, name, None) for name in ("in_channels", "in_chans", "num_channels"))
+    channels = next((number for number in named if number is not None), 3)
+    return torch.zeros(1, side, side, channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2)
 
 
 def _patches_per_row(config: Any) -> int:
@@ -181,8 +190,10 @@ def _patches_per_row(config: Any) -> int:
     vision: Any = config.vision_config
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
+    side = side or getattr(vision, "merge_kernel_size", [None])[0]
     side = side or round(1 / getattr(config, "downsample_ratio", 1))
-    if rows := getattr(config, "mm_tokens_per_image", None):
+    perceiver = getattr(config, "perceiver_config", None)
+    if rows := getattr(perceiver, "resampler_n_latents", None) or getattr(config, "mm_tokens_per_image", None):
         return (vision.image_size // vision.patch_size) ** 2 // rows
     return side**2
 

@@ -10,6 +10,7 @@ from tokenizers import processors
 
 from bigmac_lightning.datamodules import HFVisual, byte_tokenizer
 from tests.models import zoo
+from tests.models.more_families import ALL
 
 QWEN_CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
@@ -178,6 +179,32 @@ def _gemma3() -> Any:
     return hf.Gemma3Processor(image, words, image_seq_length=4, chat_template=GEMMA_CHAT)
 
 
+def _lfm2() -> Any:
+    named = {
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }
+    words = tokenizer(INTERNVL_CHAT.replace("<IMG_CONTEXT>", "<image>"), named)
+    image = hf.Lfm2VlImageProcessor(
+        tile_size=16, encoder_patch_size=2, min_image_tokens=2, max_image_tokens=16, max_num_patches=64, max_tiles=2,
+        max_pixels_tolerance=2.0,
+    )  # fmt: skip
+    return hf.Lfm2VlProcessor(image, words, chat_template=words.chat_template)
+
+
+def _llava_next() -> Any:
+    image = hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 8}, crop_size=CROP, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]]
+    )
+    words = tokenizer(LLAVA_CHAT, {"image_token": "<image>"}, bos=True)
+    return hf.LlavaNextProcessor(
+        image, words, patch_size=2, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=LLAVA_CHAT,
+    )  # fmt: skip
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
@@ -190,6 +217,8 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "llava_next": _llava_next,
+    "lfm2_vl": _lfm2,
 }
 
 
@@ -202,7 +231,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     processor = PROCESSORS[name]()
     for attribute, value in changes.items():
         setattr(processor, attribute, value)
-    config = zoo.MODELS[name].config()
+    config = ALL[name].config()
     text = config.get_text_config()
     text.vocab_size = -(-len(processor.tokenizer) // 8) * 8
     text.max_position_embeddings = 4096
@@ -214,8 +243,9 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
         if hasattr(config, f"{attribute}_token_id"):
             found = processor.tokenizer.convert_tokens_to_ids(f"<|{attribute}|>")
             setattr(config, f"{attribute}_token_id", found)
-    if name == "llava_onevision":
+    if name in ("llava_onevision", "llava_next"):
         config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
+    if name == "llava_onevision":
         config.vision_aspect_ratio = processor.vision_aspect_ratio
     zoo.save(name, folder, config)
     processor.save_pretrained(folder / name)

@@ -30,7 +30,7 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.families import FAMILIES
 from bigmac_lightning.models.writing import GrowingText
-from tests.models import tiny, zoo
+from tests.models import more_families, tiny, zoo
 
 DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VISION_LANGUAGE = list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -80,6 +80,7 @@ class Verdict:
         """Measure the unsplit model's own error, if anything would be wrong without it."""
         if self.wrong:
             self.rounding = max(self.rounding, measure())
+            assert self.rounding < 1e-4, "the unsplit model is not the same twice: it draws random numbers"
 
 
 # -- decoders ----------------------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
             except ValueError as problem:
                 reasons.append(str(problem))
         return Verdict(refused=reasons[0]) if len(reasons) == 2 else Verdict(errors={"text alone": 0.0})
-    model = {**zoo.VISION_LANGUAGE, **OTHER_LLMS}[name]
+    model = {**more_families.ALL, **OTHER_LLMS}[name]
     config, attention = model.config(), model.attention
     whole = _randomized(hf.AutoModelForImageTextToText, config, attention)
     made = HFDecoder(config, attn_implementation=attention)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
-from tests.models import tiny, zoo
+from tests.models import more_families, tiny, zoo
 from tests.ranks import run_ranks
 
 
@@ -139,16 +139,16 @@ def test_images_and_videos_share_the_tower(folder: Path) -> None:
 
 
 def initial_decoder(name: str, layers: range) -> HFDecoder:
-    decoder = HFDecoder(zoo.MODELS[name].config(), seed=3)
+    decoder = HFDecoder(zoo.KNOWN[name].config(), seed=3, attn_implementation=zoo.KNOWN[name].attention)
     decoder.materialize(layers, layers.start == 0, layers.stop == zoo.LAYERS)
     return decoder
 
 
-@pytest.mark.parametrize("name", zoo.VISION_LANGUAGE)
+@pytest.mark.parametrize("name", more_families.ALL)
 def test_initial_weights_of_a_config_alone(name: str) -> None:
     """Those of a part are those of the whole; decoder and encoder have all that the library's model has."""
-    config = zoo.MODELS[name].config()
-    encoder = HFVisionEncoder(config, seed=3)
+    config = zoo.KNOWN[name].config()
+    encoder = HFVisionEncoder(config, seed=3, attn_implementation=zoo.KNOWN[name].attention)
     encoder.materialize()
     decoder = initial_decoder(name, range(zoo.LAYERS))
     known = {**decoder.state_dict(), **encoder.state_dict()}
@@ -160,6 +160,23 @@ def test_initial_weights_of_a_config_alone(name: str) -> None:
         assert all(torch.equal(tensor, known[weight]) for weight, tensor in part.items())
         seen |= part.keys()
     assert seen == decoder.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", more_families.ALL)
+def test_smallest_items_and_costs(name: str) -> None:
+    """Ranks without items run a smallest one where weights lie in shards; costs are known without weights."""
+    model = zoo.KNOWN[name]
+    encoder = HFVisionEncoder(model.config(), attn_implementation=model.attention)
+    costs = [encoder.forward_cost(rows).multiplications for rows in (4, 8)]
+    assert 0 < costs[0] < costs[1]
+    encoder.materialize()
+    encoders: list[Any] = [encoder]
+    if encoder.family is not None and encoder.family.video is not None:
+        encoders.append(HFVideoEncoder(encoder))
+    for one in encoders:
+        rows = one([one.smallest()])
+        assert len(rows) >= 1
+        assert rows.isfinite().all()
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -216,7 +233,10 @@ def test_another_models_config(tmp_path: Path) -> None:
     [
         (hf.MllamaConfig(), "'mllama' cannot be cut into stages: .*cross-attention"),
         (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: .*embeddings of the token ids"),
-        (hf.PaliGemmaConfig(), "no vision-language model of model_type 'paligemma' is known here"),
+        (
+            hf.PaliGemmaConfig(),
+            "model_type 'paligemma' cannot be cut into stages: tokens of a prompt see each other both ways",
+        ),
     ],
 )
 def test_families_that_cannot_work(config: Any, message: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
@@ -88,7 +88,7 @@ class Picture:
     """
 
     encoder: str
-    data: Tensor
+    data: MediaData
     rows: int
     arguments: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 1
@@ -164,8 +164,8 @@ class Model:
 
 def save(name: str, folder: Path, config: Any = None) -> None:
     """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
-    config = MODELS[name].config() if config is None else config
-    auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
+    config = KNOWN[name].config() if config is None else config
+    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
     torch.manual_seed(2)
     whole: Any = auto.from_config(config)
     with torch.no_grad():
@@ -176,9 +176,9 @@ def save(name: str, folder: Path, config: Any = None) -> None:
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
-    auto = hf.AutoModelForImageTextToText if name in VISION_LANGUAGE else hf.AutoModelForCausalLM
+    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
-    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=MODELS[name].attention, **experts)
+    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=KNOWN[name].attention, **experts)
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
@@ -391,6 +391,8 @@ VISION_LANGUAGE: dict[str, Model] = {
 }
 
 MODELS = {**DECODERS, **VISION_LANGUAGE}
+KNOWN = dict(MODELS)
+"""These, and those of `more_families.py`, once it is imported."""
 
 
 def with_llm(name: str, kind: type[Any], attention: str = "sdpa", **changes: Any) -> Model:
@@ -520,7 +522,7 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         made["token_type_ids"] = kinds
     if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
         made["batch_num_images"] = [max(2, len(made["image_sizes"]))]
-    if whole.config.model_type in ("idefics3", "smolvlm") and "pixel_values" in made:
+    if whole.config.model_type in ("idefics2", "idefics3", "smolvlm") and "pixel_values" in made:
         made["pixel_values"] = made["pixel_values"][None]
     if whole.config.model_type in ("qwen3_vl_moe", "qwen3_5_moe"):
         made["output_router_logits"] = True  # its forward does not look into its text config

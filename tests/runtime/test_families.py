@@ -17,14 +17,21 @@ from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of
-from tests.models import zoo
+from tests.models import more_families, zoo
 from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
 from tests.toy import split_layers
 
-CASES = [
-    (name, packed) for name, model in zoo.MODELS.items() for packed in ((False, True) if model.packs else (False,))
-]
+Case = tuple[str, bool]
+"""A family, and whether rows hold several samples."""
+
+
+def _cases(models: dict[str, zoo.Model]) -> list[Case]:
+    return [(name, packed) for name, model in models.items() for packed in ((False, True) if model.packs else (False,))]
+
+
+CASES = _cases(zoo.MODELS)
+MORE = _cases(more_families.MORE)
 SIZES = {2: ShardingOptions(), 3: ShardingOptions(encoders="fsdp")}
 """Numbers of pipeline ranks, and what lies in shards."""
 
@@ -37,24 +44,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _pipelined(rank: int, size: int, folder: Path) -> dict[tuple[str, bool], Any]:
+def _pipelined(rank: int, size: int, folder: Path, cases: list[Case]) -> dict[Case, Any]:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
     results = {}
-    for name, packed in CASES:
-        module = MultimodalLM.from_pretrained(str(folder / name), zoo.MODELS[name].attention)
+    for name, packed in cases:
+        module = MultimodalLM.from_pretrained(str(folder / name), zoo.KNOWN[name].attention)
         module.part = part_of(rank, split_layers(zoo.LAYERS, size), range(size))
         module.configure_model()
         options = PipelineOptions(ScheduleOptions(group_size=2), sharding=SIZES[size])
         module.runner = PipelineRunner(module, mesh, options)
-        out = module.pipeline(zoo.batch(zoo.MODELS[name], packed, module.runner.layout))
+        out = module.pipeline(zoo.batch(zoo.KNOWN[name], packed, module.runner.layout))
         reduce_gradients(module.runner.places, mesh)
         results[name, packed] = out.loss.item(), {n: whole(p.grad) for n, p in module.named_parameters()}
     return results
 
 
 @pytest.fixture(scope="module")
-def pipelined(checkpoints: Path) -> dict[int, list[dict[tuple[str, bool], Any]]]:
-    return {size: run_ranks(size, _pipelined, size, checkpoints) for size in SIZES}
+def pipelined(checkpoints: Path) -> dict[int, list[dict[Case, Any]]]:
+    return {size: run_ranks(size, _pipelined, size, checkpoints, CASES) for size in SIZES}
 
 
 @dataclass
@@ -72,13 +79,17 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def references(checkpoints: Path) -> dict[tuple[str, bool], Reference]:
+def references(checkpoints: Path) -> dict[Case, Reference]:
+    return _references(checkpoints, CASES)
+
+
+def _references(checkpoints: Path, cases: list[Case]) -> dict[Case, Reference]:
     made = {}
-    for name, packed in CASES:
+    for name, packed in cases:
         results = []
         for dtype in (torch.float32, torch.float64):
             whole = zoo.load(name, checkpoints, dtype)
-            loss = zoo.reference_loss(whole, zoo.MODELS[name], packed)
+            loss = zoo.reference_loss(whole, zoo.KNOWN[name], packed)
             loss.backward()
             results.append({n: p.grad for n, p in whole.named_parameters()})
             if dtype == torch.float32:
@@ -113,6 +124,16 @@ def test_against_the_unsplit_model(name: str, packed: bool, size: int, reference
             assert found <= max(1e-6, 2 * reference.rounding), f"{short}: {found:.1e}"
     assert reference.rounding < 1e-5
     assert seen == reference.gradients.keys()
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("name", "packed"), MORE)
+def test_more_families(name: str, packed: bool, size: int, tmp_path: Path) -> None:
+    zoo.save(name, tmp_path)
+    cases = [(name, packed)]
+    pipelined = {size: run_ranks(size, _pipelined, size, tmp_path, cases)}
+    test_against_the_unsplit_model(name, packed, size, _references(tmp_path, cases), pipelined)
 
 
 def _videos(layout: PipelineLayout) -> Batch:
