@@ -47,11 +47,12 @@ def executed(rank: int, made: list[Plan], unit: float) -> list[list[Span]]:
     for plan in made:
         needs = Needs((True,) * plan.stages, (True,) * plan.microbatches, generator=True)
         program = lower(plan, verify(plan).order, needs)[rank]
-        executor = Executor(mesh, tuple(plan.stage_rank))
-        for _ in range(2):
+        executor, trace = Executor(mesh, tuple(plan.stage_rank)), None
+        for _ in range(2):  # the first one warms up
             dist.barrier()
             executor.trace = trace = Trace(torch.device("cpu"))
             executor.run(program, SleepingWork(plan, rank, unit), needs, plan.recomputes)
+        assert trace is not None
         results.append([(Action.parse(s.action), s.start / unit, s.end / unit) for s in trace.spans()])
     return results
 

@@ -233,7 +233,7 @@ def compared_picture(timelines: Mapping[str, Sequence[Sequence[Span]]], path: st
     from matplotlib.figure import Figure
 
     finish = max(end for ranks in timelines.values() for spans in ranks for _, _, end in spans)
-    plot = 11.0  # width in inches
+    plot = 9.0  # width in inches
     heights = [0.3 * len(ranks) + 0.4 for ranks in timelines.values()]
     figure = Figure(figsize=(plot + 1.5, sum(heights) + 0.4), layout="constrained")
     axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
@@ -243,7 +243,7 @@ def compared_picture(timelines: Mapping[str, Sequence[Sequence[Span]]], path: st
         _draw_spans(axis, ranks, 0.0, finish, points=72 * plot / finish)
     axes[-1].set_xlabel(unit)
     axes[-1].set_xlim(0.0, finish)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=150)
 
 
 def _write(
