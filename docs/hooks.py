@@ -13,7 +13,7 @@ from mkdocs.plugins import event_priority
 ROOT = Path(__file__).parent.parent
 
 INCLUDE = re.compile(r"^<!-- (?P<file>[\w.]+\.md)(?:: (?P<heading>.+))? -->$", re.MULTILINE)
-"""A line that stands for a text outside of docs/: ``<!-- README.md: Use -->`` for a section without its heading, and
+"""A line that stands for a text outside of docs/: ``<!-- README.md: Start -->`` for a section without its heading, and
 ``<!-- CHANGELOG.md -->`` for a file without its title."""
 
 LINK = re.compile(r"\[([^]]*)\]\((?!https?://|#)([^)#]+)(#[^)]*)?\)")

@@ -37,6 +37,11 @@ HELP = {
     "target_shape": "shape of a target; default: the data's target.shape, or [3, 512, 512]",
 }
 
+OF_ONE_STEP = (
+    "this is the plan of a step whose microbatches are all alike; a training plans each batch for the tokens, media "
+    "and targets that it has"
+)
+
 
 class RunReader(ConfigReader):
     """Builds the model and the strategy of a config.
@@ -203,6 +208,7 @@ def _show(run: RunReader, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    console.print(OF_ONE_STEP, highlight=False, soft_wrap=True)
     print_whole(console, table(estimate.plan, estimate.timeline))
     console.print(TerminalTimeline(spans_of(estimate.plan, estimate.timeline)))
 

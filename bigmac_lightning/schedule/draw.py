@@ -4,7 +4,7 @@ The functions return objects that `rich` can print, or write a file; they print 
 matplotlib, which is imported when one is drawn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +220,30 @@ def measured_picture(
         memory: per rank, a triple (seconds, component, bytes alive from then on) at each change.
     """
     _write(ranks, path, title, "seconds", measured_curves(memory or []))
+
+
+def compared_picture(timelines: Mapping[str, Sequence[Sequence[Span]]], path: str | PathLike[str], unit: str) -> None:
+    """Write a picture of several timelines, one below the other, on the same scale of time.
+
+    Args:
+        timelines: by their titles, which are followed by their makespans: per rank, the spans of its actions.
+        path: a file name that ends with .png, .svg or .pdf.
+        unit: what the axis of time is called.
+    """
+    from matplotlib.figure import Figure
+
+    finish = max(end for ranks in timelines.values() for spans in ranks for _, _, end in spans)
+    plot = 9.0  # width in inches
+    heights = [0.3 * len(ranks) + 0.4 for ranks in timelines.values()]
+    figure = Figure(figsize=(plot + 1.5, sum(heights) + 0.4), layout="constrained")
+    axes = list(figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0])
+    for axis, (title, ranks) in zip(axes, timelines.items(), strict=True):
+        makespan = max(end for spans in ranks for _, _, end in spans)
+        axis.set_title(f"{title}: {makespan:.1f}", loc="left", fontsize=10)
+        _draw_spans(axis, ranks, 0.0, finish, points=72 * plot / finish)
+    axes[-1].set_xlabel(unit)
+    axes[-1].set_xlim(0.0, finish)
+    figure.savefig(path, dpi=150)
 
 
 def _write(

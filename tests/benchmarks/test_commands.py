@@ -4,11 +4,12 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks import many_samples, measured_costs, paper_workload, predictions, saving
+from benchmarks import many_samples, measured_costs, paper_workload, predictions, saving, timelines
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,16 @@ def test_the_workload_of_the_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["paper_workload", "--folder", str(tmp_path)])
     paper_workload.main()
     assert (tmp_path / "paper_workload.json").stat().st_size > 1000
+
+
+def test_timelines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has run its whole plan, one action after another, and the picture is written."""
+    made = timelines.plans(2, 3)
+    for rank, results in enumerate(timelines.run_ranks(2, timelines.executed, made, 0.001)):
+        for plan, spans in zip(made, results, strict=True):
+            assert sorted(str(action) for action, _, _ in spans) == sorted(map(str, plan.ranks[rank]))
+            assert all(end <= start for (_, _, end), (_, start, _) in pairwise(spans))
+    options = f"--ranks 2 --microbatches 3 --unit_ms 1 --output {tmp_path}/x.png"
+    monkeypatch.setattr(sys, "argv", ["timelines", *options.split()])
+    timelines.main()
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

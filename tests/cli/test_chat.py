@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -19,6 +18,7 @@ from bigmac_lightning import cli
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.datamodules import DigitsDataModule, ExampleError
 from bigmac_lightning.models import MultimodalLM
+from tests.blocks import block_with
 from tests.cli.commands import bigmac
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
@@ -83,24 +83,16 @@ def test_digits(runs: Path, tmp_path: Path) -> None:
         run.chat("hello there")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
-def test_the_documentation(
-    page: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its program runs as it stands in the folder in which the quickstart was run."""
-    text = (CONFIGS.parent / page).read_text()
-    [block] = [
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "bigmac_lightning.load" in block
-    ]
+def test_the_documentation(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The program and the commands of the page run as they stand in the folder in which the quickstart was run."""
     monkeypatch.chdir(runs)
-    exec(compile(block, page, "exec"), {})
+    exec(block_with("docs/using.md", "bigmac_lightning.load"), {})
     assert capsys.readouterr().out.strip() in DigitsDataModule().reply([*range(39)]).split()
     assert (runs / "three.png").is_file()
-    commands = [line for line in text.splitlines() if line.startswith(("bigmac chat", "bigmac draw"))]
+    commands = block_with("docs/using.md", "bigmac draw").splitlines()
     monkeypatch.setattr(sys, "stdin", io.StringIO("what comes after 3 ?\n"))
     for command in commands:
         assert _main(monkeypatch, *shlex.split(command)[1:]) == 0
-    assert bool(commands) == (page != "README.md")
 
 
 def test_a_chat_with_images(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""The command as users start it: every shipped config, every README command, launch by Trainer and by torchrun."""
+"""The command as users start it: every shipped config, launch by Trainer and by torchrun."""
 
 import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -188,43 +187,6 @@ def test_a_wrong_world_size_under_torchrun(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("bigmac validate: error: 3 processes cannot form pipelines") == 1
     assert "bigmac_lightning/training" not in done.stderr, "a traceback of a rank"
-
-
-def readme_commands(*files: str) -> list[str]:
-    text = "".join((ROOT / file).read_text() for file in files or ["README.md"])
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
-def test_documented_plan_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one as a process, the others, which would spend their time on imports, in this one."""
-    documented = readme_commands("README.md", "docs/schedules.md")
-    first, *others = [command for command in documented if command.startswith(("bigmac plan", "bigmac compare"))]
-    assert len(others) >= 12
-    monkeypatch.chdir(tmp_path)
-    assert run(shlex.split(first), tmp_path).returncode == 0
-    for command in others:
-        _, kind, *options = shlex.split(command.replace(" configs/", f" {ROOT}/configs/"))
-        assert cli.module_of(kind, options).main(options) == 0, command
-    assert {command.split()[1] for command in others} == {"plan", "compare"}
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "plan.json").read_text())["format"] == "bigmac-plan/1"
-
-
-def test_readme_names_real_make_targets_and_files() -> None:
-    """The training commands themselves are run by the tests above and by CI."""
-    makefile = (ROOT / "Makefile").read_text()
-    readme = (ROOT / "README.md").read_text()
-    targets = re.findall(r"make (\w+)", " ".join(re.findall(r"`([^`]*)`", readme)) + " ".join(readme_commands()))
-    assert {"quickstart", "test", "bench"} <= set(targets)
-    assert all(f"\n{target}:" in makefile for target in targets)
-    for path in re.findall(r"`((?:bigmac_lightning|models|datamodules|configs|tests|benchmarks)/[\w./]*)`", readme):
-        assert (ROOT / path).exists(), path
-    for command in readme_commands():
-        for path in re.findall(r"configs/[\w.]+", command):
-            assert (ROOT / path).is_file(), path
 
 
 def test_own_classes_and_wrong_arguments(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bigmac_lightning.commands.plan_config import main
+from bigmac_lightning.commands.config import BigMacCLI
+from bigmac_lightning.commands.plan_config import RunReader, estimated, main
+from bigmac_lightning.schedule.plan import Plan
+from tests.training.trainers import on_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls it
@@ -78,6 +81,26 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     assert "upfront on 1f1b: 2 ranks, 6 microbatches" in shown
     assert "as the config says: {F: 1, B: 2, I: 1, W: 1, EF: 2, EB: 2}" in shown
     assert "1..3" in shown
+
+
+def _plan_of_fit(rank: int, arguments: list[str]) -> Plan:
+    sys.argv = ["bigmac"]
+    run = BigMacCLI(args=["fit", *arguments])
+    return run.trainer.strategy.runner.last_plan  # pyright: ignore
+
+
+@pytest.mark.parametrize("policy", ["nested", "filled"])
+def test_a_training_with_equal_microbatches_runs_this_plan(policy: str, tmp_path: Path) -> None:
+    """If the config gives costs. Both make and run what `bigmac plan --config` shows."""
+    strategy = "--trainer.strategy.init_args.schedule"
+    arguments = [*DIGITS, f"{strategy}.policy={policy}", f"{strategy}.costs={{F: 1, B: 2.5, EF: 1.5, EB: 2}}"]
+    arguments += ["--data.proportions=[1, 0, 0]", "--data.microbatches=6", "--data.batch_size=48"]
+    shown = estimated(RunReader("plan", [*arguments, "--microbatch.targets=0"])).estimate.plan
+    short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    short += ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
+    for ran in on_ranks(2, _plan_of_fit, [*arguments, *short]):
+        assert ran == shown
+    assert {"EF0", "EB2", "1B5"} <= {str(action) for row in shown.ranks for action in row}
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import base64
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigmac_lightning.datamodules import MultimodalDataModule
+from tests.blocks import block_with
 from tests.datamodules import chat_table, media_table
 from tests.datamodules.examples import model, pictures
 from tests.training.trainers import plain_trainer
@@ -16,9 +16,9 @@ from tests.training.trainers import plain_trainer
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
-def run(number: int) -> MultimodalDataModule:
-    """The DataModule of an example."""
-    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[number]
+def run(words: str) -> MultimodalDataModule:
+    """The DataModule of the example that has these words."""
+    code = block_with("docs/data.md", words)
     names: dict[str, Any] = {"__name__": "page"}
     exec(code.replace("patch_size=16", "patch_size=8"), names)
     datamodule = names["datamodule"]
@@ -33,7 +33,7 @@ def test_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             file.write(json.dumps({"name": picture.name, "label": picture.stem, "image": image}) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    datamodule = run(1)
+    datamodule = run("class Records")
     trainer = plain_trainer(max_epochs=2)
     trainer.fit(model(generators={}), datamodule)
     assert trainer.global_step == 8
@@ -49,7 +49,7 @@ def test_a_source_for_a_folder_of_files(tmp_path: Path, monkeypatch: pytest.Monk
         file.write_bytes(picture.read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    datamodule = run(0)
+    datamodule = run("class LabelledFolder")
     trainer = plain_trainer(max_epochs=1)
     trainer.fit(model(generators={}), datamodule)
     assert trainer.global_step == 1
