@@ -57,6 +57,7 @@ RUN_BY = {
     ("docs/own_parts.md", WHOLE_PAGE): "tests/test_own_parts.py",
     ("docs/tutorial.md", WHOLE_PAGE): "tests/cli/test_tutorial.py",
     ("docs/using.md", "bigmac_lightning.load"): "tests/cli/test_chat.py",
+    ("README.md", "bigmac_lightning.load"): "tests/cli/test_chat.py",
     ("docs/using.md", "bigmac draw"): "tests/cli/test_chat.py",
 }
 """Blocks by their page, and by words or the title that only they have; and the test that reads and runs them."""

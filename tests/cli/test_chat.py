@@ -86,7 +86,9 @@ def test_digits(runs: Path, tmp_path: Path) -> None:
 def test_the_documentation(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The program and the commands of the page run as they stand in the folder in which the quickstart was run."""
     monkeypatch.chdir(runs)
-    exec(block_with("docs/using.md", "bigmac_lightning.load"), {})
+    program = block_with("docs/using.md", "bigmac_lightning.load")
+    assert block_with("README.md", "bigmac_lightning.load") == program
+    exec(program, {})
     assert capsys.readouterr().out.strip() in DigitsDataModule().reply([*range(39)]).split()
     assert (runs / "three.png").is_file()
     commands = block_with("docs/using.md", "bigmac draw").splitlines()
