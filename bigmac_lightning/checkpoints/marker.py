@@ -127,11 +127,16 @@ def problems(path: Place, contents: bool = True, share: tuple[int, int] = (0, 1)
     try:
         marker = marker_of(path)
         files = marker.files if marker is not None else _files_of_metadata(path)
-    except (ValueError, OSError) as error:
+        own = {name: files[name] for name in sorted(files)[share[0] :: share[1]]}
+        return problems_of_files(path, own, contents, exact=marker is not None)
+    except unreadable(path) as error:
         return [str(error)]
-    exact = marker is not None
-    own = {name: files[name] for name in sorted(files)[share[0] :: share[1]]}
-    return problems_of_files(path, own, contents, exact)
+
+
+def unreadable(path: Place) -> tuple[type[Exception], ...]:
+    """The errors by which a checkpoint is known to be damaged. That a remote file system does not answer, or does not
+    let this process read, says nothing of what is there."""
+    return (ValueError, FileNotFoundError if isinstance(path, RemotePath) else OSError)
 
 
 def problems_of_files(
@@ -198,7 +203,7 @@ def _problems_of_file(path: Place, contents: bool, share: tuple[int, int]) -> li
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()[share[0] :: share[1]] if contents else []
             return _damaged(archive, members, path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, *unreadable(path)) as error:
         size = path.stat().st_size
         return [f"{path} is cut off or damaged: its {size} bytes are not a whole archive ({error})"]
 

@@ -26,7 +26,7 @@ def newest_whole(folders: Iterable[tuple[Place, str]]) -> tuple[Place | None, li
     for place in candidates.values():
         try:
             dated.append((marker.saved_at(place), place))
-        except (OSError, ValueError) as error:
+        except marker.unreadable(place) as error:
             skipped.append(f"{place}: {error}")
     for _, place in sorted(dated, key=lambda one: (one[0], str(one[1])), reverse=True):
         if problems := marker.problems(place, contents=not isinstance(place, RemotePath)):

@@ -1,5 +1,6 @@
 """Places in remote file systems, such as ``s3://bucket/run``, through fsspec."""
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _is_object_storage
 
+MADE_A_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
 BLOCK = 1 << 23
 """Bytes that are read ahead."""
 
@@ -157,11 +159,15 @@ def at(path: str | Place) -> Place:
     """The place that a path or an address names.
 
     Raises:
-        ValueError: the address is of several file systems.
+        ValueError: the address is of several file systems, or was made a `Path`.
     """
-    if isinstance(path, RemotePath) or _is_local_file_protocol(path):
-        return path if isinstance(path, RemotePath) else Path(path)
+    if isinstance(path, RemotePath):
+        return path
     address = str(path)
+    if MADE_A_PATH.match(address):
+        raise ValueError(f"{address} was an address, of which a Path has dropped a slash: give it as a text")
+    if _is_local_file_protocol(address):
+        return Path(path)
     if "::" in address:
         raise ValueError(f"{address} goes through several file systems ('::'): give the address in the last one alone")
     return RemotePath(address if address.endswith("://") else address.rstrip("/"))

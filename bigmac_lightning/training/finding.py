@@ -128,7 +128,7 @@ def _present(path: Place) -> Place | None:
 def _saved_at(place: Place) -> float:
     try:
         return marker.saved_at(place)
-    except (OSError, ValueError):  # it is damaged, as `load_checkpoint` will say
+    except marker.unreadable(place):  # it is damaged, as `load_checkpoint` will say
         return place.stat().st_mtime
 
 

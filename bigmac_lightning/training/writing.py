@@ -159,8 +159,8 @@ def check_writable(folder: RemotePath) -> None:
         if missing := set(names) - {place.name for place in folder.iterdir()}:
             raise ValueError(f"{min(missing)} was written, and is not there: it must be one place for all processes")
 
-    together(write, what)
     try:
+        together(write, what)
         on_first_rank(look, what)
     finally:
         with suppress(Exception):  # not to be allowed to delete is no reason to stop

@@ -58,7 +58,9 @@ def _fit(
     )
     trainer.fit(module, ToyData(steps=STEPS), ckpt_path=ckpt_path)
     losses = [float(loss) for loss in module.losses]
-    return {"losses": losses, "weights": weights(module), "from": str(trainer.ckpt_path)}
+    strategy_: Any = trainer.strategy
+    repeats = strategy_._repeating._kinds is not None  # so that later saves are fast
+    return {"losses": losses, "weights": weights(module), "from": str(trainer.ckpt_path), "repeats": repeats}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -69,7 +71,7 @@ def test_a_run_is_saved_and_resumed_as_on_a_disk(bucket: str, tmp_path: Path) ->
     """Also by other ranks, and in the background; what an interrupted upload has left is not taken."""
     saver = {"save_top_k": -1}
     for where, strategy in ((str(tmp_path / "a"), {}), (f"{bucket}/a", {}), (f"{bucket}/b", {"async_save": True})):
-        on_ranks(2, _fit, where, 2, strategy, saver, None)
+        assert all(one["repeats"] for one in on_ranks(2, _fit, where, 2, strategy, saver, None))
     local = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(local) == STEPS
     for name in local:
@@ -110,6 +112,21 @@ def test_older_checkpoints_are_deleted_and_nothing_else(distributed: bool, bucke
 # -- a save that ends --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def memory() -> Iterator[RemotePath]:
+    """An empty folder in this process's memory."""
+    yield RemotePath("memory://runs")
+    fsspec.filesystem("memory").rm("/runs", recursive=True)
+
+
+def _value(path: RemotePath) -> float:
+    place = files.present(path)
+    assert not marker.problems(place)
+    stored = CheckpointWeights(path)
+    assert stored.rest()["more"]["value"] == stored.read()["weight"][0]
+    return float(stored.read()["weight"][0])
+
+
 class _KilledError(BaseException):
     """No code that cleans up after errors sees it... but for `finally`."""
 
@@ -146,36 +163,51 @@ def _interrupted_at(
 
 @pytest.mark.parametrize(("error", "once"), [(_KilledError, False), (OSError, False), (OSError, True)])
 def test_a_whole_checkpoint_is_found_after_any_failure(
-    error: type, once: bool, monkeypatch: pytest.MonkeyPatch
+    error: type, once: bool, memory: RemotePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RemotePath("memory://runs")
+    with writing.without_group():
+        for number in range(100):
+            path = memory / f"{number}.ckpt"
+            _write(path, 1.0)
+            ended = _interrupted_at(number, monkeypatch, error, once, lambda path=path: _write(path, 2.0))
+            assert _value(path) == 2.0 or ended
+            _write(path, 3.0)
+            assert _value(path) == 3.0
+            assert len(list(path.iterdir())) == 1, "older ones take room"
+            if not ended:
+                break
+        assert number > 6
 
-    def value(path: RemotePath) -> float:
-        place = files.present(path)
-        assert not marker.problems(place)
-        stored = CheckpointWeights(path)
-        assert stored.rest()["more"]["value"] == stored.read()["weight"][0]
-        return float(stored.read()["weight"][0])
 
-    try:
-        with writing.without_group():
-            for number in range(100):
-                path = folder / f"{number}.ckpt"
-                _write(path, 1.0)
-                ended = _interrupted_at(number, monkeypatch, error, once, lambda path=path: _write(path, 2.0))
-                found = value(path)
-                assert found == 2.0 or ended
-                _write(path, 3.0)
-                assert value(path) == 3.0
-                saves = list(path.iterdir())
-                assert len(saves) == 1, "older ones take room"
-                if not ended:
-                    break
-                files.remove(path)
-                assert not path.exists()
-            assert number > 6
-    finally:
-        fsspec.filesystem("memory").rm("/runs", recursive=True)
+def test_a_checkpoint_is_gone_at_once(memory: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    with writing.without_group():
+        for number in range(20):
+            path = memory / f"{number}.ckpt"
+            _write(path, 1.0)
+            ended = _interrupted_at(number, monkeypatch, _KilledError, False, lambda path=path: files.remove(path))
+            with suppress(FileNotFoundError):
+                assert _value(path) == 1.0
+            if not ended:
+                break
+        assert number > 3
+        assert not path.exists()
+
+
+def test_damage_is_found(memory: RemotePath) -> None:
+    path = memory / "x.ckpt"
+    with writing.without_group():
+        _write(path, 1.0)
+    file = path / "save-1" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    fsspec.filesystem("memory").pipe(file.address, bytes(content))
+    with pytest.raises(ValueError, match=rf"{path}/save-1 is not whole: {file} is damaged: its CRC-32"):
+        CheckpointWeights(path).check()
+    told = (path / "save-1" / marker.MARKER).read_text()
+    for name in ("../x", "a::memory://b", ".."):
+        changed = told.replace("__0_0.distcp", name).encode()
+        fsspec.filesystem("memory").pipe(f"{path}/save-1/{marker.MARKER}", changed)
+        assert re.search("is not the name of a file in memory", marker.problems(files.present(path))[0])
 
 
 class _Lost(Callback):
@@ -241,6 +273,15 @@ def test_where_nothing_can_be_saved(folder: str, changes: dict[str, str], said: 
     assert re.match(rf"0 \w+: {said}", error), error
     assert other == error
     assert not _names(bucket)
+
+
+def test_an_address_is_no_path() -> None:
+    with pytest.raises(ValueError, match="s3:/runs/a was an address, of which a Path has dropped a slash"):
+        at(Path("s3://runs/a"))
+    assert at("s3://runs/a/") == RemotePath("s3://runs/a")
+    assert at("s3://runs/a") / "b" == RemotePath("s3://runs/a/b")
+    assert [str(folder) for folder in RemotePath("s3://runs/a/b").parents] == ["s3://runs/a", "s3://runs"]
+    assert at("runs/a") == Path("runs/a")
 
 
 def _log(rank: int, folder: str, ckpt_path: str | None) -> tuple[str, str, int]:
