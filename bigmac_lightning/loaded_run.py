@@ -15,6 +15,7 @@ from torch import Tensor
 from bigmac_lightning.checkpoints import files
 from bigmac_lightning.checkpoints.mismatches import first_few
 from bigmac_lightning.checkpoints.newest import in_words, newest_whole
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import PROBLEMS, text_of
 from bigmac_lightning.commands.config import ConfigReader
@@ -46,7 +47,7 @@ class LoadedRun:
 
     module: PipelineModule
     data: Any
-    checkpoint: Path
+    checkpoint: Place
 
     def chat(
         self,
@@ -188,8 +189,8 @@ def load(
     A config names classes, which are imported: load only runs of people whom you trust.
 
     Args:
-        path: the folder of a run, whose newest whole checkpoint is taken; or a checkpoint, with the run's config.yaml
-            in one of the three folders above it.
+        path: the folder of a run, local or remote, whose newest whole checkpoint is taken; or a checkpoint, with the
+            run's config.yaml in one of the three folders above it.
         module: the model, if there is no config.yaml, or to replace the one that it names.
         data: the DataModule, likewise.
         device: default: the GPU, if there is one.
@@ -199,7 +200,7 @@ def load(
         FileNotFoundError: there is no checkpoint.
         ValueError: there is no config, or it is not one of this checkpoint; or the checkpoint is damaged.
     """
-    checkpoint = _checkpoint(Path(path))
+    checkpoint = _checkpoint(at(path))
     if module is None or data is None:
         reader = _Reader.of(_config_of(checkpoint))
         module, data = reader.model if module is None else module, reader.data if data is None else data
@@ -222,7 +223,7 @@ class _Reader(ConfigReader):
     """Builds the model and the DataModule of a config, and nothing else."""
 
     @classmethod
-    def of(cls, config: Path) -> "_Reader":
+    def of(cls, config: Place) -> "_Reader":
         try:
             return cls("load", ["--config", str(config)])
         except (*PROBLEMS, TypeError) as error:
@@ -236,7 +237,7 @@ class _Reader(ConfigReader):
             raise ValueError("it has no data, which would make prompts: give load(..., data=...)")
 
 
-def _checkpoint(path: Path) -> Path:
+def _checkpoint(path: Place) -> Place:
     """The checkpoint at a path, or the newest whole one of a run."""
     if not (path / CONFIG).is_file():
         return files.present(path)
@@ -248,8 +249,8 @@ def _checkpoint(path: Path) -> Path:
     return found
 
 
-def _config_of(checkpoint: Path) -> Path:
-    for folder in checkpoint.absolute().parents[:3]:
+def _config_of(checkpoint: Place) -> Place:
+    for folder in checkpoint.absolute().parents[: 3 if isinstance(checkpoint, Path) else 4]:  # it is in a save's folder
         if (folder / CONFIG).is_file():
             return folder / CONFIG
     raise ValueError(

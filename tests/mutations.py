@@ -1035,6 +1035,34 @@ FAULTS = [
         "            pass\n",
         "tests/training/test_stopping.py",
     ),
+    Fault(
+        "a save in a bucket is found before it is whole",
+        f"{PACKAGE}/checkpoints/saves.py",
+        "        if (save / MARKER).exists():\n",
+        "        if save.exists():\n",
+        "tests/training/test_remote_checkpoints.py -k failure",
+    ),
+    Fault(
+        "an older checkpoint in a bucket that cannot be deleted takes the new one with it",
+        f"{PACKAGE}/checkpoints/saves.py",
+        "    except Exception as error:",
+        "    except KeyError as error:",
+        "tests/training/test_remote_checkpoints.py -k failure",
+    ),
+    Fault(
+        "a checkpoint in a bucket loses its files before its marker",
+        f"{PACKAGE}/checkpoints/saves.py",
+        "key=lambda name: name != MARKER",
+        "key=lambda name: name == MARKER",
+        "tests/training/test_remote_checkpoints.py -k gone",
+    ),
+    Fault(
+        "files of others are deleted in a bucket",
+        f"{PACKAGE}/checkpoints/saves.py",
+        "if name == MARKER or FILE.fullmatch(name):",
+        "if name:",
+        "tests/training/test_remote_checkpoints.py -k older",
+    ),
 ]
 
 

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import astuple
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
+from bigmac_lightning.callbacks.shared import checked, filled, folder_of, replicas_of
+from bigmac_lightning.checkpoints.remote import Place
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.estimates.costs import counts_multiplications
 from bigmac_lightning.estimates.flops import TrainingFlops
@@ -81,7 +81,7 @@ class PipelineMonitor(pl.Callback):
                 f"PipelineMonitor(trace_every={trace_every}) needs at least 1, and a trace_step to begin with"
             )
         self.memory, self.trace_step, self.dirpath, self.trace_every = memory, trace_step, dirpath, trace_every
-        self.artifacts: list[Path] = []
+        self.artifacts: list[Place] = []
         self._samples = self._tokens = 0
         self._flops, self._counted, self._peak = 0.0, None, None
         self._since, self._plans = 0.0, list[PlanTimes]()
@@ -198,17 +198,18 @@ class PipelineMonitor(pl.Callback):
         planned = strategy.runner.last_planned
         executed = [[(Action.parse(s.action), s.start, s.end) for s in spans] for spans, _ in everyone]
         curves = [curve for _, curve in everyone] if memory is not None else None
-        write_chrome_trace(folder / "trace.json", [spans for spans, _ in everyone], _messages(planned), curves or ())
         step, tracks = f"step {trainer.global_step}", _tracks(planned, executed, curves)
-        write_page(folder / "timeline.html", f"{step}: {' and '.join(track.name for track in tracks)}", tracks)
-        draw.measured_picture(executed, folder / "timeline.png", f"{step}, as executed", curves)
-        self.artifacts = [folder / name for name in ("trace.json", "timeline.html", "timeline.png")]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                from matplotlib.image import imread
+        with filled(folder) as local:
+            write_chrome_trace(local / "trace.json", [spans for spans, _ in everyone], _messages(planned), curves or ())
+            write_page(local / "timeline.html", f"{step}: {' and '.join(track.name for track in tracks)}", tracks)
+            draw.measured_picture(executed, local / "timeline.png", f"{step}, as executed", curves)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    from matplotlib.image import imread
 
-                image = imread(folder / "timeline.png")[..., :3]
-                logger.experiment.add_image("timeline", image, trainer.global_step, dataformats="HWC")
+                    image = imread(local / "timeline.png")[..., :3]
+                    logger.experiment.add_image("timeline", image, trainer.global_step, dataformats="HWC")
+        self.artifacts = [folder / name for name in ("trace.json", "timeline.html", "timeline.png")]
 
 
 def _messages(planned: PlannedBatch | None) -> list[tuple[tuple[int, str], tuple[int, str]]]:

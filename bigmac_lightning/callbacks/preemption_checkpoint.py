@@ -1,6 +1,7 @@
 """A callback that saves a checkpoint when a signal stops the training."""
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.remote import Place, at
 
 
 class PreemptionCheckpoint(pl.Callback):
@@ -30,13 +32,13 @@ class PreemptionCheckpoint(pl.Callback):
 
     def __init__(self, dirpath: str | Path | None = None, filename: str = "preempted") -> None:
         self.dirpath, self.filename = dirpath, filename
-        self.path: Path | None = None
-        self._place: Path | None = None
+        self.path: Place | None = None
+        self._place: Place | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the place now, on rank 0, as ranks that were stopped cannot always ask each other."""
         others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        folder = Path(self.dirpath or (others[0] if others else trainer.default_root_dir))
+        folder = at(self.dirpath or (others[0] if others else trainer.default_root_dir))
         self._place = trainer.strategy.broadcast(self._free_place(folder, trainer.ckpt_path))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -44,18 +46,19 @@ class PreemptionCheckpoint(pl.Callback):
         stopped = isinstance(exception, SIGTERMException | KeyboardInterrupt)
         if place is None or not stopped or not trainer.global_step:
             return
-        trainer.save_checkpoint(place)
+        trainer.save_checkpoint(str(place))
         self.path = place if place.exists() else None
 
-    def _free_place(self, folder: Path, resumed_from: str | Path | None) -> Path:
+    def _free_place(self, folder: Place, resumed_from: str | Path | None) -> Place:
         """The first place where there is no checkpoint, or only the one that the run was resumed from."""
         names = itertools.chain([self.filename], (f"{self.filename}-v{k}" for k in itertools.count(1)))
-        return next(path for name in names if _is_free(path := folder / f"{name}.ckpt", resumed_from))
+        places: Iterator[Place] = (folder / f"{name}.ckpt" for name in names)
+        return next(filter(lambda place: _is_free(place, resumed_from), places))
 
 
-def _is_free(path: Path, resumed_from: str | Path | None) -> bool:
+def _is_free(path: Place, resumed_from: str | Path | None) -> bool:
     try:
         place = files.present(path)
     except FileNotFoundError:
         return True
-    return resumed_from is not None and place.resolve() == Path(resumed_from).resolve()
+    return resumed_from is not None and at(resumed_from).resolve() in (place.resolve(), path.resolve())

@@ -2,14 +2,14 @@
 
 from contextlib import nullcontext
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
+from bigmac_lightning.callbacks.shared import checked, filled, folder_of, replicas_of
+from bigmac_lightning.checkpoints.remote import Place
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 
@@ -43,7 +43,7 @@ class SampleImages(pl.Callback):
             value_range,
             dirpath,
         )
-        self.artifacts: list[Path] = []
+        self.artifacts: list[Place] = []
         self._ranks = Ranks()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -61,7 +61,8 @@ class SampleImages(pl.Callback):
         low, high = self.value_range
         enlarged = [((image - low) / (high - low)).clamp(0, 1) for image in enlarged]
         grid = make_grid(enlarged, self.columns, padding=4, pad_value=0.5)
-        save_image(grid, folder / "samples.png")
+        with filled(folder) as local:
+            save_image(grid, local / "samples.png")
         self.artifacts = [folder / "samples.png"]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

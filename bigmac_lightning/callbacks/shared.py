@@ -1,9 +1,13 @@
 """What both callbacks need to know of a Trainer and its module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning.pytorch as pl
 
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.contracts.module import PipelineModule
 
 
@@ -25,8 +29,19 @@ def replicas_of(trainer: pl.Trainer) -> tuple[int, int]:
     return place["num_replicas"], place["rank"]
 
 
-def folder_of(trainer: pl.Trainer, dirpath: str | None) -> Path:
+def folder_of(trainer: pl.Trainer, dirpath: str | None) -> Place:
     """The folder for files: `dirpath`, or else the logger's directory. Collective, as that directory is rank 0's."""
-    folder = Path(dirpath or trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return at(dirpath or trainer.log_dir or trainer.default_root_dir)
+
+
+@contextmanager
+def filled(folder: Place) -> Iterator[Path]:
+    """A local folder to write files into: this one, or if it is remote another one, from which they are uploaded."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with TemporaryDirectory() as local:
+        yield Path(local)
+        for file in Path(local).iterdir():
+            (folder / file.name).upload(file)

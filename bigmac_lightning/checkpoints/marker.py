@@ -1,4 +1,4 @@
-"""Whether a checkpoint on a disk is whole: all of its files are there, as they were written.
+"""Whether a checkpoint is whole: all of its files are there, as they were written.
 
 A directory has a marker, the file `complete.json`, which is written last: the size and the CRC-32 of every other file.
 A directory of an earlier version has none; there the `.metadata` of torch's DCP tells how long each file must be. A
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bigmac_lightning.checkpoints.remote import Place, RemotePath
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, Reader
 
 MARKER = "complete.json"
@@ -50,7 +51,7 @@ class Marker:
     files: Mapping[str, Part]
 
 
-def part_of(file: Path) -> Part:
+def part_of(file: Place) -> Part:
     """What the marker says of a file."""
     size = crc = 0
     with file.open("rb") as stream:
@@ -95,7 +96,7 @@ def write_marker(folder: Path, files: Mapping[str, Part], step: int, world: int)
         os.fsync(stream.fileno())
 
 
-def marker_of(folder: Path) -> Marker | None:
+def marker_of(folder: Place) -> Marker | None:
     """The marker of a directory; ``None``: it has none.
 
     Raises:
@@ -112,7 +113,7 @@ def marker_of(folder: Path) -> Marker | None:
         raise ValueError(f"{folder / MARKER} is damaged: {error}") from error
 
 
-def problems(path: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+def problems(path: Place, contents: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Why a checkpoint, a directory or a file, is not whole; the list is empty if it is.
 
     Args:
@@ -124,14 +125,32 @@ def problems(path: Path, contents: bool = True, share: tuple[int, int] = (0, 1))
     try:
         marker = marker_of(path)
         files = marker.files if marker is not None else _files_of_metadata(path)
-    except (ValueError, OSError) as error:
+        own = {name: files[name] for name in sorted(files)[share[0] :: share[1]]}
+        return problems_of_files(path, own, contents, exact=marker is not None)
+    except unreadable(path) as error:
         return [str(error)]
-    exact = marker is not None
-    found = [_problem(path / name, files[name], contents, exact) for name in sorted(files)[share[0] :: share[1]]]
+
+
+def unreadable(path: Place) -> tuple[type[Exception], ...]:
+    """The errors by which a checkpoint is known to be damaged. That a remote file system does not answer, or does not
+    let this process read, says nothing of what is there."""
+    return (ValueError, FileNotFoundError if isinstance(path, RemotePath) else OSError)
+
+
+def problems_of_files(
+    folder: Place, files: Mapping[str, Part], contents: bool = False, exact: bool = True
+) -> list[str]:
+    """Why files of a folder are not as they were written; the list is empty if they are.
+
+    Args:
+        contents: see `problems`.
+        exact: whether their sizes are known, and not only what they are at least.
+    """
+    found = [_problem(folder / name, part, contents, exact) for name, part in files.items()]
     return [problem for problem in found if problem is not None]
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Place) -> bool:
     """Whether something that a save has left is a complete checkpoint: a directory with its marker, or a file. Only
     sizes are looked at."""
     if path.is_dir():
@@ -139,7 +158,7 @@ def is_whole(path: Path) -> bool:
     return path.is_file() and not problems(path, contents=False)
 
 
-def saved_at(path: Path) -> float:
+def saved_at(path: Place) -> float:
     """When a whole checkpoint was saved, in seconds since 1970."""
     marker = marker_of(path) if path.is_dir() else None
     if marker is not None:
@@ -147,7 +166,7 @@ def saved_at(path: Path) -> float:
     return (path / DCP_METADATA if path.is_dir() else path).stat().st_mtime
 
 
-def _problem(file: Path, part: Part, contents: bool, exact: bool) -> str | None:
+def _problem(file: Place, part: Part, contents: bool, exact: bool) -> str | None:
     if not file.is_file():
         return f"{file} is missing"
     size = file.stat().st_size
@@ -159,7 +178,7 @@ def _problem(file: Path, part: Part, contents: bool, exact: bool) -> str | None:
     return None
 
 
-def _files_of_metadata(folder: Path) -> dict[str, Part]:
+def _files_of_metadata(folder: Place) -> dict[str, Part]:
     """The files that DCP's metadata name, and how long each is at least."""
     if not (folder / DCP_METADATA).is_file():
         raise ValueError(f"{folder} is not a checkpoint directory: no such file {folder / DCP_METADATA}")
@@ -169,23 +188,25 @@ def _files_of_metadata(folder: Path) -> dict[str, Part]:
     return {name: Part(end) for name, end in ends.items()}
 
 
-def _problems_of_file(path: Path, contents: bool, share: tuple[int, int]) -> list[str]:
+def _problems_of_file(path: Place, contents: bool, share: tuple[int, int]) -> list[str]:
     """Of a zip archive, as torch.save writes it. A file of any other kind is only known to be there."""
     if not path.is_file():
         return [f"{path} is missing"]
+    if isinstance(path, RemotePath) and path.of_web:
+        return []
     with path.open("rb") as stream:
         if stream.read(4) != b"PK\x03\x04":
             return []
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()[share[0] :: share[1]] if contents else []
             return _damaged(archive, members, path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, *unreadable(path)) as error:
         size = path.stat().st_size
         return [f"{path} is cut off or damaged: its {size} bytes are not a whole archive ({error})"]
 
 
-def _damaged(archive: zipfile.ZipFile, members: Collection[zipfile.ZipInfo], path: Path) -> list[str]:
+def _damaged(archive: zipfile.ZipFile, members: Collection[zipfile.ZipInfo], path: Place) -> list[str]:
     for member in members:
         try:
             with archive.open(member) as stream:

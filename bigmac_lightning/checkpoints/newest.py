@@ -1,18 +1,19 @@
 """The newest whole checkpoint of some folders, and why others are left out."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints.remote import Place, RemotePath
 
 
-def newest_whole(folders: Iterable[tuple[Path, str]]) -> tuple[Path | None, list[str]]:
+def newest_whole(folders: Iterable[tuple[Place, str]]) -> tuple[Place | None, list[str]]:
     """The newest checkpoint that is whole, and in words why newer ones, and such as cannot be dated, are skipped.
+    Of remote ones only the sizes of files are compared, as all would have to be fetched for their checksums.
 
     Args:
         folders: folders of checkpoints, with the ending of their names.
     """
-    candidates: dict[Path, Path] = {}
+    candidates: dict[Place, Place] = {}
     skipped: list[str] = []
     for path in (path for folder, ending in folders for path in files.in_folder(folder, ending)):
         try:
@@ -21,14 +22,14 @@ def newest_whole(folders: Iterable[tuple[Path, str]]) -> tuple[Path | None, list
             skipped.append(f"{path}: {_unfinished_reason(path) or error}")
             continue
         candidates.setdefault(place.resolve(), place)
-    dated: list[tuple[float, Path]] = []
+    dated: list[tuple[float, Place]] = []
     for place in candidates.values():
         try:
             dated.append((marker.saved_at(place), place))
-        except (OSError, ValueError) as error:
+        except marker.unreadable(place) as error:
             skipped.append(f"{place}: {error}")
-    for _, place in sorted(dated, reverse=True):
-        if problems := marker.problems(place):
+    for _, place in sorted(dated, key=lambda one: (one[0], str(one[1])), reverse=True):
+        if problems := marker.problems(place, contents=not isinstance(place, RemotePath)):
             skipped.append(f"{place}: {problems[0]}")
             continue
         return place, skipped
@@ -40,7 +41,9 @@ def in_words(skipped: list[str]) -> str:
     return f"; not whole, and skipped: {'; '.join(skipped)}" if skipped else ""
 
 
-def _unfinished_reason(path: Path) -> str | None:
+def _unfinished_reason(path: Place) -> str | None:
+    if isinstance(path, RemotePath):
+        return None
     place = path.with_name(path.name + files.UNFINISHED)
     if not place.exists():
         return None

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 
 from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.mismatches import first_few
 from bigmac_lightning.checkpoints.parts import MODEL, complete
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.checkpoints.safe import load_file, read_all, trusting
 
 
@@ -20,16 +20,16 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         options = dict(zip(("map_location", "weights_only"), args, strict=False)) | kwargs
         weights_only = not trusting(options.get("weights_only"))
-        if not _is_local_file_protocol(str(path)):
-            return as_checkpoint(super().load_checkpoint(path, weights_only=weights_only), str(path))
-        place = files.present(Path(path))
+        place = files.present(at(path))
         if place.is_dir():
             return read_directory(place, weights_only)
         refuse(marker.problems(place), place)
+        if not isinstance(place, Path):
+            return as_checkpoint(super().load_checkpoint(str(place), weights_only=weights_only), str(place))
         return as_checkpoint(load_file(place, place, weights_only), str(place))
 
 
-def read_directory(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+def read_directory(path: Place, weights_only: bool | None = None) -> dict[str, Any]:
     """Everything in a checkpoint directory, in the form that Lightning saves in one process. Only the optimizer states
     differ: they go by the names of parameters.
 
@@ -60,7 +60,7 @@ def as_checkpoint(contents: Any, path: str) -> dict[str, Any]:
     raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: Place) -> None:
     """
     Raises:
         ValueError: the path is not a checkpoint directory.
@@ -69,7 +69,7 @@ def check_directory(path: Path) -> None:
         raise ValueError(f"{path} is not a checkpoint directory: no such file {path / '.metadata'}")
 
 
-def refuse(problems: list[str], path: Path) -> None:
+def refuse(problems: list[str], path: Place) -> None:
     """
     Raises:
         ValueError: there are problems with the checkpoint at `path`.

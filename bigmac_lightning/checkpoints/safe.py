@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.futures import Future
 
 from bigmac_lightning.checkpoints.packed import is_packed, pieces_of
+from bigmac_lightning.checkpoints.remote import Place, RemotePath
 
 DCP_METADATA = ".metadata"
 TRUST = (
@@ -61,7 +63,7 @@ def trusting(weights_only: bool | None) -> bool:
     return weights_only is False
 
 
-def load_file(file: Any, path: Path | str, weights_only: bool | None = None, **options: Any) -> Any:
+def load_file(file: Any, path: Place | str, weights_only: bool | None = None, **options: Any) -> Any:
     """What torch.save has written, on the CPU.
 
     Args:
@@ -73,12 +75,14 @@ def load_file(file: Any, path: Path | str, weights_only: bool | None = None, **o
     Raises:
         ValueError: the file is damaged, or holds something that could run code; the message names both.
     """
+    if isinstance(file, RemotePath):
+        file = io.BytesIO(file.read_bytes())
     with naming(path):
         return torch.load(file, map_location="cpu", weights_only=not trusting(weights_only), **options)
 
 
 @contextmanager
-def naming(path: Path | str) -> Iterator[None]:
+def naming(path: Place | str) -> Iterator[None]:
     """Lets errors of torch.load name the file, and what is wrong with it.
 
     Raises:
@@ -95,11 +99,24 @@ def naming(path: Path | str) -> Iterator[None]:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
 
 
+class _Places(filesystem.FileSystem):
+    """Files, for DCP, on a disk or in a remote file system."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with path.open(mode) as stream:
+            yield stream
+
+
 class Reader(FileSystemReader):
     """DCP's reader of a directory, which takes only classes of DCP's own from its metadata, and only files in it."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Place) -> None:
+        super().__init__("")
+        self.fs, self.path = _Places(), path  # pyright: ignore[reportAttributeAccessIssue]
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -109,7 +126,7 @@ class Reader(FileSystemReader):
         """
         if self._metadata is not None:
             return self._metadata
-        path = Path(self.path) / DCP_METADATA
+        path: Any = self.fs.concat_path(self.path, DCP_METADATA)
         with path.open("rb") as file:
             try:
                 found = _MetadataUnpickler(file).load()
@@ -127,8 +144,20 @@ class Reader(FileSystemReader):
         self._metadata = found
         return found
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read entries in the order in which they lie in their files."""
+        places = self.storage_data
+        items = sorted(plan.items, key=lambda item: places[item.storage_index].offset)
+        return super().read_data(replace(plan, items=items), planner)
 
-def read_into(tree: dict[str, Any], path: Path, weights_only: bool | None = None, alone: bool = True) -> None:
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if not isinstance(self.path, RemotePath):
+            return super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)  # read at once, as each jump in a remote file is a request
+        return io.BytesIO(file.read(sinfo.length))
+
+
+def read_into(tree: dict[str, Any], path: Place, weights_only: bool | None = None, alone: bool = True) -> None:
     """Read entries of a checkpoint directory into a nested dict of tensors, in place.
 
     Args:
@@ -141,7 +170,7 @@ def read_into(tree: dict[str, Any], path: Path, weights_only: bool | None = None
     _read(tree, path, _Planner(path, weights_only), alone)
 
 
-def read_all(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+def read_all(path: Place, weights_only: bool | None = None) -> dict[str, Any]:
     """All entries of a checkpoint directory, in one process; see `read_into`."""
     tree: dict[str, Any] = {}
     _read(tree, path, _WholePlanner(path, weights_only), True)
@@ -156,7 +185,7 @@ def without_group() -> Iterator[None]:
         yield
 
 
-def _read(tree: dict[str, Any], path: Path, planner: LoadPlanner, alone: bool) -> None:
+def _read(tree: dict[str, Any], path: Place, planner: LoadPlanner, alone: bool) -> None:
     reader = Reader(path)
     reader.read_metadata()  # here, as DCP would log the traceback of an error, and then look for another file
     try:
@@ -192,7 +221,7 @@ def _joined_path(*parts: str) -> str:
 class _SafeBytes(DefaultLoadPlanner):
     """Entries that are not tensors are pickles, which DCP would read whatever they are."""
 
-    def __init__(self, folder: Path, weights_only: bool | None, **options: Any) -> None:
+    def __init__(self, folder: Place, weights_only: bool | None, **options: Any) -> None:
         super().__init__(**options)
         self._folder, self._weights_only = folder, weights_only
 

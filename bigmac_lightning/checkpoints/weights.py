@@ -19,6 +19,7 @@ from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.agreement import agree, place_of
 from bigmac_lightning.checkpoints.mismatches import Shape, mismatches
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, as_checkpoint, check_directory, refuse
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
 
 
@@ -30,14 +31,14 @@ class CheckpointWeights:
         shapes: the shape of each tensor, by its name in the whole model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Place) -> None:
         """
         Raises:
             FileNotFoundError: there is nothing at `path`.
             ValueError: what is there is not a checkpoint, files of it are missing or cut off, or it holds what could
                 run code.
         """
-        self.path = files.present(Path(path))
+        self.path = files.present(at(path))
         if self.path.is_dir():
             check_directory(self.path)
         refuse(marker.problems(self.path, contents=False), self.path)
@@ -53,7 +54,8 @@ class CheckpointWeights:
             self.shapes: dict[str, Shape] = {name: tuple(entry.size) for name, entry in entries.items()}
             self._dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
         else:
-            file = load_file(self.path, self.path, mmap=zipfile.is_zipfile(self.path))
+            mapped = isinstance(self.path, Path) and zipfile.is_zipfile(self.path)
+            file = load_file(self.path, self.path, mmap=mapped)
             self._file = as_checkpoint(file, str(self.path))
             self.shapes = {name: tuple(tensor.shape) for name, tensor in self._file["state_dict"].items()}
 
@@ -118,7 +120,7 @@ class CheckpointWeights:
         return mismatches(stored, wanted, allowed=allowed)
 
 
-def check_tied(state: Mapping[str, Any], copies: Mapping[str, str], path: Path | str) -> None:
+def check_tied(state: Mapping[str, Any], copies: Mapping[str, str], path: Place | str) -> None:
     """
     Args:
         state: whole tensors by name.

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.commands.answer import answer, text_of
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.training.strategy import BigMacStrategy
@@ -114,7 +115,7 @@ def summary(trainer: pl.Trainer) -> Table:
             table.add_row("log", str(logger.log_dir))
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
-        table.add_row("best checkpoint", _shown(Path(best)))
+        table.add_row("best checkpoint", _shown(at(best)))
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     for callback in callbacks:
         for path in getattr(callback, "artifacts", []):
@@ -122,7 +123,9 @@ def summary(trainer: pl.Trainer) -> Table:
     return table
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Place) -> str:
     """The path relative to the current folder, if it is inside; else the absolute path."""
     path = path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    if isinstance(path, Path) and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(path)

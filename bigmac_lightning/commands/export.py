@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
 
@@ -18,8 +19,8 @@ def export_checkpoint(
     """Write a folder that `transformers` loads.
 
     Args:
-        checkpoint: Checkpoint of a run, a folder or a file.
-        output: Folder to write; must be new or empty.
+        checkpoint: Checkpoint of a run, a folder or a file, local or remote.
+        output: Local folder to write; must be new or empty.
         source: Folder to copy processor and tokenizer from; by default the one that training started from,
             whose files are all copied but those with weights.
         dtype: Type of the written weights, such as bfloat16; by default the type that the checkpoint
@@ -36,6 +37,8 @@ def export_checkpoint(
     # imported here because it imports transformers, which the other commands do not need
     from bigmac_lightning.models.export import export, export_adapters  # pyright: ignore[reportMissingImports]
 
+    if isinstance(at(output), RemotePath):
+        raise ValueError(f"{output} is remote, but export writes into a local folder: give one, and upload it")
     stored = CheckpointWeights(checkpoint)
     described = stored.rest().get("hugging_face")
     if described is None:

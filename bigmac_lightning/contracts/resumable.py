@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +18,7 @@ from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.after_batch import metrics_in
 from bigmac_lightning.checkpoints.optimizer_state import numbered_state
 from bigmac_lightning.checkpoints.reading import DirectoryCheckpointIO, read_directory, refuse
+from bigmac_lightning.checkpoints.remote import at
 from bigmac_lightning.checkpoints.resuming import go_on, stand_at_last_step
 from bigmac_lightning.checkpoints.safe import naming, trusting
 from bigmac_lightning.checkpoints.weights import check_tied
@@ -81,13 +81,13 @@ class ResumableModule(pl.LightningModule):
         """See LightningModule; `checkpoint_path` may also be a directory that strategy="bigmac" has written."""
         if len(args) < WEIGHTS_ONLY:  # Lightning would take ``None`` for ``False`` where the path is an address
             kwargs["weights_only"] = not trusting(kwargs.get("weights_only"))
-        if not isinstance(checkpoint_path, str | Path) or not _is_local_file_protocol(str(checkpoint_path)):
+        if not isinstance(checkpoint_path, str | Path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        place = files.present(Path(checkpoint_path))
+        place = files.present(at(checkpoint_path))
         if not place.is_dir():
             refuse(marker.problems(place), place)
             with naming(place):
-                return super().load_from_checkpoint(place, *args, **kwargs)
+                return super().load_from_checkpoint(str(place), *args, **kwargs)
         with tempfile.TemporaryFile() as file:
             torch.save(read_directory(place, kwargs.get("weights_only")), file)
             file.seek(0)

@@ -8,7 +8,6 @@ parameter names. All functions use torch.distributed's default group, and also w
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bigmac_lightning.checkpoints.agreement import agree, from_everyone, place_o
 from bigmac_lightning.checkpoints.mismatches import mismatches
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, nested
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, check_directory
+from bigmac_lightning.checkpoints.remote import Place
 from bigmac_lightning.checkpoints.safe import Reader, load_file, read_into
 from bigmac_lightning.checkpoints.weights import UNTIED
 from bigmac_lightning.contracts.module import PipelineModule
@@ -37,7 +37,7 @@ def names_of(module: PipelineModule) -> Names:
 
 
 def load_directory(
-    path: Path, names: Names, own: Mapping[str, Any], optimizers: bool, unknown: bool, weights_only: bool | None
+    path: Place, names: Names, own: Mapping[str, Any], optimizers: bool, unknown: bool, weights_only: bool | None
 ) -> Tree:
     """This rank's part of a checkpoint directory. Collective.
 
@@ -52,7 +52,7 @@ def load_directory(
             all ranks, before any weight is read.
     """
     together(lambda: check_directory(path), "")
-    agree(marker.problems(path, share=place_of()), NOT_WHOLE.format(path))
+    agree(together(lambda: marker.problems(path, share=place_of()), ""), NOT_WHOLE.format(path))
     what, extra = f"cannot read the checkpoint {path}", path / _METADATA_FILENAME
     metadata = together(Reader(path).read_metadata, what)
     rest = together(lambda: load_file(extra, extra, weights_only), what)
@@ -77,7 +77,7 @@ def load_directory(
 
 
 def load_weights(
-    module: PipelineModule, state: Mapping[str, Any], names: Names, strict: bool, path: Path | str
+    module: PipelineModule, state: Mapping[str, Any], names: Names, strict: bool, path: Place | str
 ) -> None:
     """Load the weights of a checkpoint, as hooks have left them, into the module. Collective.
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from bigmac_lightning.checkpoints import files, marker
 from bigmac_lightning.checkpoints.agreement import on_first_rank
 from bigmac_lightning.checkpoints.newest import in_words, newest_whole
+from bigmac_lightning.checkpoints.remote import Place, at
 
 AUTO = "auto"
 LAST = "last, of all ranks"
@@ -61,18 +61,15 @@ def _newest_whole(trainer: pl.Trainer) -> tuple[str | None, str]:
 
 def _last(trainer: pl.Trainer) -> tuple[str | None, str]:
     """The newest of those that Lightning calls last, as `_newest_whole`; it is refused later if it is not whole."""
-    paths = {Path(found) for callback in trainer.callbacks if (found := _on_exception(callback))}  # pyright: ignore
+    paths = {at(found) for callback in trainer.callbacks if (found := _on_exception(callback))}  # pyright: ignore
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and _is_local_file_protocol(str(callback.dirpath)):
-            folder, name = Path(str(callback.dirpath)), callback.CHECKPOINT_NAME_LAST
+        if isinstance(callback, ModelCheckpoint):
+            folder, name = at(str(callback.dirpath)), callback.CHECKPOINT_NAME_LAST
             start = name.split("{")[0]  # the name may have fields
             paths |= {path for path in files.in_folder(folder, callback.FILE_EXTENSION) if path.stem.startswith(start)}
-        elif isinstance(callback, ModelCheckpoint):
-            remote = {path: callback._fs.modified(path) for path in callback._find_last_checkpoints(trainer)}
-            if remote:
-                return max(remote, key=remote.__getitem__), "the run resumes from the last checkpoint"
     dated = [(_saved_at(place), str(place)) for path in paths if (place := _present(path)) is not None]
-    lost = [f"{path} -> {path.readlink()}" for path in paths if path.is_symlink() and _present(path) is None]
+    links = [path for path in paths if isinstance(path, Path) and path.is_symlink()]
+    lost = [f"{path} -> {path.readlink()}" for path in links if _present(path) is None]
     if lost and not dated:
         raise ValueError(
             f'{"; ".join(lost)}: the link leads to nothing, as its save was interrupted. ckpt_path="auto" finds the '
@@ -85,41 +82,53 @@ def _last(trainer: pl.Trainer) -> tuple[str | None, str]:
     return found, f"the run resumes from {found}"
 
 
-def _folders(trainer: pl.Trainer) -> Iterator[tuple[Path, str]]:
+def folders_of_checkpoints(trainer: pl.Trainer) -> list[Place]:
+    """The folders in which callbacks of a run save checkpoints; or folders around those that are not yet known."""
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    saving = [*trainer.checkpoint_callbacks, *(one for one in callbacks if getattr(one, "saves_when_stopped", False))]
+    root = next((logger.save_dir for logger in trainer.loggers), None) or trainer.default_root_dir
+    folders = [getattr(callback, "dirpath", None) or root for callback in saving]
+    return list(dict.fromkeys(at(folder) for folder in folders))
+
+
+def _folders(trainer: pl.Trainer) -> Iterator[tuple[Place, str]]:
     """The folders of this run's checkpoints, of any version of its logger, and the ending of their names."""
     root = str(trainer.default_root_dir)
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
             continue
-        if not _is_local_file_protocol(str(callback.dirpath)):
-            raise ValueError(f'"auto" looks in local folders, and not in {callback.dirpath}: give a path')
-        folder = Path(os.path.realpath(callback.dirpath))
+        folder = _real(callback.dirpath)
         yield folder, callback.FILE_EXTENSION
         for logger in trainer.loggers[:1]:  # the folder of a version of the first logger, if Lightning has chosen it
-            parent = Path(os.path.realpath(logger.save_dir or root)) / str(logger.name)
+            parent = _real(logger.save_dir or root) / str(logger.name)
             if folder.name == "checkpoints" and folder.parent.parent == parent and parent.is_dir():
                 for version in sorted(parent.iterdir()):
                     yield version / "checkpoints", callback.FILE_EXTENSION
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if found := _on_exception(callback):
-            yield Path(os.path.realpath(found)).parent, Path(found).suffix
+            yield _real(found).parent, at(found).suffix
         if getattr(callback, "saves_when_stopped", False) and callback.dirpath:  # a PreemptionCheckpoint
-            yield Path(os.path.realpath(callback.dirpath)), ".ckpt"
-    if _is_local_file_protocol(root):
-        yield Path(os.path.realpath(root)), ".ckpt"  # where Lightning saves hpc_ckpt_N.ckpt
+            yield _real(callback.dirpath), ".ckpt"
+    yield _real(root), ".ckpt"  # where Lightning saves hpc_ckpt_N.ckpt
 
 
-def _present(path: Path) -> Path | None:
+def _real(path: str | Path) -> Place:
+    """A place whose links have been followed."""
+    place = at(path)
+    return Path(os.path.realpath(place)) if isinstance(place, Path) else place
+
+
+def _present(path: Place) -> Place | None:
     try:
         return files.present(path)
     except FileNotFoundError:
         return None
 
 
-def _saved_at(place: Path) -> float:
+def _saved_at(place: Place) -> float:
     try:
         return marker.saved_at(place)
-    except (OSError, ValueError):  # it is damaged, as `load_checkpoint` will say
+    except marker.unreadable(place):  # it is damaged, as `load_checkpoint` will say
         return place.stat().st_mtime
 
 

@@ -20,11 +20,12 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
-from bigmac_lightning.checkpoints import files, marker
+from bigmac_lightning.checkpoints import files, marker, saves
 from bigmac_lightning.checkpoints.agreement import agree, on_first_rank, place_of, together
 from bigmac_lightning.checkpoints.optimizer_state import bare, named_state, numbered_state
 from bigmac_lightning.checkpoints.parts import Names
 from bigmac_lightning.checkpoints.reading import NOT_WHOLE, DirectoryCheckpointIO, as_checkpoint
+from bigmac_lightning.checkpoints.remote import Place, RemotePath, at
 from bigmac_lightning.checkpoints.resuming import stand_at_last_step
 from bigmac_lightning.checkpoints.safe import load_file, trusting
 from bigmac_lightning.contracts.module import PipelineModule
@@ -34,10 +35,10 @@ from bigmac_lightning.training import checkpoint as checkpoints
 from bigmac_lightning.training import holding
 from bigmac_lightning.training.background import Background
 from bigmac_lightning.training.copying import Copies
-from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find
+from bigmac_lightning.training.finding import AUTO, LAST, NoCheckpoint, find, folders_of_checkpoints
 from bigmac_lightning.training.processes import ProcessStrategy
 from bigmac_lightning.training.repeating import Repeating
-from bigmac_lightning.training.writing import Contents, discard, gathered, save_directory, save_file
+from bigmac_lightning.training.writing import Contents, check_writable, discard, gathered, save_directory, save_file
 
 log = logging.getLogger(__name__)
 
@@ -99,21 +100,27 @@ class SavingStrategy(ProcessStrategy):
         self._running, self._copies = False, Copies()
         holding.close(self._module)
 
+    def check_remote_folders(self, trainer: pl.Trainer) -> None:
+        """Find out, before training, whether checkpoints can be written where callbacks will save them. Collective.
+
+        Raises:
+            ValueError, OSError, RuntimeError: they cannot; the message names the place. Raised on all ranks.
+        """
+        for folder in folders_of_checkpoints(trainer) if trainer.state.fn == TrainerFn.FITTING else ():
+            if isinstance(folder, RemotePath):
+                check_writable(folder)
+
     def check_checkpoint_plugins(self, trainer: pl.Trainer) -> None:
-        """Refuse, before training, plugins and folders with which no checkpoint directory can be written.
+        """Refuse, before training, plugins with which no checkpoint directory can be written.
 
         Raises:
             ValueError: there is one; the message names it.
         """
-        if not self._save_distributed_checkpoint:
-            return
-        if type(self.checkpoint_io) not in LIGHTNINGS_OWN:
+        if self._save_distributed_checkpoint and type(self.checkpoint_io) not in LIGHTNINGS_OWN:
             raise ValueError(
                 f"{type(self.checkpoint_io).__name__} writes files, but strategy='bigmac' writes directories: give "
                 "BigMacStrategy(save_distributed_checkpoint=False), or leave the plugin out"
             )
-        for callback in trainer.checkpoint_callbacks:
-            self._refuse_remote(str(getattr(callback, "dirpath", None) or ""))
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -159,22 +166,21 @@ class SavingStrategy(ProcessStrategy):
         if self._names is None or not self._running:
             self._names = checkpoints.names_of(self._module)
         names, path = self._names, str(filepath)
-        if self._save_distributed_checkpoint:
-            self._refuse_remote(path)
-            if storage_options is not None:
-                raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
+        place = at(path)
+        if self._save_distributed_checkpoint and storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r} are for plugins that write single files")
         contents = Contents.of(checkpoint, names, self.replica, whole=not self._save_distributed_checkpoint)
 
         def write(contents: Contents, group: Any = None) -> None:
             if self._save_distributed_checkpoint:
-                save_directory(contents, Path(path), group, self._repeating)
+                save_directory(contents, place, group, self._repeating)
             else:
                 save_file(contents, path, lambda whole: self._write_file(whole, path, storage_options), group)
 
         if behind:
-            if self.is_global_zero and _is_local_file_protocol(path):
+            if self.is_global_zero and isinstance(place, Path):
                 with suppress(OSError):  # a link to it may be made before it is there; the save itself raises the error
-                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    place.parent.mkdir(parents=True, exist_ok=True)
             self._background.start(partial(write, contents.copied(self._copies), self._saving_group))
         else:
             write(contents)
@@ -222,10 +228,12 @@ class SavingStrategy(ProcessStrategy):
             if _is_local_file_protocol(path) and Path(path).is_dir():
                 files.remove(Path(path))
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            if isinstance(place := at(path), RemotePath):
+                saves.remove_directory(place)  # which would be found first
             return
         place = files.unfinished(Path(path))
         try:
-            self.checkpoint_io.save_checkpoint(checkpoint, place, storage_options)
+            self.checkpoint_io.save_checkpoint(checkpoint, str(place), storage_options)
             files.put(place, Path(path))
         except Exception:
             discard(place)
@@ -238,11 +246,11 @@ class SavingStrategy(ProcessStrategy):
 
     def _remove(self, path: str) -> None:
         try:
-            if _is_local_file_protocol(path):
-                files.remove(Path(path))
+            if _is_local_file_protocol(path) or type(self.checkpoint_io) in LIGHTNINGS_OWN:
+                files.remove(at(path))
             else:
                 self.checkpoint_io.remove_checkpoint(path)
-        except OSError as error:  # training need not end for that
+        except Exception as error:  # of any library; training need not end for that
             rank_zero_warn(f"cannot remove the checkpoint {path}: {error}")
 
     # -- loading -------------------------------------------------------------------------------------------------------
@@ -264,19 +272,24 @@ class SavingStrategy(ProcessStrategy):
         names, path = checkpoints.names_of(module), self.broadcast(str(checkpoint_path))
         self._loaded_from = path
         hooked, fitting = _has_hooks(module), module.trainer.state.fn == TrainerFn.FITTING
-        if _is_local_file_protocol(path):
-            place = on_first_rank(lambda: files.present(Path(path)), "")
-            if place.is_dir():
-                own = {} if hooked else module.state_dict()
-                part = checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
-                if not (place / marker.MARKER).exists():
-                    rank_zero_warn(
-                        f"{place} has no {marker.MARKER}, as it was saved by an earlier version: damaged bytes in its "
-                        "files cannot be found, only missing and short files"
-                    )
-                return part
-            path = str(place)
-            agree(marker.problems(place, share=place_of()), NOT_WHOLE.format(place))
+
+        def look() -> tuple[Place, bool, bool]:
+            place = files.present(at(path))
+            return place, (directory := place.is_dir()), directory and not (place / marker.MARKER).exists()
+
+        what = "" if _is_local_file_protocol(path) else f"cannot read the checkpoint {path}"
+        place, is_directory, unmarked = on_first_rank(look, what)
+        if is_directory:
+            own = {} if hooked else module.state_dict()
+            part = checkpoints.load_directory(place, names, own, fitting, hooked, weights_only)
+            if unmarked:
+                rank_zero_warn(
+                    f"{place} has no {marker.MARKER}, as it was saved by an earlier version: damaged bytes in its "
+                    "files cannot be found, only missing and short files"
+                )
+            return part
+        path = str(place)
+        agree(together(lambda: marker.problems(place, share=place_of()), what), NOT_WHOLE.format(place))
         return names.select(as_checkpoint(self._read_file(path, weights_only), path))
 
     def _read_file(self, path: str, weights_only: bool) -> dict[str, Any]:
@@ -318,13 +331,6 @@ class SavingStrategy(ProcessStrategy):
             for number, entries in state["state"].items():
                 state["state"][number] = {key: shard_like(value, parameters[number]) for key, value in entries.items()}
             bare(optimizer).load_state_dict(state)
-
-    def _refuse_remote(self, path: str) -> None:
-        if not _is_local_file_protocol(path):
-            raise ValueError(
-                f"strategy='bigmac' writes directories of local or mounted disks, not {path}: save there with "
-                "BigMacStrategy(save_distributed_checkpoint=False), or to a local folder"
-            )
 
 
 def _has_hooks(module: PipelineModule) -> bool:

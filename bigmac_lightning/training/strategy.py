@@ -258,6 +258,7 @@ class BigMacStrategy(SteppingStrategy):
         known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)
         self._watching = self._watching or Watching(module.trainer, self.progress, self._hang_timeout, self._timeout)
         check_same(self._ranks, known, "settings")  # before the ranks do anything else together
+        self.check_remote_folders(module.trainer)
         self.precision_plugin = with_master_weights(self.precision_plugin, self.options.sharding)
         parallel = self.options.parallel
         dp, pp = self.mesh_shape(module)

@@ -5,11 +5,12 @@ is work on files and messages on the CPU, which may also be done in a thread, ov
 """
 
 import pickle
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from bigmac_lightning.checkpoints import files
-from bigmac_lightning.checkpoints.agreement import from_everyone, on_first_rank, place_of, results_of
-from bigmac_lightning.checkpoints.marker import Part, part_of, write_marker, write_parts
+from bigmac_lightning.checkpoints.agreement import from_everyone, on_first_rank, place_of, results_of, together
+from bigmac_lightning.checkpoints.marker import MARKER, Part, part_of, problems_of_files, write_marker, write_parts
+from bigmac_lightning.checkpoints.mismatches import first_few
 from bigmac_lightning.checkpoints.packed import in_one_piece
 from bigmac_lightning.checkpoints.parts import MODEL, OTHERS, Names, Tree, complete, joined, nested, split
+from bigmac_lightning.checkpoints.remote import Place, RemotePath
 from bigmac_lightning.checkpoints.safe import DCP_METADATA, reasons_of, without_group
 from bigmac_lightning.runtime.sharding import whole_of
 from bigmac_lightning.training.copying import Copies, Leaves
@@ -68,10 +71,11 @@ class Contents:
         return replace(self, tensors=copies.of(self.tensors))
 
 
-def save_directory(contents: Contents, path: Path, group: Any = None, repeating: Repeating | None = None) -> None:
+def save_directory(contents: Contents, path: Place, group: Any = None, repeating: Repeating | None = None) -> None:
     """Write a checkpoint directory. Collective.
 
-    Everything is written beside `path` first, the marker last, and moved there when it is complete. A save that is
+    Everything is written beside `path` first, the marker last, and moved there when it is complete. If `path` is
+    remote, each rank writes into a local folder of its own first, and then uploads its files. A save that is
     interrupted or fails leaves the old checkpoint as it was.
 
     Args:
@@ -90,28 +94,42 @@ def save_directory(contents: Contents, path: Path, group: Any = None, repeating:
     known = repeating if all(fits) else None
     rest: list[Any] = []
 
-    def prepare() -> Path:
+    def prepare() -> Place:
         rest.append(_joined(every_rest, contents.names))
         return files.unfinished(path)
 
     def write_own() -> dict[str, Part]:
-        parts = known.write(place, tensors, rank) if known is not None else {}
+        parts = known.write(folder, tensors, rank) if known is not None else {}
         for whole in rest:  # on the first rank
-            parts[_METADATA_FILENAME] = _write_file(place / _METADATA_FILENAME, whole)
-        others = [*place.glob(f"__{rank}_*"), *([place / DCP_METADATA] if rank == 0 else [])]
-        return {file.name: part_of(file) for file in others if file.name not in parts} | parts
+            parts[_METADATA_FILENAME] = _write_file(folder / _METADATA_FILENAME, whole)
+        others = [*folder.glob(f"__{rank}_*"), *([folder / DCP_METADATA] if rank == 0 else [])]
+        parts = {file.name: part_of(file) for file in others if file.name not in parts} | parts
+        upload(parts)
+        return parts
 
-    place = on_first_rank(prepare, what, group)
+    def upload(names: Iterable[str]) -> None:
+        if isinstance(place, RemotePath):
+            for name in names:
+                (place / name).upload(folder / name)
+
+    place: Place = on_first_rank(prepare, what, group)
+    staged = ExitStack()
     try:
+        folder = place if isinstance(place, Path) else together(lambda: _staging(staged), what, group)
         if known is None:
-            _write_tensors(nested(tensors), place, what, group)
+            _write_tensors(nested(tensors), folder, what, group)
             if repeating is not None:
-                repeating.remember(place, tensors, rank)
+                if folder != place:
+                    _share(folder / DCP_METADATA, what, group)
+                repeating.remember(folder, tensors, rank)
         written = results_of(write_own, what, group)
         every = {name: part for found in written for name, part in found.items()}
 
         def finish() -> None:
-            write_marker(place, every, contents.step, world)
+            if folder != place and (problems := problems_of_files(place, every)):
+                raise OSError(first_few(problems))
+            write_marker(folder, every, contents.step, world)
+            upload([MARKER])
             files.put(place, path)
 
         on_first_rank(finish, what, group)
@@ -119,6 +137,36 @@ def save_directory(contents: Contents, path: Path, group: Any = None, repeating:
         if rank == 0:
             discard(place)
         raise
+    finally:
+        staged.close()
+
+
+def check_writable(folder: RemotePath) -> None:
+    """Write something into a remote folder and delete it again, on every rank. Collective.
+
+    Raises:
+        OSError, ValueError, RuntimeError: this fails on some rank, or the ranks have different folders of this name;
+            all ranks raise the same.
+    """
+    what = f"checkpoints cannot be saved in {folder}"
+    rank, world = place_of()
+    names = [f".tried-by-rank-{rank}" for rank in range(world)]
+
+    def write() -> None:
+        with TemporaryDirectory() as local:
+            (Path(local) / names[rank]).write_text("Checkpoints can be written here.")
+            (folder / names[rank]).upload(Path(local) / names[rank])
+
+    def look() -> None:
+        if missing := set(names) - {place.name for place in folder.iterdir()}:
+            raise ValueError(f"{min(missing)} was written, and is not there: it must be one place for all processes")
+
+    try:
+        together(write, what)
+        on_first_rank(look, what)
+    finally:
+        with suppress(Exception):  # not to be allowed to delete is no reason to stop
+            (folder / names[rank]).unlink()
 
 
 def save_file(contents: Contents, path: str, write: Callable[[Tree], None], group: Any = None) -> None:
@@ -153,10 +201,21 @@ def gathered(contents: Contents, group: Any = None) -> Tree:
     return complete(rest, tensors)
 
 
-def discard(place: Path) -> None:
+def discard(place: Place) -> None:
     """Delete what a failed save has left, so that it takes no room. If that fails, too, the next save does it."""
-    with suppress(OSError):
+    with suppress(Exception):  # remote file systems raise errors of many libraries
         files.remove(place)
+
+
+def _staging(staged: ExitStack) -> Path:
+    """A local folder for this rank's files of a remote checkpoint, which is deleted with `staged`."""
+    return Path(staged.enter_context(TemporaryDirectory(prefix="bigmac-", ignore_cleanup_errors=True)))
+
+
+def _share(file: Path, what: str, group: Any) -> None:
+    """Give all ranks a copy of a file that the first rank has written into its own folder. Collective."""
+    content = on_first_rank(file.read_bytes, what, group)
+    together(lambda: file.write_bytes(content), what, group)
 
 
 def _write_tensors(tensors: Tree, place: Path, what: str, group: Any) -> None:

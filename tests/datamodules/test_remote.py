@@ -1,13 +1,9 @@
 """Tars on a server that speaks S3, and in fsspec's memory, give what the same files on disk give."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,39 +25,8 @@ from bigmac_lightning.datamodules import (
 from bigmac_lightning.datamodules.example import Size
 from tests.datamodules.examples import data, said, train_loader, write_jsonl
 from tests.datamodules.test_resume import names, pixels
-from tests.ranks import free_port
 
 SHARDS, SAMPLES = 3, 6
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A server, whose address and keys are in the environment, as s3fs looks for them."""
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    log = (tmp_path_factory.mktemp("server") / "log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=log, stderr=subprocess.STDOUT
-    )
-    given = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
-    given["AWS_DEFAULT_REGION"] = "us-east-1"
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        system = s3fs.S3FileSystem(skip_instance_cache=True)
-        for _ in range(300):
-            try:
-                system.mkdir("shards")
-                break
-            except Exception:
-                assert process.poll() is None, "the server has ended"
-                time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @pytest.fixture(scope="module")
