@@ -125,14 +125,14 @@ FAULTS = [
     ),
     Fault(
         "a text goes on at the position of its last token",
-        "models/writing.py",
+        f"{PACKAGE}/contracts/growing_text.py",
         "    last = positions[..., -1:] + 1\n",
         "    last = positions[..., -1:]\n",
         "tests/models/test_writing.py",
     ),
     Fault(
         "a text goes on after the last row of an image, and not after the largest",
-        "models/writing.py",
+        f"{PACKAGE}/contracts/growing_text.py",
         "(positions[1:].max() + 1)",
         "(positions[1:, :, -1].max() + 1)",
         "tests/models/test_writing.py",

@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch
+from bigmac_lightning.contracts.growing_text import next_positions
 from bigmac_lightning.models import HFDecoder, MultimodalLM
-from bigmac_lightning.models.writing import Sampling, next_positions, written
+from bigmac_lightning.models.writing import Sampling, all_written, written
 from tests.models.parts import decoder_config
 from tests.toy import ToyModule
 
@@ -103,6 +104,17 @@ def test_a_model_without_a_cache() -> None:
         found.append(int(module.llm.logits(hidden[0, -1:]).argmax()))
         ids = torch.cat([ids, torch.tensor([[found[-1]]])], dim=1)
     assert [*islice(written(module.eval(), _prompt(), Sampling()), 6)] == found
+
+
+def test_several_texts() -> None:
+    """Each as if it were written alone, also if there are more than are written at the same time."""
+    module, _ = _both()
+    prompts = [Batch([Microbatch({"input_ids": torch.arange(3, 5 + k)[None]})]) for k in range(11)]
+    free = [[*written(module, prompt, Sampling(9, temperature=0.5))] for prompt in prompts]
+    ends = {free[2][4], free[7][0]}
+    alone = [[*written(module, prompt, Sampling(9, temperature=0.5), ends)] for prompt in prompts]
+    assert len({len(tokens) for tokens in alone}) > 2
+    assert all_written(module, iter(prompts), Sampling(9, temperature=0.5), ends) == alone
 
 
 def test_next_positions() -> None:
