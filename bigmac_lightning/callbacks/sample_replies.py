@@ -92,6 +92,13 @@ class SampleReplies(pl.Callback):
                 "the DataModule a source in val, or mixture.val_split"
             )
         self._options(data)
+        try:
+            _values(self.metric, ["a text"], ["a text"])
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"SampleReplies(metric={type(self.metric).__name__}) cannot compare a list of texts with another one "
+                f"and give a number, or several by name: use a metric of torchmetrics.text that can ({_words(error)})"
+            ) from error
         self._places = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,7 +123,8 @@ class SampleReplies(pl.Callback):
         Raises:
             ValueError: there are none; on all ranks.
         """
-        if self._places is None:
+        places = self._places
+        if places is None:
             found = self._look(_data(trainer)) if self._ranks.rank == 0 else ([], "")
             places, why = self._ranks.exchange(found)()[0][0]
             if not places:
@@ -125,7 +133,7 @@ class SampleReplies(pl.Callback):
                     f"it, or give the DataModule some in val{why}"
                 )
             self._places = places
-        return self._places
+        return places
 
     def _look(self, data: Any) -> tuple[list[tuple[int, int]], str]:
         places, why = list[tuple[int, int]](), ""
@@ -201,13 +209,9 @@ class SampleReplies(pl.Callback):
         if not known:
             raise ValueError("SampleReplies could read none of its examples")
         replies, references = [line["reply"] for line in known], [line["reference"] for line in known]
-        self.metric.reset()
-        self.metric.update(replies, references)
-        value = self.metric.compute()
-        named = value if isinstance(value, Mapping) else {_name(self.metric): value}
         same = sum(reply == reference for reply, reference in zip(replies, references, strict=True))
-        found = {name: float(value) for name, value in named.items()}
-        return {"val/reply_exact_match": same / len(known), **{f"val/reply_{name}": v for name, v in found.items()}}
+        found = {"exact_match": same / len(known), **_values(self.metric, replies, references)}
+        return {f"val/reply_{name}": value for name, value in found.items()}
 
 
 def _data(trainer: pl.Trainer) -> Any:
@@ -216,6 +220,14 @@ def _data(trainer: pl.Trainer) -> Any:
 
 def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def _values(metric: Metric, replies: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The numbers that a text metric gives, by name."""
+    metric.reset()
+    metric.update(replies, references)
+    value: Any = metric.compute()
+    return {name: float(one) for name, one in (value if isinstance(value, Mapping) else {_name(metric): value}).items()}
 
 
 def _name(metric: Metric) -> str:

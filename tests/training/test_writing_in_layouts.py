@@ -17,25 +17,20 @@ ZBV = {"backbone": "zbv", "virtual_stages": 2}
 ALL_FSDP = {"sharding": ShardingOptions("fsdp", "fsdp", "fsdp"), "microbatches": 2}
 ALL_ZERO = {"sharding": ShardingOptions("zero1", "zero1", "zero1", offload=("encoders", "stages"))}
 
-NARROW: dict[int, list[Case]] = {
-    1: [("pictures", "32-true", {})],
-    2: [
-        ("pictures", "32-true", INTERLEAVED),
-        ("pictures", "bf16-mixed", ZBV),
-        ("pictures", "32-true", {"sharding": ShardingOptions(encoders="fsdp")}),
-        ("qwen3_vl", "32-true", INTERLEAVED),
-        ("states", "32-true", INTERLEAVED),
-        ("windows", "32-true", {}),
-        ("no cache", "32-true", {}),
-        ("toy", "32-true", ZBV),
-    ],
-    3: [("pictures", "bf16-true", {}), ("pictures", "32-true", {"policy": "disaggregated"})],
-    4: [
-        ("pictures", "32-true", {"data_parallel_size": 2}),
-        ("qwen3_vl", "32-true", {"context_parallel_size": 2}),
-        ("experts", "32-true", {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
-    ],
-}
+NARROW: list[tuple[int, Case]] = [
+    (2, ("pictures", "32-true", INTERLEAVED)),
+    (2, ("pictures", "bf16-mixed", ZBV)),
+    (2, ("pictures", "32-true", {"sharding": ShardingOptions(encoders="fsdp")})),
+    (2, ("qwen3_vl", "32-true", INTERLEAVED)),
+    (2, ("states", "32-true", INTERLEAVED)),
+    (2, ("windows", "32-true", {})),
+    (2, ("toy", "32-true", ZBV)),
+    (3, ("pictures", "bf16-true", {})),
+    (3, ("toy", "32-true", {"policy": "disaggregated"})),
+    (4, ("pictures", "32-true", {"data_parallel_size": 2})),
+    (4, ("qwen3_vl", "32-true", {"context_parallel_size": 2})),
+    (4, ("experts", "32-true", {"tensor_parallel_size": 2, "expert_parallel_size": 2})),
+]
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [{}, INTERLEAVED, ZBV, {"tensor_parallel_size": 2}, {"context_parallel_size": 2}, {"data_parallel_size": 2}],
@@ -91,9 +86,9 @@ def test_prompts_tell_layouts_apart() -> None:
     assert len({len(tokens) for both in _alone("pictures", "32-true").values() for tokens in both}) > 1
 
 
-@pytest.mark.parametrize("world", NARROW)
-def test_as_in_one_process(world: int) -> None:
-    assert not _check(world, NARROW[world])
+@pytest.mark.parametrize(("world", "case"), NARROW, ids=lambda value: value[0] if isinstance(value, tuple) else None)
+def test_as_in_one_process(world: int, case: Case) -> None:
+    assert not _check(world, [case])
 
 
 @pytest.mark.wide
