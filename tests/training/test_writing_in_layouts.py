@@ -24,6 +24,7 @@ NARROW: list[tuple[int, Case]] = [
     (2, ("qwen3_vl", "32-true", INTERLEAVED)),
     (2, ("states", "32-true", INTERLEAVED)),
     (2, ("windows", "32-true", {})),
+    (2, ("half a cache", "32-true", {})),
     (2, ("toy", "32-true", ZBV)),
     (3, ("pictures", "bf16-true", {})),
     (3, ("toy", "32-true", {"policy": "disaggregated"})),

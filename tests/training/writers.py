@@ -68,12 +68,20 @@ def toy() -> tuple[Module, Prompts]:
     return ToyModule(), prompts
 
 
+class _HalfCached(HFDecoder):
+    """Its first stage has a cache that works, and the others have none."""
+
+    def new_cache(self, layers: range) -> Any:
+        return None if layers.start else super().new_cache(layers)
+
+
 MODELS: dict[str, Callable[[], tuple[Module, Prompts]]] = {
     "pictures": with_pictures,
     "qwen3_vl": qwen3_vl,
     "experts": lambda: decoder("qwen3_moe"),
     "windows": lambda: decoder("gemma2", "eager"),
     "states": lambda: decoder("qwen3_next"),
+    "half a cache": lambda: (MultimodalLM(_HalfCached(parts.decoder_config(initializer_range=0.3))), texts()),
     "no cache": lambda: decoder("moshi"),
     "toy": toy,
 }
