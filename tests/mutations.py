@@ -1040,7 +1040,7 @@ FAULTS = [
         "models/llm/stage_cache.py",
         "                layer.update(nothing, nothing)\n",
         "                pass\n",
-        "tests/models/test_sweep.py -k gemma2",
+        "tests/models/test_writing.py -k how_many",
     ),
     Fault(
         "ranks keep keys and values of which others have none",
