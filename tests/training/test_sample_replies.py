@@ -15,12 +15,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torchmetrics import MeanMetric
 from torchmetrics.text import CHRFScore, WordErrorRate
 
+from bigmac_lightning import ShardingOptions
 from bigmac_lightning.callbacks import SampleReplies
 from bigmac_lightning.datamodules import DigitsDataModule, ExampleError
 from bigmac_lightning.models.writing import Sampling, written
 from tests.datamodules.examples import data, model, write_mixed
 from tests.toy import ToyModule
-from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
+from tests.training.trainers import assert_close, on_ranks, pipeline_trainer, plain_trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*`IterableDataset` has `__len__` defined.*")
 
@@ -80,7 +81,12 @@ def _validate(rank: int, world: int, strategy: Any, path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("world", "strategy"),
-    [(2, {}), (2, "ddp"), pytest.param(3, {}, marks=pytest.mark.wide), (4, {"data_parallel_size": 2})],
+    [
+        (2, {}),
+        (2, "ddp"),
+        pytest.param(3, {}, marks=pytest.mark.wide),
+        pytest.param(4, {"data_parallel_size": 2}, marks=pytest.mark.wide),
+    ],
 )
 def test_as_in_one_process(world: int, strategy: Any, path: Path) -> None:
     lines, metrics = _validated(plain_trainer(), path)
@@ -140,6 +146,22 @@ def test_in_a_training(path: Path, tmp_path: Path) -> None:
     assert ranks[0][1] == ranks[1][1]
     assert ranks[0][2] == ranks[1][2]
     assert len(ranks[0][2]) == 3
+
+
+def _trained(rank: int, path: Path) -> list[dict[str, Any]]:
+    found = []
+    for callbacks in ([SampleReplies(limit=3, max_new_tokens=TOKENS, temperature=1.0, dirpath=str(path.parent))], []):
+        strategy = {"sharding": ShardingOptions("fsdp", "ddp", "zero1")}
+        trainer, module = pipeline_trainer(2, strategy, max_epochs=2, callbacks=callbacks), model()
+        trainer.fit(module, data(path))
+        found.append(weights(module))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def test_the_training_is_the_same_without_it(path: Path) -> None:
+    """Also if weights lie in shards, which are gathered for replies."""
+    for with_replies, without in on_ranks(2, _trained, path):
+        assert_close(with_replies, without, 0.0)
 
 
 def test_another_metric_from_yaml(path: Path) -> None:

@@ -102,4 +102,5 @@ def test_everywhere(world: int, name: str) -> None:
         # sums of ranks are rounded otherwise than in one process, which with 16 bits gives other tokens
         exact = precisions[:1] if parallel & layout.keys() else precisions
         for reason in _check(world, [(name, precision, layout) for precision in exact]):
+            assert name not in ("pictures", "experts"), reason
             assert "parallel" in reason or "tensor=" in reason or "ddp" in reason, reason
