@@ -1,10 +1,11 @@
-"""Lets a trained module write a text token by token, in one process.
+"""Lets a module write texts token by token, in one process or by the stages of a pipeline.
 
-Shape suffixes: S tokens, D width of the LLM, V vocabulary.
+Shape suffixes: S tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from bigmac_lightning.contracts.batch import Batch, Microbatch
-from bigmac_lightning.contracts.component_module import ComponentModule
+from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.growing_text import GrowingText
+from bigmac_lightning.contracts.module import MOST_TEXTS, PipelineModule
 
 
 @dataclass(frozen=True)
@@ -75,89 +77,78 @@ class Sampling:
         return found
 
 
-class GrowingText:
-    """A prompt and the tokens after it.
+class _Reply:
+    """A text that is being written.
 
     Attributes:
-        logits_V: of the next token.
+        text: what the module runs.
+        tokens: those that were written, without the one that has ended them.
+        ended: whether the text is complete.
     """
 
-    def __init__(self, module: ComponentModule, prompt: Batch) -> None:
-        """
-        Args:
-            module: a module with all of its weights.
-            prompt: a batch with one microbatch of one sample.
-        """
-        [self._microbatch] = prompt.microbatches
-        self._module, self._cache = module, module.llm.new_cache()
-        with torch.inference_mode():
-            media = self._moved(self._microbatch).media
-            self._features = torch.cat(module.encode(media)) if media else None
-            self.logits_V = self._run(self._microbatch, self._features)
+    def __init__(self, module: PipelineModule, prompt: Batch, sampling: Sampling, ends: Collection[int]) -> None:
+        self.text, self.tokens, self.ended = GrowingText(prompt), list[int](), False
+        self._placeholders, self._sampling, self._ends = module.llm.placeholders, sampling, ends
+        self._before = prompt.microbatches[0].inputs["input_ids"][0].tolist()
+        self._processors, self._random = sampling.processors(), torch.Generator().manual_seed(sampling.seed)
 
-    def append(self, token: int) -> None:
-        """Add a token."""
-        inputs, ids_BS = self._microbatch.inputs, torch.tensor([[token]])
-        if self._cache is None:
-            each = {name: value for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
-            longer = {name: torch.cat([value, value[:, -1:]], dim=1) for name, value in each.items()}
-            longer["input_ids"] = torch.cat([inputs["input_ids"], ids_BS], dim=1)
-            longer["position_ids"] = torch.arange(longer["input_ids"].shape[1])[None]
-            self._microbatch = replace(self._microbatch, inputs=inputs | longer)
-            new, features = self._microbatch, self._features
-        else:
-            positions = next_positions(self._positions)
-            new, features = Microbatch({"input_ids": ids_BS, "position_ids": positions}), None
-        with torch.inference_mode():
-            self.logits_V = self._run(new, features)
+    def choose(self, logits_V: Tensor) -> int:
+        """The next token."""
+        logits_V = logits_V.cpu().clone()
+        known = [token for token in (*self._before, *self.tokens) if token < len(logits_V)]
+        logits_V[[token for token in self._placeholders if token < len(logits_V)]] = -torch.inf
+        chosen_1V = self._processors(torch.tensor([known]), logits_V[None])  # pyright: ignore[reportArgumentType]
+        if self._sampling.temperature:
+            return int(torch.multinomial(chosen_1V.softmax(-1), 1, generator=self._random))
+        return int(chosen_1V.argmax())
 
-    def _run(self, microbatch: Microbatch, features: Tensor | None) -> Tensor:
-        llm = self._module.llm
-        microbatch = replace(microbatch, inputs=llm.prepare(microbatch.inputs))
-        self._positions = microbatch.inputs.get("position_ids", microbatch.inputs["input_ids"])
-        with llm.using_cache(self._cache):
-            moved, layers = self._moved(microbatch), range(llm.num_layers)
-            out = self._module.run_stage(moved, layers, None, {}, features, "evaluate")
-        assert out.last is not None, "all layers have run"
-        return llm.logits(out.last[0, -1:])[0].float()
-
-    def _moved(self, microbatch: Microbatch) -> Microbatch:
-        """The microbatch on the module's device."""
-        return Batch([microbatch]).to(self._module.device).microbatches[0]
+    def take(self, token: int) -> None:
+        """Add the chosen token, or end the text."""
+        if token in self._ends:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        self.ended = len(self.tokens) == self._sampling.max_new_tokens
 
 
-def next_positions(positions: Tensor) -> Tensor:
-    """The positions of one token after others: (1, 1) of (1, S), or (4, 1, 1) of (4, 1, S). Of the latter, the first
-    row counts tokens, and in the others a text goes on after the largest position of all (Qwen2-VL, arXiv
-    2409.12191)."""
-    last = positions[..., -1:] + 1
-    if positions.ndim == 3:
-        last = torch.cat([last[:1], (positions[1:].max() + 1).expand(len(positions) - 1, 1, 1)])
-    return last
+def _go_on(module: PipelineModule, replies: Sequence[_Reply]) -> None:
+    """Let each text have its next token."""
+    tokens = module.write([reply.text for reply in replies], lambda number, logits_V: replies[number].choose(logits_V))
+    for reply, token in zip(replies, tokens, strict=True):
+        reply.take(token)
 
 
-def written(module: ComponentModule, prompt: Batch, sampling: Sampling, ends: Collection[int] = ()) -> Iterator[int]:
+def written(module: PipelineModule, prompt: Batch, sampling: Sampling, ends: Collection[int] = ()) -> Iterator[int]:
     """The tokens that a module writes after a prompt, one by one.
 
     Args:
-        module, prompt: see `GrowingText`.
+        module: the module; in a pipeline, all ranks call this function with the same arguments.
+        prompt: see `GrowingText`.
         ends: the tokens that end a text; none of them is yielded.
     """
-    text, processors = GrowingText(module, prompt), sampling.processors()
-    random = torch.Generator().manual_seed(sampling.seed)
-    known = prompt.microbatches[0].inputs["input_ids"][0].tolist()
-    for number in range(sampling.max_new_tokens):
-        logits_V = text.logits_V.cpu().clone()
-        written_1S = torch.tensor([[token for token in known if token < len(logits_V)]])
-        logits_V[[token for token in module.llm.placeholders if token < len(logits_V)]] = -torch.inf
-        chosen_1V = processors(written_1S, logits_V[None])  # pyright: ignore[reportArgumentType]
-        if sampling.temperature:
-            token = int(torch.multinomial(chosen_1V.softmax(-1), 1, generator=random))
-        else:
-            token = int(chosen_1V.argmax())
-        if token in ends:
-            return
-        yield token
-        known.append(token)
-        if number + 1 < sampling.max_new_tokens:
-            text.append(token)
+    reply, known = _Reply(module, prompt, sampling, ends), 0
+    while not reply.ended:
+        _go_on(module, [reply])
+        yield from reply.tokens[known:]
+        known = len(reply.tokens)
+
+
+def all_written(
+    module: PipelineModule, prompts: Iterable[Batch], sampling: Sampling, ends: Collection[int] = ()
+) -> list[list[int]]:
+    """The tokens that a module writes after each prompt, as `written` gives them. In a pipeline, several texts are on
+    their way, so that ranks wait less for each other; each text is the same as if it were written alone.
+
+    Args:
+        module, sampling, ends: see `written`.
+        prompts: see `GrowingText`.
+    """
+    replies, waiting, running = list[_Reply](), iter(prompts), list[_Reply]()
+    while True:
+        started = [_Reply(module, prompt, sampling, ends) for prompt in islice(waiting, MOST_TEXTS - len(running))]
+        replies += started
+        running += started
+        if not running:
+            return [reply.tokens for reply in replies]
+        _go_on(module, running)
+        running = [reply for reply in running if not reply.ended]

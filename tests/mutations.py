@@ -125,14 +125,14 @@ FAULTS = [
     ),
     Fault(
         "a text goes on at the position of its last token",
-        "models/writing.py",
+        f"{PACKAGE}/contracts/growing_text.py",
         "    last = positions[..., -1:] + 1\n",
         "    last = positions[..., -1:]\n",
         "tests/models/test_writing.py",
     ),
     Fault(
         "a text goes on after the last row of an image, and not after the largest",
-        "models/writing.py",
+        f"{PACKAGE}/contracts/growing_text.py",
         "(positions[1:].max() + 1)",
         "(positions[1:, :, -1].max() + 1)",
         "tests/models/test_writing.py",
@@ -1062,6 +1062,41 @@ FAULTS = [
         "if name == MARKER or FILE.fullmatch(name):",
         "if name:",
         "tests/training/test_remote_checkpoints.py -k older",
+    ),
+    Fault(
+        "a text goes on after its end while others are written",
+        "models/writing.py",
+        "        running = [reply for reply in running if not reply.ended]\n",
+        "        running = [reply for reply in running if len(reply.tokens) < sampling.max_new_tokens]\n",
+        "tests/models/test_writing.py -k several",
+    ),
+    Fault(
+        "layers of other stages do not count tokens in a stage's cache",
+        "models/llm/stage_cache.py",
+        "                layer.update(nothing, nothing)\n",
+        "                pass\n",
+        "tests/models/test_writing.py -k how_many",
+    ),
+    Fault(
+        "ranks keep keys and values of which others have none",
+        f"{PACKAGE}/training/text_writing.py",
+        "dist.ReduceOp.MIN",
+        "dist.ReduceOp.MAX",
+        "tests/training/test_writing_in_layouts.py -k half",
+    ),
+    Fault(
+        "the next token is that of the first context peer's slice",
+        f"{PACKAGE}/training/text_writing.py",
+        "(mesh.cp_size - 1) * mesh.tp_size",
+        "0 * mesh.tp_size",
+        "tests/training/test_writing_in_layouts.py -k qwen3_vl",
+    ),
+    Fault(
+        "a rank keeps to itself which example it cannot read",
+        f"{PACKAGE}/callbacks/sample_replies.py",
+        "self._ranks.exchange(errors)()[0]",
+        "[errors]",
+        "tests/training/test_sample_replies.py -k one_rank",
     ),
 ]
 

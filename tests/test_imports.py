@@ -14,7 +14,7 @@ NAMES = {
     "bigmac_lightning": """
         Batch BigMacStrategy Encoder Generator LanguageModel MediaItem Microbatch PipelineLayout PipelineModule
         PipelineOutput TargetItem assign_owners""",
-    "bigmac_lightning.callbacks": "PipelineMonitor SampleImages",
+    "bigmac_lightning.callbacks": "PipelineMonitor SampleImages SampleReplies",
     "bigmac_lightning.datamodules": """
         CaptionFolder ChatOptions Clips Collator Conversation DigitsDataModule EasyVQA EasyVQADataModule EasyVQADrawings
         EpochSampler Example ExampleError File HFDataset HFStream HFVisual Image LlavaJSON LoadingOptions Media Message

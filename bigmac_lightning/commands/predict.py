@@ -11,6 +11,7 @@ from rich.progress import track
 from torchmetrics.text import CHRFScore
 
 from bigmac_lightning.commands.answer import answer, parser_of
+from bigmac_lightning.example_sources import name_of, sources_of
 
 SPLITS = ("train", "val", "test", "predict")
 
@@ -67,7 +68,7 @@ def predict(
     with place.open("w", encoding="utf-8") as file, torch.inference_mode():
         shown = track(examples, "replies", total, console=Console(stderr=True))
         for number, (source, index) in enumerate(shown):
-            line: dict[str, Any] = {"name": f"{source.name}, sample {source.origin(index)}"}
+            line: dict[str, Any] = {"name": name_of(source, index)}
             try:
                 example = source[index]
                 prompt, reference = loaded.data.question(example)
@@ -99,12 +100,9 @@ def predict(
 
 def _sources(data: Any, split: str) -> list[Any]:
     """The sources of a split."""
-    if not hasattr(data, "split_sources"):
-        raise ValueError(f"{type(data).__name__} has no sources of examples; a MultimodalDataModule has some")
-    sources = [source for source in data.split_sources(split) if hasattr(source, "__getitem__")]
-    if not sources:
-        raise ValueError(f"there is no source of examples of the split {split!r}: choose another --split")
-    return sources
+    if sources := sources_of(data, split):
+        return sources
+    raise ValueError(f"there is no source of examples of the split {split!r}: choose another --split")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, EarlySto
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from bigmac_lightning.callbacks import PipelineMonitor, PreemptionCheckpoint, SampleImages
+from bigmac_lightning.callbacks import PipelineMonitor, PreemptionCheckpoint, SampleImages, SampleReplies
 from bigmac_lightning.commands.answer import answer
 from bigmac_lightning.commands.config import BigMacCLI
 from bigmac_lightning.commands.request import check_suffix
@@ -25,7 +25,7 @@ from bigmac_lightning.training.strategy import BigMacStrategy
 
 LEFT_OUT = (
     *(Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor),
-    *(PipelineMonitor, SampleImages, PreemptionCheckpoint),
+    *(PipelineMonitor, SampleImages, SampleReplies, PreemptionCheckpoint),
 )
 """Callbacks that save, stop, log or draw. Others may freeze weights, which changes what is measured, and stay."""
 

@@ -161,6 +161,11 @@ class ComponentModule(ResumableModule):
             out.conditions = flat[microbatch.target_positions]
         return out
 
+    def next_logits(self, out: StageOutput) -> Tensor:
+        """logits_V, float32, of the token after a row, from the last stage's output on it."""
+        assert out.last is not None, "the last stage has run"
+        return self.llm.logits(out.last[0, -1:])[0].float()
+
     def _by_level(self, items: Sequence[MediaItem], features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The features that replace embeddings, and as extras those of deeper levels, which are zero for encoders that
         have fewer levels than others."""

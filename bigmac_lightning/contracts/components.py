@@ -228,15 +228,15 @@ class LanguageModel(nn.Module, ABC):
         """A microbatch's inputs with all that its stages need (positions, ...). Calling it twice changes nothing."""
         return inputs
 
-    def new_cache(self) -> Any:
-        """What keeps keys and values while a text is written token by token; ``None``: this model keeps nothing, and
-        all tokens run again for each new one."""
+    def new_cache(self, layers: range) -> Any:
+        """What keeps keys and values of a stage's layers while a text is written token by token; ``None``: this model
+        keeps nothing, and all tokens run again for each new one. Tensor peers call it together."""
         return None
 
     @contextmanager
     def using_cache(self, cache: Any) -> Iterator[None]:
-        """Within this context, `run_layers` gets all layers and tokens that follow those in the cache, and adds them to
-        it. Rows hold one sample each."""
+        """Within this context, `run_layers` gets the layers that the cache was made for, and tokens that follow those
+        in the cache, and adds them to it. Rows hold one sample each. ``None``: without a cache."""
         yield
 
     @abstractmethod

@@ -4,7 +4,7 @@ Under any strategy of Lightning, `pipeline` runs a batch on the plain path. Unde
 in a runner, which calls the same functions of the components from the pipeline.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -15,10 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.component_module import ComponentModule
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel, trained_share
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.contracts.parallel import StagePeers
-from bigmac_lightning.contracts.plain_path import run_plain
+from bigmac_lightning.contracts.plain_path import run_plain, write_plain
 from bigmac_lightning.estimates.partition import TrainedLayers
+
+MOST_TEXTS = 8
+"""Texts that are written at the same time. A rank's messages of one stage must not be more than may be on their way
+from it (`runtime.transport.MOST_SENDING`), or ranks with several stages could wait for each other for ever."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class Runner(Protocol):
 
     def gradient_norm(self) -> Tensor:
         """See `PipelineModule.gradient_norm`."""
+        ...
+
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        """See `PipelineModule.write`."""
         ...
 
 
@@ -171,6 +180,21 @@ class PipelineModule(ComponentModule):
         out = run_plain(self, batch, mode) if self.runner is None else self.runner(batch, mode)
         self.last_metrics = out.metrics
         return out
+
+    @torch.no_grad()
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        """Add the next token to each text. All ranks of a pipeline call it with the same texts, in a validation, test
+        or prediction. A module in eval mode gives the same tokens under any strategy.
+
+        Args:
+            texts: at most `MOST_TEXTS`.
+            choose: a function (number of the text, logits_V in float32) -> its next token. It is called on one rank
+                alone, which tells the others.
+
+        Returns: the tokens, by text.
+        """
+        assert len(texts) <= MOST_TEXTS, f"{len(texts)} texts"
+        return write_plain(self, texts, choose) if self.runner is None else self.runner.write(texts, choose)
 
     def gradient_norm(self) -> Tensor:
         """2-norm of all gradients of the model, each parameter counted once; the same scalar on every rank.

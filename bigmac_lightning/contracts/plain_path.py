@@ -1,5 +1,6 @@
 """The plain path: all microbatches of a batch in one process and one autograd graph, under any Lightning strategy."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.component_module import ComponentModule
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.host import from_host
 
@@ -47,6 +49,24 @@ def run_plain(module: ComponentModule, batch: Batch, mode: Mode) -> PipelineOutp
         predictions=None if mode == "train" else torch.cat([batch.labels.new_empty(0), *predictions]),
         samples=samples if mode == "sample" else None,
     )
+
+
+def write_plain(
+    module: ComponentModule, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]
+) -> list[int]:
+    """Add the next token to each text as `PipelineModule.write` does, in one process."""
+    llm, layers, tokens = module.llm, range(module.llm.num_layers), list[int]()
+    for number, text in enumerate(texts):
+        if not text.begun:
+            media, cache = text.media_on(module.device), llm.new_cache(layers)
+            text.begin({} if cache is None else {layers: cache}, torch.cat(module.encode(media)) if media else None)
+        [microbatch] = Batch([text.upcoming(llm)]).to(module.device).microbatches
+        with llm.using_cache(text.caches.get(layers)):
+            features = text.features if microbatch.media else None
+            out = module.run_stage(microbatch, layers, None, {}, features, "evaluate")
+        tokens.append(choose(number, module.next_logits(out)))
+        text.append(tokens[-1])
+    return tokens
 
 
 def _over_replicas(trainer: Any, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.module import PipelineModule
-from bigmac_lightning.contracts.outputs import Mode, StageOutput
+from bigmac_lightning.contracts.outputs import Mode
 from bigmac_lightning.contracts.precision import widened
 from bigmac_lightning.contracts.slices import MicrobatchSlice, with_slices
 from bigmac_lightning.runtime.computation import Outcome
@@ -18,7 +18,7 @@ from bigmac_lightning.runtime.mesh import PipelineMesh
 from bigmac_lightning.runtime.peers import Peers, row_indices
 from bigmac_lightning.runtime.routing import Item, Routing
 from bigmac_lightning.schedule.action import Action
-from bigmac_lightning.training.exact import apart, parts_of, together
+from bigmac_lightning.training.hidden_messages import HiddenMessages
 from bigmac_lightning.training.nonfinite import Record
 from bigmac_lightning.training.planner import PlannedBatch
 from bigmac_lightning.training.sharding import Sharding, Together, nothing_of
@@ -65,6 +65,7 @@ class BatchComputation:
         self._given = batch.slices or batch.microbatches
         self.mode: Mode = mode
         self.width, self.dtype, self._contexts = module.llm.width, dtype, contexts
+        self._messages = HiddenMessages(module, stages, dtype)
         microbatches = batch.microbatches
         media, targets = [mb.media for mb in microbatches], [mb.targets for mb in microbatches]
         self.features = _routing(media, module.feature_rows, planned, "EF")
@@ -90,43 +91,7 @@ class BatchComputation:
         return len(own), sum(own)
 
     def hidden_shape(self, microbatch: int, stage: int) -> tuple[int, ...]:
-        shape, extras = self._shapes(microbatch, stage)
-        return (shape.numel() + sum(self._sizes(extras)),) if extras else shape
-
-    def _shapes(self, microbatch: int, stage: int) -> tuple[torch.Size, dict[str, torch.Size]]:
-        """Shapes of the hidden states and of the extras that go into a stage."""
-        given = self._given[microbatch]
-        extras = self.module.extra_shapes(given, self.stages[stage].start)
-        return torch.Size((*given.shape, self.width)), {name: torch.Size(shape) for name, shape in extras.items()}
-
-    def _sizes(self, extras: dict[str, torch.Size]) -> list[int]:
-        """How many numbers each extra takes in a message."""
-        exact = self.module.llm.exact_extras
-        return [extra.numel() * (parts_of(self.dtype) if name in exact else 1) for name, extra in extras.items()]
-
-    def _unpack(self, message: Tensor, microbatch: int, stage: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The hidden states and extras of a message. With extras, a message is one flat tensor."""
-        shape, extras = self._shapes(microbatch, stage)
-        if not extras:
-            return message, {}
-        hidden, *others = message.split([shape.numel(), *self._sizes(extras)])
-        exact, made = self.module.llm.exact_extras, dict[str, Tensor]()
-        for (name, extra), part in zip(extras.items(), others, strict=True):
-            made[name] = (together(part) if name in exact else part).view(extra)
-        return hidden.view(shape), made
-
-    def _pack(self, out: StageOutput, microbatch: int, stage: int) -> Tensor | None:
-        if out.hidden is None:
-            return None
-        _, extras = self._shapes(microbatch, stage)
-        assert extras.keys() == out.extras.keys(), (extras.keys(), out.extras.keys())
-        if not extras:
-            return out.hidden.to(self.dtype)
-        exact, parts = self.module.llm.exact_extras, [out.hidden.to(self.dtype).flatten()]
-        for name in extras:
-            extra = out.extras[name]
-            parts.append(apart(extra, self.dtype) if name in exact else extra.to(self.dtype).flatten())
-        return torch.cat(parts)
+        return self._messages.shape(self._given[microbatch], stage)
 
     def _meeting_encoders(self, group: int) -> set[str]:
         """The encoders that all ranks run together in a group's EF."""
@@ -181,7 +146,7 @@ class BatchComputation:
         if hidden is not None:
             if self._record is not None:
                 self._record.follow_input(stage, microbatch, self._given[microbatch], hidden)
-            hidden, extras = self._unpack(hidden, microbatch, stage)
+            hidden, extras = self._messages.unpack(hidden, self._given[microbatch], stage)
         elif self._record is not None:
             self._record.follow_input(stage, microbatch, self._given[microbatch], features)
         given = self._given[microbatch]
@@ -202,7 +167,7 @@ class BatchComputation:
         if conditions is not None and isinstance(given, MicrobatchSlice):
             conditions = given.in_whole(conditions)
         conditions = None if conditions is None else conditions.to(self.dtype)
-        message = self._pack(out, microbatch, stage + 1)
+        message = None if out.hidden is None else self._messages.pack(out, given, stage + 1)
         return Outcome(message, loss if loss is not None and loss.requires_grad else None, conditions)
 
     def generate(self, group: int, piece: int, conditions: Tensor) -> Tensor | None:

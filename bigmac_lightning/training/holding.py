@@ -62,7 +62,7 @@ class _Refusal:
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(self.text)
 
-    gradient_norm = __call__
+    gradient_norm = write = __call__
 
 
 def _same(module: PipelineModule, part: Part) -> bool:

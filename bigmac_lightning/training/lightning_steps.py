@@ -6,7 +6,7 @@ plugins, schedulers and hooks then behave as in plain training.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
 from bigmac_lightning.contracts.batch import Batch
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.runtime import hooks
@@ -79,6 +80,10 @@ class LightningSteps:
     def gradient_norm(self) -> Tensor:
         """See `PipelineModule.gradient_norm`."""
         return self._runner.gradient_norm()
+
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        """See `PipelineModule.write`."""
+        return self._runner.write(texts, choose)
 
     def start(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Prepare for a training batch. Collective over the pipeline."""

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
 from bigmac_lightning.estimates.partition import make_stages
@@ -36,6 +37,7 @@ from bigmac_lightning.training.nonfinite import FiniteCheck
 from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
+from bigmac_lightning.training.text_writing import TextWriter
 from bigmac_lightning.training.trained import Trained, TrainedParts
 
 
@@ -96,7 +98,12 @@ class PipelineRunner:
         alike = kinds if self.sharding.meets("llm") else None
         self.planner = Planner(options, *place, nothing, module.encoders, alike)
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
+        self._writer = TextWriter(module, self.stages, self.executor, self.dtype, forward_context, self.sharding)
         self.refresh()
+
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        """See `PipelineModule.write`. Collective over the pipeline."""
+        return self._writer.write(texts, choose)
 
     def begin_evaluation(self, step: int) -> None:
         """Count the batches of an evaluation anew.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
@@ -45,6 +45,7 @@ from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
+from .stage_cache import StageCache
 from .text_inputs import completed_inputs, known_samples
 from .vocabulary_parallel import VocabularySlice
 
@@ -134,8 +135,8 @@ class HFDecoder(HFComponent, LanguageModel):
         self._tensor_plan = tensor_parallel.plan_of(whole, self._names)
         self._expert_plan = expert_parallel.plan_of(whole)
         self._vocabulary_slice: VocabularySlice | None = None
-        self._cache: Any = None
-        self._keeps: bool | None = None  # whether a cache works, once it was tried
+        self._cache: StageCache | None = None
+        self._keeps: dict[range, bool] = {}  # whether a cache of these layers works, once it was tried
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         self._hold(whole)
@@ -400,6 +401,8 @@ class HFDecoder(HFComponent, LanguageModel):
                 before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
                 counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
                 extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *counted)
+        if self._cache is not None:
+            self._cache.count(h_BSD)
         return out
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
@@ -424,11 +427,12 @@ class HFDecoder(HFComponent, LanguageModel):
         stage.shell.training = self.training
         return stage
 
-    def new_cache(self) -> Any:
-        if self._keeps is None:
+    def new_cache(self, layers: range) -> Any:
+        config = self._decoder.config
+        if layers not in self._keeps:
             device = next(self.parameters()).device
-            self._keeps = probe_cache.agrees(self, DynamicCache(config=self._decoder.config), device)
-        return DynamicCache(config=self._decoder.config) if self._keeps else None
+            self._keeps[layers] = probe_cache.agrees(self, StageCache(config, layers), layers, device)
+        return StageCache(config, layers) if self._keeps[layers] else None
 
     @contextmanager
     def using_cache(self, cache: Any) -> Iterator[None]:

@@ -1,12 +1,14 @@
-"""Finds out whether a decoder of the library gives the same hidden states with a cache of keys and values as without.
+"""Finds out whether a stage of a decoder of the library gives the same hidden states with a cache of keys and values as
+without.
 
 A few tokens run through its layers, all at once and one after the other. Not every model of the library can keep them:
 some want a cache of their own, and some have got it wrong.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from bigmac_lightning.contracts.components import LanguageModel
 
@@ -16,20 +18,23 @@ TOLERANCE = 0.05
 
 
 @torch.no_grad()
-def agrees(llm: LanguageModel, cache: DynamicCache, device: torch.device) -> bool:
+def agrees(llm: LanguageModel, cache: Any, layers: range, device: torch.device) -> bool:
     """
     Args:
-        llm: a decoder with all of its weights.
-        cache: an empty cache.
+        llm: a decoder with the weights of these layers, and with the embedding if the first layer is one of them.
+        cache: an empty cache of the stage.
+        layers: those of the stage.
     """
     usable = [token for token in range(llm.vocabulary) if token not in llm.placeholders][:TOKENS]
     ids_1S = torch.tensor([(usable * TOKENS)[:TOKENS]], device=device)
-    expected = _hidden(llm, ids_1S, 0)
+    h_1SD = torch.randn(1, TOKENS, llm.width, generator=torch.Generator().manual_seed(0))
+    h_1SD = h_1SD.to(device, next(llm.parameters()).dtype)
+    expected = _hidden(llm, layers, ids_1S, h_1SD, 0)
     found = list[Tensor]()
     try:
         with llm.using_cache(cache):
             for start, stop in ((0, FIRST), *((k, k + 1) for k in range(FIRST, TOKENS))):
-                found.append(_hidden(llm, ids_1S[:, start:stop], start))
+                found.append(_hidden(llm, layers, ids_1S[:, start:stop], h_1SD[:, start:stop], start))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError):  # it wants another cache, or none
@@ -38,7 +43,9 @@ def agrees(llm: LanguageModel, cache: DynamicCache, device: torch.device) -> boo
     return bool(error < TOLERANCE)
 
 
-def _hidden(llm: LanguageModel, ids_1S: Tensor, start: int) -> Tensor:
+def _hidden(llm: LanguageModel, layers: range, ids_1S: Tensor, h_1SD: Tensor, start: int) -> Tensor:
+    """The hidden states after these layers; before them, embeddings if they are the first layers."""
     positions = torch.arange(start, start + ids_1S.shape[1], device=ids_1S.device)[None]
     inputs = llm.prepare({"input_ids": ids_1S, "position_ids": positions})
-    return llm.run_layers(llm.embed(inputs), inputs, range(llm.num_layers), {}).float()
+    before = llm.embed(inputs) if layers.start == 0 else h_1SD
+    return llm.run_layers(before, inputs, layers, {}).float()

@@ -1,5 +1,5 @@
 """Every decoder and vision-language model that the installed `transformers` has, cut after every layer, against the
-library's unsplit model; and in one part, while it writes a text token by token.
+library's unsplit model; also while it writes a text token by token, in one part and in all of these.
 
 For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
 compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
@@ -27,9 +27,10 @@ from transformers.models.auto import modeling_auto
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
+from bigmac_lightning.contracts.growing_text import GrowingText
+from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.families import FAMILIES
-from bigmac_lightning.models.writing import GrowingText
 from tests.models import more_families, tiny, zoo
 
 DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -159,9 +160,10 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
     prompt = Batch([Microbatch({"input_ids": ids[None, :7]})])
     known = {k: whole(input_ids=ids[None, : 7 + k], use_cache=False).logits[0, -1].detach() for k in range(WRITTEN)}
     module = _whole_module(made, whole.state_dict())
-    error = _writing_error(module, prompt, ids[7 : 7 + WRITTEN].tolist(), lambda tokens: known[len(tokens)])
-    verdict.errors["written: logits"] = error
-    verdict.keeps = module.llm.new_cache() is not None
+    for name, modules in (("written", [module]), ("written in parts", [MultimodalLM(part) for part in parts.parts])):
+        arguments = (prompt, ids[7 : 7 + WRITTEN].tolist(), lambda tokens: known[len(tokens)])
+        verdict.errors[f"{name}: logits"], keeps = _writing_error(modules, *arguments)
+        verdict.keeps = keeps and (verdict.keeps or name == "written")
     for name, given in (("padded", {}), ("masked", {"attention_mask": mask})):
         if name == "padded" or verdict.attention == attention:
             found, _ = parts.run({"input_ids": rows, **given})
@@ -190,20 +192,31 @@ def _compare(made: HFDecoder, verdict: Verdict) -> None:
 
 
 def _writing_error(
-    module: MultimodalLM, prompt: Batch, tokens: Sequence[int], expected: Callable[[Sequence[int]], Tensor]
-) -> float:
-    """The largest error of the next token's logits while tokens are written after a prompt.
+    modules: Sequence[MultimodalLM], prompt: Batch, tokens: Sequence[int], expected: Callable[[Sequence[int]], Tensor]
+) -> tuple[float, bool]:
+    """The largest error of the next token's logits while tokens are written after a prompt, and whether keys and values
+    are kept.
 
     Args:
+        modules: one with all layers, or one for each layer.
         expected: the library's logits after the prompt and these tokens.
     """
-    module.eval()
-    text, errors = GrowingText(module, prompt), list[float]()
+    layers, errors = modules[0].llm.num_layers // len(modules), list[float]()
+    stages = [(module.eval(), range(k * layers, (k + 1) * layers)) for k, module in enumerate(modules)]
+    text, media = GrowingText(prompt), prompt.microbatches[0].media
     with torch.no_grad():
+        caches = {own: module.llm.new_cache(own) for module, own in stages}
+        features = torch.cat(modules[0].encode(media)) if media else None
+        text.begin({} if None in caches.values() else caches, features)
         for k, token in enumerate(tokens):
-            errors.append(_error(text.logits_V, expected(tokens[:k])))
+            microbatch, out = text.upcoming(modules[0].llm), StageOutput()
+            for module, own in stages:
+                given = (out.hidden, out.extras, features if microbatch.media else None)
+                with module.llm.using_cache(text.caches.get(own)):
+                    out = module.run_stage(microbatch, own, *given, "evaluate")
+            errors.append(_error(modules[-1].next_logits(out), expected(tokens[:k])))
             text.append(token)
-    return max(errors)
+    return max(errors), bool(text.caches)
 
 
 def _whole_module(made: HFDecoder, weights: dict[str, Tensor], encoders: dict[str, Encoder] | None = None) -> Any:
@@ -320,6 +333,7 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
 
         verdict.allow_rounding(rounding)
     module = _whole_module(made, whole.state_dict(), encoders)
+    in_parts = [MultimodalLM(part, encoders) for part in parts.parts]
     whole.eval()
     for sample in (rows[0][0] for rows in zoo.sequences(model, packed=False)):
         prompt, tokens = Batch([zoo.microbatch([[sample]])]), sample.tokens[:WRITTEN:2]
@@ -329,9 +343,10 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
             longer = zoo.Sequence([*sample.tokens, *more], sample.items)
             return whole(**zoo.arguments(whole, longer, zoo.microbatch([[longer]]))).logits[0, -1].detach()
 
-        error = _writing_error(module, prompt, words, expected_logits)
-        verdict.errors["written: logits"] = max(error, verdict.errors.get("written: logits", 0.0))
-    verdict.keeps = module.llm.new_cache() is not None
+        for written, modules in (("written", [module]), ("written in parts", in_parts)):
+            error, keeps = _writing_error(modules, prompt, words, expected_logits)
+            verdict.errors[f"{written}: logits"] = max(error, verdict.errors.get(f"{written}: logits", 0.0))
+            verdict.keeps = keeps and (verdict.keeps or written == "written")
     return verdict
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch
+from bigmac_lightning.contracts.growing_text import next_positions
 from bigmac_lightning.models import HFDecoder, MultimodalLM
-from bigmac_lightning.models.writing import Sampling, next_positions, written
+from bigmac_lightning.models.writing import Sampling, all_written, written
+from tests.models import tiny
 from tests.models.parts import decoder_config
 from tests.toy import ToyModule
 
@@ -103,6 +106,38 @@ def test_a_model_without_a_cache() -> None:
         found.append(int(module.llm.logits(hidden[0, -1:]).argmax()))
         ids = torch.cat([ids, torch.tensor([[found[-1]]])], dim=1)
     assert [*islice(written(module.eval(), _prompt(), Sampling()), 6)] == found
+
+
+def test_several_texts() -> None:
+    """Each as if it were written alone, also if there are more than are written at the same time."""
+    module, _ = _both()
+    prompts = [Batch([Microbatch({"input_ids": torch.arange(3, 5 + k)[None]})]) for k in range(11)]
+    free = [[*written(module, prompt, Sampling(9, temperature=0.5))] for prompt in prompts]
+    ends = {free[2][4], free[7][0]}
+    alone = [[*written(module, prompt, Sampling(9, temperature=0.5), ends)] for prompt in prompts]
+    assert len({len(tokens) for tokens in alone}) > 2
+    assert all_written(module, iter(prompts), Sampling(9, temperature=0.5), ends) == alone
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "qwen3_next"])
+def test_a_stage_knows_how_many_tokens_there_are(model_type: str) -> None:
+    """Also if the layers that a decoder asks for it are in other stages: of windows, states, and all tokens."""
+    llm = HFDecoder(tiny.tiny_config(model_type), attn_implementation="eager")
+    llm.materialize(range(4), embedding=True, head=True)
+    ids, caches = torch.arange(3, 10)[None], list[Any]()
+    for layers in (range(4), range(2, 3)):
+        caches.append(llm.new_cache(layers))
+        for start, stop in ((0, 6), (6, 7)):
+            inputs = llm.prepare({"input_ids": ids[:, start:stop], "position_ids": torch.arange(start, stop)[None]})
+            with llm.using_cache(caches[-1]), torch.no_grad():
+                llm.run_layers(llm.embed(inputs), inputs, layers, {})
+    whole, stage = caches
+    assert stage.get_seq_length() == whole.get_seq_length() == 7
+    for k in range(4):
+        if isinstance(whole.layers[k], LinearAttentionCacheLayerMixin):
+            assert stage.has_previous_state(k)
+        else:
+            assert stage.get_mask_sizes(1, k) == whole.get_mask_sizes(1, k)
 
 
 def test_next_positions() -> None:
