@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +30,20 @@ TESTS = (
 )
 
 
+def others_than_here(versions: str, pinned: list[str]) -> list[str]:
+    """Of lines "name==version", those of packages that are not installed here in this version. What belongs to torch
+    is large, and not among them."""
+    installed = {f"{one.name.lower().replace('_', '-')}=={one.version}" for one in metadata.distributions()}
+    found = [line for line in versions.splitlines() if "==" in line and line not in {*installed, *pinned}]
+    return [line for line in found if not line.startswith(("nvidia-", "cuda-", "triton="))]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pin", action="append", default=[], help="a version to use instead, such as torch==2.14.1")
+    parser.add_argument(
+        "--borrow", action="store_true", help="use this environment's packages where it has the version"
+    )
     parser.add_argument("--resolve", action="store_true", help="only show the versions, and install nothing")
     parser.add_argument("tests", nargs="*", default=TESTS, help="arguments of pytest")
     given = parser.parse_args()
@@ -52,7 +64,12 @@ def main() -> int:
             return 0
         subprocess.run([*uv[:1], "venv", "--python", sys.executable, folder / "venv"], check=True)
         python = folder / "venv/bin/python"
-        packages = ["--requirement", folder / "versions.txt", *TOOLS]
+        if given.borrow:
+            (site,) = (folder / "venv/lib").glob("python*/site-packages")
+            (site / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+            packages = ["--no-deps", *others_than_here((folder / "versions.txt").read_text(), given.pin)]
+        else:
+            packages = ["--requirement", folder / "versions.txt", *TOOLS]
         subprocess.run([*uv, "install", "--python", python, "--quiet", *packages], check=True)
         subprocess.run([*uv, "install", "--python", python, "--quiet", "--no-deps", "--editable", ROOT], check=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
