@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -120,10 +119,11 @@ def check_use(wheel: Path, folder: Path, borrow: bool) -> None:
         raise ValueError("the training has left no checkpoint")
 
 
-def check_extras(wheel: Path) -> None:
-    """Let pip resolve all extras together, without installing anything."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    _run([sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", f"{wheel}[{','.join(extras)}]"], wheel.parent)
+def check_extras(folder: Path) -> None:
+    """Find versions for all extras together, without installing any: pip would download gigabytes for that."""
+    subprocess.run([sys.executable, "-m", "venv", folder / "tools"], check=True)
+    _run([folder / "tools/bin/pip", "install", "--quiet", "uv"], folder)
+    _run([folder / "tools/bin/uv", "pip", "compile", "--quiet", "--all-extras", ROOT / "pyproject.toml"], folder)
 
 
 def _run(command: list[object], folder: Path) -> str:
@@ -146,8 +146,8 @@ def main() -> None:
         wheel = check_builds(folder)
         print(f"{wheel.name}: {len(contents(wheel))} files; the sdist makes the same", flush=True)
         if not borrow:
-            check_extras(wheel)
-            print("pip resolves all extras", flush=True)
+            check_extras(folder)
+            print("there are versions for all extras", flush=True)
         check_use(wheel, folder, borrow)
         print("the wheel was installed, and has planned and trained", flush=True)
 
