@@ -1,10 +1,12 @@
 """The command `bigmac`. A subcommand is imported only when it is called: importing those that train takes seconds."""
 
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 TRAINING = {
@@ -41,6 +43,8 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in {**TRAINING, **OTHERS}.items())))
+    elif name == "--version":
+        print(versions())
     elif name in OTHERS or (name == "predict" and _of_run(arguments)):
         sys.exit(module_of(name, arguments).main(arguments))
     elif name in TRAINING or name.startswith("-"):
@@ -52,6 +56,26 @@ def main() -> None:
         meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*TRAINING, *OTHERS])}"
         print(f"bigmac: error: there is no command {name!r}; {meant}", file=sys.stderr)
         sys.exit(2)
+
+
+def versions() -> str:
+    """The versions of this package, of Python and of the packages that it uses, for reports of errors."""
+    names = (
+        "bigmac-lightning",
+        "torch",
+        "lightning",
+        "jsonargparse",
+        "transformers",
+        "diffusers",
+        "peft",
+        "datasets",
+        "av",
+    )
+    lines = [f"python {platform.python_version()}"]
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            lines.append(f"{name} {metadata.version(name)}")
+    return "\n".join(lines)
 
 
 def module_of(name: str, arguments: Sequence[str]) -> Any:

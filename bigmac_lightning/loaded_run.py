@@ -21,9 +21,7 @@ from bigmac_lightning.commands.answer import PROBLEMS, text_of
 from bigmac_lightning.commands.config import ConfigReader
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.module import PipelineModule
-
-CONFIG = "config.yaml"
-"""What `bigmac fit` writes beside the folder of a run's checkpoints."""
+from bigmac_lightning.run_config import CONFIG, config_of, read_exported
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +188,7 @@ def load(
 
     Args:
         path: the folder of a run, local or remote, whose newest whole checkpoint is taken; or a checkpoint, with the
-            run's config.yaml in one of the three folders above it.
+            run's config.yaml in one of the three folders above it; or a folder that `bigmac export` has written.
         module: the model, if there is no config.yaml, or to replace the one that it names.
         data: the DataModule, likewise.
         device: default: the GPU, if there is one.
@@ -200,13 +198,39 @@ def load(
         FileNotFoundError: there is no checkpoint.
         ValueError: there is no config, or it is not one of this checkpoint; or the checkpoint is damaged.
     """
-    checkpoint = _checkpoint(at(path))
+    place = at(path)
+    exported = isinstance(place, Path) and _is_exported(place)
+    checkpoint = place if exported else _checkpoint(place)
     if module is None or data is None:
-        reader = _Reader.of(_config_of(checkpoint))
+        reader = _Reader.of(*_config_of(checkpoint, exported))
         module, data = reader.model if module is None else module, reader.data if data is None else data
         assert module is not None
-    weights = CheckpointWeights(checkpoint)
     _without_sources(module)
+    (_read_exported_weights if exported else _read_weights)(module, checkpoint)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedRun(module.to(device, dtype).eval(), data, checkpoint)
+
+
+def _is_exported(path: Path) -> bool:
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return False
+    # imported here because it imports transformers
+    from bigmac_lightning.models.exported import is_exported  # pyright: ignore[reportMissingImports]
+
+    return is_exported(path)
+
+
+def _read_exported_weights(module: PipelineModule, folder: Place) -> None:
+    if not hasattr(module, "init_from"):
+        raise ValueError(f"{folder} was exported from a MultimodalLM, and {type(module).__name__} is none")
+    if module._materialized:
+        raise ValueError(f"the module for {folder} has weights already: give load a new one")
+    module.init_from = {"": str(folder)}  # pyright: ignore[reportArgumentType]
+    module.configure_model()
+
+
+def _read_weights(module: PipelineModule, checkpoint: Place) -> None:
+    weights = CheckpointWeights(checkpoint)
     module.configure_model()
     state, copies = module.state_dict(), module.tied_copies
     expected = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in copies}
@@ -215,17 +239,20 @@ def load(
     weights.check()
     weights.check_ties(copies)
     weights.read_into({name: tensor for name, tensor in state.items() if name not in copies})
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return LoadedRun(module.to(device, dtype).eval(), data, checkpoint)
 
 
 class _Reader(ConfigReader):
     """Builds the model and the DataModule of a config, and nothing else."""
 
     @classmethod
-    def of(cls, config: Place) -> "_Reader":
+    def of(cls, config: Place, text: str | None) -> "_Reader":
+        """
+        Args:
+            config: the file of the config.
+            text: what is read in place of the file.
+        """
         try:
-            return cls("load", ["--config", str(config)])
+            return cls("load", ["--config", str(config) if text is None else text])
         except (*PROBLEMS, TypeError) as error:
             raise ValueError(f"{config} cannot be read: {text_of(error)}") from error
 
@@ -249,10 +276,12 @@ def _checkpoint(path: Place) -> Place:
     return found
 
 
-def _config_of(checkpoint: Place) -> Place:
-    for folder in checkpoint.absolute().parents[: 3 if isinstance(checkpoint, Path) else 4]:  # it is in a save's folder
-        if (folder / CONFIG).is_file():
-            return folder / CONFIG
+def _config_of(checkpoint: Place, exported: bool) -> tuple[Place, str | None]:
+    if exported:
+        assert isinstance(checkpoint, Path)
+        return checkpoint / CONFIG, read_exported(checkpoint)
+    if found := config_of(checkpoint):
+        return found, None
     raise ValueError(
         f"there is no {CONFIG} of the run in the folders above {checkpoint}: give load(..., module=..., data=...)"
     )

@@ -52,8 +52,10 @@ def export(
     for name, tensor in fold_lora(tensors, lora or {}).items():
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
-        component, short = name.partition(".")[0], _in_whole(name)
+        component, short = name.partition(".")[0], in_whole(name)
         if component in ("llm", "encoders") and short in expected:
+            if short in state:
+                raise ValueError(f"several components have {short}, and the Hugging Face model has it once")
             state[short] = tensor
         else:
             others[name] = tensor
@@ -110,7 +112,7 @@ def export_adapters(
     ranks, alphas, adapters = dict[str, int](), dict[str, int](), dict[str, Tensor]()
     for layer, side, tensor in adapters_in(tensors):
         (component,) = (component for component in lora if layer.startswith(f"{component}."))
-        short = _in_whole(layer)
+        short = in_whole(layer)
         if f"{short}.weight" not in expected:
             raise ValueError(f"{layer} is no part of the Hugging Face model, so peft cannot load its adapter")
         ranks[short], alphas[short] = lora[component]["r"], lora[component].get("lora_alpha", ALPHA)
@@ -134,7 +136,7 @@ def export_adapters(
     return [name for name in tensors if not any(name.startswith(f"{component}.") for component in lora)]
 
 
-def _in_whole(name: str) -> str:
+def in_whole(name: str) -> str:
     """The name in the Hugging Face model of what has a name in the module."""
     component, _, rest = name.partition(".")
     return rest if component == "llm" else rest.partition(".")[2]

@@ -51,7 +51,7 @@ class HFComponent(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self._attention, self._trusts_code = attn_implementation, trust_remote_code
 
-    def _build_whole(self) -> Any:
+    def build_whole(self) -> Any:
         """The whole model on the meta device.
 
         Raises:

@@ -22,6 +22,8 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.partition import TrainedLayers
 
 from .evaluation import Evaluation
+from .exported import ExportedFolder, is_exported
+from .hf_component import HFComponent
 from .initialization import to_config
 from .llm.decoder import HFDecoder
 from .lora import add_lora, targets_of
@@ -68,9 +70,10 @@ class MultimodalLM(PipelineModule):
             lora: low-rank adapters by component: ``{"llm": {"r": 8, "target_modules": ["q_proj", "v_proj"]}}``, with
                 "lora_alpha", "lora_dropout", "use_rslora" as further options. Of such a component only the adapters are
                 trained.
-            init_from: the checkpoint of an earlier run, of any strategy and number of ranks, whose weights this run
-                starts with. Or one for each of some components: ``{"llm": PATH, "encoders.image": PATH}``. A checkpoint
-                that a run is resumed from, or evaluated with, is read after it and replaces these weights.
+            init_from: the checkpoint of an earlier run, of any strategy and number of ranks, or the folder that
+                `bigmac export` has made of it, whose weights this run starts with. Or one for each of some components:
+                ``{"llm": PATH, "encoders.image": PATH}``. A checkpoint that a run is resumed from, or evaluated with,
+                is read after it and replaces these weights.
 
         Raises:
             ValueError: an argument names something that the model does not have.
@@ -183,8 +186,12 @@ class MultimodalLM(PipelineModule):
 
     def materialize(self) -> None:
         whole = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        expected = {name: shape for name, shape in whole.items() if name not in self.tied_copies}
+        for component, path in self.init_from.items():
+            if is_exported(path):
+                self._start_from_exported(component, path, expected)
         super().materialize()
-        self._load_initial_weights(whole)
+        self._load_initial_weights(expected)
 
     def adapt(self) -> None:
         for name, options in self.lora.items():
@@ -200,20 +207,33 @@ class MultimodalLM(PipelineModule):
         found = super()._find_trained_layers()
         return replace(found, below=found.below or any(not name.startswith("generators.") for name in self.lora))
 
-    def _load_initial_weights(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Read those tensors of `init_from` that this process holds.
+    def _start_from_exported(self, component: str, path: str, expected: dict[str, tuple[int, ...]]) -> None:
+        parts = {name: self.get_submodule(name) for name in self._components() if component in ("", name)}
+        inside = {name: shape for name, shape in expected.items() if name.startswith(_inside(component))}
+        if wrong := ExportedFolder(path).start(parts, inside, whole=not component):
+            raise ValueError(
+                f"init_from: {component or 'the model'} cannot start from {path}: {first_few(wrong)}. To start some "
+                "components from an exported folder, give it by their names"
+            )
+
+    def _load_initial_weights(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Read those tensors of `init_from` that this process holds, but those that components have read themselves.
 
         Args:
-            shapes: the shapes of the whole model's tensors.
+            expected: the shapes of the whole model's tensors, without those that are tied to others.
 
         Raises:
             ValueError: a tensor of the whole model does not fit, a file is damaged, or weights differ that the model
                 ties; on all ranks alike.
         """
-        copies = {f"llm.{copy}": f"llm.{canonical}" for copy, canonical in self.llm.tied.items()}
-        expected = {name: shape for name, shape in shapes.items() if name not in copies}
+        copies = self.tied_copies
         here = {copies.get(name, name): tensor for name, tensor in self.state_dict().items()}
         for component, path in self.init_from.items():
+            inside = {name: tensor for name, tensor in here.items() if name.startswith(_inside(component))}
+            if is_exported(path):
+                exported = ExportedFolder(path)
+                exported.read_into({name: tensor for name, tensor in inside.items() if name in exported.others})
+                continue
             weights = CheckpointWeights(path)
             if wrong := weights.mismatches(expected, component, copies):
                 raise ValueError(
@@ -223,15 +243,22 @@ class MultimodalLM(PipelineModule):
                 )
             weights.check()
             weights.check_ties(copies)
-            inside = f"{component}." if component else ""
-            weights.read_into({name: tensor for name, tensor in here.items() if name.startswith(inside)})
+            weights.read_into(inside)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds to the checkpoint which Hugging Face model this is, for `bigmac export`."""
         super().on_save_checkpoint(checkpoint)
         if isinstance(self.llm, HFDecoder):
             config = json.loads(self.llm.config.to_json_string(use_diff=False))
-            checkpoint["hugging_face"] = {"config": config, "source": self.llm.source, "lora": self.lora}
+            described = {"config": config, "source": self.llm.source, "lora": self.lora}
+            checkpoint["hugging_face"] = {**described, "source_is_base": self._source_is_base()}
+
+    def _source_is_base(self) -> bool:
+        """Whether the Hugging Face model has started from the weights of one folder alone."""
+        parts = {name: self.get_submodule(name) for name in self._components()}
+        parts = {name: part for name, part in parts.items() if isinstance(part, HFComponent)}
+        others = any(name in ("", *parts) and not is_exported(path) for name, path in self.init_from.items())
+        return not others and len({part.source for part in parts.values()}) == 1
 
     def _named_aliases(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters by name. A tied weight comes under both of its names, also where this rank has one copy."""
@@ -302,3 +329,8 @@ class MultimodalLM(PipelineModule):
         if not math.isfinite(total):
             raise ValueError('schedule="cosine" has to know its end: set max_epochs or max_steps, or use "constant"')
         return WarmupSchedule(self.warmup_steps, int(total))
+
+
+def _inside(component: str) -> str:
+    """What the names of a component's tensors begin with; all tensors: ""."""
+    return f"{component}." if component else ""

@@ -33,6 +33,34 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a tensor of an exported folder that nothing reads is dropped",
+        "models/exported.py",
+        "for name in sorted(unread) if whole]",
+        "for name in sorted(unread) if not whole]",
+        "tests/cli/test_exported.py -k nothing_reads",
+    ),
+    Fault(
+        "components of an exported model keep the weights that they started from before",
+        "models/exported.py",
+        "                part.source = str(self.path)\n",
+        "                pass\n",
+        "tests/cli/test_exported.py -k starts_from_what",
+    ),
+    Fault(
+        "adapters are written beside weights that they were not trained with",
+        "models/multimodal_lm.py",
+        "return not others and len(",
+        "return len(",
+        "tests/cli/test_exported.py -k beside_other_weights",
+    ),
+    Fault(
+        "a config asks for adapters that an exported folder has in its weights",
+        f"{PACKAGE}/run_config.py",
+        "if k not in TRAINING}",
+        "if k not in ()}",
+        "tests/cli/test_exported.py -k folder_alone",
+    ),
+    Fault(
         "orders of a few numbers are all even permutations",
         "datamodules/permutation.py",
         "    found[swapped] ^= _hashed(keys[swapped]) & np.uint64(1)\n",

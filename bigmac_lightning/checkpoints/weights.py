@@ -86,7 +86,7 @@ class CheckpointWeights:
         in slices or shards, this process gets its part."""
         if self._file is not None:
             for name, tensor in tensors.items():
-                _copy(self._file["state_dict"][name], tensor)
+                copy_into(self._file["state_dict"][name], tensor)
             return
         read_into({"model": dict(tensors)}, self.path)
 
@@ -141,8 +141,8 @@ UNTIED = (
 )
 
 
-def _copy(whole: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, or this process's slice of it."""
+def copy_into(whole: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into one of any dtype and device, or this process's slice of it into its slice."""
     with torch.no_grad():
         if isinstance(tensor, DTensor):
             whole = distribute_tensor(

@@ -11,12 +11,13 @@ from rich.console import Console
 from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
+from bigmac_lightning.run_config import CONFIG, config_of, write_exported
 
 
 def export_checkpoint(
     checkpoint: str, output: str, source: str | None = None, dtype: str | None = None, adapters: bool = False
 ) -> list[str]:
-    """Write a folder that `transformers` loads.
+    """Write a folder that `transformers` loads, and `bigmac_lightning.load`, if there is a config.yaml of the run.
 
     Args:
         checkpoint: Checkpoint of a run, a folder or a file, local or remote.
@@ -57,8 +58,16 @@ def export_checkpoint(
     kind = None if dtype is None else getattr(torch, dtype)
     files = None if folder is None else Path(folder)
     if adapters:
+        if not described.get("source_is_base", True):
+            raise ValueError(
+                "training did not start from the weights of one folder but from other weights, too (init_from), so "
+                "peft could not load adapters beside it: leave out --adapters"
+            )
         return export_adapters(stored.read(), described["config"], files, Path(output), kind, described["lora"])
-    return export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+    others = export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+    if config := config_of(at(checkpoint)):
+        write_exported(config, described["source"], Path(output))
+    return others
 
 
 def _check_source(folder: Path, config: dict[str, Any], checkpoint: str) -> None:
@@ -90,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             what, more = "a Hugging Face folder", f"; {len(others)} tensors of other components beside it"
         more = more if others else ""
+        if (Path(options["output"]) / CONFIG).is_file():
+            more += f", and {CONFIG} for `bigmac chat`, `draw` and `predict`"
         Console().print(f"{options['output']}: {what}{more}", highlight=False, soft_wrap=True)
 
     return answer("export", run)

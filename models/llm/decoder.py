@@ -109,7 +109,7 @@ class HFDecoder(HFComponent, LanguageModel):
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
             )
-        whole = self._build_whole()
+        whole = self.build_whole()
         self._names = meta_model.names_of(whole)
         decoder = whole.get_submodule(self._names.decoder)
         text: Any = self.config.get_text_config()
@@ -209,7 +209,7 @@ class HFDecoder(HFComponent, LanguageModel):
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
         whole = self._whole
         if sizes.context > 1:
-            decoder = self._build_whole().get_submodule(self._names.decoder)
+            decoder = self.build_whole().get_submodule(self._names.decoder)
             reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
             if reason:
                 return f"model_type {self.config.model_type!r} cannot have context parallelism: {reason}"

@@ -64,7 +64,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         self._mixes_shapes = self.family.mixes_shapes
         if self.family.deepstack:
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
-        whole = self._build_whole()
+        whole = self.build_whole()
         self._keep_vision(whole)
         self._hold(whole)
 

@@ -141,6 +141,16 @@ def refused(*arguments: str) -> int | str | None:
     return ended.value.code
 
 
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    """As reports of errors need them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bigmac", "--version"])
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert {"bigmac-lightning", "python", "torch", "lightning", "transformers"} <= {line.split()[0] for line in lines}
+    assert all(re.fullmatch(r"[\w-]+ \d+\.\S+", line) for line in lines)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("fit", "--config", "nowhere.yaml") == 2

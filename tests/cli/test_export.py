@@ -163,3 +163,10 @@ def test_round_trip(kind: str, name: str, trained: dict[str, tuple[Path, Any]], 
     with torch.no_grad():
         again = module.pipeline(zoo.batch(zoo.MODELS[name], False, zoo.PipelineLayout())).loss
         assert torch.allclose(again, zoo.reference_loss(exported, zoo.MODELS[name], False), rtol=1e-6)
+    # ... and another training starts from it
+    started = MultimodalLM.from_pretrained(
+        str(folder / name), zoo.MODELS[name].attention, init_from=str(tmp_path / name)
+    )
+    started.configure_model()
+    for full_name, weight in module.state_dict().items():
+        assert torch.equal(started.state_dict()[full_name], weight), full_name
