@@ -27,8 +27,8 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
 	$(BIN)/bigmac fit --config configs/digits.yaml
 
-# Tests that mostly need one core each. The others start several processes, or look at how long something takes.
-SINGLE = tests/schedule tests/datamodules tests/models
+# Tests that may run beside each other. The others start several processes each, or look at how long something takes.
+SINGLE = tests/schedule tests/datamodules tests/models tests/cli tests/benchmarks $(wildcard tests/test_*.py)
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(SINGLE)

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,13 +15,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # pyright: ign
 from torchmetrics import Metric
 from torchmetrics.text import CHRFScore
 
-from bigmac_lightning.callbacks.shared import checked, folder_of, replicas_of
+from bigmac_lightning.callbacks.shared import checked, filled, folder_of, replicas_of
+from bigmac_lightning.checkpoints.remote import Place
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.example_sources import name_of, sources_of
 from bigmac_lightning.ranks import Ranks
 from bigmac_lightning.training.strategy import BigMacStrategy
 
 Line = dict[str, Any]
+FILE = "replies.jsonl"
 
 
 class SampleReplies(pl.Callback):
@@ -71,7 +72,7 @@ class SampleReplies(pl.Callback):
         self.metric.sync_on_compute = False  # every rank has the replies of all
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         self._sampling = {name: value for name, value in given.items() if value is not None}
-        self.artifacts: list[Path] = []
+        self.artifacts: list[Place] = []
         self.lines: list[Line] = []
         self._places: list[tuple[int, int]] | None = None
         self._ranks = Ranks()
@@ -160,9 +161,10 @@ class SampleReplies(pl.Callback):
         folder = folder_of(trainer, self.dirpath)  # collective
         if not trainer.is_global_zero:
             return
-        place = folder / "replies.jsonl"
-        place.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines), "utf-8")
-        self.artifacts = [place]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+        with filled(folder) as local:
+            (local / FILE).write_text(text, "utf-8")
+        self.artifacts = [folder / FILE]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("replies", _table(self.lines[: self.shown]), trainer.global_step)

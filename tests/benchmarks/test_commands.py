@@ -20,6 +20,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@pytest.mark.wide
 def test_predictions_beside_what_is_measured() -> None:
     found = predictions.measured("digits", 9)
     assert list(found) == ["step, s", "told / step", "plans / step", "replayed", "peak activations, MB", "told / peak"]
@@ -28,12 +29,14 @@ def test_predictions_beside_what_is_measured() -> None:
     assert 0.9 < found["told / peak"] < 1.1
 
 
+@pytest.mark.wide
 def test_saving(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["saving", "--blocks", "1"])
     saving.main()
     assert "background" in capfd.readouterr().out
 
 
+@pytest.mark.wide
 def test_the_index_of_tars(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["many_samples", "--shards", "3", "--samples", "20"])
     many_samples.main()

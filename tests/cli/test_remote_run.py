@@ -30,7 +30,7 @@ def test_a_run_in_a_bucket(server: None, tmp_path: Path) -> None:
     assert isinstance(loaded.checkpoint, RemotePath)
     assert loaded.draw("draw a 3 :")[0].size == (8, 8)
     checkpoint, state = str(loaded.checkpoint.parent), loaded.module.state_dict()
-    fresh: Any = _Reader.of(RemotePath(f"{run}/config.yaml")).model
+    fresh: Any = _Reader.of(RemotePath(f"{run}/config.yaml"), None).model
     fresh.init_from = {"": checkpoint}
     fresh.configure_model()
     assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
