@@ -30,6 +30,7 @@ from torch.distributed.run import get_args_parser
 
 from bigmac_lightning import cli
 from bigmac_lightning.commands.answer import parser_of
+from bigmac_lightning.commands.chat import chat
 from bigmac_lightning.commands.export import export_checkpoint
 from bigmac_lightning.commands.plan_config import RunReader
 from bigmac_lightning.datamodules import MessagesJSONL, MultimodalDataModule
@@ -184,6 +185,8 @@ def check(words: list[str], page: str, folder: Path) -> None:
 def _check_bigmac(name: str, options: list[str], folder: Path) -> None:
     if name == "export":
         parser_of("export", "", export_checkpoint).parse_args(options)
+    elif name == "chat":
+        parser_of("chat", "", chat, positional=True).parse_args(options)
     elif name in PARSED:
         _Parsed(args=[name, *options])
     elif name == "profile":
