@@ -126,9 +126,10 @@ def names_of(whole: Any) -> Names:
     Raises:
         ValueError: the model's decoder does not consist of an embedding, layers and a norm.
     """
-    decoder = whole.get_decoder()
+    decoder, embedding = whole.get_decoder(), whole.get_input_embeddings()
+    if embedding not in decoder.children():  # the library has found what is around it (Llama 4)
+        decoder = next((child for child in decoder.children() if embedding in child.children()), decoder)
     children = dict(decoder.named_children())
-    embedding = whole.get_input_embeddings()
     embeddings = [name for name, child in children.items() if child is embedding]
     norms = [name for name in NORMS if name in children]
     found = {"embedding": embeddings, "layers": [name for name in children if name == "layers"], "final norm": norms}
@@ -179,12 +180,13 @@ def keep_language_model(whole: Any, names: Names, layers: Collection[int], embed
         head: whether to keep the final norm and the output layer.
     """
     decoder = whole.get_submodule(names.decoder)
-    around, _, name = names.decoder.rpartition(".")
-    if around:
-        parent = whole.get_submodule(around)
-        for other, _ in list(parent.named_children()):
-            if other != name:
-                drop(parent, other)
+    around = names.decoder.split(".")[:-1]
+    for depth in range(len(around) + 1) if around else ():
+        inside = ".".join(around[:depth])
+        for name, _ in list(whole.get_submodule(inside).named_children()):
+            path = f"{inside}.{name}".removeprefix(".")
+            if not f"{names.decoder}.".startswith(f"{path}.") and not f"{names.output}.".startswith(f"{path}."):
+                drop(whole, path)
     for k in set(range(len(decoder.layers))) - set(layers):
         decoder.layers[k] = PassThrough(decoder.layers[k])
     if not head:

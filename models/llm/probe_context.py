@@ -25,7 +25,7 @@ from ..meta_model import Names
 from .context_parallel import attention_over, whole_rows
 from .exchange import Exchange
 from .probe_cut import attention_set_to, probed, same
-from .probe_packing import LENGTHS, READABLE
+from .probe_packing import LENGTHS, READABLE, counts_tokens
 from .stub_decoder import SHORT, StubDecoder
 
 TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -60,6 +60,8 @@ def why_not_sliced(
         sizes: the number of slices, and of ranks that the heads are divided over besides.
         position_rows: 1; or 4 where positions are text, temporal, height and width (M-RoPE).
     """
+    if reason := counts_tokens(decoder):
+        return reason
     for k, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
         if kind not in TYPES:
             return f"layer {k} is of the type {kind}, of which it is not known whether tokens meet in attention alone"

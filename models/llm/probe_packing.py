@@ -61,12 +61,26 @@ def why_not_packed(decoder: Any, names: Names, width: int, position_rows: int = 
     for k, layer in enumerate(decoder.layers):
         if mixer := next((type(m).__name__ for m in layer.modules() if isinstance(m, MIXERS)), ""):
             return f"layer {k} has a {mixer}, which cannot keep packed samples apart"
+    if reason := counts_tokens(decoder):
+        return reason
     for k, kind in enumerate(getattr(decoder.config, "layer_types", None) or ()):
         if kind not in TYPES:
             return f"layer {k} is of the type {kind}, of which it is not known whether it keeps packed samples apart"
     for attention in READABLE:
         if reason := probed(_masks_problem, decoder, names, width, attention, position_rows, masks):
             return reason
+    return ""
+
+
+def counts_tokens(decoder: Any) -> str:
+    """Which layer uses the places of tokens in what it gets, and not the positions that it is given; "": none does.
+
+    Llama 4 scales the queries of layers without rotary positions so.
+    """
+    for k, layer in enumerate(decoder.layers):
+        for part in layer.modules():
+            if getattr(part, "attn_temperature_tuning", False) and not getattr(part, "use_rope", True):
+                return f"layer {k} scales queries by the place of a token in its row (attn_temperature_tuning)"
     return ""
 
 

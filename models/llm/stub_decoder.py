@@ -59,6 +59,11 @@ class _StubEmbedding(nn.Module):
 
     result: Tensor | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """Of no shape: some decoders ask on which device it is."""
+        return torch.empty(0)
+
     def forward(self, ids: Tensor) -> Tensor | None:
         return self.result
 

@@ -80,6 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"layer_types": ["conv", "full_attention"] * 2} for kind in ("lfm2", "lfm2_moe", "lfm3")},
     "bamba": {"attn_layer_indices": [1, 3]},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "llama4_text": {"floor_scale": 2, "moe_layers": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_dt_rank": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "minimax_m3_vl_text": {
