@@ -199,6 +199,8 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
     "processor internvl": {"": said("<|im_end|>")},
     "processor llava_onevision": {"": said("<|im_end|>", " \n")},
     "processor llava": {"": said("</s>", " ")},
+    "processor llava_next": {"": said("</s>", " ")},
+    "processor lfm2_vl": {"": said("<|im_end|>")},
     "processor mistral3": {"": said("<|im_end|>")},
     "processor idefics3": {"": said("<end_of_utterance>", " ")},
     "processor gemma3": {"": said("<end_of_turn>")},
@@ -275,7 +277,7 @@ def encoder(name: str, source: str) -> ChatEncoder:
 def of_processor(name: str) -> ChatEncoder:
     processor = PROCESSORS[name]()
     visual = HFVisual(processor)
-    end = "</s>" if name == "llava" else None
+    end = "</s>" if name in ("llava", "llava_next") else None
     options = ChatOptions(tokens={"image": processor.image_token}, end_of_reply=end)
     return ChatEncoder(processor.tokenizer, processor, visual, options=options, feature_tokens=visual.feature_tokens)
 

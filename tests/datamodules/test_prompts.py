@@ -66,7 +66,7 @@ def test_a_prompt_is_what_comes_before_the_reply(name: str) -> None:
             assert given[len(before) :] in chat_table.named(BEGUN, name), f"{case}: {given[len(before) :]!r}"
         assert not any(prompt.labelled)
         assert [item.indices for item in prompt.media] == [item.indices for item in sample.media]
-        if name != "processor llava":  # this tokenizer has no token </s>
+        if name not in ("processor llava", "processor llava_next"):  # these tokenizers have no token </s>
             assert {*sample.tokens[learnt[-1] - 1 : learnt[-1] + 1]} & encoder.reply_ends, case
         compared += 1
     assert compared or "no end" in [chat_table.cell(name, encoder, chat_table.sources()[name], "two turns")]

@@ -18,9 +18,10 @@ UNUSED = (
 )  # of a layer's initial weights; not in a forward
 
 
-OTHER_CACHES = ("minimax", "moshi")
-"""Models that keep no keys and values here: one has a cache of its own, the other gives other logits with a cache, also
-in the library itself."""
+OTHER_CACHES = ("longcat_flash", "minimax", "moshi")
+"""Models that keep no keys and values here: MiniMax has a cache of its own, Moshi gives other logits with a cache, also
+in the library itself, and the cache of LongCat-Flash, which has two entries for a layer, is kept only where one stage
+has all layers."""
 
 
 @pytest.fixture(autouse=True)
