@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from bigmac_lightning.callbacks.shared import checked, filled, folder_of, replicas_of
@@ -21,7 +22,7 @@ class SampleImages(pl.Callback):
     It works under any strategy, and data-parallel replicas divide the prompts among themselves.
 
     Args:
-        every_n_epochs: draw after the validation of every n-th epoch (and always after the last).
+        every_n_epochs: draw after the validation of every n-th epoch of a training, and after the last.
         columns: the number of pictures in a row of the grid.
         value_range: the values of a black and of a white pixel.
         dirpath: the folder for ``samples.png``; ``None``: the logger's directory.
@@ -47,8 +48,8 @@ class SampleImages(pl.Callback):
         self._ranks = Ranks()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if trainer.sanity_checking or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
+        epoch, trains = trainer.current_epoch + 1, trainer.state.fn == TrainerFn.FITTING
+        if trainer.sanity_checking or (trains and epoch % self.every_n_epochs and epoch != trainer.max_epochs):
             return
         drawn = self._draw(trainer, checked(self, pl_module))
         folder = folder_of(trainer, self.dirpath)  # collective
