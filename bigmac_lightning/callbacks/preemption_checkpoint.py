@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.agreement import on_first_rank
 from bigmac_lightning.checkpoints.remote import Place, at
 
 
@@ -36,10 +37,11 @@ class PreemptionCheckpoint(pl.Callback):
         self._place: Place | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the place now, on rank 0, as ranks that were stopped cannot always ask each other."""
+        """Choose the place now, as ranks that were stopped cannot always ask each other. Collective."""
         others = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
         folder = at(self.dirpath or (others[0] if others else trainer.default_root_dir))
-        self._place = trainer.strategy.broadcast(self._free_place(folder, trainer.ckpt_path))
+        resumed_from = trainer.ckpt_path
+        self._place = on_first_rank(lambda: self._free_place(folder, resumed_from), f"cannot look into {folder}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         place = self._place

@@ -1,4 +1,4 @@
-"""What both callbacks need to know of a Trainer and its module."""
+"""What callbacks need to know of a Trainer and its module, and where they write files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -111,7 +111,14 @@ class HFVisual(VisualProcessor):
                 raise ExampleError(f"has a video, which {type(self.processor).__name__} cannot prepare")
             frames = evenly_spaced(size.frames, frame_count(size, self.fps, self.max_frames))
             shape = (len(frames), *shape)
-        made, text = self._prepare(self._without_values, torch.empty(shape, device="meta"), size, frames, alone)
+        try:
+            made, text = self._prepare(self._without_values, torch.empty(shape, device="meta"), size, frames, alone)
+        except NotImplementedError as error:
+            why = str(error) or "it does not say which text stands for an item alone"
+            raise ValueError(
+                f"items cannot be planned with {type(self.processor).__name__}: {why}. Prepare the media with a "
+                "processor of your own (see docs/data.md)"
+            ) from error
         tiles = TILES if "spatial_shapes" in made else ()
         if unknown := made.keys() - USED - UNUSED - set(tiles):
             raise ValueError(

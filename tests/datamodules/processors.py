@@ -148,16 +148,16 @@ def _mistral3() -> Any:
 
 def _idefics3() -> Any:
     image = hf.Idefics3ImageProcessor(size={"longest_edge": 24}, max_image_size={"longest_edge": 8}, **HALF)
-    return hf.Idefics3Processor(image, _idefics_tokenizer(), image_seq_len=4, chat_template=IDEFICS_CHAT)
+    return hf.Idefics3Processor(image, idefics_tokenizer(), image_seq_len=4, chat_template=IDEFICS_CHAT)
 
 
 def _smolvlm() -> Any:
     image = hf.SmolVLMImageProcessor(size={"longest_edge": 24}, max_image_size={"longest_edge": 8}, **HALF)
     video = hf.SmolVLMVideoProcessor(size={"longest_edge": 16}, max_image_size={"longest_edge": 8}, fps=1, num_frames=8)
-    return hf.SmolVLMProcessor(image, _idefics_tokenizer(), video, image_seq_len=4, chat_template=IDEFICS_CHAT)
+    return hf.SmolVLMProcessor(image, idefics_tokenizer(), video, image_seq_len=4, chat_template=IDEFICS_CHAT)
 
 
-def _idefics_tokenizer() -> Any:
+def idefics_tokenizer() -> Any:
     places = (f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))
     named = {
         "image_token": "<image>",

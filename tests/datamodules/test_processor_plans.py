@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoProcessor
 
 from bigmac_lightning.datamodules import File, HFVisual, Image, Size
-from tests.datamodules.processors import PROCESSORS
+from tests.datamodules.processors import PROCESSORS, idefics_tokenizer
 
 
 def _changed(name: str, **changes: Any) -> Any:
@@ -72,3 +72,24 @@ def test_a_processor_that_needs_pixels() -> None:
     processor.image_processor = transformers.CLIPImageProcessorPil()
     with pytest.raises(ValueError, match=r"CLIPImageProcessorPil has the backend 'pil'.*backend=\"torchvision\""):
         HFVisual(processor)
+
+
+class _Sized(transformers.CLIPImageProcessor):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made["target_sizes"] = torch.ones(1, 2)
+        return made
+
+
+def test_processors_that_cannot_plan() -> None:
+    """Idefics 2's has no text for an item; a processor that makes what no encoder takes is refused, too."""
+    words = idefics_tokenizer()
+    words.image_boundary_token = words.fake_image_token
+    part = transformers.Idefics2ImageProcessor(size={"shortest_edge": 8, "longest_edge": 24})
+    image = Image(File.at("nowhere"))
+    with pytest.raises(ValueError, match="with Idefics2Processor: it does not say which text stands for"):
+        HFVisual(transformers.Idefics2Processor(part, words)).plan(image, Size(24, 40))
+    other = PROCESSORS["llava"]()
+    other.image_processor = _Sized(**other.image_processor.to_dict())
+    with pytest.raises(ValueError, match="LlavaProcessor makes target_sizes of an item, which no encoder here takes"):
+        HFVisual(other).plan(image, Size(24, 40))

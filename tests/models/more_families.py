@@ -10,6 +10,7 @@ from transformers.models.paddleocr_vl import PaddleOCRTextConfig
 
 from tests.models.zoo import (
     EXPERTS,
+    GLM_TOWER,
     IMAGE,
     KNOWN,
     QWEN_TOKENS,
@@ -31,15 +32,6 @@ from tests.models.zoo import (
 
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 SIGLIP = {"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False}
-GLM_TOWER: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": WIDTH,
-    "patch_size": 4,
-    "image_size": 16,
-}
 GRID_TOWER: dict[str, Any] = {**{k: v for k, v in TOWER.items() if k != "image_size"}, "patch_size": 4}
 LATENT_ATTENTION: dict[str, Any] = {
     "q_lora_rank": 8,

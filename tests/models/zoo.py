@@ -58,6 +58,15 @@ QWEN3_TOWER: dict[str, Any] = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0, 1, 2],
 }
+GLM_TOWER: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": WIDTH,
+    "patch_size": 4,
+    "image_size": 16,
+}
 QWEN3_5_TOWER = {name: value for name, value in QWEN3_TOWER.items() if name != "deepstack_visual_indexes"}
 LINEAR_ATTENTION: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2) + ["linear_attention"] * (LAYERS % 2),
@@ -287,15 +296,7 @@ VISION_LANGUAGE: dict[str, Model] = {
     "glm4v": Model(
         lambda: hf.Glm4vConfig(
             text_config=llm(hf.Glm4vTextConfig, rope_parameters=mrope(1, 1, 2)),
-            vision_config={
-                "depth": 2,
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_heads": 2,
-                "out_hidden_size": WIDTH,
-                "patch_size": 4,
-                "image_size": 16,
-            },
+            vision_config=GLM_TOWER,
             image_token_id=IMAGE,
             video_token_id=VIDEO,
         ),
