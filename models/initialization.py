@@ -4,6 +4,7 @@ They never depend on the order of construction, the device, the global random st
 process holds.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 
 from bigmac_lightning.contracts.remote_code import without_asking
+
+from .pass_through import PassThrough
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 TRUST = (
@@ -72,7 +75,7 @@ def allocate_and_initialize(
         own = module._parameters.values()
         if not own or any(parameter is not None for parameter in own):  # rules do not expect dropped parameters
             with seeded(seed, name), torch.no_grad():
-                owners[name]._init_weights(module)
+                owners[name]._init_weights(_without_dropped(module))
                 if _is_unset(module) and not _initialize_as_constructed(module):
                     left.append((name, module))  # the rule of a module around it may set it yet
         finish(name)
@@ -81,6 +84,17 @@ def allocate_and_initialize(
             f"{type(model).__name__} has no rule for the initial values of {unset[0]}: start from the weights of a "
             "checkpoint (weights: DIR)"
         )
+
+
+def _without_dropped(module: nn.Module) -> nn.Module:
+    """The module, whose lists lack layers that were dropped: a rule may set something in each layer (Falcon-H1)."""
+    lists = {name: child for name, child in module.named_children() if isinstance(child, nn.ModuleList)}
+    if not any(isinstance(layer, PassThrough) for layers in lists.values() for layer in layers):
+        return module
+    seen = copy.copy(module)
+    kept = {name: nn.ModuleList(x for x in layers if not isinstance(x, PassThrough)) for name, layers in lists.items()}
+    seen._modules = {**module._modules, **kept}
+    return seen
 
 
 def _is_unset(module: nn.Module) -> bool:

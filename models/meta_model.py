@@ -4,12 +4,12 @@ A dropped module is replaced by a pass-through, so that everything that stays ke
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +22,7 @@ from bigmac_lightning.contracts.remote_code import RemoteCodeError, without_aski
 
 from .initialization import TRUST
 from .llm.attention import AttentionNotThereError, refused_clearly
+from .pass_through import PassThrough
 
 _RETURNED = {
     "return_dict": True,
@@ -32,22 +33,15 @@ _RETURNED = {
 """What a config may ask a forward to return besides its result, and what it must not ask for here."""
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "norm_f", "ln_f")
 """The names that decoders have for their final norm."""
-
-
-class PassThrough(nn.Module):
-    """Stands in for a module that was dropped, and returns its input.
-
-    It has the simple attributes of that module, because a decoder may read some of them (a layer's attention type).
-    """
-
-    def __init__(self, instead_of: nn.Module | None = None) -> None:
-        super().__init__()
-        for name, value in vars(instead_of).items() if instead_of is not None else ():
-            if not name.startswith("_") and name != "training" and isinstance(value, str | int | float):
-                setattr(self, name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
+WITH_EMBEDDING = (
+    "embed_tokens_per_layer",
+    "per_layer_model_projection",
+    "per_layer_projection_norm",
+    "altup_projections",
+)
+WITH_NORM = ("altup_unembed_projections",)
+"""The names of modules that only the first stage needs besides the embedding, and only the last one besides the norm
+(Gemma 3n and 4)."""
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remote_code: bool = False) -> Any:
@@ -113,12 +107,20 @@ class Names:
         embedding: the name of the embedding in the decoder.
         norm: the name of the final norm in the decoder.
         output: the name of the output layer in the whole model.
+        with_embedding: the names of further modules in the decoder that come before its first layer.
+        with_norm: the names of those that come after its last layer.
+        returned: the number of values that a layer returns as a tuple; 0: it returns hidden states alone.
+        scale_of_ids: what the decoder multiplies embeddings by that it makes of token ids, but not those it is given.
     """
 
     decoder: str
     embedding: str
     norm: str
     output: str
+    with_embedding: tuple[str, ...] = ()
+    with_norm: tuple[str, ...] = ()
+    returned: int = 0
+    scale_of_ids: float = 1.0
 
 
 def names_of(whole: Any) -> Names:
@@ -138,7 +140,18 @@ def names_of(whole: Any) -> Names:
             f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: its decoder "
             f"has no {', '.join(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
         )
-    return Names(path_of(decoder, whole), embeddings[0], norms[0], path_of(whole.get_output_embeddings(), whole))
+    output = path_of(whole.get_output_embeddings(), whole)
+    further = [tuple(_inside(decoder, names)) for names in (WITH_EMBEDDING, WITH_NORM)]
+    return Names(path_of(decoder, whole), embeddings[0], norms[0], output, *further)
+
+
+def _inside(decoder: Any, names: Collection[str]) -> Iterator[str]:
+    """The names of those children that a decoder has; of a list, those of its modules."""
+    for name in names:
+        if isinstance(child := getattr(decoder, name, None), nn.ModuleList):
+            yield from (f"{name}.{k}" for k in range(len(child)))
+        elif isinstance(child, nn.Module):
+            yield name
 
 
 def weights_beside(whole: Any, decoder: Any) -> list[str]:
@@ -188,14 +201,17 @@ def keep_language_model(whole: Any, names: Names, layers: Collection[int], embed
             if not f"{names.decoder}.".startswith(f"{path}.") and not f"{names.output}.".startswith(f"{path}."):
                 drop(whole, path)
     for k in set(range(len(decoder.layers))) - set(layers):
-        decoder.layers[k] = PassThrough(decoder.layers[k])
+        decoder.layers[k] = PassThrough(decoder.layers[k], names.returned)
     if not head:
         # A norm without parameters costs nothing, and some decoders use it before their layers as well.
         if any(True for _ in decoder.get_submodule(names.norm).parameters()):
             drop(decoder, names.norm)
         drop(whole, names.output)
+        for name in names.with_norm:
+            drop(decoder, name)
     if not embedding:
-        drop(decoder, names.embedding)
+        for name in (names.embedding, *names.with_embedding):
+            drop(decoder, name)
     if not (embedding and head):
         whole.all_tied_weights_keys = {}
 

@@ -108,7 +108,8 @@ class ComponentModule(ResumableModule):
 
     def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras that go with a microbatch's hidden states into a layer."""
-        return self.llm.extra_shapes(layer, len(microbatch.media_positions), self.levels(microbatch.media))
+        media_rows, levels = len(microbatch.media_positions), self.levels(microbatch.media)
+        return self.llm.extra_shapes(layer, microbatch.shape, media_rows, levels)
 
     def run_stage(
         self,

@@ -182,10 +182,13 @@ class LanguageModel(nn.Module, ABC):
                 belong to the tokens at `inputs["media_positions"]`.
         """
 
-    def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
+    def extra_shapes(
+        self, layer: int, rows: tuple[int, int], media_rows: int, levels: int
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras that go into `layer` > 0, in a fixed order.
 
         Args:
+            rows: B and S of the microbatch.
             media_rows: N, number of the microbatch's tokens that features replace.
             levels: number of levels of those features; 1 if there are none.
         """

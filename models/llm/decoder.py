@@ -27,7 +27,7 @@ from bigmac_lightning.estimates.partition import LayerCosts
 from .. import meta_model
 from ..hf_component import HFComponent
 from ..loading import rows_over
-from ..meta_model import PassThrough
+from ..pass_through import PassThrough
 from . import (
     attention,
     context_parallel,
@@ -40,6 +40,7 @@ from . import (
     tensor_parallel,
 )
 from .exchange import Exchange, sum_of_ranks
+from .handed_on import Between, HandedOn
 from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
 from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
@@ -117,6 +118,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
         self.tied = meta_model.tied_output(whole)
         self._check_stages(whole, decoder)
+        self._handed_on = HandedOn(decoder)
         if fused_loss:
             check_plain(whole, self._names)
         self.refuses_packing, self._needs_masks = self._find_packing(decoder)
@@ -148,7 +150,8 @@ class HFDecoder(HFComponent, LanguageModel):
                 "...), which no component here knows; its decoder alone may be one that can be trained: "
                 "HFDecoder(config.get_text_config())"
             )
-        if reason := probe_cut.why_not_cut(decoder, self._names, self.width):
+        reason, self._names = probe_cut.cut(decoder, self._names, self.width)
+        if reason:
             raise ValueError(f"model_type {self.config.model_type!r} cannot be cut into stages: {reason}")
 
     def _find_packing(self, decoder: Any) -> tuple[str, bool]:
@@ -197,7 +200,8 @@ class HFDecoder(HFComponent, LanguageModel):
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         if not embedding:
-            meta_model.drop(whole, f"{self._names.decoder}.{self._names.embedding}")
+            for name in (self._names.embedding, *self._names.with_embedding):
+                meta_model.drop(whole, f"{self._names.decoder}.{name}")
         self._hold(whole)
 
     def keep(self, layers: Collection[int], embedding: bool, head: bool) -> None:
@@ -208,6 +212,11 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
         whole = self._whole
+        if self._handed_on and (sizes.context > 1 or sizes.tensor > 1):
+            return (
+                f"model_type {self.config.model_type!r} cannot have tensor or context parallelism: its layers hand on "
+                "more than hidden states"
+            )
         if sizes.context > 1:
             decoder = self.build_whole().get_submodule(self._names.decoder)
             reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
@@ -292,8 +301,10 @@ class HFDecoder(HFComponent, LanguageModel):
     def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterator[nn.Parameter]:
         decoder, output = self._decoder, self._whole.get_output_embeddings()
         parts = [decoder.layers[k] for k in sorted(layers)]
-        parts += [decoder.get_submodule(self._names.embedding)] * embedding
-        parts += [decoder.get_submodule(self._names.norm), output] * head
+        names = self._names
+        first, last = (names.embedding, *names.with_embedding), (names.norm, *names.with_norm)
+        parts += [decoder.get_submodule(name) for name in first] * embedding
+        parts += [*(decoder.get_submodule(name) for name in last), output] * head
         found = {id(parameter): parameter for part in parts for parameter in part.parameters()}
         yield from found.values()
 
@@ -363,14 +374,21 @@ class HFDecoder(HFComponent, LanguageModel):
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        ids_BS = inputs["input_ids"]
-        for placeholder in self.placeholders:
-            if placeholder >= self.vocabulary:  # it has no embedding, and features replace it anyway
-                ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
-        return self._decoder.get_submodule(self._names.embedding)(ids_BS)
+        h_BSD = self._decoder.get_submodule(self._names.embedding)(self._known_ids(inputs["input_ids"]))
+        # a vision-language model gives its decoder embeddings
+        return h_BSD if self.family is not None else h_BSD * self._names.scale_of_ids
 
-    def extra_shapes(self, layer: int, media_rows: int, levels: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
+    def _known_ids(self, ids_BS: Tensor) -> Tensor:
+        """Token ids, without placeholders that have no embedding; features replace these anyway."""
+        for placeholder in self.placeholders:
+            if placeholder >= self.vocabulary:
+                ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
+        return ids_BS
+
+    def extra_shapes(
+        self, layer: int, rows: tuple[int, int], media_rows: int, levels: int
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = self._handed_on.shapes(layer, rows, self.width)
         if media_rows and levels - 1 > layer:
             shapes["features"] = (levels - 1 - layer, media_rows, self.width)
         if self._routers is not None:
@@ -396,14 +414,26 @@ class HFDecoder(HFComponent, LanguageModel):
         whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
         with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
             mask = self._mask(whole_BSD, inputs)
-            out = stage(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
+            before = self._before(h_BSD, inputs, layers, extras)
+            after = stage(before, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
             if self._routers is not None:
                 before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
                 counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
                 extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *counted)
         if self._cache is not None:
             self._cache.count(h_BSD)
-        return out
+        return after.hidden if layers.stop == self.num_layers else self._handed_on.handed(after, extras, layers.stop)
+
+    def _before(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Between:
+        """What goes into a stage."""
+        if layers.start:
+            return self._handed_on.taken(h_BSD, extras, layers.start)
+        between = Between(h_BSD)
+        if self._handed_on.layer_inputs:
+            ids_BS = self._known_ids(inputs["input_ids"])
+            of_ids = self._decoder.get_per_layer_inputs(ids_BS)
+            between.layer_inputs = self._decoder.project_per_layer_inputs(h_BSD, of_ids)
+        return between
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
         """What the decoder gets as its attention mask; ``None``: it makes its own."""
@@ -422,13 +452,15 @@ class HFDecoder(HFComponent, LanguageModel):
             decoder = self._decoder
             if absent := [k for k in layers if isinstance(decoder.layers[k], PassThrough)]:
                 raise ValueError(f"run_layers({layers}) needs layers {absent}, which were not materialized here")
-            self._stages[layers] = Stage(decoder, layers)
+            self._stages[layers] = Stage(decoder, layers, self._names.returned)
         stage = self._stages[layers]
         stage.shell.training = self.training
         return stage
 
     def new_cache(self, layers: range) -> Any:
         config = self._decoder.config
+        if self._handed_on and len(layers) < self.num_layers:
+            return None  # what layers hand on is of the tokens that run
         if layers not in self._keeps:
             device = next(self.parameters()).device
             self._keeps[layers] = probe_cache.agrees(self, StageCache(config, layers), layers, device)

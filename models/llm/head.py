@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from ..meta_model import Names
+from ..pass_through import PassThrough
 from .stage import shell_of
 
 
 def logits_of(whole: Any, names: Names, h_LD: Tensor) -> Tensor:
     """logits_LV of final hidden states, with the model's soft cap, scale and bias, if it has them."""
-    head = shell_of(whole, **{_decoder_child(names): _ReadyDecoder()})
+    child = _decoder_child(names)
+    head = shell_of(whole, **{child: _ReadyDecoder(whole.get_submodule(child))})
     return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
 
@@ -64,8 +66,9 @@ def library_router_loss(whole: Any, names: Names, logits_TE: Sequence[Tensor], m
         logits_TE: the logits of each router.
         mask: (1, T), 0 for tokens that do not count.
     """
-    below = _ReadyDecoder(tuple(logits_TE))
-    shell = shell_of(whole, **{_decoder_child(names): below, names.output: nn.Identity()})
+    child = _decoder_child(names)
+    below = _ReadyDecoder(whole.get_submodule(child), tuple(logits_TE))
+    shell = shell_of(whole, **{child: below, names.output: nn.Identity()})
     h_1TD = torch.zeros(*mask.shape, 1, dtype=torch.float32)
     out = shell(inputs_embeds=h_1TD, attention_mask=mask, use_cache=False, output_router_logits=True)
     return getattr(out, "aux_loss", None)
@@ -87,11 +90,11 @@ class _Ready(ModelOutput):
         return None
 
 
-class _ReadyDecoder(nn.Module):
+class _ReadyDecoder(PassThrough):
     """Stands in for a decoder: the embeddings that it gets are final hidden states already."""
 
-    def __init__(self, router_logits: tuple[Tensor, ...] | None = None) -> None:
-        super().__init__()
+    def __init__(self, instead_of: nn.Module, router_logits: tuple[Tensor, ...] | None = None) -> None:
+        super().__init__(instead_of)
         self.router_logits = router_logits
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _Ready:

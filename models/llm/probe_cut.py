@@ -13,17 +13,36 @@ Shape suffixes: B samples, S tokens, D width.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..meta_model import Names
+from .handed_on import SHARED_KEYS
 from .rope import changes_with_length
 from .stub_decoder import SHORT, STATE, StubDecoder
 
 TOKENS = 11
 """Tokens of the probes' samples; they are more than `SHORT`."""
+FAILED = "its layers hand on or need more than hidden states"
+
+
+def cut(decoder: Any, names: Names, width: int) -> tuple[str, Names]:
+    """Why a decoder cannot be cut between its layers ("": it can), and the names of its parts with what its layers
+    return and how it scales embeddings.
+
+    Args: see `why_not_cut`.
+    """
+    reasons = list[str]()
+    for returned in range(3):
+        for scale in dict.fromkeys((1.0, getattr(decoder, "embedding_multiplier", 1.0))):
+            given = replace(names, returned=returned, scale_of_ids=scale)
+            if not (reason := why_not_cut(decoder, given, width)):
+                return "", given
+            reasons.append(reason)
+    return next((reason for reason in reasons if not reason.startswith(FAILED)), reasons[0]), names
 
 
 def why_not_cut(decoder: Any, names: Names, width: int) -> str:
@@ -36,8 +55,8 @@ def why_not_cut(decoder: Any, names: Names, width: int) -> str:
     """
     return (
         _weights_problem(decoder, names)
-        or probed(_layers_problem, decoder, names, width)
-        or probed(_results_problem, decoder, names, width, decoder)
+        or probed(_layers_problem, decoder, names, width, names.scale_of_ids)
+        or probed(_results_problem, decoder, names, width, decoder, names.returned)
     )
 
 
@@ -48,7 +67,7 @@ def probed(probe: Callable[..., str], decoder: Any, names: Names, *arguments: An
         try:
             return probe(StubDecoder(decoder, names), *arguments)
         except Exception as problem:
-            return f"its layers hand on or need more than hidden states ({type(problem).__name__}: {problem})"
+            return f"{FAILED} ({type(problem).__name__}: {problem})"
 
 
 @contextmanager
@@ -71,7 +90,7 @@ def same(a: Any, b: Any) -> bool:
 
 def _weights_problem(decoder: Any, names: Names) -> str:
     """What of the decoder's weights and modules cannot be divided among ranks."""
-    around = (names.embedding, names.norm)
+    around = (names.embedding, *names.with_embedding, names.norm, *names.with_norm)
     owners = {id(p): part for part in around for p in decoder.get_submodule(part).parameters()}
     for k, layer in enumerate(decoder.layers):
         for name, parameter in layer.named_parameters():
@@ -88,7 +107,7 @@ def _weights_problem(decoder: Any, names: Names) -> str:
     return ""
 
 
-def _layers_problem(stubs: StubDecoder, width: int) -> str:
+def _layers_problem(stubs: StubDecoder, width: int, scale_of_ids: float) -> str:
     """What passes between layers beside hidden states.
 
     Every stub returns a constant of its own, so that the next layer's input tells whether it came unchanged. Runs with
@@ -106,22 +125,24 @@ def _layers_problem(stubs: StubDecoder, width: int) -> str:
     if "norm" in run.order and run.order.index("norm") < last:
         return "its final norm is used before the last layer, too"
     first = run.hidden[0]
-    if not isinstance(first, Tensor) or (first.shape, first.dtype) != (one.shape, one.dtype):
+    several = stubs.handed_on.streams
+    shape = (several, *one.shape) if several > 1 else one.shape
+    if not isinstance(first, Tensor) or (first.shape, first.dtype) != (shape, one.dtype):
         return "what goes from layer to layer has another shape or type than the embeddings"
     for k in range(last):
-        if not same(run.hidden[k + 1], one.new_tensor(2.0 + k).expand(one.shape)):
+        if not same(run.hidden[k + 1], one.new_tensor(2.0 + k).expand(shape)):
             return f"it changes what goes from layer {k} to layer {k + 1}"
     again = stubs.run(other, positions, results=[3.0 + k for k in range(last)] + [1.5])
     by_ids = stubs.run(one, positions, results=[2.0 + k for k in range(last)] + [1.5], by_ids=True)
     for k, others in enumerate(run.others):
         for name, value in others.items():
-            if value is STATE:
+            if value is STATE and not (name == SHARED_KEYS and stubs.handed_on.shares_keys):
                 return f"layer {k} gets {name}, by which layers can hand on more than hidden states"
             if not same(value, again.others[k].get(name)):
                 return f"layer {k} gets {name}, which depends on hidden states or embeddings"
             if not same(value, by_ids.others[k].get(name)):
                 return f"layer {k} gets {name}, which depends on the token ids"
-    if not same(by_ids.hidden[0], first):
+    if not same(by_ids.hidden[0], first if scale_of_ids == 1.0 else first * scale_of_ids):
         return "what goes into its first layer depends on more of the token ids than their embeddings"
     if not same(run.out, again.out):
         return "what it makes at its end depends on more than what comes out of its last layer"
@@ -141,19 +162,22 @@ def _memory_problem(stubs: StubDecoder, h_BSD: Tensor) -> str:
     return ""
 
 
-def _results_problem(stubs: StubDecoder, width: int, decoder: Any) -> str:
-    """What layers return beside hidden states of their input's type. One real layer of each kind runs on the meta
+def _results_problem(stubs: StubDecoder, width: int, decoder: Any, returned: int) -> str:
+    """What layers return beside hidden states of their input's type, and `returned` values that the decoder does not
+    use. One real layer of each kind runs on the meta
     device, in bfloat16, with the arguments that its stub got."""
     stubs.config._attn_implementation = "eager"
     h_BSD = torch.zeros(1, TOKENS, width, dtype=torch.bfloat16)
-    stubs.run(h_BSD, torch.arange(TOKENS)[None])
+    shape = stubs.run(h_BSD, torch.arange(TOKENS)[None]).hidden[0].shape
     kinds = {tuple(map(type, layer.modules())): k for k, layer in enumerate(decoder.layers)}
     with attention_set_to(decoder, "eager"):
         for k in kinds.values():
             with suppress(Exception):  # the routing of experts may need values, which the meta device does not have
                 args, kwargs = stubs.arguments_on_meta(k)
                 result = copy.deepcopy(decoder.layers[k]).to(torch.bfloat16)(*args, **kwargs)
-                if not isinstance(result, Tensor) or result.shape != h_BSD.shape:
+                if isinstance(result, tuple) and len(result) == returned:
+                    result = result[0]
+                if not isinstance(result, Tensor) or result.shape != shape:
                     return f"layer {k} returns more than hidden states"
                 if result.dtype != h_BSD.dtype:
                     return (

@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
 from ..initialization import allocate_and_initialize
-from ..meta_model import Names, PassThrough
+from ..meta_model import Names
+from ..pass_through import PassThrough, hidden_of
+from .handed_on import HandedOn, give_layer_inputs
 from .rope import stateless_ropes
-from .stage import hidden_of, shell_of
+from .stage import shell_of
 
 SHORT = 4
 """Tokens at which `StubDecoder.shorten` puts every threshold of length: fewer than the probes' samples have."""
@@ -31,16 +33,16 @@ class _StubLayer(PassThrough):
     """Stands in for a layer, or for the norm.
 
     Attributes:
-        result: what a call returns; ``None``: its input.
+        result: the value of all elements that a call returns; ``None``: it returns its input.
         calls: of each call, the hidden states and all other arguments by name.
         last_arguments: the positional and keyword arguments of the last call.
         order: the places of all stubs that were called, in the order of the calls; all stubs share it.
     """
 
-    def __init__(self, instead_of: nn.Module, place: Any, order: list[Any]) -> None:
-        super().__init__(instead_of)
+    def __init__(self, instead_of: nn.Module, place: Any, order: list[Any], returned: int = 0) -> None:
+        super().__init__(instead_of, returned)
         self.place, self.order = place, order
-        self.result: Tensor | None = None
+        self.result: float | None = None
         self.calls: list[tuple[Any, dict[str, Any]]] = []
         self.last_arguments: Any = None
 
@@ -51,7 +53,11 @@ class _StubLayer(PassThrough):
         others |= {name: value for name, value in kwargs.items() if name != "hidden_states"}
         self.order.append(self.place)
         self.calls.append((hidden, dict(_leaves(others))))
-        return hidden if self.result is None else self.result
+        return self.as_returned(hidden if self.result is None else hidden.new_tensor(self.result).expand(hidden.shape))
+
+    def as_returned(self, hidden: Any) -> Any:
+        """What comes with hidden states depends on them, so that it is seen where a decoder uses it."""
+        return (hidden, *[hidden + 1] * (self.returned - 1)) if self.returned else hidden
 
 
 class _StubEmbedding(nn.Module):
@@ -98,18 +104,23 @@ class StubRun:
 
 
 class StubDecoder:
-    """A decoder on the CPU with stubs for its layers and its embedding.
+    """A decoder on the CPU with stubs for its layers and its embedding. Inputs of layers are zeros.
 
     The norm is replaced as well if it has parameters: a norm without parameters may be used elsewhere, too.
     """
 
     def __init__(self, decoder: Any, names: Names) -> None:
         order, norm = list[Any](), decoder.get_submodule(names.norm)
-        layers = nn.ModuleList(_StubLayer(layer, k, order) for k, layer in enumerate(decoder.layers))
+        layers = nn.ModuleList(_StubLayer(layer, k, order, names.returned) for k, layer in enumerate(decoder.layers))
         replaced = {"layers": layers, names.embedding: _StubEmbedding(), **stateless_ropes(decoder)}
+        self.handed_on = HandedOn(decoder)
         if any(True for _ in norm.parameters()):
             replaced[names.norm] = _StubLayer(norm, "norm", order)
         self.shell: Any = copy.deepcopy(shell_of(decoder, **replaced)).eval()
+        for name in (*names.with_embedding, *names.with_norm):
+            self.shell.set_submodule(name, PassThrough())
+        size = len(layers), self.handed_on.layer_inputs
+        give_layer_inputs(self.shell, lambda h_BSD, *_: h_BSD.new_zeros(*h_BSD.shape[:-1], *size))
         allocate_and_initialize(self.shell, seed=0)
         self.config: Any = self.shell.config
         self.embedding: Any = self.shell.get_submodule(names.embedding)
@@ -151,7 +162,7 @@ class StubDecoder:
         order.clear()
         for k, layer in enumerate(layers):
             layer.calls.clear()
-            layer.result = None if results is None else h_BSD.new_tensor(results[k]).expand(h_BSD.shape)
+            layer.result = None if results is None else results[k]
         self.embedding.result = h_BSD
         ids = torch.zeros(h_BSD.shape[:2], dtype=torch.long)
         given = {"input_ids": ids} if by_ids else {"inputs_embeds": h_BSD}

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel, TensorParallelLayer
 
-from ..meta_model import Names, PassThrough
+from ..meta_model import Names
+from ..pass_through import PassThrough
 from .tensor_sums import with_summed_gradient
 from .vocabulary_parallel import VocabularyEmbedding
 

@@ -3,7 +3,8 @@ library's unsplit model; also while it writes a text token by token, in one part
 
 For a type there are two outcomes: exact, or refused by name when it is built. Logits, loss and all gradients are
 compared: of padded rows, with and without a mask; of rows that hold several samples, against each sample alone; and of
-the load balancing loss. Single precision, within 1e-6, or within twice the rounding that the unsplit model has itself.
+the load balancing loss. Single precision, within 1e-6, or within three times the rounding that the unsplit model has
+itself.
 
 ``python -m tests.models.sweep [--attention NAME] [TYPE ...]`` prints the verdicts.
 """
@@ -69,7 +70,7 @@ class Verdict:
 
     @property
     def wrong(self) -> dict[str, float]:
-        allowed = max(1e-6, 2 * self.rounding)
+        allowed = max(1e-6, 3 * self.rounding)
         # what is written token by token is computed by other formulas where layers have states
         return {
             name: error
@@ -369,12 +370,17 @@ def _stage_by_stage(stages: list[MultimodalLM], model: zoo.Model, packed: bool) 
 
 
 def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
-    """The library's model with random weights, also of those that start as zeros or ones."""
+    """The library's model with random weights, also of those that start as zeros or ones; so are buffers that it
+    saves."""
     torch.manual_seed(2)
     whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=attention, **more).float()
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+        kept = whole.state_dict()
+        for name, buffer in whole.named_buffers():
+            if name in kept and buffer.is_floating_point():
+                buffer.mul_(1.1)
     return whole.train()
 
 

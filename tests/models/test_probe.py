@@ -110,14 +110,13 @@ def test_nothing_to_be_seen(decoder: type[Any]) -> None:
     ("name", "reason"),
     [
         ("dory", "it runs its 4 layers in another order"),
-        ("glm_moe_dsa", "its layers hand on or need more than hidden states"),
-        ("gemma4_unified_text", "layer 0 gets shared_kv_states, by which layers can hand on more"),
+        ("glm_moe_dsa", "layer 1 gets prev_topk_indices, which depends on hidden states"),
         ("inkling2_text", "weights beside embedding, layers and final norm (final_input.query)"),
         ("zamba2", "layer 3 shares the weight shared_transformer"),
     ],
 )
 def test_real_decoders(name: str, reason: str) -> None:
-    config = {"model_type": name} if name.startswith("gemma4") else tiny.tiny_config(name, output_router_logits=False)
+    config = tiny.tiny_config(name, output_router_logits=False)
     with pytest.raises(ValueError, match=f"model_type '{name}' cannot be cut into stages: ") as error:
         HFDecoder(config, attn_implementation="eager")
     assert reason in str(error.value)
