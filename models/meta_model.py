@@ -141,8 +141,8 @@ def names_of(whole: Any) -> Names:
             f"has no {', '.join(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
         )
     output = path_of(whole.get_output_embeddings(), whole)
-    further = [tuple(_inside(decoder, names)) for names in (WITH_EMBEDDING, WITH_NORM)]
-    return Names(path_of(decoder, whole), embeddings[0], norms[0], output, *further)
+    first, last = (tuple(_inside(decoder, names)) for names in (WITH_EMBEDDING, WITH_NORM))
+    return Names(path_of(decoder, whole), embeddings[0], norms[0], output, first, last)
 
 
 def _inside(decoder: Any, names: Collection[str]) -> Iterator[str]:

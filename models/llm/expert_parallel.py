@@ -17,8 +17,13 @@ from .tensor_parallel import Plan, present
 
 
 def plan_of(whole: Any) -> Plan:
-    """The plan of a model or of a part of it, for what is there; empty if the library has none."""
-    return whole._expand_parallel_plan(whole.ep_plan) if whole.ep_plan else {}
+    """The plan of a model or of a part of it, for what is there of experts; empty if the library has none.
+
+    What it has besides (Gemma 4's dense part) belongs to tensor parallelism.
+    """
+    plan = whole._expand_parallel_plan(whole.ep_plan) if whole.ep_plan else {}
+    others = without_experts(plan, plan)
+    return {name: style for name, style in plan.items() if name not in others}
 
 
 def without_experts(plan: Plan, expert_plan: Plan) -> Plan:

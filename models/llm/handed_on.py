@@ -134,4 +134,4 @@ def _shared_keys(attentions: list[Any]) -> dict[str, _SharedKeys]:
         elif attention.store_full_length_kv:
             size = attention.head_dim
             made[attention.layer_type] = _SharedKeys(k, k, attention.k_proj.weight.shape[0] // size, size)
-    return made
+    return {kind: keys for kind, keys in made.items() if keys.last > keys.made}

@@ -10,12 +10,22 @@ from tests.models import divided
 from tests.models.test_tensor_parallel import LATENT, MOE, ROUTED, build
 from tests.ranks import run_ranks
 
+GEMMA4 = {
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+    "enable_moe_block": True,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
+}
 BUILT = {
     "qwen3_moe": build("qwen3_moe", ROUTED),
     "mixtral": build("mixtral", {**ROUTED, "num_local_experts": 4}),
     "deepseek_v3": build("deepseek_v3", LATENT),  # with a shared expert and a layer without a mixture
     "gpt_oss": build("gpt_oss", {"num_local_experts": 4, "sliding_window": 4}, attn_implementation="eager"),  # biases
     "checkpointing": build("qwen3_moe", ROUTED, gradient_checkpointing=True),
+    "gemma4": build("gemma4_text", GEMMA4),  # whose plan names its dense part, too
     "tied": build("qwen3_moe", {**ROUTED, "tie_word_embeddings": True}),
 }
 

@@ -209,6 +209,32 @@ DECODERS: dict[str, Model] = {
     "mixtral": Model(text(hf.MixtralConfig, num_local_experts=4, **EXPERTS)),
     "gemma2": Model(text(hf.Gemma2Config, sliding_window=4, query_pre_attn_scalar=8), attention="eager"),
     "gemma3_text": Model(text(hf.Gemma3TextConfig, sliding_window=4, query_pre_attn_scalar=8)),
+    "gemma3n_text": Model(
+        text(
+            hf.Gemma3nTextConfig,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=6,
+            intermediate_size=[48] * LAYERS,
+            activation_sparsity_pattern=[0.5] + [0.0] * (LAYERS - 1),
+            layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            num_kv_shared_layers=3,
+            altup_num_inputs=3,
+            laurel_rank=8,
+            sliding_window=4,
+        )
+    ),
+    "gemma4_text": Model(
+        text(
+            hf.Gemma4TextConfig,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=6,
+            layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            num_kv_shared_layers=3,
+            global_head_dim=16,
+            use_double_wide_mlp=True,
+            sliding_window=4,
+        )
+    ),
 }
 
 VISION_LANGUAGE: dict[str, Model] = {
