@@ -17,6 +17,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from bigmac_lightning.contracts.batch import MediaData
 
+from .llm.multimodal_inputs import gemma3_masks, gemma4_masks
+
 Encode = Callable[[Any, Sequence[Any]], Any]
 """Makes of the base model (tower, projector) and of items the output of its `get_*_features`."""
 
@@ -45,12 +47,16 @@ def _padded_patches(base: Any, items: Sequence[MediaData]) -> Any:
 
 
 def _tiled(item: MediaData, name: str) -> Tensor:
+    value, several = _value(item, name), 3 if name == "pixel_values" else 2  # dimensions, with that of tiles
+    return value if value.ndim == several else value[None]
+
+
+def _value(item: MediaData, name: str) -> Tensor:
     if not isinstance(item, dict) or name not in item:
         raise ValueError(
             f'this model needs images as {{"pixel_values": ..., "{name}": ...}}, as its processor makes them'
         )
-    several = 3 if name == "pixel_values" else 2  # dimensions, with that of tiles
-    return item[name] if item[name].ndim == several else item[name][None]
+    return item[name]
 
 
 def _crops(base: Any, items: Sequence[Tensor]) -> Any:
@@ -67,6 +73,23 @@ def _sized(base: Any, items: Sequence[MediaData]) -> Any:
     """Items have the shape (C, H, W) or (1, C, H, W), with any H and W."""
     pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
     return base.get_image_features(pixels, image_sizes=_sizes(items), return_dict=True)
+
+
+def _padded_images(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (T, E), where T is the same for all images, and
+    "image_position_ids", the places of the patches in the picture, (T, 2); -1 for padding."""
+    pixels, places = (torch.stack([_value(item, name) for item in items]) for name in _PLACED)
+    return base.get_image_features(pixels, places, return_dict=True)
+
+
+def _padded_frames(base: Any, items: Sequence[MediaData]) -> Any:
+    """As `_padded_images`, with a dimension of frames before all others."""
+    pixels, places = (torch.cat([_value(item, name) for item in items]) for name in _PLACED)
+    frames = torch.tensor([len(pixels_of(item)) for item in items])
+    return base.get_video_features(pixels, places, num_frames_per_video=frames, return_dict=True)
+
+
+_PLACED = ("pixel_values", "image_position_ids")
 
 
 def _any_resolution(base: Any, items: Sequence[MediaData]) -> Any:
@@ -132,6 +155,20 @@ def _smallest_crops(config: Any) -> MediaData:
     return {"pixel_values": pixels, "image_sizes": size}
 
 
+def _smallest_square(config: Any) -> MediaData:
+    vision, side = config.vision_config, config.vision_config.pooling_kernel_size
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    return {"pixel_values": torch.zeros(side**2, 3 * vision.patch_size**2), "image_position_ids": places}
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+def _gemma4_sees_both_ways(config: Any) -> bool:
+    return config.get_text_config().use_bidirectional_attention == "vision"
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of vision-language model.
@@ -142,7 +179,8 @@ class Family:
         deepstack: whether the first layers of the LLM take features of their own.
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         mixes_shapes: whether items of different shapes can be encoded together.
-        bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
+        image_masks: makes masks by which tokens of an image see each other both ways; ``None``: they do not.
+        sees_both_ways: says of the model's config whether such masks are used.
         joined: the number of patches that become a row of features, where no config says it.
         smallest: makes of the model's config a small item, where that is not pixels or patches alone.
     """
@@ -151,7 +189,8 @@ class Family:
     video: Encode | None = None
     deepstack: bool = False
     multimodal_positions: bool = False
-    bidirectional_images: bool = False
+    image_masks: Callable[[Any, Tensor, dict[str, Tensor]], Any] | None = None
+    sees_both_ways: Callable[[Any], bool] = _always
     mixes_shapes: bool = False
     joined: int | None = None
     smallest: Callable[[Any], MediaData] | None = None
@@ -196,7 +235,14 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,
     "smolvlm": _SMOLVLM,
-    "gemma3": Family(_crops, bidirectional_images=True),
+    "gemma3": Family(_crops, image_masks=gemma3_masks),
+    "gemma4": Family(
+        _padded_images,
+        _padded_frames,
+        image_masks=gemma4_masks,
+        sees_both_ways=_gemma4_sees_both_ways,
+        smallest=_smallest_square,
+    ),
 }
 
 """The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
@@ -204,8 +250,8 @@ FAMILIES: dict[str, Family] = {
 REFUSED = {
     "paligemma": "tokens of a prompt see each other both ways, and batches here do not say where a prompt ends",
     "mllama": "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages",
-    "gemma3n": "its layers take embeddings of the token ids of their own, beside the hidden states",
-    "gemma4": "its layers take embeddings of the token ids of their own, beside the hidden states",
+    "gemma3n": "embeddings of the tokens around its images and sounds belong to its towers; its decoder alone can be "
+    "trained, as HFDecoder(config.get_text_config())",
 }
 
 

@@ -20,6 +20,7 @@ from bigmac_lightning.checkpoints.mismatches import first_few
 
 from .folders import reading_weights
 from .initialization import allocate_and_initialize
+from .meta_model import implementations
 from .rows import DrawnAgainError, Once, cut_rows
 
 Cut = Callable[[Any, str], None]
@@ -169,7 +170,7 @@ def _load(
             source,
             config=config,
             dtype="auto" if dtype is None else dtype,
-            attn_implementation=config._attn_implementation,
+            attn_implementation=implementations(config, config._attn_implementation),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the error below names them
             local_files_only=True,

@@ -74,7 +74,9 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
             torch.device("meta"),
         ):
             whole = auto.from_config(
-                config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+                config,
+                attn_implementation=implementations(config, attn_implementation),
+                trust_remote_code=trust_remote_code,
             )
     except (AttentionNotThereError, RemoteCodeError):
         raise
@@ -84,6 +86,12 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
             f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
         ) from error
     return whole.to("meta")  # some models draw weights on the CPU whatever the default device is
+
+
+def implementations(config: PreTrainedConfig, chosen: str | None) -> Any:
+    """The attention implementations of a model's parts, as the library takes them: the chosen one, but "eager" for a
+    tower of sounds that has no other (Gemma 4)."""
+    return {"": chosen, "audio_config": "eager"} if config.model_type == "gemma4" else chosen
 
 
 def check_checkpointing(whole: PreTrainedModel) -> None:

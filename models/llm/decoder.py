@@ -43,7 +43,7 @@ from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
 from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
-from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
+from .multimodal_inputs import deepstack_arguments, multimodal_positions, text_positions
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
@@ -104,8 +104,10 @@ class HFDecoder(HFComponent, LanguageModel):
         if fused_loss == "liger":
             liger.check_installed()
         self._takes_masks = attn_implementation in attention.MASKED
-        self._bidirectional = self.family is not None and self.family.bidirectional_images
-        if self._bidirectional and not self._takes_masks:
+        family = self.family
+        both_ways = family is not None and family.image_masks is not None and family.sees_both_ways(self.config)
+        self._image_masks = family.image_masks if family is not None and both_ways else None
+        if self._image_masks is not None and not self._takes_masks:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
                 f"which attn_implementation={attn_implementation!r} does not take: use one of {attention.MASKED}"
@@ -157,7 +159,7 @@ class HFDecoder(HFComponent, LanguageModel):
     def _find_packing(self, decoder: Any) -> tuple[str, bool]:
         """Why rows must not hold several samples ("": they may), and whether the decoder has to be given masks then."""
         kind = f"model_type {self.config.model_type!r}"
-        if self._bidirectional:
+        if self._image_masks is not None:
             return (
                 f"{kind} lets tokens of an image see each other both ways, by a mask that cannot keep packed samples "
                 "apart",
@@ -369,8 +371,9 @@ class HFDecoder(HFComponent, LanguageModel):
             return inputs
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
-        if self._bidirectional and "token_type_ids" not in inputs:
-            inputs["token_type_ids"] = (inputs["input_ids"] == self.placeholders[0]).long()
+        if self._image_masks is not None and "token_type_ids" not in inputs:
+            ids_BS = inputs["input_ids"]
+            inputs["token_type_ids"] = torch.stack([ids_BS == one for one in self.placeholders]).any(0).long()
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -430,7 +433,9 @@ class HFDecoder(HFComponent, LanguageModel):
             return self._handed_on.taken(h_BSD, extras, layers.start)
         between = Between(h_BSD)
         if self._handed_on.layer_inputs:
-            ids_BS = self._known_ids(inputs["input_ids"])
+            ids_BS = inputs["input_ids"]
+            for placeholder in self.placeholders:
+                ids_BS = ids_BS.masked_fill(ids_BS == placeholder, self.config.get_text_config().pad_token_id)
             of_ids = self._decoder.get_per_layer_inputs(ids_BS)
             between.layer_inputs = self._decoder.project_per_layer_inputs(h_BSD, of_ids)
         return between
@@ -440,8 +445,8 @@ class HFDecoder(HFComponent, LanguageModel):
         if self._cache is not None and self._cache.get_seq_length():
             return None
         config = self._decoder.config
-        if self._bidirectional and "token_type_ids" in inputs:
-            return bidirectional_masks(config, h_BSD, inputs)
+        if self._image_masks is not None and "token_type_ids" in inputs:
+            return self._image_masks(config, h_BSD, inputs)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is None and self._needs_masks and positions is not None:
             return attention.packed_masks(config, h_BSD, text_positions(positions))

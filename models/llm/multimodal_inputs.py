@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma4 import modeling_gemma4
 
 from .attention import sample_bounds
 
@@ -54,10 +55,19 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return positions
 
 
-def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Gemma 3's masks by layer type. They are causal, except that all tokens of an image see each other."""
-    blocks = modeling_gemma3.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
-    return modeling_gemma3.create_masks_for_vision_model(
+def gemma3_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Masks by layer type. They are causal, except that all tokens of an image see each other."""
+    return _image_masks(modeling_gemma3, config, h_BSD, inputs)
+
+
+def gemma4_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """As `gemma3_masks`, but only for sliding attention."""
+    return _image_masks(modeling_gemma4, config, h_BSD, inputs)
+
+
+def _image_masks(library: Any, config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    blocks = library.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
+    return library.create_masks_for_vision_model(
         config.get_text_config(),
         h_BSD,
         inputs.get("attention_mask"),

@@ -161,8 +161,10 @@ class HFVideoEncoder(Encoder):
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
         return self._unregistered[0].batches(pixels)
 
-    def smallest(self) -> Tensor:
-        image = pixels_of(self._unregistered[0].smallest())
+    def smallest(self) -> MediaData:
+        image = self._unregistered[0].smallest()
+        if not isinstance(image, Tensor):
+            return {name: value[None] for name, value in image.items()}
         return image[None] if image.ndim == 3 else image
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
@@ -190,7 +192,7 @@ def _patches_per_row(config: Any) -> int:
     vision: Any = config.vision_config
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
-    side = side or getattr(vision, "merge_kernel_size", [None])[0]
+    side = side or getattr(vision, "merge_kernel_size", [None])[0] or getattr(vision, "pooling_kernel_size", None)
     side = side or round(1 / getattr(config, "downsample_ratio", 1))
     perceiver = getattr(config, "perceiver_config", None)
     if rows := getattr(perceiver, "resampler_n_latents", None) or getattr(config, "mm_tokens_per_image", None):

@@ -17,6 +17,7 @@ from tests.models.zoo import (
     TOWER,
     VIDEO,
     VISION_LANGUAGE,
+    VOCABULARY,
     WIDTH,
     Draw,
     Model,
@@ -86,7 +87,49 @@ def tile(random: Random) -> Picture:
     return Picture("image", data, height * width // 4, {name: value[None] for name, value in data.items()})
 
 
+def placed(random: Random) -> Picture:
+    """Patches with their places, padded to 16; a video has 1 to 2 frames."""
+    video, frames = random.random() < 0.4, random.randint(1, 2)
+    width, height = 2 * random.randint(1, 2), 2 * random.randint(1, 2)
+    places = torch.full((16, 2), -1)
+    places[: width * height] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)
+    made: Any = {"pixel_values": pixels(random, 16, 3 * 4 * 4), "image_position_ids": places}
+    if not video:
+        return Picture("image", made, width * height // 4, {name: value[None] for name, value in made.items()})
+    made = {"pixel_values": pixels(random, frames, 16, 3 * 4 * 4), "image_position_ids": places.repeat(frames, 1, 1)}
+    arguments = {
+        "pixel_values_videos": made["pixel_values"],
+        "video_position_ids": made["image_position_ids"],
+        "num_frames_per_video": torch.tensor([frames]),
+    }
+    return Picture("video", made, frames * width * height // 4, arguments, frames)
+
+
+def gemma4(audio: bool = False, **changes: Any) -> Any:
+    """A config of Gemma 4; with `audio`, it has a tower that nothing here uses."""
+    text = {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "global_head_dim": 16,
+        "sliding_window": 6,
+    }
+    vision = {**TOWER, "patch_size": 4, "head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2}
+    sounds = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    return hf.Gemma4Config(
+        text_config=llm(hf.Gemma4TextConfig, **{**text, **changes}),
+        vision_config={**vision, "position_embedding_size": 16, "standardize": True},
+        audio_config=sounds if audio else None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=57,
+    )
+
+
 MORE: dict[str, Model] = {
+    "gemma4": Model(
+        lambda: gemma4(True, hidden_size_per_layer_input=6, num_kv_shared_layers=3, use_double_wide_mlp=True), placed
+    ),
     "glm4v_moe": Model(
         lambda: hf.Glm4vMoeConfig(
             text_config=llm(

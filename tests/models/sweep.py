@@ -30,7 +30,7 @@ from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import StageOutput
-from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM, meta_model
 from bigmac_lightning.models.families import FAMILIES
 from tests.models import more_families, tiny, zoo
 
@@ -38,6 +38,19 @@ DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VISION_LANGUAGE = list(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 OTHER_LLMS = {  # what families other than those of the zoo may have inside
     "llava with granite": zoo.with_llm("llava", hf.GraniteConfig, embedding_multiplier=3.0, logits_scaling=2.0),
+    "gemma4 that sees images both ways": zoo.Model(
+        lambda: more_families.gemma4(
+            use_bidirectional_attention="vision",
+            attention_k_eq_v=True,
+            num_global_key_value_heads=1,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=24,
+        ),
+        more_families.placed,
+        packs=False,
+    ),
     "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
 }
 LENGTHS = (9, 6, 11)  # of samples
@@ -373,7 +386,8 @@ def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
     """The library's model with random weights, also of those that start as zeros or ones; so are buffers that it
     saves."""
     torch.manual_seed(2)
-    whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=attention, **more).float()
+    implementations = meta_model.implementations(config, attention)
+    whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=implementations, **more).float()
     with torch.no_grad():
         for parameter in whole.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

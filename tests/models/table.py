@@ -30,7 +30,7 @@ def families() -> str:
             "router loss": bool(llm.auxiliary_losses),
             "deepstack": llm.family is not None and llm.family.deepstack,
             "M-RoPE": llm.family is not None and llm.family.multimodal_positions,
-            "images seen both ways": llm.family is not None and llm.family.bidirectional_images,
+            "images seen both ways": llm._image_masks is not None,
             "sliding window": getattr(text, "sliding_window", None) is not None,
             "linear attention": "linear_attention" in (getattr(text, "layer_types", None) or ()),
             "soft-capped logits": getattr(llm.config, "final_logit_softcapping", None) is not None,

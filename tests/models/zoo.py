@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.models.meta_model import implementations
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
@@ -187,7 +188,8 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
     auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
-    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=KNOWN[name].attention, **experts)
+    implementation = implementations(KNOWN[name].config(), KNOWN[name].attention)
+    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=implementation, **experts)
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
@@ -228,7 +230,7 @@ DECODERS: dict[str, Model] = {
             hf.Gemma4TextConfig,
             vocab_size_per_layer_input=VOCABULARY,
             hidden_size_per_layer_input=6,
-            layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"],
             num_kv_shared_layers=3,
             global_head_dim=16,
             use_double_wide_mlp=True,
@@ -547,6 +549,8 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "gemma3":
         made["token_type_ids"] = kinds
+    if whole.config.model_type == "gemma4":
+        made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
         made["batch_num_images"] = [max(2, len(made["image_sizes"]))]
     if whole.config.model_type in ("idefics2", "idefics3", "smolvlm") and "pixel_values" in made:

@@ -122,7 +122,7 @@ def test_against_the_unsplit_model(name: str, packed: bool, size: int, reference
             seen.add(short)
             found = error(gradient, reference.gradients[short], reference.gradients)
             assert found <= max(1e-6, 2 * reference.rounding), f"{short}: {found:.1e}"
-    assert reference.rounding < 1e-5
+    assert reference.rounding < 3e-5
     assert seen == reference.gradients.keys()
 
 
