@@ -28,7 +28,11 @@ from .visual import VisualProcessor
 USED = {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"}
 TILES = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 """What a processor makes of a picture that it cuts into tiles of patches (LFM2-VL)."""
+PLACED = ("image_position_ids", "video_position_ids")
+"""The places of patches in a picture or in frames, which a processor has padded (Gemma 4)."""
 UNUSED = {
+    *("num_soft_tokens_per_image", "num_soft_tokens_per_video"),  # which are in the text that stands for the item
+    "num_frames_per_video",  # of several videos
     *("video_metadata", "batch_num_images", "num_patches", "num_crops"),  # of several items, which come apart here
     *("rows", "cols", "image_rows", "image_cols"),  # which are in the text that stands for the item
     "pixel_attention_mask",  # of an item alone there is no padding
@@ -46,6 +50,8 @@ class HFVisual(VisualProcessor):
     - patches, (t, h, w, E), if it makes a grid of them;
     - otherwise crops, (crops, C, H, W), or frames, (T, C, H, W);
     - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,);
+    - patches with their places, a dictionary: "pixel_values", (T, E), and "image_position_ids", (T, 2), -1 for padding;
+      of a video with a dimension of frames before these;
     - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
       "pixel_attention_mask", (tiles, T).
 
@@ -120,7 +126,7 @@ class HFVisual(VisualProcessor):
                 "processor of your own (see docs/data.md)"
             ) from error
         tiles = TILES if "spatial_shapes" in made else ()
-        if unknown := made.keys() - USED - UNUSED - set(tiles):
+        if unknown := made.keys() - USED - UNUSED - {*tiles, *PLACED}:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
@@ -155,6 +161,12 @@ class HFVisual(VisualProcessor):
             return pixel_values.flatten(1).unflatten(0, grid)
         if "spatial_shapes" in made:
             return {name: made[name] for name in TILES}
+        for name in PLACED:
+            if name in made:
+                pixels, places = (
+                    (pixel_values, made[name]) if isinstance(item, Video) else (pixel_values[0], made[name][0])
+                )
+                return {"pixel_values": pixels, "image_position_ids": places}
         if "image_sizes" in made:
             return {"pixel_values": pixel_values, "image_sizes": torch.as_tensor(made["image_sizes"][0])}
         return pixel_values

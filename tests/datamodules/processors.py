@@ -205,6 +205,26 @@ def _llava_next() -> Any:
     )  # fmt: skip
 
 
+def _gemma4() -> Any:
+    named = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    chat = GEMMA_CHAT.replace(
+        "{{ '<start_of_image>' }}", "{{ '<|image|>' }}{% elif c.type == 'video' %}{{ '<|video|>' }}"
+    )
+    words = tokenizer(chat, named, ("<start_of_turn>", "<end_of_turn>"), bos=True)
+    sizes = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    video = hf.Gemma4VideoProcessor(**sizes)
+    return hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(**sizes), words, video, chat_template=chat
+    )
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
@@ -217,6 +237,7 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "llava_next": _llava_next,
     "lfm2_vl": _lfm2,
 }
@@ -235,6 +256,8 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     text = config.get_text_config()
     text.vocab_size = -(-len(processor.tokenizer) // 8) * 8
     text.max_position_embeddings = 4096
+    if name == "gemma4":
+        text.vocab_size_per_layer_input = text.vocab_size
     text.output_router_logits = False  # of whole microbatches, and so not comparable sample by sample
     features = HFVisual(processor).feature_tokens
     for attribute, token in zip(("image_token_id", "video_token_id"), features, strict=False):

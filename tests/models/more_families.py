@@ -118,7 +118,7 @@ def gemma4(audio: bool = False, **changes: Any) -> Any:
     sounds = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
     return hf.Gemma4Config(
         text_config=llm(hf.Gemma4TextConfig, **{**text, **changes}),
-        vision_config={**vision, "position_embedding_size": 16, "standardize": True},
+        vision_config={**vision, "position_embedding_size": 280, "standardize": True},
         audio_config=sounds if audio else None,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
