@@ -33,6 +33,34 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a second stage gets no keys and values from an earlier one",
+        "models/llm/stage.py",
+        "            kwargs[SHARED_KEYS].update(self.keys)\n",
+        "            pass\n",
+        "tests/models/test_sweep.py -k gemma4_text",
+    ),
+    Fault(
+        "inputs of layers are those of an earlier layer after a cut",
+        "models/llm/handed_on.py",
+        "(0, 0, layer, 0)",
+        "(0, 0, 0, layer)",
+        "tests/models/test_sweep.py -k gemma3n_text",
+    ),
+    Fault(
+        "what a layer returns besides, and the next one takes, is not seen",
+        "models/llm/stub_decoder.py",
+        "[hidden + 1] * (self.returned - 1)",
+        "[None] * (self.returned - 1)",
+        "tests/models/test_probe.py -k glm_moe_dsa",
+    ),
+    Fault(
+        "embeddings that a decoder scales only if it makes them itself are not scaled",
+        "models/llm/decoder.py",
+        "h_BSD * self._names.scale_of_ids",
+        "h_BSD",
+        "tests/models/test_sweep.py -k falcon_h1",
+    ),
+    Fault(
         "a tensor of an exported folder that nothing reads is dropped",
         "models/exported.py",
         "for name in sorted(unread) if whole]",

@@ -319,7 +319,13 @@ class HFDecoder(HFComponent, LanguageModel):
             cost.multiplications + attention_multiplications(config, kind, sample_tokens)
             for cost, config, kind in zip(self._costs, self._layer_configs, types, strict=True)
         )
-        return LayerCosts(layers, head=float(self.vocabulary * self.width))
+        first, last = (self._matrices(names) for names in (self._names.with_embedding, self._names.with_norm))
+        return LayerCosts(layers, first, float(self.vocabulary * self.width) + last)
+
+    def _matrices(self, names: Collection[str]) -> float:
+        """The multiplications per token of modules in the decoder."""
+        modules = (self._decoder.get_submodule(name) for name in names)
+        return float(sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear)))
 
     def saved_activations(self) -> LayerCosts:
         return LayerCosts(tuple(cost.activations for cost in self._costs), head=2.0 * self.width)
@@ -350,7 +356,7 @@ class HFDecoder(HFComponent, LanguageModel):
                 self._divided(sizes), whole.layers, without_attention.layers, strict=True
             )
         )
-        return LayerCosts(layers, head=whole.head / sizes.tensor)
+        return replace(whole, layers=layers, head=whole.head / sizes.tensor)
 
     def divided_activations(self, sizes: ParallelSizes) -> LayerCosts:
         whole = self.saved_activations()
