@@ -751,8 +751,8 @@ FAULTS = [
     Fault(
         "decoders are cut whatever they are",
         "models/llm/decoder.py",
-        "if reason := probe_cut.why_not_cut(decoder, self._names, self.width):",
-        'if reason := "":',
+        '        if reason:\n            raise ValueError(f"model_type {self.config.model_type!r} cannot be cut',
+        '        if False:\n            raise ValueError(f"model_type {self.config.model_type!r} cannot be cut',
         "tests/models/test_sweep.py tests/models/test_probe.py",
     ),
     Fault(
@@ -842,8 +842,8 @@ FAULTS = [
     Fault(
         "each stage does what the decoder does before its first layer",
         "models/llm/stage.py",
-        "        return self.hidden\n\n\nclass _Exit",
-        "        return hidden_of(args, kwargs)\n\n\nclass _Exit",
+        "        return self.as_returned(self.hidden)\n\n\nclass _Exit",
+        "        return self.as_returned(hidden_of(args, kwargs))\n\n\nclass _Exit",
         "tests/models/test_sweep.py -k granite",
     ),
     Fault(
