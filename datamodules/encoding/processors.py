@@ -118,13 +118,18 @@ def chat_encoder(
     tokenizer, loaded = load_processor(processor, trust_remote_code, tuple(media))
     if chat.template is not None:
         chat = replace(chat, template=read_template(chat.template))
-    feature_tokens: tuple[str, ...] = ()
+    feature_tokens: dict[str, str] = {}
     if loaded is not None:
-        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
-        chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
+        own = {name: token for name in MODALITIES if (token := getattr(loaded, f"{name}_token", None))}
+        for name, token in chat.tokens.items():
+            if own.get(name, token) != token:
+                raise ValueError(
+                    f"chat.tokens[{name!r}]={token!r}: the processor has {own[name]!r} for this, so leave it out"
+                )
+        chat = replace(chat, tokens={**chat.tokens, **own})
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)
-            feature_tokens = (*visual.feature_tokens, *(chat.media_tokens[name] for name in media))
+            feature_tokens = visual.feature_tokens | {name: chat.media_tokens[name] for name in media}
     encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at, media)
     encoder.check()
     return encoder

@@ -123,11 +123,11 @@ class HFDecoder(HFComponent, LanguageModel):
         has_router_loss = getattr(text, "output_router_logits", False)
         self._routers = routers_of(whole, decoder, self._names, text) if has_router_loss else None
         self.auxiliary_losses = {ROUTER_LOSS: self._routers.coefficient} if self._routers is not None else {}
-        self.placeholders = [
-            getattr(self.config, name)
-            for name in ("image_token_id", "video_token_id")
-            if getattr(self.config, name, None) is not None
-        ]
+        self.placeholders = {
+            modality: token
+            for modality in ("image", "video")
+            if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
+        }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
@@ -359,12 +359,12 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
         if self._bidirectional and "token_type_ids" not in inputs:
-            inputs["token_type_ids"] = (inputs["input_ids"] == self.placeholders[0]).long()
+            inputs["token_type_ids"] = (inputs["input_ids"] == self.placeholders["image"]).long()
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         ids_BS = inputs["input_ids"]
-        for placeholder in self.placeholders:
+        for placeholder in self.placeholders.values():
             if placeholder >= self.vocabulary:  # it has no embedding, and features replace it anyway
                 ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
         return self._decoder.get_submodule(self._names.embedding)(ids_BS)

@@ -236,7 +236,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     text.vocab_size = -(-len(processor.tokenizer) // 8) * 8
     text.max_position_embeddings = 4096
     text.output_router_logits = False  # of whole microbatches, and so not comparable sample by sample
-    features = HFVisual(processor).feature_tokens
+    features = HFVisual(processor).feature_tokens.values()
     for attribute, token in zip(("image_token_id", "video_token_id"), features, strict=False):
         setattr(config, attribute, processor.tokenizer.convert_tokens_to_ids(token))
     for attribute in ("vision_start", "vision_end"):
