@@ -176,8 +176,8 @@ class MultimodalDataModule(ParallelDataModule):
     def check(self, module: PipelineModule) -> None:
         """
         Raises:
-            ValueError: the model cannot take the batches (see `check_model`), or a source has conversations and there is
-                no chat template.
+            ValueError: the model cannot take the batches (see `check_model`), or a source has conversations and there
+                is no chat template.
         """
         check_model(module, self.encoder, self.packing.packed)
         if self.encoder.has_template:
@@ -207,6 +207,11 @@ class MultimodalDataModule(ParallelDataModule):
         if split not in self._measured:
             self._measured[split] = self._measure(split, read_only=True)
             report_errors(self._measured[split], split, self.on_error)
+            for source, measured in zip(self._splits.sources(split), self._measured[split], strict=False):
+                if not measured.number_usable:
+                    raise ValueError(
+                        f"{source.name} has no example that can be used: take it out of {split}, or correct its path"
+                    )
         return self._measured[split]
 
     # -- prompts -------------------------------------------------------------------------------------------------------

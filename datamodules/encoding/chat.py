@@ -101,8 +101,8 @@ class ChatEncoder:
             if token not in added:
                 why = "is an ordinary word" if self._id(token) is not None else "is not one token"
                 raise ValueError(
-                    f"{key}={token!r} {why} for the tokenizer: name one of its added tokens, or add it to the tokenizer "
-                    "(and a row to the model's embedding, if its id is beyond the vocabulary)"
+                    f"{key}={token!r} {why} for the tokenizer: name one of its added tokens, or add it to the "
+                    "tokenizer (and a row to the model's embedding, if its id is beyond the vocabulary)"
                 )
         if options.draw_token in (*options.media_tokens.values(), *self.feature_tokens.values()):
             raise ValueError(f"chat.draw_token={options.draw_token!r} stands for media already: name another token")

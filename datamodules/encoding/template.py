@@ -180,8 +180,7 @@ class ChatTemplate:
             try:
                 text = self.render([{"role": role, "content": content} for role in ("user", "assistant")], False)
             except ExampleError as error:
-                assert error.__cause__ is not None, "see render"
-                reason = f"refuses a conversation ({reason_of(error.__cause__)})"
+                reason = str(error).replace("is refused by the chat template", "refuses a conversation", 1)
             else:
                 if PROBE in text:
                     return ""
