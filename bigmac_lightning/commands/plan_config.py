@@ -104,9 +104,11 @@ class RunReader(ConfigReader):
         if not isinstance(processor, str) or not (processor == "bytes" or Path(processor).is_dir()):
             return
         data = self.config["data"].clone()
-        data["init_args"].update({name: [] for name in ("train", "val", "test", "predict") if self.of_data(name)})
+        for name in ("train", "val", "test", "predict"):
+            if self.of_data(name):
+                data["init_args"][name] = []
         if self.of_data("mixture") is not None:
-            data["init_args"]["mixture"].update({"weights": None, "val_split": None})
+            data["init_args"]["mixture"]["weights"] = data["init_args"]["mixture"]["val_split"] = None
         self.parser.instantiate_classes(Namespace(data=data))["data"].check(self.model)
 
     def microbatch(self) -> TypicalMicrobatch:

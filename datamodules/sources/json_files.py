@@ -10,7 +10,7 @@ from ..errors import ExampleError
 from ..example import Example
 from ..files import File, Roots, folders_of, opened
 from ..limits import Limits
-from ..remote import is_remote
+from ..remote import facts, is_remote
 from .data_files import check_file, stamp
 from .line_index import LineIndex
 from .records import DESCRIBE, Records
@@ -40,6 +40,8 @@ class JSONSource(Source):
         """
         self.path, self.limits = path if is_remote(path) else Path(path), limits
         check_file(path, type(self).__name__)
+        if is_remote(path):
+            facts([str(path)])
         folder = str(path).rpartition("/")[0] if is_remote(path) else Path(path).parent
         self.media_roots = folders_of(folder if media_root is None else media_root, "media_root")
         self.records = Records(self.media_roots, tuple(ignore), prompt)

@@ -257,7 +257,7 @@ def test_caption_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         CaptionFolder(tmp_path, "Draw it", task="draw")
     with pytest.raises(ValueError, match="task='paint'"):
         CaptionFolder(tmp_path, task="paint")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="CaptionFolder: there is no folder .*nowhere: correct the path"):
+    with pytest.raises(ValueError, match=r"CaptionFolder: there is no folder .*nowhere: correct the path"):
         CaptionFolder(tmp_path / "nowhere")
 
 
