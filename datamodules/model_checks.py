@@ -8,8 +8,6 @@ from bigmac_lightning.contracts.module import PipelineModule
 from .encoding.chat import ChatEncoder
 from .encoding.hf_visual import HFVisual
 
-PROCESSOR = "give MultimodalDataModule the processor that belongs to the model"
-
 
 def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> None:
     """
@@ -44,7 +42,8 @@ def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
         given = "no token" if found is None else f"{token_of[found]!r}, with the id {found},"
         raise ValueError(
             f"the model's config has {modality}_token_id={expected}{token}, and the processor has {given} for the "
-            f"features of {modality}s: {PROCESSOR}, or correct {modality}_token_id in its config"
+            f"features of {modality}s: give MultimodalDataModule the processor that belongs to the model, or correct "
+            f"{modality}_token_id in its config"
         )
 
 
@@ -86,5 +85,6 @@ def _check_vocabulary(llm: LanguageModel, tokenizer: Any) -> None:
     if beyond:
         raise ValueError(
             f"{len(beyond)} tokens of the tokenizer, such as {beyond[0]!r} with the id {ids[beyond[0]]}, lie "
-            f"beyond the LLM's vocabulary of {llm.vocabulary}: {PROCESSOR}, or the model a larger vocab_size"
+            f"beyond the LLM's vocabulary of {llm.vocabulary}: give MultimodalDataModule the processor that "
+            "belongs to the model, or the model a larger vocab_size"
         )
