@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bigmac_lightning.checkpoints.resuming import uncounted_in
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
 
 from .example import Example
 from .loading.collate import Collator, Sample
@@ -63,6 +64,14 @@ class ParallelDataModule(pl.LightningDataModule):
         """What a microbatch holds, as far as that is known before any data are read, by names of `TypicalMicrobatch`.
         A training estimates the costs of its first batches from it; empty: it guesses them."""
         return {}
+
+    def check(self, module: PipelineModule) -> None:
+        """Check what can be checked before data and weights are read. `bigmac fit` and others call it before they start
+        processes.
+
+        Raises:
+            ValueError: the model cannot take the batches, or data are missing.
+        """
 
     @property
     def data_parallel(self) -> dict[str, int]:

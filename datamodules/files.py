@@ -99,6 +99,27 @@ def roots_of(given: Roots) -> Any:
     return tuple(Path(str(folder)) for folder in roots)
 
 
+def folders_of(given: Roots, called: str) -> Any:
+    """As `roots_of`, of a source that begins.
+
+    Args:
+        called: the argument's name.
+
+    Raises:
+        ValueError: see `roots_of`; or a folder on disk is not there.
+    """
+    roots = roots_of(given)
+    for folder in roots:
+        if isinstance(folder, Path) and not folder.is_dir():
+            raise ValueError(f"{called}: there is no folder {folder}{started_in(folder)}: correct the path")
+    return roots
+
+
+def started_in(path: str | Path) -> str:
+    """What an error adds to a path that is not there."""
+    return "" if Path(path).is_absolute() else f" (in {Path.cwd()}, where this was started)"
+
+
 def opened(path: str | Path) -> BinaryIO:
     """A file, which may be remote."""
     return remote.opened(str(path)) if remote.is_remote(str(path)) else open(path, "rb")

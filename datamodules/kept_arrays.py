@@ -38,8 +38,16 @@ def mapped(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def keep(path: Path, arrays: Arrays) -> None:
-    """Write arrays to a file, which appears whole or not at all, also where there has been one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write arrays to a file, which appears whole or not at all, also where there has been one before.
+
+    Raises:
+        ValueError: there is no folder for it, and none can be made.
+        OSError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"loading.cache_dir={str(path.parent)!r} cannot be made a folder: {error}") from error
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     os.close(handle)
     try:

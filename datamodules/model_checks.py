@@ -1,32 +1,87 @@
-"""Checks that the model which a Trainer trains can take the batches of a DataModule."""
+"""Checks that a model can take the batches that a `ChatEncoder` leads to, before any of them is made."""
 
 from typing import Any
 
+from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 
-
-def _module_of(trainer: Any) -> PipelineModule | None:
-    """The model that is trained, if it is one that pipelines can split."""
-    module = getattr(trainer, "lightning_module", None)
-    return module if isinstance(module, PipelineModule) else None
+from .encoding.chat import ChatEncoder
+from .encoding.hf_visual import HFVisual
 
 
-def refused_packing(trainer: Any) -> str:
-    """Why the model cannot keep packed samples apart; empty: it can, or there is no model yet."""
-    module = _module_of(trainer)
-    return "" if module is None else module.llm.refuses_packing
+def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> None:
+    """
+    Args:
+        packed: whether rows have several samples.
+
+    Raises:
+        ValueError: the model cannot keep packed samples apart, its token ids are others than the tokenizer's, or it has
+            no encoder or generator for what the DataModule prepares.
+    """
+    if packed and (reason := module.llm.refuses_packing):
+        raise ValueError(f"{reason}: set packing.packed to False, which gives each sample a row of its own")
+    _check_vocabulary(module.llm, encoder.tokenizer)
+    _check_placeholders(module.llm, encoder)
+    _check_components(module, encoder)
 
 
-def check_vocabulary(trainer: Any, tokenizer: Any) -> None:
+def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
+    """
+    Raises:
+        ValueError: features would replace other tokens than the model expects, or ordinary tokens would be taken for
+            places of features.
+    """
+    tokenizer = encoder.tokenizer
+    token_of = {i: token for token, i in tokenizer.get_vocab().items()}
+    names = {i: token for token, i in tokenizer.get_added_vocab().items()}
+    for modality, expected in llm.placeholders.items():
+        found = encoder.feature_ids.get(modality)
+        if found == expected or (encoder.visual is None and (expected in names or expected not in token_of)):
+            continue
+        token = f" ({token_of[expected]!r})" if expected in token_of else ""
+        given = "no token" if found is None else f"{token_of[found]!r}, with the id {found},"
+        raise ValueError(
+            f"the model's config has {modality}_token_id={expected}{token}, and the processor has {given} for the "
+            f"features of {modality}s: give MultimodalDataModule the processor that belongs to the model, or correct "
+            f"{modality}_token_id in its config"
+        )
+
+
+def _check_components(module: PipelineModule, encoder: ChatEncoder) -> None:
+    """
+    Raises:
+        ValueError: what an argument of the DataModule prepares, no component of the model takes.
+    """
+    given: dict[str, Any] = {f"media[{name!r}]": processor for name, processor in encoder.media.items()}
+    if not isinstance(encoder.visual, HFVisual):  # which a processor brings along
+        given["visual"] = encoder.visual
+    for argument, processor in given.items():
+        names = [getattr(processor, name, None) for name in ("encoder", "image_encoder", "video_encoder")]
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        if wanted and not any(name in module.encoders for name in wanted):
+            raise ValueError(_without("encoder", wanted, argument, list(module.encoders)))
+    if encoder.target is not None and encoder.target.generator not in module.generators:
+        raise ValueError(_without("generator", [encoder.target.generator], "target", list(module.generators)))
+
+
+def _without(kind: str, wanted: list[str], argument: str, known: list[str]) -> str:
+    names = " or ".join(map(repr, wanted))
+    has = f"only {', '.join(known)}" if known else "none"
+    return (
+        f"{argument} of the DataModule is for the {kind} {names}, and the model has {has}: leave {argument} out, name "
+        f"another {kind} there, or give the model this one"
+    )
+
+
+def _check_vocabulary(llm: LanguageModel, tokenizer: Any) -> None:
     """
     Raises:
         ValueError: the tokenizer has tokens that the model has no embedding for.
     """
-    module = _module_of(trainer)
-    if module is None or not module.llm.vocabulary:
+    if not llm.vocabulary:
         return
-    llm, ids = module.llm, tokenizer.get_vocab()
-    beyond = sorted(token for token, i in ids.items() if i >= llm.vocabulary and i not in llm.placeholders)
+    ids, known = tokenizer.get_vocab(), llm.placeholders.values()
+    beyond = sorted(token for token, i in ids.items() if i >= llm.vocabulary and i not in known)
     if beyond:
         raise ValueError(
             f"{len(beyond)} tokens of the tokenizer, such as {beyond[0]!r} with the id {ids[beyond[0]]}, lie "

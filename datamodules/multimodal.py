@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from bigmac_lightning.checkpoints.resuming import repeats_batches, uncounted_in
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.ranks import Ranks
 
 from .base import ParallelDataModule
@@ -30,7 +31,7 @@ from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
 from .loading.stream_loader import StreamCollate, StreamLoader
 from .loading.stream_steps import StreamSteps
 from .media.decoding import measure
-from .model_checks import check_vocabulary, refused_packing
+from .model_checks import check_model
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .packing.epoch import StepSize
 from .packing.measuring import Measurements, measurements, report_errors
@@ -149,7 +150,9 @@ class MultimodalDataModule(ParallelDataModule):
 
     def prepare_data(self) -> None:
         """Measure all sources, in one process per node."""
-        if self._refused_packing():  # `setup` raises the error, on every rank
+        try:
+            self._check()
+        except ValueError:  # `setup` raises it, on every rank
             return
         for split in self._sources:
             self._measure(split, read_only=False)
@@ -158,17 +161,33 @@ class MultimodalDataModule(ParallelDataModule):
         """
         Raises:
             ExampleError: an example cannot be used and `on_error` is "raise"; on every rank.
-            ValueError: samples are packed and the model cannot keep them apart, or the model does not know all tokens;
-                on every rank.
+            ValueError: see `check`; on every rank.
         """
-        if reason := self._refused_packing():
-            raise ValueError(f"{reason}: set packing.packed to False, which gives each sample a row of its own")
-        check_vocabulary(self.trainer, self.encoder.tokenizer)
+        self._check()
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             self._measurements(split)
 
-    def _refused_packing(self) -> str:
-        return refused_packing(self.trainer) if self.packing.packed else ""
+    def _check(self) -> None:
+        """`check`, if a pipeline module is trained."""
+        module = getattr(self.trainer, "lightning_module", None)
+        if isinstance(module, PipelineModule):
+            self.check(module)
+
+    def check(self, module: PipelineModule) -> None:
+        """
+        Raises:
+            ValueError: the model cannot take the batches (see `check_model`), or a source has conversations and there
+                is no chat template.
+        """
+        check_model(module, self.encoder, self.packing.packed)
+        if self.encoder.has_template:
+            return
+        for source in (source for split in self._sources for source in self._splits.sources(split)):
+            if _starts_with_a_conversation(source):
+                raise ValueError(
+                    f"{source.name} has conversations, and the processor's tokenizer has no chat template: set "
+                    "chat.template"
+                )
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:
         if self._splits.streams(split):
@@ -188,6 +207,11 @@ class MultimodalDataModule(ParallelDataModule):
         if split not in self._measured:
             self._measured[split] = self._measure(split, read_only=True)
             report_errors(self._measured[split], split, self.on_error)
+            for source, measured in zip(self._splits.sources(split), self._measured[split], strict=False):
+                if not measured.number_usable:
+                    raise ValueError(
+                        f"{source.name} has no example that can be used: take it out of {split}, or correct its path"
+                    )
         return self._measured[split]
 
     # -- prompts -------------------------------------------------------------------------------------------------------
@@ -332,6 +356,13 @@ class MultimodalDataModule(ParallelDataModule):
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         return self.loader("predict")
+
+
+def _starts_with_a_conversation(source: Source) -> bool:
+    try:
+        return len(source) > 0 and not source[0].is_text
+    except Exception:  # a source may raise anything; measuring reports it
+        return False
 
 
 def _sizes(example: Example) -> list[Size]:

@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from fsspec.core import url_to_fs
-
+from bigmac_lightning.checkpoints.remote import file_system
 from bigmac_lightning.file_part import FilePart
 
 PROTOCOL = re.compile(r"(?!file:|local:)[a-z][a-z0-9+.-]*(://|::)")
@@ -58,7 +57,7 @@ def found(pattern: str, ending: str, called: str) -> list[str]:
         ValueError: the place cannot be asked.
     """
     try:
-        system, path = url_to_fs(pattern)
+        system, path = file_system(pattern)
         if "*" in path or "?" in path or "[" in path:
             paths = system.glob(path)
         elif system.isfile(path):
@@ -81,7 +80,7 @@ def facts(paths: Sequence[str]) -> list[str]:
     found: list[str] = []
     for path in paths:
         try:
-            system, inner = url_to_fs(path)
+            system, inner = file_system(path)
             kind, folder = type(system).__name__, system._parent(inner)
             if (kind, folder) not in asked:  # one question for all files of a folder, if the place can answer it
                 asked.add((kind, folder))
@@ -100,7 +99,7 @@ def _shown(entry: dict[str, Any]) -> str:
 
 def opened(path: str) -> BinaryIO:
     """A remote file, which is fetched in blocks as it is read."""
-    system, inner = url_to_fs(path)
+    system, inner = file_system(path)
     file = system.open(inner, "rb", block_size=WHOLE)
     return io.BufferedReader(FilePart(file, 0, file.size))
 
@@ -113,7 +112,7 @@ def part(path: str, offset: int, length: int) -> BinaryIO:
     """
     if not length:
         return io.BytesIO()
-    system, inner = url_to_fs(path)
+    system, inner = file_system(path)
     if length > WHOLE:
         return io.BufferedReader(FilePart(system.open(inner, "rb", block_size=WHOLE), offset, length))
     content = system.cat_file(inner, start=offset, end=offset + length)

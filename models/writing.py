@@ -88,7 +88,7 @@ class _Reply:
 
     def __init__(self, module: PipelineModule, prompt: Batch, sampling: Sampling, ends: Collection[int]) -> None:
         self.text, self.tokens, self.ended = GrowingText(prompt), list[int](), False
-        self._placeholders, self._sampling, self._ends = module.llm.placeholders, sampling, ends
+        self._placeholders, self._sampling, self._ends = [*module.llm.placeholders.values()], sampling, ends
         self._before = prompt.microbatches[0].inputs["input_ids"][0].tolist()
         self._processors, self._random = sampling.processors(), torch.Generator().manual_seed(sampling.seed)
 

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.registry import known_implementations
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, _is_object_storage
 
 MADE_A_PATH = re.compile(r"[a-z][a-z0-9+.-]+:/[^/]")
@@ -135,9 +136,25 @@ class RemotePath:
         return None
 
     def _system(self) -> tuple[Any, str]:
-        system, inner = url_to_fs(self.address)
+        system, inner = file_system(self.address)
         system.invalidate_cache()
         return system, inner
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the place in it.
+
+    Raises:
+        ImportError: it needs a package that is not installed.
+        ValueError: there is no such file system.
+    """
+    try:
+        return url_to_fs(address)
+    except ImportError as error:
+        known = known_implementations.get(address.partition(":")[0], {})
+        package = known.get("class", "fsspec").partition(".")[0]
+        told = str(error).rstrip(".") if package == "fsspec" else f"its package is missing: pip install {package}"
+        raise ImportError(f"{address} cannot be reached: {told}") from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ WRONG_FIELD = (
     r"""Problem with given class_path .*: Parser key "([^"]*)": Expected an? <class '(.*?)'>.* Got value: (.*)"""
 )
 """What jsonargparse says of a dataclass's field with a value of the wrong type."""
+OTHER_SUBTYPE = re.compile(r"Import path \S+ does not correspond to a subclass of ")
+"""What it says of a class that has another of several possible types."""
 
 
 def parser_of(
@@ -86,4 +88,6 @@ def _reasons_of_union(text: str) -> list[str]:
         return []
     errors = text.split("Errors:", 1)[1].split("Given value type", 1)[0]
     reasons = [" ".join(reason.split()) for reason in re.split(r"\n\s+- ", errors)]
-    return [reason for reason in reasons if reason and not reason.startswith("Expected a")]
+    reasons = [reason for reason in reasons if reason and not reason.startswith(("Expected a", "Does not validate"))]
+    of_values = [reason for reason in reasons if not OTHER_SUBTYPE.match(reason)]
+    return of_values or reasons

@@ -15,6 +15,7 @@ from rich.table import Table
 from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.commands.answer import answer, text_of
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.datamodules.base import ParallelDataModule  # pyright: ignore[reportMissingImports]
 from bigmac_lightning.training.strategy import BigMacStrategy
 from bigmac_lightning.whole_tables import print_whole
 
@@ -58,20 +59,25 @@ class BigMacCLI(LightningCLI):
             sys.exit(2)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self.check_sizes(subcommand)
+        self.check(subcommand)
         super()._run_subcommand(subcommand)
 
-    def check_sizes(self, command: str) -> None:
-        """Sizes that do not go with the number of processes, or with the model, end in the same way. They are found
-        before a process starts others; those that torchrun has started find them alike, and the first one says it."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, BigMacStrategy) and isinstance(self.model, PipelineModule):
-            try:
-                strategy.mesh_shape(self.model)
-            except ValueError as error:
-                if strategy.global_rank == 0:
-                    print(f"bigmac {command}: error: {text_of(error)}", file=sys.stderr)
-                sys.exit(2)
+    def check(self, command: str) -> None:
+        """Sizes that do not go with the number of processes, and data that do not go with the model, end in the same
+        way. They are found before a process starts others; those that torchrun has started find them alike, and the
+        first one says it."""
+        strategy, module = self.trainer.strategy, self.model
+        if not isinstance(module, PipelineModule):
+            return
+        try:
+            if isinstance(strategy, BigMacStrategy):
+                strategy.mesh_shape(module)
+            if isinstance(self.datamodule, ParallelDataModule):
+                self.datamodule.check(module)
+        except ValueError as error:
+            if self.trainer.global_rank == 0:
+                print(f"bigmac {command}: error: {text_of(error)}", file=sys.stderr)
+            sys.exit(2)
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:

@@ -1,7 +1,7 @@
 """The command `bigmac data`: it shows what the model will see of a run's data, before the run.
 
-It makes the DataModule of a config, measures its sources, and shows samples; it makes no model. What is shown comes
-from datamodules/inspection.py; this file prints and draws it.
+It makes the DataModule of a config, measures its sources, and shows samples. The model is made without weights, to
+check that it can take the batches. What is shown comes from datamodules/inspection.py; this file prints and draws it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ MOST_PICTURES = 24
 
 
 class DataReader(ConfigReader):
-    """Makes the DataModule of a config.
+    """Makes the DataModule of a config, and checks it against the model.
 
     Attributes:
         data: the DataModule, as in a run.
@@ -56,7 +56,7 @@ class DataReader(ConfigReader):
         parser.add_argument("--output", type=optional, help="file of a picture of the decoded images: .png, .svg, .pdf")
 
     def instantiate_classes(self) -> None:
-        """Instantiate only the data."""
+        """Instantiate the data, and the model, which is only checked."""
         if self.config.get("data") is None:
             raise ValueError("the config has no data; give it a DataModule")
         self.data = self.parser.instantiate_classes(Namespace(data=self.config["data"]))["data"]
@@ -65,6 +65,7 @@ class DataReader(ConfigReader):
                 f"data is {type(self.data).__name__}, which makes its tokens itself: only a MultimodalDataModule, or "
                 "a class derived from it, can be shown"
             )
+        self.data.check(self.parser.instantiate_classes(Namespace(model=self.config["model"]))["model"])
 
     @property
     def microbatches(self) -> int | None:

@@ -1,11 +1,13 @@
 """The command `bigmac plan --config`: shows what each rank of a run will need and how its batches will be planned.
 
-It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights.
+It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights. If
+the processor of a MultimodalDataModule is there, its tokens are checked against the model, as in a run.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -91,6 +93,23 @@ class RunReader(ConfigReader):
                 return None
             value = value.get("init_args", value).get(name)
         return value
+
+    def check_data(self) -> None:
+        """Check the DataModule without its sources, if its processor is in a folder here.
+
+        Raises:
+            ValueError: the DataModule cannot be made, or the model cannot take its batches.
+        """
+        processor = self.of_data("processor")
+        if not isinstance(processor, str) or not (processor == "bytes" or Path(processor).is_dir()):
+            return
+        data = self.config["data"].clone()
+        for name in ("train", "val", "test", "predict"):
+            if self.of_data(name):
+                data["init_args"][name] = []
+        if self.of_data("mixture") is not None:
+            data["init_args"]["mixture"]["weights"] = data["init_args"]["mixture"]["val_split"] = None
+        self.parser.instantiate_classes(Namespace(data=data))["data"].check(self.model)
 
     def microbatch(self) -> TypicalMicrobatch:
         """The microbatch by the command's arguments, or else by those of the data, or else by default."""
@@ -179,6 +198,7 @@ def estimated(run: RunReader) -> Estimated:
 
 
 def _show(run: RunReader, console: Console) -> None:
+    run.check_data()
     found = estimated(run)
     estimate, options, known = found.estimate, found.options, found.options.known
     if found.reason:

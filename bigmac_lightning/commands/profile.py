@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if code := answer("profile", lambda: made.append(ProfileCLI(argv)), further=[TypeError]):
         return code
     run = made[0]
-    run.check_sizes("profile")
+    run.check("profile")
     run.trainer.fit(run.model, run.datamodule)
     found = run.profiling.found
     if found is None:

@@ -95,7 +95,8 @@ class LanguageModel(nn.Module, ABC):
         width: width of the hidden states, D.
         vocabulary: number of token ids, V. Ids must be below it, and the loss bounds by it how many logits are in
             memory at once. 0 if it is not known.
-        placeholders: token ids that features replace; they may lie beyond the vocabulary.
+        placeholders: by modality, such as "image", the token id that features replace; it may lie beyond the
+            vocabulary. A DataModule must use the same ids.
         tied: ``{"lm_head.weight": "model.embed_tokens.weight"}`` if the output weight is the embedding, by names
             inside this module; empty if nothing is tied. In one process both are one parameter. If they are on
             different ranks, each rank has a copy, and the gradients of the copies are summed.
@@ -115,7 +116,7 @@ class LanguageModel(nn.Module, ABC):
     num_layers: int
     width: int
     vocabulary: int = 0
-    placeholders: Sequence[int] = ()
+    placeholders: Mapping[str, int] = {}
     tied: dict[str, str]
     auxiliary_losses: dict[str, float] = {}
     exact_extras: Collection[str] = ()

@@ -319,7 +319,7 @@ class PipelineRunner:
 
     def _check_ids(self, batch: Batch) -> None:
         vocabulary = self.module.llm.vocabulary
-        known = torch.tensor(list(self.module.llm.placeholders), device=self.mesh.device)
+        known = torch.tensor([*self.module.llm.placeholders.values()], device=self.mesh.device)
         for m, microbatch in enumerate(batch.microbatches if vocabulary else ()):
             ids = microbatch.inputs["input_ids"].flatten()
             for what, given in (("token", ids[~torch.isin(ids, known)]), ("label", microbatch.labels)):

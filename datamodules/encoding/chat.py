@@ -47,7 +47,7 @@ class ChatEncoder:
             the text of a template, and not a path.
         augment: transforms of the pixels of images and videos in training; targets are not transformed.
         seed: of augmentation and of generators' noise.
-        feature_tokens: the tokens that features replace; empty: the tokens of the options.
+        feature_tokens: by modality, the token that features replace; empty: the tokens of the options.
         cut_at: maximum number of tokens of a sample, the rest of which is cut off; ``None``: all tokens are kept.
     """
 
@@ -58,7 +58,7 @@ class ChatEncoder:
     options: ChatOptions = field(default_factory=ChatOptions)
     augment: Sequence[Augment] = ()
     seed: int = 0
-    feature_tokens: Sequence[str] = ()
+    feature_tokens: Mapping[str, str] = field(default_factory=dict)
     cut_at: int | None = None
     media: Mapping[str, MediaProcessor] = field(default_factory=dict)
 
@@ -80,6 +80,41 @@ class ChatEncoder:
                 f"chat.end_of_reply={options.end_of_reply!r} has no special token of the tokenizer; a model stops only "
                 "at one"
             )
+        self._check_tokens()
+        if reason := self._template.fault():
+            which = "the tokenizer's chat template" if options.template is None else "chat.template"
+            raise ValueError(f"{which} {reason}: set chat.template to one that writes conversations")
+
+    def _check_tokens(self) -> None:
+        """
+        Raises:
+            ValueError: a token that stands for media or for a drawing is not one token of the tokenizer, or stands for
+                something else as well.
+        """
+        options = self.options
+        named = {name: options.media_tokens[name] for name in (*options.tokens, *self.media)}
+        own = {name for name, token in named.items() if token == getattr(self.processor, f"{name}_token", None)}
+        used = {f"chat.tokens[{name!r}]": token for name, token in named.items() if name not in own}
+        used |= {"chat.draw_token": options.draw_token} if self.target is not None else {}
+        added = self.tokenizer.get_added_vocab()
+        for key, token in used.items():
+            if token not in added:
+                why = "is an ordinary word" if self._id(token) is not None else "is not one token"
+                raise ValueError(
+                    f"{key}={token!r} {why} for the tokenizer: name one of its added tokens, or add it to the "
+                    "tokenizer (and a row to the model's embedding, if its id is beyond the vocabulary)"
+                )
+        if options.draw_token in (*options.media_tokens.values(), *self.feature_tokens.values()):
+            raise ValueError(f"chat.draw_token={options.draw_token!r} stands for media already: name another token")
+        padding = self.tokenizer.pad_token_id
+        if padding is not None and padding in self._features:
+            raise ValueError(
+                f"the tokenizer's pad_token is {self.tokenizer.pad_token!r}, which stands for media: set another one"
+            )
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self._template.source())
 
     def fingerprint(self) -> str:
         """A text that changes whenever the tokens of an example or the costs of its media would."""
@@ -89,7 +124,7 @@ class ChatEncoder:
             self.target,
             {name: processor.fingerprint() for name, processor in self.media.items()},
             (options.media_tokens, options.draw_token),
-            (tuple(self.feature_tokens), self.processor is None, self.cut_at),
+            (tuple(self.feature_tokens.values()), self.processor is None, self.cut_at),
             (options.learn, options.end_of_reply, options.special_tokens, tuple(options.allowed_special)),
             json.dumps(dict(options.template_kwargs), sort_keys=True, default=repr),
             (self._template.source(), self._template.source(True), self.tokenizer.special_tokens_map),
@@ -202,8 +237,13 @@ class ChatEncoder:
     @cached_property
     def _features(self) -> frozenset[int]:
         """Ids of the tokens that features replace."""
-        tokens = self.feature_tokens or self.options.media_tokens.values()
-        return frozenset(found for token in tokens if (found := self._id(token)) is not None)
+        return frozenset(self.feature_ids.values())
+
+    @property
+    def feature_ids(self) -> dict[str, int]:
+        """By modality, the id of the token that features replace, if the tokenizer has the token."""
+        tokens = self.feature_tokens or self.options.media_tokens
+        return {name: found for name, token in tokens.items() if (found := self._id(token)) is not None}
 
     # -- media ---------------------------------------------------------------------------------------------------------
 
@@ -265,7 +305,7 @@ class ChatEncoder:
     @cached_property
     def _special(self) -> SpecialTokens:
         options = self.options
-        placeholders = [*options.media_tokens.values(), options.draw_token, *self.feature_tokens]
+        placeholders = [*options.media_tokens.values(), options.draw_token, *self.feature_tokens.values()]
         return SpecialTokens.of(self._template, placeholders, options.special_tokens, options.allowed_special)
 
     @cached_property
@@ -278,7 +318,7 @@ class ChatEncoder:
 
     def _is_usable(self, token: str) -> bool:
         """Whether the tokenizer has a placeholder as a token. It need not where other tokens are replaced."""
-        others = bool(self.feature_tokens) and token not in self.feature_tokens
+        others = bool(self.feature_tokens) and token not in self.feature_tokens.values()
         return others or self._id(token) is not None
 
     def _adds_special_tokens(self, text: Text) -> bool:

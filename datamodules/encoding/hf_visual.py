@@ -87,14 +87,15 @@ class HFVisual(VisualProcessor):
         return repr((settings, given, self.processor.to_json_string()))
 
     @cached_property
-    def feature_tokens(self) -> tuple[str, ...]:
-        """The tokens that features replace. The tokens for an item in a chat template may be others."""
-        found: list[str] = []
-        for name in ("image_token", "video_token"):
+    def feature_tokens(self) -> dict[str, str]:
+        """By modality, the token that features replace. The tokens for an item in a chat template may be others."""
+        found: dict[str, str] = {}
+        for modality in ("image", "video"):
+            name = f"{modality}_token"
             token = getattr(self.processor.tokenizer, name, None) or getattr(self.processor, name, None)
             if token is not None:
-                found.append(token)
-        return tuple(found)
+                found[modality] = token
+        return found
 
     def plan(self, item: Image | Video, size: Size, alone: bool = True) -> MediaPlan:
         if isinstance(item, Video):  # few videos have the same size
@@ -172,7 +173,7 @@ class HFVisual(VisualProcessor):
         return pixel_values
 
     def _rows(self, text: str) -> int:
-        return sum(text.count(token) for token in self.feature_tokens)
+        return sum(text.count(token) for token in self.feature_tokens.values())
 
     def _prepare(
         self, processor: Any, pixels: Tensor, size: Size, frames: tuple[int, ...], alone: bool

@@ -1,5 +1,6 @@
 """Tokenizers and processors of the transformers library, a tokenizer that needs no files, and encoders for them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from bigmac_lightning.contracts.remote_code import without_asking
 
+from ..files import started_in
 from ..media.modalities import MODALITIES
 from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
@@ -75,8 +77,12 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
     if isinstance(given, str | Path):
         trust = "set loading.trust_remote_code=True in the DataModule"
         with without_asking(f"the processor {given}", trust, dynamic_module_utils):
-            # the tokenizer, if the folder has no processor
-            given = AutoProcessor.from_pretrained(str(given), trust_remote_code=trust_remote_code)
+            try:  # the tokenizer, if the folder has no processor
+                given = AutoProcessor.from_pretrained(str(given), trust_remote_code=trust_remote_code)
+            except OSError as error:
+                raise ValueError(_unknown(str(given), error)) from error
+            except json.JSONDecodeError as error:
+                raise ValueError(f"processor={str(given)!r} has a file that is not JSON: {error}") from error
     processor: Any = given if isinstance(given, ProcessorMixin) else None
     tokenizer: Any = given if processor is None else processor.tokenizer
     if processor is not None and processor.chat_template:
@@ -86,6 +92,15 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
             f"{type(tokenizer).__name__} must be a fast tokenizer, which knows the characters of each token"
         )
     return tokenizer, processor
+
+
+def _unknown(given: str, error: OSError) -> str:
+    if Path(given).is_dir():
+        return f"processor={given!r} has no processor or tokenizer that can be loaded: {error}"
+    return (
+        f"processor={given!r} is no folder{started_in(given)}, and no name that can be fetched ({error}): give the "
+        "folder of a processor or tokenizer"
+    )
 
 
 def chat_encoder(
@@ -118,13 +133,18 @@ def chat_encoder(
     tokenizer, loaded = load_processor(processor, trust_remote_code, tuple(media))
     if chat.template is not None:
         chat = replace(chat, template=read_template(chat.template))
-    feature_tokens: tuple[str, ...] = ()
+    feature_tokens: dict[str, str] = {}
     if loaded is not None:
-        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
-        chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
+        own = {name: token for name in MODALITIES if (token := getattr(loaded, f"{name}_token", None))}
+        for name, token in chat.tokens.items():
+            if own.get(name, token) != token:
+                raise ValueError(
+                    f"chat.tokens[{name!r}]={token!r}: the processor has {own[name]!r} for this, so leave it out"
+                )
+        chat = replace(chat, tokens={**chat.tokens, **own})
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)
-            feature_tokens = (*visual.feature_tokens, *(chat.media_tokens[name] for name in media))
+            feature_tokens = visual.feature_tokens | {name: chat.media_tokens[name] for name in media}
     encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at, media)
     encoder.check()
     return encoder

@@ -171,6 +171,22 @@ class ChatTemplate:
 
     # -- what it can write ---------------------------------------------------------------------------------------------
 
+    def fault(self) -> str:
+        """Why it cannot write a conversation of two messages; empty: it can, or there is no template."""
+        if not self.source():
+            return ""
+        reason = ""
+        for content in ([{"type": "text", "text": PROBE}], PROBE):
+            try:
+                text = self.render([{"role": role, "content": content} for role in ("user", "assistant")], False)
+            except ExampleError as error:
+                reason = str(error).replace("is refused by the chat template", "refuses a conversation", 1)
+            else:
+                if PROBE in text:
+                    return ""
+                reason = "leaves out what is said"
+        return reason
+
     def refused_variable(self, variables: Iterable[str]) -> str:
         """The first variable that the template does not have, and why it is refused; empty: all can be set."""
         writer = self.tokenizer if self.processor is None else self.processor

@@ -73,7 +73,7 @@ class StepSampler(DistributedSampler):
         """
         self.usable = [m.number_usable for m in measured]
         if not measured or not all(self.usable):
-            raise ValueError("a split needs sources, and each source a usable example")
+            raise ValueError(f"a split needs sources, and each source a usable example; they have {self.usable}")
         super().__init__(range(1), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # pyright: ignore
         self.measured, self.size, self.packing = list(measured), size, packing
         self.weights, self.samples, self.kept_in = weights, samples, kept_in

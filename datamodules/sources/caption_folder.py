@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..errors import ExampleError
 from ..example import Example, Image, Message
-from ..files import File, Roots, roots_of
+from ..files import File, Roots, folders_of
 from ..limits import Limits
 from ..media.modalities import IMAGES
 from ..remote import Folder
@@ -51,7 +51,7 @@ class CaptionFolder(Source):
             prompt = "{}" if task == "draw" else "Describe the image."
         if task == "draw" and "{}" not in prompt:
             raise ValueError(f"prompt={prompt!r} must have {{}} in it, for the caption that is to be drawn")
-        self.roots, self.prompt, self.task, self.limits = roots_of(root), prompt, task, limits
+        self.roots, self.prompt, self.task, self.limits = folders_of(root, "CaptionFolder"), prompt, task, limits
         self.root = self.roots[0]
         if isinstance(self.root, Folder):
             raise ValueError(f"CaptionFolder: {root} is remote: give a list of its files as JSON, or tars of them")

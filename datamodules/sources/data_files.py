@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import remote
+from ..files import started_in
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -30,8 +31,9 @@ def matching(
         ValueError: there is no file, or a match of the pattern is a link to another place. A path that is given is
             followed wherever it leads.
     """
+    given = paths
     if isinstance(paths, str) and BRACES.search(paths):
-        parts = [matching(part, f"{called}: {part}", link_roots, ending) for part in expanded(paths)]
+        parts = [matching(part, called, link_roots, ending) for part in expanded(paths)]
         paths = [path for part in parts for path in part]
     elif isinstance(paths, str) and remote.is_remote(paths):
         paths = remote.found(paths, ending, called)
@@ -48,8 +50,30 @@ def matching(
                 )
         paths = [str(path) for path in found]
     if not paths:
-        raise ValueError(f"{called}: there are no such files")
+        raise missing(called, str(given))
+    for path in paths:
+        check_file(path, called)
     return list(paths)
+
+
+def check_file(path: str | Path, called: str) -> None:
+    """
+    Args:
+        path: of a file. Remote ones are not checked: they are found when they are read.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not remote.is_remote(path) and not Path(path).is_file():
+        raise missing(called, str(path))
+
+
+def missing(called: str, path: str) -> ValueError:
+    """The error for files that are not there."""
+    if not remote.is_remote(path) and Path(path).is_dir():
+        return ValueError(f"{called}: {path} is a folder, and has no file that can be read: give the path of a file")
+    where = "" if remote.is_remote(path) else started_in(path)
+    return ValueError(f"{called}: there is no file {path}{where}: correct the path")
 
 
 def expanded(text: str) -> list[str]:

@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example
-from ..files import File, Roots, roots_of
+from ..files import File, Roots, folders_of
 from ..limits import Limits
 from .bounded import Bounded
+from .data_files import missing
 from .records import DESCRIBE, FORMS, Records, check_columns, media_keys
 from .source import Source
 from .stream import Place, Stream
@@ -43,8 +44,8 @@ class HFDataset(Source):
             prompt: the user's words for rows that are only a caption.
             limits: what its examples and files may have at most.
         """
-        rows: Any = undecoded(_loaded(path, data_files, split, False, limits))
-        self.media_roots, self.limits = roots_of(media_root), limits
+        rows: Any = undecoded(_loaded(path, data_files, split, False, limits, type(self).__name__))
+        self.media_roots, self.limits = folders_of(media_root, "media_root"), limits
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         columns = [name for name in rows.column_names if name not in ignore]
         if not set(NEEDED) & set(columns):
@@ -128,9 +129,9 @@ class HFStream(Stream):
 
         rows: Any = path
         if not isinstance(path, datasets.IterableDataset):
-            rows = _loaded(path, data_files, split, True, limits)
+            rows = _loaded(path, data_files, split, True, limits, type(self).__name__)
         self._rows: Any = undecoded(rows)
-        self.media_roots, self.shuffle, self.limits = roots_of(media_root), shuffle, limits
+        self.media_roots, self.shuffle, self.limits = folders_of(media_root, "media_root"), shuffle, limits
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._label = f"{path if isinstance(path, str) else 'IterableDataset'} {data_files or ''}".strip()
 
@@ -162,7 +163,9 @@ class HFStream(Stream):
         return self.records.example(row)
 
 
-def _loaded(path: str, data_files: str | Sequence[str] | None, split: str, streaming: bool, limits: Limits) -> Any:
+def _loaded(
+    path: str, data_files: str | Sequence[str] | None, split: str, streaming: bool, limits: Limits, called: str
+) -> Any:
     """As `datasets.load_dataset`, within limits.
 
     Raises:
@@ -172,7 +175,12 @@ def _loaded(path: str, data_files: str | Sequence[str] | None, split: str, strea
     from datasets.exceptions import DatasetGenerationError
 
     files = data_files if data_files is None or isinstance(data_files, str) else list(data_files)
-    builder: Any = datasets.load_dataset_builder(path, data_files=files)
+    try:
+        builder: Any = datasets.load_dataset_builder(path, data_files=files)
+    except FileNotFoundError as error:
+        raise ValueError(f"{called}: {path} {files or ''} cannot be found: {error}") from error
+    if builder.config.data_files is not None and not any(builder.config.data_files.values()):
+        raise missing(called, str(files or path))
     if files is None and Path(path).is_dir():
         _check_inside(Path(path), builder.config.data_files or {})
     if isinstance(builder, datasets.ArrowBasedBuilder):

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..errors import ExampleError
 from ..example import Example
-from ..files import File, Roots, opened, roots_of
+from ..files import File, Roots, folders_of, opened
 from ..limits import Limits
-from ..remote import is_remote
-from .data_files import stamp
+from ..remote import facts, is_remote
+from .data_files import check_file, stamp
 from .line_index import LineIndex
 from .records import DESCRIBE, Records
 from .source import Source
@@ -39,8 +39,11 @@ class JSONSource(Source):
             limits: what its examples may have at most.
         """
         self.path, self.limits = path if is_remote(path) else Path(path), limits
+        check_file(path, type(self).__name__)
+        if is_remote(path):
+            facts([str(path)])
         folder = str(path).rpartition("/")[0] if is_remote(path) else Path(path).parent
-        self.media_roots = roots_of(folder if media_root is None else media_root)
+        self.media_roots = folders_of(folder if media_root is None else media_root, "media_root")
         self.records = Records(self.media_roots, tuple(ignore), prompt)
         self._open()
 

@@ -127,11 +127,11 @@ class HFDecoder(HFComponent, LanguageModel):
         has_router_loss = getattr(text, "output_router_logits", False)
         self._routers = routers_of(whole, decoder, self._names, text) if has_router_loss else None
         self.auxiliary_losses = {ROUTER_LOSS: self._routers.coefficient} if self._routers is not None else {}
-        self.placeholders = [
-            getattr(self.config, name)
-            for name in ("image_token_id", "video_token_id")
-            if getattr(self.config, name, None) is not None
-        ]
+        self.placeholders = {
+            modality: token
+            for modality in ("image", "video")
+            if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
+        }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
         self._stages: dict[range, Stage] = {}
@@ -379,7 +379,7 @@ class HFDecoder(HFComponent, LanguageModel):
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
         if self._image_masks is not None and "token_type_ids" not in inputs:
             ids_BS = inputs["input_ids"]
-            inputs["token_type_ids"] = torch.stack([ids_BS == one for one in self.placeholders]).any(0).long()
+            inputs["token_type_ids"] = torch.stack([ids_BS == one for one in self.placeholders.values()]).any(0).long()
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -389,7 +389,7 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def _known_ids(self, ids_BS: Tensor) -> Tensor:
         """Token ids, without placeholders that have no embedding; features replace these anyway."""
-        for placeholder in self.placeholders:
+        for placeholder in self.placeholders.values():
             if placeholder >= self.vocabulary:
                 ids_BS = ids_BS.masked_fill(ids_BS == placeholder, 0)
         return ids_BS
@@ -440,7 +440,7 @@ class HFDecoder(HFComponent, LanguageModel):
         between = Between(h_BSD)
         if self._handed_on.layer_inputs:
             ids_BS = inputs["input_ids"]
-            for placeholder in self.placeholders:
+            for placeholder in self.placeholders.values():
                 ids_BS = ids_BS.masked_fill(ids_BS == placeholder, self.config.get_text_config().pad_token_id)
             of_ids = self._decoder.get_per_layer_inputs(ids_BS)
             between.layer_inputs = self._decoder.project_per_layer_inputs(h_BSD, of_ids)

@@ -25,7 +25,7 @@ def agrees(llm: LanguageModel, cache: Any, layers: range, device: torch.device) 
         cache: an empty cache of the stage.
         layers: those of the stage.
     """
-    usable = [token for token in range(llm.vocabulary) if token not in llm.placeholders][:TOKENS]
+    usable = [token for token in range(llm.vocabulary) if token not in llm.placeholders.values()][:TOKENS]
     ids_1S = torch.tensor([(usable * TOKENS)[:TOKENS]], device=device)
     h_1SD = torch.randn(1, TOKENS, llm.width, generator=torch.Generator().manual_seed(0))
     h_1SD = h_1SD.to(device, next(llm.parameters()).dtype)

@@ -73,6 +73,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "Qwen3-VL": partial(_vision_language, "qwen3_vl"),
     "Qwen2.5-VL": partial(_vision_language, "qwen2_5_vl"),
     "llava-onevision": partial(_vision_language, "llava_onevision"),
+    "gemma-3": partial(_vision_language, "gemma3"),
     "Qwen3-4B": _qwen3,
     "siglip2": _siglip2,
 }

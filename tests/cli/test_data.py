@@ -22,7 +22,7 @@ def _there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def config_of(path: Path, **changes: Any) -> list[str]:
-    """Options that read a config of some data, and of no model to speak of."""
+    """Options that read a config of some data and a tiny model."""
     source = {"class_path": "bigmac_lightning.datamodules.MessagesJSONL", "init_args": {"path": str(path)}}
     visual = {
         "class_path": "bigmac_lightning.datamodules.PatchProcessor",
@@ -38,8 +38,15 @@ def config_of(path: Path, **changes: Any) -> list[str]:
         **changes,
     }
     data = {"class_path": "bigmac_lightning.datamodules.MultimodalDataModule", "init_args": arguments}
-    llm = {"class_path": "bigmac_lightning.models.HFDecoder", "init_args": {"config": {"model_type": "nothing"}}}
-    model = {"class_path": "bigmac_lightning.models.MultimodalLM", "init_args": {"llm": llm}}
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    parts = {
+        "llm": ("HFDecoder", {"config": {"model_type": "qwen3", **size, "vocab_size": 262}}),
+        "image": ("VisionEncoder", {"width": 16, "config": {"model_type": "siglip_vision_model", **size}}),
+        "drawn": ("FlowGenerator", {"width": 16, "channels": 3}),
+    }
+    made = {k: {"class_path": f"bigmac_lightning.models.{n}", "init_args": given} for k, (n, given) in parts.items()}
+    model_arguments = {"llm": made["llm"], "encoders": {"image": made["image"]}, "generators": {"image": made["drawn"]}}
+    model = {"class_path": "bigmac_lightning.models.MultimodalLM", "init_args": model_arguments}
     Path("run.yaml").write_text(yaml.safe_dump({"data": data, "model": model}))
     return ["--config", "run.yaml"]
 

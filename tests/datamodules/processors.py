@@ -259,7 +259,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     if name == "gemma4":
         text.vocab_size_per_layer_input = text.vocab_size
     text.output_router_logits = False  # of whole microbatches, and so not comparable sample by sample
-    features = HFVisual(processor).feature_tokens
+    features = HFVisual(processor).feature_tokens.values()
     for attribute, token in zip(("image_token_id", "video_token_id"), features, strict=False):
         setattr(config, attribute, processor.tokenizer.convert_tokens_to_ids(token))
     for attribute in ("vision_start", "vision_end"):

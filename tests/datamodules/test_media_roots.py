@@ -215,7 +215,10 @@ def test_keys_of_a_file_are_used_or_refused(given: Any, reason: str, tmp_path: P
 
 
 @pytest.mark.parametrize("given", ["photos", ["photos", "blobs"]])
-def test_in_yaml(given: Any, tmp_path: Path) -> None:
+def test_in_yaml(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "blobs"):
+        (tmp_path / folder).mkdir()
     parser = ArgumentParser()
     parser.add_subclass_arguments(Source, "source")
     path = write_jsonl(tmp_path / "d.jsonl", [])

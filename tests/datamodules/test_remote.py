@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import PIL.Image
 import pytest
 import s3fs
 
+from bigmac_lightning.checkpoints.remote import at
 from bigmac_lightning.datamodules import (
     CaptionFolder,
     ExampleError,
@@ -23,6 +25,7 @@ from bigmac_lightning.datamodules import (
     remote,
 )
 from bigmac_lightning.datamodules.example import Size
+from bigmac_lightning.datamodules.sources import text_files
 from tests.datamodules.examples import data, said, train_loader, write_jsonl
 from tests.datamodules.test_resume import names, pixels
 
@@ -112,20 +115,18 @@ def test_a_changed_file_has_another_fingerprint(s3: str, folder: Path, tmp_path:
 
 def test_what_cannot_be_found(s3: str, tmp_path: Path) -> None:
     for paths, wrong in (
-        (f"{s3}/*.zip", "WebDatasetTars: there are no such files"),
-        (f"{s3}/7.tar", "there are no such files"),
-        ("s3://other/*.tar", "other.*cannot be looked for|there are no such files"),
+        (f"{s3}/*.zip", r"WebDatasetTars: there is no file s3://shards/\*\.zip: correct the path"),
+        (f"{s3}/7.tar", "there is no file"),
+        ("s3://other/*.tar", "other.*cannot be looked for|there is no file"),
         ([f"{s3}/7.tar"], r"7\.tar cannot be found: FileNotFoundError"),
         ("nothing://a.tar", "nothing://a.tar cannot be looked for: ValueError: Protocol not known"),
     ):
         with pytest.raises(ValueError, match=wrong):
             WebDatasetTars(paths, index_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"TextFiles: .* is remote, which only WebDatasetTars"):
-        TextFiles(f"{s3}/a.txt")
     with pytest.raises(ValueError, match=r"CaptionFolder: s3://shards is remote: give a list"):
         CaptionFolder(s3)
     with pytest.raises(ValueError, match=r"media_root has s3://shards, which is remote, and others: give one folder"):
-        MessagesJSONL(tmp_path / "a.jsonl", media_root=[s3, tmp_path])
+        MessagesJSONL(write_jsonl(tmp_path / "a.jsonl", []), media_root=[s3, tmp_path])
     with pytest.raises(ValueError, match=r"none\.jsonl cannot be found: FileNotFoundError"):
         MessagesJSONL(f"{s3}/none.jsonl", index_dir=tmp_path)
 
@@ -167,6 +168,46 @@ def test_json_and_its_media(s3: str, tmp_path: Path, kind: Any, monkeypatch: pyt
     [measured] = own._measured["train"]
     assert sorted(measured.errors) == [3]
     assert measured.sizes(2) == [Size(900, 900)]
+
+
+def test_texts(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files, and texts between separators, also where pieces are read that end within a separator."""
+    (tmp_path / "1.txt").write_bytes(b"\xef\xbb\xbf" + "eins ä\n\n\nzwei\n\n \n\n\n\nthree".encode())
+    (tmp_path / "2.txt").write_text("\n\n\nfour\n\n")
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    system.put([str(tmp_path / name) for name in ("1.txt", "2.txt")], "shards/")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for separator in (None, "\n\n"):
+        local = TextFiles(f"{tmp_path}/*.txt", separator)
+        expected = [_text(local[i]) for i in range(len(local))]
+        assert expected == ["eins ä", "\nzwei", "three", "\nfour"] or separator is None
+        for piece in (1 << 24, 1, 2, 5):
+            monkeypatch.setattr(text_files, "PIECE", piece)
+            found = TextFiles(f"{s3}/*.txt", separator, index_dir=tmp_path / str(piece))
+            assert [_text(found[i]) for i in range(len(found))] == expected
+        assert found.identity() != local.identity()
+        assert pickle.loads(pickle.dumps(found)).fingerprint() == found.fingerprint()
+    monkeypatch.setattr(text_files, "_spans", lambda *_: pytest.fail("the places of texts are kept"))
+    assert len(TextFiles(f"{s3}/*.txt", "\n\n", index_dir=tmp_path / "5")) == 4
+    system.pipe("shards/2.txt", b"other")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.undo()
+    changed = TextFiles(f"{s3}/*.txt", "\n\n", index_dir=tmp_path / "5")
+    assert _text(changed[3]) == "other"
+
+
+def _text(example: Any) -> str:
+    [message] = example.messages
+    return "".join(message.parts)
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # it is not there
+    for make in (WebDatasetTars, MessagesJSONL, TextFiles, LlavaJSON):
+        with pytest.raises((ValueError, ImportError), match="its package is missing: pip install gcsfs"):
+            make("gs://bucket/a.jsonl")
+    with pytest.raises(ImportError, match="gs://bucket/run cannot be reached: its package is missing: pip install gcs"):
+        at("gs://bucket/run").exists()
 
 
 def test_paths_that_lead_out_of_a_remote_folder() -> None:

@@ -91,7 +91,7 @@ def test_the_end() -> None:
 def test_placeholders_of_features_are_never_written() -> None:
     module, _ = _both()
     first = next(written(module, _prompt(), Sampling(1)))
-    module.llm.placeholders = [first, 10**6]
+    module.llm.placeholders = {"image": first, "video": 10**6}
     assert first not in [*written(module, _prompt(), Sampling(20))]
 
 
