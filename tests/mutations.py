@@ -166,6 +166,13 @@ FAULTS = [
         "tests/datamodules/test_streams.py -k parts",
     ),
     Fault(
+        "the plan that is shown has other costs than a training begins with",
+        f"{PACKAGE}/commands/plan_config.py",
+        "    assumed = microbatch if data is None else typical_microbatch(module, data)\n",
+        "    assumed = microbatch\n",
+        "tests/cli/test_plan_config.py -k fit_begins",
+    ),
+    Fault(
         "all ranks say that their number is wrong",
         f"{PACKAGE}/commands/config.py",
         "            if self.trainer.global_rank == 0:\n",

@@ -15,12 +15,15 @@ from bigmac_lightning.schedule.draw import TerminalTimeline, picture, plan_title
 from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.plan import Plan, PlanError
 from bigmac_lightning.schedule.request import PlanRequest
+from bigmac_lightning.schedule.simulate import Timeline
 from bigmac_lightning.schedule.verify import verify
 from bigmac_lightning.schedule.viewer.page import planned_track, write_page
 from bigmac_lightning.schedule.workload import Workload
 from bigmac_lightning.whole_tables import print_whole
 
 PICTURES = (".png", ".svg", ".pdf")
+OUTPUTS = (".json", ".html", *PICTURES)
+OUTPUT = "Write plan.json, a page for browsers: .html, or a picture: .png, .svg, .pdf. Default: the terminal."
 CHECKED = ("plan", "output", "workload", "memory", "max_encoder_units", "max_llm_microbatches")
 """The options that apply to the plan of a file."""
 
@@ -34,13 +37,13 @@ def main(argv: Sequence[str]) -> int:
     stage_costs = "Per stage, its times of F, B, I and W, where stages differ: [[1,2,1,1],[1.3,2.6,1.3,1.3]]."
     parser.add_argument("--stage_costs", type=STAGE_COSTS, default=None, help=stage_costs)
     parser.add_argument("--plan", type=TEXT, default=None, help="Check and show this plan file instead of making one.")
-    output = "Write plan.json, a page for browsers: .html, or a picture: .png, .svg, .pdf. Default: the terminal."
-    parser.add_argument("--output", type=TEXT, default=None, help=output)
+    parser.add_argument("--output", type=TEXT, default=None, help=OUTPUT)
     return answer("plan", lambda: _run(parser.parse_args(list(argv)), parser.get_defaults()))
 
 
 def _run(arguments: Namespace, defaults: Namespace) -> None:
-    suffix, console = check_suffix(arguments.output, (".json", ".html", *PICTURES)), Console()
+    check_suffix(arguments.output, OUTPUTS)
+    console = Console()
     if arguments.plan is None:
         request = request_of(arguments, " (or --plan FILE)", stage_costs=arguments.stage_costs)
         plan, reason = _make(request)
@@ -56,17 +59,29 @@ def _run(arguments: Namespace, defaults: Namespace) -> None:
         bound = lower_bound(plan, arguments.max_encoder_units, workload)
         print_whole(console, table(plan, timeline, bound, memory and memory.peaks(plan, workload)))
         console.print(TerminalTimeline(spans_of(plan, timeline)))
-        return
-    if suffix == ".json":
-        plan.save(arguments.output)
-    elif suffix == ".html":
-        write_page(arguments.output, plan_title(plan), [planned_track(plan, timeline, workload, memory)])
+    else:
+        write_plan(plan, timeline, arguments.output, workload, memory, console)
+
+
+def write_plan(
+    plan: Plan,
+    timeline: Timeline,
+    output: str,
+    workload: Workload | None,
+    memory: MemoryBudget | None,
+    console: Console,
+) -> None:
+    """Write a plan as a file of one of the `OUTPUTS`, and say so."""
+    if output.endswith(".json"):
+        plan.save(output)
+    elif output.endswith(".html"):
+        write_page(output, plan_title(plan), [planned_track(plan, timeline, workload, memory)])
     else:
         try:
-            picture(plan, timeline, arguments.output, workload, memory)
+            picture(plan, timeline, output, workload, memory)
         except ImportError as problem:
             raise PlanError("pictures need matplotlib: pip install 'bigmac-lightning[quickstart]'") from problem
-    text = f"{arguments.output}: makespan {timeline.makespan:g}, ideal {plan.ideal:g}"
+    text = f"{output}: makespan {timeline.makespan:g}, ideal {plan.ideal:g}"
     console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -1,7 +1,8 @@
-"""The command `bigmac plan --config`: shows what each rank of a run will need and how its batches will be planned.
+"""The command `bigmac plan --config`: shows what each rank of a run will need, and the plan of its first batch.
 
-It builds the model on the meta device and the strategy. It starts no processes and reads neither data nor weights. If
-the processor of a MultimodalDataModule is there, its tokens are checked against the model, as in a run.
+It builds the model on the meta device, the strategy and the data. It starts no processes and reads no weights and no
+contents of media. If the processor of a MultimodalDataModule is there, its tokens are checked against the model, as in a
+run.
 """
 
 import math
@@ -10,12 +11,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from bigmac_lightning.commands.answer import answer
+from bigmac_lightning.commands.answer import PROBLEMS, answer, text_of
 from bigmac_lightning.commands.config import ConfigReader
+from bigmac_lightning.commands.plan import OUTPUT, OUTPUTS, write_plan
+from bigmac_lightning.commands.request import check_suffix
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.ranks import Precision
@@ -24,9 +29,10 @@ from bigmac_lightning.estimates.table import count_text, partition_table
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.draw import TerminalTimeline, spans_of, table
 from bigmac_lightning.schedule.measured_costs import MeanWork
+from bigmac_lightning.training.first_batch import first_batch
 from bigmac_lightning.training.known_costs import check_known, measured_at, scaling_text
-from bigmac_lightning.training.options import OPTION_OF, PipelineOptions
-from bigmac_lightning.training.stages import resolve_options
+from bigmac_lightning.training.options import DEFAULT_COSTS, OPTION_OF, PipelineOptions
+from bigmac_lightning.training.stages import resolve_options, typical_microbatch
 from bigmac_lightning.training.strategy import BigMacStrategy
 from bigmac_lightning.whole_tables import print_whole
 
@@ -39,14 +45,21 @@ HELP = {
     "target_shape": "shape of a target; default: the data's target.shape, or [3, 512, 512]",
 }
 
-OF_ONE_STEP = (
-    "this is the plan of a step whose microbatches are all alike; a training plans each batch for the tokens, media "
-    "and targets that it has"
+OF_FIRST_BATCH = (
+    "this is the plan of the first batch, with which bigmac fit begins; each batch has a plan of its own, for the "
+    "tokens, media and targets that it has"
 )
+OF_EQUAL = "this is the plan of a step whose microbatches are all alike, and not of the first batch, as"
+TRAINER = ("overfit_batches", "limit_train_batches", "use_distributed_sampler", "num_nodes")
+"""The Trainer's arguments that the first batch depends on, besides the number of processes."""
+
+
+class NoFirstBatchError(Exception):
+    """The first batch is not known; the text is the reason."""
 
 
 class RunReader(ConfigReader):
-    """Builds the model and the strategy of a config.
+    """Builds the model and the strategy of a config, and its data if it is asked to.
 
     Attributes:
         model: the model, on the meta device.
@@ -55,9 +68,8 @@ class RunReader(ConfigReader):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         optional: Any = int | None
-        parser.add_argument(
-            "--microbatches", type=optional, help="microbatches of a step; default: the config's, or 4 per rank"
-        )
+        help = "microbatches of a step that are all alike; default: those of the first batch, for which data are read"
+        parser.add_argument("--microbatches", type=optional, help=help)
         for field in fields(TypicalMicrobatch):
             kind: Any = list[int] | None if field.name == "target_shape" else optional
             parser.add_argument(f"--microbatch.{field.name}", type=kind, help=HELP[field.name])
@@ -84,6 +96,30 @@ class RunReader(ConfigReader):
         if not str(devices).isdigit():
             raise ValueError(f"trainer.devices is {devices!r}; a plan needs their number, such as --trainer.devices 8")
         return int(devices) * self.strategy.ranks_per_device * trainer["num_nodes"]
+
+    def data(self) -> pl.LightningDataModule:
+        """The data of the run.
+
+        Raises:
+            NoFirstBatchError: they cannot be made, or the command's arguments say what a step has.
+        """
+        given = {f"microbatch.{name}": value for name, value in vars(self.config["microbatch"]).items()}
+        given["microbatches"] = self.config["microbatches"]
+        if options := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise NoFirstBatchError(f"{', '.join(options)} {'say' if len(options) > 1 else 'says'} what a step has")
+        seed = self.config["seed_everything"]
+        if seed is not False:
+            seed_everything(None if seed is True else seed, workers=True, verbose=False)
+        try:
+            return self.parser.instantiate_classes(Namespace(data=self.config["data"]))["data"]
+        except Exception as error:
+            raise NoFirstBatchError(_reason_of(error)) from error
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """The Trainer's arguments that the first batch depends on."""
+        known = self.config["trainer"]
+        return {"devices": self.world_size // known["num_nodes"], **{name: known[name] for name in TRAINER}}
 
     def of_data(self, *path: str) -> Any:
         """An argument of the DataModule, or of one of its arguments; ``None`` if there is none of that name."""
@@ -127,6 +163,20 @@ class RunReader(ConfigReader):
         return replace(made, **(measured | given | shape))
 
 
+class PlanReader(RunReader):
+    """Reads what the command alone has, too."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        optional: Any = str | None
+        parser.add_argument("--output", type=optional, help=OUTPUT)
+
+
+def _reason_of(error: Exception) -> str:
+    """An error in one line; those that no user is to blame for with the name of their class."""
+    return text_of(error) if isinstance(error, PROBLEMS) else f"{type(error).__name__}: {text_of(error)}"
+
+
 def _amounts(work: MeanWork) -> dict[str, Any]:
     """The microbatch that was measured."""
     amounts = {"tokens": work.tokens, "media_rows": work.rows, "targets": work.targets}
@@ -138,7 +188,7 @@ def _amounts(work: MeanWork) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    return answer("plan", lambda: _show(RunReader("plan", argv), Console()), further=[TypeError])
+    return answer("plan", lambda: _show(PlanReader("plan", argv), Console()), further=[TypeError])
 
 
 @dataclass(frozen=True)
@@ -149,8 +199,9 @@ class Estimated:
         estimate: the estimate of a step.
         options, stages: those that the run will have.
         reason: why "auto" became what it is.
-        microbatch, microbatches: what a microbatch holds, and their number in a step.
+        microbatch, microbatches: what a mean microbatch holds, and their number in a step.
         replicas, size: the numbers of pipelines, and of the ranks of each.
+        first: whether it is the first batch of the run's data.
     """
 
     estimate: StepEstimate
@@ -161,19 +212,24 @@ class Estimated:
     microbatches: int
     replicas: int
     size: int
+    first: bool
 
     @property
     def seconds(self) -> float | None:
         """Seconds of a step, if its costs were measured."""
         known = self.options.known
-        return None if known is None else self.estimate.timeline.makespan + known.beside
+        return None if known is None or not self.estimate.seconds else self.estimate.timeline.makespan + known.beside
 
 
-def estimated(run: RunReader) -> Estimated:
+def estimated(run: RunReader, data: pl.LightningDataModule | None = None) -> Estimated:
     """Estimate a step of a run.
+
+    Args:
+        data: the run's data, whose first batch is the step; ``None``: a step whose microbatches are all alike.
 
     Raises:
         ValueError: the run is not possible, or its costs were measured for another one.
+        NoFirstBatchError: the data have no batch that a training would run.
     """
     module, strategy, microbatch = run.model, run.strategy, run.microbatch()
     assert isinstance(module, PipelineModule)
@@ -183,54 +239,74 @@ def estimated(run: RunReader) -> Estimated:
     if strategy.options.known is not None:
         file = str(strategy.options.schedule.costs_file)
         check_known(strategy.options.known, file, module, run.config["trainer"]["precision"])
-    options, stages, reason = resolve_options(module, strategy.options, size, microbatch)
-    microbatches = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
+    assumed = microbatch if data is None else typical_microbatch(module, data)
+    options, stages, reason = resolve_options(module, strategy.options, size, assumed)
+    microbatches, batch = (
+        run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size,
+        None,
+    )
+    if data is not None:
+        try:
+            batch = first_batch(module, data, options.layout(size, 0), dp, run.trainer_arguments)
+        except Exception as error:
+            raise NoFirstBatchError(_reason_of(error)) from error
+        microbatch, microbatches = TypicalMicrobatch.mean(batch), len(batch)
     module.adapt()
     name = run.config["trainer"]["precision"]
     costs_given, known, measured = strategy.options.schedule.given_costs is not None, options.known, None
     if known is not None:
         work = known.work.with_amounts(microbatch.tokens, microbatch.media_rows, microbatch.targets)
         measured = measured_at(known, module, stages, options, work)
-    estimate = StepEstimate(
-        module, options, stages, size, microbatch, microbatches, Precision.of(name), not costs_given, dp, measured
-    )
-    return Estimated(estimate, options, stages, reason, microbatch, microbatches, dp, size)
+    at = (microbatch, microbatches, Precision.of(name), not costs_given, dp, measured)
+    estimate = StepEstimate(module, options, stages, size, *at, batch=batch)
+    return Estimated(estimate, options, stages, reason, microbatch, microbatches, dp, size, batch is not None)
 
 
-def _show(run: RunReader, console: Console) -> None:
+def _show(run: PlanReader, console: Console) -> None:
+    check_suffix(run.config["output"], OUTPUTS)
     run.check_data()
-    found = estimated(run)
-    estimate, options, known = found.estimate, found.options, found.options.known
+    try:
+        found, text = estimated(run, run.data()), OF_FIRST_BATCH
+    except NoFirstBatchError as reason:
+        found, text = estimated(run), f"{OF_EQUAL} {reason}"
+    estimate = found.estimate
+    if run.config["output"]:
+        console.print(text, highlight=False, soft_wrap=True)
+        write_plan(estimate.plan, estimate.timeline, run.config["output"], estimate.workload, None, console)
+        return
     if found.reason:
         console.print(found.reason, highlight=False, soft_wrap=True)
     console.print(_components(run.model), highlight=False, soft_wrap=True)
     ranks = partition_table(estimate.ranks)
-    ranks.caption = _assumptions(run, found.microbatch, found.microbatches, found.replicas, found.size)
+    ranks.caption = _assumptions(run, found)
     print_whole(console, ranks)
+    console.print(_costs(run, found), highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
+    print_whole(console, table(estimate.plan, estimate.timeline))
+    console.print(TerminalTimeline(spans_of(estimate.plan, estimate.timeline)))
+
+
+def _costs(run: RunReader, found: Estimated) -> str:
+    """What the plan was made from."""
+    estimate, options, known = found.estimate, found.options, found.options.known
     costs = ", ".join(f"{kind}: {cost:.4g}" for kind, cost in asdict(estimate.costs).items() if cost)
-    if known is not None:
+    if known is not None and estimate.seconds:
         scaling = scaling_text(known, found.stages, options.parallel)
-        console.print(
+        return (
             f"costs of the plan, in seconds, by {options.schedule.costs_file}, measured on {known.device}: "
             f"{{{costs}}}{scaling and f' ({scaling})'}\n"
             f"a step takes {found.seconds:.4g} s: {estimate.timeline.makespan:.4g} s by the plan, and "
-            f"{known.beside:.4g} s for sums of gradients, the optimizer, and what is done before the first action",
-            highlight=False,
-            soft_wrap=True,
+            f"{known.beside:.4g} s for sums of gradients, the optimizer, and what is done before the first action"
         )
-    elif run.strategy.options.schedule.given_costs is not None:
-        console.print(f"costs of the plan, as the config says: {{{costs}}}", highlight=False, soft_wrap=True)
+    if run.strategy.options.schedule.given_costs is not None:
+        return f"costs of the plan, as the config says: {{{costs}}}"
+    if known is not None:
+        source = f"by the ratios of {options.schedule.costs_file}, which was measured with other parts trained"
+    elif found.first and options.assumed == DEFAULT_COSTS:
+        source = "guessed, as the data or the model do not say enough to estimate them"
     else:
-        console.print(
-            f"costs of the plan, estimated, in TFLOP: {{{costs}}}\n(training begins with these ratios if the data say "
-            "how many tokens a microbatch has, as MultimodalDataModule does, and otherwise with F: 1, B: 2, EF: 1, "
-            "EB: 2, G: 3; it goes on with the times that it has measured, unless the config gives costs)",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(OF_ONE_STEP, highlight=False, soft_wrap=True)
-    print_whole(console, table(estimate.plan, estimate.timeline))
-    console.print(TerminalTimeline(spans_of(estimate.plan, estimate.timeline)))
+        source = "estimated, in TFLOP"
+    return f"costs of the plan, {source}: {{{costs}}}\n(a training goes on with the times that it has measured)"
 
 
 def _components(module: PipelineModule) -> str:
@@ -266,8 +342,9 @@ def _peers(options: PipelineOptions) -> str:
     return f", each of {options.parallel.peers} processes ({listed}), of one of which the table tells" if sizes else ""
 
 
-def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: int, dp: int, size: int) -> str:
+def _assumptions(run: RunReader, found: Estimated) -> str:
     """The caption of the table: the assumptions of the estimates."""
+    microbatch, dp, mean = found.microbatch, found.replicas, "on average " if found.first else ""
     sample_tokens = run.strategy.options.sample_tokens
     seen = (
         f"over samples of {sample_tokens} tokens" if sample_tokens else "left out (the strategy has no sample_tokens)"
@@ -276,8 +353,8 @@ def _assumptions(run: RunReader, microbatch: TypicalMicrobatch, microbatches: in
     targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
     divided = _peers(run.strategy.options)
     return (
-        f"{dp} pipeline{'s' * (dp > 1)} of {size} ranks{divided}; "
-        f"{microbatches} microbatches of {microbatch.tokens} tokens{media}{targets}.\n"
+        f"{dp} pipeline{'s' * (dp > 1)} of {found.size} ranks{divided}; "
+        f"{found.microbatches} microbatches of {mean}{microbatch.tokens} tokens{media}{targets}.\n"
         f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments"
         f"{_shards(run.strategy.options)}; "
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "

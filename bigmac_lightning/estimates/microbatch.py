@@ -1,5 +1,6 @@
 """The microbatch that estimates are made for: how many tokens, media items and targets it holds, without contents."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,23 @@ class TypicalMicrobatch:
             target_rows=known.get("target_rows", default.target_rows),
             target_shape=tuple(known.get("target_shape", default.target_shape)),
         )
+
+    @classmethod
+    def mean(cls, batch: Batch) -> "TypicalMicrobatch":
+        """The mean microbatch of a batch, rounded up. Targets have the shape of the first one."""
+        media = [item for microbatch in batch.microbatches for item in microbatch.media]
+        amounts = {
+            "tokens": batch.tokens,
+            "media_rows": sum(item.rows for item in media),
+            "targets": len(batch.targets),
+        }
+        made: dict[str, Any] = {name: math.ceil(amount / len(batch)) for name, amount in amounts.items()}
+        if media:
+            made["item_rows"] = math.ceil(amounts["media_rows"] / len(media))
+        if batch.targets:
+            made["target_rows"] = math.ceil(sum(item.rows for item in batch.targets) / len(batch.targets))
+            made["target_shape"] = batch.targets[0].shape
+        return cls(**made)
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("media_rows", 0), ("item_rows", 1), ("targets", 0), ("target_rows", 1)):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.token_loss import CHUNK_ELEMENTS
 from bigmac_lightning.estimates.costs import FLOP, TERA, estimated_costs, media_cost, target_cost
@@ -22,8 +23,8 @@ from bigmac_lightning.schedule.plan import Costs, Plan
 from bigmac_lightning.schedule.simulate import Timeline, simulate
 from bigmac_lightning.training.known_costs import costs_of
 from bigmac_lightning.training.options import PipelineOptions
-from bigmac_lightning.training.planner import Planner
-from bigmac_lightning.training.trained import Trained, trained_with
+from bigmac_lightning.training.planner import PlannedBatch, Planner
+from bigmac_lightning.training.trained import Trained, nested_kinds, trained_with
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ class ReadyParts:
 
 
 class StepEstimate:
-    """The estimate of a step in which all microbatches are alike.
+    """The estimate of a step, which has numbers for the mean microbatch.
 
     Attributes:
         costs: what the plan was made with: the estimated costs in TFLOP, the costs of the options, or measured ones.
+        seconds: whether these are measured times.
         plan: the plan of the step.
+        workload: the work of its microbatches, in the unit of the costs.
         timeline: the simulation of the plan.
         ranks: what each rank holds, computes and needs.
     """
@@ -83,6 +86,7 @@ class StepEstimate:
         replicas: int = 1,
         measured: MeasuredCosts | None = None,
         parts: ReadyParts | None = None,
+        batch: Batch | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +96,8 @@ class StepEstimate:
             estimate_costs: whether to plan with estimated costs instead of the costs of the options.
             measured: what was measured of these stages and microbatches, for a plan in seconds.
             parts: what is known already.
+            batch: the batch that is planned, as a training with these options would at its start; ``None``: one of
+                such microbatches, with the best costs that are known.
 
         Raises:
             ValueError: no plan is possible within the caps of the options.
@@ -105,25 +111,48 @@ class StepEstimate:
         parts = parts or ReadyParts.of(module, options, stages, size, microbatch, precision, replicas)
         self._media, self._target, estimated = parts.media, parts.target, parts.estimated
         self._trained = self._find_trained()
-        self.costs = options.costs
+        self.costs, self.seconds, self.measured = options.costs, measured is not None, measured
+        if batch is not None:
+            planned = self._as_training(batch, replicas)
+            self.costs = planned.plan.costs
+        else:
+            planned = self._of_equal(microbatches, estimate_costs, estimated)
+        self.plan: Plan = planned.plan
+        self.workload = planned.workload
+        self.timeline: Timeline = simulate(self.plan, planned.workload)
+        self.ranks = [
+            replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
+            for rank, held in enumerate(parts.ranks)
+        ]
+
+    def _as_training(self, batch: Batch, replicas: int) -> PlannedBatch:
+        """The plan of a batch as a training makes it before it has measured anything."""
+        options, module, trained, measured = self.options, self.module, self._trained, self.measured
+        together = options.sharding.stages == "fsdp" and replicas * options.parallel.context > 1
+        alike = nested_kinds(module) if together else None
+        planner = Planner(options, self.size, 0, trained, module.encoders, alike)
+        self.seconds = measured is not None and measured.trained == trained.names
+        if measured is not None and self.seconds:
+            planner.rates = measured.rates
+        run = planner.run_of(batch)
+        if not run.microbatches:
+            raise ValueError("no microbatch of the first batch has anything to learn from, so there is nothing to plan")
+        return planner(run)
+
+    def _of_equal(self, microbatches: int, estimate_costs: bool, estimated: Costs) -> PlannedBatch:
+        """The plan of a step whose microbatches are all alike."""
+        options, module, size, measured = self.options, self.module, self.size, self.measured
         if estimate_costs:
             self.costs = costs_of(measured, size, estimated) if measured else estimated
             factors = None if measured or options.schedule.own_ranks else self._stage_factors()
             schedule = replace(options.schedule, costs=self.costs)
             options = replace(options, schedule=schedule, stage_factors=factors)
         encoder, generator = next(iter(module.encoders), ""), next(iter(module.generators), "")
-        batch = microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
+        batch = self.microbatch.batch(microbatches, options.layout(size, 0), encoder, generator)
         planner = Planner(options, size, 0, self._trained)
         if measured:
-            planner.rates = measured.of_equal_work(microbatch.items, microbatch.targets)
-        planned = planner(batch)
-        self.plan: Plan = planned.plan
-        self.timeline: Timeline = simulate(self.plan, planned.workload)
-        self.measured = measured
-        self.ranks = [
-            replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
-            for rank, held in enumerate(parts.ranks)
-        ]
+            planner.rates = measured.of_equal_work(self.microbatch.items, self.microbatch.targets)
+        return planner(batch)
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -145,7 +174,11 @@ class StepEstimate:
         for s, stage in enumerate(self.stages):
             parts = range(stage.start + (s > 0), stage.stop + 1 + (s == last))
             weights.append(adapters or any(trained.shares[part] > 0 for part in parts))
-        return trained_with(module, weights)
+        ranks = self.options.stage_rank(self.size)
+        some = {
+            rank for rank, trains in zip(ranks, weights, strict=True) if trains
+        }  # a rank's stages are not told apart
+        return trained_with(module, [rank in some for rank in ranks])
 
     def _tflop(self, rank: int, held: RankEstimate, costs: Costs) -> float:
         """The TFLOP of a rank in a step.
@@ -159,8 +192,15 @@ class StepEstimate:
         llm = FLOP * self._tokens / TERA * sum(times.of(stage) for stage in held.layers)
         backward = costs.EB * self._trained.encoder_backward if self._trained.encoders else 0.0
         unit = costs.EF * (1 + plan.recomputes) + backward
-        encoder = sum(_of_rank(plan.encoder_shares, plan, rank)) * unit
-        return llm * plan.microbatches + encoder + sum(_of_rank(plan.generator_shares, plan, rank)) * costs.G
+        encoder = self._of_rank("EF", plan.encoder_shares, rank) * unit
+        return llm * plan.microbatches + encoder + self._of_rank("G", plan.generator_shares, rank) * costs.G
+
+    def _of_rank(self, kind: str, shares: Sequence[Sequence[float]], rank: int) -> float:
+        """How many mean microbatches' worth of items a rank gets."""
+        total = self.workload.total(kind)
+        groups = [self.workload.total(kind, group) for group in self.plan.groups] if shares and total else []
+        parts = (row[rank] * work for row, work in zip(shares, groups, strict=False))
+        return sum(parts) * self.plan.microbatches / total if groups else 0.0
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -200,8 +240,3 @@ class StepEstimate:
         """How many of a rank's units one of its processes has; at least one of the items of a microbatch, as items are
         never split, if the rank has any."""
         return max(units / self._peers, min(units, 1 / items)) if items else 0.0
-
-
-def _of_rank(shares: Sequence[Sequence[float]], plan: Plan, rank: int) -> list[float]:
-    """How many microbatches' worth of each group's items a rank gets."""
-    return [row[rank] * len(group) for row, group in zip(shares, plan.groups, strict=True)] if shares else []

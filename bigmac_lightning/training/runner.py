@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.outputs import Mode, PipelineOutput
@@ -27,6 +26,7 @@ from bigmac_lightning.schedule.backbones import get_backbone
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.schedule.rates import Rates, described
 from bigmac_lightning.training.batch_agreement import BatchAgreement
+from bigmac_lightning.training.batch_checks import check_batch, check_ids
 from bigmac_lightning.training.batch_computation import BatchComputation
 from bigmac_lightning.training.batch_facts import fingerprint
 from bigmac_lightning.training.explaining import alive_in_plan, explain
@@ -38,7 +38,7 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.planner import PlannedBatch, Planner
 from bigmac_lightning.training.sharding import Sharding
 from bigmac_lightning.training.text_writing import TextWriter
-from bigmac_lightning.training.trained import Trained, TrainedParts
+from bigmac_lightning.training.trained import Trained, TrainedParts, nested_kinds
 
 
 class PipelineRunner:
@@ -94,8 +94,7 @@ class PipelineRunner:
         self._seen: set[Mode] = set()
         self.trained = TrainedParts(module, mesh, self.stage_rank, self.sharding)
         nothing, place = Trained.nothing(len(self.stages)), (mesh.pp_size, mesh.pp_rank)
-        kinds = [kind for kind, known in (("EF", module.encoders), ("G", module.generators)) if known]
-        alike = kinds if self.sharding.meets("llm") else None
+        alike = nested_kinds(module) if self.sharding.meets("llm") else None
         self.planner = Planner(options, *place, nothing, module.encoders, alike)
         self.evaluation_planner = Planner(options, *place, nothing, module.encoders)
         self._writer = TextWriter(module, self.stages, self.executor, self.dtype, forward_context, self.sharding)
@@ -275,59 +274,11 @@ class PipelineRunner:
         return run, planned
 
     def check(self, batch: Batch, mode: Mode) -> None:
-        """Refuse a batch that does not fit. Only metadata that all ranks have is checked, so all ranks refuse it.
-
-        Raises:
-            TypeError, ValueError: the message names the microbatch and what to change.
-        """
-        if not isinstance(batch, Batch):
-            raise TypeError(
-                f"the pipeline got a {type(batch).__name__}; a DataModule for strategy='bigmac' "
-                "must collate samples to a bigmac_lightning.Batch"
-            )
-        own = self.layout
-        made_for = replace(batch.layout, rank=own.rank, peer=own.peer, microbatches=own.microbatches)
-        if made_for != self.layout:
-            raise ValueError(
-                f"the DataModule made this batch for {batch.layout}, but the pipeline is {self.layout}: "
-                "let its collate function use the layout of trainer.strategy.pipeline_layout"
-            )
-        if not batch.microbatches:
-            raise ValueError("the batch has no microbatches")
-        if problem := batch.problem(self.mesh.pp_size):
-            raise ValueError(problem)
+        """Refuse a batch that does not fit; see `check_batch`."""
+        check_batch(batch, mode, self.layout, self.module)
         if mode not in self._seen:  # only once, as reading ids back from the device waits for it
-            self._check_ids(batch)
+            check_ids(batch, self.module.llm, self.mesh.device)
             self._seen.add(mode)
-        wanted = self.options.microbatches
-        if mode == "train" and wanted is not None and len(batch) != wanted:
-            raise ValueError(
-                f"the strategy was given microbatches={wanted}, but the batch has {len(batch)}: change "
-                "microbatches or the DataModule's batch size (a last, smaller batch: drop_last=True)"
-            )
-        for m, microbatch in enumerate(batch.microbatches):
-            for what, items, positions, known in (
-                ("media", microbatch.media, microbatch.media_positions, self.module.encoders),
-                ("target", microbatch.targets, microbatch.target_positions, self.module.generators),
-            ):
-                if (rows := sum(item.rows for item in items)) != len(positions):
-                    raise ValueError(f"microbatch {m}: {what} items have {rows} rows, but {len(positions)} positions")
-                for item in items:
-                    name = item.encoder if isinstance(item, MediaItem) else item.generator
-                    if name not in known:
-                        raise ValueError(f"microbatch {m}: no {what} component {name!r}; the model has {list(known)}")
-
-    def _check_ids(self, batch: Batch) -> None:
-        vocabulary = self.module.llm.vocabulary
-        known = torch.tensor([*self.module.llm.placeholders.values()], device=self.mesh.device)
-        for m, microbatch in enumerate(batch.microbatches if vocabulary else ()):
-            ids = microbatch.inputs["input_ids"].flatten()
-            for what, given in (("token", ids[~torch.isin(ids, known)]), ("label", microbatch.labels)):
-                if len(given) and not 0 <= int(given.min()) <= int(given.max()) < vocabulary:
-                    raise ValueError(
-                        f"microbatch {m} has {what} ids from {int(given.min())} to {int(given.max())}, but the LLM's "
-                        f"vocabulary has {vocabulary}: use the tokenizer that belongs to the model, or set vocab_size"
-                    )
 
     def _explain(
         self, error: Exception, computation: BatchComputation, planned: PlannedBatch, numbers: Sequence[int]

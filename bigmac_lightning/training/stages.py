@@ -37,9 +37,8 @@ def peers_of(mesh: PipelineMesh, sizes: ParallelSizes) -> StagePeers | None:
     )
 
 
-def typical_microbatch(module: PipelineModule) -> TypicalMicrobatch | None:
+def typical_microbatch(module: PipelineModule, data: Any) -> TypicalMicrobatch | None:
     """The microbatch that estimates assume in a run, if its DataModule says how many tokens it has."""
-    data: Any = getattr(module.trainer, "datamodule", None)
     amounts = getattr(data, "typical_amounts", {})  # `ParallelDataModule` has them
     return TypicalMicrobatch.of_data(amounts, bool(module.encoders), bool(module.generators)) if amounts else None
 

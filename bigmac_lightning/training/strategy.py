@@ -265,7 +265,8 @@ class BigMacStrategy(SteppingStrategy):
         if self.options.known is not None:
             file = self.options.schedule.costs_file
             check_known(self.options.known, str(file), module, self.precision_plugin.precision, self.root_device.type)
-        self._options, stages, reason = resolve_options(module, self.options, pp, typical_microbatch(module))
+        data = getattr(module.trainer, "datamodule", None)
+        self._options, stages, reason = resolve_options(module, self.options, pp, typical_microbatch(module, data))
         stage_rank = self._options.stage_rank(pp)
         if reason:
             rank_zero_info(reason)
@@ -292,7 +293,7 @@ class BigMacStrategy(SteppingStrategy):
             planned = PlanningCollate(given, planner, self._check_batches == "every")
             dataloader.collate_fn = planned  # pyright: ignore[reportAttributeAccessIssue]
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
-            worker_init = partial(pl_worker_init_function, rank=self.mesh.dp_rank)
+            worker_init = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
             dataloader.worker_init_fn = worker_init  # pyright: ignore[reportAttributeAccessIssue]
         module = self.lightning_module
         if not isinstance(module, PipelineModule) or not module.trainer.training:

@@ -13,6 +13,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.runtime.gradients import SharedParameters
 from bigmac_lightning.runtime.lowering import Needs
 from bigmac_lightning.runtime.mesh import PipelineMesh
+from bigmac_lightning.schedule.action import Kind
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.training.sharding import Sharding
 
@@ -224,6 +225,12 @@ def trained_with(module: PipelineModule, weights: Sequence[bool]) -> Trained:
         names |= {name for name, encoder in encoders.items() if next(encoder.parameters(), None) is None}
     generator = _is_trained(module.generators)
     return Trained(tuple(weights), frozenset(names), generator, backward_share(encoders.values()))
+
+
+def nested_kinds(module: PipelineModule) -> list[Kind]:
+    """The kinds of forwards that a model has beside those of the LLM."""
+    kinds: list[Kind] = ["EF"] if module.encoders else []
+    return [*kinds, "G"] if module.generators else kinds
 
 
 def backward_share(encoders: Iterable[nn.Module]) -> float:

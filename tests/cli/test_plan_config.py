@@ -1,4 +1,4 @@
-"""`bigmac plan --config`: what a run will need, at full size, without its data and weights."""
+"""`bigmac plan --config`: the plan of the first batch, and what a run will need, at full size, without its weights."""
 
 import re
 import subprocess
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from bigmac_lightning.commands.config import BigMacCLI
-from bigmac_lightning.commands.plan_config import RunReader, estimated, main
+from bigmac_lightning.commands.plan_config import main
 from bigmac_lightning.schedule.plan import Plan
+from bigmac_lightning.training.batch_facts import plan_digest
 from tests.training.trainers import on_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -83,24 +84,54 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     assert "1..3" in shown
 
 
-def _plan_of_fit(rank: int, arguments: list[str]) -> Plan:
+def _first_plan_of_fit(rank: int, arguments: list[str]) -> Plan:
     sys.argv = ["bigmac"]
     run = BigMacCLI(args=["fit", *arguments])
     return run.trainer.strategy.runner.last_plan  # pyright: ignore
 
 
-@pytest.mark.parametrize("policy", ["nested", "filled"])
-def test_a_training_with_equal_microbatches_runs_this_plan(policy: str, tmp_path: Path) -> None:
-    """If the config gives costs. Both make and run what `bigmac plan --config` shows."""
-    strategy = "--trainer.strategy.init_args.schedule"
-    arguments = [*DIGITS, f"{strategy}.policy={policy}", f"{strategy}.costs={{F: 1, B: 2.5, EF: 1.5, EB: 2}}"]
-    arguments += ["--data.proportions=[1, 0, 0]", "--data.microbatches=6", "--data.batch_size=48"]
-    shown = estimated(RunReader("plan", [*arguments, "--microbatch.targets=0"])).estimate.plan
-    short = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+STRATEGY = "--trainer.strategy.init_args"
+FACTORS = [f"{STRATEGY}.schedule.policy=filled", f"{STRATEGY}.stages.factors=auto"]
+AUTO = [f"{STRATEGY}.schedule.backbone=auto", f"{STRATEGY}.schedule.virtual_stages=auto"]
+GIVEN = [f"{STRATEGY}.schedule.costs={{F: 1, B: 2.5, EF: 1.5, EB: 2}}"]
+FSDP = [f"{STRATEGY}.sharding={{stages: fsdp, encoders: fsdp}}", f"{STRATEGY}.microbatches=6"]
+REPLICAS = ["--trainer.devices=4", *FSDP]
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "options"),
+    [
+        ("digits", 2, FACTORS),
+        ("easy_vqa", 2, AUTO),
+        *(pytest.param("easy_vqa", 4, some, marks=pytest.mark.wide) for some in (REPLICAS, [*REPLICAS, *GIVEN])),
+        *(pytest.param("mixed", 2, some, marks=pytest.mark.wide) for some in (FACTORS, AUTO, GIVEN)),
+        *(pytest.param(name, 2, [], marks=pytest.mark.wide) for name in ("digits", "video_caption", "two_speakers")),
+    ],
+)
+def test_it_is_the_plan_that_fit_begins_with(
+    config: str, ranks: int, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Microbatches and items of these data differ, and nothing was measured before."""
+    arguments = ["--config", str(CONFIGS / f"{config}.yaml"), *options]
+    assert main([*arguments, "--output=plan.json"]) == 0
+    assert "this is the plan of the first batch, with which bigmac fit begins" in capsys.readouterr().out
+    shown = Plan.load(tmp_path / "plan.json")
+    short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
     short += ["--trainer.callbacks=[]", "--trainer.enable_checkpointing=false"]
-    for ran in on_ranks(2, _plan_of_fit, [*arguments, *short]):
+    for ran in on_ranks(ranks, _first_plan_of_fit, [*arguments, *short])[:2]:  # of the first pipeline
         assert ran == shown
-    assert {"EF0", "EB2", "1B5"} <= {str(action) for row in shown.ranks for action in row}
+        assert plan_digest(ran) == plan_digest(shown)
+
+
+def test_without_a_first_batch_it_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, reason in (
+        (["--microbatches=6", "--microbatch.tokens=96"], "as --microbatch.tokens, --microbatches say what a step has"),
+        (["--trainer.limit_train_batches=0"], "as the training has no batches"),
+        (["--model.encoders=null"], "as microbatch 0: no media component 'image'; the model has []"),
+    ):
+        assert main([*DIGITS, *arguments]) == 0
+        shown = capsys.readouterr().out
+        assert f"whose microbatches are all alike, and not of the first batch, {reason}" in shown
 
 
 @pytest.mark.parametrize(
