@@ -49,7 +49,14 @@ class BigMacCLI(LightningCLI):
         """An error ends with the key, its value and what is expected, and not with the list of all options."""
         given = with_class(args if isinstance(args, list) else sys.argv[1:])
         command = next((word for word in given if word in self.subcommands()), "")
-        if code := answer(command, lambda: super(BigMacCLI, self).parse_arguments(parser, given), [TypeError]):
+
+        def parse() -> None:
+            if args is None:
+                self.config = parser.parse_args(given)
+            else:
+                super(BigMacCLI, self).parse_arguments(parser, given if isinstance(args, list) else args)
+
+        if code := answer(command, parse, [TypeError]):
             sys.exit(code)
 
     def instantiate_classes(self) -> None:
