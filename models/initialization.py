@@ -8,6 +8,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -123,6 +124,22 @@ def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
+def _check_folder(name: str) -> None:
+    """Check what can be checked of a pretrained model without asking the Hub for it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no config.json.
+    """
+    place = Path(name).expanduser()
+    if place.is_dir() and not (place / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no config.json in the folder {name}: give one that save_pretrained has written, or download it"
+        )
+    local = place.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if not place.exists() and (local or ("/" in name and place.parent.is_dir())):
+        raise FileNotFoundError(f"there is no folder {name} (the current folder is {Path.cwd()})")
+
+
 def to_config(config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A transformers config from a dict with `model_type`, or from the folder or name of a pretrained model.
 
@@ -131,10 +148,12 @@ def to_config(config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code
 
     Raises:
         ValueError: transformers has no such model, does not accept the config, or would have to run code of the model.
+        OSError: there is no such folder, or it has no config.json.
     """
     if isinstance(config, PreTrainedConfig):
         return config
     if isinstance(config, str):
+        _check_folder(config)
         with without_asking(config, TRUST, dynamic_module_utils):
             return AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
     if "model_type" not in config:

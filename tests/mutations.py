@@ -173,6 +173,13 @@ FAULTS = [
         "tests/cli/test_plan_config.py -k fit_begins",
     ),
     Fault(
+        "an error in a user's code loses its traceback",
+        f"{PACKAGE}/commands/plain_errors.py",
+        "        if os.environ.get(TRACEBACK) or not is_plain(error):\n",
+        "        if os.environ.get(TRACEBACK):\n",
+        "tests/cli/test_plain_errors.py",
+    ),
+    Fault(
         "all ranks say that their number is wrong",
         f"{PACKAGE}/commands/config.py",
         "            if self.trainer.global_rank == 0:\n",

@@ -38,23 +38,55 @@ PlanTimes = tuple[float | None, float] | None
 """`seconds` and `bubbles` of a `PlannedBatch`; ``None`` if there was no plan yet."""
 
 
+class Waiting:
+    """How long a training loop waits for its batches."""
+
+    def __init__(self) -> None:
+        self._seconds, self._batches, self._since = 0.0, 0, 0.0
+
+    def follow(self, trainer: pl.Trainer) -> None:
+        """Follow the training of this trainer from now on."""
+        self._seconds, self._batches = 0.0, 0
+        loop: Any = trainer.fit_loop.epoch_loop
+        given = type(loop)  # its methods tell the profiler
+
+        def begin() -> None:
+            given._on_before_fetch(loop)
+            self._since = time.perf_counter()
+
+        def end() -> None:
+            self._seconds, self._batches = self._seconds + time.perf_counter() - self._since, self._batches + 1
+            given._on_after_fetch(loop)
+
+        loop._on_before_fetch, loop._on_after_fetch = begin, end
+
+    def take(self) -> float:
+        """The mean seconds of a batch since the last call."""
+        mean = self._seconds / max(self._batches, 1)
+        self._seconds, self._batches = 0.0, 0
+        return mean
+
+
 class PipelineMonitor(pl.Callback):
-    """Logs the parts of the loss, samples/s, tokens/s, times and peak activation bytes; records one step as a trace, a
-    page for browsers and a picture.
+    """Logs the parts of the loss, samples/s, tokens/s, times, the gradient norm and peak activation bytes; records one
+    step as a trace, a page for browsers and a picture.
 
     What is measured stands beside what plans say, since the last logged step. ``time/batch``: the mean seconds from
-    batch to batch; ``time/plan``: those that a batch takes in the pipeline by the plans, once they are made from
-    measured times (``costs: auto``). ``bubble_share/batch``: the fraction of the time from the first to the last action
-    in which the mean rank is idle, while times are measured; ``bubble_share/plan``: the same by the plans.
-    ``memory/<component>/rank<r>``: the peak activation bytes; ``memory/<component>/rank<r>/plan``: the same for the
-    units that are alive by the plans, with the bytes of a unit that were measured before, if there are any.
+    batch to batch; ``time/data``: those of them in which rank 0 has waited for the next batch; ``time/plan``: those
+    that a batch takes in the pipeline by the plans, once they are made from measured times (``costs: auto``).
+    ``bubble_share/batch``: the fraction of the time from the first to the last action in which the mean rank is idle,
+    while times are measured; ``bubble_share/plan``: the same by the plans. ``memory/<component>/rank<r>``: the peak
+    activation bytes; ``memory/<component>/rank<r>/plan``: the same for the units that are alive by the plans, with the
+    bytes of a unit that were measured before, if there are any.
 
     ``throughput/tflops_per_rank`` are the floating-point operations (10^12 in a second) that forward and backward need,
     by the estimates of the components, divided by the number of ranks. ``throughput/mfu`` is what fraction that is of
     what the GPU could compute, if Lightning knows the GPU.
 
-    Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss and throughputs
-    only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
+    ``gradient_norm`` is that of all gradients of the logged optimizer step, before they are clipped.
+
+    Under other strategies than "bigmac" there is no pipeline, and it logs the parts of the loss, throughputs and
+    ``time/data`` only. Counting bytes costs a Python call per saved tensor; where that matters, set `memory` to false.
 
     Args:
         memory: whether to log the peak activation bytes.
@@ -87,6 +119,8 @@ class PipelineMonitor(pl.Callback):
         self._since, self._plans = 0.0, list[PlanTimes]()
         self._bytes, self._rows = ActivationBytes(), [0.0] * len(COMPONENTS)  # the most rows since the last logged step
         self._trace_next: int | None = None  # the next step to record
+        self._norm: torch.Tensor | None = None
+        self._waiting = Waiting()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         checked(self, pl_module)
@@ -103,6 +137,7 @@ class PipelineMonitor(pl.Callback):
                 known = measured_at(known, runner.module, runner.stages, runner.options, known.work)
                 self._bytes.take(known, runner.mesh.pp_rank, runner.mesh.pp_size)
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, time.perf_counter(), []
+        self._waiting.follow(trainer)
         module = checked(self, pl_module)
         self._counted = TrainingFlops(module) if counts_multiplications(module.llm) else None
         self._peak = get_available_flops(trainer.strategy.root_device, _dtype(trainer))
@@ -118,6 +153,12 @@ class PipelineMonitor(pl.Callback):
             self._trace_next = None if self.trace_every is None else trainer.global_step + self.trace_every
             if executor.memory is not None:
                 executor.memory.recording, executor.memory.curve = True, []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if _executor(trainer) is not None and trainer._logger_connector.should_update_logs:
+            self._norm = checked(self, pl_module).gradient_norm()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -146,6 +187,9 @@ class PipelineMonitor(pl.Callback):
         }
         values |= self._flops_per_second(trainer, now - self._since)
         values |= _times(self._plans, now - self._since)
+        values |= {"time/data": self._waiting.take()}
+        if self._norm is not None:
+            values["gradient_norm"], self._norm = self._norm, None
         self._samples, self._tokens, self._flops, self._since, self._plans = 0, 0, 0.0, now, []
         values.update({f"loss_parts/{name}": value for name, value in checked(self, pl_module).last_metrics.items()})
         if isinstance(trainer.strategy, BigMacStrategy):

@@ -60,9 +60,11 @@ def answer(name: str, run: Callable[[], object], further: Sequence[type[Exceptio
 def text_of(problem: Exception) -> str:
     """The error in one line. A plan that cannot progress has every rank's list below.
 
-    Of the many lines of jsonargparse, only the key, its value and what is expected are shown.
+    Of the many lines of jsonargparse, only the key, its value and what is expected are shown; of an error about a file,
+    its name and what is wrong.
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(problem))
+    text = re.sub(r"\[Errno \d+\] ([^:;\n]*): '([^'\n]*)'", r"\2: \1", text)
     if isinstance(problem, PlanError):
         return text
     key = re.match(r'Parser key "([^"]*)":', text)
@@ -74,6 +76,10 @@ def text_of(problem: Exception) -> str:
     wrong = re.match(pattern, text, re.DOTALL)
     if wrong and "is not accepted" not in text:  # this text names the wrong key
         key, expected, found = wrong.groups()
+        if option := re.match(r"NestedArg\(key='([^']*)'", found):
+            return (
+                f"--{key}.{option[1]}: --{key} is a name, which has no options; give its class (class_path in a config)"
+            )
         auto = " or auto" if "Literal['auto']" in text else ""
         return f"--{key} is {found.strip().splitlines()[0]}; expected {expected}{auto}"
     return " ".join(text.split())

@@ -1,8 +1,10 @@
 """LightningCLI for PipelineModules, which runs `bigmac fit`, `validate`, `test` and `predict`."""
 
 import os
+import pickle
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from rich.table import Table
 
 from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.commands.answer import answer, text_of
+from bigmac_lightning.commands.plain_errors import plain_errors
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.datamodules.base import ParallelDataModule  # pyright: ignore[reportMissingImports]
 from bigmac_lightning.training.strategy import BigMacStrategy
 from bigmac_lightning.whole_tables import print_whole
+
+CLASS = f"bigmac_lightning.{BigMacStrategy.__name__}"
 
 
 class BigMacCLI(LightningCLI):
@@ -43,24 +48,40 @@ class BigMacCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """An error ends with the key, its value and what is expected, and not with the list of all options."""
-        given = args if isinstance(args, list) else sys.argv[1:]
+        given = with_class(args if isinstance(args, list) else sys.argv[1:])
         command = next((word for word in given if word in self.subcommands()), "")
-        if code := answer(command, lambda: super(BigMacCLI, self).parse_arguments(parser, args), [TypeError]):
+
+        def parse() -> None:
+            if args is None:
+                self.config = parser.parse_args(given)
+            else:
+                super(BigMacCLI, self).parse_arguments(parser, given if isinstance(args, list) else args)
+
+        if code := answer(command, parse, [TypeError]):
             sys.exit(code)
 
     def instantiate_classes(self) -> None:
-        """An argument that a class refuses is named in the same way. Other errors keep their traceback."""
+        """An argument that a class refuses is named in the same way. Errors of user code keep their traceback."""
+        if self.subcommand is None:  # of a command that answers errors itself
+            return super().instantiate_classes()
         try:
-            super().instantiate_classes()
+            with plain_errors(self.subcommand):
+                super().instantiate_classes()
         except ValueError as error:
-            if self.subcommand is None or "Union subtypes" not in str(error):
+            if "Union subtypes" not in str(error):
                 raise
             print(f"bigmac {self.subcommand}: error: {text_of(error)}", file=sys.stderr)
             sys.exit(2)
 
+    def _parse_ckpt_path(self) -> None:
+        """Take arguments of the model from a checkpoint, if they can be read. What is wrong with it is said later."""
+        with suppress(pickle.UnpicklingError, OSError, RuntimeError, EOFError):
+            super()._parse_ckpt_path()
+
     def _run_subcommand(self, subcommand: str) -> None:
         self.check(subcommand)
-        super()._run_subcommand(subcommand)
+        with plain_errors(subcommand):
+            super()._run_subcommand(subcommand)
 
     def check(self, command: str) -> None:
         """Sizes that do not go with the number of processes, and data that do not go with the model, end in the same
@@ -84,6 +105,19 @@ class BigMacCLI(LightningCLI):
             print_whole(Console(), summary(self.trainer))
 
 
+def with_class(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line, with the class of the strategy in place of its name if options of it follow.
+    jsonargparse knows options of classes only."""
+    given, option = list(arguments), "--trainer.strategy"
+    if any(argument.startswith(f"{option}.") for argument in given):
+        for i, argument in enumerate(given):
+            if argument == f"{option}={BigMacStrategy.strategy_name}":
+                given[i] = f"{option}={CLASS}"
+            elif argument == BigMacStrategy.strategy_name and i and given[i - 1] == option:
+                given[i] = CLASS
+    return given
+
+
 class ConfigReader(BigMacCLI):
     """Reads the config of a run without running it. Derived classes choose what is instantiated.
 
@@ -101,7 +135,7 @@ class ConfigReader(BigMacCLI):
             parser.add_argument(f"--{name}", type=Any)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_class(args))
 
     def _set_seed(self) -> None:
         """Seed nothing, as no random numbers are drawn."""

@@ -1,8 +1,8 @@
 """The command `bigmac plan --config`: shows what each rank of a run will need, and the plan of its first batch.
 
 It builds the model on the meta device, the strategy and the data. It starts no processes and reads no weights and no
-contents of media. If the processor of a MultimodalDataModule is there, its tokens are checked against the model, as in a
-run.
+contents of media. If the processor of a MultimodalDataModule is there, its tokens are checked against the model, as in
+a run.
 """
 
 import math

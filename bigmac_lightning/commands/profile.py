@@ -14,7 +14,8 @@ from rich.console import Console
 
 from bigmac_lightning.callbacks import PipelineMonitor, PreemptionCheckpoint, SampleImages, SampleReplies
 from bigmac_lightning.commands.answer import answer
-from bigmac_lightning.commands.config import BigMacCLI
+from bigmac_lightning.commands.config import BigMacCLI, with_class
+from bigmac_lightning.commands.plain_errors import plain_errors
 from bigmac_lightning.commands.request import check_suffix
 from bigmac_lightning.schedule.budget import size_text
 from bigmac_lightning.schedule.measured_costs import SUFFIX, MeasuredCosts
@@ -46,7 +47,7 @@ class ProfileCLI(BigMacCLI):
         parser.add_argument("--output", type=str, default="costs.json", help="the costs file to write")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_class(args))
 
     def before_instantiate_classes(self) -> None:
         check_suffix(self.config["output"], (SUFFIX,))
@@ -70,13 +71,14 @@ class ProfileCLI(BigMacCLI):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns its exit code. Errors of the training are raised, as by `fit`."""
+    """Run the command; returns its exit code. Errors of the training end it as they end `fit`."""
     made = list[ProfileCLI]()
     if code := answer("profile", lambda: made.append(ProfileCLI(argv)), further=[TypeError]):
         return code
     run = made[0]
     run.check("profile")
-    run.trainer.fit(run.model, run.datamodule)
+    with plain_errors("profile"):
+        run.trainer.fit(run.model, run.datamodule)
     found = run.profiling.found
     if found is None:
         raise ValueError("the training ended before its costs were measured: it has no batches")

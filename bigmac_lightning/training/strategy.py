@@ -30,6 +30,7 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
+from bigmac_lightning.estimates.partition import make_stages
 from bigmac_lightning.estimates.ranks import ranks_of
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.runtime.gradients import clip_gradients
@@ -239,6 +240,9 @@ class BigMacStrategy(SteppingStrategy):
         dp, pp = mesh_shape(self.num_nodes * self.num_processes, *self.sizes, peers=parallel.peers)
         if reason := module.llm.why_not_parallel(parallel):
             raise ValueError(reason)
+        schedule = self.options.schedule
+        if not schedule.has_auto and not schedule.own_ranks:
+            make_stages(module.llm.costs(), len(self.options.stage_rank(pp)), self.options.partition)
         if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
             raise ValueError(
                 "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "

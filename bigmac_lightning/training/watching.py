@@ -98,9 +98,9 @@ class Watching:
         end = self._watchdog.fail(words, TO_HEAR if lost else 0)
         if end is not None and lost:
             cause = f"rank {end['rank']} {end['how']}: {end['why']}"
-            _say_instead(exception, f"rank {rank} has lost its connection to others, as {cause}")
+            sys.excepthook = ExceptHook(exception, f"rank {rank} has lost its connection to others, as {cause}")
         elif end is not None and end["why"] == words:
-            _say_instead(exception, f"rank {rank} ends with the same error as rank {end['rank']}")
+            sys.excepthook = ExceptHook(exception, f"rank {rank} ends with the same error as rank {end['rank']}")
 
     def stop(self) -> None:
         """The run is over."""
@@ -122,14 +122,19 @@ def _is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and any(words in str(exception) for words in LOST)
 
 
-def _say_instead(exception: BaseException, text: str) -> None:
-    """Let this exception end the process with one line, and no traceback: its cause is in another process."""
-    given = sys.excepthook
+class ExceptHook:
+    """Lets an exception end the process with one line, and no traceback: its cause is in another process."""
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
-        if error is exception:
-            sys.stderr.write(f"[bigmac] {text}\n")
+    def __init__(self, exception: BaseException, text: str) -> None:
+        self.exception, self._text, self._given = exception, text, sys.excepthook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if error is self.exception:
+            sys.stderr.write(f"[bigmac] {self._text}\n")
         else:
-            given(kind, error, traceback)
+            self._given(kind, error, traceback)
 
-    sys.excepthook = hook
+
+def is_of_another_rank(exception: BaseException) -> bool:
+    """Whether another rank has ended with this error before, and shows it."""
+    return isinstance(sys.excepthook, ExceptHook) and sys.excepthook.exception is exception

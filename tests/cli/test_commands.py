@@ -31,7 +31,8 @@ TINY = [
     "--trainer.log_every_n_steps=1",
 ]
 
-ONE_RANK = "--trainer.strategy.init_args.pipeline_parallel_size=1"
+SIZE = "--trainer.strategy.init_args.pipeline_parallel_size"
+ONE_RANK = f"{SIZE}=1"
 
 FEW = {
     "easy_vqa": ["--data.train_questions=1500", "--data.val_questions=50", "--data.loading.cache_dir=cache"],
@@ -155,6 +156,34 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("fit", "--config", "nowhere.yaml") == 2
     assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.devices=8", f"{SIZE}=8"], "the LLM has 4 layers, too few for 8 pipeline stages: choose "),
+        (["--model.llm.config=empty"], "there is no config.json in the folder empty: give one that save_pretrained"),
+        (["--model.llm.config=./gone"], "there is no folder ./gone (the current folder is "),
+        (
+            ["--data=MultimodalDataModule", "--data.train+=MessagesJSONL", "--data.train.path=a.jsonl"],
+            "a.jsonl: No such file",
+        ),
+    ],
+)
+def test_what_is_found_before_other_processes_start(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert refused("fit", "--config", str(ROOT / "configs" / "digits.yaml"), *arguments) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"bigmac fit: error: {message}")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

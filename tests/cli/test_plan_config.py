@@ -76,6 +76,9 @@ def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> N
     options += ["--microbatches=6", "--microbatch.tokens=96"]
     assert main([*DIGITS, "--microbatches=6", "--trainer.devices=1", f"{strategy}.ranks_per_device=6"]) == 0
     assert "3 pipelines of 2 ranks" in capsys.readouterr().out
+    for name in (["--trainer.strategy=bigmac"], ["--trainer.strategy", "bigmac"]):
+        assert main([*DIGITS, *name, "--trainer.strategy.pipeline_parallel_size=1", "--microbatches=6"]) == 0
+        assert "2 pipelines of 1 ranks" in capsys.readouterr().out
     assert main([*DIGITS, *options, "--trainer.devices=4", f"{strategy}.stages.partition=[1,3]"]) == 0
     shown = capsys.readouterr().out
     assert "2 pipelines of 2 ranks; 6 microbatches of 96 tokens, 24 of them of media, 24 each, 1 targets" in shown
@@ -139,6 +142,10 @@ def test_without_a_first_batch_it_says_why(capsys: pytest.CaptureFixture[str]) -
     [
         (["--trainer.devices=3"], "3 processes cannot form pipelines: pipeline_parallel_size=2"),
         (["--trainer.devices=auto"], "trainer.devices is 'auto'; a plan needs their number"),
+        (
+            ["--trainer.strategy=ddp", "--trainer.strategy.sizes=1"],
+            "--trainer.strategy.sizes: --trainer.strategy is a name, which has no options; give its class",
+        ),
         (["--trainer.strategy=ddp"], "trainer.strategy is 'ddp'; plans are made for bigmac"),
         (["--trainer.strategy.init_args.polcy=nested"], "'polcy' is not accepted"),
         (["--trainer.strategy.init_args.schedule.polcy=nested"], "unrecognized arguments: --schedule.polcy=nested"),

@@ -23,9 +23,12 @@ def test_profile_then_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     known = MeasuredCosts.load(tmp_path / "new.json")
     assert known.layers == (2, 2)
     monkeypatch.chdir(tmp_path)
-    assert plan_config.main([*DIGITS, *given]) == 0
+    assert plan_config.main([*DIGITS, *small, *given]) == 0
     shown = capsys.readouterr().out
+    assert "this is the plan of the first batch" in shown
     assert f"costs of the plan, in seconds, by new.json, measured on {known.device}: {{F: 0.0" in shown
+    assert plan_config.main([*DIGITS, *given, "--microbatches=8"]) == 0
+    shown = capsys.readouterr().out
     assert f"8 microbatches of {-(-known.work.tokens // 1):g} tokens" in shown
     pipeline = ["--trainer.devices=4", "--trainer.strategy.init_args.pipeline_parallel_size=4"]
     assert plan_config.main([*DIGITS, *given, *pipeline, "--microbatch.tokens=99"]) == 0

@@ -244,6 +244,13 @@ def test_idle_time(runs: Any) -> None:
     assert all(0 < logged["bubble_share/batch"] < 0.8 for _, logged in later)
 
 
+def test_the_gradient_norm_and_the_time_that_data_take(runs: Any) -> None:
+    _, _, (run, _) = runs
+    for logged in run["logged"].values():
+        assert logged["gradient_norm"] > 0
+        assert 0 < logged["time/data"] < logged["time/batch"]
+
+
 def test_idle_time_of_ranks() -> None:
     """From the first action of any rank to the last one: 9 s, of which one rank has worked 6 s and the other 3 s."""
     found = _idle([Busy(seconds=6.0, begin=1.0, end=8.0), Busy(seconds=3.0, begin=2.0, end=10.0)])
