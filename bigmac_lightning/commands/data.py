@@ -1,7 +1,7 @@
 """The command `bigmac data`: it shows what the model will see of a run's data, before the run.
 
-It makes the DataModule of a config, measures its sources, and shows samples. The model is made without weights, to check
-that it can take the batches. What is shown comes from datamodules/inspection.py; this file prints and draws it.
+It makes the DataModule of a config, measures its sources, and shows samples. The model is made without weights, to
+check that it can take the batches. What is shown comes from datamodules/inspection.py; this file prints and draws it.
 """
 
 from collections.abc import Iterator, Sequence
