@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "all ranks say that their number is wrong",
         f"{PACKAGE}/commands/config.py",
-        "                if strategy.global_rank == 0:\n",
-        "                if strategy.global_rank >= 0:\n",
+        "            if self.trainer.global_rank == 0:\n",
+        "            if self.trainer.global_rank >= 0:\n",
         "tests/cli/test_commands.py -k world_size_under_torchrun",
     ),
     Fault(
