@@ -199,7 +199,7 @@ def load(
         ValueError: there is no config, or it is not one of this checkpoint; or the checkpoint is damaged.
     """
     place = at(path)
-    exported = isinstance(place, Path) and _is_exported(place)
+    exported = _is_exported(place)
     checkpoint = place if exported else _checkpoint(place)
     if module is None or data is None:
         reader = _Reader.of(*_config_of(checkpoint, exported))
@@ -211,7 +211,7 @@ def load(
     return LoadedRun(module.to(device, dtype).eval(), data, checkpoint)
 
 
-def _is_exported(path: Path) -> bool:
+def _is_exported(path: Place) -> bool:
     if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return False
     # imported here because it imports transformers

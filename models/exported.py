@@ -15,20 +15,27 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bigmac_lightning.checkpoints.mismatches import Shape, mismatches
+from bigmac_lightning.checkpoints.remote import Place, RemotePath, at
 from bigmac_lightning.checkpoints.weights import copy_into
 
 from .export import OTHERS, in_whole
 from .folders import ADAPTER, reading_weights
 from .hf_component import HFComponent
 
+DOWNLOAD = "which is read from a disk only: download it, and give the folder"
 
-def is_exported(path: str | Path) -> bool:
+
+def is_exported(path: str | Place) -> bool:
     """Whether a Hugging Face folder is at a path, and no checkpoint of training.
 
     Raises:
-        ValueError: it has adapters alone.
+        ValueError: it has adapters alone, or is remote.
     """
-    folder = Path(path)
+    folder = at(path)
+    if isinstance(folder, RemotePath):
+        if (folder / "config.json").is_file():
+            raise ValueError(f"{path} is a Hugging Face folder, {DOWNLOAD}")
+        return False
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"{path} has adapters ({ADAPTER}), and not the weights that they change: load it with peft beside the "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmac_lightning.checkpoints.mismatches import first_few
+from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
@@ -22,7 +23,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.partition import TrainedLayers
 
 from .evaluation import Evaluation
-from .exported import ExportedFolder, is_exported
+from .exported import DOWNLOAD, ExportedFolder, is_exported
 from .hf_component import HFComponent
 from .initialization import to_config
 from .llm.decoder import HFDecoder
@@ -162,6 +163,8 @@ class MultimodalLM(PipelineModule):
         Raises:
             ValueError: there is no such folder, or the model cannot be trained in a pipeline; the message says why.
         """
+        if isinstance(at(path), RemotePath):
+            raise ValueError(f"{path} is remote, {DOWNLOAD}")
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"there is no config.json in {path}: give the folder of a Hugging Face checkpoint")
         config = to_config(path, trust_remote_code)

@@ -82,6 +82,13 @@ FAULTS = [
         "tests/datamodules/test_remote.py -k texts",
     ),
     Fault(
+        "the config of a folder that is exported into a bucket is uploaded first",
+        f"{PACKAGE}/commands/export.py",
+        "key=lambda path: (path.parent == folder and path.name in LAST, path)",
+        "key=lambda path: (path.parent != folder or path.name not in LAST, path)",
+        "tests/cli/test_remote_run.py",
+    ),
+    Fault(
         "a tensor of an exported folder that nothing reads is dropped",
         "models/exported.py",
         "for name in sorted(unread) if whole]",

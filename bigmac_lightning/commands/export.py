@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
 from bigmac_lightning.run_config import CONFIG, config_of, write_exported
 
+LAST = ("config.json", "adapter_config.json")
+"""The file by which a folder is known as a model or as adapters."""
+
 
 def export_checkpoint(
     checkpoint: str, output: str, source: str | None = None, dtype: str | None = None, adapters: bool = False
@@ -21,7 +25,8 @@ def export_checkpoint(
 
     Args:
         checkpoint: Checkpoint of a run, a folder or a file, local or remote.
-        output: Local folder to write; must be new or empty.
+        output: Folder to write, local or remote; must be new or empty. A remote one is made in a temporary folder
+            first, and its config.json is uploaded when all other files are there.
         source: Folder to copy processor and tokenizer from; by default the one that training started from,
             whose files are all copied but those with weights.
         dtype: Type of the written weights, such as bfloat16; by default the type that the checkpoint
@@ -35,11 +40,33 @@ def export_checkpoint(
         ValueError, FileNotFoundError: this is not a checkpoint, it is damaged, or it is not one of a model that can be
             exported.
     """
+    place = at(output)
+    if isinstance(place, Path):
+        return _exported(checkpoint, place, source, dtype, adapters)
+    if place.exists():
+        raise ValueError(f"{place} is there already: give --output a new folder")
+    with TemporaryDirectory(prefix="bigmac-") as folder:
+        made = Path(folder, "exported")
+        others = _exported(checkpoint, made, source, dtype, adapters)
+        _upload(made, place)
+    return others
+
+
+def _upload(folder: Path, place: RemotePath) -> None:
+    """Upload a folder. Without its config, which comes last, it is no model for anybody."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.parent == folder and path.name in LAST, path)):
+        target = place
+        for name in path.relative_to(folder).parts:
+            target /= name
+        target.upload(path)
+
+
+def _exported(checkpoint: str, output: Path, source: str | None, dtype: str | None, adapters: bool) -> list[str]:
+    """See `export_checkpoint`."""
     # imported here because it imports transformers, which the other commands do not need
     from bigmac_lightning.models.export import export, export_adapters  # pyright: ignore[reportMissingImports]
 
-    if isinstance(at(output), RemotePath):
-        raise ValueError(f"{output} is remote, but export writes into a local folder: give one, and upload it")
     stored = CheckpointWeights(checkpoint)
     described = stored.rest().get("hugging_face")
     if described is None:
@@ -63,10 +90,10 @@ def export_checkpoint(
                 "training did not start from the weights of one folder but from other weights, too (init_from), so "
                 "peft could not load adapters beside it: leave out --adapters"
             )
-        return export_adapters(stored.read(), described["config"], files, Path(output), kind, described["lora"])
-    others = export(stored.read(), described["config"], files, Path(output), kind, described["lora"])
+        return export_adapters(stored.read(), described["config"], files, output, kind, described["lora"])
+    others = export(stored.read(), described["config"], files, output, kind, described["lora"])
     if config := config_of(at(checkpoint)):
-        write_exported(config, described["source"], Path(output))
+        write_exported(config, described["source"], output)
     return others
 
 
@@ -99,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             what, more = "a Hugging Face folder", f"; {len(others)} tensors of other components beside it"
         more = more if others else ""
-        if (Path(options["output"]) / CONFIG).is_file():
+        if (at(options["output"]) / CONFIG).is_file():
             more += f", and {CONFIG} for `bigmac chat`, `draw` and `predict`"
         Console().print(f"{options['output']}: {what}{more}", highlight=False, soft_wrap=True)
 

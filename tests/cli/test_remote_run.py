@@ -11,6 +11,8 @@ import bigmac_lightning
 from bigmac_lightning.checkpoints.remote import RemotePath
 from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.loaded_run import _Reader
+from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.models.exported import is_exported
 from tests.cli.commands import bigmac
 from tests.cli.test_chat import CONFIGS, SHORT
 
@@ -36,5 +38,42 @@ def test_a_run_in_a_bucket(server: None, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
     export_command.export_checkpoint(checkpoint, str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    with pytest.raises(ValueError, match="s3://shards/out is remote, but export writes into a local folder"):
-        export_command.export_checkpoint(checkpoint, "s3://shards/out")
+    _export_into_a_bucket(checkpoint, tmp_path / "out")
+
+
+def _export_into_a_bucket(checkpoint: str, local: Path) -> None:
+    """The same files as on the disk, and the config last: where the upload ends before it, there is no model."""
+    remote, system = "s3://shards/out", fsspec.filesystem("s3", skip_instance_cache=True)
+    upload, uploaded = RemotePath.upload, list[str]()
+
+    def fails_at_the_last(place: RemotePath, file: Path) -> None:
+        if place.name == "config.json" and place.parent == RemotePath(remote):
+            raise OSError("no room")
+        upload(place, file)
+
+    def noted(place: RemotePath, file: Path) -> None:
+        uploaded.append(place.name)
+        upload(place, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RemotePath, "upload", fails_at_the_last)
+        with pytest.raises(OSError, match="no room"):
+            export_command.export_checkpoint(checkpoint, remote)
+        assert not system.exists(f"{remote}/config.json")
+        system.rm(remote, recursive=True)
+        patch.setattr(RemotePath, "upload", noted)
+        export_command.export_checkpoint(checkpoint, remote)
+    assert uploaded[-1] == "config.json"
+    system.invalidate_cache()
+    files = {str(path.relative_to(local)): path for path in local.rglob("*") if path.is_file()}
+    assert {name.removeprefix("shards/out/") for name in system.find(remote)} == files.keys()
+    assert all(system.cat_file(f"{remote}/{name}") == path.read_bytes() for name, path in files.items())
+    for use in (lambda: bigmac_lightning.load(remote), lambda: is_exported(remote)):
+        with pytest.raises(
+            ValueError, match="s3://shards/out is a Hugging Face folder, which is read from a disk only"
+        ):
+            use()
+    with pytest.raises(ValueError, match="s3://shards/out is remote, which is read from a disk only: download it"):
+        MultimodalLM.from_pretrained(remote)
+    with pytest.raises(ValueError, match="s3://shards/out is there already: give --output a new folder"):
+        export_command.export_checkpoint(checkpoint, remote)
