@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-oldest release-check lint format docs bench bench-peers faults clean
+.PHONY: quickstart test test-oldest test-newest release-check lint format docs bench bench-peers faults clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +34,8 @@ test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(SINGLE)
 	$(BIN)/python -m pytest $(SINGLE:%=--ignore=%)
 
-test-oldest: $(VENV)/.installed-dev  ## some tests with the oldest versions that pyproject.toml allows (PIN="torch==2.14.1": but this)
-	$(BIN)/python -m tests.oldest $(PIN:%=--pin=%)
+test-oldest test-newest: test-%: $(VENV)/.installed-dev  ## some tests with the oldest or newest versions that pyproject.toml allows
+	$(BIN)/python -m tests.versions $* $(PIN:%=--pin=%) $(INTERPRETER:%=--python=%)
 
 release-check: $(VENV)/.installed-dev  ## wheel and sdist are whole, and what is installed from them works (minutes)
 	$(BIN)/python -m tests.release_check
