@@ -1,18 +1,21 @@
-"""What differs between the vision-language models of transformers: a table of families, by `model_type`.
+"""What differs between the vision- and audio-language models of transformers: a table of families, by `model_type`.
 
-A family says how media items become the arguments of its `get_image_features`, and which inputs its LLM needs besides.
+A family says how media items become the arguments of its `get_*_features`, and which inputs its LLM needs besides.
 Everything else about these models is treated alike.
 
 Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from bigmac_lightning.contracts.batch import MediaData
@@ -23,8 +26,17 @@ Encode = Callable[[Any, Sequence[Any]], Any]
 
 def _patches(base: Any, items: Sequence[Tensor]) -> Any:
     """Items have the shape (t, h, w, E): the processor's patches in its order, on the grid that they come from."""
+    return base.get_image_features(*_on_grid(items), return_dict=True)
+
+
+def _video_patches(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `_patches`, where the model encodes videos in another way than images."""
+    return base.get_video_features(*_on_grid(items), return_dict=True)
+
+
+def _on_grid(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
-    return base.get_image_features(torch.cat([item.flatten(0, 2) for item in items]), grid, return_dict=True)
+    return torch.cat([item.flatten(0, 2) for item in items]), grid
 
 
 def _square_patches(base: Any, items: Sequence[Tensor]) -> Any:
@@ -101,18 +113,158 @@ def _pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
     return base.get_video_features(torch.stack(list(items)), return_dict=True)
 
 
+def _merged_patches(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (t, h, w, E), the processor's patches on their grid, and
+    "merge_sizes", the side of the squares of patches that become a row, (). Of a video that the processor has
+    compressed, "compression_mask" (rows,) tells which rows are used."""
+    _needs(items, "merge_sizes")
+    pixels = [pixels_of(item) for item in items]
+    grid = torch.tensor([item.shape[:3] for item in pixels], device=pixels[0].device)
+    sizes = torch.stack([item["merge_sizes"].reshape(()) for item in items]).to(grid.device)
+    out = base.get_image_features(torch.cat([item.flatten(0, 2) for item in pixels]), grid, sizes, return_dict=True)
+    masks = [item.get("compression_mask") for item in items]
+    rows = zip(out.pooler_output, masks, strict=True)
+    out.pooler_output = [part if mask is None else part[mask.to(part.device).bool()] for part, mask in rows]
+    return out
+
+
+def _strips(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (C, side, patches * side), the patches of all slices of an image, or
+    of all frames of a video, one after another; and "target_sizes", the grids of the slices or frames, (slices, 2)."""
+    _needs(items, "target_sizes")
+    sizes = [item["target_sizes"] for item in items]
+    out = base.get_image_features(torch.cat([pixels_of(item) for item in items], -1)[None], torch.cat(sizes))
+    slices = iter(out.pooler_output)
+    out.pooler_output = [torch.cat(list(islice(slices, len(own)))) for own in sizes]
+    return out
+
+
+def _with_local_crops(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items have the shape (C, H, W), or are dicts: such "pixel_values" of the whole image, and "pixel_values_local" of
+    its crops, (crops, C, h, w), if it has any."""
+    local = [None if isinstance(item, Tensor) else item.get("pixel_values_local") for item in items]
+    given = [crops for crops in local if crops is not None and len(crops)]
+    pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
+    numbers = [0 if crops is None else len(crops) for crops in local]
+    return base.get_image_features(pixels, torch.cat(given) if given else None, numbers, return_dict=True)
+
+
+def _two_resolutions(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: the same image as "pixel_values" and as "high_res_pixel_values", both (C, H, W)."""
+    _needs(items, "high_res_pixel_values")
+    pixels = (torch.stack([item[name] for item in items]) for name in ("pixel_values", "high_res_pixel_values"))
+    return base.get_image_features(*pixels, return_dict=True)
+
+
+def _masked(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items have the shape (C, H, W) or (crops, C, H, W), or are dicts: such "pixel_values", and "pixel_mask", (H, W) or
+    (crops, H, W), which tells the picture from padding."""
+    pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
+    masks = None
+    if not isinstance(items[0], Tensor):
+        _needs(items, "pixel_mask")
+        masks = torch.cat([m if (m := item["pixel_mask"]).ndim == 3 else m[None] for item in items]).bool()
+    layer = base.config.vision_feature_layer
+    return base.get_image_features(pixels, masks, vision_feature_layer=layer, return_dict=True)
+
+
+def _projected_later(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `_crops`, but the model's own forward calls its projector."""
+    out = base.get_image_features(torch.cat([_with_crops(item) for item in items]), return_dict=True)
+    out.pooler_output = base.multi_modal_projector(out.last_hidden_state)
+    return out
+
+
+def _sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor]) -> Encode:
+    """Encodes each sound alone, because the library returns the rows of several sounds without their borders.
+
+    Items are dicts: "input_features" of the shape (windows, bands, columns), the spectrograms of a sound's windows, and
+    "input_features_mask", (windows, columns), which tells them from padding.
+    """
+
+    def encode(base: Any, items: Sequence[MediaData]) -> Any:
+        rows = list[Tensor]()
+        for item in items:
+            if isinstance(item, Tensor) or "input_features_mask" not in item:
+                raise ValueError(
+                    'this model needs sounds as {"input_features": ..., "input_features_mask": ...}, as its processor '
+                    "makes them"
+                )
+            rows.append(rows_of(base, item))
+        return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
+
+    return encode
+
+
+def _masked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    out = base.get_audio_features(sound["input_features"], sound["input_features_mask"], return_dict=True)
+    return out.pooler_output
+
+
+def _sound_windows(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    return base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
+
+
+def _omni_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    out = base.get_audio_features(sound["input_features"], sound["input_features_mask"], return_dict=True)
+    return out.last_hidden_state
+
+
+def _qwen2_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    """What the model's own forward does, as it has no method for it."""
+    tower, features = base.audio_tower, sound["input_features"]
+    frames_W, rows_W = tower._get_feat_extract_output_lengths(sound["input_features_mask"].sum(-1))
+    frames_WF1 = features.new_zeros(len(features), (features.shape[-1] - 2) // 2 + 1, 1)
+    known_WF = torch.arange(frames_WF1.shape[1], device=features.device) < frames_W[:, None]
+    mask = create_bidirectional_mask(tower.config, inputs_embeds=frames_WF1, attention_mask=known_WF.long())
+    rows_WRD = base.multi_modal_projector(tower(features, attention_mask=mask).last_hidden_state)
+    return rows_WRD[torch.arange(rows_WRD.shape[1], device=features.device) < rows_W[:, None]]
+
+
+def _needs(items: Sequence[MediaData], name: str) -> None:
+    if any(isinstance(item, Tensor) or name not in item for item in items):
+        raise ValueError(
+            f'this model needs images as {{"pixel_values": ..., "{name}": ...}}, as its processor makes them'
+        )
+
+
 def _with_crops(item: Tensor) -> Tensor:
     return item if item.ndim == 4 else item[None]
 
 
 def pixels_of(item: MediaData) -> Tensor:
-    return item if isinstance(item, Tensor) else item["pixel_values"]
+    """The pixels of an item, or the spectrograms of a sound."""
+    if isinstance(item, Tensor):
+        return item
+    return item["pixel_values" if "pixel_values" in item else "input_features"]
 
 
 def _sizes(items: Sequence[MediaData]) -> Tensor:
     """The height and width of each image, (items, 2); those of its pixels if it has no `image_sizes`."""
     sizes = [torch.tensor(i.shape[-2:]) if isinstance(i, Tensor) else i["image_sizes"] for i in items]
     return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
+
+
+def smallest_sound(config: Any) -> Mapping[str, Tensor]:
+    """A short sound; a full window if the tower takes no other length."""
+    audio = config.audio_config
+    window = getattr(audio, "n_window", None)
+    columns = 2 * window if window else 2 * getattr(audio, "max_source_positions", 8)
+    features = torch.zeros(1, audio.num_mel_bins, columns)
+    return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
+
+
+def _hunyuan_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
+    """Each line of rows ends with one more, and two stand around the image."""
+    side = config.vision_config.spatial_merge_size
+    return grid[1] // side * (grid[2] // side + 1) + 2
+
+
+def _ernie_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
+    """Of a video, several time steps are joined as well."""
+    vision = config.vision_config
+    steps = grid[0] // vision.temporal_merge_size if kind == "video" else grid[0]
+    return steps * grid[1] * grid[2] // vision.spatial_merge_size**2
 
 
 def _smallest_tile(config: Any) -> MediaData:
@@ -134,35 +286,50 @@ def _smallest_crops(config: Any) -> MediaData:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of vision-language model.
+    """One kind of vision- or audio-language model.
 
     Attributes:
-        image: encodes images.
-        video: encodes videos; ``None``: the family takes no videos.
+        image, video, audio: encodes images, videos, sounds; ``None``: the family takes none.
         deepstack: whether the first layers of the LLM take features of their own.
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
-        joined: the number of patches that become a row of features, where no config says it.
+        joined: the number of patches, or of frames of a sound, that become a row of features, where no config says it.
+        rows: the number of rows of a grid (t, h, w) of patches, where it is not t * h * w / side**2: a function of the
+            config, the kind ("image" or "video") and the grid.
+        vision_tokens: names of the config's token ids that layers treat as vision (Ernie 4.5 VL has experts for them).
         smallest: makes of the model's config a small item, where that is not pixels or patches alone.
     """
 
-    image: Encode
+    image: Encode | None = None
     video: Encode | None = None
+    audio: Encode | None = None
     deepstack: bool = False
     multimodal_positions: bool = False
     bidirectional_images: bool = False
     mixes_shapes: bool = False
     joined: int | None = None
+    rows: Callable[[Any, str, Sequence[int]], int] | None = None
+    vision_tokens: tuple[str, ...] = ()
     smallest: Callable[[Any], MediaData] | None = None
+
+    @property
+    def own(self) -> Encode:
+        """Encodes what the family's tower is for: images, or sounds if it takes no images."""
+        encode = self.image or self.audio
+        assert encode is not None, "a family takes images or sounds"
+        return encode
 
 
 _QWEN2 = Family(_patches, _patches, mixes_shapes=True, multimodal_positions=True)
 _QWEN3 = replace(_QWEN2, deepstack=True)
 _PATCHES = Family(_patches, mixes_shapes=True)
 _GLM = replace(_PATCHES, multimodal_positions=True)
+_OMNI = Family(_patches, _patches, _sounds(_omni_sound), mixes_shapes=True, multimodal_positions=True)
 _IDEFICS = Family(_batched_crops)
 _SMOLVLM = Family(_batched_crops, _batched_crops)
+
+_VISION_TOKENS = ("start_token_id", "end_token_id", "token_id")
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN2,
@@ -196,6 +363,34 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,
     "smolvlm": _SMOLVLM,
+    "llava_next_video": Family(_cut_into_crops, _pooled_video, smallest=_smallest_crops),
+    "video_llava": Family(_crops, _pooled_video),
+    "perception_lm": Family(_batched_crops, _batched_crops),
+    "aria": Family(_masked),
+    "deepseek_ocr2": Family(_with_local_crops),
+    "step3p7": Family(_with_local_crops),
+    "deepseek_vl_hybrid": Family(_two_resolutions),
+    "minicpmv4_6": Family(_strips, _strips),
+    "minicpm_ocr": Family(_strips, _strips),
+    "video_llama_3": Family(_merged_patches, _merged_patches),
+    "cohere_compass": _QWEN3,
+    "minimax_m3_vl": Family(_patches, _patches, mixes_shapes=True),
+    "llama4": Family(_projected_later),
+    "ovis2": Family(_crops),
+    "hunyuan_vl": replace(_GLM, rows=_hunyuan_rows),
+    "ernie4_5_vl_moe": replace(
+        _QWEN2,
+        video=_video_patches,
+        rows=_ernie_rows,
+        vision_tokens=tuple(f"{kind}_{token}" for kind in ("image", "video") for token in _VISION_TOKENS),
+    ),
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": replace(_OMNI, deepstack=True),
+    "qwen2_audio": Family(audio=_sounds(_qwen2_sound), joined=2),
+    "audioflamingo3": Family(audio=_sounds(_masked_sound), joined=2),
+    "voxtral": Family(audio=_sounds(_sound_windows), joined=4),
+    "glmasr": Family(audio=_sounds(_masked_sound), joined=4),
+    "qwen3_asr": Family(audio=_sounds(_masked_sound), joined=1),
     "gemma3": Family(_crops, bidirectional_images=True),
 }
 
@@ -218,7 +413,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     kind = config.model_type
     if kind in REFUSED:
         raise ValueError(f"model_type {kind!r} cannot be cut into stages: {REFUSED[kind]}")
-    if "vision_config" not in config.sub_configs:
+    if kind not in FAMILIES and "vision_config" not in config.sub_configs:
         return None
     if kind not in FAMILIES:
         raise ValueError(

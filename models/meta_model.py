@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
     dynamic_module_utils,
@@ -20,6 +21,7 @@ from transformers import (
 
 from bigmac_lightning.contracts.remote_code import RemoteCodeError, without_asking
 
+from .families import FAMILIES
 from .initialization import TRUST
 from .llm.attention import AttentionNotThereError, refused_clearly
 
@@ -50,6 +52,13 @@ class PassThrough(nn.Module):
         return args[0] if args else kwargs["hidden_states"]
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of the library that builds a model of this config: with vision or audio towers if it has any."""
+    if "vision_config" in config.sub_configs:
+        return AutoModelForImageTextToText
+    return AutoModelForMultimodalLM if config.model_type in FAMILIES else AutoModelForCausalLM
+
+
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remote_code: bool = False) -> Any:
     """The whole model without weights: with a language model head, and with vision if the config has any.
 
@@ -67,7 +76,7 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
             f"the config (model_type {config.model_type!r}) has a quantization_config: quantized weights cannot be "
             "trained. Load the model with transformers, dequantized, save it, and start from that folder"
         )
-    auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
+    auto = auto_class(config)
     config = copy.deepcopy(config)
     for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         for name, value in _RETURNED.items():

@@ -42,7 +42,14 @@ from . import (
 from .exchange import Exchange, sum_of_ranks
 from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
-from .multimodal_inputs import bidirectional_masks, deepstack_arguments, multimodal_positions, text_positions
+from .multimodal_inputs import (
+    bidirectional_masks,
+    deepstack_arguments,
+    multimodal_positions,
+    position_rows,
+    text_positions,
+    vision_arguments,
+)
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
@@ -125,7 +132,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self.auxiliary_losses = {ROUTER_LOSS: self._routers.coefficient} if self._routers is not None else {}
         self.placeholders = [
             getattr(self.config, name)
-            for name in ("image_token_id", "video_token_id")
+            for name in ("image_token_id", "video_token_id", "audio_token_id")
             if getattr(self.config, name, None) is not None
         ]
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
@@ -166,7 +173,9 @@ class HFDecoder(HFComponent, LanguageModel):
     @property
     def _rows(self) -> int:
         """Rows of position ids."""
-        return 4 if self.family is not None and self.family.multimodal_positions else 1
+        if self.family is None or not self.family.multimodal_positions:
+            return 1
+        return position_rows(self.config)
 
     @property
     def _decoder(self) -> Any:
@@ -357,7 +366,7 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family is None:
             return inputs
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
-            inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
+            inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs, self.family)
         if self._bidirectional and "token_type_ids" not in inputs:
             inputs["token_type_ids"] = (inputs["input_ids"] == self.placeholders[0]).long()
         return inputs
@@ -386,6 +395,8 @@ class HFDecoder(HFComponent, LanguageModel):
             further = attention.sample_arguments(
                 inputs[attention.STARTS], inputs.get(WHOLE_POSITIONS, inputs["input_ids"]).shape[-1]
             )
+        if self.family is not None:
+            further.update(vision_arguments(self.config, self.family, inputs["input_ids"]))
         features = extras.pop("features", None)
         if features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ import transformers as hf
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.models.meta_model import auto_class
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
+AUDIO, AUDIO_START, AUDIO_END = 57, 55, 56
+MEDIA = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
 
 TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -89,7 +93,7 @@ class Picture:
     """A media item, for both sides.
 
     Attributes:
-        encoder: "image" or "video".
+        encoder: "image", "video" or "audio".
         data: what the pipeline's encoder gets.
         rows: tokens that it turns into.
         runs: how many runs of tokens these are, with others between them.
@@ -104,7 +108,7 @@ class Picture:
 
     @property
     def token(self) -> int:
-        return VIDEO if self.encoder == "video" else IMAGE
+        return MEDIA[self.encoder]
 
 
 Draw = Callable[[Random], Picture]
@@ -174,7 +178,7 @@ class Model:
 def save(name: str, folder: Path, config: Any = None) -> None:
     """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
     config = KNOWN[name].config() if config is None else config
-    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
+    auto = auto_class(config)
     torch.manual_seed(2)
     whole: Any = auto.from_config(config)
     with torch.no_grad():
@@ -185,7 +189,7 @@ def save(name: str, folder: Path, config: Any = None) -> None:
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
-    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
+    auto = auto_class(KNOWN[name].config())
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
     return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=KNOWN[name].attention, **experts)
 
@@ -422,7 +426,8 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
     tokens = words[:2]
     for item in items:
         for _ in range(item.runs):
-            tokens += [VISION_START, *[item.token] * (item.rows // item.runs), VISION_END, random.randrange(3, 50)]
+            start, end = (AUDIO_START, AUDIO_END) if item.encoder == "audio" else (VISION_START, VISION_END)
+            tokens += [start, *[item.token] * (item.rows // item.runs), end, random.randrange(3, 50)]
     return Sequence(tokens + words[2:], items)
 
 
@@ -431,7 +436,8 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
     length = max(sum(len(sample.tokens) for sample in row) for row in rows)
     made = Microbatch({"input_ids": torch.zeros(len(rows), length, dtype=torch.long)})
     positions, tokens = torch.arange(length).repeat(len(rows), 1), torch.zeros(len(rows), length, dtype=torch.long)
-    labelled, media, grids = [], [], {"image_grid_thw": [], "video_grid_thw": []}
+    labelled, media = [], []
+    grids = {name: [] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
     for b, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -439,7 +445,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 flat = b * length + start + s
                 made.inputs["input_ids"].view(-1)[flat] = token
                 positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
-                if token in (IMAGE, VIDEO):
+                if token in MEDIA.values():
                     media.append(flat)
                 elif s:
                     labelled.append(flat)
@@ -487,7 +493,7 @@ def reference_loss(whole: Any, model: Model, packed: bool) -> Tensor:
         router_logits = []
         for sample in (sample for row in rows for sample in row):
             given = microbatch([[sample]])
-            out = whole(**arguments(whole, sample, given))
+            out = forward(whole, sample, given)
             logits = out.logits.flatten(0, 1)[given.label_positions]
             losses.append(torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum"))
             labels += len(given.labels)
@@ -508,15 +514,37 @@ def balancing_loss(whole: Any, router_logits: list[Any]) -> Tensor:
     return library(tuple(torch.cat(layer) for layer in zip(*router_logits, strict=True)), experts, per_token)
 
 
+def forward(whole: Any, sample: Sequence, given: Microbatch) -> Any:
+    """What the library's forward returns for one sample."""
+    if whole.config.model_type == "llama4":  # which fails when it makes its output
+        return SimpleNamespace(logits=whole(**arguments(whole, sample, given), return_dict=False)[0])
+    return whole(**arguments(whole, sample, given))
+
+
 def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]:
     """The arguments of the library's forward for one sample, as the model's processor would make them."""
     ids = given.inputs["input_ids"]
     made: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     items = [item.arguments for item in sample.items]
     for name in {name for item in items for name in item}:
-        joined = torch.cat([item[name] for item in items if name in item])
+        strips = whole.config.model_type.startswith("minicpm") and name.startswith("pixel_values")
+        joined = torch.cat([item[name] for item in items if name in item], -1 if strips else 0)
         made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    kind = whole.config.model_type
+    if "omni" in kind:
+        made["attention_mask"] = torch.ones_like(ids)  # without one, it has the positions of text
+        if "input_features_mask" in made:
+            made["feature_attention_mask"] = made.pop("input_features_mask")
+        if "second_per_grid_ts" in made:
+            made["video_second_per_grid"] = made.pop("second_per_grid_ts")
+        return made
+    if kind == "ernie4_5_vl_moe":
+        made["moe_mm_token_type_ids"] = (ids > 50).int()
+    if kind == "qwen2_audio" and "input_features" in made:
+        made["feature_attention_mask"] = made.pop("input_features_mask")
+    if kind == "voxtral":
+        made.pop("input_features_mask", None)
     if "image_grid_thw" in made or "video_grid_thw" in made:
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "gemma3":
