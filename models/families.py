@@ -168,6 +168,29 @@ def _masked(base: Any, items: Sequence[MediaData]) -> Any:
     return base.get_image_features(pixels, masks, vision_feature_layer=layer, return_dict=True)
 
 
+def _with_indicators(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (crops, C, H, W), and "indicators" (rows,), which says of each row
+    that the image becomes which of the model's visual indicators it is; -1: a feature."""
+    _needs(items, "indicators")
+    pixels = [_with_crops(pixels_of(item)) for item in items]
+    out = base.get_image_features(torch.cat(pixels), return_dict=True)
+    crops, learned = iter(out.pooler_output), out.visual_indicator_features
+    made = list[Tensor]()
+    for item, own in zip(items, pixels, strict=True):
+        rows = torch.cat([learned, *islice(crops, len(own))])
+        features = item["indicators"] < 0
+        made.append(rows[torch.where(features, features.cumsum(0) - 1 + len(learned), item["indicators"])])
+    out.pooler_output = made
+    return out
+
+
+def _tiles(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `_batched_crops`, but the model also takes which crops there are."""
+    pixels = torch.stack([_with_crops(item) for item in items])
+    present = torch.ones(pixels.shape[:2], dtype=torch.bool, device=pixels.device)
+    return base.get_image_features(pixels, present, return_dict=True)
+
+
 def _projected_later(base: Any, items: Sequence[Tensor]) -> Any:
     """As `_crops`, but the model's own forward calls its projector."""
     out = base.get_image_features(torch.cat([_with_crops(item) for item in items]), return_dict=True)
@@ -292,6 +315,8 @@ class Family:
         image, video, audio: encodes images, videos, sounds; ``None``: the family takes none.
         deepstack: whether the first layers of the LLM take features of their own.
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
+        takes_text_positions: whether the LLM takes text positions before these parts, by which it keeps packed samples
+            apart.
         mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
         joined: the number of patches, or of frames of a sound, that become a row of features, where no config says it.
@@ -306,6 +331,7 @@ class Family:
     audio: Encode | None = None
     deepstack: bool = False
     multimodal_positions: bool = False
+    takes_text_positions: bool = True
     bidirectional_images: bool = False
     mixes_shapes: bool = False
     joined: int | None = None
@@ -376,8 +402,9 @@ FAMILIES: dict[str, Family] = {
     "cohere_compass": _QWEN3,
     "minimax_m3_vl": Family(_patches, _patches, mixes_shapes=True),
     "llama4": Family(_projected_later),
-    "ovis2": Family(_crops),
-    "hunyuan_vl": replace(_GLM, rows=_hunyuan_rows),
+    "ovis2": Family(_with_indicators),
+    "granite_docling": Family(_tiles, deepstack=True),
+    "hunyuan_vl": replace(_GLM, rows=_hunyuan_rows, takes_text_positions=False),
     "ernie4_5_vl_moe": replace(
         _QWEN2,
         video=_video_patches,

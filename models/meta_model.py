@@ -14,10 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     dynamic_module_utils,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from bigmac_lightning.contracts.remote_code import RemoteCodeError, without_asking
 
@@ -56,7 +58,11 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """The class of the library that builds a model of this config: with vision or audio towers if it has any."""
     if "vision_config" in config.sub_configs:
         return AutoModelForImageTextToText
-    return AutoModelForMultimodalLM if config.model_type in FAMILIES else AutoModelForCausalLM
+    if config.model_type not in FAMILIES:
+        return AutoModelForCausalLM
+    # AudioFlamingo 3 is among models from sequence to sequence, although its LLM is a decoder.
+    known = config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return AutoModelForMultimodalLM if known else AutoModelForSeq2SeqLM
 
 
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remote_code: bool = False) -> Any:

@@ -46,7 +46,7 @@ from .multimodal_inputs import (
     bidirectional_masks,
     deepstack_arguments,
     multimodal_positions,
-    position_rows,
+    position_axes,
     text_positions,
     vision_arguments,
 )
@@ -172,10 +172,10 @@ class HFDecoder(HFComponent, LanguageModel):
 
     @property
     def _rows(self) -> int:
-        """Rows of position ids."""
+        """Rows of position ids that the decoder takes."""
         if self.family is None or not self.family.multimodal_positions:
             return 1
-        return position_rows(self.config)
+        return position_axes(self.config) + self.family.takes_text_positions
 
     @property
     def _decoder(self) -> Any:
@@ -407,7 +407,7 @@ class HFDecoder(HFComponent, LanguageModel):
         whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
         with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
             mask = self._mask(whole_BSD, inputs)
-            out = stage(h_BSD, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
+            out = stage(h_BSD, position_ids=self._positions(inputs), attention_mask=mask, **further)
             if self._routers is not None:
                 before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
                 counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
@@ -415,6 +415,12 @@ class HFDecoder(HFComponent, LanguageModel):
         if self._cache is not None:
             self._cache.count(h_BSD)
         return out
+
+    def _positions(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        positions = inputs.get("position_ids")
+        if positions is None or self.family is None or self.family.takes_text_positions:
+            return positions
+        return positions[1:] if positions.ndim == 3 else positions
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
         """What the decoder gets as its attention mask; ``None``: it makes its own."""

@@ -23,14 +23,14 @@ KINDS = ("image", "video")
 GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
-def position_rows(config: PreTrainedConfig) -> int:
-    """Rows of M-RoPE positions, text positions included: 4, or 5 in Hunyuan-VL with four sections."""
+def position_axes(config: PreTrainedConfig) -> int:
+    """Rows of M-RoPE positions beside those of text: 3, or 4 in Hunyuan-VL with four sections."""
     rope: Any = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return 1 + len(rope.get("mrope_section") or (1, 1, 1))
+    return len(rope.get("mrope_section") or (1, 1, 1))
 
 
 def multimodal_positions(model: Any, inputs: dict[str, Tensor], family: Family) -> Tensor:
-    """M-RoPE positions (4, B, S): text, then temporal, height and width (or other axes; see `position_rows`).
+    """M-RoPE positions (4, B, S): text, then temporal, height and width (or other axes; see `position_axes`).
 
     The positions of an image depend on those before it in its sample (Qwen2-VL, arXiv 2409.12191, section 2.1), so each
     sample of a packed row is given to the library's own function alone.
@@ -48,7 +48,7 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor], family: Family) 
     config = model.config
     tokens = [getattr(config, f"{kind}_token_id", None) for kind in KINDS]
     kinds_BS = sum(k * (ids_BS == token).int() for k, token in enumerate(tokens, 1) if token is not None)
-    positions = text_BS.expand(position_rows(config), *text_BS.shape).clone()
+    positions = text_BS.expand(1 + position_axes(config), *text_BS.shape).clone()
     if not kinds_BS.any():
         return positions
     if family.audio is not None:
@@ -66,6 +66,8 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor], family: Family) 
             given[seconds_name], seconds = seconds[:taken], seconds[taken:]
         elif "second_per_grids" in takes and given["video_grid_thw"] is not None:
             raise ValueError("this model needs inputs['second_per_grid_ts'], the seconds per time step of each video")
+        if "second_per_grids" in takes:
+            given["attention_mask"] = torch.ones_like(ids_BS[b : b + 1, start:stop])
         if "mm_token_type_ids" in takes:
             given["mm_token_type_ids"] = kinds_S[None]
         given = {name: value for name, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ from tests.models.zoo import (
     EXPERTS,
     GLM_TOWER,
     IMAGE,
+    INDICATORS,
     LAYERS,
     LINEAR_ATTENTION,
     PARTIAL_MROPE,
@@ -198,8 +199,26 @@ def omni(sound: Draw) -> Draw:
 
 
 def eighth(columns: int) -> int:
-    """Of each window of eight columns, three convolutions make one row."""
-    return -(-columns // 8)
+    """Three convolutions make 13 rows of each 100 columns."""
+    return columns // 100 * 13 + -(-(columns % 100) // 8)
+
+
+QWEN3_AUDIO: dict[str, Any] = {"n_window": 50, "n_window_infer": 100, "output_dim": WIDTH, "downsample_hidden_size": 8}
+
+
+def ovis(random: Random) -> Picture:
+    """One to three crops, with indicators around each of them."""
+    crops = random.randint(1, 3)
+    kinds = [0, *([-1] * 16 + [random.randrange(1, 4)]) * crops, 4]
+    data: Any = {"pixel_values": pixels(random, crops, 3, 8, 8), "indicators": torch.tensor(kinds)}
+    tokens = [IMAGE if kind < 0 else INDICATORS[kind] for kind in kinds]
+    return Picture("image", data, len(kinds), {"pixel_values": data["pixel_values"]}, tokens=tokens)
+
+
+def tiles(random: Random) -> Picture:
+    data = pixels(random, 2, 3, 8, 8)
+    arguments = {"pixel_values": data[None], "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}
+    return Picture("image", data, 2 * 4, arguments)
 
 
 AUDIO_TOWER: dict[str, Any] = {
@@ -251,16 +270,10 @@ FURTHER: dict[str, Model] = {
                 **EXPERTS,
             ),
             vision_config=QWEN3_TOWER,
-            audio_config={
-                **AUDIO_TOWER,
-                "n_window": 4,
-                "n_window_infer": 16,
-                "output_dim": WIDTH,
-                "downsample_hidden_size": 8,
-            },
+            audio_config={**AUDIO_TOWER, **QWEN3_AUDIO, "max_source_positions": 16},
             **OMNI_TOKENS,
         ),
-        omni(sound(30, eighth)),
+        omni(sound(230, eighth)),
     ),
     "qwen2_audio": Model(
         config(
@@ -301,11 +314,11 @@ FURTHER: dict[str, Model] = {
     "qwen3_asr": Model(
         config(
             "qwen3_asr",
-            audio_config={**AUDIO_TOWER, "n_window": 4, "n_window_infer": 16, "output_dim": WIDTH, "downsample_hidden_size": 8},
+            audio_config={**AUDIO_TOWER, **QWEN3_AUDIO},
             text_config=lambda: llm(hf.Qwen3Config),
             audio_token_id=AUDIO,
         ),
-        sound(24, eighth, windows=2),
+        sound(200, eighth, windows=2),
     ),
     "hunyuan_vl": Model(
         config(
@@ -319,7 +332,7 @@ FURTHER: dict[str, Model] = {
                 "min_image_size": 4,
             },
             text_config=lambda: llm(
-                hf.HunYuanVLTextConfig, rope_parameters={**mrope(1, 1, 1, 1), "rope_type": "dynamic", "alpha": 50.0}
+                hf.HunYuanVLTextConfig, rope_parameters={**mrope(1, 1, 1, 1), "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
             ),
             image_token_id=IMAGE,
         ),
@@ -489,8 +502,23 @@ FURTHER: dict[str, Model] = {
             hidden_size=32,
             vocab_size=64,
             image_token_id=IMAGE,
-            visual_indicator_token_ids=[55, 56, 57, 58, 59],
+            visual_indicator_token_ids=list(INDICATORS),
         ),
-        square(16, crops=3),
+        ovis,
+    ),
+    "granite_docling": Model(
+        config(
+            "granite_docling",
+            vision_config={
+                **TOWER,
+                "num_hidden_layers": 3,
+                "out_hidden_size": WIDTH,
+                "scale_factor": 2,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            text_config=lambda: tiny_text("granite_docling_text"),
+            image_token_id=IMAGE,
+        ),
+        tiles,
     ),
 }

@@ -337,7 +337,7 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
     whole.eval()
     for sample in (rows[0][0] for rows in zoo.sequences(model, packed=False)):
         prompt, tokens = Batch([zoo.microbatch([[sample]])]), sample.tokens[:WRITTEN:2]
-        words = [token for token in tokens if token not in zoo.MEDIA.values()]
+        words = [token for token in tokens if token < zoo.SPECIAL]
 
         def expected_logits(more: Sequence[int], sample: zoo.Sequence = sample) -> Tensor:
             longer = zoo.Sequence([*sample.tokens, *more], sample.items)

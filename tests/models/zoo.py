@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
 from bigmac_lightning.models.meta_model import auto_class
@@ -21,7 +22,11 @@ from bigmac_lightning.models.meta_model import auto_class
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
 AUDIO, AUDIO_START, AUDIO_END = 57, 55, 56
+SPECIAL = 50
+"""Token ids of words are smaller."""
 MEDIA = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
+INDICATORS = range(50, 55)
+"""Tokens of Ovis 2 among those of an image, which its features replace as well."""
 
 TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -97,6 +102,7 @@ class Picture:
         data: what the pipeline's encoder gets.
         rows: tokens that it turns into.
         runs: how many runs of tokens these are, with others between them.
+        tokens: its tokens, if they are not all the same.
         arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
     """
 
@@ -105,6 +111,7 @@ class Picture:
     rows: int
     arguments: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 1
+    tokens: list[int] = field(default_factory=list)
 
     @property
     def token(self) -> int:
@@ -419,7 +426,7 @@ class Sequence:
 
 
 def sequence(random: Random, draw: Draw | None) -> Sequence:
-    words = [random.randrange(3, 50) for _ in range(random.randint(4, 9))]
+    words = [random.randrange(3, SPECIAL) for _ in range(random.randint(4, 9))]
     if draw is None:
         return Sequence(words, [])
     items = [draw(random) for _ in range(random.randint(1, 2))]
@@ -427,7 +434,8 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
     for item in items:
         for _ in range(item.runs):
             start, end = (AUDIO_START, AUDIO_END) if item.encoder == "audio" else (VISION_START, VISION_END)
-            tokens += [start, *[item.token] * (item.rows // item.runs), end, random.randrange(3, 50)]
+            placed = item.tokens or [item.token] * (item.rows // item.runs)
+            tokens += [start, *placed, end, random.randrange(3, SPECIAL)]
     return Sequence(tokens + words[2:], items)
 
 
@@ -445,7 +453,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 flat = b * length + start + s
                 made.inputs["input_ids"].view(-1)[flat] = token
                 positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
-                if token in MEDIA.values():
+                if token in (*MEDIA.values(), *INDICATORS):
                     media.append(flat)
                 elif s:
                     labelled.append(flat)
@@ -516,9 +524,9 @@ def balancing_loss(whole: Any, router_logits: list[Any]) -> Tensor:
 
 def forward(whole: Any, sample: Sequence, given: Microbatch) -> Any:
     """What the library's forward returns for one sample."""
-    if whole.config.model_type == "llama4":  # which fails when it makes its output
-        return SimpleNamespace(logits=whole(**arguments(whole, sample, given), return_dict=False)[0])
-    return whole(**arguments(whole, sample, given))
+    # Llama 4 fails when it makes its output, because its decoder's has no such field.
+    with patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True):
+        return whole(**arguments(whole, sample, given))
 
 
 def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]:
@@ -540,7 +548,7 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
             made["video_second_per_grid"] = made.pop("second_per_grid_ts")
         return made
     if kind == "ernie4_5_vl_moe":
-        made["moe_mm_token_type_ids"] = (ids > 50).int()
+        made["moe_mm_token_type_ids"] = (ids >= SPECIAL).int()
     if kind == "qwen2_audio" and "input_features" in made:
         made["feature_attention_mask"] = made.pop("input_features_mask")
     if kind == "voxtral":
