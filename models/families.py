@@ -184,6 +184,29 @@ def _with_indicators(base: Any, items: Sequence[MediaData]) -> Any:
     return out
 
 
+def _pooled_patches(name: str) -> Encode:
+    """Items are dicts: "pixel_values" of the shape (crops, patches, E); "image_token_pooling" (rows, most patches of a
+    row), which patches of the item a row is made of, -1 where these are fewer; and "image_grids", (4,), or for a video
+    "video_grids", (3,).
+
+    Args:
+        name: "image" or "video".
+    """
+
+    def encode(base: Any, items: Sequence[MediaData]) -> Any:
+        _needs(items, f"{name}_token_pooling")
+        pixels, pooling, before = [pixels_of(item) for item in items], list[Tensor](), 0
+        for item, own in zip(items, pixels, strict=True):
+            patches = item[f"{name}_token_pooling"]
+            pooling.append(torch.where(patches < 0, patches, patches + before))
+            before += own.shape[0] * own.shape[1]
+        get = base.get_image_features if name == "image" else base.get_video_features
+        grids = torch.stack([item[f"{name}_grids"] for item in items])
+        return get(torch.cat(pixels), torch.cat(pooling), grids, return_dict=True)
+
+    return encode
+
+
 def _tiles(base: Any, items: Sequence[Tensor]) -> Any:
     """As `_batched_crops`, but the model also takes which crops there are."""
     pixels = torch.stack([_with_crops(item) for item in items])
@@ -317,6 +340,9 @@ class Family:
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         takes_text_positions: whether the LLM takes text positions before these parts, by which it keeps packed samples
             apart.
+        sees_images_together: whether that is so for all images of a row, and the tokens around them (Molmo 2). Then
+            ``inputs["token_type_ids"]`` has to say which tokens these are.
+        adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
         mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
         joined: the number of patches, or of frames of a sound, that become a row of features, where no config says it.
@@ -333,6 +359,8 @@ class Family:
     multimodal_positions: bool = False
     takes_text_positions: bool = True
     bidirectional_images: bool = False
+    sees_images_together: bool = False
+    adds_features: bool = False
     mixes_shapes: bool = False
     joined: int | None = None
     rows: Callable[[Any, str, Sequence[int]], int] | None = None
@@ -402,6 +430,13 @@ FAMILIES: dict[str, Family] = {
     "cohere_compass": _QWEN3,
     "minimax_m3_vl": Family(_patches, _patches, mixes_shapes=True),
     "llama4": Family(_projected_later),
+    "molmo2": Family(
+        _pooled_patches("image"),
+        _pooled_patches("video"),
+        bidirectional_images=True,
+        sees_images_together=True,
+        adds_features=True,
+    ),
     "ovis2": Family(_with_indicators),
     "granite_docling": Family(_tiles, deepstack=True),
     "hunyuan_vl": replace(_GLM, rows=_hunyuan_rows, takes_text_positions=False),

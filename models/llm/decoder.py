@@ -111,6 +111,7 @@ class HFDecoder(HFComponent, LanguageModel):
             liger.check_installed()
         self._takes_masks = attn_implementation in attention.MASKED
         self._bidirectional = self.family is not None and self.family.bidirectional_images
+        self.adds_features = self.family is not None and self.family.adds_features
         if self._bidirectional and not self._takes_masks:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
@@ -369,6 +370,11 @@ class HFDecoder(HFComponent, LanguageModel):
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs, self.family)
         if self._bidirectional and "token_type_ids" not in inputs:
             inputs["token_type_ids"] = (inputs["input_ids"] == self.placeholders[0]).long()
+            if self.family.sees_images_together and inputs["token_type_ids"].any():
+                raise ValueError(
+                    f"model_type {self.config.model_type!r} needs inputs['token_type_ids'] (B, S), which is 1 for an "
+                    "image's tokens and those around them: give what its processor calls mm_token_type_ids"
+                )
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -428,7 +434,8 @@ class HFDecoder(HFComponent, LanguageModel):
             return None
         config = self._decoder.config
         if self._bidirectional and "token_type_ids" in inputs:
-            return bidirectional_masks(config, h_BSD, inputs)
+            assert self.family is not None, "only a family has images"
+            return bidirectional_masks(config, h_BSD, inputs, self.family.sees_images_together)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is None and self._needs_masks and positions is not None:
             return attention.packed_masks(config, h_BSD, text_positions(positions))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.models.gemma3 import modeling_gemma3
 
 from ..families import Family
@@ -81,8 +82,23 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor], family: Family) 
     return positions
 
 
-def bidirectional_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Gemma 3's masks by layer type. They are causal, except that all tokens of an image see each other."""
+def bidirectional_masks(
+    config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor], together: bool = False
+) -> Any:
+    """Gemma 3's masks by layer type. They are causal, except that all tokens of an image see each other.
+
+    Args:
+        together: whether the tokens of all images see each other, as in Molmo 2, which has one mask.
+    """
+    if together:
+        return create_causal_mask(
+            config.get_text_config(),
+            h_BSD,
+            inputs.get("attention_mask"),
+            None,
+            inputs.get("position_ids"),
+            block_sequence_ids=torch.where(inputs["token_type_ids"] == 1, 0, -1),
+        )
     blocks = modeling_gemma3.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
     return modeling_gemma3.create_masks_for_vision_model(
         config.get_text_config(),

@@ -215,6 +215,22 @@ def ovis(random: Random) -> Picture:
     return Picture("image", data, len(kinds), {"pixel_values": data["pixel_values"]}, tokens=tokens)
 
 
+def molmo(random: Random) -> Picture:
+    """An image of one or two crops, or a video of two frames; some rows are made of fewer patches than others."""
+    video, number = random.random() < 0.4, random.randint(1, 2)
+    pooling = torch.randint(-1, 16 * (2 if video else number), (6, 4), generator=torch.Generator().manual_seed(number))
+    pooling[:, 0] = pooling[:, 0].clamp(min=0)
+    kind, end = ("video", "_videos") if video else ("image", "")
+    data: Any = {
+        "pixel_values": pixels(random, 2 if video else number, 16, 3 * 2 * 2),
+        f"{kind}_token_pooling": pooling,
+        f"{kind}_grids": torch.tensor([2, 1, 3] if video else [1, 2, 2, 2]),
+    }
+    arguments = {name: value[None] if name.endswith("grids") else value for name, value in data.items()}
+    arguments[f"pixel_values{end}"] = arguments.pop("pixel_values")
+    return Picture(kind, data, 6, arguments, tokens=[IMAGE] * 6, alone=video, marked=True)
+
+
 def tiles(random: Random) -> Picture:
     data = pixels(random, 2, 3, 8, 8)
     arguments = {"pixel_values": data[None], "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}
@@ -492,6 +508,25 @@ FURTHER: dict[str, Model] = {
             image_token_index=IMAGE,
         ),
         square(4, crops=3),
+        packs=False,
+    ),
+    "molmo2": Model(
+        config(
+            "molmo2",
+            vision_config={**TOWER, "image_size": [8, 8], "num_position_embeddings": 16, "num_key_value_heads": 2, "head_dim": 8},
+            adapter_config={
+                "vision_feature_layer": [1, 0],
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "intermediate_size": 24,
+                "text_hidden_size": WIDTH,
+            },
+            text_config=lambda: tiny_text("molmo2_text", additional_vocab_size=4),
+            image_patch_id=IMAGE,
+        ),
+        molmo,
         packs=False,
     ),
     "ovis2": Model(

@@ -103,6 +103,8 @@ class Picture:
         rows: tokens that it turns into.
         runs: how many runs of tokens these are, with others between them.
         tokens: its tokens, if they are not all the same.
+        alone: whether its sample can have no other item.
+        marked: whether the input token_type_ids says which tokens are its own, or around these.
         arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
     """
 
@@ -112,6 +114,8 @@ class Picture:
     arguments: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 1
     tokens: list[int] = field(default_factory=list)
+    alone: bool = False
+    marked: bool = False
 
     @property
     def token(self) -> int:
@@ -430,6 +434,7 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
     if draw is None:
         return Sequence(words, [])
     items = [draw(random) for _ in range(random.randint(1, 2))]
+    items = [item for item in items if item.alone][:1] or items
     tokens = words[:2]
     for item in items:
         for _ in range(item.runs):
@@ -463,6 +468,9 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 for name in grids.keys() & item.arguments.keys():
                     grids[name].append(item.arguments[name])
         positions[b, start:] = torch.arange(length - start) if len(row) > 1 else positions[b, start:]
+    if any(item.marked for row in rows for sample in row for item in sample.items):
+        marked = torch.tensor([IMAGE, VISION_START, VISION_END])
+        made.inputs["token_type_ids"] = torch.isin(made.inputs["input_ids"], marked).long()
     made.inputs["position_ids"] = positions
     made.inputs["token_mask"] = tokens
     made.inputs.update({name: torch.cat(parts) for name, parts in grids.items() if parts})
@@ -547,6 +555,13 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         if "second_per_grid_ts" in made:
             made["video_second_per_grid"] = made.pop("second_per_grid_ts")
         return made
+    if kind == "molmo2":
+        made["mm_token_type_ids"] = given.inputs.get("token_type_ids", torch.zeros_like(ids))
+        before, pooling = 0, list[Tensor]()
+        for item in items if "image_token_pooling" in made else ():
+            pooling.append(item["image_token_pooling"] + before * (item["image_token_pooling"] >= 0))
+            before += item["pixel_values"].shape[:2].numel()
+        made.update({"image_token_pooling": torch.cat(pooling)} if pooling else {})
     if kind == "ernie4_5_vl_moe":
         made["moe_mm_token_type_ids"] = (ids >= SPECIAL).int()
     if kind == "qwen2_audio" and "input_features" in made:
