@@ -300,6 +300,43 @@ def smallest_sound(config: Any) -> Mapping[str, Tensor]:
     return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
 
 
+def _smallest_strip(config: Any) -> MediaData:
+    vision, side = config.vision_config, 2 ** (1 + config.merger_times)
+    pixels = torch.zeros(vision.num_channels, vision.patch_size, side**2 * vision.patch_size)
+    return {"pixel_values": pixels, "target_sizes": torch.full((1, 2), side)}
+
+
+def _smallest_merged(config: Any) -> MediaData:
+    vision = config.vision_config
+    pixels = torch.zeros(1, 2, 2, vision.num_channels * vision.patch_size**2)
+    return {"pixel_values": pixels, "merge_sizes": torch.tensor(2)}
+
+
+def _smallest_pooled(config: Any) -> MediaData:
+    vision = config.vision_config
+    values = vision.num_channels * vision.patch_size**2
+    made = {"pixel_values": torch.zeros(1, vision.num_position_embeddings, values)}
+    for name, grid in (("image", (1, 1, 0, 0)), ("video", (1, 1, 1))):
+        made[f"{name}_token_pooling"], made[f"{name}_grids"] = torch.zeros(1, 1, dtype=torch.long), torch.tensor(grid)
+    return made
+
+
+def _smallest_indicated(config: Any) -> MediaData:
+    side = config.vision_config.image_size
+    return {"pixel_values": torch.zeros(1, 3, side, side), "indicators": torch.tensor([0, -1])}
+
+
+def _smallest_pair(config: Any) -> MediaData:
+    sides = (config.vision_config.image_size, config.high_res_vision_config.image_size)
+    names = ("pixel_values", "high_res_pixel_values")
+    return {name: torch.zeros(3, side, side) for name, side in zip(names, sides, strict=True)}
+
+
+def _smallest_for_sam(config: Any) -> MediaData:
+    side = config.vision_config.sam_config.image_size
+    return torch.zeros(3, side, side)
+
+
 def _hunyuan_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
     """Each line of rows ends with one more, and two stand around the image."""
     side = config.vision_config.spatial_merge_size
@@ -380,6 +417,7 @@ _QWEN3 = replace(_QWEN2, deepstack=True)
 _PATCHES = Family(_patches, mixes_shapes=True)
 _GLM = replace(_PATCHES, multimodal_positions=True)
 _OMNI = Family(_patches, _patches, _sounds(_omni_sound), mixes_shapes=True, multimodal_positions=True)
+_STRIPS = Family(_strips, _strips, joined=16, smallest=_smallest_strip)
 _IDEFICS = Family(_batched_crops)
 _SMOLVLM = Family(_batched_crops, _batched_crops)
 
@@ -396,6 +434,7 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": _GLM,
     "glm46v": _GLM,
     "glm_ocr": _GLM,
+    "glmga": _GLM,
     "paddleocr_vl": replace(_GLM, image=_square_patches),
     "exaone4_5": replace(_PATCHES, video=_patches),
     "kimi_k25": replace(_PATCHES, image=_square_patches),
@@ -420,24 +459,30 @@ FAMILIES: dict[str, Family] = {
     "llava_next_video": Family(_cut_into_crops, _pooled_video, smallest=_smallest_crops),
     "video_llava": Family(_crops, _pooled_video),
     "perception_lm": Family(_batched_crops, _batched_crops),
-    "aria": Family(_masked),
-    "deepseek_ocr2": Family(_with_local_crops),
-    "step3p7": Family(_with_local_crops),
-    "deepseek_vl_hybrid": Family(_two_resolutions),
-    "minicpmv4_6": Family(_strips, _strips),
-    "minicpm_ocr": Family(_strips, _strips),
-    "video_llama_3": Family(_merged_patches, _merged_patches),
+    "aria": Family(_masked, joined=10),
+    "deepseek_ocr2": Family(_with_local_crops, joined=16, smallest=_smallest_for_sam),
+    "step3p7": Family(_with_local_crops, joined=16),
+    "deepseek_vl_hybrid": Family(_two_resolutions, smallest=_smallest_pair),
+    "minicpmv4_6": _STRIPS,
+    "minicpm_ocr": replace(_STRIPS, joined=4),
+    "video_llama_3": Family(_merged_patches, _merged_patches, smallest=_smallest_merged),
     "cohere_compass": _QWEN3,
     "minimax_m3_vl": Family(_patches, _patches, mixes_shapes=True),
-    "llama4": Family(_projected_later),
+    "cosmos3_edge": _QWEN2,
+    "cosmos3_omni": _QWEN3,
+    "muse_glimmer": Family(_patches, _patches, mixes_shapes=True),
+    "hyperclovax_vision_v2": Family(_patches, _patches, mixes_shapes=True),
+    "llama4": Family(_projected_later, joined=4),
     "molmo2": Family(
         _pooled_patches("image"),
         _pooled_patches("video"),
         bidirectional_images=True,
         sees_images_together=True,
         adds_features=True,
+        joined=4,
+        smallest=_smallest_pooled,
     ),
-    "ovis2": Family(_with_indicators),
+    "ovis2": Family(_with_indicators, smallest=_smallest_indicated),
     "granite_docling": Family(_tiles, deepstack=True),
     "hunyuan_vl": replace(_GLM, rows=_hunyuan_rows, takes_text_positions=False),
     "ernie4_5_vl_moe": replace(
@@ -458,11 +503,41 @@ FAMILIES: dict[str, Family] = {
 
 """The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
 
+_CROSS = "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages"
+_TWO_PARTS = "its text has an encoder and a decoder, and stages here are those of a decoder"
+_TOKEN_EMBEDDINGS = "its layers take embeddings of the token ids of their own, beside the hidden states"
+_TALKER = (
+    "it is a thinker with a talker. Save its thinker, {0}.from_pretrained(DIR).save_pretrained(OUT), and start from OUT"
+)
+
 REFUSED = {
     "paligemma": "tokens of a prompt see each other both ways, and batches here do not say where a prompt ends",
-    "mllama": "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages",
-    "gemma3n": "its layers take embeddings of the token ids of their own, beside the hidden states",
-    "gemma4": "its layers take embeddings of the token ids of their own, beside the hidden states",
+    "mllama": _CROSS,
+    "blip": _CROSS,
+    "idefics": _CROSS,
+    "florence2": _TWO_PARTS,
+    "pix2struct": _TWO_PARTS,
+    "gemma3n": _TOKEN_EMBEDDINGS,
+    "gemma4": _TOKEN_EMBEDDINGS,
+    "qwen4_exp": _TOKEN_EMBEDDINGS,
+    "gemma4_unified": "its layers hand on keys and values to later ones",
+    "mistral_large4": "its rotary embedding has weights, which all stages would have to share",
+    "inkling2": "its decoder has weights beside embedding, layers and final norm",
+    "inkling2_loop": "its decoder has weights beside embedding, layers and final norm",
+    "minicpmv4_7": "its positions depend on where an image's slices lie, which batches here do not say",
+    "phi4_multimodal": "its towers lie inside its decoder, and how it projects a sound depends on the batch's images",
+    "granite4_vision": "an image has features for layers that the config names, and they travel to the first layers here",
+    "fast_vlm": "its tower is one of the package timm, with which nothing here has been tested",
+    "blip-2": "its LLM is OPT or T5, and neither can be cut",
+    "instructblip": "its tower reads the text of the question, which the encoders here do not get",
+    "instructblipvideo": "its tower reads the text of the question, which the encoders here do not get",
+    "git": "its images come before the text, without tokens that features could replace",
+    "chameleon": "its images become tokens of its vocabulary, so there are no features to train",
+    "shieldgemma2": "it classifies images, and writes no text",
+    "musicflamingo": "its tower reads the token ids around a sound, which the encoders here do not get",
+    "granite_speech": "its LLM has adapters that work only where there are sounds",
+    "qwen2_5_omni": _TALKER.format("Qwen2_5OmniThinkerForConditionalGeneration"),
+    "qwen3_omni_moe": _TALKER.format("Qwen3OmniMoeThinkerForConditionalGeneration"),
 }
 
 

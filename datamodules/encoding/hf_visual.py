@@ -126,7 +126,7 @@ class HFVisual(VisualProcessor):
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
             )
         grid = _grid(made)
-        placeholder = self.processor.video_token if is_video else self.processor.image_token
+        placeholder = placeholder_of(self.processor, "video" if is_video else "image")
         return MediaPlan(
             self.video_encoder if is_video else self.image_encoder,
             self._rows(text),
@@ -140,9 +140,9 @@ class HFVisual(VisualProcessor):
 
     def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
         if isinstance(item, Image):
-            pixels, placeholder = read_image(item.file, size), self.processor.image_token
+            pixels, placeholder = read_image(item.file, size), placeholder_of(self.processor, "image")
         else:
-            pixels, placeholder = read_frames(item.file, size, plan.frames), self.processor.video_token
+            pixels, placeholder = read_frames(item.file, size, plan.frames), placeholder_of(self.processor, "video")
         pixels = pixels if augment is None else augment(pixels)
         made, text = self._prepare(self.processor, pixels, size, plan.frames, plan.alone)
         grid, pixel_values = _grid(made), _pixels(made)
@@ -219,6 +219,17 @@ class _WithoutValues:
         if name.startswith("__"):  # copy and pickle ask for these before there is a part
             raise AttributeError(name)
         return getattr(self._part, name)
+
+
+def placeholder_of(processor: Any, kind: str) -> Any:
+    """The token that the chat template of a processor writes for an item, which Qianfan-OCR's features do not replace;
+    ``None``: it takes no such items.
+
+    Args:
+        kind: "image" or "video".
+    """
+    other = getattr(processor, f"{kind}_placeholder_token", None)
+    return getattr(processor, f"{kind}_token", None) if other is None else other
 
 
 def _pixels(made: Any) -> Tensor:

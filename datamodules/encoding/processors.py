@@ -11,7 +11,7 @@ from bigmac_lightning.contracts.remote_code import without_asking
 from ..media.modalities import MODALITIES
 from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
-from .hf_visual import HFVisual
+from .hf_visual import HFVisual, placeholder_of
 from .media_processor import Augment, MediaProcessor
 from .template import read_template
 from .visual import TargetProcessor, VisualProcessor
@@ -120,7 +120,7 @@ def chat_encoder(
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: tuple[str, ...] = ()
     if loaded is not None:
-        own = {name: getattr(loaded, f"{name}_token", None) for name in MODALITIES}
+        own = {name: placeholder_of(loaded, name) for name in MODALITIES}
         chat = replace(chat, tokens={**chat.tokens, **{name: token for name, token in own.items() if token}})
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)

@@ -73,6 +73,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         """The cost for an item that is one picture, whose patches all see each other."""
         assert self.family is not None, "the constructor refuses models without a vision part"
         tower: Any = self.config.audio_config if self.family.image is None else self.config.vision_config
+        tower = getattr(tower, "encoder_config", tower)  # what comes after SAM in DeepSeek-OCR 2
         patches = rows * (self.family.joined or _patches_per_row(self.config))
         depth, width = (_first_of(tower, names) for names in (_DEPTHS, ("hidden_size", "d_model")))
         others = _OTHER_TOWERS if self.family.image is not None else ()
@@ -171,9 +172,12 @@ class HFVideoEncoder(Encoder):
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
         return self._unregistered[0].batches(pixels)
 
-    def smallest(self) -> Tensor:
-        image = pixels_of(self._unregistered[0].smallest())
-        return image[None] if image.ndim == 3 else image
+    def smallest(self) -> MediaData:
+        tower = self._unregistered[0]
+        image, steps = tower.smallest(), getattr(tower.config.vision_config, "temporal_merge_size", 1)
+        if isinstance(image, Tensor):
+            return image[None] if image.ndim == 3 else image.repeat_interleave(steps, 0)
+        return pixels_of(image) if "image_sizes" in image else image  # only images are cut into crops
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0](pixels, self._encode)
@@ -240,10 +244,12 @@ def smallest_grid(vision: Any) -> Tensor:
     Args:
         vision: the config of the tower.
     """
-    side = getattr(vision, "spatial_merge_size", None) or vision.merge_kernel_size[0]
+    side = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None)
+    side = side or vision.merge_kernel_size[0]
     named = (getattr(vision, name, None) for name in ("in_channels", "in_chans", "num_channels"))
     channels = next((number for number in named if number is not None), 3)
-    return torch.zeros(1, side, side, channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2)
+    frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
+    return torch.zeros(1, side, side, channels * frames * vision.patch_size**2)
 
 
 def _first_of(config: Any, names: Sequence[str]) -> int:
@@ -263,7 +269,8 @@ def _patches_per_row(config: Any) -> int:
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
     side = side or getattr(vision, "merge_kernel_size", [None])[0]
-    side = side or round(1 / getattr(config, "downsample_ratio", 1))
+    side = side or getattr(vision, "merge_size", None) or getattr(vision, "scale_factor", None)
+    side = side or getattr(config, "projector_pooling_ratio", None) or round(1 / getattr(config, "downsample_ratio", 1))
     perceiver = getattr(config, "perceiver_config", None)
     if rows := getattr(perceiver, "resampler_n_latents", None) or getattr(config, "mm_tokens_per_image", None):
         return (vision.image_size // vision.patch_size) ** 2 // rows

@@ -51,7 +51,18 @@ FAMILIES = [
     )
     for name in PROCESSORS
 ]
-VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "smolvlm")
+VIDEOS = (
+    "exaone4_5",
+    "ernie4_5_vl_moe",
+    "llava_next_video",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+)
 
 
 class Given(Source):
@@ -195,12 +206,12 @@ def compare_pixels(name: str, items: list[MediaData | None], encoders: list[str]
         for i, item in enumerate(of_kind):
             assert item is not None
             pixels = item if isinstance(item, torch.Tensor) else item["pixel_values"]
-            if name.startswith("qwen"):
-                pixels = pixels.flatten(0, 2)
+            if f"{kind}_grid_thw" in out:
+                pixels, expected = pixels.flatten(0, 2), expected.flatten(1)
                 found, expected = expected[: len(pixels)], expected[len(pixels) :]
-            elif name in ("llava_onevision", "llava_next"):
+            elif expected.ndim == 5 and "image_sizes" in out and kind == "image":
                 found = expected[i, : len(pixels)]
-            elif name == "mistral3":
+            elif name in ("mistral3", "lighton_ocr"):
                 found = expected[i : i + 1, :, : pixels.shape[-2], : pixels.shape[-1]]
             else:
                 expected = expected.flatten(0, 1) if expected.ndim == 5 else expected

@@ -59,7 +59,9 @@ def tiny_text(model_type: str, **changes: Any) -> Any:
     """A tiny LLM with every multiplier that it has."""
     types = {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
     given = {"num_hidden_layers": LAYERS, "output_router_logits": False, **changes}
-    return tiny_config(model_type, **(types if "layer_types" in names_of(CONFIG_MAPPING[model_type]) else {}) | given).to_dict()
+    return tiny_config(
+        model_type, **(types if "layer_types" in names_of(CONFIG_MAPPING[model_type]) else {}) | given
+    ).to_dict()
 
 
 def config(model_type: str, **values: Any) -> Any:
@@ -157,6 +159,16 @@ def hunyuan(random: Random) -> Picture:
     data = pixels(random, *grid, 3 * 4 * 4)
     rows = grid[1] // 2 * (grid[2] // 2 + 1) + 2
     return Picture("image", data, rows, {"pixel_values": data.flatten(0, 2), "image_grid_thw": torch.tensor([grid])})
+
+
+def frame_patches(random: Random) -> Picture:
+    """As `qwen`, with the frames of a video apart and a patch of one frame."""
+    video = random.random() < 0.4
+    grid = (2 if video else 1, 2 * random.randint(1, 2), 2 * random.randint(1, 2))
+    data = pixels(random, *grid, 3 * 4 * 4)
+    kind, end = ("video", "_videos") if video else ("image", "")
+    arguments = {f"pixel_values{end}": data.flatten(0, 2), f"{kind}_grid_thw": torch.tensor([grid])}
+    return Picture(kind, data, grid[0] * grid[1] * grid[2] // 4, arguments, runs=grid[0])
 
 
 def ernie(random: Random) -> Picture:
@@ -348,7 +360,8 @@ FURTHER: dict[str, Model] = {
                 "min_image_size": 4,
             },
             text_config=lambda: llm(
-                hf.HunYuanVLTextConfig, rope_parameters={**mrope(1, 1, 1, 1), "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+                hf.HunYuanVLTextConfig,
+                rope_parameters={**mrope(1, 1, 1, 1), "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0},
             ),
             image_token_id=IMAGE,
         ),
@@ -375,7 +388,6 @@ FURTHER: dict[str, Model] = {
         ),
         ernie,
     ),
-
     "llava_next_video": Model(
         config(
             "llava_next_video",
@@ -417,7 +429,10 @@ FURTHER: dict[str, Model] = {
             "deepseek_ocr2",
             vision_config={
                 "sam_config": {**SAM, "image_size": 64, "patch_size": 4, "downsample_channels": [8, 16]},
-                "encoder_config": {**TOWER, "num_key_value_heads": 1, },
+                "encoder_config": {
+                    **TOWER,
+                    "num_key_value_heads": 1,
+                },
             },
             text_config=lambda: tiny_text("deepseek_ocr2_text", mlp_layer_types=["dense"] + ["sparse"] * 4),
             image_token_id=IMAGE,
@@ -489,6 +504,58 @@ FURTHER: dict[str, Model] = {
         ),
         qwen(4, frames_apart=False),
     ),
+    "glmga": Model(
+        config(
+            "glmga",
+            text_config=lambda: llm(hf.Glm4vTextConfig, rope_parameters=mrope(1, 1, 2)),
+            vision_config={**GLM_TOWER, "model_type": "glm4v_vision"},
+            **TOKENS,
+        ),
+        qwen(4, frames_apart=False, videos=False),
+    ),
+    "cosmos3_edge": Model(
+        config(
+            "cosmos3_edge",
+            vision_config={**GRID_TOWER, "num_patches": 16},
+            text_config=lambda: tiny_text("cosmos3_edge_text", rope_parameters=mrope(2, 1, 1)),
+            **QWEN_TOKENS,
+        ),
+        frame_patches,
+    ),
+    "cosmos3_omni": Model(
+        config(
+            "cosmos3_omni",
+            text_config=lambda: llm(hf.Qwen3VLTextConfig, rope_parameters=mrope(2, 1, 1)),
+            vision_config=QWEN3_TOWER,
+            **QWEN_TOKENS,
+        ),
+        qwen(4, frames_apart=True),
+    ),
+    "muse_glimmer": Model(
+        config(
+            "muse_glimmer",
+            vision_config={**GRID_TOWER, "pos_emb_height": 4, "pos_emb_width": 4},
+            text_config=lambda: tiny_text("muse_glimmer_text", layer_rope_theta=[100.0, 10.0] * 2 + [100.0]),
+            out_hidden_size=64,
+            projector_hidden_size=16,
+            **TOKENS,
+        ),
+        qwen(4, frames_apart=False),
+    ),
+    "hyperclovax_vision_v2": Model(
+        config(
+            "hyperclovax_vision_v2",
+            vision_config={
+                "model_type": "qwen2_5_vl_vision",
+                **{k: v for k, v in GLM_TOWER.items() if k != "image_size"},
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            text_config=lambda: tiny_text("hyperclovax"),
+            **TOKENS,
+        ),
+        qwen(4, frames_apart=False),
+    ),
     "llama4": Model(
         config(
             "llama4",
@@ -513,7 +580,13 @@ FURTHER: dict[str, Model] = {
     "molmo2": Model(
         config(
             "molmo2",
-            vision_config={**TOWER, "image_size": [8, 8], "num_position_embeddings": 16, "num_key_value_heads": 2, "head_dim": 8},
+            vision_config={
+                **TOWER,
+                "image_size": [8, 8],
+                "num_position_embeddings": 16,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+            },
             adapter_config={
                 "vision_feature_layer": [1, 0],
                 "hidden_size": 16,

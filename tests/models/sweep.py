@@ -40,6 +40,7 @@ OTHER_LLMS = {  # what families other than those of the zoo may have inside
     "llava with granite": zoo.with_llm("llava", hf.GraniteConfig, embedding_multiplier=3.0, logits_scaling=2.0),
     "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
 }
+WITH_MEDIA = list(dict.fromkeys((*VISION_LANGUAGE, *FAMILIES, *OTHER_LLMS)))
 LENGTHS = (9, 6, 11)  # of samples
 WRITTEN = 8
 """Number of tokens that are written after a prompt: more than the windows of sliding attention here."""
@@ -408,8 +409,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="*", default=["sdpa", "eager"])
     parser.add_argument("types", nargs="*")
     options, counts = parser.parse_args(), dict.fromkeys(("exact", "refused", "WRONG"), 0)
-    both = [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in VISION_LANGUAGE)]
-    for look, name in [*both, *((vision_language, name) for name in OTHER_LLMS)]:
+    for look, name in [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in WITH_MEDIA)]:
         if options.types and name not in options.types:
             continue
         start = time.perf_counter()
