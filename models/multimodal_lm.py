@@ -146,9 +146,9 @@ class MultimodalLM(PipelineModule):
         init_from: str | dict[str, str] | None = None,
         trust_remote_code: bool = False,
     ) -> "MultimodalLM":  # not Self: the command line looks for this class
-        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
-        becomes the encoder "image" (and "video" and "audio", if the model takes videos and sounds). Weights are read later, when each process
-        reads only what it holds.
+        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision- or audio-language model, whose
+        towers become the encoder "image" (and "video" and "audio", if the model takes videos and sounds). Weights are
+        read later, when each process reads only what it holds.
 
         Args:
             path: a folder with ``config.json`` and safetensors.

@@ -47,8 +47,10 @@ def multimodal_positions(model: Any, inputs: dict[str, Tensor], family: Family) 
     """
     text_BS, ids_BS = inputs["position_ids"], inputs["input_ids"]
     config = model.config
-    tokens = [getattr(config, f"{kind}_token_id", None) for kind in KINDS]
-    kinds_BS = sum(k * (ids_BS == token).int() for k, token in enumerate(tokens, 1) if token is not None)
+    kinds_BS = torch.zeros_like(ids_BS, dtype=torch.int32)
+    for number, kind in enumerate(KINDS, 1):
+        token = getattr(config, f"{kind}_token_id", None)
+        kinds_BS += 0 if token is None else number * (ids_BS == token).int()
     positions = text_BS.expand(1 + position_axes(config), *text_BS.shape).clone()
     if not kinds_BS.any():
         return positions

@@ -18,7 +18,7 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
 from .. import loading, meta_model
-from ..families import Encode, pixels_of, smallest_sound
+from ..family_items import Encode, pixels_of, smallest_sound
 from ..hf_component import HFComponent
 from ..llm import attention
 

@@ -548,7 +548,7 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     kind = whole.config.model_type
-    if kind.endswith("omni_thinker") or kind.endswith("omni_moe_thinker"):
+    if kind.endswith(("omni_thinker", "omni_moe_thinker")):
         made["attention_mask"] = torch.ones_like(ids)  # without one, it has the positions of text
         if "input_features_mask" in made:
             made["feature_attention_mask"] = made.pop("input_features_mask")
