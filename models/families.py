@@ -177,7 +177,8 @@ REFUSED = {
     "inkling2_loop": "its decoder has weights beside embedding, layers and final norm",
     "minicpmv4_7": "its positions depend on where an image's slices lie, which batches here do not say",
     "phi4_multimodal": "its towers lie inside its decoder, and how it projects a sound depends on the batch's images",
-    "granite4_vision": "an image has features for layers that its config names, and these are not the first ones",
+    "granite4_vision": "its images have features for layers that its config names, "
+    "and these need not be the first ones",
     "fast_vlm": "its tower is one of the package timm, with which nothing here has been tested",
     "blip-2": "its LLM is OPT or T5, and neither can be cut",
     "instructblip": "its tower reads the text of the question, which the encoders here do not get",

@@ -127,10 +127,11 @@ def merged_patches(base: Any, items: Sequence[MediaData]) -> Any:
 
 
 def strips(base: Any, items: Sequence[MediaData]) -> Any:
-    """Items are dicts: "pixel_values" of the shape (C, side, patches * side), the patches of all slices of an image, or
-    of all frames of a video, one after another; and "target_sizes", the grids of the slices or frames, (slices, 2)."""
+    """Items are dicts: "pixel_values" of the shape (C, side, patches * side), or (1, C, side, patches * side), with
+    the patches of all slices of an image, or of all frames of a video, one after another; and "target_sizes", the grids
+    of the slices or frames, (slices, 2)."""
     sizes = [item["target_sizes"] for item in _dicts(items, "target_sizes")]
-    out = base.get_image_features(torch.cat([pixels_of(item) for item in items], -1)[None], torch.cat(sizes))
+    out = base.get_image_features(torch.cat([_with_crops(pixels_of(item)) for item in items], -1), torch.cat(sizes))
     slices = iter(out.pooler_output)
     out.pooler_output = [torch.cat(list(islice(slices, len(own)))) for own in sizes]
     return out
@@ -147,9 +148,11 @@ def with_local_crops(base: Any, items: Sequence[MediaData]) -> Any:
 
 
 def two_resolutions(base: Any, items: Sequence[MediaData]) -> Any:
-    """Items are dicts: the same image as "pixel_values" and as "high_res_pixel_values", both (C, H, W)."""
+    """Items are dicts: the same image as "pixel_values" and as "high_res_pixel_values", (C, H, W) or (1, C, H, W)."""
     given = _dicts(items, "high_res_pixel_values")
-    pixels = (torch.stack([item[name] for item in given]) for name in ("pixel_values", "high_res_pixel_values"))
+    pixels = (
+        torch.cat([_with_crops(item[name]) for item in given]) for name in ("pixel_values", "high_res_pixel_values")
+    )
     return base.get_image_features(*pixels, return_dict=True)
 
 
@@ -282,10 +285,20 @@ def _with_crops(item: Tensor) -> Tensor:
 
 
 def pixels_of(item: MediaData) -> Tensor:
-    """The pixels of an item, or the spectrograms of a sound."""
+    """The pixels of an item, or the spectrograms of a sound.
+
+    Raises:
+        ValueError: it has neither.
+    """
     if isinstance(item, Tensor):
         return item
-    return item["pixel_values" if "pixel_values" in item else "input_features"]
+    for name in ("pixel_values", "input_features"):
+        if name in item:
+            return item[name]
+    raise ValueError(
+        f"an item has {sorted(item)}, but the encoders of pretrained models take pixel_values of an image or video, or "
+        "input_features and input_features_mask of a sound"
+    )
 
 
 def _sizes(items: Sequence[MediaData]) -> Tensor:

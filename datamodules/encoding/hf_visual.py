@@ -28,8 +28,14 @@ from .visual import VisualProcessor
 USED = {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "image_sizes", "second_per_grid_ts"}
 TILES = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 """What a processor makes of a picture that it cuts into tiles of patches (LFM2-VL)."""
+ALONG = ("target_sizes", "high_res_pixel_values")
+"""What an encoder takes beside the pixels of a picture (MiniCPM-V, DeepSeek-VL)."""
+MERGED = ("image_merge_sizes",)
+"""The side of the squares of patches that are joined (VideoLLaMA 3). Its videos lose rows by what is to be seen in
+them, so they cannot be planned."""
 UNUSED = {
-    *("video_metadata", "batch_num_images", "num_patches", "num_crops"),  # of several items, which come apart here
+    *("video_metadata", "batch_num_images"),  # of several items, which come apart here
+    *("num_patches", "num_crops", "num_patches_per_image"),
     *("rows", "cols", "image_rows", "image_cols"),  # which are in the text that stands for the item
     "pixel_attention_mask",  # of an item alone there is no padding
 }
@@ -46,6 +52,8 @@ class HFVisual(VisualProcessor):
     - patches, (t, h, w, E), if it makes a grid of them;
     - otherwise crops, (crops, C, H, W), or frames, (T, C, H, W);
     - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,);
+    - if it returns what goes along with them, too, a dictionary with that: "target_sizes" or
+      "high_res_pixel_values"; beside a grid of patches, "merge_sizes";
     - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
       "pixel_attention_mask", (tiles, T).
 
@@ -71,6 +79,12 @@ class HFVisual(VisualProcessor):
             raise ValueError(
                 f"{type(part).__name__} has the backend {part.backend!r}, which needs pixels to plan an image: load "
                 'the processor with AutoProcessor.from_pretrained(..., backend="torchvision")'
+            )
+
+        if getattr(part, "use_image_id", False):
+            raise ValueError(
+                f"{type(self.processor).__name__} numbers the images of a sample, and each of them is planned alone "
+                "here: set use_image_id to false in its preprocessor_config.json"
             )
 
     def fingerprint(self) -> str:
@@ -120,7 +134,8 @@ class HFVisual(VisualProcessor):
                 "processor of your own (see docs/data.md)"
             ) from error
         tiles = TILES if "spatial_shapes" in made else ()
-        if unknown := made.keys() - USED - UNUSED - set(tiles):
+        slices = ("grids",) if "target_sizes" in made else ()  # the text has the places of slices
+        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *ALONG, *MERGED}:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
@@ -152,7 +167,11 @@ class HFVisual(VisualProcessor):
                 f"{plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
             )
         if grid is not None:
-            return pixel_values.flatten(1).unflatten(0, grid)
+            patches = pixel_values.flatten(1).unflatten(0, grid)
+            sides = [made[name][0] for name in MERGED if name in made]
+            return {"pixel_values": patches, "merge_sizes": torch.as_tensor(sides[0])} if sides else patches
+        if along := {name: made[name] for name in ALONG if made.get(name) is not None}:
+            return {"pixel_values": pixel_values, **along}
         if "spatial_shapes" in made:
             return {name: made[name] for name in TILES}
         if "image_sizes" in made:

@@ -102,7 +102,27 @@ def more_processors(tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
             num_additional_image_tokens=1,
         )  # fmt: skip
 
+    def hybrid() -> Any:
+        image = hf.DeepseekVLHybridImageProcessor(size=CROP, high_res_size={"height": 32, "width": 32}, min_size=2)
+        made = words()
+        return hf.DeepseekVLHybridProcessor(image, made, num_image_tokens=16, chat_template=made.chat_template)
+
+    def minicpm() -> Any:
+        image = hf.MiniCPMV4_6ImageProcessor(patch_size=2, scale_resolution=16, max_slice_nums=4, use_image_id=False)
+        video = hf.MiniCPMV4_6VideoProcessor(patch_size=2, scale_resolution=16)
+        named = {f"{kind}_{end}_token": f"<{kind}_{end}>" for kind in ("image_id", "slice") for end in ("start", "end")}
+        made = words(**AROUND, **named)
+        return hf.MiniCPMV4_6Processor(image, video, made, chat_template=made.chat_template)
+
+    def video_llama() -> Any:
+        image, made = hf.VideoLlama3ImageProcessor(patch_size=4, size=SMALL), words()
+        video = hf.VideoLlama3VideoProcessor(patch_size=4, size=SMALL)
+        return hf.VideoLlama3Processor(image, made, video, chat_template=made.chat_template)
+
     return {
+        "deepseek_vl_hybrid": hybrid,
+        "minicpmv4_6": minicpm,
+        "video_llama_3": video_llama,
         "glm4v": glm,
         "paddleocr_vl": paddle,
         "exaone4_5": exaone,

@@ -222,8 +222,9 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "gemma3": _gemma3,
     "llava_next": _llava_next,
     "lfm2_vl": _lfm2,
-    **MORE,
 }
+ALL_PROCESSORS = {**PROCESSORS, **MORE}
+"""Those of further families, too, whose chat templates are not compared one by one."""
 
 
 def write_model(name: str, folder: Path, **changes: Any) -> Path:
@@ -232,7 +233,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     Args:
         changes: attributes of the processor.
     """
-    processor = PROCESSORS[name]()
+    processor = ALL_PROCESSORS[name]()
     for attribute, value in changes.items():
         setattr(processor, attribute, value)
     config = ALL[name].config()

@@ -378,6 +378,8 @@ FURTHER: dict[str, Model] = {
                 moe_num_experts=4,
                 moe_k=2,
                 moe_num_shared_experts=1,
+                output_router_logits=True,
+                router_aux_loss_coef=0.1,
                 mlp_layer_types=["dense"] + ["sparse"] * 4,
             ),
             image_start_token_id=VISION_START,
@@ -496,6 +498,7 @@ FURTHER: dict[str, Model] = {
             vision_config=GRID_TOWER,
             text_config=lambda: tiny_text(
                 "minimax_m3_vl_text",
+                output_router_logits=True,
                 layer_types=["full_attention", "minimax_m3_sparse"] * 2 + ["full_attention"],
                 mlp_layer_types=["dense"] + ["sparse"] * 4,
             ),

@@ -202,7 +202,13 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
     auto = auto_class(KNOWN[name].config())
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
-    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=KNOWN[name].attention, **experts)
+    whole = auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=KNOWN[name].attention, **experts)
+    for weight, parameter in whole.named_parameters():
+        if weight.endswith(
+            "audio_tower.embed_positions.weight"
+        ):  # its constructor freezes them, and its loader forgets
+            parameter.requires_grad_(False)
+    return whole
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
