@@ -31,6 +31,7 @@ class Family:
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
         mixes_shapes: whether items of different shapes can be encoded together.
         bidirectional_images: whether tokens of an image see each other both ways (Gemma 3).
+        calls_vary: whether parts of the tower run more often for some images than for others.
         joined: the number of patches, or of frames of a sound, that become a row of features, where no config says it.
         rows: the number of rows of a grid (t, h, w) of patches, where it is not t * h * w / side**2: a function of the
             config, the kind ("image" or "video") and the grid.
@@ -48,6 +49,7 @@ class Family:
     sees_images_together: bool = False
     adds_features: bool = False
     mixes_shapes: bool = False
+    calls_vary: bool = False
     joined: int | None = None
     rows: Callable[[Any, str, Sequence[int]], int] | None = None
     vision_tokens: tuple[str, ...] = ()
@@ -68,7 +70,7 @@ _GLM = replace(_PATCHES, multimodal_positions=True)
 _OMNI = Family(
     items.patches, items.patches, items.sounds(items.omni_sound), mixes_shapes=True, multimodal_positions=True
 )
-_STRIPS = Family(items.strips, items.strips, joined=16, smallest=items.smallest_strip)
+_STRIPS = Family(items.strips, items.strips, joined=16, calls_vary=True)
 _IDEFICS = Family(items.batched_crops)
 _SMOLVLM = Family(items.batched_crops, items.batched_crops)
 
@@ -111,8 +113,8 @@ FAMILIES: dict[str, Family] = {
     "video_llava": Family(items.crops, items.pooled_video),
     "perception_lm": Family(items.batched_crops, items.batched_crops),
     "aria": Family(items.masked, joined=10),
-    "deepseek_ocr2": Family(items.with_local_crops, joined=16, smallest=items.smallest_for_sam),
-    "step3p7": Family(items.with_local_crops, joined=16),
+    "deepseek_ocr2": Family(items.with_local_crops, joined=16, calls_vary=True),
+    "step3p7": Family(items.with_local_crops, joined=16, calls_vary=True),
     "deepseek_vl_hybrid": Family(items.two_resolutions, smallest=items.smallest_pair),
     "minicpmv4_6": _STRIPS,
     "minicpm_ocr": replace(_STRIPS, joined=4),

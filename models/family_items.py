@@ -316,12 +316,6 @@ def smallest_sound(config: Any) -> MediaData:
     return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
 
 
-def smallest_strip(config: Any) -> MediaData:
-    vision, side = config.vision_config, 2 ** (1 + config.merger_times)
-    pixels = torch.zeros(vision.num_channels, vision.patch_size, side**2 * vision.patch_size)
-    return {"pixel_values": pixels, "target_sizes": torch.full((1, 2), side)}
-
-
 def smallest_merged(config: Any) -> MediaData:
     vision = config.vision_config
     pixels = torch.zeros(1, 2, 2, vision.num_channels * vision.patch_size**2)
@@ -346,11 +340,6 @@ def smallest_pair(config: Any) -> MediaData:
     sides = (config.vision_config.image_size, config.high_res_vision_config.image_size)
     names = ("pixel_values", "high_res_pixel_values")
     return {name: torch.zeros(3, side, side) for name, side in zip(names, sides, strict=True)}
-
-
-def smallest_for_sam(config: Any) -> MediaData:
-    side = config.vision_config.sam_config.image_size
-    return torch.zeros(3, side, side)
 
 
 def hunyuan_rows(config: Any, kind: str, grid: Sequence[int]) -> int:

@@ -62,7 +62,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         if self.family is None:
             raise ValueError(f"model_type {self.config.model_type!r} has no vision part: use it as an HFDecoder alone")
         self.width: int = self.config.get_text_config().hidden_size
-        self._mixes_shapes = self.family.mixes_shapes or self.family.image is None
+        self._mixes_shapes = self.family.mixes_shapes
         if self.family.deepstack:
             self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
         whole = self.build_whole()
@@ -102,7 +102,9 @@ class HFVisionEncoder(HFComponent, Encoder):
                 meta_model.drop(whole, meta_model.path_of(part, whole))
 
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
-        """Items of the same shape, or of any shape if the model can, are encoded together."""
+        """Items of the same shape, or of any shape if the model can, are encoded together; each sound alone."""
+        if self.family is not None and self.family.image is None:
+            return [[i] for i in range(len(pixels))]
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
             of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
@@ -112,6 +114,11 @@ class HFVisionEncoder(HFComponent, Encoder):
         assert self.family is not None, "the constructor refuses models without a vision part"
         if self.family.image is None:
             return self.smallest_sound()
+        if self.family.calls_vary:
+            raise ValueError(
+                f"parts of the tower of model_type {self.config.model_type!r} run more often for some images than for "
+                "others, so ranks with weights in shards would not meet: set sharding.encoders to zero1 or ddp"
+            )
         vision: Any = self.config.vision_config
         if self.family.smallest is not None:
             return _as_type(self.family.smallest(self.config), self.input_dtype())
@@ -210,6 +217,9 @@ class HFAudioEncoder(Encoder):
 
     def input_dtype(self) -> torch.dtype | None:
         return self._unregistered[0].input_dtype()
+
+    def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
+        return [[i] for i in range(len(pixels))]
 
     def smallest(self) -> MediaData:
         return self._unregistered[0].smallest_sound()

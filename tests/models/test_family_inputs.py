@@ -2,6 +2,8 @@
 would be others."""
 
 import re
+from collections import Counter
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVideoEncoder, HFVisionEncoder
 from bigmac_lightning.models.families import FAMILIES, REFUSED, family_of
+from bigmac_lightning.models.vision.hf_encoders import encoders_of
+from bigmac_lightning.runtime.sharding import blocks_of
 from tests.models import zoo
 from tests.models.more_families import ALL
 
@@ -52,6 +56,29 @@ def test_sounds_for_another_encoder() -> None:
     sound = {"windows": torch.zeros(1, 8, 24), "frames": torch.arange(4)}
     with pytest.raises(ValueError, match=r"has \['frames', 'windows'\], but .* input_features_mask of a sound"):
         encoder([sound])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ranks_with_weights_in_shards_meet(name: str) -> None:
+    """Each batch of items calls each block of the tower equally often, or fsdp is refused."""
+    draw = ALL[name].draw
+    assert draw is not None
+    tower = HFVisionEncoder(ALL[name].config(), attn_implementation=ALL[name].attention)
+    tower.materialize()
+    drawn = [draw(Random(seed)) for seed in range(8)]
+    calls: Counter[int] = Counter()
+    for number, block in enumerate(blocks_of(tower)):
+        block.register_forward_hook(lambda *_, own=number: calls.update([own]))
+    seen: dict[str, list[Counter[int]]] = {}
+    for kind, encoder in encoders_of(tower).items():
+        items: list[Any] = [item.data for item in drawn if item.encoder == kind]
+        batches = [[items[i] for i in indices] for indices in encoder.batches(items)] if items else []
+        batches += [[item] for item in items]
+        for batch in batches if FAMILIES[name].calls_vary else [*batches, [encoder.smallest()]]:
+            calls.clear()
+            encoder(batch)
+            seen.setdefault(kind, []).append(Counter(calls))
+    assert all(one == counts[0] for counts in seen.values() for one in counts) != FAMILIES[name].calls_vary
 
 
 def _inputs(*ids: int) -> dict[str, torch.Tensor]:
