@@ -8,12 +8,13 @@ from .generation.codec import LatentCodec
 from .generation.flow import FlowGenerator
 from .llm.decoder import HFDecoder
 from .multimodal_lm import MultimodalLM
-from .vision.hf_encoders import HFVideoEncoder, HFVisionEncoder
+from .vision.hf_encoders import HFAudioEncoder, HFVideoEncoder, HFVisionEncoder
 from .vision.vision_encoder import VisionEncoder
 
 __all__ = [
     "AudioEncoder",
     "FlowGenerator",
+    "HFAudioEncoder",
     "HFDecoder",
     "HFVideoEncoder",
     "HFVisionEncoder",

@@ -13,13 +13,17 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     dynamic_module_utils,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from bigmac_lightning.contracts.remote_code import RemoteCodeError, without_asking
 
+from .families import FAMILIES
 from .initialization import TRUST
 from .llm.attention import AttentionNotThereError, refused_clearly
 from .pass_through import PassThrough
@@ -44,6 +48,17 @@ WITH_NORM = ("altup_unembed_projections",)
 (Gemma 3n and 4)."""
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of the library that builds a model of this config: with vision or audio towers if it has any."""
+    if "vision_config" in config.sub_configs:
+        return AutoModelForImageTextToText
+    if config.model_type not in FAMILIES:
+        return AutoModelForCausalLM
+    # AudioFlamingo 3 is among models from sequence to sequence, although its LLM is a decoder.
+    known = config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return AutoModelForMultimodalLM if known else AutoModelForSeq2SeqLM
+
+
 def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remote_code: bool = False) -> Any:
     """The whole model without weights: with a language model head, and with vision if the config has any.
 
@@ -61,7 +76,7 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
             f"the config (model_type {config.model_type!r}) has a quantization_config: quantized weights cannot be "
             "trained. Load the model with transformers, dequantized, save it, and start from that folder"
         )
-    auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
+    auto = auto_class(config)
     config = copy.deepcopy(config)
     for part in filter(None, (config, *(getattr(config, name, None) for name in config.sub_configs))):
         for name, value in _RETURNED.items():

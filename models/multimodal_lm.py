@@ -29,7 +29,7 @@ from .initialization import to_config
 from .llm.decoder import HFDecoder
 from .lora import add_lora, targets_of
 from .optimization import WarmupSchedule, matches, parameter_groups
-from .vision.hf_encoders import HFVideoEncoder, HFVisionEncoder
+from .vision.hf_encoders import HFVisionEncoder, encoders_of
 
 
 class MultimodalLM(PipelineModule):
@@ -147,9 +147,9 @@ class MultimodalLM(PipelineModule):
         init_from: str | dict[str, str] | None = None,
         trust_remote_code: bool = False,
     ) -> "MultimodalLM":  # not Self: the command line looks for this class
-        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision-language model, whose tower
-        becomes the encoder "image" (and "video", if the model takes videos). Weights are read later, when each process
-        reads only what it holds.
+        """A model from the folder of a Hugging Face checkpoint: a decoder, or a vision- or audio-language model, whose
+        towers become the encoder "image" (and "video" and "audio", if the model takes videos and sounds). Weights are
+        read later, when each process reads only what it holds.
 
         Args:
             path: a folder with ``config.json`` and safetensors.
@@ -174,14 +174,10 @@ class MultimodalLM(PipelineModule):
             "dtype": dtype,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        llm, vision = (
-            HFDecoder(config, fused_loss=fused_loss, trust_remote_code=trust_remote_code, **shared),
-            dict[str, Encoder](),
-        )
+        llm = HFDecoder(config, fused_loss=fused_loss, trust_remote_code=trust_remote_code, **shared)
+        vision: dict[str, Encoder] = {}
         if llm.family is not None:
-            image = vision["image"] = HFVisionEncoder(config, **shared)
-            if llm.family.video is not None:
-                vision["video"] = HFVideoEncoder(image)
+            vision = encoders_of(HFVisionEncoder(config, **shared))
         # jsonargparse cannot follow **kwargs into `cls`, so the arguments are written out here.
         optimizing = (learning_rate, weight_decay, warmup_steps, schedule, optimization)
         training = (loss_weights, freeze, *optimizing, lora, init_from)

@@ -22,7 +22,7 @@ NAMES = {
         PipelineDataset Sample SampleList Size Source SourceError SourceStream Stream Sums Taken Target TargetProcessor
         TextFiles Video VisualProcessor WebDatasetTars byte_tokenizer example_of""",
     "bigmac_lightning.models": """
-        FlowGenerator HFDecoder HFVideoEncoder HFVisionEncoder LatentCodec MultimodalLM VisionEncoder""",
+        FlowGenerator HFAudioEncoder HFDecoder HFVideoEncoder HFVisionEncoder LatentCodec MultimodalLM VisionEncoder""",
 }
 """Names that users import, and that stand in their configs: they stay where they are."""
 

@@ -103,6 +103,7 @@ class LanguageModel(nn.Module, ABC):
         auxiliary_losses: names of the losses that layers give (load balancing of experts), with their default weights.
             Such a loss is a mean over microbatches.
         exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
+        adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
         refuses_packing: the reason why a row must not have several samples; empty if it may.
         gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
@@ -121,6 +122,7 @@ class LanguageModel(nn.Module, ABC):
     auxiliary_losses: dict[str, float] = {}
     exact_extras: Collection[str] = ()
     refuses_packing: str = ""
+    adds_features: bool = False
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
     shard_mesh: DeviceMesh | None = None

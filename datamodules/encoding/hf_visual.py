@@ -30,10 +30,15 @@ TILES = ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 """What a processor makes of a picture that it cuts into tiles of patches (LFM2-VL)."""
 PLACED = ("image_position_ids", "video_position_ids")
 """The places of patches in a picture or in frames, which a processor has padded (Gemma 4)."""
+ALONG = ("target_sizes", "high_res_pixel_values")
+"""What an encoder takes beside the pixels of a picture (MiniCPM-V, DeepSeek-VL)."""
+MERGED = ("image_merge_sizes",)
+"""The side of the squares of patches that are joined (VideoLLaMA 3). Its videos lose rows by what is to be seen in
+them, so they cannot be planned."""
 UNUSED = {
     *("num_soft_tokens_per_image", "num_soft_tokens_per_video"),  # which are in the text that stands for the item
-    "num_frames_per_video",  # of several videos
-    *("video_metadata", "batch_num_images", "num_patches", "num_crops"),  # of several items, which come apart here
+    *("video_metadata", "batch_num_images", "num_frames_per_video"),  # of several items, which come apart here
+    *("num_patches", "num_crops", "num_patches_per_image"),
     *("rows", "cols", "image_rows", "image_cols"),  # which are in the text that stands for the item
     "pixel_attention_mask",  # of an item alone there is no padding
 }
@@ -52,6 +57,8 @@ class HFVisual(VisualProcessor):
     - if it returns the size of an image, too, a dictionary: "pixel_values" as above, and "image_sizes", (2,);
     - patches with their places, a dictionary: "pixel_values", (T, E), and "image_position_ids", (T, 2), -1 for padding;
       of a video with a dimension of frames before these;
+    - if it returns what goes along with them, too, a dictionary with that: "target_sizes" or
+      "high_res_pixel_values"; beside a grid of patches, "merge_sizes";
     - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
       "pixel_attention_mask", (tiles, T).
 
@@ -77,6 +84,12 @@ class HFVisual(VisualProcessor):
             raise ValueError(
                 f"{type(part).__name__} has the backend {part.backend!r}, which needs pixels to plan an image: load "
                 'the processor with AutoProcessor.from_pretrained(..., backend="torchvision")'
+            )
+
+        if getattr(part, "use_image_id", False):
+            raise ValueError(
+                f"{type(self.processor).__name__} numbers the images of a sample, and each of them is planned alone "
+                "here: set use_image_id to false in its preprocessor_config.json"
             )
 
     def fingerprint(self) -> str:
@@ -127,13 +140,14 @@ class HFVisual(VisualProcessor):
                 "processor of your own (see docs/data.md)"
             ) from error
         tiles = TILES if "spatial_shapes" in made else ()
-        if unknown := made.keys() - USED - UNUSED - {*tiles, *PLACED}:
+        slices = ("grids",) if "target_sizes" in made else ()  # the text has the places of slices
+        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *ALONG, *MERGED, *PLACED}:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
             )
         grid = _grid(made)
-        placeholder = self.processor.video_token if is_video else self.processor.image_token
+        placeholder = placeholder_of(self.processor, "video" if is_video else "image")
         return MediaPlan(
             self.video_encoder if is_video else self.image_encoder,
             self._rows(text),
@@ -147,9 +161,9 @@ class HFVisual(VisualProcessor):
 
     def load(self, item: Image | Video, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:
         if isinstance(item, Image):
-            pixels, placeholder = read_image(item.file, size), self.processor.image_token
+            pixels, placeholder = read_image(item.file, size), placeholder_of(self.processor, "image")
         else:
-            pixels, placeholder = read_frames(item.file, size, plan.frames), self.processor.video_token
+            pixels, placeholder = read_frames(item.file, size, plan.frames), placeholder_of(self.processor, "video")
         pixels = pixels if augment is None else augment(pixels)
         made, text = self._prepare(self.processor, pixels, size, plan.frames, plan.alone)
         grid, pixel_values = _grid(made), _pixels(made)
@@ -159,7 +173,11 @@ class HFVisual(VisualProcessor):
                 f"{plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
             )
         if grid is not None:
-            return pixel_values.flatten(1).unflatten(0, grid)
+            patches = pixel_values.flatten(1).unflatten(0, grid)
+            sides = [made[name][0] for name in MERGED if name in made]
+            return {"pixel_values": patches, "merge_sizes": torch.as_tensor(sides[0])} if sides else patches
+        if along := {name: made[name] for name in ALONG if made.get(name) is not None}:
+            return {"pixel_values": pixel_values, **along}
         if "spatial_shapes" in made:
             return {name: made[name] for name in TILES}
         for name in PLACED:
@@ -232,6 +250,17 @@ class _WithoutValues:
         if name.startswith("__"):  # copy and pickle ask for these before there is a part
             raise AttributeError(name)
         return getattr(self._part, name)
+
+
+def placeholder_of(processor: Any, kind: str) -> Any:
+    """The token that the chat template of a processor writes for an item, which Qianfan-OCR's features do not replace;
+    ``None``: it takes no such items.
+
+    Args:
+        kind: "image" or "video".
+    """
+    other = getattr(processor, f"{kind}_placeholder_token", None)
+    return getattr(processor, f"{kind}_token", None) if other is None else other
 
 
 def _pixels(made: Any) -> Tensor:

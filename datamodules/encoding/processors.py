@@ -13,7 +13,7 @@ from ..files import started_in
 from ..media.modalities import MODALITIES
 from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
-from .hf_visual import HFVisual
+from .hf_visual import HFVisual, placeholder_of
 from .media_processor import Augment, MediaProcessor
 from .template import read_template
 from .visual import TargetProcessor, VisualProcessor
@@ -135,7 +135,7 @@ def chat_encoder(
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: dict[str, str] = {}
     if loaded is not None:
-        own = {name: token for name in MODALITIES if (token := getattr(loaded, f"{name}_token", None))}
+        own = {name: token for name in MODALITIES if (token := placeholder_of(loaded, name))}
         for name, token in chat.tokens.items():
             if own.get(name, token) != token:
                 raise ValueError(

@@ -43,7 +43,13 @@ from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
 from .head import acts_on_each_logit, check_plain, logits_of
 from .layer_cost import attention_multiplications, layer_cost
-from .multimodal_inputs import deepstack_arguments, multimodal_positions, text_positions
+from .multimodal_inputs import (
+    deepstack_arguments,
+    multimodal_positions,
+    position_axes,
+    text_positions,
+    vision_arguments,
+)
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
@@ -107,6 +113,7 @@ class HFDecoder(HFComponent, LanguageModel):
         family = self.family
         both_ways = family is not None and family.image_masks is not None and family.sees_both_ways(self.config)
         self._image_masks = family.image_masks if family is not None and both_ways else None
+        self.adds_features = family is not None and family.adds_features
         if self._image_masks is not None and not self._takes_masks:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
@@ -129,7 +136,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self.auxiliary_losses = {ROUTER_LOSS: self._routers.coefficient} if self._routers is not None else {}
         self.placeholders = {
             modality: token
-            for modality in ("image", "video")
+            for modality in ("image", "video", "audio")
             if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
         }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
@@ -170,8 +177,10 @@ class HFDecoder(HFComponent, LanguageModel):
 
     @property
     def _rows(self) -> int:
-        """Rows of position ids."""
-        return 4 if self.family is not None and self.family.multimodal_positions else 1
+        """Rows of position ids that the decoder takes."""
+        if self.family is None or not self.family.multimodal_positions:
+            return 1
+        return position_axes(self.config) + self.family.takes_text_positions
 
     @property
     def _decoder(self) -> Any:
@@ -376,10 +385,16 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family is None:
             return inputs
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
-            inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs)
+            inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs, self.family)
         if self._image_masks is not None and "token_type_ids" not in inputs:
             ids_BS = inputs["input_ids"]
-            inputs["token_type_ids"] = torch.stack([ids_BS == one for one in self.placeholders.values()]).any(0).long()
+            seen = [ids_BS == self.placeholders[name] for name in ("image", "video") if name in self.placeholders]
+            inputs["token_type_ids"] = torch.stack(seen).any(0).long()
+            if self.family.sees_around_images and inputs["token_type_ids"].any():
+                raise ValueError(
+                    f"model_type {self.config.model_type!r} needs inputs['token_type_ids'] (B, S), which is 1 for an "
+                    "image's tokens and those around them: give what its processor calls mm_token_type_ids"
+                )
         return inputs
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -413,6 +428,8 @@ class HFDecoder(HFComponent, LanguageModel):
             further = attention.sample_arguments(
                 inputs[attention.STARTS], inputs.get(WHOLE_POSITIONS, inputs["input_ids"]).shape[-1]
             )
+        if self.family is not None:
+            further.update(vision_arguments(self.config, self.family, inputs["input_ids"]))
         features = extras.pop("features", None)
         if features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
@@ -424,7 +441,7 @@ class HFDecoder(HFComponent, LanguageModel):
         with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
             mask = self._mask(whole_BSD, inputs)
             before = self._before(h_BSD, inputs, layers, extras)
-            after = stage(before, position_ids=inputs.get("position_ids"), attention_mask=mask, **further)
+            after = stage(before, position_ids=self._positions(inputs), attention_mask=mask, **further)
             if self._routers is not None:
                 before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
                 counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
@@ -445,6 +462,12 @@ class HFDecoder(HFComponent, LanguageModel):
             of_ids = self._decoder.get_per_layer_inputs(ids_BS)
             between.layer_inputs = self._decoder.project_per_layer_inputs(h_BSD, of_ids)
         return between
+
+    def _positions(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        positions = inputs.get("position_ids")
+        if positions is None or self.family is None or self.family.takes_text_positions:
+            return positions
+        return positions[1:] if positions.ndim == 3 else positions
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
         """What the decoder gets as its attention mask; ``None``: it makes its own."""

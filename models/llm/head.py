@@ -20,8 +20,8 @@ from .stage import shell_of
 
 def logits_of(whole: Any, names: Names, h_LD: Tensor) -> Tensor:
     """logits_LV of final hidden states, with the model's soft cap, scale and bias, if it has them."""
-    child = _decoder_child(names)
-    head = shell_of(whole, **{child: _ReadyDecoder(whole.get_submodule(child))})
+    model, below, _ = _with_head(whole, names)
+    head = shell_of(model, **{below: _ReadyDecoder(model.get_submodule(below))})
     return head(inputs_embeds=h_LD[None], use_cache=False).logits[0]
 
 
@@ -37,7 +37,7 @@ def check_plain(whole: Any, names: Names) -> None:
     """
     with torch.no_grad(), torch.device("cpu"):
         h_LD = torch.linspace(-9, 9, 8, dtype=torch.float32)[None]
-        bare = shell_of(whole, **{names.output: nn.Identity()})
+        bare = _without_output(whole, names)
         if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, names, h_LD), h_LD):
             return
     raise ValueError(
@@ -51,7 +51,7 @@ def acts_on_each_logit(whole: Any, names: Names) -> bool:
     with torch.no_grad(), torch.device("cpu"):
         half = max(1, len(whole.get_output_embeddings().weight) // 2)
         logits_LV = torch.linspace(-9, 9, 2 * half, dtype=torch.float32)[None]
-        bare = shell_of(whole, **{names.output: nn.Identity()})
+        bare = _without_output(whole, names)
         made = logits_of(bare, names, logits_LV)
         parts = [logits_of(bare, names, part) for part in logits_LV.split(half, dim=-1)]
         return made.shape == logits_LV.shape and torch.equal(made, torch.cat(parts, dim=-1))
@@ -66,17 +66,30 @@ def library_router_loss(whole: Any, names: Names, logits_TE: Sequence[Tensor], m
         logits_TE: the logits of each router.
         mask: (1, T), 0 for tokens that do not count.
     """
-    child = _decoder_child(names)
-    below = _ReadyDecoder(whole.get_submodule(child), tuple(logits_TE))
-    shell = shell_of(whole, **{child: below, names.output: nn.Identity()})
+    model, decoder, output = _with_head(whole, names)
+    below = _ReadyDecoder(model.get_submodule(decoder), tuple(logits_TE))
+    shell = shell_of(model, **{decoder: below, output: nn.Identity()})
     h_1TD = torch.zeros(*mask.shape, 1, dtype=torch.float32)
     out = shell(inputs_embeds=h_1TD, attention_mask=mask, use_cache=False, output_router_logits=True)
     return getattr(out, "aux_loss", None)
 
 
-def _decoder_child(names: Names) -> str:
-    """The child of the whole model that is its decoder, or holds it."""
-    return names.decoder.partition(".")[0]
+def _with_head(whole: Any, names: Names) -> tuple[Any, str, str]:
+    """The innermost model that has decoder and output layer, and its children that are these, or hold them."""
+    inside, _, output = names.output.rpartition(".")
+    decoder = names.decoder.removeprefix(f"{inside}.") if inside else names.decoder
+    return whole.get_submodule(inside), decoder.partition(".")[0], output
+
+
+def _without_output(whole: Any, names: Names) -> Any:
+    """A shallow copy of the whole model whose output layer returns its input."""
+    inside, _, child = names.output.rpartition(".")
+    bare: Any = nn.Identity()
+    while True:
+        bare = shell_of(whole.get_submodule(inside), **{child: bare})
+        if not inside:
+            return bare
+        inside, _, child = inside.rpartition(".")
 
 
 @dataclass

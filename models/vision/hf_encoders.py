@@ -1,4 +1,4 @@
-"""The vision part (tower, projector) of a Hugging Face vision-language model as an `Encoder`.
+"""The towers and projectors of a Hugging Face vision- or audio-language model as an `Encoder`.
 
 The whole model is built on the meta device and its LLM is dropped; parameters keep the names of the whole model.
 
@@ -18,13 +18,14 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
 from .. import loading, meta_model
-from ..families import Encode, pixels_of
+from ..family_items import Encode, pixels_of, smallest_sound
 from ..hf_component import HFComponent
 from ..llm import attention
 
 
 class HFVisionEncoder(HFComponent, Encoder):
-    """Tower and projector of a vision-language model, run by `get_image_features` of the library.
+    """Towers and projector of a vision- or audio-language model, run by `get_image_features` of the library; by its
+    `get_audio_features` if the model takes sounds and no images.
 
     An item is what the model's processor makes of one image:
 
@@ -70,13 +71,20 @@ class HFVisionEncoder(HFComponent, Encoder):
 
     def forward_cost(self, rows: int) -> ForwardCost:
         """The cost for an item that is one picture, whose patches all see each other."""
-        vision: Any = self.config.vision_config
         assert self.family is not None, "the constructor refuses models without a vision part"
+        tower: Any = self.config.audio_config if self.family.image is None else self.config.vision_config
+        tower = getattr(tower, "encoder_config", tower)  # what comes after SAM in DeepSeek-OCR 2
         patches = rows * (self.family.joined or _patches_per_row(self.config))
-        depth = getattr(vision, "num_hidden_layers", None) or vision.depth
-        cost = forward_cost(self, lambda name: rows if _AFTER_MERGING.search(name) else patches)
-        cost += attention_cost(vision.hidden_size, patches, patches) * depth
-        return cost.checkpointed(depth, vision.hidden_size, patches) if self.gradient_checkpointing else cost
+        depth, width = (_first_of(tower, names) for names in (_DEPTHS, ("hidden_size", "d_model")))
+        others = _OTHER_TOWERS if self.family.image is not None else ()
+
+        def rows_of(name: str) -> int:
+            if name.startswith(others):
+                return 0
+            return rows if _AFTER_MERGING.search(name) else patches
+
+        cost = forward_cost(self, rows_of) + attention_cost(width, patches, patches) * depth
+        return cost.checkpointed(depth, width, patches) if self.gradient_checkpointing else cost
 
     def materialize(self) -> None:
         if not all(parameter.is_meta for parameter in self.parameters()):
@@ -94,38 +102,48 @@ class HFVisionEncoder(HFComponent, Encoder):
                 meta_model.drop(whole, meta_model.path_of(part, whole))
 
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
-        """Items of the same shape, or of any shape if the model can, are encoded together."""
+        """Items of the same shape, or of any shape if the model can, are encoded together; each sound alone."""
+        if self.family is not None and self.family.image is None:
+            return [[i] for i in range(len(pixels))]
         of_shape: dict[torch.Size | None, list[int]] = {}
         for i, item in enumerate(pixels):
             of_shape.setdefault(None if self._mixes_shapes else pixels_of(item).shape, []).append(i)
         return list(of_shape.values())
 
     def smallest(self) -> MediaData:
-        vision: Any = self.config.vision_config
         assert self.family is not None, "the constructor refuses models without a vision part"
-        if self.family.smallest is not None:
-            made = self.family.smallest(self.config)
-            return (
-                made if isinstance(made, Tensor) else {**made, "pixel_values": pixels_of(made).to(self.input_dtype())}
+        if self.family.image is None:
+            return self.smallest_sound()
+        if self.family.calls_vary:
+            raise ValueError(
+                f"parts of the tower of model_type {self.config.model_type!r} run more often for some images than for "
+                "others, so ranks with weights in shards would not meet: set sharding.encoders to zero1 or ddp"
             )
+        vision: Any = self.config.vision_config
+        if self.family.smallest is not None:
+            return _as_type(self.family.smallest(self.config), self.input_dtype())
         if self._mixes_shapes:
             return smallest_grid(vision).to(self.input_dtype())
         side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
         # ones, because Idefics takes an image of zeros for padding, and leaves it out
         return torch.ones(getattr(vision, "num_channels", 3), side, side, dtype=self.input_dtype())
 
+    def smallest_sound(self) -> MediaData:
+        return _as_type(smallest_sound(self.config), self.input_dtype())
+
     def forward(self, pixels: list[MediaData], encode: Encode | None = None) -> Tensor:
         """
         Args:
-            encode: encodes items of the same shape; ``None``: as images.
+            encode: encodes items of the same shape; ``None``: as images, or as sounds if the model takes no images.
         """
         attention.check_device(self._attention, pixels_of(pixels[0]).device)
         assert self.family is not None, "the constructor refuses models without a vision part"
-        base, encode = self._whole.base_model, encode or self.family.image
+        base, encode = self._whole.base_model, encode or self.family.own
         rows: dict[int, Tensor] = {}
         for indices in self.batches(pixels):
             out = encode(base, [pixels[i] for i in indices])
-            levels = [out.pooler_output, *(out.deepstack_features if self.levels > 1 else ())]
+            deeper = getattr(out, "deepstack_features", ()) if self.levels > 1 else ()  # sounds have none
+            levels = [out.pooler_output, *deeper]
             by_item = zip(*(_by_item(level, len(indices)) for level in levels), strict=True)
             rows.update({i: torch.cat(item_levels) for i, item_levels in zip(indices, by_item, strict=True)})
         return torch.cat([rows[i] for i in range(len(pixels))])
@@ -162,17 +180,74 @@ class HFVideoEncoder(Encoder):
         return self._unregistered[0].batches(pixels)
 
     def smallest(self) -> MediaData:
-        image = self._unregistered[0].smallest()
-        if not isinstance(image, Tensor):
+        tower = self._unregistered[0]
+        image, steps = tower.smallest(), getattr(tower.config.vision_config, "temporal_merge_size", 1)
+        if isinstance(image, Tensor):
+            return image[None] if image.ndim == 3 else image.repeat_interleave(steps, 0)
+        if "image_position_ids" in image:
             return {name: value[None] for name, value in image.items()}
-        return image[None] if image.ndim == 3 else image
+        return pixels_of(image) if "image_sizes" in image else image  # only images are cut into crops
 
     def forward(self, pixels: list[MediaData]) -> Tensor:
         return self._unregistered[0](pixels, self._encode)
 
 
+class HFAudioEncoder(Encoder):
+    """Encodes sounds with the audio tower of an `HFVisionEncoder` of a model that takes images and sounds, without
+    parameters of its own.
+
+    An item is a dict: "input_features" (windows, bands, columns) and "input_features_mask" (windows, columns).
+
+    Attributes:
+        width: the width of the features, D.
+    """
+
+    def __init__(self, vision: HFVisionEncoder) -> None:
+        """
+        Args:
+            vision: the encoder of images, to which the weights belong.
+
+        Raises:
+            ValueError: the model takes no sounds.
+        """
+        super().__init__()
+        if vision.family is None or vision.family.audio is None:
+            raise ValueError(f"model_type {vision.config.model_type!r} takes no sounds")
+        self.width = vision.width
+        self._encode = vision.family.audio
+        self._unregistered = (vision,)
+
+    def input_dtype(self) -> torch.dtype | None:
+        return self._unregistered[0].input_dtype()
+
+    def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
+        return [[i] for i in range(len(pixels))]
+
+    def smallest(self) -> MediaData:
+        return self._unregistered[0].smallest_sound()
+
+    def forward(self, pixels: list[MediaData]) -> Tensor:
+        return self._unregistered[0](pixels, self._encode)
+
+
+def encoders_of(tower: HFVisionEncoder) -> dict[str, Encoder]:
+    """All encoders of a model, by the names of media; the others have their weights from the first one."""
+    family = tower.family
+    assert family is not None, "its constructor refuses models without a vision part"
+    if family.image is None:
+        return {"audio": tower}
+    encoders: dict[str, Encoder] = {"image": tower}
+    if family.video is not None:
+        encoders["video"] = HFVideoEncoder(tower)
+    if family.audio is not None:
+        encoders["audio"] = HFAudioEncoder(tower)
+    return encoders
+
+
 _AFTER_MERGING = re.compile("merger|projector|connector")
 """The modules that get rows: several patches joined to one."""
+_OTHER_TOWERS = ("audio_tower", "model.audio_tower", "video_tower", "model.video_tower")
+_DEPTHS = ("num_hidden_layers", "encoder_layers", "depth")
 
 
 def smallest_grid(vision: Any) -> Tensor:
@@ -181,10 +256,23 @@ def smallest_grid(vision: Any) -> Tensor:
     Args:
         vision: the config of the tower.
     """
-    side = getattr(vision, "spatial_merge_size", None) or vision.merge_kernel_size[0]
+    side = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None)
+    side = side or vision.merge_kernel_size[0]
     named = (getattr(vision, name, None) for name in ("in_channels", "in_chans", "num_channels"))
     channels = next((number for number in named if number is not None), 3)
-    return torch.zeros(1, side, side, channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2)
+    frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
+    return torch.zeros(1, side, side, channels * frames * vision.patch_size**2)
+
+
+def _first_of(config: Any, names: Sequence[str]) -> int:
+    return next(value for name in names if (value := getattr(config, name, None)))
+
+
+def _as_type(item: MediaData, dtype: torch.dtype | None) -> MediaData:
+    """With pixels, or spectrograms, of this type."""
+    if isinstance(item, Tensor):
+        return item.to(dtype)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in item.items()}
 
 
 def _patches_per_row(config: Any) -> int:
@@ -193,7 +281,8 @@ def _patches_per_row(config: Any) -> int:
     side = getattr(vision, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None)
     side = side or getattr(config, "scale_factor", None) or getattr(config, "downsample_factor", None)
     side = side or getattr(vision, "merge_kernel_size", [None])[0] or getattr(vision, "pooling_kernel_size", None)
-    side = side or round(1 / getattr(config, "downsample_ratio", 1))
+    side = side or getattr(vision, "merge_size", None) or getattr(vision, "scale_factor", None)
+    side = side or getattr(config, "projector_pooling_ratio", None) or round(1 / getattr(config, "downsample_ratio", 1))
     perceiver = getattr(config, "perceiver_config", None)
     if rows := getattr(perceiver, "resampler_n_latents", None) or getattr(config, "mm_tokens_per_image", None):
         return (vision.image_size // vision.patch_size) ** 2 // rows

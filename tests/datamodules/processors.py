@@ -9,6 +9,7 @@ import transformers as hf
 from tokenizers import processors
 
 from bigmac_lightning.datamodules import HFVisual, byte_tokenizer
+from tests.datamodules.more_processors import more_processors
 from tests.models import zoo
 from tests.models.more_families import ALL
 
@@ -225,6 +226,8 @@ def _gemma4() -> Any:
     )
 
 
+MORE = more_processors(tokenizer)
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
@@ -241,6 +244,8 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava_next": _llava_next,
     "lfm2_vl": _lfm2,
 }
+ALL_PROCESSORS = {**PROCESSORS, **MORE}
+"""Those of further families, too, whose chat templates are not compared one by one."""
 
 
 def write_model(name: str, folder: Path, **changes: Any) -> Path:
@@ -249,7 +254,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
     Args:
         changes: attributes of the processor.
     """
-    processor = PROCESSORS[name]()
+    processor = ALL_PROCESSORS[name]()
     for attribute, value in changes.items():
         setattr(processor, attribute, value)
     config = ALL[name].config()
@@ -266,7 +271,7 @@ def write_model(name: str, folder: Path, **changes: Any) -> Path:
         if hasattr(config, f"{attribute}_token_id"):
             found = processor.tokenizer.convert_tokens_to_ids(f"<|{attribute}|>")
             setattr(config, f"{attribute}_token_id", found)
-    if name in ("llava_onevision", "llava_next"):
+    if hasattr(config, "image_grid_pinpoints"):
         config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
     if name == "llava_onevision":
         config.vision_aspect_ratio = processor.vision_aspect_ratio

@@ -38,20 +38,34 @@ from bigmac_lightning.training.options import PipelineOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of
 from tests.datamodules.examples import clips
-from tests.datamodules.processors import PROCESSORS, write_model
+from tests.datamodules.processors import ALL_PROCESSORS, MORE, PROCESSORS, write_model
 from tests.models import zoo
 from tests.ranks import run_ranks
 from tests.runtime.test_families import error
 from tests.toy import split_layers
 from tests.training.trainers import on_ranks, plain_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in GLM's and Ernie's processors
+NEEDS = pytest.mark.skipif(find_spec("num2words") is None, reason="needs num2words")
 FAMILIES = [
     pytest.param(
-        name, marks=pytest.mark.skipif(name == "smolvlm" and find_spec("num2words") is None, reason="needs num2words")
+        name, marks=[NEEDS] * (name == "smolvlm") + [pytest.mark.wide] * (name in MORE and name != "hunyuan_vl")
     )
-    for name in PROCESSORS
+    for name in ALL_PROCESSORS
 ]
-VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl", "smolvlm", "gemma4")
+VIDEOS = (
+    "exaone4_5",
+    "ernie4_5_vl_moe",
+    "gemma4",
+    "llava_next_video",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+)
 
 
 class Given(Source):
@@ -196,12 +210,14 @@ def compare_pixels(name: str, items: list[MediaData | None], encoders: list[str]
         for i, item in enumerate(of_kind):
             assert item is not None
             pixels = item if isinstance(item, torch.Tensor) else item["pixel_values"]
-            if name.startswith("qwen"):
-                pixels = pixels.flatten(0, 2)
+            if f"{kind}_grid_thw" in out:
+                pixels, expected = pixels.flatten(0, 2), expected.flatten(1)
                 found, expected = expected[: len(pixels)], expected[len(pixels) :]
-            elif name in ("llava_onevision", "llava_next"):
+            elif expected.ndim == 5 and "image_sizes" in out and kind == "image":
                 found = expected[i, : len(pixels)]
-            elif name == "mistral3":
+            elif name == "minicpmv4_6":  # of all slices one after another
+                found, expected = expected[..., : pixels.shape[-1]], expected[..., pixels.shape[-1] :]
+            elif name in ("mistral3", "lighton_ocr"):
                 found = expected[i : i + 1, :, : pixels.shape[-2], : pixels.shape[-1]]
             elif name == "gemma4":
                 assert isinstance(item, dict)

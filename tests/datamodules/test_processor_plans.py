@@ -10,7 +10,9 @@ import transformers
 from transformers import AutoProcessor
 
 from bigmac_lightning.datamodules import File, HFVisual, Image, Size
-from tests.datamodules.processors import PROCESSORS, idefics_tokenizer
+from tests.datamodules.processors import ALL_PROCESSORS, MORE, PROCESSORS, idefics_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in GLM's and Ernie's processors
 
 
 def _changed(name: str, **changes: Any) -> Any:
@@ -27,6 +29,8 @@ def _pan_and_scan() -> Any:
     return processor
 
 
+OTHER_TEXT = ("smolvlm", "hunyuan_vl", "qianfan_ocr")
+"""Processors that want more in a text than image tokens; tests/datamodules/test_hf_visual.py plans with them."""
 SETTINGS = {
     "one crop": lambda: _changed("internvl", max_patches=1),
     "many crops": lambda: _changed("internvl", max_patches=12, min_patches=3),
@@ -35,11 +39,13 @@ SETTINGS = {
     "as large as it is": lambda: _changed("mistral3", size={"longest_edge": 4096}),
     "not cut to a square": lambda: _changed("llava", do_center_crop=False),
     "pan and scan": _pan_and_scan,
-    **{name: PROCESSORS[name] for name in PROCESSORS if name != "smolvlm"},
+    **{name: ALL_PROCESSORS[name] for name in ALL_PROCESSORS if name not in OTHER_TEXT},
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=[pytest.mark.wide] * (name in MORE)) for name in SETTINGS]
+)
 def test_plans_need_no_pixels(setting: str) -> None:
     """For images of any size and shape, whatever a processor is told to do with them."""
     processor = SETTINGS[setting]()
@@ -77,7 +83,7 @@ def test_a_processor_that_needs_pixels() -> None:
 class _Sized(transformers.CLIPImageProcessor):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         made = super().__call__(*args, **kwargs)
-        made["target_sizes"] = torch.ones(1, 2)
+        made["corners"] = torch.ones(1, 2)
         return made
 
 
@@ -91,5 +97,9 @@ def test_processors_that_cannot_plan() -> None:
         HFVisual(transformers.Idefics2Processor(part, words)).plan(image, Size(24, 40))
     other = PROCESSORS["llava"]()
     other.image_processor = _Sized(**other.image_processor.to_dict())
-    with pytest.raises(ValueError, match="LlavaProcessor makes target_sizes of an item, which no encoder here takes"):
+    with pytest.raises(ValueError, match="LlavaProcessor makes corners of an item, which no encoder here takes"):
         HFVisual(other).plan(image, Size(24, 40))
+    numbering = ALL_PROCESSORS["minicpmv4_6"]()
+    numbering.image_processor.use_image_id = True
+    with pytest.raises(ValueError, match="MiniCPMV4_6Processor numbers the images of a sample"):
+        HFVisual(numbering)

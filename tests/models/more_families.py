@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from transformers.models.paddleocr_vl import PaddleOCRTextConfig
 
+from tests.models.further_families import FURTHER
 from tests.models.zoo import (
     EXPERTS,
     GLM_TOWER,
@@ -318,6 +319,7 @@ MORE: dict[str, Model] = {
         ),
         idefics,
     ),
+    **FURTHER,
 }
 
 ALL: dict[str, Model] = {**VISION_LANGUAGE, **MORE}

@@ -15,7 +15,9 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.contracts.outputs import StageOutput
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.contracts.slices import MicrobatchSlice, slice_of
-from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models.meta_model import auto_class
+from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from bigmac_lightning.runtime.split_backward import backward_input, backward_weight
 from tests.models import sweep
 
@@ -31,13 +33,9 @@ class Module:
 
     def __init__(self, config: Any, freeze_llm: bool = False, **options: Any) -> None:
         llm = HFDecoder(config, **options)
-        encoders: dict[str, Encoder] = {}
-        if llm.family is not None:
-            image = encoders["image"] = HFVisionEncoder(config)
-            if llm.family.video is not None:
-                encoders["video"] = HFVideoEncoder(image)
+        encoders: dict[str, Encoder] = {} if llm.family is None else encoders_of(HFVisionEncoder(config))
         self.whole, self.llm, self.freeze_llm = MultimodalLM(llm, encoders), llm, freeze_llm
-        auto = sweep.hf.AutoModelForCausalLM if llm.family is None else sweep.hf.AutoModelForImageTextToText
+        auto = auto_class(llm.config)
         attention = options.get("attn_implementation", "sdpa")
         self.weights = sweep._randomized(
             auto, llm.config, attention if attention in ("sdpa", "eager") else "eager"

@@ -30,8 +30,9 @@ from bigmac_lightning.contracts.batch import Batch, Microbatch, PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import StageOutput
-from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM, meta_model
+from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
 from bigmac_lightning.models.families import FAMILIES
+from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from tests.models import more_families, tiny, zoo
 
 DECODERS = list(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -53,6 +54,7 @@ OTHER_LLMS = {  # what families other than those of the zoo may have inside
     ),
     "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
 }
+WITH_MEDIA = list(dict.fromkeys((*VISION_LANGUAGE, *FAMILIES, *OTHER_LLMS)))
 LENGTHS = (9, 6, 11)  # of samples
 WRITTEN = 8
 """Number of tokens that are written after a prompt: more than the windows of sliding attention here."""
@@ -318,7 +320,8 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
         return Verdict(refused=reasons[0]) if len(reasons) == 2 else Verdict(errors={"text alone": 0.0})
     model = {**more_families.ALL, **OTHER_LLMS}[name]
     config, attention = model.config(), model.attention
-    whole = _randomized(hf.AutoModelForImageTextToText, config, attention)
+    auto = meta_model.auto_class(config)
+    whole = _randomized(auto, config, attention)
     made = HFDecoder(config, attn_implementation=attention)
     verdict = Verdict(packing=made.refuses_packing, attention=attention)
     parts = Parts(made, whole.state_dict())
@@ -327,9 +330,7 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
     image = HFVisionEncoder(config, attn_implementation=attention)
     image.materialize()
     image.load_state_dict({weight: whole.state_dict()[weight] for weight in image.state_dict()})
-    encoders: dict[str, Encoder] = {"image": image}
-    if image.family.video is not None:
-        encoders["video"] = HFVideoEncoder(image)
+    encoders = encoders_of(image)
     for packed in (False,) if verdict.packing else (False, True):
         loss = zoo.reference_loss(whole, model, packed)
         loss.backward()
@@ -341,7 +342,7 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
         verdict.errors[f"{kind}: gradients"] = _largest({**parts.gradients(), **_taken(image)}, expected)
 
         def rounding(packed: bool = packed, expected: Gradients = expected) -> float:
-            double = _randomized(hf.AutoModelForImageTextToText, config, attention, experts_implementation="eager")
+            double = _randomized(auto, config, attention, experts_implementation="eager")
             zoo.reference_loss(double.double(), model, packed).backward()
             return _largest(expected, _taken(double))
 
@@ -351,11 +352,11 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
     whole.eval()
     for sample in (rows[0][0] for rows in zoo.sequences(model, packed=False)):
         prompt, tokens = Batch([zoo.microbatch([[sample]])]), sample.tokens[:WRITTEN:2]
-        words = [token for token in tokens if token not in (zoo.IMAGE, zoo.VIDEO)]
+        words = [token for token in tokens if token < zoo.SPECIAL]
 
         def expected_logits(more: Sequence[int], sample: zoo.Sequence = sample) -> Tensor:
             longer = zoo.Sequence([*sample.tokens, *more], sample.items)
-            return whole(**zoo.arguments(whole, longer, zoo.microbatch([[longer]]))).logits[0, -1].detach()
+            return zoo.forward(whole, longer, zoo.microbatch([[longer]])).logits[0, -1].detach()
 
         for written, modules in (("written", [module]), ("written in parts", in_parts)):
             error, keeps = _writing_error(modules, prompt, words, expected_logits)
@@ -428,8 +429,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="*", default=["sdpa", "eager"])
     parser.add_argument("types", nargs="*")
     options, counts = parser.parse_args(), dict.fromkeys(("exact", "refused", "WRONG"), 0)
-    both = [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in VISION_LANGUAGE)]
-    for look, name in [*both, *((vision_language, name) for name in OTHER_LLMS)]:
+    for look, name in [*((decoder, name) for name in DECODERS), *((vision_language, name) for name in WITH_MEDIA)]:
         if options.types and name not in options.types:
             continue
         start = time.perf_counter()

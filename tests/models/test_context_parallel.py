@@ -19,6 +19,7 @@ from bigmac_lightning.models import HFDecoder, meta_model
 from bigmac_lightning.models.llm import probe_context
 from bigmac_lightning.models.llm.exchange import sum_of_ranks
 from tests.models import sliced, sweep, test_attention, test_probe, tiny, zoo
+from tests.models.more_families import MORE
 from tests.ranks import run_ranks
 
 Stages = Sequence[range]
@@ -42,7 +43,7 @@ def exact(make: Callable[[], Any], ranks: int = 2, split: bool = False) -> None:
 def family(
     name: str, stages: Stages = (range(2), range(2, zoo.LAYERS)), packs: Sequence[bool] = (False, True), **options: Any
 ) -> tuple[sliced.Module, list[Batch], Stages]:
-    model = zoo.MODELS[name]
+    model = zoo.KNOWN[name]
     module = sliced.Module(model.config(), **{"attn_implementation": model.attention, **options})
     batches = [zoo.batch(model, packed, PipelineLayout()) for packed in packs if model.packs or not packed]
     return module, [sliced.with_targets(batch) for batch in batches], stages
@@ -57,6 +58,18 @@ def decoder(config: Any, attention: str = "sdpa", **options: Any) -> tuple[slice
 @pytest.mark.parametrize("name", wide([name for name in zoo.MODELS if name not in REFUSED], FAMILIES))
 def test_families(name: str) -> None:
     """Padded and packed rows; media, labels and conditions wherever they fall; and the encoders' gradients."""
+    exact(lambda: family(name))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", MORE)
+def test_more_families(name: str) -> None:
+    """Exact, or refused by name."""
+    model = MORE[name]
+    llm = HFDecoder(model.config(), attn_implementation=model.attention)
+    if reason := llm.why_not_parallel(ParallelSizes(context=2)):
+        assert "cannot have context parallelism" in reason
+        return
     exact(lambda: family(name))
 
 

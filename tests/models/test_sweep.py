@@ -75,7 +75,7 @@ def test_multipliers_matter(field: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*sweep.VISION_LANGUAGE, *sweep.OTHER_LLMS])
+@pytest.mark.parametrize("name", sweep.WITH_MEDIA)
 def test_vision_language(name: str) -> None:
     verdict = sweep.vision_language(name)
     assert not verdict.wrong

@@ -9,16 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
-from bigmac_lightning.models.meta_model import implementations
+from bigmac_lightning.models.meta_model import auto_class, implementations
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5
 IMAGE, VIDEO, VISION_START, VISION_END = 60, 61, 58, 59
+AUDIO, AUDIO_START, AUDIO_END = 57, 55, 56
+SPECIAL = 50
+"""Token ids of words are smaller."""
+MEDIA = {"image": IMAGE, "video": VIDEO, "audio": AUDIO}
+INDICATORS = range(50, 55)
+"""Tokens of Ovis 2 among those of an image, which its features replace as well."""
 
 TEXT: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -90,10 +98,13 @@ class Picture:
     """A media item, for both sides.
 
     Attributes:
-        encoder: "image" or "video".
+        encoder: "image", "video" or "audio".
         data: what the pipeline's encoder gets.
         rows: tokens that it turns into.
         runs: how many runs of tokens these are, with others between them.
+        tokens: its tokens, if they are not all the same.
+        alone: whether its sample can have no other item.
+        marked: whether the input token_type_ids says which tokens are its own, or around these.
         arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
     """
 
@@ -102,10 +113,13 @@ class Picture:
     rows: int
     arguments: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 1
+    tokens: list[int] = field(default_factory=list)
+    alone: bool = False
+    marked: bool = False
 
     @property
     def token(self) -> int:
-        return VIDEO if self.encoder == "video" else IMAGE
+        return MEDIA[self.encoder]
 
 
 Draw = Callable[[Random], Picture]
@@ -175,7 +189,7 @@ class Model:
 def save(name: str, folder: Path, config: Any = None) -> None:
     """A checkpoint of a family with random weights: also of those that start as zeros or ones."""
     config = KNOWN[name].config() if config is None else config
-    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
+    auto = auto_class(config)
     torch.manual_seed(2)
     whole: Any = auto.from_config(config)
     with torch.no_grad():
@@ -186,10 +200,14 @@ def save(name: str, folder: Path, config: Any = None) -> None:
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The library's own model, unsplit."""
-    auto = hf.AutoModelForCausalLM if name in DECODERS else hf.AutoModelForImageTextToText
+    auto = auto_class(KNOWN[name].config())
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # other kernels have no float64
     implementation = implementations(KNOWN[name].config(), KNOWN[name].attention)
-    return auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=implementation, **experts)
+    whole = auto.from_pretrained(folder / name, dtype=dtype, attn_implementation=implementation, **experts)
+    for weight, parameter in whole.named_parameters():  # its constructor freezes them, and its loader forgets
+        if weight.endswith("audio_tower.embed_positions.weight"):
+            parameter.requires_grad_(False)
+    return whole
 
 
 def text(kind: type[Any], **changes: Any) -> Callable[[], Any]:
@@ -443,14 +461,17 @@ class Sequence:
 
 
 def sequence(random: Random, draw: Draw | None) -> Sequence:
-    words = [random.randrange(3, 50) for _ in range(random.randint(4, 9))]
+    words = [random.randrange(3, SPECIAL) for _ in range(random.randint(4, 9))]
     if draw is None:
         return Sequence(words, [])
     items = [draw(random) for _ in range(random.randint(1, 2))]
+    items = [item for item in items if item.alone][:1] or items
     tokens = words[:2]
     for item in items:
         for _ in range(item.runs):
-            tokens += [VISION_START, *[item.token] * (item.rows // item.runs), VISION_END, random.randrange(3, 50)]
+            start, end = (AUDIO_START, AUDIO_END) if item.encoder == "audio" else (VISION_START, VISION_END)
+            placed = item.tokens or [item.token] * (item.rows // item.runs)
+            tokens += [start, *placed, end, random.randrange(3, SPECIAL)]
     return Sequence(tokens + words[2:], items)
 
 
@@ -459,7 +480,8 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
     length = max(sum(len(sample.tokens) for sample in row) for row in rows)
     made = Microbatch({"input_ids": torch.zeros(len(rows), length, dtype=torch.long)})
     positions, tokens = torch.arange(length).repeat(len(rows), 1), torch.zeros(len(rows), length, dtype=torch.long)
-    labelled, media, grids = [], [], {"image_grid_thw": [], "video_grid_thw": []}
+    labelled, media = [], []
+    grids = {name: [] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
     for b, row in enumerate(rows):
         start = 0
         for sample in row:
@@ -467,7 +489,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 flat = b * length + start + s
                 made.inputs["input_ids"].view(-1)[flat] = token
                 positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
-                if token in (IMAGE, VIDEO):
+                if token in (*MEDIA.values(), *INDICATORS):
                     media.append(flat)
                 elif s:
                     labelled.append(flat)
@@ -477,6 +499,9 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 for name in grids.keys() & item.arguments.keys():
                     grids[name].append(item.arguments[name])
         positions[b, start:] = torch.arange(length - start) if len(row) > 1 else positions[b, start:]
+    if any(item.marked for row in rows for sample in row for item in sample.items):
+        marked = torch.tensor([IMAGE, VISION_START, VISION_END])
+        made.inputs["token_type_ids"] = torch.isin(made.inputs["input_ids"], marked).long()
     made.inputs["position_ids"] = positions
     made.inputs["token_mask"] = tokens
     made.inputs.update({name: torch.cat(parts) for name, parts in grids.items() if parts})
@@ -515,7 +540,7 @@ def reference_loss(whole: Any, model: Model, packed: bool) -> Tensor:
         router_logits = []
         for sample in (sample for row in rows for sample in row):
             given = microbatch([[sample]])
-            out = whole(**arguments(whole, sample, given))
+            out = forward(whole, sample, given)
             logits = out.logits.flatten(0, 1)[given.label_positions]
             losses.append(torch.nn.functional.cross_entropy(logits, given.labels, reduction="sum"))
             labels += len(given.labels)
@@ -536,15 +561,44 @@ def balancing_loss(whole: Any, router_logits: list[Any]) -> Tensor:
     return library(tuple(torch.cat(layer) for layer in zip(*router_logits, strict=True)), experts, per_token)
 
 
+def forward(whole: Any, sample: Sequence, given: Microbatch) -> Any:
+    """What the library's forward returns for one sample."""
+    # Llama 4 fails when it makes its output, because its decoder's has no such field.
+    with patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True):
+        return whole(**arguments(whole, sample, given))
+
+
 def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]:
     """The arguments of the library's forward for one sample, as the model's processor would make them."""
     ids = given.inputs["input_ids"]
     made: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     items = [item.arguments for item in sample.items]
     for name in {name for item in items for name in item}:
-        joined = torch.cat([item[name] for item in items if name in item])
+        strips = whole.config.model_type.startswith("minicpm") and name.startswith("pixel_values")
+        joined = torch.cat([item[name] for item in items if name in item], -1 if strips else 0)
         made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    kind = whole.config.model_type
+    if kind.endswith(("omni_thinker", "omni_moe_thinker")):
+        made["attention_mask"] = torch.ones_like(ids)  # without one, it has the positions of text
+        if "input_features_mask" in made:
+            made["feature_attention_mask"] = made.pop("input_features_mask")
+        if "second_per_grid_ts" in made:
+            made["video_second_per_grid"] = made.pop("second_per_grid_ts")
+        return made
+    if kind == "molmo2":
+        made["mm_token_type_ids"] = given.inputs.get("token_type_ids", torch.zeros_like(ids))
+        before, pooling = 0, list[Tensor]()
+        for item in items if "image_token_pooling" in made else ():
+            pooling.append(item["image_token_pooling"] + before * (item["image_token_pooling"] >= 0))
+            before += item["pixel_values"].shape[:2].numel()
+        made.update({"image_token_pooling": torch.cat(pooling)} if pooling else {})
+    if kind == "ernie4_5_vl_moe":
+        made["moe_mm_token_type_ids"] = (ids >= SPECIAL).int()
+    if kind == "qwen2_audio" and "input_features" in made:
+        made["feature_attention_mask"] = made.pop("input_features_mask")
+    if kind == "voxtral":
+        made.pop("input_features_mask", None)
     if "image_grid_thw" in made or "video_grid_thw" in made:
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "gemma3":

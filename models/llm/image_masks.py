@@ -1,0 +1,40 @@
+"""Masks by which tokens of images see each other both ways; apart from that they are causal.
+
+Shape suffixes: B samples, S tokens, D width of the LLM.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gemma4 import modeling_gemma4
+
+
+def gemma3_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+    """Masks by layer type: all tokens of an image see each other."""
+    return _library_masks(modeling_gemma3, config, h_BSD, inputs)
+
+
+def gemma4_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+    """As `gemma3_masks`, but only in layers with sliding attention."""
+    return _library_masks(modeling_gemma4, config, h_BSD, inputs)
+
+
+def masks_of_all_images(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+    """One mask: the tokens of all images of a row see each other (Molmo 2)."""
+    blocks = torch.where(inputs["token_type_ids"] == 1, 0, -1)
+    return create_causal_mask(config.get_text_config(), h_BSD, *_given(inputs), block_sequence_ids=blocks)
+
+
+def _library_masks(library: Any, config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+    blocks = library.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
+    config = config.get_text_config()
+    return library.create_masks_for_vision_model(config, h_BSD, *_given(inputs), block_sequence_ids=blocks)
+
+
+def _given(inputs: dict[str, Tensor]) -> tuple[Tensor | None, None, Tensor | None]:
+    """The mask of padding, a cache, and positions."""
+    return inputs.get("attention_mask"), None, inputs.get("position_ids")
