@@ -58,6 +58,9 @@ for (const width of [390, 1300]) {
   await pause(300);
   seen.hidden.push(root.scrollHeight - inner.clientHeight);
 }
+frame.contentDocument.body.dataset.mdColorScheme = "slate";  // what the switch for dark colours does
+await pause(300);
+seen.dark = inner.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches;
 await fetch("seen", { method: "POST", body: JSON.stringify(seen) });
 </script></body></html>
 """
@@ -136,3 +139,4 @@ def test_the_timeline_reacts(seen: Any) -> None:
     )
     assert seen["stepped"].startswith("0F0 on rank 0; forward of stage 0, microbatch 0; first_stage: start 1, ")
     assert max(seen["hidden"]) <= 0, "all of it is visible without a scroll bar of its own"
+    assert seen["dark"], "it has the colours of the page around it"
