@@ -89,6 +89,20 @@ FAULTS = [
         "tests/cli/test_remote_run.py",
     ),
     Fault(
+        "bigmac compare writes a page of the slowest plans",
+        f"{PACKAGE}/commands/compare.py",
+        "][:MOST_TIMELINES]",
+        "][-MOST_TIMELINES:]",
+        "tests/schedule/test_compare_command.py -k fastest_plans",
+    ),
+    Fault(
+        "two plans on a page are taken for a plan and its execution",
+        f"{PACKAGE}/schedule/viewer/timeline.html",
+        'spans.length !== 2 || spans[1].track.name !== "executed"',
+        "spans.length !== 2",
+        "tests/schedule/test_viewer.py -k two_plans",
+    ),
+    Fault(
         "a tensor of an exported folder that nothing reads is dropped",
         "models/exported.py",
         "for name in sorted(unread) if whole]",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bigmac_lightning import ShardingOptions
-from bigmac_lightning.commands import export
+from bigmac_lightning.commands import compare, export, plan
 from bigmac_lightning.models import MultimodalLM
 from tests.blocks import ROOT, blocks_of
 from tests.cli.checkpoints import write_conversations
@@ -63,21 +63,32 @@ def _on_rank(rank: int, world: int, own_step: bool, options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("world", "own_step", "options"),
     [
-        (2, False, {}),
+        (2, False, {"backbone": "chunks.json"}),
         (3, True, {"policy": "filled", "backbone": "zb1p"}),
         (2, True, {"sharding": ShardingOptions(encoders="fsdp", generators="fsdp")}),
     ],
-    ids=["nested", "own-step-filled-zb1p", "own-step-fsdp"],
+    ids=["own-backbone", "own-step-filled-zb1p", "own-step-fsdp"],
 )
 def test_the_parts_train_as_in_one_process(world: int, own_step: bool, options: dict[str, Any]) -> None:
     """Weights after ten steps, of every rank, and what is logged. (AdamW makes steps of rounding errors of biases of
     keys, whose gradients are 0, so weights are compared after SGD alone.)"""
+    exec(FILES["chunks.py"], {})
     whole, logged = _trained(plain_trainer(max_epochs=1), own_step)
     for part, said in on_ranks(world, _on_rank, world, own_step, options):
         if own_step:
             assert_close(part, whole, 1e-4)
         assert said == pytest.approx(logged, rel=1e-4)
     assert {"train/text", "train/wave"} <= logged.keys()
+
+
+def test_a_backbone() -> None:
+    """The commands of the page."""
+    exec(FILES["chunks.py"], {})
+    lines = [line for block in blocks_of("docs/own_parts.md") if block.kind == "bash" for line in block.commands]
+    commands = [line.split() for line in lines if "chunks.json" in line]
+    assert [command[:2] for command in commands] == [["bigmac", "plan"], ["bigmac", "compare"]]
+    for _, name, *options in commands:
+        assert {"plan": plan, "compare": compare}[name].main(options) == 0
 
 
 def _train_on_node(rank: int) -> Any:

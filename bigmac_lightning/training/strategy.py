@@ -256,7 +256,7 @@ class BigMacStrategy(SteppingStrategy):
         if not isinstance(module, PipelineModule):
             raise TypeError(
                 f"strategy='bigmac' trains a bigmac_lightning.PipelineModule, but {type(module).__name__} is none: "
-                "derive it from PipelineModule (encoders, llm, generators; self.runner(batch) in its steps)"
+                "derive it from PipelineModule (encoders, llm, generators; self.pipeline(batch) in its steps)"
             )
         super().setup_environment()
         known = run_facts.settings(module.trainer, module, self.precision_plugin, self._settings)

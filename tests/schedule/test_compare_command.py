@@ -14,6 +14,7 @@ from bigmac_lightning.schedule.make import make_plan
 from bigmac_lightning.schedule.placing.policies import POLICIES
 from bigmac_lightning.schedule.plan import Costs
 from bigmac_lightning.schedule.request import PlanRequest
+from tests.schedule.pages import data_of
 
 from .test_plan_command import PACKAGE, SMALL
 
@@ -65,6 +66,24 @@ def test_writes_numbers(tmp_path, capsys, suffix):
     assert float(row["planning_seconds"]) > 0
 
 
+def test_writes_a_page_of_the_fastest_plans(tmp_path, capsys):
+    path = tmp_path / "x.html"
+    command = [*SMALL, "--policies", "nested,filled,first_stage", "--backbones", "1f1b,interleaved_1f1b,zbv"]
+    assert main([*command, "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 8 of 12 combinations\n"
+    tracks = data_of(path)["tracks"]
+    assert [track["makespan"] for track in tracks] == sorted(track["makespan"] for track in tracks)
+    names = [track["name"] for track in tracks]
+    assert len(set(names)) == 8
+    assert {"filled on 1f1b", "filled on interleaved_1f1b (V=4)"} <= set(names)
+    plan = make_plan(PlanRequest(policy="filled", pipeline_parallel_size=2, microbatches=4))
+    track = tracks[names.index("filled on 1f1b")]
+    assert [[action for action, _, _ in row] for row in track["ranks"]] == [list(map(str, row)) for row in plan.ranks]
+    assert data_of(path)["note"] == "All timelines have one scale of time, in the unit of the costs."
+    assert main([*SMALL, "--max_encoder_units", "0.1", "--output", str(path)]) == 2
+    assert "no combination has a plan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,7 +91,7 @@ def test_writes_numbers(tmp_path, capsys, suffix):
         ([*SMALL, "--policies", "nested,best"], "policy is 'best'; expected one of nested"),
         ([*SMALL, "--backbones", "best"], "backbone is 'best'; expected one of gpipe"),
         ([*SMALL, "--virtual_stages", "2,x"], "--virtual_stages has 'x'; expected auto, or integers"),
-        ([*SMALL, "--output", "x.png"], "--output is 'x.png'; expected a name that ends with .json, .csv"),
+        ([*SMALL, "--output", "x.png"], "--output is 'x.png'; expected a name that ends with .json, .csv, .html"),
         ([*SMALL, "--memory.budget", "much"], "memory.budget is 'much'; expected bytes, or a size such as 16GiB"),
         ([*SMALL, "--group_size", "x"], "--group_size is x; expected int or auto"),
         (["--pipeline_parallel_size", "0", "--microbatches", "1"], "pipeline_parallel_size is 0; expected"),

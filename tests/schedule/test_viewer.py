@@ -124,6 +124,15 @@ def test_an_action_has_its_planned_time_beside_the_executed_one(tmp_path: Path, 
     assert ("takes 0.25 times as long as planned" in root["data-selected"]) == seconds
 
 
+@needs_browser
+def test_two_plans_are_no_plan_and_its_execution(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, "--pipeline_parallel_size 2 --microbatches 4")
+    tracks = [planned_track(plan, verify(plan), name=name) for name in ("one", "other")]
+    write_page(tmp_path / "page.html", "both", tracks)
+    said = opened(tmp_path / "page.html", "#action=EF0,rank=1")["data-selected"]
+    assert said.endswith("; one: start 0, end 1, duration 1; other: start 0, end 1, duration 1")
+
+
 USE = """
 const box = canvas.getBoundingClientRect(), panel = panels[0], seen = {};
 const at = (time, rank) => ({ clientX: box.left + toX(time / tracks[0].length), bubbles: true, cancelable: true,

@@ -28,6 +28,8 @@ KINDS: dict[Kind, str] = {
 }
 """What each kind of action is called on the page."""
 
+TOGETHER = "All timelines have one scale of time, in the unit of the costs."
+
 
 @dataclass(frozen=True)
 class Track:
@@ -67,6 +69,7 @@ def planned_track(
     workload: Workload | None = None,
     memory: MemoryBudget | None = None,
     seconds: bool = False,
+    name: str = "planned",
 ) -> Track:
     """A simulated plan, with curves of what is alive.
 
@@ -76,9 +79,10 @@ def planned_track(
         workload: the workload that the timeline was simulated with.
         memory: if given, there is also a curve of each rank's memory in use.
         seconds: whether the plan's costs are in seconds.
+        name: what the timeline is called.
     """
     curves = alive_curves(plan, timeline, workload, memory)
-    return Track("planned", spans_of(plan, timeline), "s" if seconds else "", plan.groups, curves, plan.ideal)
+    return Track(name, spans_of(plan, timeline), "s" if seconds else "", plan.groups, curves, plan.ideal)
 
 
 def executed_track(
@@ -129,8 +133,10 @@ def _shared(tracks: Sequence[Track]) -> bool:
 
 
 def _note(tracks: Sequence[Track]) -> str:
+    if not any(track.unit for track in tracks):
+        return "Times are in the unit of the plan's costs." if len(tracks) == 1 else TOGETHER
     if len(tracks) == 1:
-        return "" if tracks[0].unit else "Times are in the unit of the plan's costs."
+        return ""
     if _shared(tracks):
         return (
             "All timelines are in seconds and have one scale of time: the plan was made from measured times. "
