@@ -36,13 +36,8 @@ def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
     names = {i: token for token, i in tokenizer.get_added_vocab().items()}
     for modality, expected in llm.placeholders.items():
         found = encoder.feature_ids.get(modality)
-        prepared = encoder.visual is not None and modality != "audio"
-        if (
-            found == expected
-            or (found is None or encoder.visual is None)
-            and not prepared
-            and (expected in names or expected not in token_of)
-        ):
+        elsewhere = encoder.visual is None or (modality == "audio" and found is None)  # nothing is prepared for it
+        if found == expected or (elsewhere and (expected in names or expected not in token_of)):
             continue
         token = f" ({token_of[expected]!r})" if expected in token_of else ""
         given = "no token" if found is None else f"{token_of[found]!r}, with the id {found},"
