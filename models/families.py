@@ -192,7 +192,7 @@ REFUSED = {
     "gemma3n": "embeddings of the tokens around its images and sounds belong to its towers; its decoder alone can be "
     "trained, as HFDecoder(config.get_text_config())",
     "qwen4_exp": _TOKEN_EMBEDDINGS,
-    "gemma4_unified": "its layers hand on keys and values to later ones",
+    "gemma4_unified": "it has no tower: its patches are projected one by one, and no encoder here does that",
     "mistral_large4": "its rotary embedding has weights, which all stages would have to share",
     "inkling2": "its decoder has weights beside embedding, layers and final norm",
     "inkling2_loop": "its decoder has weights beside embedding, layers and final norm",

@@ -228,7 +228,7 @@ def test_commands_in_sentences_exist() -> None:
                     if module != "pip":
                         _check_module(module, options)
                 case ["make", target, *_]:
-                    assert f"\n{target}:" in makefile, (page, command)
+                    assert re.search(rf"^([\w-]+ )*{target}( [\w-]+)*:", makefile, re.MULTILINE), (page, command)
             for path in re.findall(
                 r"\b(?:bigmac_lightning|models|datamodules|configs|tests|benchmarks)/[\w./-]*", command
             ):

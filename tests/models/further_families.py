@@ -506,6 +506,7 @@ FURTHER: dict[str, Model] = {
             **INDICES,
         ),
         qwen(4, frames_apart=False),
+        packs=False,
     ),
     "glmga": Model(
         config(
