@@ -112,6 +112,25 @@ def test_quoted_messages_are_printed(quoted: str) -> None:
     assert is_printed(quoted), f"no text in the sources is: {quoted}"
 
 
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_quoted_messages_are_expected_by_a_test(quoted: str) -> None:
+    """Some words of each, one after another, stand in a test."""
+    pieces = (piece.split() for piece in plain(quoted).split("..."))
+    runs = (" ".join(words[n : n + 3]) for words in pieces for n in range(max(1, len(words) - 2)) if words)
+    assert any(len(run) > 12 and run in tests() for run in runs), f"no test expects: {quoted}"
+
+
+@cache
+def tests() -> str:
+    files = (file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__))
+    return plain(" ".join(file.read_text() for file in files))
+
+
+def plain(text: str) -> str:
+    """Without quotes and escapes."""
+    return re.sub(r"[\\'\"\s]+", " ", text)
+
+
 def test_a_changed_message_is_found() -> None:
     assert len(QUOTED) >= 15
     assert is_printed("policy is ...; expected one of ...")

@@ -205,7 +205,7 @@ def test_schedule(schedule: Any, expected: list[float]) -> None:
 
 def test_cosine_has_to_know_its_end() -> None:
     endless = trainer(max_epochs=-1)
-    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+    with pytest.raises(ValueError, match="has to know its end: set max_epochs or max_steps"):
         endless.fit(built(schedule="cosine"), loader(collate("t", 1)))
 
 

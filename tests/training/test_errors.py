@@ -345,8 +345,16 @@ trainer.fit(Dies(), ToyData(steps=50))
     [
         (Row("trainer", "forward", 1, "raise"), {1}, r"as rank 1 failed: RuntimeError: the dog ate this rank \(in EF"),
         # under the Trainer's launcher, Lightning's own watch over processes may come first
-        (Row("environment", "step", 1, "kill"), {1, -9}, "as rank 1 failed: its process has ended without a word"),
-        (Row("torchrun", "step", 1, "hang"), {1}, "Rank 1 waits for no other rank: look there first."),
+        (
+            Row("environment", "step", 1, "kill"),
+            {1, -9},
+            "has lost its connection to others, as rank 1 failed: its process has ended",
+        ),
+        (
+            Row("torchrun", "step", 1, "hang"),
+            {1},
+            "(?s)The run hangs: rank .*Rank 1 waits for no other rank: look there first.",
+        ),
         pytest.param(
             *(Row("trainer", "validation", 0, "stop"), {-9}, "The run's store does not answer"), marks=pytest.mark.wide
         ),
