@@ -167,7 +167,7 @@ def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.llm.config=./gone"], "there is no folder ./gone (the current folder is "),
         (
             ["--data=MultimodalDataModule", "--data.train+=MessagesJSONL", "--data.train.path=a.jsonl"],
-            "a.jsonl: No such file",
+            "MessagesJSONL: there is no file a.jsonl (in ",
         ),
     ],
 )

@@ -216,6 +216,7 @@ ALIKE = {
     "processor qwen3_vl": "processor qwen",
     "processor qwen3_vl_moe": "processor qwen",
     "processor smolvlm": "processor idefics3",
+    "processor gemma4": "processor gemma3",
 }
 
 ASKED = {

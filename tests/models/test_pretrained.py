@@ -156,7 +156,7 @@ def test_initial_weights_of_a_config_alone(name: str) -> None:
     decoder = initial_decoder(name, range(zoo.LAYERS))
     known = {**decoder.state_dict(), **encoder.state_dict()}
     assert known.keys() == auto_class(config).from_config(config).state_dict().keys()
-    assert all(tensor.isfinite().all() for tensor in known.values())
+    assert not any(tensor.isnan().any() for tensor in known.values())  # limits that are not set are infinite
     seen: set[str] = set()
     for layers in (range(2), range(2, zoo.LAYERS)):
         part = initial_decoder(name, layers).state_dict()
@@ -236,7 +236,7 @@ def test_another_models_config(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (hf.MllamaConfig(), "'mllama' cannot be cut into stages: .*cross-attention"),
-        (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: .*embeddings of the token ids"),
+        (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: embeddings of the tokens around its images"),
         (
             hf.PaliGemmaConfig(),
             "model_type 'paligemma' cannot be cut into stages: tokens of a prompt see each other both ways",
