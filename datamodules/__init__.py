@@ -14,6 +14,7 @@ from .errors import ExampleError, SourceError
 from .example import Audio, Example, Image, MediaPart, Message, Size, Video
 from .examples.clips_and_sums import Clips, Sums
 from .examples.digits import DigitsDataModule
+from .examples.drawn_digits import DrawnDigitsDataModule
 from .examples.easy_vqa import EasyVQA, EasyVQADataModule, EasyVQADrawings
 from .examples.two_speakers import TwoSpeakers
 from .files import File
@@ -41,6 +42,7 @@ __all__ = [
     "Collator",
     "Conversation",
     "DigitsDataModule",
+    "DrawnDigitsDataModule",
     "EasyVQA",
     "EasyVQADataModule",
     "EasyVQADrawings",

@@ -8,6 +8,9 @@ from .generation.codec import LatentCodec
 from .generation.flow import FlowGenerator
 from .llm.decoder import HFDecoder
 from .multimodal_lm import MultimodalLM
+from .unified.decoder import UnifiedDecoder
+from .unified.pictures import NoisyPictureEncoder, VelocityHead
+from .unified.unified_lm import UnifiedLM
 from .vision.hf_encoders import HFAudioEncoder, HFVideoEncoder, HFVisionEncoder
 from .vision.vision_encoder import VisionEncoder
 
@@ -20,5 +23,9 @@ __all__ = [
     "HFVisionEncoder",
     "LatentCodec",
     "MultimodalLM",
+    "NoisyPictureEncoder",
+    "UnifiedDecoder",
+    "UnifiedLM",
+    "VelocityHead",
     "VisionEncoder",
 ]

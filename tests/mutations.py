@@ -33,6 +33,20 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "text sees the noise of what is drawn",
+        "models/llm/image_masks.py",
+        "return (blocks_BS[b, key] < 0) | (",
+        "return (blocks_BS[b, key] < 9) | (",
+        "tests/models/test_unified.py",
+    ),
+    Fault(
+        "tokens of drawings have the weights of others in the final norm",
+        "models/unified/decoder.py",
+        "        if any(True for _ in decoder.get_submodule(norm).parameters()):\n",
+        "        if False:\n",
+        "tests/models/test_unified.py",
+    ),
+    Fault(
         "a second stage gets no keys and values from an earlier one",
         "models/llm/stage.py",
         "            kwargs[SHARED_KEYS].update(self.keys)\n",

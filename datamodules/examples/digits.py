@@ -165,6 +165,8 @@ class DigitsDataModule(PipelineDataModule):
         self.draw_rows = draw_rows
         self.drawings = drawings
 
+    kind: type[Digits] = Digits
+
     def setup(self, stage: str) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -173,7 +175,7 @@ class DigitsDataModule(PipelineDataModule):
         images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1  # of 0..16
         train, held_out = train_test_split(range(len(images)), test_size=HELD_OUT, stratify=data.target, random_state=0)
         self.train, self.held_out = (
-            Digits(images[part], data.target[part].tolist(), self.image_rows, self.draw_rows)
+            self.kind(images[part], data.target[part].tolist(), self.image_rows, self.draw_rows)
             for part in (train, held_out)
         )
 

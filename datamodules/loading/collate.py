@@ -36,7 +36,7 @@ class Media:
         encoder: name of the encoder that turns it into features.
         start: index of its first placeholder token in the sample.
         rows: number of placeholder tokens, which as many feature rows replace.
-        load: makes the input of the encoder.
+        load: makes the input of the encoder; ``None`` if the model does, as of a picture that it is drawing.
         cost: encoder forward time in any unit shared by all items.
         name: what errors call it.
         grid: (t, h, w) numbers of its patches, for models whose positions depend on them.
@@ -47,7 +47,7 @@ class Media:
     encoder: str
     start: int
     rows: int
-    load: Callable[[], MediaData]
+    load: Callable[[], MediaData] | None
     cost: float = 1.0
     name: str = ""
     grid: tuple[int, int, int] | None = None

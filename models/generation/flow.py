@@ -170,7 +170,7 @@ class FlowGenerator(Generator):
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         losses: list[Tensor] = []
         for indices in self.batches(items):
-            draws = [_Draw(items[i], self._shape(items[i])) for i in indices]
+            draws = [Draw(items[i].seed, self._shape(items[i])) for i in indices]
             x_BCHW = torch.stack([_data(items[i]) for i in indices])
             x_BCHW = x_BCHW if self.codec is None else self.codec.encode(x_BCHW)
             s_B = torch.stack([draw.time for draw in draws]).to(x_BCHW)
@@ -189,7 +189,7 @@ class FlowGenerator(Generator):
         made: dict[int, Tensor] = {}
         for indices in self.batches(items):
             conditions_BNE = self._connect([conditions[i] for i in indices])
-            x_BCHW = torch.stack([_Draw(items[i], self._shape(items[i])).noise for i in indices]).to(
+            x_BCHW = torch.stack([Draw(items[i].seed, self._shape(items[i])).noise for i in indices]).to(
                 conditions_BNE.device
             )
             scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=self.shift)
@@ -241,7 +241,7 @@ class QueryConnector(nn.Module):
         return self.norm(queries_BKE + found_BKE)
 
 
-class _Draw:
+class Draw:
     """The random numbers of an item, which are always drawn on the CPU and in the same order.
 
     Attributes:
@@ -250,8 +250,8 @@ class _Draw:
         uniform: a number in [0, 1); if it is below the dropout rate, the item loses its conditions.
     """
 
-    def __init__(self, item: TargetItem, shape: tuple[int, ...]) -> None:
-        generator = torch.Generator().manual_seed(item.seed)
+    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(seed)
         self.noise = torch.randn(shape, generator=generator)
         self.time = torch.randn((), generator=generator).sigmoid()
         self.uniform = torch.rand((), generator=generator)

@@ -30,7 +30,7 @@ UNUSED = ["llava_onevision"]  # a batch of several images per sample has no use 
 def _few(config: Path) -> list[str]:
     if config.stem == "siglip_qwen3":  # test_two_stages starts it from the first stage's checkpoint
         return [*SMALL, "--model.init_args.init_from=null"]
-    if config.stem == "digits":
+    if config.stem in ("digits", "drawn_digits"):
         return DIGITS
     if config.stem in FEW:
         return [option for option in FEW[config.stem] if not option.startswith(PIPELINE)]

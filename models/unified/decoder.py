@@ -1,0 +1,102 @@
+"""A decoder with a second set of weights in its layers, for the tokens of pictures that are being drawn."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from bigmac_lightning.contracts.parallel import ParallelSizes
+
+from .. import loading, meta_model
+from ..llm.decoder import HFDecoder
+from ..llm.image_masks import masks_of_drawn_pictures
+from .two_weights import Places, TwoWeights, divide, positions_of
+
+DRAWN = "drawn"
+"""The name that placeholders of drawn pictures have among the modalities."""
+
+
+class UnifiedDecoder(HFDecoder):
+    """A text decoder of the transformers library that also draws: tokens of a picture have weights of their own in the
+    layers and in the final norm, and see each other both ways. No other token sees them, as they are noisy; a picture
+    that later text is about has to come again, as an image that is read.
+
+    Both sets of weights start as those of the decoder. Rows hold one sample each.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | str | PreTrainedConfig,
+        drawn_token: int,
+        seed: int = 0,
+        attn_implementation: str = "sdpa",
+        weights: str | None = None,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """
+        Args:
+            drawn_token: the id of the token that stands for a patch of a picture that is being drawn; between two such
+                pictures there has to be another token.
+            config, seed, attn_implementation, weights, dtype, trust_remote_code: see `HFDecoder`.
+
+        Raises:
+            ValueError: the decoder is part of a vision-language model, or one of its layers has weights that are more
+                than linear layers and norms.
+        """
+        super().__init__(config, seed, attn_implementation, weights, dtype, trust_remote_code=trust_remote_code)
+        kind = f"model_type {self.config.model_type!r}"
+        if self.family is not None:
+            raise ValueError(f"{kind} has encoders of its own: give its decoder alone, config.get_text_config()")
+        if not self._takes_masks:
+            raise ValueError(f"attn_implementation={attn_implementation!r} takes no mask: use sdpa or eager")
+        if self._handed_on or self._routers is not None:
+            raise ValueError(f"{kind}: layers that hand on more than hidden states cannot have two sets of weights")
+        text: Any = self.config.get_text_config()
+        if {*(getattr(text, "layer_types", None) or ())} - {"full_attention"} or getattr(text, "sliding_window", None):
+            raise ValueError(f"{kind} has layers with other masks than those of full attention: choose another decoder")
+        self.placeholders = {DRAWN: drawn_token}
+        self.refuses_packing = f"{kind} draws by a mask that cannot keep packed samples apart"
+        self._image_masks = masks_of_drawn_pictures
+        self._places = Places()
+        self._divide(self._whole)
+
+    def _divide(self, whole: Any) -> None:
+        decoder, norm = whole.get_submodule(self._names.decoder), self._names.norm
+        try:
+            divide(decoder.layers, self._places)
+        except ValueError as error:
+            kind = self.config.model_type
+            raise ValueError(f"model_type {kind!r} cannot have two sets of weights: layer {error}") from error
+        if any(True for _ in decoder.get_submodule(norm).parameters()):
+            decoder.set_submodule(norm, TwoWeights(decoder.get_submodule(norm), self._places))
+
+    def _materialized(self, keep: Callable[[Any], None], cut: loading.Cut | None = None) -> Any:
+        whole = self.build_whole()
+        meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
+        made = loading.materialize(whole, keep, self.source, self.seed, self.dtype, cut)
+        self._divide(made)
+        return made
+
+    def why_not_parallel(self, sizes: ParallelSizes) -> str:
+        if sizes == ParallelSizes():
+            return ""
+        return (
+            "UnifiedDecoder divides the work of a stage over no other ranks: leave out tensor, context and expert sizes"
+        )
+
+    def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds where the tokens of drawn pictures are."""
+        inputs = super().prepare(inputs)
+        if "token_type_ids" not in inputs:
+            drawn_BS = inputs["input_ids"] == self.placeholders[DRAWN]
+            inputs |= {"token_type_ids": drawn_BS.long(), **positions_of(drawn_BS)}
+        return inputs
+
+    def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
+        with self._places.given(inputs):
+            return super().run_layers(h_BSD, inputs, layers, extras)
+
+    def new_cache(self, layers: range) -> Any:
+        return None

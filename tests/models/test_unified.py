@@ -1,0 +1,316 @@
+"""A model that reads and draws in one LLM: loss and gradients against the formulas written out, in one process and in a
+pipeline; who sees whom; drawing."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_product_attention, silu
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
+
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.models import (
+    FlowGenerator,
+    HFDecoder,
+    LatentCodec,
+    NoisyPictureEncoder,
+    UnifiedDecoder,
+    UnifiedLM,
+    VelocityHead,
+)
+from bigmac_lightning.models.generation.flow import Draw
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
+from tests.models import tiny
+from tests.ranks import run_ranks
+from tests.runtime.matrix import whole
+from tests.toy import split_layers
+
+WIDTH, LAYERS, DRAWN, SIDE = 32, 3, 5, 2
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "tie_word_embeddings": True,
+}
+CODEC = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+
+
+def module(codec: bool = False) -> UnifiedLM:
+    made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
+    encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
+    head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
+    return UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head}, steps=3)
+
+
+@cache
+def weights(codec: bool = False) -> dict[str, Tensor]:
+    """Random ones; those for drawing differ from the others."""
+    alone = module(codec)
+    alone.configure_model()
+    generator = torch.Generator().manual_seed(1)
+    made = {
+        name: tensor if "codec" in name else tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in alone.state_dict().items()
+    }
+    return {**made, "llm.lm_head.weight": made["llm.model.embed_tokens.weight"]}
+
+
+def load(made: UnifiedLM, codec: bool = False) -> UnifiedLM:
+    made.configure_model()
+    made.load_state_dict({name: weights(codec)[name] for name in made.state_dict()})
+    return made
+
+
+def picture(seed: int, height: int, width: int) -> Tensor:
+    return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = True) -> Batch:
+    """Rows with a drawing and text after it, two drawings of other sizes, and text alone."""
+    layout, microbatches, seed = layout or PipelineLayout(), list[Microbatch](), 0
+    for sizes_of_rows in ([[(4, 6)], []], [[(4, 4), (2, 6)], [(2, 2)]], [[], []]):
+        rows, made = [], Microbatch({"input_ids": torch.zeros(0)})
+        labels, positions, S = list[int](), list[int](), 24
+        for b, sizes in enumerate(sizes_of_rows):
+            tokens = [7, 9 + b]
+            for height, width in sizes:
+                seed += 1
+                number, shape = height * width // SIDE**2, (3, height * patch // SIDE, width * patch // SIDE)
+                positions += range(b * S + len(tokens), b * S + len(tokens) + number)
+                tokens += [DRAWN] * number + [11]
+                image = picture(seed, *shape[1:]) if data else None
+                item: Any = None if image is None else {"picture": image, "seed": torch.tensor(seed)}
+                made.media.append(MediaItem("drawn", number, data=item))
+                made.targets.append(TargetItem("picture", number, shape, seed, data=image))
+            labels += [b * S + len(tokens) + k for k in range(3)]
+            tokens += [20 + b, 21, 22]
+            rows.append(tokens + [0] * (S - len(tokens)))
+        made.inputs = {"input_ids": torch.tensor(rows), "position_ids": torch.arange(S).repeat(2, 1)}
+        made.labels = made.inputs["input_ids"].flatten()[labels]
+        made.label_positions = torch.tensor(labels) - 1
+        made.media_positions = made.target_positions = torch.tensor(positions, dtype=torch.long)
+        microbatches.append(made)
+    assign_owners(microbatches, layout)
+    for item in (item for m in microbatches for item in (*m.media, *m.targets)):
+        item.data = item.data if layout.owns(item) else None
+    return Batch(microbatches, layout)
+
+
+# -- the formulas ------------------------------------------------------------------------------------------------------
+
+
+def written_out(w: dict[str, Tensor]) -> Tensor:
+    """The loss of the batch, row by row."""
+    given, text, velocity = batch(), list[Tensor](), list[Tensor]()
+    for microbatch in given.microbatches:
+        left = list(zip(microbatch.media, microbatch.targets, strict=True))
+        for ids, labels in zip(microbatch.inputs["input_ids"], labels_by_row(microbatch), strict=True):
+            drawn = ids == DRAWN
+            h = w["llm.model.embed_tokens.weight"][ids].clone()
+            runs = torch.nonzero(drawn & ~torch.cat([torch.tensor([False]), drawn[:-1]]))[:, 0].tolist()
+            wanted, block = [], torch.full(ids.shape, -1)
+            for number, start in enumerate(runs):
+                item, target = left.pop(0)
+                assert isinstance(item.data, dict)
+                draw = Draw(target.seed, target.shape)
+                noisy = (1 - draw.time) * item.data["picture"] + draw.time * draw.noise
+                h[start : start + item.rows] = features(w, noisy, draw.time)
+                wanted.append((start, item.rows, cut(draw.noise - item.data["picture"])))
+                block[start : start + item.rows] = number
+            h = layers(w, h, drawn, block)
+            logits = linear(h, w["llm.model.embed_tokens.weight"])
+            text.append(cross_entropy(logits[labels - 1], ids[labels], reduction="sum"))
+            for start, rows, velocity_NE in wanted:
+                made = linear(
+                    h[start : start + rows], *(w[f"generators.picture.linear.{n}"] for n in ("weight", "bias"))
+                )
+                velocity.append((made - velocity_NE).square().mean())
+    return torch.stack(text).sum() / len(given.labels) + torch.stack(velocity).mean()
+
+
+def labels_by_row(microbatch: Microbatch) -> list[Tensor]:
+    places, length = microbatch.label_positions + 1, microbatch.shape[1]
+    return [places[places // length == b] % length for b in range(2)]
+
+
+def cut(x: Tensor) -> Tensor:
+    patches = [
+        x[:, i : i + SIDE, j : j + SIDE].flatten()
+        for i in range(0, x.shape[1], SIDE)
+        for j in range(0, x.shape[2], SIDE)
+    ]
+    return torch.stack(patches)
+
+
+def features(w: dict[str, Tensor], noisy: Tensor, s: Tensor) -> Tensor:
+    def of(name: str, x: Tensor) -> Tensor:
+        return linear(x, w[f"encoders.drawn.layers.{name}.weight"], w[f"encoders.drawn.layers.{name}.bias"])
+
+    angles = 1000 * s * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(32) / 32)
+    time = of("time.linear_2", silu(of("time.linear_1", torch.cat([angles.cos(), angles.sin()])[None])))
+    rows, columns = noisy.shape[1] // SIDE, noisy.shape[2] // SIDE
+    omega = 1 / 10000 ** (torch.arange(WIDTH // 4, dtype=torch.float64) / (WIDTH / 4))
+
+    def side(place: Tensor) -> Tensor:
+        return torch.cat([(place[:, None] * omega).sin(), (place[:, None] * omega).cos()], 1)
+
+    i, j = torch.arange(rows).repeat_interleave(columns).double(), torch.arange(columns).repeat(rows).double()
+    places = torch.cat([side(j), side(i)], 1).float()
+    return of("patches", cut(noisy)) + places + time
+
+
+def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor) -> Tensor:
+    S = len(h)
+    seen = torch.ones(S, S, dtype=torch.bool).tril() | ((block[:, None] == block) & drawn)
+    seen &= ~drawn[None] | (block[:, None] == block)
+    cos, sin = Qwen3RotaryEmbedding(HFDecoder(CONFIG).config)(h[None], torch.arange(S)[None])
+
+    def both(name: str, apply: Any, x: Tensor) -> Tensor:
+        made = [apply(x, w[f"llm.model.{name}.{kind}.weight"]) for kind in ("drawn", "others")]
+        return torch.where(drawn.view(-1, *[1] * (x.ndim - 1)), *made)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight.shape, weight, 1e-6)
+
+    for k in range(LAYERS):
+        at = f"layers.{k}"
+        x = both(f"{at}.input_layernorm", norm, h)
+        q, key, value = (both(f"{at}.self_attn.{n}_proj", linear, x).unflatten(1, (-1, 8)) for n in "qkv")
+        q, key = both(f"{at}.self_attn.q_norm", norm, q), both(f"{at}.self_attn.k_norm", norm, key)
+        q, key, value = (part.transpose(0, 1)[None] for part in (q, key, value))
+        q, key = apply_rotary_pos_emb(q, key, cos, sin)
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        out = scaled_dot_product_attention(q, key, value, attn_mask=seen)[0].transpose(0, 1).flatten(1)
+        h = h + both(f"{at}.self_attn.o_proj", linear, out)
+        x = both(f"{at}.post_attention_layernorm", norm, h)
+        gate, up = both(f"{at}.mlp.gate_proj", linear, x), both(f"{at}.mlp.up_proj", linear, x)
+        h = h + both(f"{at}.mlp.down_proj", linear, silu(gate) * up)
+    return both("norm", norm, h)
+
+
+@cache
+def expected() -> tuple[float, dict[str, Tensor]]:
+    w = {name: tensor.clone().requires_grad_() for name, tensor in weights().items() if "lm_head" not in name}
+    loss = written_out(w)
+    loss.backward()
+    return loss.item(), {name: tensor.grad for name, tensor in w.items() if tensor.grad is not None}
+
+
+def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
+    wanted_loss, wanted = expected()
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in wanted.values())
+    for name, gradient in gradients.items():
+        name = "llm.model.embed_tokens.weight" if name == "llm.lm_head.weight" else name
+        assert gradient is not None, name
+        error = float((gradient - wanted[name]).norm() / max(float(wanted[name].norm()), floor))
+        assert error < 3e-6, f"{name}: {error:.1e}"
+
+
+def test_one_process() -> None:
+    made = load(module())
+    out = made.pipeline(batch())
+    out.loss.backward()
+    check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
+
+
+def _ranks(rank: int, size: int, stages: Any) -> Any:
+    mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
+    made = module()
+    made.part = part_of(rank, split_layers(LAYERS, size), range(size))
+    load(made)
+    options = PipelineOptions(ScheduleOptions(group_size=1), sharding=ShardingOptions(encoders=stages))
+    made.runner = PipelineRunner(made, mesh, options)
+    out = made.pipeline(batch(made.runner.layout))
+    reduce_gradients(made.runner.places, mesh)
+    found = {name: whole(parameter.grad) for name, parameter in made.named_parameters()}
+    with torch.no_grad():
+        drawn = made.eval().pipeline(batch(made.runner.layout, data=False), sample=True).samples
+    return out.loss.item(), found, drawn
+
+
+@pytest.mark.parametrize(("size", "sharded"), [(2, "ddp"), (3, "fsdp")])
+def test_pipeline(size: int, sharded: str) -> None:
+    alone = load(module()).eval()
+    with torch.no_grad():
+        drawn = alone.pipeline(batch(data=False), sample=True).samples
+    assert drawn is not None
+    for loss, gradients, found in run_ranks(size, _ranks, size, sharded):
+        check(loss, gradients)
+        for one, other in zip(drawn, found, strict=True):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_codec_of_its_own() -> None:
+    """Latents are half as large as pictures: the same tokens."""
+    made = load(module(codec=True), codec=True)
+    given = batch(patch=2 * SIDE)
+    out = made.pipeline(given)
+    out.loss.backward()
+    assert all(p.grad is None for n, p in made.named_parameters() if "codec" in n)
+    with torch.no_grad():
+        drawn = made.eval().pipeline(batch(patch=2 * SIDE, data=False), sample=True).samples
+    assert drawn is not None
+    assert [tuple(one.shape) for one in drawn] == [target.shape for target in given.targets]
+
+
+def test_who_sees_whom() -> None:
+    """Text does not see what is drawn; a drawing sees the text before it, and all of itself."""
+    made = load(module()).eval()
+
+    def hidden(change: int | None = None) -> Tensor:
+        ids = torch.tensor([[7, 8, DRAWN, DRAWN, DRAWN, 9, 10, DRAWN]])
+        inputs = made.llm.prepare({"input_ids": ids, "position_ids": torch.arange(8)[None]})
+        h = made.llm.embed(inputs)
+        h = h + 0.1 * torch.arange(8)[None, :, None]
+        if change is not None:
+            h[0, change] += 1.0
+        return made.llm.run_layers(h, inputs, range(LAYERS), {})[0]
+
+    before = hidden()
+    moved = {k: {i for i in range(8) if not torch.equal(before[i], hidden(k)[i])} for k in range(8)}
+    assert moved[0] == set(range(8))
+    assert moved[2] == moved[3] == moved[4] == {2, 3, 4}
+    assert moved[5] == {5, 6, 7}
+    assert moved[7] == {7}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("gemma2", "other masks than those of full attention"),
+        ("gemma4_text", "hand on more than hidden states"),
+        ("olmoe", "cannot have two sets of weights: layer 0.mlp"),
+        ("qwen3_next", "other masks|two sets of weights"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_decoders_that_are_refused(kind: str, message: str) -> None:
+    config = tiny.tiny_config(kind, output_router_logits=False)
+    with pytest.raises(ValueError, match=message):
+        UnifiedDecoder(config, DRAWN, attn_implementation="eager" if kind == "gemma2" else "sdpa")
+
+
+def test_components_that_are_missing() -> None:
+    generators = {"picture": FlowGenerator(WIDTH, config={"num_layers": 1})}
+    with pytest.raises(ValueError, match="UnifiedLM needs a UnifiedDecoder, one NoisyPictureEncoder"):
+        UnifiedLM(HFDecoder(CONFIG), {}, generators)  # pyright: ignore[reportArgumentType]
