@@ -117,11 +117,11 @@ def test_quoted_messages_are_expected_by_a_test(quoted: str) -> None:
     """Some words of each, one after another, stand in a test."""
     pieces = (piece.split() for piece in plain(quoted).split("..."))
     runs = (" ".join(words[n : n + 3]) for words in pieces for n in range(max(1, len(words) - 2)) if words)
-    assert any(len(run) > 12 and run in tests() for run in runs), f"no test expects: {quoted}"
+    assert any(len(run) > 12 and run in texts_of_tests() for run in runs), f"no test expects: {quoted}"
 
 
 @cache
-def tests() -> str:
+def texts_of_tests() -> str:
     files = (file for file in (ROOT / "tests").rglob("*.py") if file != Path(__file__))
     return plain(" ".join(file.read_text() for file in files))
 
