@@ -70,7 +70,7 @@ FAULTS = [
     Fault(
         "embeddings that a decoder scales only if it makes them itself are not scaled",
         "models/llm/decoder.py",
-        "h_BSD * self._names.scale_of_ids",
+        "h_BSD * scale",
         "h_BSD",
         "tests/models/test_sweep.py -k falcon_h1",
     ),

@@ -7,10 +7,8 @@ The samples are the same, but for the drawings:
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem
 
@@ -24,11 +22,8 @@ class DrawnDigits(Digits):
 
     def draw(self, digit: int, request: str, seed: int, index: int | None = None) -> Sample:
         sample = super().draw(digit, request, seed, index)
-        load = None if index is None else partial(self.with_seed, index, seed)
-        return replace(sample, media=[Media("drawn", sample.targets[0].start, self.draw_rows, load)])
-
-    def with_seed(self, index: int, seed: int) -> dict[str, Tensor]:
-        return {"picture": self.load(index), "seed": torch.tensor(seed)}
+        (target,) = sample.targets
+        return replace(sample, media=[Media("drawn", target.start, target.rows, target.load)])
 
 
 class DrawnDigitsDataModule(DigitsDataModule):

@@ -399,8 +399,8 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         h_BSD = self._decoder.get_submodule(self._names.embedding)(self._known_ids(inputs["input_ids"]))
-        # a vision-language model gives its decoder embeddings
-        return h_BSD if self.family is not None else h_BSD * self._names.scale_of_ids
+        scale = 1.0 if self.family is not None else self._names.scale_of_ids  # a family gives its decoder embeddings
+        return h_BSD if scale == 1.0 else h_BSD * scale
 
     def _known_ids(self, ids_BS: Tensor) -> Tensor:
         """Token ids, without placeholders that have no embedding; features replace these anyway."""
@@ -443,9 +443,9 @@ class HFDecoder(HFComponent, LanguageModel):
             before = self._before(h_BSD, inputs, layers, extras)
             after = stage(before, position_ids=self._positions(inputs), attention_mask=mask, **further)
             if self._routers is not None:
-                before = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
+                sums_2E = extras.get(ROUTER_LOSS, torch.zeros(2, self._routers.experts, device=h_BSD.device))
                 counted = context_parallel.counted_tokens(self._exchange, whole_BSD, inputs)
-                extras[ROUTER_LOSS] = self._routers.add(before, router_logits, *counted)
+                extras[ROUTER_LOSS] = self._routers.add(sums_2E, router_logits, *counted)
         if self._cache is not None:
             self._cache.count(h_BSD)
         return after.hidden if layers.stop == self.num_layers else self._handed_on.handed(after, extras, layers.stop)

@@ -1,7 +1,7 @@
 """What turns pictures into tokens of an LLM that draws them, and its hidden states into the velocity of the flow.
 
-It is a rectified flow, as in `FlowGenerator`: x_s = (1 - s) * x_0 + s * noise, and the LLM predicts noise - x_0.
-Encoder and generator draw the same noise and the same s, as they have the same seed.
+It is a rectified flow, as in `FlowGenerator`: x_s = (1 - s) * x_0 + s * noise, and the LLM predicts noise - x_0. Noise
+and s come from the seed of the target.
 
 Shape suffixes: B pictures, C channels, H and W pixels (or latent cells), N patches, E values of a patch, D width of the
 LLM.
@@ -29,8 +29,8 @@ FREQUENCIES = 64
 class NoisyPictureEncoder(Encoder):
     """Turns a picture with noise into features: a linear layer of its patches, their places, and how noisy it is.
 
-    An item is a dict: "picture", (C, H, W), and "seed", a whole number as a tensor; or "noisy", (C, H, W) of the
-    latents, and "time", the s that belongs to it, while a picture is drawn.
+    A DataModule gives the picture, (C, H, W). `UnifiedLM` makes a dict of it: "picture", "noise", of the shape of its
+    latents, and "time", the s; or, while a picture is drawn, "noisy", the latents, and "time".
 
     Attributes:
         codec: makes latents of pictures; ``None``: the flow works on pictures.
@@ -84,15 +84,11 @@ class NoisyPictureEncoder(Encoder):
         return {"noisy": noisy, "time": torch.zeros((), dtype=noisy.dtype)}
 
     def _encode(self, item: MediaData) -> Tensor:
-        if not isinstance(item, dict):
-            raise ValueError('a picture that is drawn needs data {"picture": (C, H, W), "seed": a whole number}')
-        if "noisy" in item:
-            x_CHW, s = item["noisy"], item["time"]
-        else:
-            clean_CHW = latents(self.codec, item["picture"])
-            draw = Draw(int(item["seed"]), tuple(clean_CHW.shape))
-            s = draw.time.to(clean_CHW)
-            x_CHW = (1 - s) * clean_CHW + s * draw.noise.to(clean_CHW)
+        if not isinstance(item, dict) or "time" not in item:
+            raise ValueError("NoisyPictureEncoder gets noise from UnifiedLM: it is an encoder of that module alone")
+        x_CHW, s = item.get("noisy"), item["time"]
+        if x_CHW is None:
+            x_CHW = (1 - s) * latents(self.codec, item["picture"]) + s * item["noise"]
         patches_NE = patched(x_CHW, self.patch_size)
         rows, columns = (torch.arange(size // self.patch_size, device=x_CHW.device) for size in x_CHW.shape[1:])
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.outputs import PipelineOutput
 
 from ..generation.flow import Draw
@@ -19,8 +19,9 @@ from .pictures import NoisyPictureEncoder, VelocityHead
 class UnifiedLM(MultimodalLM):
     """A `MultimodalLM` whose LLM draws. It has a `UnifiedDecoder`, one `NoisyPictureEncoder` and one `VelocityHead`.
 
-    Each target has a media item of that encoder, at the same tokens and with the same seed, in the same order. Encoding
-    noisy pictures, and the losses of velocities, are nested work; the flow itself is the LLM's.
+    Each target has a media item of that encoder, at the same tokens, in the same order, and with the same picture. Its
+    noise is that of the target. Encoding noisy pictures, and the losses of velocities, are nested work; the flow itself
+    is the LLM's.
 
     A picture is drawn in steps, each of which is a forward of the whole LLM: that cannot be nested into anything.
     """
@@ -51,16 +52,52 @@ class UnifiedLM(MultimodalLM):
         super().on_save_checkpoint(checkpoint)
         checkpoint.pop("hugging_face")  # there is no model of the library that it could be exported as
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Gives the pictures that are learnt their noise, before they are moved to a device.
+
+        Raises:
+            ValueError: a microbatch has another number of such pictures than of targets, or of their tokens.
+        """
+        batch = super().prepare(batch)
+        return batch.replace(microbatches=[self._learnt(m, number) for number, m in enumerate(batch.microbatches)])
+
+    def _learnt(self, microbatch: Microbatch, number: int) -> Microbatch:
+        """A microbatch whose pictures have their noise."""
+        rows = [item.rows for item in microbatch.media if item.encoder == self._encoder]
+        wanted = [target.rows for target in microbatch.targets]
+        if rows != wanted:
+            raise ValueError(
+                f"microbatch {number}: pictures of encoder {self._encoder!r} have {rows} tokens, and targets {wanted}: "
+                "each target needs such a picture, at the same tokens and in the same order"
+            )
+        left = iter(microbatch.targets)
+        media = [self._with_noise(m, next(left)) if m.encoder == self._encoder else m for m in microbatch.media]
+        return replace(microbatch, media=media)
+
+    def _with_noise(self, item: MediaItem, target: TargetItem) -> MediaItem:
+        if not isinstance(item.data, Tensor):  # of another rank, or it has noise already
+            return item
+        draw = Draw(target.seed, self._latent_shape(target))
+        device = item.data.device
+        return replace(item, data={"picture": item.data, "noise": draw.noise.to(device), "time": draw.time.to(device)})
+
+    def _latent_shape(self, target: TargetItem) -> tuple[int, ...]:
+        codec = self.head.codec
+        return tuple(target.shape) if codec is None else codec.latent_shape(target.shape)
+
+    @property
+    def head(self) -> VelocityHead:
+        found = self.generators[self._head]
+        assert isinstance(found, VelocityHead)
+        return found
+
     def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
         return self._draw(batch) if sample else super().pipeline(batch)
 
     def _draw(self, batch: Batch) -> PipelineOutput:
         """Each target, drawn from the noise of its seed."""
-        head = self.generators[self._head]
-        assert isinstance(head, VelocityHead)
-        codec, device = head.codec, batch.labels.device
-        shapes = [target.shape if codec is None else codec.latent_shape(target.shape) for target in batch.targets]
-        x = [Draw(t.seed, shape).noise.to(device) for t, shape in zip(batch.targets, shapes, strict=True)]
+        codec, device = self.head.codec, batch.labels.device
+        x = [Draw(target.seed, self._latent_shape(target)).noise.to(device) for target in batch.targets]
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(self.steps, device=device)
         out = None

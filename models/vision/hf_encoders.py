@@ -149,7 +149,38 @@ class HFVisionEncoder(HFComponent, Encoder):
         return torch.cat([rows[i] for i in range(len(pixels))])
 
 
-class HFVideoEncoder(Encoder):
+class _OfTower(Encoder):
+    """Encodes other media than images with a part of an `HFVisionEncoder`, without parameters of its own.
+
+    Attributes:
+        width: the width of the features, D.
+        tower: the encoder of images, to which the weights belong.
+    """
+
+    def __init__(self, vision: HFVisionEncoder, encode: Encode | None, refused: str) -> None:
+        """
+        Args:
+            encode: the family's way to encode these media.
+            refused: what is said of a family that has none.
+        """
+        super().__init__()
+        if encode is None:
+            raise ValueError(f"model_type {vision.config.model_type!r} {refused}")
+        self.width, self._encode = vision.width, encode
+        self._unregistered = (vision,)  # in a tuple, because its parameters are registered once, by their owner
+
+    @property
+    def tower(self) -> HFVisionEncoder:
+        return self._unregistered[0]
+
+    def input_dtype(self) -> torch.dtype | None:
+        return self.tower.input_dtype()
+
+    def forward(self, pixels: list[MediaData]) -> Tensor:
+        return self.tower(pixels, self._encode)
+
+
+class HFVideoEncoder(_OfTower):
     """Encodes videos with the tower and projector of an `HFVisionEncoder`, without parameters of its own.
 
     An item has the shape (t, h, w, values of a patch) for Qwen's models, else (frames, C, H, W).
@@ -166,33 +197,23 @@ class HFVideoEncoder(Encoder):
         Raises:
             ValueError: the model takes no videos.
         """
-        super().__init__()
-        if vision.family is None or vision.family.video is None:
-            raise ValueError(f"model_type {vision.config.model_type!r} takes no videos, only images")
-        self.levels, self.width = vision.levels, vision.width
-        self._encode = vision.family.video
-        self._unregistered = (vision,)  # in a tuple, because its parameters are registered once, by their owner
-
-    def input_dtype(self) -> torch.dtype | None:
-        return self._unregistered[0].input_dtype()
+        encode = None if vision.family is None else vision.family.video
+        super().__init__(vision, encode, "takes no videos, only images")
+        self.levels = vision.levels
 
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
-        return self._unregistered[0].batches(pixels)
+        return self.tower.batches(pixels)
 
     def smallest(self) -> MediaData:
-        tower = self._unregistered[0]
-        image, steps = tower.smallest(), getattr(tower.config.vision_config, "temporal_merge_size", 1)
+        image, steps = self.tower.smallest(), getattr(self.tower.config.vision_config, "temporal_merge_size", 1)
         if isinstance(image, Tensor):
             return image[None] if image.ndim == 3 else image.repeat_interleave(steps, 0)
         if "image_position_ids" in image:
             return {name: value[None] for name, value in image.items()}
         return pixels_of(image) if "image_sizes" in image else image  # only images are cut into crops
 
-    def forward(self, pixels: list[MediaData]) -> Tensor:
-        return self._unregistered[0](pixels, self._encode)
 
-
-class HFAudioEncoder(Encoder):
+class HFAudioEncoder(_OfTower):
     """Encodes sounds with the audio tower of an `HFVisionEncoder` of a model that takes images and sounds, without
     parameters of its own.
 
@@ -210,24 +231,13 @@ class HFAudioEncoder(Encoder):
         Raises:
             ValueError: the model takes no sounds.
         """
-        super().__init__()
-        if vision.family is None or vision.family.audio is None:
-            raise ValueError(f"model_type {vision.config.model_type!r} takes no sounds")
-        self.width = vision.width
-        self._encode = vision.family.audio
-        self._unregistered = (vision,)
-
-    def input_dtype(self) -> torch.dtype | None:
-        return self._unregistered[0].input_dtype()
+        super().__init__(vision, None if vision.family is None else vision.family.audio, "takes no sounds")
 
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
         return [[i] for i in range(len(pixels))]
 
     def smallest(self) -> MediaData:
-        return self._unregistered[0].smallest_sound()
-
-    def forward(self, pixels: list[MediaData]) -> Tensor:
-        return self._unregistered[0](pixels, self._encode)
+        return self.tower.smallest_sound()
 
 
 def encoders_of(tower: HFVisionEncoder) -> dict[str, Encoder]:

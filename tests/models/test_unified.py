@@ -54,11 +54,11 @@ CODEC = {
 }
 
 
-def module(codec: bool = False) -> UnifiedLM:
+def module(codec: bool = False, freeze: tuple[str, ...] = ()) -> UnifiedLM:
     made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
     encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
     head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
-    return UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head}, steps=3)
+    return UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze)
 
 
 @cache
@@ -98,8 +98,7 @@ def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = 
                 positions += range(b * S + len(tokens), b * S + len(tokens) + number)
                 tokens += [DRAWN] * number + [11]
                 image = picture(seed, *shape[1:]) if data else None
-                item: Any = None if image is None else {"picture": image, "seed": torch.tensor(seed)}
-                made.media.append(MediaItem("drawn", number, data=item))
+                made.media.append(MediaItem("drawn", number, data=image))
                 made.targets.append(TargetItem("picture", number, shape, seed, data=image))
             labels += [b * S + len(tokens) + k for k in range(3)]
             tokens += [20 + b, 21, 22]
@@ -130,11 +129,11 @@ def written_out(w: dict[str, Tensor]) -> Tensor:
             wanted, block = [], torch.full(ids.shape, -1)
             for number, start in enumerate(runs):
                 item, target = left.pop(0)
-                assert isinstance(item.data, dict)
+                assert isinstance(item.data, Tensor)
                 draw = Draw(target.seed, target.shape)
-                noisy = (1 - draw.time) * item.data["picture"] + draw.time * draw.noise
+                noisy = (1 - draw.time) * item.data + draw.time * draw.noise
                 h[start : start + item.rows] = features(w, noisy, draw.time)
-                wanted.append((start, item.rows, cut(draw.noise - item.data["picture"])))
+                wanted.append((start, item.rows, cut(draw.noise - item.data)))
                 block[start : start + item.rows] = number
             h = layers(w, h, drawn, block)
             logits = linear(h, w["llm.model.embed_tokens.weight"])
@@ -233,28 +232,34 @@ def test_one_process() -> None:
     check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
 
 
-def _ranks(rank: int, size: int, stages: Any) -> Any:
+def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any) -> Any:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
-    made = module()
+    made = module(freeze=freeze)
     made.part = part_of(rank, split_layers(LAYERS, size), range(size))
     load(made)
-    options = PipelineOptions(ScheduleOptions(group_size=1), sharding=ShardingOptions(encoders=stages))
+    schedule = ScheduleOptions(group_size=1, backbone=backbone)
+    options = PipelineOptions(schedule, sharding=ShardingOptions(encoders=encoders))
     made.runner = PipelineRunner(made, mesh, options)
     out = made.pipeline(batch(made.runner.layout))
     reduce_gradients(made.runner.places, mesh)
-    found = {name: whole(parameter.grad) for name, parameter in made.named_parameters()}
+    found = {name: whole(parameter.grad) for name, parameter in made.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         drawn = made.eval().pipeline(batch(made.runner.layout, data=False), sample=True).samples
     return out.loss.item(), found, drawn
 
 
-@pytest.mark.parametrize(("size", "sharded"), [(2, "ddp"), (3, "fsdp")])
-def test_pipeline(size: int, sharded: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "sharded", "backbone", "freeze"),
+    [(2, "ddp", "1f1b", ()), (3, "fsdp", "zb1p", ("llm",)), (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"))],
+)
+def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...]) -> None:
+    """With parts that are not trained, and a microbatch of text alone."""
     alone = load(module()).eval()
     with torch.no_grad():
         drawn = alone.pipeline(batch(data=False), sample=True).samples
     assert drawn is not None
-    for loss, gradients, found in run_ranks(size, _ranks, size, sharded):
+    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze):
+        assert gradients or freeze
         check(loss, gradients)
         for one, other in zip(drawn, found, strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
@@ -308,6 +313,15 @@ def test_decoders_that_are_refused(kind: str, message: str) -> None:
     config = tiny.tiny_config(kind, output_router_logits=False)
     with pytest.raises(ValueError, match=message):
         UnifiedDecoder(config, DRAWN, attn_implementation="eager" if kind == "gemma2" else "sdpa")
+
+
+def test_a_target_without_its_picture() -> None:
+    given = batch()
+    given.microbatches[1].media.reverse()
+    with pytest.raises(
+        ValueError, match=r"microbatch 1: pictures of encoder 'drawn' have \[1, 3, 4\] tokens, and targets"
+    ):
+        module().prepare(given)
 
 
 def test_components_that_are_missing() -> None:

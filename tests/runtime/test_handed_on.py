@@ -1,0 +1,98 @@
+"""Decoders whose layers hand on more than hidden states, with random options at once, against one process."""
+
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigmac_lightning.contracts.batch import PipelineLayout
+from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.runtime.gradients import reduce_gradients
+from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.schedule.request import ScheduleOptions
+from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
+from bigmac_lightning.training.runner import PipelineRunner
+from bigmac_lightning.training.stages import part_of
+from tests.models import more_families, zoo
+from tests.ranks import run_ranks
+from tests.runtime.matrix import whole
+from tests.runtime.test_families import error
+from tests.toy import split_layers
+
+assert more_families.MORE  # which are then known to the zoo
+FREEZE: dict[str, list[str]] = {
+    "nothing": [],
+    "LLM": ["llm"],
+    "encoders": ["encoders"],
+    "two layers": ["llm.*layers.0.*", "llm.*layers.1.*"],
+    "embedding": ["llm.*embed_tokens*"],
+    "encoders, embedding": ["encoders", "llm.*embed*"],
+}
+
+
+class Case(NamedTuple):
+    """One combination."""
+
+    model: str
+    packed: bool
+    frozen: str
+    backbone: Any
+    shards: dict[str, Any]
+    recomputes: bool
+
+
+def drawn(random: Random) -> Case:
+    model = random.choice(["gemma4", "gemma4", "gemma4_text", "gemma3n_text"])
+    frozen, shards = random.choice(["nothing", "two layers", "embedding"]), random.choice(["ddp", "zero1", "fsdp"])
+    backbone = random.choice(["1f1b", "gpipe", "interleaved_1f1b"] + ["zb1p"] * (shards != "fsdp"))
+    if model == "gemma4":
+        frozen = random.choice(list(FREEZE))
+        return Case(model, random.random() < 0.5, frozen, backbone, {"encoders": shards}, random.random() < 0.5)
+    return Case(model, random.random() < 0.5, frozen, backbone, {}, random.random() < 0.5)
+
+
+def made(case: Case, folder: Path) -> MultimodalLM:
+    return MultimodalLM.from_pretrained(
+        str(folder / case.model), freeze=FREEZE[case.frozen], gradient_checkpointing=case.recomputes
+    )
+
+
+def _ranks(rank: int, size: int, folder: Path, cases: list[Case]) -> list[tuple[float, dict[str, Tensor | None]]]:
+    found = []
+    for case in cases:
+        module, several = made(case, folder), 2 if case.backbone == "interleaved_1f1b" else 1
+        rank_of = [stage % size for stage in range(size * several)]
+        mesh = build_mesh(torch.device("cpu"), 1, size, rank_of)
+        module.part = part_of(rank, split_layers(zoo.LAYERS, size * several), rank_of)
+        module.configure_model()
+        schedule = ScheduleOptions(group_size=1, backbone=case.backbone, virtual_stages=several)
+        options = PipelineOptions(schedule, sharding=ShardingOptions(**case.shards))
+        module.runner = PipelineRunner(module, mesh, options)
+        out = module.pipeline(zoo.batch(zoo.KNOWN[case.model], case.packed, module.runner.layout))
+        reduce_gradients(module.runner.places, mesh)
+        found.append((out.loss.item(), {name: whole(p.grad) for name, p in module.named_parameters()}))
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
+def test_random_options(seed: int, tmp_path: Path) -> None:
+    random = Random(seed)
+    cases = [drawn(random) for _ in range(12 if seed else 4)]
+    for name in {case.model for case in cases}:
+        zoo.save(name, tmp_path)
+    ranks = run_ranks(2, _ranks, 2, tmp_path, cases)
+    for number, case in enumerate(cases):
+        module = made(case, tmp_path)
+        module.configure_model()
+        out = module.pipeline(zoo.batch(zoo.KNOWN[case.model], case.packed, PipelineLayout()))
+        out.loss.backward()
+        expected = {name: parameter.grad for name, parameter in module.named_parameters()}
+        tied = {f"llm.{copy}": f"llm.{original}" for copy, original in module.llm.tied.items()}
+        for loss, gradients in (rank[number] for rank in ranks):
+            assert loss == pytest.approx(out.loss.item(), rel=1e-6), case
+            for name, gradient in gradients.items():
+                wrong = error(gradient, expected[tied.get(name, name)], expected)
+                assert wrong < 1e-5, f"{case}: {name}: {wrong:.1e}"
