@@ -27,23 +27,13 @@ from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of
-from tests.models import tiny
+from tests.models import tiny, zoo
 from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
 from tests.toy import split_layers
 
-WIDTH, LAYERS, DRAWN, SIDE = 32, 3, 5, 2
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen3",
-    "hidden_size": WIDTH,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "tie_word_embeddings": True,
-}
+WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 3, 5, 2
+CONFIG = {"model_type": "qwen3", **zoo.TEXT, "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
 CODEC = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [8, 8],
