@@ -9,7 +9,6 @@ Shape suffixes: B samples, S tokens, D width, L labelled positions, V vocabulary
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,21 +27,12 @@ from .. import meta_model
 from ..hf_component import HFComponent
 from ..loading import rows_over
 from ..pass_through import PassThrough
-from . import (
-    attention,
-    context_parallel,
-    expert_parallel,
-    liger,
-    probe_cache,
-    probe_context,
-    probe_cut,
-    probe_packing,
-    tensor_parallel,
-)
+from . import attention, context_parallel, liger, probe_cache, probe_context, probe_cut, probe_packing
+from .division import Division
 from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
 from .head import acts_on_each_logit, check_plain, logits_of
-from .layer_cost import attention_multiplications, layer_cost
+from .layer_cost import layer_multiplications, matrix_costs
 from .multimodal_inputs import (
     deepstack_arguments,
     multimodal_positions,
@@ -54,7 +44,6 @@ from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
 from .text_inputs import completed_inputs, known_samples
-from .vocabulary_parallel import VocabularySlice
 
 ROUTER_LOSS = "router"
 
@@ -140,12 +129,9 @@ class HFDecoder(HFComponent, LanguageModel):
             if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
         }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
-        self._costs = [layer_cost(layer, c) for layer, c in zip(decoder.layers, self._layer_configs, strict=True)]
+        self._costs = matrix_costs(decoder.layers, self._layer_configs)
         self._stages: dict[range, Stage] = {}
-        self._exchange: Exchange | None = None
-        self._tensor_plan = tensor_parallel.plan_of(whole, self._names)
-        self._expert_plan = expert_parallel.plan_of(whole)
-        self._vocabulary_slice: VocabularySlice | None = None
+        self._division = Division(whole, self._names, self._layer_configs)
         self._cache: StageCache | None = None
         self._keeps: dict[range, bool] = {}  # whether a cache of these layers works, once it was tried
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
@@ -205,7 +191,7 @@ class HFDecoder(HFComponent, LanguageModel):
                 embedding=embedding or tie,  # a tied head starts from the embedding's weights
                 head=head,
             ),
-            partial(self._cut, peers=peers) if divided else rows_over(self.shard_mesh),
+            partial(self._division.cut, peers=peers) if divided else rows_over(self.shard_mesh),
         )
         if tie:
             whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
@@ -222,50 +208,29 @@ class HFDecoder(HFComponent, LanguageModel):
     # -- several ranks -----------------------------------------------------------------------------------------------
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
-        whole = self._whole
+        kind = f"model_type {self.config.model_type!r}"
         if self._handed_on and (sizes.context > 1 or sizes.tensor > 1):
-            return (
-                f"model_type {self.config.model_type!r} cannot have tensor or context parallelism: its layers hand on "
-                "more than hidden states"
-            )
+            return f"{kind} cannot have tensor or context parallelism: its layers hand on more than hidden states"
         if sizes.context > 1:
             decoder = self.build_whole().get_submodule(self._names.decoder)
             reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
             if reason:
-                return f"model_type {self.config.model_type!r} cannot have context parallelism: {reason}"
+                return f"{kind} cannot have context parallelism: {reason}"
         if sizes.tensor > 1:
-            plan = self._tensor_plans(sizes.expert > 1)
-            if reason := tensor_parallel.why_not(whole, self._names, plan, self._layer_configs, sizes.tensor):
+            if reason := self._division.why_no_tensors(self._whole, sizes, kind):
                 return reason
-            if sizes.expert == 1 and not any(name.startswith(f"{self._names.decoder}.layers.") for name in plan):
-                return (
-                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} has a plan in transformers that "
-                    "cuts none of its layers: leave tensor out"
-                )
-            if not acts_on_each_logit(whole, self._names):
-                return (
-                    f"tensor={sizes.tensor}: model_type {self.config.model_type!r} does not treat each logit alone: "
-                    "leave tensor out"
-                )
+            if not acts_on_each_logit(self._whole, self._names):
+                return f"tensor={sizes.tensor}: {kind} does not treat each logit alone: leave tensor out"
             if self._fused == "liger":
                 return f"tensor={sizes.tensor}: fused_loss='liger' needs all logits on one rank: use fused_loss=True"
         if sizes.tensor > 1 and sizes.expert > 1 and self.config.get_text_config().model_type == "flint":
             # The ranks' collectives have been seen to get out of step after it; the cause is not known yet.
             return f"tensor={sizes.tensor}, expert={sizes.expert}: model_type 'flint' takes only one of them"
-        if sizes.expert > 1:
-            return expert_parallel.why_not(whole, self._expert_plan, sizes.expert)
-        return ""
+        return self._division.why_no_experts(self._whole, sizes) if sizes.expert > 1 else ""
 
-    def _tensor_plans(self, experts_apart: bool) -> tensor_parallel.Plan:
-        if not experts_apart:
-            return self._tensor_plan
-        return expert_parallel.without_experts(self._tensor_plan, self._expert_plan)
-
-    def _cut(self, whole: Any, inside: str, peers: StagePeers) -> None:
-        if peers.tensor is not None:
-            tensor_parallel.cut(whole, self._tensor_plans(peers.expert is not None), peers.tensor, inside)
-        if peers.expert is not None:
-            tensor_parallel.cut(whole, self._expert_plan, peers.expert, inside)
+    @property
+    def _exchange(self) -> Exchange | None:
+        return self._division.exchange
 
     def _ends(self, whole: Any) -> list[Any]:
         """The embedding and the output layer, or what stands in for them."""
@@ -275,20 +240,13 @@ class HFDecoder(HFComponent, LanguageModel):
     def parallelize(self, peers: StagePeers) -> None:
         whole = self._whole
         tied = [module for module in self._ends(whole) if self.tied and not isinstance(module, PassThrough)]
-        self._cut(whole, "", peers)
+        self._division.cut(whole, "", peers)
         if len(tied) == 2:
             tied[1].weight = tied[0].weight
-        if peers.expert is not None:
-            expert_parallel.install(whole, self._expert_plan, peers.expert, peers.experts_see_same_tokens)
-        if peers.tensor is not None:
-            tensor_parallel.install(whole, self._tensor_plans(peers.expert is not None), peers.tensor)
-            self._vocabulary_slice = VocabularySlice(peers.tensor, self.vocabulary // peers.tensor.size())
-        if peers.context is not None:
-            self._exchange = Exchange(peers.context.get_local_rank(), peers.context.size(), peers.context.get_group())
-            context_parallel.cut_attention(self._decoder, self._exchange, self._attention)
-            if self.gradient_checkpointing:
-                how = {"use_reentrant": False, "context_fn": self._exchange.checkpoint_contexts}
-                self._whole.activation_checkpointing_enable(how)
+        self._division.install(whole, peers, self.vocabulary, self._attention)
+        if self._exchange is not None and self.gradient_checkpointing:
+            how = {"use_reentrant": False, "context_fn": self._exchange.checkpoint_contexts}
+            whole.activation_checkpointing_enable(how)
 
     def check_adapters(self, targets: Collection[str]) -> None:
         """
@@ -323,53 +281,31 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def costs(self, sample_tokens: int = 0) -> LayerCosts:
         """Multiplications per token."""
-        types = getattr(self.config.get_text_config(), "layer_types", None) or [None] * self.num_layers
-        layers = tuple(
-            cost.multiplications + attention_multiplications(config, kind, sample_tokens)
-            for cost, config, kind in zip(self._costs, self._layer_configs, types, strict=True)
-        )
+        return self.divided_costs(ParallelSizes(), sample_tokens)
+
+    def saved_activations(self) -> LayerCosts:
+        return self.divided_activations(ParallelSizes())
+
+    def slices(self, sizes: ParallelSizes) -> dict[nn.Parameter, int]:
+        return {parameter: n for parameter, (_, n) in self._division.cuts_of(self._whole, sizes).items()}
+
+    def divided_costs(self, sizes: ParallelSizes, sample_tokens: int = 0) -> LayerCosts:
+        text, heads = self.config.get_text_config(), self._division.heads(sizes)
+        layers = layer_multiplications(self._divided(sizes), self._layer_configs, text, sample_tokens, heads)
         first, last = (self._matrices(names) for names in (self._names.with_embedding, self._names.with_norm))
-        return LayerCosts(layers, first, float(self.vocabulary * self.width) + last)
+        return LayerCosts(layers, first, (self.vocabulary * self.width + last) / sizes.tensor)
+
+    def divided_activations(self, sizes: ParallelSizes) -> LayerCosts:
+        return LayerCosts(tuple(cost.activations for cost in self._divided(sizes)), head=2.0 * self.width)
+
+    def _divided(self, sizes: ParallelSizes) -> list[ForwardCost]:
+        cuts = self._division.cuts_of(self._whole, sizes)
+        return matrix_costs(self._decoder.layers, self._layer_configs, cuts) if cuts else self._costs
 
     def _matrices(self, names: Collection[str]) -> float:
         """The multiplications per token of modules in the decoder."""
         modules = (self._decoder.get_submodule(name) for name in names)
         return float(sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear)))
-
-    def saved_activations(self) -> LayerCosts:
-        return LayerCosts(tuple(cost.activations for cost in self._costs), head=2.0 * self.width)
-
-    def _cuts(self, sizes: ParallelSizes) -> dict[nn.Parameter, tuple[int, int]]:
-        cuts: dict[nn.Parameter, tuple[int, int]] = {}
-        if sizes.tensor > 1:
-            cuts.update(tensor_parallel.cuts_of(self._whole, self._tensor_plans(sizes.expert > 1), sizes.tensor))
-        if sizes.expert > 1:
-            cuts.update(tensor_parallel.cuts_of(self._whole, self._expert_plan, sizes.expert))
-        return cuts
-
-    def slices(self, sizes: ParallelSizes) -> dict[nn.Parameter, int]:
-        return {parameter: number for parameter, (_, number) in self._cuts(sizes).items()}
-
-    def _divided(self, sizes: ParallelSizes) -> list[ForwardCost]:
-        cuts = self._cuts(sizes)
-        if not cuts:
-            return self._costs
-        return [layer_cost(layer, c, cuts) for layer, c in zip(self._decoder.layers, self._layer_configs, strict=True)]
-
-    def divided_costs(self, sizes: ParallelSizes, sample_tokens: int = 0) -> LayerCosts:
-        whole, without_attention = self.costs(sample_tokens), self.costs()
-        heads = sizes.tensor if tensor_parallel.cuts_heads(self._tensor_plan) else 1
-        layers = tuple(
-            cost.multiplications + (all_of_it - matrices) / heads
-            for cost, all_of_it, matrices in zip(
-                self._divided(sizes), whole.layers, without_attention.layers, strict=True
-            )
-        )
-        return replace(whole, layers=layers, head=whole.head / sizes.tensor)
-
-    def divided_activations(self, sizes: ParallelSizes) -> LayerCosts:
-        whole = self.saved_activations()
-        return replace(whole, layers=tuple(cost.activations for cost in self._divided(sizes)))
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -510,10 +446,11 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def logits(self, h_LD: Tensor) -> Tensor:
         logits = logits_of(self._whole, self._names, h_LD)
-        return logits if self._vocabulary_slice is None else self._vocabulary_slice.whole(logits)
+        own = self._division.vocabulary
+        return logits if own is None else own.whole(logits)
 
     def text_loss(self, h_LD: Tensor, labels: Tensor, predict: bool) -> tuple[Tensor, Tensor | None]:
-        own = self._vocabulary_slice
+        own = self._division.vocabulary
         if own is None:
             return super().text_loss(h_LD, labels, predict)
         of_slice = partial(logits_of, self._whole, self._names)
@@ -523,8 +460,8 @@ class HFDecoder(HFComponent, LanguageModel):
         if not self._fused or not len(labels):  # a slice may have none, and kernels want some
             return None
         output = self._whole.get_output_embeddings()
-        if self._vocabulary_slice is not None:
-            return fused_token_loss(h_LD, output.weight.to_local(), labels, self._vocabulary_slice.gradients)
+        if (own := self._division.vocabulary) is not None:
+            return fused_token_loss(h_LD, output.weight.to_local(), labels, own.gradients)
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients
         return fused_token_loss(h_LD, output.weight, labels, gradients)
 

@@ -1,6 +1,6 @@
 """Estimates of a decoder's layers per token, from their parameters on the meta device and their configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +49,36 @@ def layer_cost(layer: nn.Module, config: Any, cuts: Cuts = MappingProxyType({}))
 def experts_per_token(config: Any) -> int:
     """The number of experts that a token is routed to; 1 for a config without experts."""
     return next((n for name in _EXPERTS_PER_TOKEN if (n := getattr(config, name, None)) is not None), 1)
+
+
+def matrix_costs(
+    layers: Iterable[nn.Module], configs: Sequence[Any], cuts: Cuts = MappingProxyType({})
+) -> list[ForwardCost]:
+    """The `layer_cost` of each layer.
+
+    Args:
+        configs: the config of each layer.
+    """
+    return [layer_cost(layer, config, cuts) for layer, config in zip(layers, configs, strict=True)]
+
+
+def layer_multiplications(
+    matrices: Sequence[ForwardCost], configs: Sequence[Any], text: Any, sample_tokens: int, heads: int = 1
+) -> tuple[float, ...]:
+    """The multiplications per token of each layer.
+
+    Args:
+        matrices: what `matrix_costs` returns.
+        configs: the config of each layer.
+        text: the config of the decoder.
+        sample_tokens: the length of a sample; 0: leave attention out.
+        heads: the number of ranks that share the heads of attention.
+    """
+    kinds = getattr(text, "layer_types", None) or [None] * len(matrices)
+    return tuple(
+        cost.multiplications + attention_multiplications(config, kind, sample_tokens) / heads
+        for cost, config, kind in zip(matrices, configs, kinds, strict=True)
+    )
 
 
 def attention_multiplications(config: Any, kind: str | None, sample_tokens: int) -> float:

@@ -193,7 +193,7 @@ def _logits(rank: int) -> None:
         assert predicted.tolist() == likeliest.tolist()
         assert last.text_loss(h_LD, labels, False)[1] is None
         leaves = [h_LD.clone().requires_grad_() for _ in range(3)]
-        own = last._vocabulary_slice
+        own = last._division.vocabulary
         assert own is not None
         of_slice = partial(divided.slice_of_logits, last)
         token_loss(of_slice, leaves[0], labels, own.size, False, 2 * own.size, own.loss)[0].backward()  # in 4 chunks
@@ -285,7 +285,8 @@ def _left_out(rank: int) -> tuple[list[str], list[str]]:
         def built(leave_out: bool = leave_out) -> HFDecoder:
             llm = build()()
             if leave_out:
-                llm._tensor_plan = {n: s for n, s in llm._tensor_plan.items() if "layers.1.self_attn.k_norm" not in n}
+                plan = llm._division.tensor_plan
+                llm._division.tensor_plan = {n: s for n, s in plan.items() if "layers.1.self_attn.k_norm" not in n}
             return llm
 
         peers = divided.tensor_peers(2)
@@ -330,7 +331,7 @@ def test_parts_of_gradients_are_found() -> None:
         (
             build("gpt_oss", attn_implementation="eager"),
             2,
-            "has a plan in transformers that cuts none of its layers: leave tensor out",
+            "has a plan in transformers that cuts no layer: leave tensor out",
         ),
         (build("doge"), 2, "has a plan in transformers, but one that does not fit its attention: leave tensor out"),
         (build("olmo", {"clip_qkv": 2.0}), 2, "set clip_qkv to null in the config"),

@@ -101,7 +101,8 @@ def test_two_runs_against_one_process(before: str, after: str, tmp_path: Path) -
 def _with_a_wrong_plan(rank: int, case: Case) -> str:
     trainer = pipeline_trainer(case.world, {"tensor_parallel_size": 2}, max_steps=1, limit_val_batches=0)
     made: Any = module(case)
-    made.llm._tensor_plan = {n: s for n, s in made.llm._tensor_plan.items() if "layers.1.self_attn.k_norm" not in n}
+    division = made.llm._division
+    division.tensor_plan = {n: s for n, s in division.tensor_plan.items() if "layers.1.self_attn.k_norm" not in n}
     try:
         trainer.fit(made, Data(case, STEPS, 1))
     except RuntimeError as error:
