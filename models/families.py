@@ -15,7 +15,7 @@ from bigmac_lightning.contracts.batch import MediaData
 
 from . import family_items as items
 from .family_items import Encode
-from .llm.image_masks import gemma3_masks, gemma4_masks, masks_of_all_images
+from .llm.image_masks import gemma3_masks, gemma4_masks, masks_of_all_images, masks_of_prompts
 
 
 def _always(config: Any) -> bool:
@@ -36,6 +36,7 @@ class Family:
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         takes_text_positions: whether the LLM takes text positions before these parts, by which it keeps packed samples
             apart.
+        sees_prompts: whether all tokens before the first one that is learnt take part in this (PaliGemma).
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
         mixes_shapes: whether items of different shapes can be encoded together.
         image_masks: makes masks by which tokens of an image see each other both ways; ``None``: they do not.
@@ -59,6 +60,7 @@ class Family:
     image_masks: Callable[[Any, Tensor, dict[str, Tensor]], Any] | None = None
     sees_both_ways: Callable[[Any], bool] = _always
     sees_around_images: bool = False
+    sees_prompts: bool = False
     adds_features: bool = False
     mixes_shapes: bool = False
     calls_vary: bool = False
@@ -163,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     "voxtral": Family(audio=items.sounds(items.sound_windows), joined=4),
     "glmasr": Family(audio=items.sounds(items.masked_sound), joined=4),
     "qwen3_asr": Family(audio=items.sounds(items.masked_sound), joined=1),
+    "paligemma": Family(items.crops, image_masks=masks_of_prompts, sees_prompts=True),
     "gemma3": Family(items.crops, image_masks=gemma3_masks),
     "gemma4": Family(
         items.padded_images,
@@ -183,7 +186,6 @@ _TALKER = (
 )
 
 REFUSED = {
-    "paligemma": "tokens of a prompt see each other both ways, and batches here do not say where a prompt ends",
     "mllama": _CROSS,
     "blip": _CROSS,
     "idefics": _CROSS,

@@ -17,6 +17,9 @@ from torch import Tensor
 from bigmac_lightning.schedule.assign import assign
 from bigmac_lightning.schedule.groups import even_groups, ramp_groups
 
+PROMPT_TOKENS = "prompt_tokens"
+"""The input with the number of tokens before the first labelled one of each row, of which some models make masks."""
+
 MediaData = Tensor | dict[str, Tensor]
 """Pixels of an item; or a dict with the pixels as "pixel_values" and further tensors that its encoder takes."""
 
@@ -177,6 +180,16 @@ class Microbatch:
     def is_useful(self) -> bool:
         """Whether it has labels or targets. Without them there is no loss, and nothing to generate."""
         return self.has_labels or bool(self.targets)
+
+    def with_prompt_tokens(self) -> "Microbatch":
+        """A copy whose inputs say how many tokens each row has before its first labelled one: "prompt_tokens", (B,)."""
+        if PROMPT_TOKENS in self.inputs:
+            return self
+        rows, tokens = self.shape
+        given = torch.full((rows,), tokens, device=self.label_positions.device)
+        row_L, token_L = self.label_positions // tokens, self.label_positions % tokens
+        counts = given.scatter_reduce(0, row_L, token_L + 1, "amin")
+        return replace(self, inputs=self.inputs | {PROMPT_TOKENS: counts})
 
     def without_media(self) -> "Microbatch":
         """A copy without media items."""

@@ -105,6 +105,8 @@ class LanguageModel(nn.Module, ABC):
         exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
         refuses_packing: the reason why a row must not have several samples; empty if it may.
+        sees_prompts: whether the tokens before the first labelled one of a row see each other both ways. `prepare` then
+            gets ``inputs["prompt_tokens"]``, (B,), how many these are.
         gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
         shard_mesh: the ranks on which weights will lie in shards, while `materialize` runs; ``None``: they will not.
@@ -123,6 +125,7 @@ class LanguageModel(nn.Module, ABC):
     exact_extras: Collection[str] = ()
     refuses_packing: str = ""
     adds_features: bool = False
+    sees_prompts: bool = False
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
     shard_mesh: DeviceMesh | None = None

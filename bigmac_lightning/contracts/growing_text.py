@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch
+from bigmac_lightning.contracts.batch import PROMPT_TOKENS, Batch, MediaItem, Microbatch
 from bigmac_lightning.contracts.components import LanguageModel
 
 
@@ -31,6 +31,7 @@ class GrowingText:
         """
         [self._whole] = prompt.microbatches
         self._next = self._whole
+        self._prompt = self._whole.shape[1]
         self._positions = self._whole.inputs["input_ids"]
         self.begun, self.caches, self.features = False, dict[range, Any](), None
 
@@ -50,7 +51,8 @@ class GrowingText:
 
     def upcoming(self, llm: LanguageModel) -> Microbatch:
         """What runs next, prepared: all tokens, or the last one if caches have those before it."""
-        ready = replace(self._next, inputs=llm.prepare(self._next.inputs))
+        prompt = {PROMPT_TOKENS: torch.tensor([self._prompt])} if llm.sees_prompts else {}
+        ready = replace(self._next, inputs=llm.prepare(self._next.inputs | prompt))
         self._positions = ready.inputs.get("position_ids", ready.inputs["input_ids"])
         return ready
 

@@ -212,4 +212,5 @@ class PipelineModule(ComponentModule):
     def prepare(self, batch: Batch) -> Batch:
         """The batch with all inputs that the LLM needs. `pipeline` calls this, and strategy="bigmac" already before the
         batch is moved to the device. Calling it twice changes nothing."""
-        return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in batch.microbatches])
+        given = [m.with_prompt_tokens() if self.llm.sees_prompts else m for m in batch.microbatches]
+        return batch.replace(microbatches=[replace(m, inputs=self.llm.prepare(m.inputs)) for m in given])

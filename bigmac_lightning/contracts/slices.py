@@ -25,11 +25,12 @@ WHOLE_POSITIONS = "whole_position_ids"
 PER_TOKEN = ("input_ids", "position_ids")
 """The inputs that are cut. Their last two dimensions are (B, S)."""
 WHOLE = (
-    "attention_mask",  # by these five, attention masks of whole rows are made
+    "attention_mask",  # by these six, attention masks of whole rows are made
     "cu_seq_lens",
     "packed_sample_ids",
     "token_mask",
     "token_type_ids",
+    "prompt_tokens",
     "image_grid_thw",  # of these three, positions have been made already
     "video_grid_thw",
     "second_per_grid_ts",

@@ -32,6 +32,7 @@ from .division import Division
 from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
 from .head import acts_on_each_logit, check_plain, logits_of
+from .image_masks import token_kinds
 from .layer_cost import layer_multiplications, matrix_costs
 from .multimodal_inputs import (
     deepstack_arguments,
@@ -103,6 +104,7 @@ class HFDecoder(HFComponent, LanguageModel):
         both_ways = family is not None and family.image_masks is not None and family.sees_both_ways(self.config)
         self._image_masks = family.image_masks if family is not None and both_ways else None
         self.adds_features = family is not None and family.adds_features
+        self.sees_prompts = family is not None and family.sees_prompts
         if self._image_masks is not None and not self._takes_masks:
             raise ValueError(
                 f"model_type {self.config.model_type!r} lets tokens of an image see each other both ways, by a mask, "
@@ -153,8 +155,9 @@ class HFDecoder(HFComponent, LanguageModel):
         """Why rows must not hold several samples ("": they may), and whether the decoder has to be given masks then."""
         kind = f"model_type {self.config.model_type!r}"
         if self._image_masks is not None:
+            which = "a prompt" if self.sees_prompts else "an image"
             return (
-                f"{kind} lets tokens of an image see each other both ways, by a mask that cannot keep packed samples "
+                f"{kind} lets tokens of {which} see each other both ways, by a mask that cannot keep packed samples "
                 "apart",
                 False,
             )
@@ -311,8 +314,8 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds M-RoPE positions (4, B, S), text positions first, which are made of (B, S) positions that start anew at
-        each packed sample and of ``image_grid_thw`` and ``video_grid_thw`` of shape (items, 3). Adds Gemma 3's
-        ``token_type_ids``.
+        each packed sample and of ``image_grid_thw`` and ``video_grid_thw`` of shape (items, 3). Adds
+        ``token_type_ids`` where masks are made of them.
 
         Raises:
             ValueError: a grid of an image is missing, or the model cannot keep packed samples apart.
@@ -323,9 +326,8 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs, self.family)
         if self._image_masks is not None and "token_type_ids" not in inputs:
-            ids_BS = inputs["input_ids"]
-            seen = [ids_BS == self.placeholders[name] for name in ("image", "video") if name in self.placeholders]
-            inputs["token_type_ids"] = torch.stack(seen).any(0).long()
+            tokens = [self.placeholders[name] for name in ("image", "video") if name in self.placeholders]
+            inputs["token_type_ids"] = token_kinds(inputs, tokens, self.sees_prompts)
             if self.family.sees_around_images and inputs["token_type_ids"].any():
                 raise ValueError(
                     f"model_type {self.config.model_type!r} needs inputs['token_type_ids'] (B, S), which is 1 for an "

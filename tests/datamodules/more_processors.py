@@ -119,6 +119,11 @@ def more_processors(tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
         video = hf.VideoLlama3VideoProcessor(patch_size=4, size=SMALL)
         return hf.VideoLlama3Processor(image, made, video, chat_template=made.chat_template)
 
+    def paligemma() -> Any:
+        image = hf.SiglipImageProcessor(size=CROP)
+        image.image_seq_length = 16
+        return hf.PaliGemmaProcessor(image, tokenizer(None, {"image_token": "<image>"}))
+
     return {
         "deepseek_vl_hybrid": hybrid,
         "minicpmv4_6": minicpm,
@@ -136,4 +141,5 @@ def more_processors(tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
         "hunyuan_vl": hunyuan,
         "ernie4_5_vl_moe": ernie,
         "llava_next_video": next_video,
+        "paligemma": paligemma,
     }

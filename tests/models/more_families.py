@@ -1,6 +1,7 @@
 """Tiny models of further families, beside those of the zoo. In CI they are cut after every layer in one process
 (`sweep.py`); `pytest -m wide tests/runtime/test_families.py` runs them on several ranks."""
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -125,6 +126,22 @@ def gemma4(audio: bool = False, **changes: Any) -> Any:
         video_token_id=VIDEO,
         audio_token_id=57,
     )
+
+
+def asked(random: Random) -> Picture:
+    return replace(square(16)(random), asked=True)
+
+
+def paligemma(text: Any, attention: str = "sdpa", **changes: Any) -> Model:
+    def config() -> Any:
+        return hf.PaliGemmaConfig(
+            vision_config=SIGLIP,
+            text_config=llm(text, **changes),
+            projection_dim=WIDTH,
+            image_token_id=IMAGE,
+        )
+
+    return Model(config, asked, packs=False, attention=attention)
 
 
 MORE: dict[str, Model] = {
@@ -319,6 +336,7 @@ MORE: dict[str, Model] = {
         ),
         idefics,
     ),
+    "paligemma": paligemma(hf.GemmaConfig),
     **FURTHER,
 }
 

@@ -52,6 +52,9 @@ OTHER_LLMS = {  # what families other than those of the zoo may have inside
         more_families.placed,
         packs=False,
     ),
+    "paligemma with gemma2": more_families.paligemma(
+        hf.Gemma2Config, "eager", sliding_window=6, query_pre_attn_scalar=8, final_logit_softcapping=20.0
+    ),
     "internvl with gpt_oss": zoo.with_llm("internvl", hf.GptOssConfig, "eager", num_local_experts=4, sliding_window=4),
 }
 WITH_MEDIA = list(dict.fromkeys((*VISION_LANGUAGE, *FAMILIES, *OTHER_LLMS)))
@@ -356,7 +359,9 @@ def vision_language(name: str, change: Callable[[HFDecoder], None] = lambda part
 
         def expected_logits(more: Sequence[int], sample: zoo.Sequence = sample) -> Tensor:
             longer = zoo.Sequence([*sample.tokens, *more], sample.items)
-            return zoo.forward(whole, longer, zoo.microbatch([[longer]])).logits[0, -1].detach()
+            given = zoo.microbatch([[longer]])
+            given.inputs["prompt_tokens"] = torch.tensor([len(sample.tokens)])
+            return zoo.forward(whole, longer, given).logits[0, -1].detach()
 
         for written, modules in (("written", [module]), ("written in parts", in_parts)):
             error, keeps = _writing_error(modules, prompt, words, expected_logits)

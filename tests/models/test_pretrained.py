@@ -237,10 +237,6 @@ def test_another_models_config(tmp_path: Path) -> None:
     [
         (hf.MllamaConfig(), "'mllama' cannot be cut into stages: .*cross-attention"),
         (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: embeddings of the tokens around its images"),
-        (
-            hf.PaliGemmaConfig(),
-            "model_type 'paligemma' cannot be cut into stages: tokens of a prompt see each other both ways",
-        ),
     ],
 )
 def test_families_that_cannot_work(config: Any, message: str, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class Picture:
         alone: whether its sample can have no other item.
         marked: whether the input token_type_ids says which tokens are its own, or around these.
         arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
+        asked: whether the words before the items of its sample, and the next one, are not learnt.
     """
 
     encoder: str
@@ -116,6 +117,7 @@ class Picture:
     tokens: list[int] = field(default_factory=list)
     alone: bool = False
     marked: bool = False
+    asked: bool = False
 
     @property
     def token(self) -> int:
@@ -476,7 +478,8 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
 
 
 def microbatch(rows: list[list[Sequence]]) -> Microbatch:
-    """Rows of samples, one after another, padded on the right; each predicts its words but the first."""
+    """Rows of samples, one after another, padded on the right; each predicts its words but the first, or but those
+    that are asked."""
     length = max(sum(len(sample.tokens) for sample in row) for row in rows)
     made = Microbatch({"input_ids": torch.zeros(len(rows), length, dtype=torch.long)})
     positions, tokens = torch.arange(length).repeat(len(rows), 1), torch.zeros(len(rows), length, dtype=torch.long)
@@ -485,13 +488,15 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
     for b, row in enumerate(rows):
         start = 0
         for sample in row:
+            asked = max((s for s, token in enumerate(sample.tokens) if token >= SPECIAL), default=0) + 2
+            asked = asked if any(item.asked for item in sample.items) else 1
             for s, token in enumerate(sample.tokens):
                 flat = b * length + start + s
                 made.inputs["input_ids"].view(-1)[flat] = token
                 positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
                 if token in (*MEDIA.values(), *INDICATORS):
                     media.append(flat)
-                elif s:
+                elif s >= asked:
                     labelled.append(flat)
             start += len(sample.tokens)
             for item in sample.items:
@@ -603,6 +608,9 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "gemma3":
         made["token_type_ids"] = kinds
+    if whole.config.model_type == "paligemma":
+        prompt = given.inputs.get("prompt_tokens", given.label_positions.min() + 1)
+        made["token_type_ids"] = (torch.arange(ids.shape[1]) >= prompt).long()[None]
     if whole.config.model_type == "gemma4":
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
