@@ -6,8 +6,9 @@ with warm-up. It works under any strategy, and every rank logs the same keys wha
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from .hf_component import HFComponent
 from .initialization import to_config
 from .llm.decoder import HFDecoder
 from .lora import add_lora, targets_of
-from .optimization import WarmupSchedule, matches, parameter_groups
+from .optimization import matches, parameter_groups, warmup_factor
 from .vision.hf_encoders import HFVisionEncoder, encoders_of
 
 
@@ -321,13 +322,14 @@ class MultimodalLM(PipelineModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warmup_schedule())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _warmup_schedule(self) -> WarmupSchedule:
+    def _warmup_schedule(self) -> Callable[[int], float]:
+        """No object with attributes, which a checkpoint would keep: a run that goes on for longer has another end."""
         if self.schedule == "constant":
-            return WarmupSchedule(self.warmup_steps, None)
+            return partial(warmup_factor, warmup=self.warmup_steps, total=None)
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise ValueError('schedule="cosine" has to know its end: set max_epochs or max_steps, or use "constant"')
-        return WarmupSchedule(self.warmup_steps, int(total))
+        return partial(warmup_factor, warmup=self.warmup_steps, total=int(total))
 
 
 def _inside(component: str) -> str:

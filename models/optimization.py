@@ -47,25 +47,19 @@ def parameter_groups(
     return groups
 
 
-class WarmupSchedule:
-    """The factor of the learning rate at a step, for `LambdaLR`: a linear warm-up, then 1, or a cosine from 1 to 0.
+def warmup_factor(step: int, warmup: int, total: int | None) -> float:
+    """The factor of the learning rate at a step: a linear warm-up, then 1, or a cosine from 1 to 0.
 
     The schedules of transformers begin with the factor 0, so that the first step learns nothing. This one begins with
     1 / (warmup + 1).
+
+    Args:
+        warmup: the number of steps before the factor is 1.
+        total: the number of all steps, at the end of which the cosine is 0; ``None``: no cosine.
     """
-
-    def __init__(self, warmup: int, total: int | None) -> None:
-        """
-        Args:
-            warmup: the number of steps before the factor is 1.
-            total: the number of all steps, at the end of which the cosine is 0; ``None``: no cosine.
-        """
-        self.warmup, self.total = warmup, total
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        if self.total is None:
-            return 1.0
-        done = (step - self.warmup) / max(1, self.total - self.warmup)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if total is None:
+        return 1.0
+    done = (step - warmup) / max(1, total - warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -201,6 +202,22 @@ def test_schedule(schedule: Any, expected: list[float]) -> None:
     batches = [collate("t", 1)] * 3
     trainer(max_epochs=2, callbacks=[rates]).fit(module, loader(*batches))
     assert rates.seen == pytest.approx([1e-3 * factor for factor in expected], rel=1e-6)
+
+
+def test_a_resumed_run_may_be_longer(tmp_path: Path) -> None:
+    module = built(schedule="cosine", learning_rate=1e-3)
+    batches = [collate("t", 1)] * 3
+    short = trainer(max_epochs=1)
+    short.fit(module, loader(*batches))
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)  # pyright: ignore
+    short.save_checkpoint(tmp_path / "short.ckpt")
+    longer = trainer(max_epochs=2)
+    again = built(schedule="cosine", learning_rate=1e-3)
+    longer.fit(again, loader(*batches), ckpt_path=tmp_path / "short.ckpt", weights_only=False)
+    (config,) = longer.lr_scheduler_configs
+    assert config.scheduler.lr_lambdas[0](3) == pytest.approx(0.5)  # in the middle of six steps
+    changed = [not torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True)]
+    assert any(changed)
 
 
 def test_cosine_has_to_know_its_end() -> None:
