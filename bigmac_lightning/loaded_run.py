@@ -34,7 +34,8 @@ class LoadedRun:
     """A trained model and its data's way of making prompts, in this process.
 
     What is said may be a text, in which ``<image>`` stands for the next one of `images`; a list of messages with parts
-    of their own; or a whole `Conversation`, which may have ``tools`` and ``chat_template_kwargs``. An image is a path,
+    of their own; or a whole `Conversation`, which may have ``images`` (and so on), ``tools`` and
+    ``chat_template_kwargs``. An image is a path,
     a picture of Pillow, or bytes; a video and a sound is a path or bytes. One of them needs no list.
 
     Attributes:
@@ -154,20 +155,22 @@ class LoadedRun:
                 "reply and reply_ends"
             )
         from bigmac_lightning.datamodules import File, Image, Size, example_of  # pyright: ignore[reportMissingImports]
+        from bigmac_lightning.datamodules.media.modalities import MODALITIES  # pyright: ignore[reportMissingImports]
         from bigmac_lightning.datamodules.sources.media_files import media_at  # pyright: ignore[reportMissingImports]
 
         said: Any = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         conversation = dict(said) if isinstance(said, Mapping) else {"messages": said}
         conversation["messages"] = [_with_bytes(turn) for turn in conversation.get("messages", ())]
         roots = [Path.cwd(), Path(Path.cwd().anchor)]  # paths of the caller are trusted
-        items = {
-            kind: [media_at(kind, _bytes(item), roots) for item in _list(given)]
-            for kind, given in (("image", images), ("video", videos), ("audio", audios))
-        }
+        given = {"image": _list(images), "video": _list(videos), "audio": _list(audios)}
+        for kind in MODALITIES:
+            for name in (kind, f"{kind}s"):
+                given[kind] = [*given.get(kind, ()), *_list(conversation.pop(name, None) or ())]
+        items = {kind: [media_at(kind, _bytes(item), roots) for item in given[kind]] for kind in given}
         target = Image(File.lazy("the picture to be drawn", bytes), Size(1, 1)) if draws else None
-        sounds = {"audio": items["audio"]}
+        others = {kind: items[kind] for kind in items if kind not in ("image", "video")}
         return self.data.prompt(
-            example_of(conversation, items["image"], items["video"], target, media_root=roots, others=sounds)
+            example_of(conversation, items["image"], items["video"], target, media_root=roots, others=others)
         )
 
 

@@ -58,7 +58,8 @@ def answer(name: str, run: Callable[[], object], further: Sequence[type[Exceptio
 
 
 def text_of(problem: Exception) -> str:
-    """The error in one line. A plan that cannot progress has every rank's list below.
+    """The error in one line. A plan that cannot progress has every rank's list below, and broken examples have a line
+    each.
 
     Of the many lines of jsonargparse, only the key, its value and what is expected are shown; of an error about a file,
     its name and what is wrong.
@@ -69,9 +70,16 @@ def text_of(problem: Exception) -> str:
         return text
     key = re.match(r'Parser key "([^"]*)":', text)
     if reasons := _reasons_of_union(text):
+        inside, reasons = _keys_inside(reasons)
         if key is not None and (inner := re.search(WRONG_FIELD, reasons[0])):
-            return f"--{key[1]}.{inner[1]} is {inner[3]}; expected {inner[2]}"
-        return "; ".join(reasons) if key is None else f"--{key[1]}: {'; '.join(reasons)}"
+            return f"--{'.'.join((key[1], *inside, inner[1]))} is {inner[3]}; expected {inner[2]}"
+        said = "; ".join(reasons)
+        if missing := re.search(r"No module named '([^'.]*)", said):
+            said += (
+                f". If {missing[1]}.py is a file of your own, start the command in its folder, or copy it into the one "
+                "in which you start it"
+            )
+        return said if key is None else f"--{'.'.join((key[1], *inside))}: {said}"
     pattern = r"""Parser key "([^"]*)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
     wrong = re.match(pattern, text, re.DOTALL)
     if wrong and "is not accepted" not in text:  # this text names the wrong key
@@ -82,6 +90,8 @@ def text_of(problem: Exception) -> str:
             )
         auto = " or auto" if "Literal['auto']" in text else ""
         return f"--{key} is {found.strip().splitlines()[0]}; expected {expected}{auto}"
+    if type(problem).__module__.startswith("bigmac_lightning."):  # its text is made of lines
+        return "\n".join(" ".join(line.split()) for line in text.splitlines())
     return " ".join(text.split())
 
 
@@ -97,3 +107,14 @@ def _reasons_of_union(text: str) -> list[str]:
     reasons = [reason for reason in reasons if reason and not reason.startswith(("Expected a", "Does not validate"))]
     of_values = [reason for reason in reasons if not OTHER_SUBTYPE.match(reason)]
     return of_values or reasons
+
+
+def _keys_inside(reasons: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The keys that lead from the key of an error to those of its reasons, and the reasons.
+
+    Where a value of several types has such values inside, jsonargparse gives the reasons of all of them in turn.
+    """
+    outer = [re.search(r'Parser key "([^"]*)": Does not validate .* Errors:$', reason) for reason in reasons]
+    keys = [found[1] for found in outer if found is not None]
+    left = [reason for reason, found in zip(reasons, outer, strict=True) if found is None]
+    return (keys, left) if left else ([], list(reasons))
