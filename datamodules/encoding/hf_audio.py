@@ -104,7 +104,7 @@ class HFAudio(MediaProcessor):
             raise ExampleError(f"has {item.file.name}, a sound of {seconds:.3f} s, which is too short for {self._name}")
         whole = text == self.processor.audio_token * rows
         columns = kept if self._drops_padding else features.shape[0] * features.shape[-1]
-        return MediaPlan(self.encoder, rows, float(columns * extractor.feature_size), text=None if whole else text)
+        return MediaPlan(self.encoder, rows, columns * self._cost, text=None if whole else text)
 
     def load(self, item: Any, size: Size, plan: MediaPlan, augment: Augment | None = None) -> dict[str, Tensor]:
         """See the class."""
@@ -148,6 +148,13 @@ class HFAudio(MediaProcessor):
         alone, _, _ = self._coarsely([self._rate])
         beside, _, _ = self._coarsely([self._rate, 2 * self._rate])
         return alone.shape[-1] != beside.shape[-1]
+
+    @cached_property
+    def _cost(self) -> float:
+        """Of a column. Two of them become a frame of the tower, which costs about as much as a patch of an image."""
+        images = getattr(self.processor, "image_processor", None)
+        side, frames = (getattr(images, name, None) for name in ("patch_size", "temporal_patch_size"))
+        return 3 * frames * side**2 / 2 if isinstance(side, int) and frames else 1.0
 
     @cached_property
     def _drops_padding(self) -> bool:
