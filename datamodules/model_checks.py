@@ -1,5 +1,6 @@
 """Checks that a model can take the batches that a `ChatEncoder` leads to, before any of them is made."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from bigmac_lightning.contracts.components import LanguageModel
@@ -8,6 +9,8 @@ from bigmac_lightning.contracts.module import PipelineModule
 from .encoding.chat import ChatEncoder
 from .encoding.hf_audio import HFAudio
 from .encoding.hf_visual import HFVisual
+from .example import MediaPart
+from .media.modalities import MODALITIES
 
 
 def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> None:
@@ -24,6 +27,26 @@ def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> N
     _check_vocabulary(module.llm, encoder.tokenizer)
     _check_placeholders(module.llm, encoder)
     _check_components(module, encoder)
+
+
+def check_items(module: PipelineModule, encoder: ChatEncoder, items: Sequence[MediaPart], where: str) -> None:
+    """
+    Args:
+        where: what has these items.
+
+    Raises:
+        ValueError: the model has no encoder for an item.
+    """
+    for item in items:
+        name = next((kind.name for kind in MODALITIES.values() if type(item) is kind.part), "")
+        processor = encoder.media.get(name, encoder.visual)
+        wanted = getattr(processor, f"{name}_encoder", getattr(processor, "encoder", None))
+        if wanted is not None and wanted not in module.encoders:
+            known = ", ".join(module.encoders)
+            raise ValueError(
+                f"{where} has {name} items, which are for the encoder {wanted!r}, and the model has "
+                f"{f'only {known}' if known else 'none'}: take them out, or train a model that has this encoder"
+            )
 
 
 def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:

@@ -32,12 +32,13 @@ from bigmac_lightning.datamodules import (
 from bigmac_lightning.datamodules.encoding.hf_visual import _metadata
 from bigmac_lightning.datamodules.media.decoding import measure, read_frames
 from bigmac_lightning.datamodules.media.sounds import read_sound
-from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.models import HFDecoder, MultimodalLM
 from tests.datamodules.examples import clips
 from tests.datamodules.processors import ALL_PROCESSORS
 from tests.datamodules.sound_processors import SOUND_PROCESSORS, extractor, read_processor, write_model
 from tests.datamodules.sounds import write_sound
 from tests.datamodules.test_hf_visual import FRAMES, Case, Given, numbers, picture, reference, said
+from tests.models.parts import decoder_config
 from tests.runtime.test_families import error
 
 OMNI = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
@@ -240,8 +241,8 @@ def test_plans_of_other_settings_are_others() -> None:
     assert len(prints | {HFAudio(longer).fingerprint()}) == len(SOUND_PROCESSORS) + 1
 
 
-def test_a_model_with_another_token(tmp_path: Path) -> None:
-    """It is refused before anything is measured."""
+def test_other_models_are_refused(tmp_path: Path) -> None:
+    """Those with another token or without an encoder of sounds, before anything is measured."""
     folder = write_model("qwen2_audio", tmp_path)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -249,3 +250,9 @@ def test_a_model_with_another_token(tmp_path: Path) -> None:
     module = MultimodalLM.from_pretrained(str(folder))
     with pytest.raises(ValueError, match=r"the model's config has audio_token_id=17 .* the processor has '<.AUDIO.>'"):
         MultimodalDataModule([], processor=str(folder)).check(module)
+    sounds = Given([Example(said(_sound(1.0)[0], reply="a tone"))])
+    text = MultimodalLM(HFDecoder(decoder_config(vocab_size=512)))
+    with pytest.raises(
+        ValueError, match=r"Given has audio items, which are for the encoder 'audio', .* has none: take"
+    ):
+        MultimodalDataModule([sounds], processor=str(folder)).check(text)
