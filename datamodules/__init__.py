@@ -6,6 +6,7 @@ yourself; digits.py is an example of it (`pip install bigmac-lightning[quickstar
 
 from .base import PipelineDataModule, PipelineDataset, SampleList
 from .encoding.audio import AudioProcessor
+from .encoding.hf_audio import HFAudio
 from .encoding.hf_visual import HFVisual
 from .encoding.media_processor import MediaPlan, MediaProcessor
 from .encoding.processors import byte_tokenizer
@@ -50,6 +51,7 @@ __all__ = [
     "Example",
     "ExampleError",
     "File",
+    "HFAudio",
     "HFDataset",
     "HFStream",
     "HFVisual",

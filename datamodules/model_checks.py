@@ -1,12 +1,16 @@
 """Checks that a model can take the batches that a `ChatEncoder` leads to, before any of them is made."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from bigmac_lightning.contracts.components import LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
 
 from .encoding.chat import ChatEncoder
+from .encoding.hf_audio import HFAudio
 from .encoding.hf_visual import HFVisual
+from .example import MediaPart
+from .media.modalities import MODALITIES
 
 
 def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> None:
@@ -25,6 +29,26 @@ def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> N
     _check_components(module, encoder)
 
 
+def check_items(module: PipelineModule, encoder: ChatEncoder, items: Sequence[MediaPart], where: str) -> None:
+    """
+    Args:
+        where: what has these items.
+
+    Raises:
+        ValueError: the model has no encoder for an item.
+    """
+    for item in items:
+        name = next((kind.name for kind in MODALITIES.values() if type(item) is kind.part), "")
+        processor = encoder.media.get(name, encoder.visual)
+        wanted = getattr(processor, f"{name}_encoder", getattr(processor, "encoder", None))
+        if wanted is not None and wanted not in module.encoders:
+            known = ", ".join(module.encoders)
+            raise ValueError(
+                f"{where} has {name} items, which are for the encoder {wanted!r}, and the model has "
+                f"{f'only {known}' if known else 'none'}: take them out, or train a model that has this encoder"
+            )
+
+
 def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
     """
     Raises:
@@ -36,7 +60,8 @@ def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
     names = {i: token for token, i in tokenizer.get_added_vocab().items()}
     for modality, expected in llm.placeholders.items():
         found = encoder.feature_ids.get(modality)
-        elsewhere = encoder.visual is None or (modality == "audio" and found is None)  # nothing is prepared for it
+        prepares = encoder.media.get("audio") if modality == "audio" else encoder.visual
+        elsewhere = prepares is None
         if found == expected or (elsewhere and (expected in names or expected not in token_of)):
             continue
         token = f" ({token_of[expected]!r})" if expected in token_of else ""
@@ -54,8 +79,8 @@ def _check_components(module: PipelineModule, encoder: ChatEncoder) -> None:
         ValueError: what an argument of the DataModule prepares, no component of the model takes.
     """
     given: dict[str, Any] = {f"media[{name!r}]": processor for name, processor in encoder.media.items()}
-    if not isinstance(encoder.visual, HFVisual):  # which a processor brings along
-        given["visual"] = encoder.visual
+    given["visual"] = encoder.visual
+    given = {name: made for name, made in given.items() if not isinstance(made, HFVisual | HFAudio)}  # of a processor
     for argument, processor in given.items():
         names = [getattr(processor, name, None) for name in ("encoder", "image_encoder", "video_encoder")]
         wanted = list(dict.fromkeys(name for name in names if name is not None))

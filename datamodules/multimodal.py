@@ -31,7 +31,7 @@ from .loading.source_loader import EncodedSteps, StepCollate, StepLoader
 from .loading.stream_loader import StreamCollate, StreamLoader
 from .loading.stream_steps import StreamSteps
 from .media.decoding import measure
-from .model_checks import check_model
+from .model_checks import check_items, check_model
 from .options import ChatOptions, LoadingOptions, MixtureOptions, PackingOptions
 from .packing.epoch import StepSize
 from .packing.measuring import Measurements, measurements, report_errors
@@ -176,14 +176,16 @@ class MultimodalDataModule(ParallelDataModule):
     def check(self, module: PipelineModule) -> None:
         """
         Raises:
-            ValueError: the model cannot take the batches (see `check_model`), or a source has conversations and there
-                is no chat template.
+            ValueError: the model cannot take the batches (see `check_model`), or the first example of a source: it is a
+                conversation and there is no chat template, or it has media that the model has no encoder for.
         """
         check_model(module, self.encoder, self.packing.packed)
-        if self.encoder.has_template:
-            return
         for source in (source for split in self._sources for source in self._splits.sources(split)):
-            if _starts_with_a_conversation(source):
+            first = _first(source)
+            if first is None:
+                continue
+            check_items(module, self.encoder, first.media, source.name)
+            if not (first.is_text or self.encoder.has_template):
                 raise ValueError(
                     f"{source.name} has conversations, and the processor's tokenizer has no chat template: set "
                     "chat.template"
@@ -358,11 +360,11 @@ class MultimodalDataModule(ParallelDataModule):
         return self.loader("predict")
 
 
-def _starts_with_a_conversation(source: Source) -> bool:
+def _first(source: Source) -> Example | None:
     try:
-        return len(source) > 0 and not source[0].is_text
+        return source[0] if len(source) else None
     except Exception:  # a source may raise anything; measuring reports it
-        return False
+        return None
 
 
 def _sizes(example: Example) -> list[Size]:

@@ -33,6 +33,34 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a sound beside a longer one is prepared as if it were alone",
+        "datamodules/encoding/hf_audio.py",
+        "longest = max(samples) if self._fills_up else 0",
+        "longest = 0",
+        "tests/datamodules/test_hf_audio.py -k samples",
+    ),
+    Fault(
+        "a sound is cut off silently",
+        "datamodules/encoding/hf_audio.py",
+        "        if kept < samples // extractor.hop_length:\n",
+        "        if False:\n",
+        "tests/datamodules/test_hf_audio.py -k cut_off",
+    ),
+    Fault(
+        "the plan of a sound forgets a column that is not whole",
+        "datamodules/encoding/hf_audio.py",
+        "return 2 * columns + (rest > 0)",
+        "return 2 * columns",
+        "tests/datamodules/test_hf_audio.py -k samples",
+    ),
+    Fault(
+        "videos of Qwen-Omni have the processor's rate of frames",
+        "datamodules/encoding/hf_visual.py",
+        'given["fps"] = metadata.sampled_fps',
+        "pass",
+        "tests/datamodules/test_hf_audio.py -k against_the_library",
+    ),
+    Fault(
         "text sees the noise of what is drawn",
         "models/llm/image_masks.py",
         "return (blocks_BS[b, key] < 0) | (",

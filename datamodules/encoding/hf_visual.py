@@ -198,8 +198,15 @@ class HFVisual(VisualProcessor):
     ) -> tuple[Any, str]:
         """The processor's output for one item, and the text that stands for the item."""
         if frames:
+            metadata = _metadata(frames, size)
             given = {**self._arguments["videos_kwargs"], "do_sample_frames": False, "return_metadata": True}
-            made, texts = processor._process_videos([pixels], video_metadata=[_metadata(frames, size)], **given)
+            given["video_metadata"] = [metadata]
+            if "video_to_audio_indices" not in inspect.signature(processor._process_videos).parameters:
+                made, texts = processor._process_videos([pixels], **given)
+            else:  # of the Omni models, which assume a rate of frames if they are told none
+                given["fps"] = metadata.sampled_fps
+                made, texts = processor._process_videos([pixels], **{**self._arguments, "videos_kwargs": given})
+                made["second_per_grid_ts"] = made.pop("video_second_per_grid")
             return made, texts[0]
         images = [pixels]
         if not alone:

@@ -3,7 +3,7 @@ tensor, which the item's owner makes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class MediaPlan:
             `rows` placeholder tokens one after another.
         seconds: duration of a time step of its grid, for models whose positions depend on it.
         alone: whether it is prepared as the only image of its example.
+        longest: number of samples of the longest sound of its example, if it is filled up to that; otherwise 0.
     """
 
     encoder: str
@@ -44,6 +45,7 @@ class MediaPlan:
     text: str | None = None
     seconds: float | None = None
     alone: bool = True
+    longest: int = 0
 
 
 class MediaProcessor(ABC):
@@ -64,6 +66,14 @@ class MediaProcessor(ABC):
         Raises:
             ExampleError: the item cannot be prepared.
         """
+
+    def plans(self, items: Sequence[Any], sizes: Sequence[Size]) -> list[MediaPlan]:
+        """How all items of this modality in an example will be prepared. Override it where they depend on each other.
+
+        Raises:
+            ExampleError: see `plan`.
+        """
+        return [self.plan(item, size) for item, size in zip(items, sizes, strict=True)]
 
     @abstractmethod
     def load(self, item: Any, size: Size, plan: MediaPlan, augment: Augment | None = None) -> MediaData:

@@ -13,6 +13,7 @@ from ..files import started_in
 from ..media.modalities import MODALITIES
 from ..options import DRAW, ChatOptions
 from .chat import ChatEncoder
+from .hf_audio import HFAudio
 from .hf_visual import HFVisual, placeholder_of
 from .media_processor import Augment, MediaProcessor
 from .template import read_template
@@ -27,6 +28,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, with lists of parts as contents."""
+
+REFUSED = {
+    "VoxtralProcessor": "mistral-common makes its tokens, and does not tell which characters each token stands for, so "
+    "replies could not be found. Give a fast tokenizer of the same vocabulary as processor, a chat.template, "
+    'chat.tokens={"audio": "[AUDIO]"}, and media={"audio": ...} with a processor of your own (see docs/data.md)'
+}
+"""Processors that cannot be used, and why."""
 
 
 def byte_tokenizer(modalities: Sequence[str] = ()) -> Any:
@@ -68,7 +76,8 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
     Returns: the tokenizer, and the processor or ``None``.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or the processor needs code of its own, which may not run.
+        ValueError: the tokenizer is not a fast one, the processor cannot be used here, or it needs code of its own,
+            which may not run.
     """
     from transformers import AutoProcessor, ProcessorMixin, dynamic_module_utils
 
@@ -84,6 +93,8 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
             except json.JSONDecodeError as error:
                 raise ValueError(f"processor={str(given)!r} has a file that is not JSON: {error}") from error
     processor: Any = given if isinstance(given, ProcessorMixin) else None
+    if reason := REFUSED.get(type(processor).__name__):
+        raise ValueError(f"processor is a {type(processor).__name__}: {reason}")
     tokenizer: Any = given if processor is None else processor.tokenizer
     if processor is not None and processor.chat_template:
         tokenizer.chat_template = processor.chat_template
@@ -114,7 +125,8 @@ def chat_encoder(
     trust_remote_code: bool = False,
     media: Mapping[str, MediaProcessor] = MappingProxyType({}),
 ) -> ChatEncoder:
-    """The encoder for a processor, whose own media tokens and media preparation are used unless `visual` is given.
+    """The encoder for a processor, whose own media tokens and media preparation are used where `visual` and `media`
+    name no other.
 
     Args:
         processor, trust_remote_code: see `load_processor`.
@@ -142,6 +154,8 @@ def chat_encoder(
                     f"chat.tokens[{name!r}]={token!r}: the processor has {own[name]!r} for this, so leave it out"
                 )
         chat = replace(chat, tokens={**chat.tokens, **own})
+        if "audio" not in media and getattr(loaded, "feature_extractor", None) is not None:
+            media = {**media, "audio": HFAudio(loaded)}
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual(loaded)
             feature_tokens = visual.feature_tokens | {name: chat.media_tokens[name] for name in media}
