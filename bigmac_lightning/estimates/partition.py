@@ -88,7 +88,7 @@ def make_stages(costs: LayerCosts, stages: int, partition: Partition = "even") -
     layers = len(costs.layers)
     if stages > layers:
         raise ValueError(
-            f"the LLM has {layers} layer{'s' * (layers != 1)}, too few for {stages} pipeline stages: "
+            f"the LLM has {layers} layers, too few for {stages} pipeline stages: "
             f"choose pipeline_parallel_size * virtual_stages <= {layers}, or a deeper LLM"
         )
     if partition == "auto":
