@@ -34,10 +34,17 @@ PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
         "text sees the noise of what is drawn",
-        "models/llm/image_masks.py",
-        "return (blocks_BS[b, key] < 0) | (",
-        "return (blocks_BS[b, key] < 9) | (",
+        "models/unified/masks.py",
+        "        seen = pictures_BS[b, key] < 0\n",
+        "        seen = pictures_BS[b, key] < 9\n",
         "tests/models/test_unified.py",
+    ),
+    Fault(
+        "a drawing at the start of a packed sample sees one at the end of the sample before",
+        "models/unified/masks.py",
+        " | (positions_BS.diff(dim=-1) != 1)",
+        "",
+        "tests/models/test_unified.py -k who_sees",
     ),
     Fault(
         "tokens of drawings have the weights of others in the final norm",

@@ -10,7 +10,8 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 
 from .. import loading, meta_model
 from ..llm.decoder import HFDecoder
-from ..llm.image_masks import masks_of_drawn_pictures
+from ..llm.multimodal_inputs import text_positions
+from .masks import PICTURES, mask_of, pictures_of
 from .two_weights import Places, TwoWeights, divide, positions_of
 
 DRAWN = "drawn"
@@ -22,7 +23,7 @@ class UnifiedDecoder(HFDecoder):
     layers and in the final norm, and see each other both ways. No other token sees them, as they are noisy; a picture
     that later text is about has to come again, as an image that is read.
 
-    Both sets of weights start as those of the decoder. Rows hold one sample each.
+    Both sets of weights start as those of the decoder.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class UnifiedDecoder(HFDecoder):
         """
         Args:
             drawn_token: the id of the token that stands for a patch of a picture that is being drawn; between two such
-                pictures there has to be another token.
+                pictures of a sample there has to be another token.
             config, seed, attn_implementation, weights, dtype, trust_remote_code: see `HFDecoder`.
 
         Raises:
@@ -57,8 +58,6 @@ class UnifiedDecoder(HFDecoder):
         if {*(getattr(text, "layer_types", None) or ())} - {"full_attention"} or getattr(text, "sliding_window", None):
             raise ValueError(f"{kind} has layers with other masks than those of full attention: choose another decoder")
         self.placeholders = {DRAWN: drawn_token}
-        self.refuses_packing = f"{kind} draws by a mask that cannot keep packed samples apart"
-        self._image_masks = masks_of_drawn_pictures
         self._places = Places()
         self._divide(self._whole)
 
@@ -89,10 +88,14 @@ class UnifiedDecoder(HFDecoder):
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds where the tokens of drawn pictures are."""
         inputs = super().prepare(inputs)
-        if "token_type_ids" not in inputs:
+        if PICTURES not in inputs:
             drawn_BS = inputs["input_ids"] == self.placeholders[DRAWN]
-            inputs |= {"token_type_ids": drawn_BS.long(), **positions_of(drawn_BS)}
+            pictures_BS = pictures_of(drawn_BS, text_positions(inputs["position_ids"]))
+            inputs |= {PICTURES: pictures_BS, **positions_of(drawn_BS)}
         return inputs
+
+    def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+        return mask_of(self._decoder.config, h_BSD, inputs)
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
         with self._places.given(inputs):

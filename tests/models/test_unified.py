@@ -74,26 +74,28 @@ def picture(seed: int, height: int, width: int) -> Tensor:
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = True) -> Batch:
-    """Rows with a drawing and text after it, two drawings of other sizes, and text alone."""
+def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = True, packed: bool = False) -> Batch:
+    """Samples with a drawing and text after it, two drawings of other sizes, and text alone; two in a microbatch."""
     layout, microbatches, seed = layout or PipelineLayout(), list[Microbatch](), 0
     for sizes_of_rows in ([[(4, 6)], []], [[(4, 4), (2, 6)], [(2, 2)]], [[], []]):
-        rows, made = [], Microbatch({"input_ids": torch.zeros(0)})
+        rows, made = list[list[int]](), Microbatch({"input_ids": torch.zeros(0)})
         labels, positions, S = list[int](), list[int](), 24
         for b, sizes in enumerate(sizes_of_rows):
-            tokens = [7, 9 + b]
+            tokens, start = [7, 9 + b], sum(map(len, rows))
             for height, width in sizes:
                 seed += 1
                 number, shape = height * width // SIDE**2, (3, height * patch // SIDE, width * patch // SIDE)
-                positions += range(b * S + len(tokens), b * S + len(tokens) + number)
+                positions += range(start + len(tokens), start + len(tokens) + number)
                 tokens += [DRAWN] * number + [11]
                 image = picture(seed, *shape[1:]) if data else None
                 made.media.append(MediaItem("drawn", number, data=image))
                 made.targets.append(TargetItem("picture", number, shape, seed, data=image))
-            labels += [b * S + len(tokens) + k for k in range(3)]
+            labels += [start + len(tokens) + k for k in range(3)]
             tokens += [20 + b, 21, 22]
-            rows.append(tokens + [0] * (S - len(tokens)))
-        made.inputs = {"input_ids": torch.tensor(rows), "position_ids": torch.arange(S).repeat(2, 1)}
+            rows.append(tokens + [0] * (0 if packed else S - len(tokens)))
+        places = torch.cat([torch.arange(len(row)) for row in rows])
+        made.inputs = {"input_ids": torch.tensor([token for row in rows for token in row]), "position_ids": places}
+        made.inputs = {name: one.view(1 if packed else 2, -1) for name, one in made.inputs.items()}
         made.labels = made.inputs["input_ids"].flatten()[labels]
         made.label_positions = torch.tensor(labels) - 1
         made.media_positions = made.target_positions = torch.tensor(positions, dtype=torch.long)
@@ -215,14 +217,15 @@ def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
         assert error < 3e-6, f"{name}: {error:.1e}"
 
 
-def test_one_process() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_process(packed: bool) -> None:
     made = load(module())
-    out = made.pipeline(batch())
+    out = made.pipeline(batch(packed=packed))
     out.loss.backward()
     check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
 
 
-def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any) -> Any:
+def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, packed: bool) -> Any:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
     made = module(freeze=freeze)
     made.part = part_of(rank, split_layers(LAYERS, size), range(size))
@@ -230,25 +233,29 @@ def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any) -> A
     schedule = ScheduleOptions(group_size=1, backbone=backbone)
     options = PipelineOptions(schedule, sharding=ShardingOptions(encoders=encoders))
     made.runner = PipelineRunner(made, mesh, options)
-    out = made.pipeline(batch(made.runner.layout))
+    out = made.pipeline(batch(made.runner.layout, packed=packed))
     reduce_gradients(made.runner.places, mesh)
     found = {name: whole(parameter.grad) for name, parameter in made.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
-        drawn = made.eval().pipeline(batch(made.runner.layout, data=False), sample=True).samples
+        drawn = made.eval().pipeline(batch(made.runner.layout, data=False, packed=packed), sample=True).samples
     return out.loss.item(), found, drawn
 
 
 @pytest.mark.parametrize(
-    ("size", "sharded", "backbone", "freeze"),
-    [(2, "ddp", "1f1b", ()), (3, "fsdp", "zb1p", ("llm",)), (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"))],
+    ("size", "sharded", "backbone", "freeze", "packed"),
+    [
+        (2, "ddp", "1f1b", (), True),
+        (3, "fsdp", "zb1p", ("llm",), False),
+        (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"), True),
+    ],
 )
-def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...]) -> None:
+def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], packed: bool) -> None:
     """With parts that are not trained, and a microbatch of text alone."""
     alone = load(module()).eval()
     with torch.no_grad():
         drawn = alone.pipeline(batch(data=False), sample=True).samples
     assert drawn is not None
-    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze):
+    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze, packed):
         assert gradients or freeze
         check(loss, gradients)
         for one, other in zip(drawn, found, strict=True):
@@ -268,13 +275,16 @@ def test_a_codec_of_its_own() -> None:
     assert [tuple(one.shape) for one in drawn] == [target.shape for target in given.targets]
 
 
-def test_who_sees_whom() -> None:
-    """Text does not see what is drawn; a drawing sees the text before it, and all of itself."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_who_sees_whom(packed: bool) -> None:
+    """Text does not see what is drawn; a drawing sees the text before it, and all of itself. In a packed row a sample
+    begins with a drawing, next to one of the sample before."""
     made = load(module()).eval()
 
     def hidden(change: int | None = None) -> Tensor:
         ids = torch.tensor([[7, 8, DRAWN, DRAWN, DRAWN, 9, 10, DRAWN]])
-        inputs = made.llm.prepare({"input_ids": ids, "position_ids": torch.arange(8)[None]})
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]) if packed else torch.arange(8)[None]
+        inputs = made.llm.prepare({"input_ids": ids, "position_ids": positions})
         h = made.llm.embed(inputs)
         h = h + 0.1 * torch.arange(8)[None, :, None]
         if change is not None:
@@ -283,8 +293,9 @@ def test_who_sees_whom() -> None:
 
     before = hidden()
     moved = {k: {i for i in range(8) if not torch.equal(before[i], hidden(k)[i])} for k in range(8)}
-    assert moved[0] == set(range(8))
-    assert moved[2] == moved[3] == moved[4] == {2, 3, 4}
+    assert moved[2] == moved[3] == ({2, 3} if packed else {2, 3, 4})
+    assert moved[4] == ({4} if packed else {2, 3, 4})
+    assert moved[0] == (set(range(4)) if packed else set(range(8)))
     assert moved[5] == {5, 6, 7}
     assert moved[7] == {7}
 
