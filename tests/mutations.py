@@ -47,6 +47,13 @@ FAULTS = [
         "tests/models/test_unified.py -k who_sees",
     ),
     Fault(
+        "layers that run again take the tokens of another microbatch for drawings",
+        "models/unified/two_weights.py",
+        "return nullcontext(), self.given({DRAWN: self.drawn, OTHERS: self.others})",
+        "return nullcontext(), self.given({DRAWN: self.others, OTHERS: self.drawn})",
+        "tests/models/test_unified.py -k one_process",
+    ),
+    Fault(
         "tokens of drawings have the weights of others in the final norm",
         "models/unified/decoder.py",
         "        if any(True for _ in decoder.get_submodule(norm).parameters()):\n",

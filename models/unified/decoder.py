@@ -34,19 +34,22 @@ class UnifiedDecoder(HFDecoder):
         attn_implementation: str = "sdpa",
         weights: str | None = None,
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
             drawn_token: the id of the token that stands for a patch of a picture that is being drawn; between two such
                 pictures of a sample there has to be another token.
-            config, seed, attn_implementation, weights, dtype, trust_remote_code: see `HFDecoder`.
+            config, seed, attn_implementation, weights, dtype, gradient_checkpointing, trust_remote_code: see
+                `HFDecoder`.
 
         Raises:
             ValueError: the decoder is part of a vision-language model, or one of its layers has weights that are more
                 than linear layers and norms.
         """
-        super().__init__(config, seed, attn_implementation, weights, dtype, trust_remote_code=trust_remote_code)
+        trusts = {"trust_remote_code": trust_remote_code}
+        super().__init__(config, seed, attn_implementation, weights, dtype, gradient_checkpointing, **trusts)
         kind = f"model_type {self.config.model_type!r}"
         if self.family is not None:
             raise ValueError(f"{kind} has encoders of its own: give its decoder alone, config.get_text_config()")
@@ -76,6 +79,8 @@ class UnifiedDecoder(HFDecoder):
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         made = loading.materialize(whole, keep, self.source, self.seed, self.dtype, cut)
         self._divide(made)
+        if self.gradient_checkpointing:
+            made.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self._places.contexts})
         return made
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:

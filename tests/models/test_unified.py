@@ -44,11 +44,12 @@ CODEC = {
 }
 
 
-def module(codec: bool = False, freeze: tuple[str, ...] = ()) -> UnifiedLM:
+def module(codec: bool = False, freeze: tuple[str, ...] = (), recomputes: bool = False) -> UnifiedLM:
     made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
     encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
     head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
-    return UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze)
+    llm = UnifiedDecoder(CONFIG, DRAWN, gradient_checkpointing=recomputes)
+    return UnifiedLM(llm, {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze)
 
 
 @cache
@@ -217,45 +218,45 @@ def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
         assert error < 3e-6, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_one_process(packed: bool) -> None:
-    made = load(module())
+@pytest.mark.parametrize(("packed", "recomputes"), [(False, False), (True, True)])
+def test_one_process(packed: bool, recomputes: bool) -> None:
+    made = load(module(recomputes=recomputes))
     out = made.pipeline(batch(packed=packed))
     out.loss.backward()
     check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
 
 
-def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, packed: bool) -> Any:
+def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, also: bool) -> Any:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
-    made = module(freeze=freeze)
+    made = module(freeze=freeze, recomputes=also)
     made.part = part_of(rank, split_layers(LAYERS, size), range(size))
     load(made)
     schedule = ScheduleOptions(group_size=1, backbone=backbone)
     options = PipelineOptions(schedule, sharding=ShardingOptions(encoders=encoders))
     made.runner = PipelineRunner(made, mesh, options)
-    out = made.pipeline(batch(made.runner.layout, packed=packed))
+    out = made.pipeline(batch(made.runner.layout, packed=also))
     reduce_gradients(made.runner.places, mesh)
     found = {name: whole(parameter.grad) for name, parameter in made.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
-        drawn = made.eval().pipeline(batch(made.runner.layout, data=False, packed=packed), sample=True).samples
+        drawn = made.eval().pipeline(batch(made.runner.layout, data=False, packed=also), sample=True).samples
     return out.loss.item(), found, drawn
 
 
 @pytest.mark.parametrize(
-    ("size", "sharded", "backbone", "freeze", "packed"),
+    ("size", "sharded", "backbone", "freeze", "also"),
     [
         (2, "ddp", "1f1b", (), True),
         (3, "fsdp", "zb1p", ("llm",), False),
         (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"), True),
     ],
 )
-def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], packed: bool) -> None:
-    """With parts that are not trained, and a microbatch of text alone."""
+def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], also: bool) -> None:
+    """With parts that are not trained, a microbatch of text alone, and also packed rows and layers that run again."""
     alone = load(module()).eval()
     with torch.no_grad():
         drawn = alone.pipeline(batch(data=False), sample=True).samples
     assert drawn is not None
-    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze, packed):
+    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze, also):
         assert gradients or freeze
         check(loss, gradients)
         for one, other in zip(drawn, found, strict=True):
