@@ -47,6 +47,13 @@ FAULTS = [
         "tests/models/test_unified.py -k who_sees",
     ),
     Fault(
+        "drawings are guided away from their text",
+        "models/unified/unified_lm.py",
+        "other + scale * (one - other)",
+        "one + scale * (other - one)",
+        "tests/models/test_unified.py -k drawing",
+    ),
+    Fault(
         "layers that run again take the tokens of another microbatch for drawings",
         "models/unified/two_weights.py",
         "return nullcontext(), self.given({DRAWN: self.drawn, OTHERS: self.others})",

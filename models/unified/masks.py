@@ -15,6 +15,9 @@ from ..llm.text_inputs import SAMPLES
 PICTURES = "drawn_pictures"
 """The input with the number of each token's picture in its row, (B, S); -1 for all tokens but those of drawn ones."""
 
+ALONE = "drawn_without_condition"
+"""The input, (B, S), that is true for tokens of drawn pictures that see themselves alone; optional."""
+
 
 def pictures_of(drawn_BS: Tensor, positions_BS: Tensor) -> Tensor:
     """The input `PICTURES`. A picture ends where another token comes, or another sample.
@@ -31,13 +34,13 @@ def pictures_of(drawn_BS: Tensor, positions_BS: Tensor) -> Tensor:
 def mask_of(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
     """The mask in the form that the attention implementation takes: tokens of a picture see each other, and no token
     outside of it sees them; all others are seen by those after them in their sample."""
-    pictures_BS, sample_BS = inputs[PICTURES], inputs.get(SAMPLES)
+    pictures_BS, sample_BS, alone_BS = inputs[PICTURES], inputs.get(SAMPLES), inputs.get(ALONE)
 
     def is_seen(b: Any, head: Any, query: Any, key: Any) -> Any:
         seen = pictures_BS[b, key] < 0
-        if sample_BS is None or not sample_BS.shape[1]:
-            return seen
-        return seen & (sample_BS[b, query] == sample_BS[b, key])
+        if sample_BS is not None and sample_BS.shape[1]:
+            seen = seen & (sample_BS[b, query] == sample_BS[b, key])
+        return seen if alone_BS is None else seen & ~alone_BS[b, query]
 
     # without positions, by which the library would give `is_seen` the places of tokens in their samples
     given = (config, h_BSD, inputs.get("attention_mask"), None, None)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from bigmac_lightning.contracts.outputs import PipelineOutput
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
 from .decoder import UnifiedDecoder
+from .masks import ALONE
 from .pictures import NoisyPictureEncoder, VelocityHead
 
 
@@ -26,17 +29,31 @@ class UnifiedLM(MultimodalLM):
     A picture is drawn in steps, each of which is a forward of the whole LLM: that cannot be nested into anything.
     """
 
-    def __init__(self, *arguments: Any, steps: int = 20, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        steps: int = 20,
+        condition_dropout: float = 0.0,
+        guidance_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
         """
         Args:
             arguments, options: those of `MultimodalLM`.
             steps: the number of Euler steps in which a picture is drawn.
+            condition_dropout: the fraction of targets whose tokens see nothing but each other; guidance needs it.
+            guidance_scale: the scale of classifier-free guidance (arXiv 2207.12598) of drawings; 1: no guidance. Each
+                step takes a second forward with it.
 
         Raises:
-            ValueError: a component is missing.
+            ValueError: a component is missing, or the numbers do not go together.
         """
         super().__init__(*arguments, **options)
-        self.steps = steps
+        if not 0.0 <= condition_dropout < 1.0:
+            raise ValueError(f"condition_dropout={condition_dropout}: it is a fraction, at least 0 and below 1")
+        if guidance_scale != 1.0 and condition_dropout == 0.0:
+            raise ValueError("guidance_scale needs a model trained without conditions at times: set condition_dropout")
+        self.steps, self.condition_dropout, self.guidance_scale = steps, condition_dropout, guidance_scale
         encoders = [name for name, part in self.encoders.items() if isinstance(part, NoisyPictureEncoder)]
         heads = [name for name, part in self.generators.items() if isinstance(part, VelocityHead)]
         found = (len(encoders), len(heads), len(self.generators))
@@ -53,7 +70,8 @@ class UnifiedLM(MultimodalLM):
         checkpoint.pop("hugging_face")  # there is no model of the library that it could be exported as
 
     def prepare(self, batch: Batch) -> Batch:
-        """Gives the pictures that are learnt their noise, before they are moved to a device.
+        """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
+        have no condition.
 
         Raises:
             ValueError: a microbatch has another number of such pictures than of targets, or of their tokens.
@@ -62,7 +80,7 @@ class UnifiedLM(MultimodalLM):
         return batch.replace(microbatches=[self._learnt(m, number) for number, m in enumerate(batch.microbatches)])
 
     def _learnt(self, microbatch: Microbatch, number: int) -> Microbatch:
-        """A microbatch whose pictures have their noise."""
+        """A microbatch whose pictures have their noise, and some no condition."""
         rows = [item.rows for item in microbatch.media if item.encoder == self._encoder]
         wanted = [target.rows for target in microbatch.targets]
         if rows != wanted:
@@ -72,7 +90,10 @@ class UnifiedLM(MultimodalLM):
             )
         left = iter(microbatch.targets)
         media = [self._with_noise(m, next(left)) if m.encoder == self._encoder else m for m in microbatch.media]
-        return replace(microbatch, media=media)
+        if not self.condition_dropout or ALONE in microbatch.inputs:
+            return replace(microbatch, media=media)
+        alone = [loses_condition(target, self.condition_dropout) for target in microbatch.targets]
+        return replace(_alone(microbatch, alone), media=media)
 
     def _with_noise(self, item: MediaItem, target: TargetItem) -> MediaItem:
         if not isinstance(item.data, Tensor):  # of another rank, or it has noise already
@@ -103,20 +124,34 @@ class UnifiedLM(MultimodalLM):
         out = None
         for step, time in enumerate(scheduler.timesteps):
             s = time / scheduler.config.num_train_timesteps
-            out = super().pipeline(self._with_noisy(batch, x, s), sample=True)
-            assert out.samples is not None, "it samples"
+            out, velocities = self._velocities(batch, x, s, alone=False)
+            if self.guidance_scale != 1.0:
+                _, free = self._velocities(batch, x, s, alone=True)
+                scale = self.guidance_scale
+                velocities = [other + scale * (one - other) for one, other in zip(velocities, free, strict=True)]
             length = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
-            x = [one + length * velocity for one, velocity in zip(x, out.samples, strict=True)]
+            x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
         assert out is not None, "there are steps"
         out.samples = x if codec is None else [codec.decode(one[None])[0].float() for one in x]
         return out
 
-    def _with_noisy(self, batch: Batch, x: list[Tensor], s: Tensor) -> Batch:
-        """The batch with the pictures as they are at s, on their owners."""
+    def _velocities(self, batch: Batch, x: list[Tensor], s: Tensor, alone: bool) -> tuple[PipelineOutput, list[Tensor]]:
+        """The velocities of pictures as they are at s.
+
+        Args:
+            alone: whether they have no condition.
+        """
         left = iter(x)
-        return batch.replace(microbatches=[self._noisy(m, left, s, batch) for m in batch.microbatches])
+        given = batch.replace(microbatches=[self._noisy(m, left, s, batch) for m in batch.microbatches])
+        if self.condition_dropout:  # in training some have none
+            given = given.replace(microbatches=[_alone(m, [alone] * len(m.targets)) for m in given.microbatches])
+        out = super().pipeline(given, sample=True)
+        assert out.samples is not None, "it samples"
+        return out, out.samples
 
     def _noisy(self, microbatch: Microbatch, left: Iterator[Tensor], s: Tensor, batch: Batch) -> Microbatch:
+        """The microbatch with its pictures, on their owners."""
+
         def given(item: MediaItem) -> MediaItem:
             if item.encoder != self._encoder:
                 return item
@@ -124,3 +159,19 @@ class UnifiedLM(MultimodalLM):
             return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
 
         return replace(microbatch, media=[given(item) for item in microbatch.media])
+
+
+def loses_condition(target: TargetItem, dropout: float) -> bool:
+    """Whether a target is learnt without its condition, the same on all ranks."""
+    return Random(f"condition of {target.seed}").random() < dropout
+
+
+def _alone(microbatch: Microbatch, alone: list[bool]) -> Microbatch:
+    """A microbatch of whose targets some have no condition."""
+    found_N = torch.tensor(alone, dtype=torch.bool).repeat_interleave(
+        torch.tensor([target.rows for target in microbatch.targets], dtype=torch.long)
+    )
+    ids_BS, positions = microbatch.inputs["input_ids"], microbatch.target_positions
+    alone_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    alone_BS.view(-1)[positions] = found_N.to(ids_BS.device)
+    return replace(microbatch, inputs={**microbatch.inputs, ALONE: alone_BS})

@@ -2,6 +2,8 @@
 pipeline; who sees whom; drawing."""
 
 from functools import cache
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -34,6 +36,9 @@ from tests.toy import split_layers
 
 WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 3, 5, 2
 CONFIG = {"model_type": "qwen3", **zoo.TEXT, "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
+DROPOUT = 0.388  # two of the four pictures lose their condition
+GUIDED = {"condition_dropout": DROPOUT, "guidance_scale": 2.0}
+NAMES = ("weight", "bias")
 CODEC = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [8, 8],
@@ -44,12 +49,12 @@ CODEC = {
 }
 
 
-def module(codec: bool = False, freeze: tuple[str, ...] = (), recomputes: bool = False) -> UnifiedLM:
+def module(codec: bool = False, freeze: tuple[str, ...] = (), recomputes: bool = False, **options: float) -> UnifiedLM:
     made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
     encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
     head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
     llm = UnifiedDecoder(CONFIG, DRAWN, gradient_checkpointing=recomputes)
-    return UnifiedLM(llm, {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze)
+    return UnifiedLM(llm, {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze, **options)
 
 
 @cache
@@ -110,7 +115,7 @@ def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = 
 # -- the formulas ------------------------------------------------------------------------------------------------------
 
 
-def written_out(w: dict[str, Tensor]) -> Tensor:
+def written_out(w: dict[str, Tensor], dropout: float) -> Tensor:
     """The loss of the batch, row by row."""
     given, text, velocity = batch(), list[Tensor](), list[Tensor]()
     for microbatch in given.microbatches:
@@ -119,7 +124,7 @@ def written_out(w: dict[str, Tensor]) -> Tensor:
             drawn = ids == DRAWN
             h = w["llm.model.embed_tokens.weight"][ids].clone()
             runs = torch.nonzero(drawn & ~torch.cat([torch.tensor([False]), drawn[:-1]]))[:, 0].tolist()
-            wanted, block = [], torch.full(ids.shape, -1)
+            wanted, block, alone = [], torch.full(ids.shape, -1), torch.zeros_like(drawn)
             for number, start in enumerate(runs):
                 item, target = left.pop(0)
                 assert isinstance(item.data, Tensor)
@@ -128,13 +133,12 @@ def written_out(w: dict[str, Tensor]) -> Tensor:
                 h[start : start + item.rows] = features(w, noisy, draw.time)
                 wanted.append((start, item.rows, cut(draw.noise - item.data)))
                 block[start : start + item.rows] = number
-            h = layers(w, h, drawn, block)
+                alone[start : start + item.rows] = Random(f"condition of {target.seed}").random() < dropout
+            h = layers(w, h, drawn, block, alone)
             logits = linear(h, w["llm.model.embed_tokens.weight"])
             text.append(cross_entropy(logits[labels - 1], ids[labels], reduction="sum"))
             for start, rows, velocity_NE in wanted:
-                made = linear(
-                    h[start : start + rows], *(w[f"generators.picture.linear.{n}"] for n in ("weight", "bias"))
-                )
+                made = linear(h[start : start + rows], *(w[f"generators.picture.linear.{n}"] for n in NAMES))
                 velocity.append((made - velocity_NE).square().mean())
     return torch.stack(text).sum() / len(given.labels) + torch.stack(velocity).mean()
 
@@ -151,6 +155,12 @@ def cut(x: Tensor) -> Tensor:
         for j in range(0, x.shape[2], SIDE)
     ]
     return torch.stack(patches)
+
+
+def uncut(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
+    columns = shape[2] // SIDE
+    rows = [torch.cat(list(row.view(-1, 3, SIDE, SIDE)), dim=2) for row in patches.split(columns)]
+    return torch.cat(rows, dim=1)
 
 
 def features(w: dict[str, Tensor], noisy: Tensor, s: Tensor) -> Tensor:
@@ -170,10 +180,11 @@ def features(w: dict[str, Tensor], noisy: Tensor, s: Tensor) -> Tensor:
     return of("patches", cut(noisy)) + places + time
 
 
-def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor) -> Tensor:
+def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor, alone: Tensor) -> Tensor:
     S = len(h)
     seen = torch.ones(S, S, dtype=torch.bool).tril() | ((block[:, None] == block) & drawn)
     seen &= ~drawn[None] | (block[:, None] == block)
+    seen &= ~alone[:, None] | (block[:, None] == block)
     cos, sin = Qwen3RotaryEmbedding(HFDecoder(CONFIG).config)(h[None], torch.arange(S)[None])
 
     def both(name: str, apply: Any, x: Tensor) -> Tensor:
@@ -199,16 +210,42 @@ def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor) -> Ten
     return both("norm", norm, h)
 
 
+def drawn_by_hand(w: dict[str, Tensor], scale: float) -> list[Tensor]:
+    """Each picture, in three steps from noise."""
+    made, places = list[Tensor](), [*torch.linspace(1, 0.001, 3), torch.tensor(0.0)]
+    for microbatch in batch().microbatches:
+        left = list(microbatch.targets)
+        for ids in microbatch.inputs["input_ids"]:
+            drawn = ids == DRAWN
+            first = drawn & ~torch.cat([torch.tensor([False]), drawn[:-1]])
+            block = torch.where(drawn, first.cumsum(0) - 1, -1)
+            count = int(first.sum())
+            x, left = [Draw(target.seed, target.shape).noise for target in left[:count]], left[count:]
+            for s, after in pairwise(places):
+                h = w["llm.model.embed_tokens.weight"][ids].clone()
+                for number, noisy in enumerate(x):
+                    h[block == number] = features(w, noisy, s)
+                of_text, free = (
+                    linear(layers(w, h, drawn, block, alone), *(w[f"generators.picture.linear.{n}"] for n in NAMES))
+                    for alone in (torch.zeros_like(drawn), drawn)
+                )
+                velocity = free + scale * (of_text - free)
+                steps = [(after - s) * uncut(velocity[block == k], noisy.shape) for k, noisy in enumerate(x)]
+                x = [noisy + step for noisy, step in zip(x, steps, strict=True)]
+            made += x
+    return made
+
+
 @cache
-def expected() -> tuple[float, dict[str, Tensor]]:
+def expected(dropout: float = 0.0) -> tuple[float, dict[str, Tensor]]:
     w = {name: tensor.clone().requires_grad_() for name, tensor in weights().items() if "lm_head" not in name}
-    loss = written_out(w)
+    loss = written_out(w, dropout)
     loss.backward()
     return loss.item(), {name: tensor.grad for name, tensor in w.items() if tensor.grad is not None}
 
 
-def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
-    wanted_loss, wanted = expected()
+def check(loss: float, gradients: dict[str, Tensor | None], dropout: float = 0.0) -> None:
+    wanted_loss, wanted = expected(dropout)
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     floor = 1e-3 * max(float(gradient.norm()) for gradient in wanted.values())
     for name, gradient in gradients.items():
@@ -218,17 +255,30 @@ def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
         assert error < 3e-6, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("packed", "recomputes"), [(False, False), (True, True)])
-def test_one_process(packed: bool, recomputes: bool) -> None:
-    made = load(module(recomputes=recomputes))
+@pytest.mark.parametrize(
+    ("packed", "recomputes", "dropout"), [(False, False, 0.0), (True, True, 0.0), (True, False, DROPOUT)]
+)
+def test_one_process(packed: bool, recomputes: bool, dropout: float) -> None:
+    made = load(module(recomputes=recomputes, condition_dropout=dropout))
     out = made.pipeline(batch(packed=packed))
     out.loss.backward()
-    check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
+    check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}, dropout)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_drawing(scale: float) -> None:
+    """Each of three steps from noise, with guidance and without."""
+    made = load(module(**{**GUIDED, "guidance_scale": scale})).eval()
+    with torch.no_grad():
+        samples = made.pipeline(made.prepare(batch(data=False)), sample=True).samples
+        assert samples is not None
+        for one, other in zip(samples, drawn_by_hand(weights(), scale), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, also: bool) -> Any:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
-    made = module(freeze=freeze, recomputes=also)
+    made = module(freeze=freeze, recomputes=also, **GUIDED if also else {})
     made.part = part_of(rank, split_layers(LAYERS, size), range(size))
     load(made)
     schedule = ScheduleOptions(group_size=1, backbone=backbone)
@@ -252,13 +302,13 @@ def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, also
 )
 def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], also: bool) -> None:
     """With parts that are not trained, a microbatch of text alone, and also packed rows and layers that run again."""
-    alone = load(module()).eval()
+    alone = load(module(**GUIDED if also else {})).eval()
     with torch.no_grad():
         drawn = alone.pipeline(batch(data=False), sample=True).samples
     assert drawn is not None
     for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze, also):
         assert gradients or freeze
-        check(loss, gradients)
+        check(loss, gradients, DROPOUT if also else 0.0)
         for one, other in zip(drawn, found, strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -328,5 +378,7 @@ def test_a_target_without_its_picture() -> None:
 
 def test_components_that_are_missing() -> None:
     generators = {"picture": FlowGenerator(WIDTH, config={"num_layers": 1})}
+    with pytest.raises(ValueError, match="guidance_scale needs a model trained without conditions"):
+        module(guidance_scale=2.0)
     with pytest.raises(ValueError, match="UnifiedLM needs a UnifiedDecoder, one NoisyPictureEncoder"):
         UnifiedLM(HFDecoder(CONFIG), {}, generators)  # pyright: ignore[reportArgumentType]
