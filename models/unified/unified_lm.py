@@ -65,10 +65,6 @@ class UnifiedLM(MultimodalLM):
             )
         self._encoder, self._head = encoders[0], heads[0]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint.pop("hugging_face")  # there is no model of the library that it could be exported as
-
     def prepare(self, batch: Batch) -> Batch:
         """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
         have no condition.
