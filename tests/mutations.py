@@ -49,8 +49,8 @@ FAULTS = [
     Fault(
         "drawings are guided away from their text",
         "models/unified/unified_lm.py",
-        "other + scale * (one - other)",
-        "one + scale * (other - one)",
+        "one + scale * (v - one)",
+        "v + scale * (one - v)",
         "tests/models/test_unified.py -k drawing",
     ),
     Fault(
@@ -59,6 +59,13 @@ FAULTS = [
         'rest.replace(".others.", ".")',
         "rest",
         "tests/cli/test_exported.py -k draws_in_its",
+    ),
+    Fault(
+        "drawings see the text behind them after the first step",
+        "models/unified/kept_keys.py",
+        "text & before & (",
+        "text & (",
+        "tests/models/test_unified.py -k drawing",
     ),
     Fault(
         "layers that run again take the tokens of another microbatch for drawings",

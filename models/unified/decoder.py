@@ -1,8 +1,10 @@
 """A decoder with a second set of weights in its layers, for the tokens of pictures that are being drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -11,6 +13,7 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 from .. import loading, meta_model
 from ..llm.decoder import HFDecoder
 from ..llm.multimodal_inputs import text_positions
+from .kept_keys import MASKED, NUMBER, PLACES, SEEN, KeptKeys
 from .masks import PICTURES, mask_of, pictures_of
 from .two_weights import Places, TwoWeights, divide, positions_of
 
@@ -62,6 +65,7 @@ class UnifiedDecoder(HFDecoder):
             raise ValueError(f"{kind} has layers with other masks than those of full attention: choose another decoder")
         self.placeholders = {DRAWN: drawn_token}
         self._places = Places()
+        self._kept: dict[int, KeptKeys] | None = None
         self._divide(self._whole)
 
     def _divide(self, whole: Any) -> None:
@@ -92,6 +96,8 @@ class UnifiedDecoder(HFDecoder):
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds where the tokens of drawn pictures are."""
+        if SEEN in inputs:
+            return inputs
         inputs = super().prepare(inputs)
         if PICTURES not in inputs:
             drawn_BS = inputs["input_ids"] == self.placeholders[DRAWN]
@@ -100,11 +106,32 @@ class UnifiedDecoder(HFDecoder):
         return inputs
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
-        return mask_of(self._decoder.config, h_BSD, inputs)
+        if SEEN not in inputs:
+            return mask_of(self._decoder.config, h_BSD, inputs)
+        seen_11NK = inputs[SEEN][None, None]
+        if self._attention == "sdpa":
+            return seen_11NK
+        return torch.where(seen_11NK, 0.0, torch.finfo(h_BSD.dtype).min).to(h_BSD.dtype)
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
-        with self._places.given(inputs):
+        with self._places.given(inputs), self.using_cache(self._kept_of(inputs)):
             return super().run_layers(h_BSD, inputs, layers, extras)
+
+    @contextmanager
+    def keeping_keys(self) -> Iterator[bool]:
+        """Within this context, keys and values of microbatches with a `NUMBER` are kept, if that is possible."""
+        self._kept = {} if self._attention in MASKED else None
+        try:
+            yield self._kept is not None
+        finally:
+            self._kept = None
+
+    def _kept_of(self, inputs: dict[str, Tensor]) -> KeptKeys | None:
+        if self._kept is None or NUMBER not in inputs:
+            return None
+        kept = self._kept.setdefault(int(inputs[NUMBER]), KeptKeys())
+        kept.places = inputs.get(PLACES)
+        return kept
 
     def new_cache(self, layers: range) -> Any:
         return None

@@ -15,6 +15,7 @@ from bigmac_lightning.contracts.outputs import PipelineOutput
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
 from .decoder import UnifiedDecoder
+from .kept_keys import drawings_alone, numbered
 from .masks import ALONE
 from .pictures import NoisyPictureEncoder, VelocityHead
 
@@ -26,7 +27,8 @@ class UnifiedLM(MultimodalLM):
     noise is that of the target. Encoding noisy pictures, and the losses of velocities, are nested work; the flow itself
     is the LLM's.
 
-    A picture is drawn in steps, each of which is a forward of the whole LLM: that cannot be nested into anything.
+    A picture is drawn in steps, each of which is a forward of the LLM, after the first one on the tokens of pictures
+    alone: that cannot be nested into anything.
     """
 
     def __init__(
@@ -108,53 +110,63 @@ class UnifiedLM(MultimodalLM):
         assert isinstance(found, VelocityHead)
         return found
 
+    @property
+    def _decoder(self) -> UnifiedDecoder:
+        assert isinstance(self.llm, UnifiedDecoder)
+        return self.llm
+
     def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
         return self._draw(batch) if sample else super().pipeline(batch)
 
+    @torch.no_grad()
     def _draw(self, batch: Batch) -> PipelineOutput:
         """Each target, drawn from the noise of its seed."""
-        codec, device = self.head.codec, batch.labels.device
+        codec, device, scale = self.head.codec, batch.labels.device, self.guidance_scale
         x = [Draw(target.seed, self._latent_shape(target)).noise.to(device) for target in batch.targets]
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(self.steps, device=device)
+        whole = self.prepare(batch)
+        whole = whole.replace(microbatches=[numbered(m, number) for number, m in enumerate(whole.microbatches)])
         out = None
-        for step, time in enumerate(scheduler.timesteps):
-            s = time / scheduler.config.num_train_timesteps
-            out, velocities = self._velocities(batch, x, s, alone=False)
-            if self.guidance_scale != 1.0:
-                _, free = self._velocities(batch, x, s, alone=True)
-                scale = self.guidance_scale
-                velocities = [other + scale * (one - other) for one, other in zip(velocities, free, strict=True)]
-            length = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
-            x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
+        with self._decoder.keeping_keys() as keeps:
+            for step, time in enumerate(scheduler.timesteps if x else scheduler.timesteps[:1]):
+                s = time / scheduler.config.num_train_timesteps
+                found = super().pipeline(self._noisy(whole, x, s, whole=not (keeps and out)), sample=True)
+                velocities, out = found.samples or [], out or found
+                if scale != 1.0 and x:
+                    free = super().pipeline(self._noisy(whole, x, s, whole=not keeps, alone=True), sample=True).samples
+                    velocities = [one + scale * (v - one) for one, v in zip(free or [], velocities, strict=True)]
+                length = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
+                x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
         assert out is not None, "there are steps"
+        self.last_metrics = out.metrics
         out.samples = x if codec is None else [codec.decode(one[None])[0].float() for one in x]
         return out
 
-    def _velocities(self, batch: Batch, x: list[Tensor], s: Tensor, alone: bool) -> tuple[PipelineOutput, list[Tensor]]:
-        """The velocities of pictures as they are at s.
+    def _noisy(self, batch: Batch, x: list[Tensor], s: Tensor, whole: bool, alone: bool = False) -> Batch:
+        """The batch with the pictures as they are at s, on their owners.
 
         Args:
-            alone: whether they have no condition.
+            whole: whether it has all tokens, and not those of pictures alone.
+            alone: whether pictures have no condition.
         """
-        left = iter(x)
-        given = batch.replace(microbatches=[self._noisy(m, left, s, batch) for m in batch.microbatches])
-        if self.condition_dropout:  # in training some have none
-            given = given.replace(microbatches=[_alone(m, [alone] * len(m.targets)) for m in given.microbatches])
-        out = super().pipeline(given, sample=True)
-        assert out.samples is not None, "it samples"
-        return out, out.samples
+        left, made = iter(x), list[Microbatch]()
+        for microbatch in batch.microbatches:
+            media = [self._as_noisy(item, left, s, batch) for item in microbatch.media]
+            if whole:
+                given = replace(microbatch, media=media)
+                # in training some have none
+                made.append(_alone(given, [alone] * len(given.targets)) if self.condition_dropout else given)
+            elif microbatch.targets:
+                drawn = [item for item in media if item.encoder == self._encoder]
+                made.append(drawings_alone(microbatch, drawn, alone))
+        return batch.replace(microbatches=made)
 
-    def _noisy(self, microbatch: Microbatch, left: Iterator[Tensor], s: Tensor, batch: Batch) -> Microbatch:
-        """The microbatch with its pictures, on their owners."""
-
-        def given(item: MediaItem) -> MediaItem:
-            if item.encoder != self._encoder:
-                return item
-            picture = next(left)
-            return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
-
-        return replace(microbatch, media=[given(item) for item in microbatch.media])
+    def _as_noisy(self, item: MediaItem, left: Iterator[Tensor], s: Tensor, batch: Batch) -> MediaItem:
+        if item.encoder != self._encoder:
+            return item
+        picture = next(left)
+        return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
 
 
 def loses_condition(target: TargetItem, dropout: float) -> bool:

@@ -49,11 +49,17 @@ CODEC = {
 }
 
 
-def module(codec: bool = False, freeze: tuple[str, ...] = (), recomputes: bool = False, **options: float) -> UnifiedLM:
+def module(
+    codec: bool = False,
+    freeze: tuple[str, ...] = (),
+    recomputes: bool = False,
+    attention: str = "sdpa",
+    **options: float,
+) -> UnifiedLM:
     made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
     encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
     head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
-    llm = UnifiedDecoder(CONFIG, DRAWN, gradient_checkpointing=recomputes)
+    llm = UnifiedDecoder(CONFIG, DRAWN, attn_implementation=attention, gradient_checkpointing=recomputes)
     return UnifiedLM(llm, {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze, **options)
 
 
@@ -265,10 +271,10 @@ def test_one_process(packed: bool, recomputes: bool, dropout: float) -> None:
     check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}, dropout)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_drawing(scale: float) -> None:
+@pytest.mark.parametrize(("scale", "attention"), [(1.0, "sdpa"), (2.5, "eager")])
+def test_drawing(scale: float, attention: str) -> None:
     """Each of three steps from noise, with guidance and without."""
-    made = load(module(**{**GUIDED, "guidance_scale": scale})).eval()
+    made = load(module(**{**GUIDED, "guidance_scale": scale}, attention=attention)).eval()
     with torch.no_grad():
         samples = made.pipeline(made.prepare(batch(data=False)), sample=True).samples
         assert samples is not None
