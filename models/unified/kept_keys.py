@@ -57,7 +57,7 @@ def numbered(microbatch: Microbatch, number: int) -> Microbatch:
 
 
 def drawings_alone(microbatch: Microbatch, media: list[MediaItem], alone: bool) -> Microbatch:
-    """The tokens of a microbatch's pictures, in one row.
+    """The tokens of a microbatch's pictures, in one row, without targets.
 
     Args:
         microbatch: it has its number, and has run once.
@@ -72,7 +72,6 @@ def drawings_alone(microbatch: Microbatch, media: list[MediaItem], alone: bool) 
         inputs={**one_row, **found, DRAWN: own, OTHERS: own[:0]},
         media=media,
         media_positions=own,
-        targets=microbatch.targets,
         target_positions=own,
     )
 

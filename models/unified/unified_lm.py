@@ -1,6 +1,7 @@
 """The LightningModule of a model that reads and draws in one LLM."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.outputs import PipelineOutput
 
+from ..generation.codec import LatentCodec
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
 from .decoder import UnifiedDecoder
@@ -128,7 +131,7 @@ class UnifiedLM(MultimodalLM):
         whole = self.prepare(batch)
         whole = whole.replace(microbatches=[numbered(m, number) for number, m in enumerate(whole.microbatches)])
         out = None
-        with self._decoder.keeping_keys() as keeps:
+        with self._decoder.keeping_keys() as keeps, self._drawing_encoder():
             for step, time in enumerate(scheduler.timesteps if x else scheduler.timesteps[:1]):
                 s = time / scheduler.config.num_train_timesteps
                 found = super().pipeline(self._noisy(whole, x, s, whole=not (keeps and out)), sample=True)
@@ -140,8 +143,18 @@ class UnifiedLM(MultimodalLM):
                 x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
         assert out is not None, "there are steps"
         self.last_metrics = out.metrics
-        out.samples = x if codec is None else [codec.decode(one[None])[0].float() for one in x]
+        out.samples = x if codec is None else _decoded(self.head, codec, x)
         return out
+
+    @contextmanager
+    def _drawing_encoder(self) -> Iterator[None]:
+        encoder = self.encoders[self._encoder]
+        assert isinstance(encoder, NoisyPictureEncoder)
+        encoder.draws = True
+        try:
+            yield
+        finally:
+            encoder.draws = False
 
     def _noisy(self, batch: Batch, x: list[Tensor], s: Tensor, whole: bool, alone: bool = False) -> Batch:
         """The batch with the pictures as they are at s, on their owners.
@@ -153,13 +166,14 @@ class UnifiedLM(MultimodalLM):
         left, made = iter(x), list[Microbatch]()
         for microbatch in batch.microbatches:
             media = [self._as_noisy(item, left, s, batch) for item in microbatch.media]
+            targets = [replace(target, shape=self._latent_shape(target)) for target in microbatch.targets]
             if whole:
-                given = replace(microbatch, media=media)
+                given = replace(microbatch, media=media, targets=targets)
                 # in training some have none
                 made.append(_alone(given, [alone] * len(given.targets)) if self.condition_dropout else given)
             elif microbatch.targets:
                 drawn = [item for item in media if item.encoder == self._encoder]
-                made.append(drawings_alone(microbatch, drawn, alone))
+                made.append(replace(drawings_alone(microbatch, drawn, alone), targets=targets))
         return batch.replace(microbatches=made)
 
     def _as_noisy(self, item: MediaItem, left: Iterator[Tensor], s: Tensor, batch: Batch) -> MediaItem:
@@ -167,6 +181,17 @@ class UnifiedLM(MultimodalLM):
             return item
         picture = next(left)
         return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
+
+
+def _decoded(head: VelocityHead, codec: LatentCodec, x: list[Tensor]) -> list[Tensor]:
+    """Pictures of latents, by the codec of the head. If its weights lie in shards, all ranks gather them."""
+    shards = [module for module in head.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+    pictures = [codec.decode(one[None])[0].float() for one in x]
+    for shard in shards:
+        shard.reshard()
+    return pictures
 
 
 def loses_condition(target: TargetItem, dropout: float) -> bool:

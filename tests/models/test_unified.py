@@ -34,7 +34,7 @@ from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
 from tests.toy import split_layers
 
-WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 3, 5, 2
+WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 4, 5, 2
 CONFIG = {"model_type": "qwen3", **zoo.TEXT, "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
 DROPOUT = 0.388  # two of the four pictures lose their condition
 GUIDED = {"condition_dropout": DROPOUT, "guidance_scale": 2.0}
