@@ -168,7 +168,7 @@ def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[Item
     left = list(zip(example.media, sizes, strict=False))
     counts: Counter[str] = Counter()
     views: list[ItemView] = []
-    for media in sample.media:
+    for media in sample.media[: len(example.media)]:
         at = next(i for i, (item, _) in enumerate(left) if item.file.name == media.name)
         item, size = left.pop(at)
         kind = modality_of(item).name
@@ -182,14 +182,14 @@ def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[Item
 def _spans(sample: Sample, items: Sequence[ItemView], tokenizer: Any) -> Iterator[Span]:
     """The spans of a sample. A run is decoded with all tokens before it: a character may have several tokens."""
     item_of: dict[int, int] = {}
-    indices_of = [media.indices for media in sample.media]
+    indices_of = [media.indices for media in sample.media[: len(items) - len(sample.targets)]]
     indices_of += [range(target.start, target.start + target.rows) for target in sample.targets]
     for number, indices in enumerate(indices_of):
         item_of |= dict.fromkeys(indices, number)
 
     def kind_of(index: int) -> tuple[Kind, int]:
         if index in item_of:
-            return ("target" if item_of[index] >= len(sample.media) else "media"), item_of[index]
+            return ("target" if items[item_of[index]].label == "target" else "media"), item_of[index]
         return ("learnt" if sample.labelled[index] else "given"), -1
 
     before = ""

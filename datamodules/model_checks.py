@@ -12,6 +12,9 @@ from .encoding.hf_visual import HFVisual
 from .example import MediaPart
 from .media.modalities import MODALITIES
 
+DRAWN = "drawn"
+"""The name that the token of pictures has among the placeholders of an LLM that draws them itself."""
+
 
 def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> None:
     """
@@ -26,6 +29,7 @@ def check_model(module: PipelineModule, encoder: ChatEncoder, packed: bool) -> N
         raise ValueError(f"{reason}: set packing.packed to False, which gives each sample a row of its own")
     _check_vocabulary(module.llm, encoder.tokenizer)
     _check_placeholders(module.llm, encoder)
+    _check_drawings(module, encoder)
     _check_components(module, encoder)
 
 
@@ -59,6 +63,8 @@ def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
     token_of = {i: token for token, i in tokenizer.get_vocab().items()}
     names = {i: token for token, i in tokenizer.get_added_vocab().items()}
     for modality, expected in llm.placeholders.items():
+        if modality == DRAWN:
+            continue
         found = encoder.feature_ids.get(modality)
         prepares = encoder.media.get("audio") if modality == "audio" else encoder.visual
         elsewhere = prepares is None
@@ -73,6 +79,32 @@ def _check_placeholders(llm: LanguageModel, encoder: ChatEncoder) -> None:
         )
 
 
+def _check_drawings(module: PipelineModule, encoder: ChatEncoder) -> None:
+    """
+    Raises:
+        ValueError: the LLM draws, and its pictures would not come in, or other tokens would be taken for them; or it
+            does not draw.
+    """
+    target, llm, tokenizer = encoder.target, type(module.llm).__name__, encoder.tokenizer
+    drawn = module.llm.placeholders.get(DRAWN)
+    if drawn is None:
+        if target is not None and target.encoder is not None:
+            raise ValueError(f"target.encoder={target.encoder!r}: leave it out, as {llm} does not draw in its layers")
+        return
+    if target is not None and target.encoder is None:
+        raise ValueError(
+            f"{llm} draws in its layers, so each target has to come in with noise: set target.encoder to the model's "
+            f"NoisyPictureEncoder, one of {', '.join(module.encoders)}"
+        )
+    ordinary = {i: token for token, i in tokenizer.get_vocab().items()}.keys() - tokenizer.get_added_vocab().values()
+    found = drawn if target is None else encoder.draw_id()
+    if found != drawn or drawn in ordinary:
+        raise ValueError(
+            f"the model has drawn_token={drawn} ({tokenizer.convert_ids_to_tokens(drawn)!r}), and chat.draw_token="
+            f"{encoder.options.draw_token!r} has the id {encoder.draw_id()}: give both the same token"
+        )
+
+
 def _check_components(module: PipelineModule, encoder: ChatEncoder) -> None:
     """
     Raises:
@@ -81,6 +113,8 @@ def _check_components(module: PipelineModule, encoder: ChatEncoder) -> None:
     given: dict[str, Any] = {f"media[{name!r}]": processor for name, processor in encoder.media.items()}
     given["visual"] = encoder.visual
     given = {name: made for name, made in given.items() if not isinstance(made, HFVisual | HFAudio)}  # of a processor
+    if encoder.target is not None:
+        given["target"] = encoder.target
     for argument, processor in given.items():
         names = [getattr(processor, name, None) for name in ("encoder", "image_encoder", "video_encoder")]
         wanted = list(dict.fromkeys(name for name in names if name is not None))

@@ -137,9 +137,10 @@ def export_adapters(
 
 
 def in_whole(name: str) -> str:
-    """The name in the Hugging Face model of what has a name in the module."""
+    """The name in the Hugging Face model of what has a name in the module. In a `UnifiedLM`, the weights that are not
+    those of drawings are such a model."""
     component, _, rest = name.partition(".")
-    return rest if component == "llm" else rest.partition(".")[2]
+    return rest.replace(".others.", ".") if component == "llm" else rest.partition(".")[2]
 
 
 def _check_empty(output: Path) -> None:

@@ -164,8 +164,7 @@ class ChatEncoder:
         tokens, end = list(sample.tokens), self.tokenizer.eos_token_id
         if example.is_text and tokens[-1] == end and not sample.targets:
             tokens.pop()
-        targets = [replace(target, load=None) for target in sample.targets]
-        return replace(sample, tokens=tokens, labelled=[False] * len(tokens), targets=targets)
+        return replace(sample.to_draw(), tokens=tokens, labelled=[False] * len(tokens))
 
     @property
     def reply_ends(self) -> frozenset[int]:
@@ -181,8 +180,10 @@ class ChatEncoder:
         media = [self._media(example.media[i], sizes[i], plans[i], rows[i], draw) for i in order]
         targets: list[Target] = []
         if example.target is not None:
-            target, draw_id = self._target(example.target, sizes[-1], len(tokens), draw or (name,)), self._draw_id()
+            target, draw_id = self._target(example.target, sizes[-1], len(tokens), draw or (name,)), self.draw_id()
             targets.append(target)
+            if self.target is not None and self.target.encoder is not None:
+                media.append(Media(self.target.encoder, target.start, target.rows, target.load, name=target.name))
             tokens += [draw_id] * target.rows
             labelled += [False] * target.rows
         return Sample(tokens, labelled, media, targets, name)
@@ -340,7 +341,8 @@ class ChatEncoder:
         found = self.tokenizer.convert_tokens_to_ids(token)
         return None if found == self.tokenizer.unk_token_id else found
 
-    def _draw_id(self) -> int:
+    def draw_id(self) -> int:
+        """The id of the token that stands for what a generator draws."""
         token = self.options.draw_token
         found = self._id(token)
         if found is None:

@@ -120,12 +120,15 @@ class TargetProcessor:
         rows: number of tokens whose final hidden states condition the generator.
         shape: (C, H, W).
         cost: generator time of one image in a unit shared by all targets.
+        encoder: the model's name of the `NoisyPictureEncoder` that also gets each target, of a `UnifiedLM`; `rows` is
+            then the number of patches. ``None``: no encoder does.
     """
 
     generator: str = "image"
     rows: int = 4
     shape: tuple[int, int, int] = (3, 32, 32)
     cost: float = 1.0
+    encoder: str | None = None
 
     def load(self, image: Image, size: Size) -> Tensor:
         """The target of an image, of `shape`, float32.

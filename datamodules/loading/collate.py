@@ -7,7 +7,7 @@ Shape suffixes: B samples of a microbatch, S tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -92,7 +92,8 @@ class Sample:
     Attributes:
         tokens: token ids, placeholders included.
         labelled: for each token whether the model learns to predict it from those before it.
-        media: media items, in the order of their placeholders.
+        media: media items, in the order of their placeholders. A picture that the LLM itself draws is one of them and a
+            target, with the same first token.
         targets: generator targets, in the order of their tokens.
         name: what errors call it.
     """
@@ -114,6 +115,15 @@ class Sample:
                     f"rows {item.start}..{item.start + item.rows - 1} of an item lie outside its sample's "
                     f"{len(self.tokens)} tokens: one placeholder token per row is needed"
                 )
+
+    def to_draw(self) -> "Sample":
+        """The sample for sampling, where pictures that are to be made are not loaded."""
+        drawn = {target.start for target in self.targets}
+        return replace(
+            self,
+            media=[replace(item, load=None) if item.start in drawn else item for item in self.media],
+            targets=[replace(target, load=None) for target in self.targets],
+        )
 
 
 @dataclass(frozen=True)

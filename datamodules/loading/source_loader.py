@@ -1,7 +1,7 @@
 """The loader of sources: workers encode, pack and decode the steps that a sampler yields."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -78,9 +78,7 @@ class EncodedSteps(Dataset):
                 f"{name} has {len(sample.tokens)} tokens, but {measured.tokens[index]} when it was measured: its "
                 "source has changed, or does not give the same example each time"
             )
-        if self.sampling:
-            return replace(sample, targets=[replace(target, load=None) for target in sample.targets])
-        return sample
+        return sample.to_draw() if self.sampling else sample
 
 
 @dataclass(frozen=True)

@@ -57,17 +57,6 @@ def masks_of_prompts(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, 
     return {"full_attention": masks, "sliding_attention": sliding}
 
 
-def masks_of_drawn_pictures(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
-    """One mask: tokens of a picture that is being drawn see each other, and no token outside of it sees them."""
-    blocks_BS = modeling_gemma3.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
-
-    def is_seen(b: Any, head: Any, query: Any, key: Any) -> Any:
-        return (blocks_BS[b, key] < 0) | (blocks_BS[b, key] == blocks_BS[b, query])
-
-    given = (config, h_BSD, *_given(inputs))
-    return create_causal_mask(*given, block_sequence_ids=blocks_BS, and_mask_function=is_seen)
-
-
 def _library_masks(library: Any, config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
     blocks = library.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
     config = config.get_text_config()

@@ -1,8 +1,10 @@
 """A decoder with a second set of weights in its layers, for the tokens of pictures that are being drawn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -10,7 +12,9 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 
 from .. import loading, meta_model
 from ..llm.decoder import HFDecoder
-from ..llm.image_masks import masks_of_drawn_pictures
+from ..llm.multimodal_inputs import text_positions
+from .kept_keys import MASKED, NUMBER, PLACES, SEEN, KeptKeys
+from .masks import PICTURES, mask_of, pictures_of
 from .two_weights import Places, TwoWeights, divide, positions_of
 
 DRAWN = "drawn"
@@ -22,7 +26,7 @@ class UnifiedDecoder(HFDecoder):
     layers and in the final norm, and see each other both ways. No other token sees them, as they are noisy; a picture
     that later text is about has to come again, as an image that is read.
 
-    Both sets of weights start as those of the decoder. Rows hold one sample each.
+    Both sets of weights start as those of the decoder.
     """
 
     def __init__(
@@ -33,19 +37,22 @@ class UnifiedDecoder(HFDecoder):
         attn_implementation: str = "sdpa",
         weights: str | None = None,
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
             drawn_token: the id of the token that stands for a patch of a picture that is being drawn; between two such
-                pictures there has to be another token.
-            config, seed, attn_implementation, weights, dtype, trust_remote_code: see `HFDecoder`.
+                pictures of a sample there has to be another token.
+            config, seed, attn_implementation, weights, dtype, gradient_checkpointing, trust_remote_code: see
+                `HFDecoder`.
 
         Raises:
             ValueError: the decoder is part of a vision-language model, or one of its layers has weights that are more
                 than linear layers and norms.
         """
-        super().__init__(config, seed, attn_implementation, weights, dtype, trust_remote_code=trust_remote_code)
+        trusts = {"trust_remote_code": trust_remote_code}
+        super().__init__(config, seed, attn_implementation, weights, dtype, gradient_checkpointing, **trusts)
         kind = f"model_type {self.config.model_type!r}"
         if self.family is not None:
             raise ValueError(f"{kind} has encoders of its own: give its decoder alone, config.get_text_config()")
@@ -57,9 +64,8 @@ class UnifiedDecoder(HFDecoder):
         if {*(getattr(text, "layer_types", None) or ())} - {"full_attention"} or getattr(text, "sliding_window", None):
             raise ValueError(f"{kind} has layers with other masks than those of full attention: choose another decoder")
         self.placeholders = {DRAWN: drawn_token}
-        self.refuses_packing = f"{kind} draws by a mask that cannot keep packed samples apart"
-        self._image_masks = masks_of_drawn_pictures
         self._places = Places()
+        self._kept: dict[int, KeptKeys] | None = None
         self._divide(self._whole)
 
     def _divide(self, whole: Any) -> None:
@@ -77,6 +83,8 @@ class UnifiedDecoder(HFDecoder):
         meta_model.keep_language_model(whole, self._names, range(self.num_layers), embedding=True, head=True)
         made = loading.materialize(whole, keep, self.source, self.seed, self.dtype, cut)
         self._divide(made)
+        if self.gradient_checkpointing:
+            made.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self._places.contexts})
         return made
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
@@ -88,15 +96,42 @@ class UnifiedDecoder(HFDecoder):
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds where the tokens of drawn pictures are."""
+        if SEEN in inputs:
+            return inputs
         inputs = super().prepare(inputs)
-        if "token_type_ids" not in inputs:
+        if PICTURES not in inputs:
             drawn_BS = inputs["input_ids"] == self.placeholders[DRAWN]
-            inputs |= {"token_type_ids": drawn_BS.long(), **positions_of(drawn_BS)}
+            pictures_BS = pictures_of(drawn_BS, text_positions(inputs["position_ids"]))
+            inputs |= {PICTURES: pictures_BS, **positions_of(drawn_BS)}
         return inputs
 
+    def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+        if SEEN not in inputs:
+            return mask_of(self._decoder.config, h_BSD, inputs)
+        seen_11NK = inputs[SEEN][None, None]
+        if self._attention == "sdpa":
+            return seen_11NK
+        return torch.where(seen_11NK, 0.0, torch.finfo(h_BSD.dtype).min).to(h_BSD.dtype)
+
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
-        with self._places.given(inputs):
+        with self._places.given(inputs), self.using_cache(self._kept_of(inputs)):
             return super().run_layers(h_BSD, inputs, layers, extras)
+
+    @contextmanager
+    def keeping_keys(self) -> Iterator[bool]:
+        """Within this context, keys and values of microbatches with a `NUMBER` are kept, if that is possible."""
+        self._kept = {} if self._attention in MASKED else None
+        try:
+            yield self._kept is not None
+        finally:
+            self._kept = None
+
+    def _kept_of(self, inputs: dict[str, Tensor]) -> KeptKeys | None:
+        if self._kept is None or NUMBER not in inputs:
+            return None
+        kept = self._kept.setdefault(int(inputs[NUMBER]), KeptKeys())
+        kept.places = inputs.get(PLACES)
+        return kept
 
     def new_cache(self, layers: range) -> Any:
         return None

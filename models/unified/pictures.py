@@ -34,7 +34,10 @@ class NoisyPictureEncoder(Encoder):
 
     Attributes:
         codec: makes latents of pictures; ``None``: the flow works on pictures.
+        draws: whether items are latents that are being drawn, so that the codec does not run.
     """
+
+    draws = False
 
     def __init__(
         self, width: int, channels: int = 3, patch_size: int = 2, seed: int = 0, codec: LatentCodec | None = None
@@ -79,9 +82,14 @@ class NoisyPictureEncoder(Encoder):
         return [[i] for i in range(len(pixels))]
 
     def smallest(self) -> MediaData:
-        side = self.patch_size
-        noisy = torch.zeros(self.channels, side, side, dtype=self.input_dtype())
-        return {"noisy": noisy, "time": torch.zeros((), dtype=noisy.dtype)}
+        side, codec = self.patch_size, self.codec
+        noise = torch.zeros(self.channels, side, side, dtype=self.input_dtype())
+        time = torch.zeros((), dtype=noise.dtype)
+        if codec is None or self.draws:
+            return {"noisy": noise, "time": time}
+        side *= codec.factor
+        picture = torch.zeros(codec.autoencoder.config.in_channels, side, side, dtype=noise.dtype)
+        return {"picture": picture, "noise": noise, "time": time}
 
     def _encode(self, item: MediaData) -> Tensor:
         if not isinstance(item, dict) or "time" not in item:
@@ -101,7 +109,7 @@ class NoisyPictureEncoder(Encoder):
 class VelocityHead(Generator):
     """Predicts the velocity of the flow from the LLM's hidden states at a picture's tokens, by a linear layer.
 
-    `sample` gives this velocity, with which `UnifiedLM.draw` makes a step.
+    `sample` gives this velocity, with which `UnifiedLM` makes a step, of items that have the shape of latents.
 
     Attributes:
         codec: makes latents of targets; ``None``: the flow works on pictures.
@@ -128,7 +136,7 @@ class VelocityHead(Generator):
 
     def forward(self, conditions: list[Tensor], items: list[TargetItem]) -> Tensor:
         losses = list[Tensor]()
-        for condition_ND, item in zip(conditions, items, strict=True):
+        for velocity_NE, item in zip(self._velocities(conditions), items, strict=True):
             if item.data is None:
                 raise ValueError(
                     f"a target of generator {item.generator!r} has no data on its owner, rank {item.owner}"
@@ -136,21 +144,28 @@ class VelocityHead(Generator):
             clean_CHW = latents(self.codec, item.data)
             noise_CHW = Draw(item.seed, tuple(clean_CHW.shape)).noise.to(clean_CHW)
             wanted_NE = patched(noise_CHW - clean_CHW, self.patch_size)
-            losses.append((self.linear(condition_ND).float() - wanted_NE.float()).square().mean())
+            losses.append((velocity_NE - wanted_NE.float()).square().mean())
         return torch.stack(losses).sum()
+
+    def batches(self, items: Sequence[TargetItem]) -> list[list[int]]:
+        return [[i] for i in range(len(items))] if self.codec is not None else super().batches(items)
 
     @torch.no_grad()
     def sample(self, conditions: list[Tensor], items: list[TargetItem]) -> list[Tensor]:
-        """The velocity of each item, of the shape of its latents."""
-        shapes = [item.shape if self.codec is None else self.codec.latent_shape(item.shape) for item in items]
-        velocities = [self.linear(condition_ND).float() for condition_ND in conditions]
-        return [unpatched(v, shape, self.patch_size) for v, shape in zip(velocities, shapes, strict=True)]
+        """The velocity of each item."""
+        velocities = self._velocities(conditions)
+        return [unpatched(v, item.shape, self.patch_size) for v, item in zip(velocities, items, strict=True)]
+
+    def _velocities(self, conditions: list[Tensor]) -> Sequence[Tensor]:
+        """velocities_NE of each item. The layer runs once, as ranks that gather its weights expect."""
+        return self.linear(torch.cat(conditions)).float().split([len(condition) for condition in conditions])
 
     def smallest(self) -> tuple[Tensor, TargetItem]:
         side, channels, dtype = self.patch_size, self.channels, self.linear.weight.dtype
         if self.codec is not None:
             side, channels = side * self.codec.factor, self.codec.autoencoder.config.in_channels
-        item = TargetItem("", 1, (channels, side, side), data=torch.zeros(channels, side, side, dtype=dtype))
+        shape = (self.channels, self.patch_size, self.patch_size)  # of latents, as that of items to be drawn
+        item = TargetItem("", 1, shape, data=torch.zeros(channels, side, side, dtype=dtype))
         return torch.zeros(1, self.width, dtype=dtype), item
 
 

@@ -6,7 +6,7 @@ Shape suffixes: B samples, S tokens, K tokens of one kind.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,11 +26,17 @@ class Places:
     @contextmanager
     def given(self, inputs: dict[str, Tensor]) -> Iterator[None]:
         """Within this context, modules with two sets of weights get tokens of these inputs."""
-        self.drawn, self.others = inputs[DRAWN], inputs[OTHERS]
+        before, (self.drawn, self.others) = (self.drawn, self.others), (inputs[DRAWN], inputs[OTHERS])
         try:
             yield
         finally:
-            self.drawn = self.others = None
+            self.drawn, self.others = before
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For a layer that runs now, and again in the backward, when tokens of other inputs may be the given ones."""
+        assert self.drawn is not None, "layers run within `given`"
+        assert self.others is not None, "it gives both"
+        return nullcontext(), self.given({DRAWN: self.drawn, OTHERS: self.others})
 
 
 class TwoWeights(nn.Module):

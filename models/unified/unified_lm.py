@@ -1,18 +1,25 @@
 """The LightningModule of a model that reads and draws in one LLM."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 from typing import Any
 
+import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.outputs import PipelineOutput
 
+from ..generation.codec import LatentCodec
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
 from .decoder import UnifiedDecoder
+from .kept_keys import drawings_alone, numbered
+from .masks import ALONE
 from .pictures import NoisyPictureEncoder, VelocityHead
 
 
@@ -23,20 +30,35 @@ class UnifiedLM(MultimodalLM):
     noise is that of the target. Encoding noisy pictures, and the losses of velocities, are nested work; the flow itself
     is the LLM's.
 
-    A picture is drawn in steps, each of which is a forward of the whole LLM: that cannot be nested into anything.
+    A picture is drawn in steps, each of which is a forward of the LLM, after the first one on the tokens of pictures
+    alone: that cannot be nested into anything.
     """
 
-    def __init__(self, *arguments: Any, steps: int = 20, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        steps: int = 20,
+        condition_dropout: float = 0.0,
+        guidance_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
         """
         Args:
             arguments, options: those of `MultimodalLM`.
             steps: the number of Euler steps in which a picture is drawn.
+            condition_dropout: the fraction of targets whose tokens see nothing but each other; guidance needs it.
+            guidance_scale: the scale of classifier-free guidance (arXiv 2207.12598) of drawings; 1: no guidance. Each
+                step takes a second forward with it.
 
         Raises:
-            ValueError: a component is missing.
+            ValueError: a component is missing, or the numbers do not go together.
         """
         super().__init__(*arguments, **options)
-        self.steps = steps
+        if not 0.0 <= condition_dropout < 1.0:
+            raise ValueError(f"condition_dropout={condition_dropout}: it is a fraction, at least 0 and below 1")
+        if guidance_scale != 1.0 and condition_dropout == 0.0:
+            raise ValueError("guidance_scale needs a model trained without conditions at times: set condition_dropout")
+        self.steps, self.condition_dropout, self.guidance_scale = steps, condition_dropout, guidance_scale
         encoders = [name for name, part in self.encoders.items() if isinstance(part, NoisyPictureEncoder)]
         heads = [name for name, part in self.generators.items() if isinstance(part, VelocityHead)]
         found = (len(encoders), len(heads), len(self.generators))
@@ -48,12 +70,9 @@ class UnifiedLM(MultimodalLM):
             )
         self._encoder, self._head = encoders[0], heads[0]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint.pop("hugging_face")  # there is no model of the library that it could be exported as
-
     def prepare(self, batch: Batch) -> Batch:
-        """Gives the pictures that are learnt their noise, before they are moved to a device.
+        """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
+        have no condition.
 
         Raises:
             ValueError: a microbatch has another number of such pictures than of targets, or of their tokens.
@@ -62,7 +81,7 @@ class UnifiedLM(MultimodalLM):
         return batch.replace(microbatches=[self._learnt(m, number) for number, m in enumerate(batch.microbatches)])
 
     def _learnt(self, microbatch: Microbatch, number: int) -> Microbatch:
-        """A microbatch whose pictures have their noise."""
+        """A microbatch whose pictures have their noise, and some no condition."""
         rows = [item.rows for item in microbatch.media if item.encoder == self._encoder]
         wanted = [target.rows for target in microbatch.targets]
         if rows != wanted:
@@ -72,7 +91,10 @@ class UnifiedLM(MultimodalLM):
             )
         left = iter(microbatch.targets)
         media = [self._with_noise(m, next(left)) if m.encoder == self._encoder else m for m in microbatch.media]
-        return replace(microbatch, media=media)
+        if not self.condition_dropout or ALONE in microbatch.inputs:
+            return replace(microbatch, media=media)
+        alone = [loses_condition(target, self.condition_dropout) for target in microbatch.targets]
+        return replace(_alone(microbatch, alone), media=media)
 
     def _with_noise(self, item: MediaItem, target: TargetItem) -> MediaItem:
         if not isinstance(item.data, Tensor):  # of another rank, or it has noise already
@@ -91,36 +113,98 @@ class UnifiedLM(MultimodalLM):
         assert isinstance(found, VelocityHead)
         return found
 
+    @property
+    def _decoder(self) -> UnifiedDecoder:
+        assert isinstance(self.llm, UnifiedDecoder)
+        return self.llm
+
     def pipeline(self, batch: Batch, sample: bool = False) -> PipelineOutput:
         return self._draw(batch) if sample else super().pipeline(batch)
 
+    @torch.no_grad()
     def _draw(self, batch: Batch) -> PipelineOutput:
         """Each target, drawn from the noise of its seed."""
-        codec, device = self.head.codec, batch.labels.device
+        codec, device, scale = self.head.codec, batch.labels.device, self.guidance_scale
         x = [Draw(target.seed, self._latent_shape(target)).noise.to(device) for target in batch.targets]
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(self.steps, device=device)
+        whole = self.prepare(batch)
+        whole = whole.replace(microbatches=[numbered(m, number) for number, m in enumerate(whole.microbatches)])
         out = None
-        for step, time in enumerate(scheduler.timesteps):
-            s = time / scheduler.config.num_train_timesteps
-            out = super().pipeline(self._with_noisy(batch, x, s), sample=True)
-            assert out.samples is not None, "it samples"
-            length = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
-            x = [one + length * velocity for one, velocity in zip(x, out.samples, strict=True)]
+        with self._decoder.keeping_keys() as keeps, self._drawing_encoder():
+            for step, time in enumerate(scheduler.timesteps if x else scheduler.timesteps[:1]):
+                s = time / scheduler.config.num_train_timesteps
+                found = super().pipeline(self._noisy(whole, x, s, whole=not (keeps and out)), sample=True)
+                velocities, out = found.samples or [], out or found
+                if scale != 1.0 and x:
+                    free = super().pipeline(self._noisy(whole, x, s, whole=not keeps, alone=True), sample=True).samples
+                    velocities = [one + scale * (v - one) for one, v in zip(free or [], velocities, strict=True)]
+                length = scheduler.sigmas[step + 1] - scheduler.sigmas[step]
+                x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
         assert out is not None, "there are steps"
-        out.samples = x if codec is None else [codec.decode(one[None])[0].float() for one in x]
+        self.last_metrics = out.metrics
+        out.samples = x if codec is None else _decoded(self.head, codec, x)
         return out
 
-    def _with_noisy(self, batch: Batch, x: list[Tensor], s: Tensor) -> Batch:
-        """The batch with the pictures as they are at s, on their owners."""
-        left = iter(x)
-        return batch.replace(microbatches=[self._noisy(m, left, s, batch) for m in batch.microbatches])
+    @contextmanager
+    def _drawing_encoder(self) -> Iterator[None]:
+        encoder = self.encoders[self._encoder]
+        assert isinstance(encoder, NoisyPictureEncoder)
+        encoder.draws = True
+        try:
+            yield
+        finally:
+            encoder.draws = False
 
-    def _noisy(self, microbatch: Microbatch, left: Iterator[Tensor], s: Tensor, batch: Batch) -> Microbatch:
-        def given(item: MediaItem) -> MediaItem:
-            if item.encoder != self._encoder:
-                return item
-            picture = next(left)
-            return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
+    def _noisy(self, batch: Batch, x: list[Tensor], s: Tensor, whole: bool, alone: bool = False) -> Batch:
+        """The batch with the pictures as they are at s, on their owners.
 
-        return replace(microbatch, media=[given(item) for item in microbatch.media])
+        Args:
+            whole: whether it has all tokens, and not those of pictures alone.
+            alone: whether pictures have no condition.
+        """
+        left, made = iter(x), list[Microbatch]()
+        for microbatch in batch.microbatches:
+            media = [self._as_noisy(item, left, s, batch) for item in microbatch.media]
+            targets = [replace(target, shape=self._latent_shape(target)) for target in microbatch.targets]
+            if whole:
+                given = replace(microbatch, media=media, targets=targets)
+                # in training some have none
+                made.append(_alone(given, [alone] * len(given.targets)) if self.condition_dropout else given)
+            elif microbatch.targets:
+                drawn = [item for item in media if item.encoder == self._encoder]
+                made.append(replace(drawings_alone(microbatch, drawn, alone), targets=targets))
+        return batch.replace(microbatches=made)
+
+    def _as_noisy(self, item: MediaItem, left: Iterator[Tensor], s: Tensor, batch: Batch) -> MediaItem:
+        if item.encoder != self._encoder:
+            return item
+        picture = next(left)
+        return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
+
+
+def _decoded(head: VelocityHead, codec: LatentCodec, x: list[Tensor]) -> list[Tensor]:
+    """Pictures of latents, by the codec of the head. If its weights lie in shards, all ranks gather them."""
+    shards = [module for module in head.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.unshard()
+    pictures = [codec.decode(one[None])[0].float() for one in x]
+    for shard in shards:
+        shard.reshard()
+    return pictures
+
+
+def loses_condition(target: TargetItem, dropout: float) -> bool:
+    """Whether a target is learnt without its condition, the same on all ranks."""
+    return Random(f"condition of {target.seed}").random() < dropout
+
+
+def _alone(microbatch: Microbatch, alone: list[bool]) -> Microbatch:
+    """A microbatch of whose targets some have no condition."""
+    found_N = torch.tensor(alone, dtype=torch.bool).repeat_interleave(
+        torch.tensor([target.rows for target in microbatch.targets], dtype=torch.long)
+    )
+    ids_BS, positions = microbatch.inputs["input_ids"], microbatch.target_positions
+    alone_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    alone_BS.view(-1)[positions] = found_N.to(ids_BS.device)
+    return replace(microbatch, inputs={**microbatch.inputs, ALONE: alone_BS})

@@ -1,22 +1,28 @@
 """An exported folder is used again: to start a training from, and to be asked without a Trainer."""
 
 import json
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import bigmac_lightning
 from bigmac_lightning import run_config
 from bigmac_lightning.commands.export import export_checkpoint
 from bigmac_lightning.datamodules import DigitsDataModule, MultimodalDataModule, byte_tokenizer
+from bigmac_lightning.loaded_run import _Reader
 from bigmac_lightning.models import (
     AudioEncoder,
     FlowGenerator,
@@ -24,16 +30,19 @@ from bigmac_lightning.models import (
     HFVisionEncoder,
     LatentCodec,
     MultimodalLM,
+    UnifiedLM,
     VisionEncoder,
 )
 from bigmac_lightning.models.export import OTHERS
 from bigmac_lightning.models.lora import fold_lora
+from tests.cli import commands
 from tests.cli.test_loading import CODEC
 from tests.models import zoo
 from tests.models.parts import TOWER, WIDTH, decoder_config
 from tests.models.test_audio import WHISPER
 from tests.training.trainers import on_ranks, pipeline_trainer
 
+ROOT = Path(__file__).parents[2]
 FLOW = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6]}
 LORA = {
     "llm": {"r": 2, "target_modules": ["q_proj"]},
@@ -323,6 +332,47 @@ def test_the_folder_alone_is_loaded(tmp_path: Path) -> None:
     _assert_equal(run.module.state_dict(), expected)
     assert isinstance(run.data, MultimodalDataModule)
     assert len([*run.generate(run.prompt("hello"), max_new_tokens=2)]) <= 2
+
+
+IN_ANOTHER_PROCESS = """
+import sys
+import bigmac_lightning
+run = bigmac_lightning.load(sys.argv[1], device="cpu")
+run.draw("draw a 3 :", seed=5)[0].save("three.png")
+print(run.chat("<image> which digit is this ?", images=["three.png"], max_new_tokens=5))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
+def test_a_model_that_draws_in_its_llm(tmp_path: Path) -> None:
+    """The folder has the weights for text as a Hugging Face model, and draws and replies as the run did."""
+    config = yaml.safe_load((ROOT / "configs" / "drawn_digits.yaml").read_text())
+    config["model"]["init_args"] |= {"steps": 2, "condition_dropout": 0.1, "guidance_scale": 2.0}
+    path = tmp_path / "run" / "checkpoints" / "x.ckpt"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({name: config[name] for name in ("model", "data")}))
+    module = _Reader.of(tmp_path / "run" / "config.yaml", None).model
+    assert isinstance(module, UnifiedLM)
+    expected = _saved(module, path)
+    export_checkpoint(str(path), str(tmp_path / "out"))
+    run = bigmac_lightning.load(path, device="cpu")
+    picture = run.draw("draw a 3 :", seed=5)[0]
+    reply = run.chat("<image> which digit is this ?", images=[picture], max_new_tokens=5)
+    shutil.rmtree(tmp_path / "run")
+    done = commands.run([sys.executable, "-c", IN_ANOTHER_PROCESS, str(tmp_path / "out")], tmp_path)
+    assert done.stdout.strip() == reply
+    assert (np.asarray(Image.open(tmp_path / "three.png")) == np.asarray(picture)).all()
+    ids = torch.tensor([[5, 9, 20, 7, 11]])
+    inputs = module.llm.prepare({"input_ids": ids})
+    with torch.no_grad():
+        h = module.llm.run_layers(module.llm.embed(inputs), inputs, range(module.llm.num_layers), {})
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+        torch.testing.assert_close(module.llm.logits(h), alone)
+    trained = _Reader.of(tmp_path / "out" / "config.yaml", None).model
+    assert isinstance(trained, UnifiedLM)
+    trained.init_from = {"": str(tmp_path / "out")}
+    trained.configure_model()
+    _assert_equal(trained.state_dict(), expected)
 
 
 def test_a_model_and_data_of_ones_own(tmp_path: Path) -> None:

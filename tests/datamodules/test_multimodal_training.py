@@ -1,6 +1,7 @@
 """Packed batches of images, videos, texts and drawings under Trainer(strategy="bigmac") against one process."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,24 @@ import pytest
 import torch
 
 from bigmac_lightning.contracts.batch import Batch
-from bigmac_lightning.datamodules import MultimodalDataModule, PackingOptions
-from bigmac_lightning.models import HFDecoder, MultimodalLM
-from tests.datamodules.examples import VOCABULARY, data, model, write_mixed
+from bigmac_lightning.datamodules import (
+    Example,
+    File,
+    Image,
+    Message,
+    MultimodalDataModule,
+    PackingOptions,
+    TargetProcessor,
+)
+from bigmac_lightning.models import (
+    HFDecoder,
+    MultimodalLM,
+    NoisyPictureEncoder,
+    UnifiedDecoder,
+    UnifiedLM,
+    VelocityHead,
+)
+from tests.datamodules.examples import TARGET, VISUAL, VOCABULARY, data, model, write_mixed
 from tests.models.parts import decoder_config
 from tests.training.trainers import on_ranks, pipeline_trainer, plain_trainer
 
@@ -102,14 +118,29 @@ def test_against_one_process(ranks: tuple[int, ...], dp: int, changes: dict[str,
                 assert logged["val/loss"] == pytest.approx(float(trainer.callback_metrics["val/loss"]), rel=1e-4)
 
 
-def test_packing_changes_neither_loss_nor_gradients(tmp_path: Path) -> None:
+COMES_IN = TargetProcessor(rows=16, shape=(3, 8, 8), encoder="drawn")
+DRAWINGS = partial(MultimodalDataModule, visual=VISUAL, target=TARGET)
+
+
+def unified(drawn_token: int | None = None) -> UnifiedLM:
+    """As `model`, but for drawings, which run through the LLM; by default it has the DataModule's token for them."""
+    token = DRAWINGS().encoder.draw_id() if drawn_token is None else drawn_token
+    llm = UnifiedDecoder(decoder_config(vocab_size=VOCABULARY, num_hidden_layers=3), token)
+    encoders = {"image": model().encoders["image"], "drawn": NoisyPictureEncoder(32)}
+    return UnifiedLM(llm, encoders, {"image": VelocityHead(32)})
+
+
+@pytest.mark.parametrize("draws", [False, True], ids=["", "in the LLM"])
+def test_packing_changes_neither_loss_nor_gradients(draws: bool, tmp_path: Path) -> None:
     """Samples in one row do not see each other."""
     path = write_mixed(tmp_path)
     results = []
+    changes = {"target": COMES_IN} if draws else {}
     for packed in (True, False):
-        made = data(path, packing=PackingOptions(packed=packed))
+        made = data(path, packing=PackingOptions(packed=packed), **changes)
         made.setup("fit")
-        module = model()
+        module = unified() if draws else model()
+        made.check(module)
         module.configure_model()
         batch = next(iter(made.train_dataloader()))
         assert all((m.shape[0] == 1) == packed or len(m.origins) == 1 for m in batch.microbatches)
@@ -122,6 +153,28 @@ def test_packing_changes_neither_loss_nor_gradients(tmp_path: Path) -> None:
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_prompt_for_an_llm_that_draws() -> None:
+    made = DRAWINGS(target=COMES_IN)
+    module = unified().eval()
+    module.configure_model()
+    batch = made.prompt(Example([Message("user", ["a cat"])], Image(File.lazy("none", bytes))))
+    with torch.no_grad():
+        drawn = module.pipeline(batch, sample=True).samples
+    assert drawn is not None
+    assert [one.shape for one in drawn] == [(3, 8, 8)]
+
+
+def test_data_that_an_llm_that_draws_cannot_take() -> None:
+    with pytest.raises(ValueError, match=r"set target.encoder to the model's NoisyPictureEncoder, one of image, drawn"):
+        DRAWINGS().check(unified())
+    with pytest.raises(ValueError, match=r"target.encoder='drawn': leave it out, as HFDecoder does not draw"):
+        DRAWINGS(target=COMES_IN).check(model())
+    with pytest.raises(ValueError, match=r"drawn_token=70 \('a'\), and chat.draw_token='<\|draw\|>' has the id 5"):
+        DRAWINGS(target=COMES_IN).check(unified(70))
+    with pytest.raises(ValueError, match="drawn_token=70 "):
+        DRAWINGS(target=None).check(unified(70))
 
 
 def test_text_of_other_samples_in_the_row_changes_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 pipeline; who sees whom; drawing."""
 
 from functools import cache
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -32,8 +34,11 @@ from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
 from tests.toy import split_layers
 
-WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 3, 5, 2
+WIDTH, LAYERS, DRAWN, SIDE = zoo.WIDTH, 4, 5, 2
 CONFIG = {"model_type": "qwen3", **zoo.TEXT, "num_hidden_layers": LAYERS, "tie_word_embeddings": True}
+DROPOUT = 0.388  # two of the four pictures lose their condition
+GUIDED = {"condition_dropout": DROPOUT, "guidance_scale": 2.0}
+NAMES = ("weight", "bias")
 CODEC = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [8, 8],
@@ -44,11 +49,18 @@ CODEC = {
 }
 
 
-def module(codec: bool = False, freeze: tuple[str, ...] = ()) -> UnifiedLM:
+def module(
+    codec: bool = False,
+    freeze: tuple[str, ...] = (),
+    recomputes: bool = False,
+    attention: str = "sdpa",
+    **options: float,
+) -> UnifiedLM:
     made = [LatentCodec(CODEC) if codec else None for _ in range(2)]
     encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=made[0])
     head = VelocityHead(WIDTH, patch_size=SIDE, codec=made[1])
-    return UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze)
+    llm = UnifiedDecoder(CONFIG, DRAWN, attn_implementation=attention, gradient_checkpointing=recomputes)
+    return UnifiedLM(llm, {"drawn": encoder}, {"picture": head}, steps=3, freeze=freeze, **options)
 
 
 @cache
@@ -74,26 +86,28 @@ def picture(seed: int, height: int, width: int) -> Tensor:
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = True) -> Batch:
-    """Rows with a drawing and text after it, two drawings of other sizes, and text alone."""
+def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = True, packed: bool = False) -> Batch:
+    """Samples with a drawing and text after it, two drawings of other sizes, and text alone; two in a microbatch."""
     layout, microbatches, seed = layout or PipelineLayout(), list[Microbatch](), 0
     for sizes_of_rows in ([[(4, 6)], []], [[(4, 4), (2, 6)], [(2, 2)]], [[], []]):
-        rows, made = [], Microbatch({"input_ids": torch.zeros(0)})
+        rows, made = list[list[int]](), Microbatch({"input_ids": torch.zeros(0)})
         labels, positions, S = list[int](), list[int](), 24
         for b, sizes in enumerate(sizes_of_rows):
-            tokens = [7, 9 + b]
+            tokens, start = [7, 9 + b], sum(map(len, rows))
             for height, width in sizes:
                 seed += 1
                 number, shape = height * width // SIDE**2, (3, height * patch // SIDE, width * patch // SIDE)
-                positions += range(b * S + len(tokens), b * S + len(tokens) + number)
+                positions += range(start + len(tokens), start + len(tokens) + number)
                 tokens += [DRAWN] * number + [11]
                 image = picture(seed, *shape[1:]) if data else None
                 made.media.append(MediaItem("drawn", number, data=image))
                 made.targets.append(TargetItem("picture", number, shape, seed, data=image))
-            labels += [b * S + len(tokens) + k for k in range(3)]
+            labels += [start + len(tokens) + k for k in range(3)]
             tokens += [20 + b, 21, 22]
-            rows.append(tokens + [0] * (S - len(tokens)))
-        made.inputs = {"input_ids": torch.tensor(rows), "position_ids": torch.arange(S).repeat(2, 1)}
+            rows.append(tokens + [0] * (0 if packed else S - len(tokens)))
+        places = torch.cat([torch.arange(len(row)) for row in rows])
+        made.inputs = {"input_ids": torch.tensor([token for row in rows for token in row]), "position_ids": places}
+        made.inputs = {name: one.view(1 if packed else 2, -1) for name, one in made.inputs.items()}
         made.labels = made.inputs["input_ids"].flatten()[labels]
         made.label_positions = torch.tensor(labels) - 1
         made.media_positions = made.target_positions = torch.tensor(positions, dtype=torch.long)
@@ -107,7 +121,7 @@ def batch(layout: PipelineLayout | None = None, patch: int = SIDE, data: bool = 
 # -- the formulas ------------------------------------------------------------------------------------------------------
 
 
-def written_out(w: dict[str, Tensor]) -> Tensor:
+def written_out(w: dict[str, Tensor], dropout: float) -> Tensor:
     """The loss of the batch, row by row."""
     given, text, velocity = batch(), list[Tensor](), list[Tensor]()
     for microbatch in given.microbatches:
@@ -116,7 +130,7 @@ def written_out(w: dict[str, Tensor]) -> Tensor:
             drawn = ids == DRAWN
             h = w["llm.model.embed_tokens.weight"][ids].clone()
             runs = torch.nonzero(drawn & ~torch.cat([torch.tensor([False]), drawn[:-1]]))[:, 0].tolist()
-            wanted, block = [], torch.full(ids.shape, -1)
+            wanted, block, alone = [], torch.full(ids.shape, -1), torch.zeros_like(drawn)
             for number, start in enumerate(runs):
                 item, target = left.pop(0)
                 assert isinstance(item.data, Tensor)
@@ -125,13 +139,12 @@ def written_out(w: dict[str, Tensor]) -> Tensor:
                 h[start : start + item.rows] = features(w, noisy, draw.time)
                 wanted.append((start, item.rows, cut(draw.noise - item.data)))
                 block[start : start + item.rows] = number
-            h = layers(w, h, drawn, block)
+                alone[start : start + item.rows] = Random(f"condition of {target.seed}").random() < dropout
+            h = layers(w, h, drawn, block, alone)
             logits = linear(h, w["llm.model.embed_tokens.weight"])
             text.append(cross_entropy(logits[labels - 1], ids[labels], reduction="sum"))
             for start, rows, velocity_NE in wanted:
-                made = linear(
-                    h[start : start + rows], *(w[f"generators.picture.linear.{n}"] for n in ("weight", "bias"))
-                )
+                made = linear(h[start : start + rows], *(w[f"generators.picture.linear.{n}"] for n in NAMES))
                 velocity.append((made - velocity_NE).square().mean())
     return torch.stack(text).sum() / len(given.labels) + torch.stack(velocity).mean()
 
@@ -148,6 +161,12 @@ def cut(x: Tensor) -> Tensor:
         for j in range(0, x.shape[2], SIDE)
     ]
     return torch.stack(patches)
+
+
+def uncut(patches: Tensor, shape: tuple[int, ...]) -> Tensor:
+    columns = shape[2] // SIDE
+    rows = [torch.cat(list(row.view(-1, 3, SIDE, SIDE)), dim=2) for row in patches.split(columns)]
+    return torch.cat(rows, dim=1)
 
 
 def features(w: dict[str, Tensor], noisy: Tensor, s: Tensor) -> Tensor:
@@ -167,10 +186,11 @@ def features(w: dict[str, Tensor], noisy: Tensor, s: Tensor) -> Tensor:
     return of("patches", cut(noisy)) + places + time
 
 
-def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor) -> Tensor:
+def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor, alone: Tensor) -> Tensor:
     S = len(h)
     seen = torch.ones(S, S, dtype=torch.bool).tril() | ((block[:, None] == block) & drawn)
     seen &= ~drawn[None] | (block[:, None] == block)
+    seen &= ~alone[:, None] | (block[:, None] == block)
     cos, sin = Qwen3RotaryEmbedding(HFDecoder(CONFIG).config)(h[None], torch.arange(S)[None])
 
     def both(name: str, apply: Any, x: Tensor) -> Tensor:
@@ -196,16 +216,42 @@ def layers(w: dict[str, Tensor], h: Tensor, drawn: Tensor, block: Tensor) -> Ten
     return both("norm", norm, h)
 
 
+def drawn_by_hand(w: dict[str, Tensor], scale: float) -> list[Tensor]:
+    """Each picture, in three steps from noise."""
+    made, places = list[Tensor](), [*torch.linspace(1, 0.001, 3), torch.tensor(0.0)]
+    for microbatch in batch().microbatches:
+        left = list(microbatch.targets)
+        for ids in microbatch.inputs["input_ids"]:
+            drawn = ids == DRAWN
+            first = drawn & ~torch.cat([torch.tensor([False]), drawn[:-1]])
+            block = torch.where(drawn, first.cumsum(0) - 1, -1)
+            count = int(first.sum())
+            x, left = [Draw(target.seed, target.shape).noise for target in left[:count]], left[count:]
+            for s, after in pairwise(places):
+                h = w["llm.model.embed_tokens.weight"][ids].clone()
+                for number, noisy in enumerate(x):
+                    h[block == number] = features(w, noisy, s)
+                of_text, free = (
+                    linear(layers(w, h, drawn, block, alone), *(w[f"generators.picture.linear.{n}"] for n in NAMES))
+                    for alone in (torch.zeros_like(drawn), drawn)
+                )
+                velocity = free + scale * (of_text - free)
+                steps = [(after - s) * uncut(velocity[block == k], noisy.shape) for k, noisy in enumerate(x)]
+                x = [noisy + step for noisy, step in zip(x, steps, strict=True)]
+            made += x
+    return made
+
+
 @cache
-def expected() -> tuple[float, dict[str, Tensor]]:
+def expected(dropout: float = 0.0) -> tuple[float, dict[str, Tensor]]:
     w = {name: tensor.clone().requires_grad_() for name, tensor in weights().items() if "lm_head" not in name}
-    loss = written_out(w)
+    loss = written_out(w, dropout)
     loss.backward()
     return loss.item(), {name: tensor.grad for name, tensor in w.items() if tensor.grad is not None}
 
 
-def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
-    wanted_loss, wanted = expected()
+def check(loss: float, gradients: dict[str, Tensor | None], dropout: float = 0.0) -> None:
+    wanted_loss, wanted = expected(dropout)
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
     floor = 1e-3 * max(float(gradient.norm()) for gradient in wanted.values())
     for name, gradient in gradients.items():
@@ -215,42 +261,60 @@ def check(loss: float, gradients: dict[str, Tensor | None]) -> None:
         assert error < 3e-6, f"{name}: {error:.1e}"
 
 
-def test_one_process() -> None:
-    made = load(module())
-    out = made.pipeline(batch())
+@pytest.mark.parametrize(
+    ("packed", "recomputes", "dropout"), [(False, False, 0.0), (True, True, 0.0), (True, False, DROPOUT)]
+)
+def test_one_process(packed: bool, recomputes: bool, dropout: float) -> None:
+    made = load(module(recomputes=recomputes, condition_dropout=dropout))
+    out = made.pipeline(batch(packed=packed))
     out.loss.backward()
-    check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()})
+    check(out.loss.item(), {name: parameter.grad for name, parameter in made.named_parameters()}, dropout)
 
 
-def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any) -> Any:
+@pytest.mark.parametrize(("scale", "attention"), [(1.0, "sdpa"), (2.5, "eager")])
+def test_drawing(scale: float, attention: str) -> None:
+    """Each of three steps from noise, with guidance and without."""
+    made = load(module(**{**GUIDED, "guidance_scale": scale}, attention=attention)).eval()
+    with torch.no_grad():
+        samples = made.pipeline(made.prepare(batch(data=False)), sample=True).samples
+        assert samples is not None
+        for one, other in zip(samples, drawn_by_hand(weights(), scale), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, also: bool) -> Any:
     mesh = build_mesh(torch.device("cpu"), 1, size, range(size))
-    made = module(freeze=freeze)
+    made = module(freeze=freeze, recomputes=also, **GUIDED if also else {})
     made.part = part_of(rank, split_layers(LAYERS, size), range(size))
     load(made)
     schedule = ScheduleOptions(group_size=1, backbone=backbone)
     options = PipelineOptions(schedule, sharding=ShardingOptions(encoders=encoders))
     made.runner = PipelineRunner(made, mesh, options)
-    out = made.pipeline(batch(made.runner.layout))
+    out = made.pipeline(batch(made.runner.layout, packed=also))
     reduce_gradients(made.runner.places, mesh)
     found = {name: whole(parameter.grad) for name, parameter in made.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
-        drawn = made.eval().pipeline(batch(made.runner.layout, data=False), sample=True).samples
+        drawn = made.eval().pipeline(batch(made.runner.layout, data=False, packed=also), sample=True).samples
     return out.loss.item(), found, drawn
 
 
 @pytest.mark.parametrize(
-    ("size", "sharded", "backbone", "freeze"),
-    [(2, "ddp", "1f1b", ()), (3, "fsdp", "zb1p", ("llm",)), (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"))],
+    ("size", "sharded", "backbone", "freeze", "also"),
+    [
+        (2, "ddp", "1f1b", (), True),
+        (3, "fsdp", "zb1p", ("llm",), False),
+        (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"), True),
+    ],
 )
-def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...]) -> None:
-    """With parts that are not trained, and a microbatch of text alone."""
-    alone = load(module()).eval()
+def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], also: bool) -> None:
+    """With parts that are not trained, a microbatch of text alone, and also packed rows and layers that run again."""
+    alone = load(module(**GUIDED if also else {})).eval()
     with torch.no_grad():
         drawn = alone.pipeline(batch(data=False), sample=True).samples
     assert drawn is not None
-    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze):
+    for loss, gradients, found in run_ranks(size, _ranks, size, sharded, backbone, freeze, also):
         assert gradients or freeze
-        check(loss, gradients)
+        check(loss, gradients, DROPOUT if also else 0.0)
         for one, other in zip(drawn, found, strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -268,13 +332,16 @@ def test_a_codec_of_its_own() -> None:
     assert [tuple(one.shape) for one in drawn] == [target.shape for target in given.targets]
 
 
-def test_who_sees_whom() -> None:
-    """Text does not see what is drawn; a drawing sees the text before it, and all of itself."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_who_sees_whom(packed: bool) -> None:
+    """Text does not see what is drawn; a drawing sees the text before it, and all of itself. In a packed row a sample
+    begins with a drawing, next to one of the sample before."""
     made = load(module()).eval()
 
     def hidden(change: int | None = None) -> Tensor:
         ids = torch.tensor([[7, 8, DRAWN, DRAWN, DRAWN, 9, 10, DRAWN]])
-        inputs = made.llm.prepare({"input_ids": ids, "position_ids": torch.arange(8)[None]})
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]) if packed else torch.arange(8)[None]
+        inputs = made.llm.prepare({"input_ids": ids, "position_ids": positions})
         h = made.llm.embed(inputs)
         h = h + 0.1 * torch.arange(8)[None, :, None]
         if change is not None:
@@ -283,8 +350,9 @@ def test_who_sees_whom() -> None:
 
     before = hidden()
     moved = {k: {i for i in range(8) if not torch.equal(before[i], hidden(k)[i])} for k in range(8)}
-    assert moved[0] == set(range(8))
-    assert moved[2] == moved[3] == moved[4] == {2, 3, 4}
+    assert moved[2] == moved[3] == ({2, 3} if packed else {2, 3, 4})
+    assert moved[4] == ({4} if packed else {2, 3, 4})
+    assert moved[0] == (set(range(4)) if packed else set(range(8)))
     assert moved[5] == {5, 6, 7}
     assert moved[7] == {7}
 
@@ -316,5 +384,7 @@ def test_a_target_without_its_picture() -> None:
 
 def test_components_that_are_missing() -> None:
     generators = {"picture": FlowGenerator(WIDTH, config={"num_layers": 1})}
+    with pytest.raises(ValueError, match="guidance_scale needs a model trained without conditions"):
+        module(guidance_scale=2.0)
     with pytest.raises(ValueError, match="UnifiedLM needs a UnifiedDecoder, one NoisyPictureEncoder"):
         UnifiedLM(HFDecoder(CONFIG), {}, generators)  # pyright: ignore[reportArgumentType]
