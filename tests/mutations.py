@@ -33,6 +33,20 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "experts that the loader turns are cut before",
+        "models/loading.py",
+        "            _keep_turned(self, whole)\n",
+        "            pass\n",
+        "tests/models/test_expert_parallel.py -k either_way",
+    ),
+    Fault(
+        "the tokens of features are lost with a visual of its own",
+        "datamodules/encoding/processors.py",
+        "        feature_tokens = visual.feature_tokens |",
+        "        feature_tokens = {} and visual.feature_tokens |",
+        "tests/datamodules/test_processor_plans.py -k without_a_processor",
+    ),
+    Fault(
         "text sees the noise of what is drawn",
         "models/llm/image_masks.py",
         "return (blocks_BS[b, key] < 0) | (",
