@@ -167,7 +167,9 @@ def _load(
     def slice_of(self: Any, name: str) -> Any:
         """By its shape the loader sees whether a tensor, of which it has read a slice, has to be turned."""
         found = model.get_parameter(self, name)
-        return found.to_local() if isinstance(found, DTensor) and _is_turned(self, name) else found
+        if isinstance(found, DTensor) and any(part in name for part in _turned(self)):
+            return found.to_local()
+        return found
 
     # The subclass has the same name and module, because the library looks up conversions of names by them.
     changed = {"__init__": build, "get_parameter": slice_of, "__module__": model.__module__}
@@ -194,21 +196,22 @@ def _load(
     return loaded.train()
 
 
-def _is_turned(whole: Any, name: str) -> bool:
-    """Whether the loader may transpose what it has read for a parameter."""
+def _turned(whole: Any) -> list[str]:
+    """Parts of the names of parameters for which the loader may transpose what it has read."""
     converted = [one for one in get_model_conversion_mapping(whole) if isinstance(one, WeightConverter)]
     turning = [one for one in converted if any(isinstance(step, Transpose) for step in one.operations)]
-    return any(_literal(target) in name for one in turning for target in one.target_patterns)
+    return [_literal(target) for one in turning for target in one.target_patterns]
 
 
 def _keep_turned(whole: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """Put back these parameters where the loader turns a tensor after it has read a slice of it that is not along the
     first dimension: it would be the wrong slice. They are cut when they have been read."""
+    turned = _turned(whole)
     for name, parameter in parameters.items():
         path, _, own = name.rpartition(".")
         module = whole.get_submodule(path)
         slices = module._parameters[own]
-        if isinstance(slices, DTensor) and slices.placements != (Shard(0),) and _is_turned(whole, name):
+        if isinstance(slices, DTensor) and slices.placements != (Shard(0),) and any(part in name for part in turned):
             module._parameters[own] = parameter
 
 

@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "columns of a narrow terminal become narrower than their words",
+        f"{PACKAGE}/whole_tables.py",
+        "            _keep_words(console, part)\n",
+        "            pass\n",
+        "tests/test_whole_tables.py",
+    ),
+    Fault(
         "experts that the loader turns are cut before",
         "models/loading.py",
         "            _keep_turned(self, whole)\n",
