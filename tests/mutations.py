@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "options may be cut short",
+        f"{PACKAGE}/commands/answer.py",
+        '"allow_abbrev": False',
+        '"allow_abbrev": True',
+        "tests/cli/test_commands.py -k written_out",
+    ),
+    Fault(
         "columns of a narrow terminal become narrower than their words",
         f"{PACKAGE}/whole_tables.py",
         "            _keep_words(console, part)\n",
