@@ -77,11 +77,10 @@ def test_settings_of_frames_without_a_processor(tmp_path: Path) -> None:
     """The DataModule's processor is taken, as a config cannot give one. The tokens that features replace stay those of
     this processor, which are others than those of the chat template."""
     folder = str(write_model("gemma3", tmp_path))
-    usual = MultimodalDataModule(processor=folder).encoder
     given = MultimodalDataModule(processor=folder, visual=HFVisual(max_frames=8)).encoder
     assert isinstance(given.visual, HFVisual)
     assert (given.visual.max_frames, type(given.visual.processor)) == (8, transformers.Gemma3Processor)
-    assert given.feature_ids == usual.feature_ids
+    assert given.feature_ids == {"image": given.tokenizer.convert_tokens_to_ids("<image_soft_token>")}
     with pytest.raises(ValueError, match="visual is HFVisual without a processor, and processor='bytes' prepares no"):
         MultimodalDataModule(visual=HFVisual())
 
