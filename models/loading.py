@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 from transformers.utils import logging
 
 from bigmac_lightning.checkpoints.mismatches import first_few
@@ -160,10 +160,20 @@ def _load(
         model.__init__(self, *args, **kwargs)
         keep(self)
         if cut is not None:
+            whole = dict(self.named_parameters())
             cut(self, "")  # on the meta device: the loader reads what slices there are
+            _keep_turned(self, whole)
+
+    def slice_of(self: Any, name: str) -> Any:
+        """By its shape the loader sees whether a tensor, of which it has read a slice, has to be turned."""
+        found = model.get_parameter(self, name)
+        if isinstance(found, DTensor) and any(part in name for part in _turned(self)):
+            return found.to_local()
+        return found
 
     # The subclass has the same name and module, because the library looks up conversions of names by them.
-    part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})
+    changed = {"__init__": build, "get_parameter": slice_of, "__module__": model.__module__}
+    part: Any = type(model.__name__, (model,), changed)
     part._keys_to_ignore_on_load_unexpected = [r".*"]
     with reading_weights(source, model.__name__), _quietly():
         loaded, found = part.from_pretrained(
@@ -184,6 +194,25 @@ def _load(
             f"cannot load {source} as a {model.__name__}: tensors do not fit its config: {first_few(wrong)}"
         )
     return loaded.train()
+
+
+def _turned(whole: Any) -> list[str]:
+    """Parts of the names of parameters for which the loader may transpose what it has read."""
+    converted = [one for one in get_model_conversion_mapping(whole) if isinstance(one, WeightConverter)]
+    turning = [one for one in converted if any(isinstance(step, Transpose) for step in one.operations)]
+    return [_literal(target) for one in turning for target in one.target_patterns]
+
+
+def _keep_turned(whole: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put back these parameters where the loader turns a tensor after it has read a slice of it that is not along the
+    first dimension: it would be the wrong slice. They are cut when they have been read."""
+    turned = _turned(whole)
+    for name, parameter in parameters.items():
+        path, _, own = name.rpartition(".")
+        module = whole.get_submodule(path)
+        slices = module._parameters[own]
+        if isinstance(slices, DTensor) and slices.placements != (Shard(0),) and any(part in name for part in turned):
+            module._parameters[own] = parameter
 
 
 @contextmanager

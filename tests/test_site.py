@@ -53,6 +53,14 @@ def test_the_reference_has_every_public_name(folder: str, name: str) -> None:
     assert {f"{name}.{public}" for public in names} <= set(entries)
 
 
+def test_every_config_is_listed() -> None:
+    section = (DOCS / "index.md").read_text().split("## Configs")[1].split("## Pages")[0]
+    listed = [
+        name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    ]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
 def test_texts_of_other_files_are_found() -> None:
     """A page that stands for a section of another file names one that exists."""
     for page in DOCS.rglob("*.md"):

@@ -2,6 +2,7 @@
 
 import re
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,16 @@ from rich.table import Table
 from bigmac_lightning import cli
 from bigmac_lightning.whole_tables import print_whole
 
+ROOT = Path(__file__).parents[1]
 PATH = "runs/digits/version_0/checkpoints/" + "epoch=12-step=34567-" * 8 + ".ckpt"
+
+
+WORDS = {
+    "plan": ["microbatches", "encoder"],
+    "compare": ["interleaved_1f1b", "disaggregated", "bubble %"],
+    "plan --config": ["generator", "parameters", "microbatches"],
+    "tune --config": ["microbatches", "generators,", "group_size", "computing"],
+}
 
 
 def _printed(width: int, terminal: bool) -> str:
@@ -52,3 +62,22 @@ def test_commands(command: str, capsys: pytest.CaptureFixture[str], monkeypatch:
         printed.append("\n".join(line for line in text.splitlines() if "│" in line or command == "compare"))
     assert "…" not in printed[0]
     assert printed[0].split() == printed[1].split()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
+@pytest.mark.parametrize("command", WORDS)
+def test_words_are_whole_in_a_narrow_terminal(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": "60"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    name, *config = command.split()
+    arguments = [*config, str(ROOT / "configs" / "digits.yaml")] if config else []
+    arguments += ["--ranks=4" if name == "tune" else "--microbatches=4"] if config else []
+    arguments = arguments or ["--pipeline_parallel_size=4", "--microbatches=8"]
+    assert cli.module_of(name, arguments).main(arguments) == 0
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in printed
+    for word in WORDS[command]:
+        assert word in printed

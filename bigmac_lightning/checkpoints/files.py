@@ -74,7 +74,8 @@ def present(path: Place) -> Place:
         return _unfinished(path)
     if _aside(path).exists():
         return _aside(path)
-    raise FileNotFoundError(f"there is no checkpoint at {path}")
+    where = "" if path.is_absolute() else f" (in {Path.cwd()}, where this was started)"
+    raise FileNotFoundError(f"there is no checkpoint at {path}{where}")
 
 
 def in_folder(folder: Place, ending: str = ".ckpt") -> list[Place]:

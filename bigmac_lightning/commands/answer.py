@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +14,32 @@ from bigmac_lightning.schedule.plan import PlanError
 PROBLEMS = (ValueError, OSError, ImportError, ArgumentError)
 """Errors that a user can put right. All other exceptions are faults of this package and keep their traceback."""
 
+PARSER: Mapping[str, Any] = MappingProxyType({"exit_on_error": False, "allow_abbrev": False})
+"""Arguments of every parser: errors are raised, and options have to be written out, as in configs."""
+
 WRONG_FIELD = (
     r"""Problem with given class_path .*: Parser key "([^"]*)": Expected an? <class '(.*?)'>.* Got value: (.*)"""
 )
 """What jsonargparse says of a dataclass's field with a value of the wrong type."""
 OTHER_SUBTYPE = re.compile(r"Import path \S+ does not correspond to a subclass of ")
 """What it says of a class that has another of several possible types."""
+
+
+class Suggesting:
+    """For classes of parsers: an unknown option is answered with the known one that is most like it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown is not None and "did you mean" not in message:  # an error of a subcommand comes here again
+            options: Any = vars(self)["_option_string_actions"]
+            longer = [option for option in options if option.startswith(unknown[1])]
+            if near := longer[:1] or get_close_matches(unknown[1], options, 1, 0.75):
+                message = f"{message}; did you mean {near[0]}?"
+        return super().error(message, ex)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Parser(Suggesting, ArgumentParser):
+    """The parser of commands that read no config."""
 
 
 def parser_of(
@@ -34,7 +55,7 @@ def parser_of(
         positional: whether arguments without a default are given by their places.
         files: help of the arguments that take any number of files, by name.
     """
-    parser = ArgumentParser(prog=f"bigmac {name}", description=description, exit_on_error=False, default_env=False)
+    parser = Parser(prog=f"bigmac {name}", description=description, default_env=False, **PARSER)
     parser.add_function_arguments(options, as_positional=positional, skip={*files}, fail_untyped=True)
     for argument, text in files.items():
         parser.add_argument(f"--{argument}", nargs="+", default=[], metavar="FILE", help=text)

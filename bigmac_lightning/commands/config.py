@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigmac_lightning.checkpoints.remote import Place, at
-from bigmac_lightning.commands.answer import answer, text_of
+from bigmac_lightning.commands.answer import PARSER, Suggesting, answer, text_of
 from bigmac_lightning.commands.plain_errors import plain_errors
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.datamodules.base import ParallelDataModule  # pyright: ignore[reportMissingImports]
@@ -25,12 +25,16 @@ from bigmac_lightning.whole_tables import print_whole
 CLASS = f"bigmac_lightning.{BigMacStrategy.__name__}"
 
 
+class ConfigParser(Suggesting, LightningArgumentParser):
+    """The parser of commands that read a config."""
+
+
 class BigMacCLI(LightningCLI):
     """LightningCLI for PipelineModules, with a summary after fit."""
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {name: {"exit_on_error": False} for name in self.subcommands()}
-        kwargs = {"parser_kwargs": {"exit_on_error": False, **own}, **kwargs}
+        own = {name: dict(PARSER) for name in self.subcommands()}
+        kwargs = {"parser_kwargs": {**PARSER, **own}, "parser_class": ConfigParser, **kwargs}
         super().__init__(
             PipelineModule,
             pl.LightningDataModule,
@@ -127,7 +131,7 @@ class ConfigReader(BigMacCLI):
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
-        parser = {"exit_on_error": False, "prog": f"bigmac {command}"}
+        parser = {**PARSER, "prog": f"bigmac {command}"}
         super().__init__(args=list(arguments), run=False, parser_kwargs=parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

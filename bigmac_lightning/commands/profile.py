@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from bigmac_lightning.callbacks import PipelineMonitor, PreemptionCheckpoint, SampleImages, SampleReplies
-from bigmac_lightning.commands.answer import answer
+from bigmac_lightning.commands.answer import PARSER, answer
 from bigmac_lightning.commands.config import BigMacCLI, with_class
 from bigmac_lightning.commands.plain_errors import plain_errors
 from bigmac_lightning.commands.request import check_suffix
@@ -35,7 +35,7 @@ class ProfileCLI(BigMacCLI):
     """Makes a config's model, data and Trainer, for a few steps that are measured."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        parser = {"prog": "bigmac profile", "exit_on_error": False}
+        parser = {**PARSER, "prog": "bigmac profile"}
         super().__init__(args=list(arguments), run=False, parser_kwargs=parser, save_config_callback=None)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

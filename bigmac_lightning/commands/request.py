@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from bigmac_lightning.commands.answer import PARSER, Parser
 from bigmac_lightning.schedule.budget import MemoryBudget
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.measured_costs import MeasuredCosts
@@ -37,7 +38,7 @@ def plan_parser(name: str, description: str, without: Collection[str] = ()) -> A
     Args:
         without: schedule options that the command does not have.
     """
-    parser = ArgumentParser(prog=f"bigmac {name}", description=description, exit_on_error=False, default_env=False)
+    parser = Parser(prog=f"bigmac {name}", description=description, default_env=False, **PARSER)
     parser.add_class_arguments(BatchArguments, as_group=False)
     parser.add_class_arguments(ScheduleOptions, as_group=False, skip={*without, "memory"})
     parser.add_class_arguments(MemoryBudget, "memory", help="bytes of a rank's memory")

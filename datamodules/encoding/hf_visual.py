@@ -65,13 +65,13 @@ class HFVisual(VisualProcessor):
     A processor that makes anything else is refused when it plans its first item.
 
     Attributes:
-        processor: a processor, as `AutoProcessor.from_pretrained` returns it.
+        processor: a processor, as `AutoProcessor.from_pretrained` returns it; ``None``: that of the DataModule.
         fps: number of frames used per second of a video.
         max_frames: maximum number of frames of a video; longer videos are sampled more sparsely.
         image_encoder, video_encoder: the model's names of the encoders.
     """
 
-    processor: Any
+    processor: Any = None
     fps: float = 2.0
     max_frames: int = 64
     image_encoder: str = "image"
@@ -79,13 +79,14 @@ class HFVisual(VisualProcessor):
     _plans: dict[Any, MediaPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.processor is None:
+            return
         part = self.processor.image_processor
         if getattr(part, "backend", "torchvision") != "torchvision":
             raise ValueError(
                 f"{type(part).__name__} has the backend {part.backend!r}, which needs pixels to plan an image: load "
                 'the processor with AutoProcessor.from_pretrained(..., backend="torchvision")'
             )
-
         if getattr(part, "use_image_id", False):
             raise ValueError(
                 f"{type(self.processor).__name__} numbers the images of a sample, and each of them is planned alone "

@@ -157,8 +157,15 @@ def chat_encoder(
         if "audio" not in media and getattr(loaded, "feature_extractor", None) is not None:
             media = {**media, "audio": HFAudio(loaded)}
         if visual is None and getattr(loaded, "image_processor", None) is not None:
-            visual = HFVisual(loaded)
-            feature_tokens = visual.feature_tokens | {name: chat.media_tokens[name] for name in media}
+            visual = HFVisual()
+    if isinstance(visual, HFVisual):
+        if visual.processor is None and getattr(loaded, "image_processor", None) is None:
+            raise ValueError(
+                f"visual is HFVisual without a processor, and processor={processor!r} prepares no images: give the "
+                "processor of a vision-language model, or another visual"
+            )
+        visual = visual if visual.processor is not None else replace(visual, processor=loaded)
+        feature_tokens = visual.feature_tokens | {name: chat.media_tokens[name] for name in media}
     encoder = ChatEncoder(tokenizer, loaded, visual, target, chat, tuple(augment), seed, feature_tokens, cut_at, media)
     encoder.check()
     return encoder

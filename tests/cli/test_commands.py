@@ -187,6 +187,27 @@ def test_what_is_found_before_other_processes_start(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("command", "known"),
+    [
+        *(("fit --conf x.yaml", "--config"), ("validate --ckpt_pa x", "--ckpt_path")),
+        ("fit --trainer.devics=2", "--trainer.devices"),
+        *((f"{command} --conf x.yaml", "--config") for command in ("predict", "tune", "data", "profile")),
+        *((f"{command} --microb 8", "--microbatches") for command in ("plan", "compare")),
+        *(("export --check a --output b", "--checkpoint"), ("chat run --max 3", "--max_new_tokens")),
+        ("draw --sede 3 run words picture.png", "--seed"),
+    ],
+)
+def test_options_are_written_out(command: str, known: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = command.split()
+    assert refused(name, *arguments) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    given = next(argument for argument in arguments if argument.startswith("--"))
+    assert said.startswith(f"bigmac {name}: error: unrecognized arguments: {given}")
+    assert said.endswith(f"; did you mean {known}?")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
     config["trainer"]["strategy"]["init_args"]["polcy"] = "nested"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.checkpoints import write_inputs
+from tests.cli.checkpoints import BUFFERS, PEERS, write_inputs
 from tests.cli.commands import bigmac
 from tests.cli.test_commands import ALL_CONFIGS, FEW, FILES, TINY
 
@@ -34,13 +34,15 @@ def _few(config: Path) -> list[str]:
         return DIGITS
     if config.stem in FEW:
         return [option for option in FEW[config.stem] if not option.startswith(PIPELINE)]
-    return SMALL if "checkpoints/" in config.read_text() else []
+    return [*SMALL, *BUFFERS.get(config.stem, ())] if "checkpoints/" in config.read_text() else []
 
 
 def check(config: Path, strategy: str, precision: str, folder: Path) -> None:
     write_inputs(config.read_text(), folder) if config.stem not in FILES else FILES[config.stem](folder)
     options = ["--trainer.accelerator=cpu", "--trainer.num_nodes=1", f"--trainer.precision={precision}"]
     arguments = [*TINY, *_few(config), *options, *STRATEGIES[strategy], "--trainer.default_root_dir=out"]
+    if strategy == "bigmac" and config.stem in PEERS:
+        arguments += [f"{PIPELINE}pipeline_parallel_size=1", *PEERS[config.stem]]
     if strategy == "ddp" and config.stem in UNUSED:
         arguments.append("--trainer.strategy=ddp_find_unused_parameters_true")
     ranks = 1 if strategy == "auto" else 2

@@ -45,7 +45,7 @@ def _fit(rank: int, folder: Path, arguments: list[str], environment: dict[str, s
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "message"),
     [
-        (["--ckpt_path=none.ckpt"], {}, 2, "bigmac fit: error: there is no checkpoint at none.ckpt\n"),
+        (["--ckpt_path=none.ckpt"], {}, 2, "bigmac fit: error: there is no checkpoint at none.ckpt (in /"),
         (["--model.init_from=bad.ckpt"], {}, 2, "bigmac fit: error: bad.ckpt holds a pickle that is not of tensors"),
         (
             ["--ckpt_path=none.ckpt"],

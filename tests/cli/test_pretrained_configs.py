@@ -1,5 +1,5 @@
-"""Every config that starts from pretrained models, as it is, but with tiny ones at the paths that it names, on two CPU
-processes instead of eight GPUs."""
+"""Every config that starts from pretrained models, as it is, but with tiny ones at the paths that it names, on two or
+four CPU processes instead of GPUs."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.models import VisionEncoder
-from tests.cli.checkpoints import write_inputs
+from tests.cli.checkpoints import BUFFERS, PEERS, STRATEGY, write_inputs
 from tests.cli.commands import bigmac
 from tests.cli.test_commands import ALL_CONFIGS, CONFIGS, TINY
 
@@ -21,7 +21,8 @@ SMALL = [
     *TINY,
     "--trainer.accelerator=cpu",
     "--trainer.devices=2",
-    "--trainer.strategy.init_args.pipeline_parallel_size=2",
+    "--trainer.num_nodes=1",
+    f"{STRATEGY}.pipeline_parallel_size=2",
     "--data.token_budget=256",
     "--data.microbatches=2",
     "--data.num_workers=0",
@@ -32,7 +33,11 @@ SMALL = [
 def train(name: str, folder: Path, *more: str) -> None:
     """A few steps and a validation, in a folder with all that the config needs."""
     write_inputs(PRETRAINED[name].read_text(), folder)
-    said = bigmac(2, folder, "fit", "--config", str(PRETRAINED[name]), *SMALL, *more)
+    arguments, ranks = [*SMALL, *BUFFERS.get(name, ()), *more], 2
+    if name in PEERS:
+        ranks = 4
+        arguments += ["--trainer.devices=4", *PEERS[name]]
+    said = bigmac(ranks, folder, "fit", "--config", str(PRETRAINED[name]), *arguments)
     assert "val/accuracy" in said
     assert "timeline.png" in said
     (trace,) = (folder / "runs" / name).rglob("trace.json")

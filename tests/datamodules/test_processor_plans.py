@@ -9,8 +9,8 @@ import torch
 import transformers
 from transformers import AutoProcessor
 
-from bigmac_lightning.datamodules import File, HFVisual, Image, Size
-from tests.datamodules.processors import ALL_PROCESSORS, MORE, PROCESSORS, idefics_tokenizer
+from bigmac_lightning.datamodules import File, HFVisual, Image, MultimodalDataModule, Size
+from tests.datamodules.processors import ALL_PROCESSORS, MORE, PROCESSORS, idefics_tokenizer, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # in GLM's and Ernie's processors
 
@@ -71,6 +71,18 @@ def test_plans_of_other_settings_are_others(tmp_path: Path) -> None:
         prints.add(HFVisual(AutoProcessor.from_pretrained(tmp_path / name)).fingerprint())
     prints |= {HFVisual(PROCESSORS["gemma3"]()).fingerprint(), HFVisual(_pan_and_scan()).fingerprint()}
     assert len(prints) == 5
+
+
+def test_settings_of_frames_without_a_processor(tmp_path: Path) -> None:
+    """The DataModule's processor is taken, as a config cannot give one. The tokens that features replace stay those of
+    this processor, which are others than those of the chat template."""
+    folder = str(write_model("gemma3", tmp_path))
+    given = MultimodalDataModule(processor=folder, visual=HFVisual(max_frames=8)).encoder
+    assert isinstance(given.visual, HFVisual)
+    assert (given.visual.max_frames, type(given.visual.processor)) == (8, transformers.Gemma3Processor)
+    assert given.feature_ids == {"image": given.tokenizer.convert_tokens_to_ids("<image_soft_token>")}
+    with pytest.raises(ValueError, match="visual is HFVisual without a processor, and processor='bytes' prepares no"):
+        MultimodalDataModule(visual=HFVisual())
 
 
 def test_a_processor_that_needs_pixels() -> None:

@@ -1,12 +1,16 @@
 """Experts spread over ranks, with the same tokens or with different ones, against the same decoder in one process."""
 
+from pathlib import Path
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.models import HFDecoder
-from tests.models import divided
+from tests.models import divided, zoo
 from tests.models.test_tensor_parallel import LATENT, MOE, ROUTED, build
 from tests.ranks import run_ranks
 
@@ -94,3 +98,29 @@ def test_each_rank_has_its_experts_only() -> None:
 )
 def test_refusals(model_type: str, size: int, text: str) -> None:
     assert text in build(model_type, MOE if "moe" in model_type else {})().why_not_parallel(ParallelSizes(expert=size))
+
+
+def _read(rank: int, folders: list[Path]) -> list[str]:
+    mesh, wrong = init_device_mesh("cpu", (2,)), []
+    slices = StagePeers(tensor=mesh)
+    for peers in (slices, StagePeers(tensor=mesh, expert=mesh, experts_see_same_tokens=True)):
+        for folder in folders:
+            llm = HFDecoder(str(folder), weights=str(folder))
+            llm.materialize(range(1), embedding=False, head=False, peers=peers)
+            stored = load_file(folders[0] / "model.safetensors")
+            for name, part in llm.named_parameters():
+                whole = part.full_tensor() if isinstance(part, DTensor) else part
+                wrong += [f"{folder.name} {name}"] if not torch.equal(whole, stored[name]) else []
+    return wrong
+
+
+def test_slices_of_experts_that_are_stored_either_way(tmp_path: Path) -> None:
+    """Published folders of Qwen3-VL-MoE have transposed matrices of experts; those of `transformers` have not."""
+    for name in ("written", "published"):
+        zoo.save("qwen3_vl_moe", tmp_path / name)
+    folders = [tmp_path / name / "qwen3_vl_moe" for name in ("written", "published")]
+    file = folders[1] / "model.safetensors"
+    turned = {n: t.transpose(1, 2).contiguous() if "experts" in n else t for n, t in load_file(file).items()}
+    save_file(turned, file, {"format": "pt"})
+    for wrong in run_ranks(2, _read, folders):
+        assert not wrong
