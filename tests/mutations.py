@@ -96,6 +96,20 @@ FAULTS = [
         "tests/datamodules/test_remote.py -k texts",
     ),
     Fault(
+        "a damaged header of a tar is taken for a plain one",
+        "datamodules/sources/tar_headers.py",
+        "np.argmin([*(right & (told == counted)), False])",
+        "np.argmin([*right, False])",
+        "tests/datamodules/test_tar_headers.py -k against",
+    ),
+    Fault(
+        "all members of a tar are read one by one",
+        "datamodules/sources/tar_headers.py",
+        "while _names_are_bytes(tar) and",
+        "while not _names_are_bytes(tar) and",
+        "tests/datamodules/test_tar_headers.py -k plain",
+    ),
+    Fault(
         "the config of a folder that is exported into a bucket is uploaded first",
         f"{PACKAGE}/commands/export.py",
         "key=lambda path: (path.parent == folder and path.name in LAST, path)",
