@@ -165,9 +165,9 @@ def _load(
     # The subclass has the same name and module, because the library looks up conversions of names by them.
     part: Any = type(model.__name__, (model,), {"__init__": build, "__module__": model.__module__})
     part._keys_to_ignore_on_load_unexpected = [r".*"]
-    with reading_weights(source, model.__name__), _quietly():
+    with reading_weights(source, model.__name__) as folder, _quietly():
         loaded, found = part.from_pretrained(
-            source,
+            folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=implementations(config, config._attn_implementation),
