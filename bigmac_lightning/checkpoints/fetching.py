@@ -7,6 +7,7 @@ changes in the remote folder, another copy is made.
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,9 +15,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from bigmac_lightning.unused import note_use, remove_unused
+
 from .remote import RemotePath, at, file_system, is_name
 
 KEPT = "~/.cache/bigmac_lightning/folders"
+NAME = re.compile(r"[0-9a-f]{32}(\w{8}\.part)?")
+"""The names of copies, and of parts of them that a killed process has left."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of files of weights, which are large."""
 
@@ -61,6 +66,7 @@ def _copy(place: RemotePath, weights: bool) -> Path:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if copy.is_dir():
+            note_use(copy)
             return copy
         part = Path(tempfile.mkdtemp(dir=kept, prefix=copy.name, suffix=".part"))
         stack.callback(shutil.rmtree, part, ignore_errors=True)
@@ -72,4 +78,6 @@ def _copy(place: RemotePath, weights: bool) -> Path:
                 raise OSError(f"{own} has {(part / own).stat().st_size} bytes here, and {found[name]['size']} there")
         with suppress(OSError):  # another process, which did not see the lock, was first
             os.rename(part, copy)
+            note_use(copy)
+        remove_unused(kept, NAME)
     return copy
