@@ -13,6 +13,7 @@ from PIL import Image as Pictures
 from torch import Tensor
 
 from bigmac_lightning.checkpoints import files
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.mismatches import first_few
 from bigmac_lightning.checkpoints.newest import in_words, newest_whole
 from bigmac_lightning.checkpoints.remote import Place, at
@@ -190,8 +191,8 @@ def load(
     A config names classes, which are imported: load only runs of people whom you trust.
 
     Args:
-        path: the folder of a run, local or remote, whose newest whole checkpoint is taken; or a checkpoint, with the
-            run's config.yaml in one of the three folders above it; or a folder that `bigmac export` has written.
+        path: the folder of a run, whose newest whole checkpoint is taken; or a checkpoint, with the run's config.yaml
+            in one of the three folders above it; or a folder that `bigmac export` has written. Each may be remote.
         module: the model, if there is no config.yaml, or to replace the one that it names.
         data: the DataModule, likewise.
         device: default: the GPU, if there is one.
@@ -203,7 +204,7 @@ def load(
     """
     place = at(path)
     exported = _is_exported(place)
-    checkpoint = place if exported else _checkpoint(place)
+    checkpoint = Path(local_folder(place, weights=True)) if exported else _checkpoint(place)
     if module is None or data is None:
         reader = _Reader.of(*_config_of(checkpoint, exported))
         module, data = reader.model if module is None else module, reader.data if data is None else data

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.remote import Place
 
 CONFIG = "config.yaml"
@@ -51,11 +52,11 @@ def write_exported(config: Place, source: str | None, output: Path) -> None:
     def moved(key: str, value: str, in_model: bool) -> str:
         if value == source:
             return HERE
-        if in_model and key in BUILT_FROM and _is_config(Path(value) / "config.json"):
+        if in_model and key in BUILT_FROM and _is_config(config := Path(local_folder(value)) / "config.json"):
             if value not in copied:
                 copied[value] = f"{COMPONENTS}/{len(copied)}"
                 (output / copied[value]).mkdir(parents=True)
-                shutil.copyfile(Path(value) / "config.json", output / copied[value] / "config.json")
+                shutil.copyfile(config, output / copied[value] / "config.json")
             return f"{HERE}/{copied[value]}"
         return value
 

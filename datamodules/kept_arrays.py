@@ -7,6 +7,7 @@ none of them.
 import fcntl
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
@@ -17,7 +18,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from bigmac_lightning.unused import note_use, remove_unused
+
 Arrays = Mapping[str, np.ndarray]
+
+NAME = re.compile(
+    r"([0-9a-f]{24}-[0-9a-f]{16}|(tars|lines|texts)-[0-9a-f]{32}|bins-[0-9a-f]{16}-\d+)\.safetensors(\w{8}\.part)?"
+)
+"""The names of kept files, and of parts of them that a killed process has left: measurements, indices, and numbers of
+bins."""
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +43,13 @@ def mapped(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if found.keys() != set(names):
         raise ValueError(f"it has the arrays {sorted(found)}, and not {sorted(names)}")
+    note_use(path)
     return found
 
 
 def keep(path: Path, arrays: Arrays) -> None:
-    """Write arrays to a file, which appears whole or not at all, also where there has been one before.
+    """Write arrays to a file, which appears whole or not at all, also where there has been one before. Other kept files
+    that nobody has used for long are removed.
 
     Raises:
         ValueError: there is no folder for it, and none can be made.
@@ -56,6 +67,7 @@ def keep(path: Path, arrays: Arrays) -> None:
     except BaseException:
         os.unlink(new)
         raise
+    remove_unused(path.parent, NAME)
 
 
 def made_once(path: Path, names: Collection[str], make: Callable[[], Arrays], what: str) -> Arrays:

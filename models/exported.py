@@ -14,28 +14,23 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.mismatches import Shape, mismatches
-from bigmac_lightning.checkpoints.remote import Place, RemotePath, at
+from bigmac_lightning.checkpoints.remote import Place, at
 from bigmac_lightning.checkpoints.weights import copy_into
 
 from .export import OTHERS, in_whole
 from .folders import ADAPTER, reading_weights
 from .hf_component import HFComponent
 
-DOWNLOAD = "which is read from a disk only: download it, and give the folder"
-
 
 def is_exported(path: str | Place) -> bool:
     """Whether a Hugging Face folder is at a path, and no checkpoint of training.
 
     Raises:
-        ValueError: it has adapters alone, or is remote.
+        ValueError: it has adapters alone.
     """
     folder = at(path)
-    if isinstance(folder, RemotePath):
-        if (folder / "config.json").is_file():
-            raise ValueError(f"{path} is a Hugging Face folder, {DOWNLOAD}")
-        return False
     if (folder / ADAPTER).is_file():
         raise ValueError(
             f"{path} has adapters ({ADAPTER}), and not the weights that they change: load it with peft beside the "
@@ -48,16 +43,17 @@ class ExportedFolder:
     """The weights in an exported folder.
 
     Attributes:
-        path: the folder.
+        given: the folder, which may be remote.
+        path: the folder, or the copy of a remote one.
         others: the shapes of tensors that are no part of the Hugging Face model, by their names in the module.
     """
 
     def __init__(self, path: str | Path) -> None:
         """
         Raises:
-            ValueError: the file of other components is damaged.
+            ValueError: the file of other components is damaged, or a remote folder cannot be read.
         """
-        self.path = Path(path)
+        self.given, self.path = str(path), Path(local_folder(path, weights=True))
         with reading_weights(str(path), "MultimodalLM"):
             self.others = _shapes([self.path / OTHERS]) if (self.path / OTHERS).exists() else {}
 
@@ -96,7 +92,7 @@ class ExportedFolder:
         found += [f"{name}: not in the model" for name in sorted(unread) if whole]
         if not found:
             for part in readers:
-                part.source = str(self.path)
+                part.source = self.given
         return list(dict.fromkeys(found))  # LLM and encoder find the same
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:

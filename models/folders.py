@@ -11,24 +11,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.safe import named_in
 
 ADAPTER = "adapter_config.json"
 
 
 @contextmanager
-def reading_weights(source: str, model: str) -> Iterator[None]:
+def reading_weights(source: str, model: str) -> Iterator[str]:
     """Checks a folder before the block, in which a library reads the weights, and turns the library's errors into clear
     ones.
 
     Args:
-        source: the folder.
+        source: the folder, which may be remote.
         model: what errors call the model.
+
+    Yields: the folder, or the copy of a remote one.
 
     Raises:
         ValueError: there is no such folder, its weights cannot be read, or they would be read from somewhere else.
     """
-    folder = Path(source)
+    folder = Path(local_folder(source, weights=True))
     if not folder.is_dir():
         raise ValueError(f"there is no checkpoint folder at {source}")
     if (folder / ADAPTER).exists():
@@ -39,11 +42,11 @@ def reading_weights(source: str, model: str) -> Iterator[None]:
     for index in sorted(folder.glob("*.index.json")):
         _check_index(index)
     try:
-        yield
+        yield str(folder)
     except pickle.UnpicklingError as error:
         raise ValueError(f"cannot load {source} as a {model}: it holds {named_in(error)}. {UNSAFE}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        hint = "" if has_safetensors(source) else f" {UNSAFE}"
+        hint = "" if has_safetensors(str(folder)) else f" {UNSAFE}"
         raise ValueError(f"cannot load {source} as a {model}: {error}{hint}") from error
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.contracts.remote_code import without_asking
 
 from .pass_through import PassThrough
@@ -153,6 +154,7 @@ def to_config(config: dict[str, Any] | str | PreTrainedConfig, trust_remote_code
     if isinstance(config, PreTrainedConfig):
         return config
     if isinstance(config, str):
+        config = local_folder(config)
         _check_folder(config)
         with without_asking(config, TRUST, dynamic_module_utils):
             return AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)

@@ -175,9 +175,9 @@ def _load(
     changed = {"__init__": build, "get_parameter": slice_of, "__module__": model.__module__}
     part: Any = type(model.__name__, (model,), changed)
     part._keys_to_ignore_on_load_unexpected = [r".*"]
-    with reading_weights(source, model.__name__), _quietly():
+    with reading_weights(source, model.__name__) as folder, _quietly():
         loaded, found = part.from_pretrained(
-            source,
+            folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=implementations(config, config._attn_implementation),

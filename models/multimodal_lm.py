@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.mismatches import first_few
-from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
@@ -24,7 +24,7 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.partition import TrainedLayers
 
 from .evaluation import Evaluation
-from .exported import DOWNLOAD, ExportedFolder, is_exported
+from .exported import ExportedFolder, is_exported
 from .hf_component import HFComponent
 from .initialization import to_config
 from .llm.decoder import HFDecoder
@@ -153,7 +153,7 @@ class MultimodalLM(PipelineModule):
         read later, when each process reads only what it holds.
 
         Args:
-            path: a folder with ``config.json`` and safetensors.
+            path: a folder with ``config.json`` and safetensors, local or remote.
             attn_implementation, dtype, gradient_checkpointing: see `HFDecoder`; they are for LLM and encoder.
             fused_loss: see `HFDecoder`.
             encoders, generators: further encoders and generators, with weights of their own.
@@ -164,9 +164,7 @@ class MultimodalLM(PipelineModule):
         Raises:
             ValueError: there is no such folder, or the model cannot be trained in a pipeline; the message says why.
         """
-        if isinstance(at(path), RemotePath):
-            raise ValueError(f"{path} is remote, {DOWNLOAD}")
-        if not (Path(path) / "config.json").is_file():
+        if not (Path(local_folder(path)) / "config.json").is_file():
             raise ValueError(f"there is no config.json in {path}: give the folder of a Hugging Face checkpoint")
         config = to_config(path, trust_remote_code)
         shared: dict[str, Any] = {

@@ -30,7 +30,7 @@ class RemotePath:
         return self.address
 
     def __truediv__(self, name: str) -> "RemotePath":
-        if not _is_name(name):
+        if not is_name(name):
             raise ValueError(f"{name!r} is not the name of a file in {self}")
         return RemotePath(f"{self.address}/{name}")
 
@@ -96,7 +96,7 @@ class RemotePath:
         with suppress(FileNotFoundError, NotADirectoryError):
             entries = system.ls(inner, detail=False)
         names = {entry.rstrip("/").rpartition("/")[2] for entry in entries if entry.rstrip("/") != inner.rstrip("/")}
-        yield from (self / name for name in sorted(names) if _is_name(name))
+        yield from (self / name for name in sorted(names) if is_name(name))
 
     def open(self, mode: str = "rb") -> Any:
         system, inner = self._system()
@@ -190,6 +190,6 @@ def at(path: str | Place) -> Place:
     return RemotePath(address if address.endswith("://") else address.rstrip("/"))
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
     """Whether a text names a file in a folder, and cannot lead to another place."""
     return name not in ("", ".", "..") and "::" not in name and not set("/\\") & set(name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.weights import CheckpointWeights
 from bigmac_lightning.commands.answer import answer, parser_of
@@ -77,13 +78,13 @@ def _exported(checkpoint: str, output: Path, source: str | None, dtype: str | No
     if not isinstance(described, dict) or not {"config", "source", "lora"} <= described.keys():
         raise ValueError(f"{checkpoint} is damaged: what it says of its Hugging Face model is {described!r}")
     folder = source or described["source"]
-    if folder is not None and not Path(folder).is_dir():
+    files = None if folder is None else Path(local_folder(folder))
+    if files is not None and not files.is_dir():
         raise ValueError(f"there is no folder {folder} to copy the processor from: give --source")
-    if source is None and folder is not None:
-        _check_source(Path(folder), described["config"], checkpoint)
+    if source is None and files is not None:
+        _check_source(files, described["config"], checkpoint)
     stored.check()
     kind = None if dtype is None else getattr(torch, dtype)
-    files = None if folder is None else Path(folder)
     if adapters:
         if not described.get("source_is_base", True):
             raise ValueError(

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.commands.answer import PROBLEMS, answer, text_of
 from bigmac_lightning.commands.config import ConfigReader
 from bigmac_lightning.commands.plan import OUTPUT, OUTPUTS, write_plan
@@ -137,7 +138,7 @@ class RunReader(ConfigReader):
             ValueError: the DataModule cannot be made, or the model cannot take its batches.
         """
         processor = self.of_data("processor")
-        if not isinstance(processor, str) or not (processor == "bytes" or Path(processor).is_dir()):
+        if not isinstance(processor, str) or not (processor == "bytes" or Path(local_folder(processor)).is_dir()):
             return
         data = self.config["data"].clone()
         for name in ("train", "val", "test", "predict"):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.contracts.remote_code import without_asking
 
 from ..errors import ExampleError
@@ -64,7 +65,7 @@ class AudioProcessor(MediaProcessor):
             return WhisperFeatureExtractor(**(given or {}))
         if isinstance(given, str):
             with without_asking(f"the feature extractor {given}", "give a ready one", dynamic_module_utils):
-                return AutoFeatureExtractor.from_pretrained(given)
+                return AutoFeatureExtractor.from_pretrained(local_folder(given))
         return given
 
     @property

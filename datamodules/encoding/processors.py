@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.contracts.remote_code import without_asking
 
 from ..files import started_in
@@ -69,7 +70,7 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
     """Load a fast tokenizer, with a chat template if it has one, and the processor around it if there is one.
 
     Args:
-        given: a folder or name, a processor, a tokenizer, or "bytes".
+        given: a folder, which may be remote, or a name; a processor, a tokenizer, or "bytes".
         trust_remote_code: whether Python code in that folder may run.
         modalities: see `byte_tokenizer`.
 
@@ -87,7 +88,7 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
         trust = "set loading.trust_remote_code=True in the DataModule"
         with without_asking(f"the processor {given}", trust, dynamic_module_utils):
             try:  # the tokenizer, if the folder has no processor
-                given = AutoProcessor.from_pretrained(str(given), trust_remote_code=trust_remote_code)
+                given = AutoProcessor.from_pretrained(local_folder(given), trust_remote_code=trust_remote_code)
             except OSError as error:
                 raise ValueError(_unknown(str(given), error)) from error
             except json.JSONDecodeError as error:

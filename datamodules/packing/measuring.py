@@ -127,7 +127,9 @@ class Measurements:
         return len(self.tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (type(self), (self.arrays,)) if self._place is None else (type(self).load, (self._place,))
+        if self._place is not None and self._place.exists():
+            return type(self).load, (self._place,)
+        return type(self), (self.arrays,)
 
     @property
     def number_usable(self) -> int:

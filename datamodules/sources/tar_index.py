@@ -6,7 +6,8 @@ import hashlib
 import os
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ..kept_arrays import made_once, of_texts, texts_of
-from ..remote import is_remote, opened
+from ..remote import is_remote
 from .data_files import stamp
+from .tar_headers import members_of
 
 FORMAT = 2
 """Version of kept indices."""
@@ -76,17 +78,19 @@ class TarIndex:
         Args:
             shown: whether a bar shows the progress.
         """
-        names: dict[str, int] = {}
-        files = [
-            _File.of(path, names) for path in (track(paths, "index", console=Console(stderr=True)) if shown else paths)
-        ]
+        with ThreadPoolExecutor() as threads:  # while one waits for a disk or a server, others go on
+            made = threads.map(_File, paths)
+            files = list(track(made, "index", len(paths), console=Console(stderr=True)) if shown else made)
         tars = np.cumsum([0, *(len(file.key_ends) for file in files)], dtype=np.int64)
         arrays = {"tars": tars, "keys": np.concatenate([file.keys for file in files])}
         for name, ends in (("key_starts", "key_ends"), ("members", "member_ends")):
             before = np.cumsum([0, *(int(getattr(file, ends)[-1]) if len(file.key_ends) else 0 for file in files)])
             found = [getattr(file, ends) + first for file, first in zip(files, before, strict=False)]
             arrays[name] = np.concatenate([np.zeros(1, np.int64), *found])
-        for name in ("suffixes", "offsets", "lengths"):
+        names: dict[str, int] = {}
+        numbers = [np.array([names.setdefault(name, len(names)) for name in file.names], np.int32) for file in files]
+        arrays["suffixes"] = np.concatenate([own[file.suffixes] for own, file in zip(numbers, files, strict=True)])
+        for name in ("offsets", "lengths"):
             arrays[name] = np.concatenate([getattr(file, name) for file in files])
         arrays["names"], arrays["name_ends"] = of_texts(list(names))
         return arrays
@@ -107,62 +111,80 @@ class TarIndex:
 
 
 class _File:
-    """The columns of one tar: those of `TarIndex`, with ends instead of starts."""
+    """The columns of one tar: those of `TarIndex`, with ends instead of starts, and with suffixes of its own."""
 
-    def __init__(self, samples: Mapping[str, Sequence[Member]], names: dict[str, int]) -> None:
-        keys = [key.encode("utf-8", "surrogateescape") for key in samples]
-        members = [member for own in samples.values() for member in own]
+    def __init__(self, path: str) -> None:
+        """
+        Raises:
+            ValueError: the file is no uncompressed tar.
+            OSError: it cannot be read.
+        """
+        names, offsets, lengths, folders = _places(path)
+        keys, endings = dict[bytes, int](), dict[bytes, int]()
+        rows = list[tuple[int, int, int]]()  # numbers of a sample, of a suffix, and of a member
+        for number, name in enumerate(names):
+            if number in folders:
+                continue
+            start = name.rfind(b"/") + 1
+            dot = name.find(b".", start)
+            key, ending = (name, b"") if dot < 0 else (name[:dot], name[dot + 1 :])
+            sample = keys.setdefault(key[1:] if start == 1 else key, len(keys))
+            rows.append((sample, endings.setdefault(ending, len(endings)), number))
+        suffixes = [f".{_text(ending)}" for ending in endings]
+        self.names = sorted(suffixes)
+        ranks = {suffix: rank for rank, suffix in enumerate(self.names)}
+        samples, found, members = np.array(rows, np.int64).reshape(-1, 3).T
+        self.suffixes = np.array([ranks[suffix] for suffix in suffixes], np.int32)[found]
+        self.offsets, self.lengths = np.array(offsets, np.int64)[members], np.array(lengths, np.int64)[members]
+        order = np.lexsort((self.lengths, self.offsets, self.suffixes, samples))
+        self.suffixes, self.offsets, self.lengths = self.suffixes[order], self.offsets[order], self.lengths[order]
         self.keys = np.frombuffer(b"".join(keys), np.uint8)
         self.key_ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
-        self.member_ends = np.cumsum([len(own) for own in samples.values()], dtype=np.int64)
-        self.suffixes = np.array([names.setdefault(suffix, len(names)) for suffix, _, _ in members], np.int32)
-        self.offsets = np.array([offset for _, offset, _ in members], np.int64)
-        self.lengths = np.array([length for _, _, length in members], np.int64)
-
-    @classmethod
-    def of(cls, path: str, names: dict[str, int]) -> "_File":
-        """
-        Args:
-            names: the numbers of suffixes that are known so far; further ones are added.
-        """
-        samples: dict[str, list[Member]] = {}
-        try:
-            with (
-                opened(path) if is_remote(path) else open(path, "rb") as file,
-                tarfile.open(fileobj=file, mode="r:") as tar,
-            ):
-                found = list(_forward(tar))
-                files = {posixpath.normpath(member.name): member for member in found}
-                for member in found:
-                    if not member.isdir():
-                        folder, _, base = member.name.rpartition("/")
-                        stem, _, suffix = base.partition(".")
-                        key = f"{folder}/{stem}" if folder else stem
-                        samples.setdefault(key, []).append((f".{suffix}", *_span(files, member)))
-        except (tarfile.TarError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
-        return cls({key: sorted(members) for key, members in samples.items()}, names)
+        self.member_ends = np.cumsum(np.bincount(samples, minlength=len(keys)), dtype=np.int64)
 
 
-def _forward(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """
+def _places(path: str) -> tuple[list[bytes], list[int], list[int], set[int]]:
+    """The names of the members of a tar, where their contents begin, how many bytes they have, and which are folders. A
+    link has the place of what it links to; what is no file of the tar is at -1.
+
     Raises:
-        TarError: a member does not come after the one before: its size is negative, and reading would never end.
+        ValueError, OSError: see `_File`.
     """
-    end = -1
-    while (member := tar.next()) is not None:
-        if member.size < 0 or member.offset <= end:
-            raise tarfile.ReadError(f"the header of {member.name!r} says that it has {member.size} bytes")
-        end = member.offset
-        yield member
+    names, offsets, lengths = list[bytes](), list[int](), list[int]()
+    odd: dict[int, tarfile.TarInfo] = {}
+    try:
+        for member in members_of(path):
+            if isinstance(member, tarfile.TarInfo):
+                odd[len(names)] = member
+                name = member.name.encode("utf-8", "surrogateescape")
+                file = member.isreg() and not member.issparse()
+                offset, length = (member.offset_data, member.size) if file else (-1, 0)
+            else:
+                name, offset, length = member
+            names.append(name)
+            offsets.append(offset)
+            lengths.append(length)
+    except (tarfile.TarError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not an uncompressed tar: {error}") from error
+    if links := [number for number, member in odd.items() if member.issym() or member.islnk()]:
+        files = {posixpath.normpath(_text(name)): number for number, name in enumerate(names)}
+        for number in links:
+            if (found := _followed(number, odd, files)) is not None:
+                offsets[number], lengths[number] = offsets[found], lengths[found]
+    return names, offsets, lengths, {number for number, member in odd.items() if member.isdir()}
 
 
-def _span(files: Mapping[str, tarfile.TarInfo], member: tarfile.TarInfo) -> tuple[int, int]:
-    """The offset and length of a member, or of the member that it links to; (-1, 0): the tar has no such file."""
-    file: tarfile.TarInfo | None = member
+def _followed(number: int, odd: Mapping[int, tarfile.TarInfo], files: Mapping[str, int]) -> int | None:
+    """The number of the member that a link leads to; ``None``: to none of the tar."""
+    found: int | None = number
     for _ in range(MAX_LINKS):
-        if file is None or not (file.issym() or file.islnk()):
-            break
-        folder = posixpath.dirname(file.name) if file.issym() else ""
-        file = files.get(posixpath.normpath(posixpath.join(folder, file.linkname)))
-    return (file.offset_data, file.size) if file is not None and file.isreg() and not file.issparse() else (-1, 0)
+        member = None if found is None else odd.get(found)
+        if member is None or not (member.issym() or member.islnk()):
+            return found
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        found = files.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
+    return None
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

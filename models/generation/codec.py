@@ -10,6 +10,8 @@ from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
+from bigmac_lightning.checkpoints.fetching import local_folder
+
 from ..folders import has_safetensors, reading_weights
 from ..initialization import seeded
 
@@ -39,7 +41,7 @@ class LatentCodec(nn.Module):
         super().__init__()
         self.source = config if isinstance(config, str) else None
         load: Any = AutoencoderKL.load_config
-        given: dict[str, Any] = dict(load(config) if isinstance(config, str) else config)
+        given: dict[str, Any] = dict(load(local_folder(config)) if isinstance(config, str) else config)
         name = given.pop("_class_name", None)
         if name not in _CLASSES:
             raise ValueError(f"a latent codec needs _class_name {' or '.join(_CLASSES)} in its config, not {name!r}")
@@ -63,12 +65,12 @@ class LatentCodec(nn.Module):
                 self.autoencoder = self._class.from_config(self._arguments)
         else:
             load = self._class.from_pretrained
-            with reading_weights(self.source, self._class.__name__):
+            with reading_weights(self.source, self._class.__name__) as folder:
                 self.autoencoder = load(
-                    self.source,
+                    folder,
                     torch_dtype=torch.float32,
                     local_files_only=True,
-                    use_safetensors=has_safetensors(self.source),
+                    use_safetensors=has_safetensors(folder),
                 )
         self.requires_grad_(False).eval()
 

@@ -16,6 +16,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from bigmac_lightning.checkpoints.fetching import local_folder
 from bigmac_lightning.contracts.batch import TargetItem
 from bigmac_lightning.contracts.components import Generator
 from bigmac_lightning.estimates.forward_cost import ForwardCost, forward_cost
@@ -88,7 +89,7 @@ class FlowGenerator(Generator):
         if weights is None:
             self._arguments = self.kind.arguments(width, channels, patch_size, config or {})
         elif config is None:
-            self._arguments = dict(self.kind.model.load_config(weights))
+            self._arguments = dict(self.kind.model.load_config(local_folder(weights)))
         else:
             raise ValueError("give config or weights: the folder of pretrained weights has a config of its own")
         self.seed, self.width, self.queries = seed, width, queries
@@ -129,11 +130,11 @@ class FlowGenerator(Generator):
             connector = self._new_connector()
             if self.source is None:
                 return connector, build() if mesh is None else constructed(build, mesh)
-        with reading_weights(self.source, self.kind.model.__name__):
-            rows = None if mesh is None else read_rows(build, self.source, mesh)
-            load, safe = self.kind.model.from_pretrained, has_safetensors(self.source)
+        with reading_weights(self.source, self.kind.model.__name__) as folder:
+            rows = None if mesh is None else read_rows(build, folder, mesh)
+            load, safe = self.kind.model.from_pretrained, has_safetensors(folder)
             arguments = {"torch_dtype": torch.float32, "local_files_only": True, "use_safetensors": safe}
-            return connector, (rows or load(self.source, **arguments)).train()
+            return connector, (rows or load(folder, **arguments)).train()
 
     def forward_cost(self, shape: tuple[int, ...], rows: int) -> ForwardCost:
         """The cost without the codec, which is small and has no backward."""

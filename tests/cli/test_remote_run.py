@@ -11,15 +11,14 @@ import bigmac_lightning
 from bigmac_lightning.checkpoints.remote import RemotePath
 from bigmac_lightning.commands import export as export_command
 from bigmac_lightning.loaded_run import _Reader
-from bigmac_lightning.models import MultimodalLM
-from bigmac_lightning.models.exported import is_exported
 from tests.cli.commands import bigmac
 from tests.cli.test_chat import CONFIGS, SHORT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
 
 
-def test_a_run_in_a_bucket(server: None, tmp_path: Path) -> None:
+def test_a_run_in_a_bucket(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run = "s3://shards/runs/digits/version_0"
     place = ("--trainer.logger.init_args.save_dir=s3://shards/runs", *SHORT)
     said = bigmac(2, tmp_path, "fit", "--config", str(CONFIGS / "digits.yaml"), *place)
@@ -39,6 +38,7 @@ def test_a_run_in_a_bucket(server: None, tmp_path: Path) -> None:
     export_command.export_checkpoint(checkpoint, str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
     _export_into_a_bucket(checkpoint, tmp_path / "out")
+    _start_from_a_bucket("s3://shards/out", tmp_path, state)
 
 
 def _export_into_a_bucket(checkpoint: str, local: Path) -> None:
@@ -68,12 +68,19 @@ def _export_into_a_bucket(checkpoint: str, local: Path) -> None:
     files = {str(path.relative_to(local)): path for path in local.rglob("*") if path.is_file()}
     assert {name.removeprefix("shards/out/") for name in system.find(remote)} == files.keys()
     assert all(system.cat_file(f"{remote}/{name}") == path.read_bytes() for name, path in files.items())
-    for use in (lambda: bigmac_lightning.load(remote), lambda: is_exported(remote)):
-        with pytest.raises(
-            ValueError, match="s3://shards/out is a Hugging Face folder, which is read from a disk only"
-        ):
-            use()
-    with pytest.raises(ValueError, match="s3://shards/out is remote, which is read from a disk only: download it"):
-        MultimodalLM.from_pretrained(remote)
     with pytest.raises(ValueError, match="s3://shards/out is there already: give --output a new folder"):
         export_command.export_checkpoint(checkpoint, remote)
+
+
+def _start_from_a_bucket(folder: str, tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    """All ranks of a machine read the same copy."""
+    still = ("--model.init_args.learning_rate=0.0", "--model.init_args.weight_decay=0.0", *SHORT)
+    place = (f"--model.init_args.init_from={folder}", f"--trainer.logger.init_args.save_dir={tmp_path / 'again'}")
+    bigmac(2, tmp_path, "fit", "--config", str(CONFIGS / "digits.yaml"), *place, *still)
+    kept = tmp_path / "home" / ".cache" / "bigmac_lightning" / "folders"
+    [copy] = (path for path in kept.iterdir() if path.is_dir())
+    assert (copy / "model.safetensors").is_file()
+    for started in (bigmac_lightning.load(folder), bigmac_lightning.load(tmp_path / "again" / "digits" / "version_0")):
+        found = started.module.state_dict()
+        assert all(torch.equal(tensor.cpu(), state[name]) for name, tensor in found.items())
+    assert [path for path in kept.iterdir() if path.is_dir()] == [copy]
