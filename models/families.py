@@ -37,6 +37,7 @@ class Family:
         takes_text_positions: whether the LLM takes text positions before these parts, by which it keeps packed samples
             apart.
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
+        crosses: whether layers of the LLM attend to features, which replace no embeddings.
         mixes_shapes: whether items of different shapes can be encoded together.
         image_masks: makes masks by which tokens of an image see each other both ways; ``None``: they do not.
         sees_both_ways: says of the model's config whether such masks are used.
@@ -60,6 +61,7 @@ class Family:
     sees_both_ways: Callable[[Any], bool] = _always
     sees_around_images: bool = False
     adds_features: bool = False
+    crosses: bool = False
     mixes_shapes: bool = False
     calls_vary: bool = False
     joined: int | None = None
@@ -147,6 +149,7 @@ FAMILIES: dict[str, Family] = {
         joined=4,
         smallest=items.smallest_pooled,
     ),
+    "mllama": Family(items.filled_tiles, crosses=True, smallest=items.smallest_filled),
     "ovis2": Family(items.with_indicators, smallest=items.smallest_indicated),
     "granite_docling": Family(items.tiles, deepstack=True),
     "hunyuan_vl": replace(_GLM, rows=items.hunyuan_rows, takes_text_positions=False),
@@ -184,7 +187,6 @@ _TALKER = (
 
 REFUSED = {
     "paligemma": "tokens of a prompt see each other both ways, and batches here do not say where a prompt ends",
-    "mllama": _CROSS,
     "blip": _CROSS,
     "idefics": _CROSS,
     "florence2": _TWO_PARTS,

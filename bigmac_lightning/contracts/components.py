@@ -104,6 +104,8 @@ class LanguageModel(nn.Module, ABC):
             Such a loss is a mean over microbatches.
         exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
+        attends_to_features: whether layers attend to features. These then neither replace embeddings nor are added to
+            them: they are the extra "features", (1, N, D), and a microbatch without media skips parts of the layers.
         refuses_packing: the reason why a row must not have several samples; empty if it may.
         gradient_checkpointing: whether layers save only their inputs, and run again in the backward.
         dtype: type that `materialize` gives the weights; ``None``: it does not convert them.
@@ -123,6 +125,7 @@ class LanguageModel(nn.Module, ABC):
     exact_extras: Collection[str] = ()
     refuses_packing: str = ""
     adds_features: bool = False
+    attends_to_features: bool = False
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
     shard_mesh: DeviceMesh | None = None

@@ -45,10 +45,10 @@ class Case(NamedTuple):
 
 
 def drawn(random: Random) -> Case:
-    model = random.choice(["gemma4", "gemma4", "gemma4_text", "gemma3n_text"])
+    model = random.choice(["gemma4", "mllama", "gemma4_text", "gemma3n_text"])
     frozen, shards = random.choice(["nothing", "two layers", "embedding"]), random.choice(["ddp", "zero1", "fsdp"])
     backbone = random.choice(["1f1b", "gpipe", "interleaved_1f1b"] + ["zb1p"] * (shards != "fsdp"))
-    if model == "gemma4":
+    if model in ("gemma4", "mllama"):
         frozen = random.choice(list(FREEZE))
         return Case(model, random.random() < 0.5, frozen, backbone, {"encoders": shards}, random.random() < 0.5)
     return Case(model, random.random() < 0.5, frozen, backbone, {}, random.random() < 0.5)
