@@ -178,7 +178,7 @@ FAMILIES: dict[str, Family] = {
 
 """The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
 
-_CROSS = "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages"
+_CROSS = "its LLM attends to images in cross-attention layers, of which only those of Llama 3.2 Vision are known here"
 _TWO_PARTS = "its text has an encoder and a decoder, and stages here are those of a decoder"
 _TOKEN_EMBEDDINGS = "its layers take embeddings of the token ids of their own, beside the hidden states"
 _TALKER = (

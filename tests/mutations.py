@@ -33,6 +33,34 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "a token sees images of other samples of its row",
+        "models/llm/cross_attention.py",
+        "sees_FN = own_FN & (run_F",
+        "sees_FN = (run_F",
+        "tests/models/test_cross_attention.py",
+    ),
+    Fault(
+        "samples without images attend to those of others",
+        "models/llm/cross_attention.py",
+        "torch.where(seen.has_images, after_1FD, before_1FD)",
+        "after_1FD",
+        "tests/models/test_cross_attention.py",
+    ),
+    Fault(
+        "features end at the first stage that attends to them",
+        "models/llm/cross_attention.py",
+        "        if self._needed(range(layers.stop, 1 << 30)):\n",
+        "        if not self._needed(layers):\n",
+        "tests/models/test_sweep.py -k mllama",
+    ),
+    Fault(
+        "all tiles of an image count as its own",
+        "datamodules/encoding/hf_visual.py",
+        'return 1, 1, made["num_tiles"][0][0]',
+        'return 1, 1, len(made["pixel_values"][0][0])',
+        "tests/datamodules/test_hf_visual.py -k mllama",
+    ),
+    Fault(
         "text sees the noise of what is drawn",
         "models/llm/image_masks.py",
         "return (blocks_BS[b, key] < 0) | (",

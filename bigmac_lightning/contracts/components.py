@@ -185,7 +185,7 @@ class LanguageModel(nn.Module, ABC):
         Args:
             extras: the extras that came with the hidden states. They are changed in place to those that go on. If
                 encoders give more than one level, layer 0 gets "features" of shape (levels - 1, N, D), whose rows
-                belong to the tokens at `inputs["media_positions"]`.
+                belong to the tokens at `inputs["media_positions"]`; if layers attend to features, (1, N, D).
         """
 
     def extra_shapes(

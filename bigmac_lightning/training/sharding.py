@@ -59,7 +59,8 @@ class Sharding:
                 continue
             if kind == "fsdp" and (name != "llm" or over.size() > 1):
                 self._meeting.add(name)
-                _check_meetings(name, part)
+                if name != "llm":
+                    _check_meetings(name, part)
             if next(part.parameters(), None) is not None:  # otherwise it uses the weights of another encoder
                 stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
                 self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing, offload)
@@ -359,13 +360,6 @@ def _check_apart(sharded: Sequence[tuple[str, nn.Module]], module: PipelineModul
 
 
 def _check_meetings(name: str, part: nn.Module) -> None:
-    if isinstance(part, LanguageModel):
-        if part.attends_to_features:
-            raise ValueError(
-                "layers of this LLM attend to features and do not run for microbatches without media, so ranks with "
-                "weights in shards would not meet: set sharding.stages to zero1 or ddp"
-            )
-        return
     assert isinstance(part, Encoder | Generator)
     for child_name, child in part.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training and child.track_running_stats:

@@ -32,6 +32,7 @@ class MediaPlan:
             `rows` placeholder tokens one after another.
         seconds: duration of a time step of its grid, for models whose positions depend on it.
         alone: whether it is prepared as the only image of its example.
+        one_token: whether all of its rows belong to one token, which they do not replace.
     """
 
     encoder: str
@@ -44,6 +45,7 @@ class MediaPlan:
     text: str | None = None
     seconds: float | None = None
     alone: bool = True
+    one_token: bool = False
 
 
 class MediaProcessor(ABC):

@@ -20,7 +20,7 @@ from .attention import MASKED
 from .text_inputs import SAMPLES
 
 GRIDS = "image_grid_thw"
-"""The input with 1 and the numbers of tiles down and across of each image, (I, 3)."""
+"""The input with three numbers for each image, (I, 3), whose product is the number of its tiles."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class CrossAttention:
         if tokens != grids:
             raise ValueError(
                 f"a microbatch has {tokens} image tokens, but {grids} images in inputs[{GRIDS!r}]: give one token for "
-                "each image, and there (1, tiles down, tiles across) of each image, in the order of their tokens"
+                "each image, and there (1, tiles down, tiles across) of each, in the order of their tokens"
             )
 
     def shapes(self, layer: int, media_rows: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -125,7 +125,7 @@ class CrossAttention:
             sample_F = sample_F + inputs[SAMPLES]
         sample_F = sample_F.flatten()
         first_F = images_F.clone()  # images that stand one directly after another are seen together
-        first_F[1:] &= ~images_F[:-1] | (sample_F[1:] != sample_F[:-1])
+        first_F[1:] &= ~images_F[:-1]
         run_F = first_F.cumsum(0)
 
         tiles_N = inputs[GRIDS].prod(1)[images_F.cumsum(0)[positions_N] - 1]

@@ -94,7 +94,7 @@ def crops(random: Random) -> Picture:
     return Picture("image", data, 16 + 4 * (4 + 1), {name: value[None] for name, value in data.items()})
 
 
-TILES = ([1, 1], [1, 2], [2, 1], [3, 1])
+TILES = ([1, 1], [1, 2], [1, 3], [2, 1], [3, 1])
 """The arrangements of tiles down and across of Llama 3.2 Vision here."""
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
+from bigmac_lightning.training.options import ShardingOptions
 from tests.models import more_families, sweep, zoo
 from tests.models.zoo import IMAGE
 
@@ -17,8 +19,8 @@ MLLAMA = more_families.ALL["mllama"]
 TOKENS = (
     (1, IMAGE, IMAGE, 5, 6, IMAGE, 7, 8),  # two images that are seen together, and one that is seen alone
     (3, 4, 5, 6),
-    (IMAGE, 9, IMAGE, IMAGE, IMAGE, 4),
     (1, 4, 7, IMAGE),
+    (IMAGE, 9, IMAGE, IMAGE, IMAGE, 4),
     (IMAGE, 5, 8),
 )
 
@@ -92,3 +94,12 @@ def test_a_missing_grid() -> None:
 def test_no_tensor_or_context_parallelism(size: str) -> None:
     reason = HFDecoder(MLLAMA.config()).why_not_parallel(ParallelSizes(**{size: 2}))
     assert "'mllama' cannot have tensor or context parallelism: its layers hand on more than hidden states" in reason
+
+
+def test_shards_of_layers_that_not_every_rank_runs() -> None:
+    strategy = BigMacStrategy(1, sharding=ShardingOptions(stages="fsdp"))
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    with pytest.raises(
+        ValueError, match=r"stages is fsdp, but layers of this LLM attend to images .* use zero1 or ddp"
+    ):
+        strategy.mesh_shape(MultimodalLM(HFDecoder(MLLAMA.config())))

@@ -77,10 +77,10 @@ def _ranks(rank: int, size: int, folder: Path, cases: list[Case]) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
+@pytest.mark.parametrize("seed", [22, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
 def test_random_options(seed: int, tmp_path: Path) -> None:
     random = Random(seed)
-    cases = [drawn(random) for _ in range(12 if seed else 4)]
+    cases = [drawn(random) for _ in range(4 if seed == 22 else 12)]
     for name in {case.model for case in cases}:
         zoo.save(name, tmp_path)
     ranks = run_ranks(2, _ranks, 2, tmp_path, cases)
