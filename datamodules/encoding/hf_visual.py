@@ -179,7 +179,8 @@ class HFVisual(VisualProcessor):
         if grid != plan.grid or text != (placeholder * tokens if plan.text is None else plan.text):
             raise ExampleError(
                 f"{item.file.name} became {self._rows(made, text)} rows of features in a grid of {grid}, but its plan "
-                f"has {plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
+                f"has {plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the "
+                "size"
             )
         if plan.one_token:
             return {"pixel_values": pixel_values, **{name: made[name][0, 0] for name in FILLED[1:]}}
