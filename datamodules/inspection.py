@@ -173,7 +173,7 @@ def _items(example: Example, sample: Sample, sizes: Sequence[Size]) -> list[Item
         item, size = left.pop(at)
         kind = modality_of(item).name
         counts[kind] += 1
-        views.append(ItemView(f"{kind} {counts[kind]}", item, size, media.rows))
+        views.append(ItemView(f"{kind} {counts[kind]}", item, size, media.tokens))
     if example.target is not None:
         views.append(ItemView("target", example.target, sizes[-1], sample.targets[0].rows))
     return views

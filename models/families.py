@@ -38,6 +38,7 @@ class Family:
             apart.
         sees_prompts: whether all tokens before the first one that is learnt take part in this (PaliGemma).
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
+        crosses: whether layers of the LLM attend to features, which replace no embeddings.
         mixes_shapes: whether items of different shapes can be encoded together.
         image_masks: makes masks by which tokens of an image see each other both ways; ``None``: they do not.
         sees_both_ways: says of the model's config whether such masks are used.
@@ -62,6 +63,7 @@ class Family:
     sees_around_images: bool = False
     sees_prompts: bool = False
     adds_features: bool = False
+    crosses: bool = False
     mixes_shapes: bool = False
     calls_vary: bool = False
     joined: int | None = None
@@ -149,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         joined=4,
         smallest=items.smallest_pooled,
     ),
+    "mllama": Family(items.filled_tiles, crosses=True, smallest=items.smallest_filled),
     "ovis2": Family(items.with_indicators, smallest=items.smallest_indicated),
     "granite_docling": Family(items.tiles, deepstack=True),
     "hunyuan_vl": replace(_GLM, rows=items.hunyuan_rows, takes_text_positions=False),
@@ -178,7 +181,7 @@ FAMILIES: dict[str, Family] = {
 
 """The families that are exact from pictures to loss; `tests/models/test_sweep.py` compares each of them."""
 
-_CROSS = "its LLM looks at the image in cross-attention layers, so features would have to travel to all stages"
+_CROSS = "its LLM attends to images in cross-attention layers, of which only those of Llama 3.2 Vision are known here"
 _TWO_PARTS = "its text has an encoder and a decoder, and stages here are those of a decoder"
 _TOKEN_EMBEDDINGS = "its layers take embeddings of the token ids of their own, beside the hidden states"
 _TALKER = (
@@ -186,7 +189,6 @@ _TALKER = (
 )
 
 REFUSED = {
-    "mllama": _CROSS,
     "blip": _CROSS,
     "idefics": _CROSS,
     "florence2": _TWO_PARTS,

@@ -226,6 +226,18 @@ def tiles(base: Any, items: Sequence[Tensor]) -> Any:
     return base.get_image_features(pixels, present, return_dict=True)
 
 
+def filled_tiles(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (most tiles, C, H, W), filled up with zeros; "aspect_ratio_ids", (),
+    the number of their arrangement; and "aspect_ratio_mask" (most tiles,), which is 1 for tiles of the picture."""
+    given = _dicts(items, "aspect_ratio_ids")
+    pixels, numbers, masks = (
+        torch.stack([item[name] for item in given])[:, None]
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    )
+    out = base.vision_model(pixels, numbers, masks)
+    return BaseModelOutputWithPooling(pooler_output=base.multi_modal_projector(out.last_hidden_state).flatten(1, -2))
+
+
 def projected_later(base: Any, items: Sequence[Tensor]) -> Any:
     """As `crops`, but the model's own forward calls its projector."""
     out = base.get_image_features(torch.cat([_with_crops(item) for item in items]), return_dict=True)
@@ -341,6 +353,15 @@ def smallest_pooled(config: Any) -> MediaData:
     for name, grid in (("image", (1, 1, 0, 0)), ("video", (1, 1, 1))):
         made[f"{name}_token_pooling"], made[f"{name}_grids"] = torch.zeros(1, 1, dtype=torch.long), torch.tensor(grid)
     return made
+
+
+def smallest_filled(config: Any) -> MediaData:
+    """One tile, and zeros."""
+    vision = config.vision_config
+    present = torch.zeros(vision.max_num_tiles, dtype=torch.long)
+    present[0] = 1
+    pixels = torch.zeros(vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
+    return {"pixel_values": pixels, "aspect_ratio_ids": torch.tensor(1), "aspect_ratio_mask": present}
 
 
 def smallest_indicated(config: Any) -> MediaData:

@@ -142,7 +142,8 @@ class Microbatch:
         label_positions: (L,) flat indices into B * S whose hidden state predicts a labelled token.
         labels: (L,) the token ids to be predicted there (the *next* token of each of these positions).
         media: items in the order of their feature rows.
-        media_positions: (N,) flat indices into B * S that the feature rows replace, item after item.
+        media_positions: (N,) flat indices into B * S of the tokens of the feature rows, item after item. Rows replace
+            their tokens, unless the LLM says otherwise (`adds_features`, `attends_to_features`).
         targets: generator targets in the order of their condition rows.
         target_positions: (N,) flat indices into B * S of the hidden states that condition them, item after item.
         origins: its samples; empty if the DataModule does not list them.

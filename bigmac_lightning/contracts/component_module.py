@@ -140,9 +140,12 @@ class ComponentModule(ResumableModule):
                 if isinstance(microbatch, MicrobatchSlice):  # also with no rows of its own: gradients are then zeros
                     features = features[microbatch.feature_rows]
                     extras = {name: levels[:, microbatch.feature_rows] for name, levels in extras.items()}
-                flat = hidden.flatten(0, 1)
-                put = flat.index_add if llm.adds_features else flat.index_copy
-                hidden = put(0, microbatch.media_positions, features.to(hidden.dtype)).view_as(hidden)
+                features, flat = features.to(hidden.dtype), hidden.flatten(0, 1)
+                if llm.attends_to_features:
+                    extras["features"] = features[None]
+                else:
+                    put = flat.index_add if llm.adds_features else flat.index_copy
+                    hidden = put(0, microbatch.media_positions, features).view_as(hidden)
         assert hidden is not None, "only the first stage starts without hidden states"
         inputs = {**microbatch.inputs, "media_positions": microbatch.media_positions}
         hidden = llm.run_layers(hidden, inputs, layers, extras)

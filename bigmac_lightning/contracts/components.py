@@ -104,6 +104,8 @@ class LanguageModel(nn.Module, ABC):
             Such a loss is a mean over microbatches.
         exact_extras: names of extras (see below) that are sent in float32 even if the weights have a 16-bit type.
         adds_features: whether features are added to the embeddings of their tokens, instead of replacing them.
+        attends_to_features: whether layers attend to features. These then neither replace embeddings nor are added to
+            them: they are the extra "features", (1, N, D), and a microbatch without media skips parts of the layers.
         refuses_packing: the reason why a row must not have several samples; empty if it may.
         sees_prompts: whether the tokens before the first labelled one of a row see each other both ways. `prepare` then
             gets ``inputs["prompt_tokens"]``, (B,), how many these are.
@@ -126,6 +128,7 @@ class LanguageModel(nn.Module, ABC):
     refuses_packing: str = ""
     adds_features: bool = False
     sees_prompts: bool = False
+    attends_to_features: bool = False
     gradient_checkpointing: bool = False
     dtype: torch.dtype | None = None
     shard_mesh: DeviceMesh | None = None
@@ -185,7 +188,7 @@ class LanguageModel(nn.Module, ABC):
         Args:
             extras: the extras that came with the hidden states. They are changed in place to those that go on. If
                 encoders give more than one level, layer 0 gets "features" of shape (levels - 1, N, D), whose rows
-                belong to the tokens at `inputs["media_positions"]`.
+                belong to the tokens at `inputs["media_positions"]`; if layers attend to features, (1, N, D).
         """
 
     def extra_shapes(

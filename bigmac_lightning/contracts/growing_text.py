@@ -62,7 +62,11 @@ class GrowingText:
         if self.caches:
             self._next = Microbatch({"input_ids": ids_1S, "position_ids": next_positions(self._positions)})
             return
-        per_token = {name: value for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+        per_token = {  # the grid of one image, (1, 3), has the shape of three tokens
+            name: value
+            for name, value in inputs.items()
+            if value.shape == inputs["input_ids"].shape and not name.endswith("_grid_thw")
+        }
         longer = {name: torch.cat([value, value[:, -1:]], dim=1) for name, value in per_token.items()}
         longer["input_ids"] = torch.cat([inputs["input_ids"], ids_1S], dim=1)
         longer["position_ids"] = torch.arange(longer["input_ids"].shape[1])[None]

@@ -243,6 +243,11 @@ class BigMacStrategy(SteppingStrategy):
         schedule = self.options.schedule
         if not schedule.has_auto and not schedule.own_ranks:
             make_stages(module.llm.costs(), len(self.options.stage_rank(pp)), self.options.partition)
+        if self.options.sharding.stages == "fsdp" and dp > 1 and module.llm.attends_to_features:
+            raise ValueError(
+                "sharding.stages is fsdp, but layers of this LLM attend to images and do not run where there are none, "
+                "so ranks with shards of one layer would not meet: use zero1 or ddp"
+            )
         if self.options.sharding.stages == "fsdp" and dp > 1 and self.options.microbatches is None:
             raise ValueError(
                 "sharding.stages is fsdp, so all pipelines must run equally many microbatches: give the strategy "

@@ -213,8 +213,8 @@ class ChatEncoder:
                 raise ExampleError("has more tokens for rows of media than its media have")
             # a plan's own text has all its feature tokens; otherwise one placeholder stands for all rows
             plan, indices = plans[left[-1]], rows[left[-1]]
-            times = plan.rows if plan.text is None else 1
-            indices += range(len(tokens), len(tokens) + times)
+            times = plan.rows if plan.text is None and not plan.one_token else 1
+            indices += [len(tokens)] * plan.rows if plan.one_token else range(len(tokens), len(tokens) + times)
             labelled += [False] * times
             tokens += [token] * times
             if len(indices) >= plan.rows:
@@ -290,8 +290,9 @@ class ChatEncoder:
             plan.cost,
             item.file.name,
             plan.grid,
-            () if contiguous else tuple(rows),
+            () if contiguous or plan.one_token else tuple(rows),
             plan.seconds,
+            plan.one_token,
         )
 
     def _target(self, image: Image, size: Size, start: int, draw: tuple[object, ...]) -> Target:

@@ -35,6 +35,10 @@ ALONG = ("target_sizes", "high_res_pixel_values")
 MERGED = ("image_merge_sizes",)
 """The side of the squares of patches that are joined (VideoLLaMA 3). Its videos lose rows by what is to be seen in
 them, so they cannot be planned."""
+FILLED = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+"""What a processor makes of a picture that it cuts into tiles and fills up to the most tiles (Llama 3.2 Vision)."""
+PATCH = 14
+"""The side of a patch of these tiles in pixels, which the processor does not know unless it has a `patch_size`."""
 UNUSED = {
     *("num_soft_tokens_per_image", "num_soft_tokens_per_video"),  # which are in the text that stands for the item
     *("video_metadata", "batch_num_images", "num_frames_per_video"),  # of several items, which come apart here
@@ -59,6 +63,8 @@ class HFVisual(VisualProcessor):
       of a video with a dimension of frames before these;
     - if it returns what goes along with them, too, a dictionary with that: "target_sizes" or
       "high_res_pixel_values"; beside a grid of patches, "merge_sizes";
+    - tiles that are filled up to the most tiles, a dictionary: "pixel_values", (most tiles, C, H, W),
+      "aspect_ratio_ids", (), and "aspect_ratio_mask", (most tiles,);
     - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
       "pixel_attention_mask", (tiles, T).
 
@@ -142,7 +148,8 @@ class HFVisual(VisualProcessor):
             ) from error
         tiles = TILES if "spatial_shapes" in made else ()
         slices = ("grids",) if "target_sizes" in made else ()  # the text has the places of slices
-        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *ALONG, *MERGED, *PLACED}:
+        filled = (*FILLED, "num_tiles") if "aspect_ratio_ids" in made else ()
+        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *filled, *ALONG, *MERGED, *PLACED}:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
@@ -151,11 +158,12 @@ class HFVisual(VisualProcessor):
         placeholder = placeholder_of(self.processor, "video" if is_video else "image")
         return MediaPlan(
             self.video_encoder if is_video else self.image_encoder,
-            self._rows(text),
+            self._rows(made, text),
             float(_pixels(made).numel()),
             frames=frames,
             grid=grid,
-            text=None if text == placeholder * self._rows(text) else sys.intern(text),
+            text=None if text == placeholder * self._tokens(text) else sys.intern(text),
+            one_token=bool(filled),
             seconds=made["second_per_grid_ts"][0] if "second_per_grid_ts" in made else None,
             alone=alone,
         )
@@ -168,11 +176,15 @@ class HFVisual(VisualProcessor):
         pixels = pixels if augment is None else augment(pixels)
         made, text = self._prepare(self.processor, pixels, size, plan.frames, plan.alone)
         grid, pixel_values = _grid(made), _pixels(made)
-        if grid != plan.grid or text != (placeholder * plan.rows if plan.text is None else plan.text):
+        tokens = 1 if plan.one_token else plan.rows
+        if grid != plan.grid or text != (placeholder * tokens if plan.text is None else plan.text):
             raise ExampleError(
-                f"{item.file.name} became {self._rows(text)} rows of features in a grid of {grid}, but its plan has "
-                f"{plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the size"
+                f"{item.file.name} became {self._rows(made, text)} rows of features in a grid of {grid}, but its plan "
+                f"has {plan.rows} in a grid of {plan.grid}: with this processor, loading.augment must not change the "
+                "size"
             )
+        if plan.one_token:
+            return {"pixel_values": pixel_values, **{name: made[name][0, 0] for name in FILLED[1:]}}
         if grid is not None:
             patches = pixel_values.flatten(1).unflatten(0, grid)
             sides = [made[name][0] for name in MERGED if name in made]
@@ -191,7 +203,16 @@ class HFVisual(VisualProcessor):
             return {"pixel_values": pixel_values, "image_sizes": torch.as_tensor(made["image_sizes"][0])}
         return pixel_values
 
-    def _rows(self, text: str) -> int:
+    def _rows(self, made: Any, text: str) -> int:
+        """The number of rows of an item: those of all tiles, also of those that fill it up, with a class token each; or
+        the tokens that features replace."""
+        if "aspect_ratio_ids" not in made:
+            return self._tokens(text)
+        tiles, _, height, width = _pixels(made).shape
+        side = getattr(self.processor.image_processor, "patch_size", PATCH)
+        return tiles * ((height // side) * (width // side) + 1)
+
+    def _tokens(self, text: str) -> int:
         return sum(text.count(token) for token in self.feature_tokens.values())
 
     def _prepare(
@@ -274,10 +295,12 @@ def placeholder_of(processor: Any, kind: str) -> Any:
 def _pixels(made: Any) -> Tensor:
     """The pixels of the first item."""
     pixels = made["pixel_values_videos" if "pixel_values_videos" in made else "pixel_values"]
-    return pixels[0] if pixels.ndim == 5 else pixels
+    return pixels[(0,) * max(0, pixels.ndim - 4)]
 
 
 def _grid(made: Any) -> tuple[int, int, int] | None:
+    if "num_tiles" in made:
+        return 1, 1, made["num_tiles"][0][0]
     for name in ("image_grid_thw", "video_grid_thw"):
         if name in made:
             t, h, w = made[name][0].tolist()

@@ -42,6 +42,8 @@ class Media:
         grid: (t, h, w) numbers of its patches, for models whose positions depend on them.
         scattered: indices of its placeholder tokens, if they are not contiguous.
         seconds: duration of a time step of its grid, for models whose positions depend on it.
+        one_token: whether all of its rows belong to one token, which they do not replace: layers of the LLM attend to
+            them.
     """
 
     encoder: str
@@ -53,11 +55,19 @@ class Media:
     grid: tuple[int, int, int] | None = None
     scattered: Sequence[int] = ()
     seconds: float | None = None
+    one_token: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The number of its tokens."""
+        return 1 if self.one_token else self.rows
 
     @property
     def indices(self) -> Sequence[int]:
-        """The index in the sample of each of its placeholder tokens."""
-        return self.scattered or range(self.start, self.start + self.rows)
+        """The index in the sample of the token of each of its rows."""
+        return (
+            [self.start] * self.rows if self.one_token else self.scattered or range(self.start, self.start + self.rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,8 @@ class Sample:
         if self.labelled and self.labelled[0]:
             raise ValueError("a sample's first token cannot be labelled: nothing precedes it; start with another token")
         for item in (*self.media, *self.targets):
-            if item.start < 0 or item.start + item.rows > len(self.tokens):
+            tokens = item.tokens if isinstance(item, Media) else item.rows
+            if item.start < 0 or item.start + tokens > len(self.tokens):
                 raise ValueError(
                     f"rows {item.start}..{item.start + item.rows - 1} of an item lie outside its sample's "
                     f"{len(self.tokens)} tokens: one placeholder token per row is needed"

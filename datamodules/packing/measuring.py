@@ -219,7 +219,7 @@ class _Measuring(Dataset):
         return Measured(
             len(sample.tokens),
             sum(sample.labelled),
-            sum(item.rows for item in sample.media),
+            sum(item.tokens for item in sample.media),
             sum(item.cost for item in sample.media),
             sum(item.cost for item in sample.targets),
             sizes,

@@ -28,6 +28,7 @@ from ..hf_component import HFComponent
 from ..loading import rows_over
 from ..pass_through import PassThrough
 from . import attention, context_parallel, liger, probe_cache, probe_context, probe_cut, probe_packing
+from .cross_attention import CrossAttention
 from .division import Division
 from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
@@ -119,6 +120,8 @@ class HFDecoder(HFComponent, LanguageModel):
         self.tied = meta_model.tied_output(whole)
         self._check_stages(whole, decoder)
         self._handed_on = HandedOn(decoder)
+        self.attends_to_features = family is not None and family.crosses
+        self._cross = CrossAttention(self.config, decoder, attn_implementation) if self.attends_to_features else None
         if fused_loss:
             check_plain(whole, self._names)
         self.refuses_packing, self._needs_masks = self._find_packing(decoder)
@@ -212,7 +215,7 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
         kind = f"model_type {self.config.model_type!r}"
-        if self._handed_on and (sizes.context > 1 or sizes.tensor > 1):
+        if (self._handed_on or self._cross) and (sizes.context > 1 or sizes.tensor > 1):
             return f"{kind} cannot have tensor or context parallelism: its layers hand on more than hidden states"
         if sizes.context > 1:
             decoder = self.build_whole().get_submodule(self._names.decoder)
@@ -325,6 +328,8 @@ class HFDecoder(HFComponent, LanguageModel):
             return inputs
         if self.family.multimodal_positions and inputs["position_ids"].ndim == 2:
             inputs["position_ids"] = multimodal_positions(self._whole.base_model, inputs, self.family)
+        if self._cross is not None:
+            self._cross.check(inputs)
         if self._image_masks is not None and "token_type_ids" not in inputs:
             tokens = [self.placeholders[name] for name in ("image", "video") if name in self.placeholders]
             inputs["token_type_ids"] = token_kinds(inputs, tokens, self.sees_prompts)
@@ -351,7 +356,9 @@ class HFDecoder(HFComponent, LanguageModel):
         self, layer: int, rows: tuple[int, int], media_rows: int, levels: int
     ) -> dict[str, tuple[int, ...]]:
         shapes = self._handed_on.shapes(layer, rows, self.width)
-        if media_rows and levels - 1 > layer:
+        if self._cross is not None:
+            shapes |= self._cross.shapes(layer, media_rows, self.width)
+        elif media_rows and levels - 1 > layer:
             shapes["features"] = (levels - 1 - layer, media_rows, self.width)
         if self._routers is not None:
             shapes[ROUTER_LOSS] = (2, self._routers.experts)
@@ -369,7 +376,9 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family is not None:
             further.update(vision_arguments(self.config, self.family, inputs["input_ids"]))
         features = extras.pop("features", None)
-        if features is not None and features.shape[1]:  # a slice may have no rows of them
+        if features is not None and features.shape[1] and self._cross is not None:
+            further.update(self._cross.arguments(features, inputs, layers, extras))
+        elif features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
             if len(features) > len(layers):
                 extras["features"] = features[len(layers) :]
@@ -431,7 +440,7 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def new_cache(self, layers: range) -> Any:
         config = self._decoder.config
-        if self._handed_on and len(layers) < self.num_layers:
+        if self._cross or (self._handed_on and len(layers) < self.num_layers):
             return None  # what layers hand on is of the tokens that run
         if layers not in self._keeps:
             device = next(self.parameters()).device

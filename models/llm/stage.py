@@ -14,14 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..pass_through import PassThrough, hidden_of
+from .cross_attention import crossing
 from .handed_on import SHARED_KEYS, Between, give_layer_inputs
 from .rope import stateless_ropes
 
 
 def shell_of(module: nn.Module, **replaced: nn.Module) -> Any:
     """A shallow copy that shares all submodules except the replaced ones."""
-    shell = copy.copy(module)
+    shell: Any = copy.copy(module)
     shell._modules = {**module._modules, **replaced}
+    shell.cross_attention_layers = ()  # the decoder would leave these out where it gets no image
     return shell
 
 
@@ -69,7 +71,8 @@ class Stage:
             returned: see `Names`.
         """
         whole: list[nn.Module] = list(decoder.layers)
-        replaced = [layer if k in layers else PassThrough(layer, returned) for k, layer in enumerate(whole)]
+        own = dict(enumerate(whole)) | crossing(decoder, layers)
+        replaced = [own[k] if k in layers else PassThrough(layer, returned) for k, layer in enumerate(whole)]
         self._entrance = _Entrance(whole[layers.start - 1], returned) if layers.start > 0 else None
         self._exit = _Exit(whole[layers.stop], returned) if layers.stop < len(whole) else None
         if self._entrance is not None:

@@ -83,6 +83,7 @@ class HFVisionEncoder(HFComponent, Encoder):
                 return 0
             return rows if _AFTER_MERGING.search(name) else patches
 
+        depth += getattr(tower, "num_global_layers", 0)
         cost = forward_cost(self, rows_of) + attention_cost(width, patches, patches) * depth
         return cost.checkpointed(depth, width, patches) if self.gradient_checkpointing else cost
 

@@ -124,7 +124,14 @@ def more_processors(tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
         image.image_seq_length = 16
         return hf.PaliGemmaProcessor(image, tokenizer(None, {"image_token": "<image>"}))
 
+    def mllama() -> Any:
+        image = hf.MllamaImageProcessor(size=CROP, max_image_tiles=3, patch_size=4)
+        chat = "{{ bos_token }}" + CHAT.format(image="<|image|>", video="")
+        made = tokenizer(chat, {"image_token": "<|image|>"}, ("<|python_tag|>",))
+        return hf.MllamaProcessor(image, made, chat_template=made.chat_template)
+
     return {
+        "mllama": mllama,
         "deepseek_vl_hybrid": hybrid,
         "minicpmv4_6": minicpm,
         "video_llama_3": video_llama,

@@ -29,7 +29,7 @@ def _pan_and_scan() -> Any:
     return processor
 
 
-OTHER_TEXT = ("smolvlm", "hunyuan_vl", "qianfan_ocr")
+OTHER_TEXT = ("smolvlm", "hunyuan_vl", "qianfan_ocr", "mllama")
 """Processors that want more in a text than image tokens; tests/datamodules/test_hf_visual.py plans with them."""
 SETTINGS = {
     "one crop": lambda: _changed("internvl", max_patches=1),

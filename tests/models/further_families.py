@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from tests.models.tiny import names_of, tiny_config
 from tests.models.zoo import (
@@ -91,6 +92,27 @@ def several(rows: int) -> Draw:
 def crops(random: Random) -> Picture:
     data: Any = {"pixel_values": pixels(random, 2, 3, 8, 8), "image_sizes": torch.tensor([8, 8])}
     return Picture("image", data, 16 + 4 * (4 + 1), {name: value[None] for name, value in data.items()})
+
+
+TILES = ([1, 1], [1, 2], [1, 3], [2, 1], [3, 1])
+"""The arrangements of tiles down and across of Llama 3.2 Vision here."""
+
+
+def filled_tiles(random: Random) -> Picture:
+    """Tiles, filled up to three with zeros."""
+    number = random.randrange(len(TILES))
+    down, across = TILES[number]
+    present = (torch.arange(3) < down * across).long()
+    data: Any = {
+        "pixel_values": pixels(random, 3, 3, 8, 8) * present[:, None, None, None],
+        "aspect_ratio_ids": torch.tensor(number + 1),
+        "aspect_ratio_mask": present,
+    }
+    arguments = {
+        **{name: value[None] for name, value in data.items()},
+        "image_grid_thw": torch.tensor([[1, down, across]]),
+    }
+    return Picture("image", data, 3 * 5, arguments, tokens=[IMAGE], crosses=True)
 
 
 def masked(random: Random) -> Picture:
@@ -632,5 +654,22 @@ FURTHER: dict[str, Model] = {
             image_token_id=IMAGE,
         ),
         tiles,
+    ),
+    "mllama": Model(
+        lambda: hf.MllamaConfig(
+            vision_config={
+                **{k: v for k, v in TOWER.items() if k != "num_attention_heads"},
+                "attention_heads": 2,
+                "patch_size": 4,
+                "num_global_layers": 1,
+                "intermediate_layers_indices": [0, 1],
+                "vision_output_dim": 3 * 16,
+                "max_num_tiles": 3,
+                "supported_aspect_ratios": list(TILES),
+            },
+            text_config=llm(MllamaTextConfig, cross_attention_layers=[1, 3]),
+            image_token_index=IMAGE,
+        ),
+        filled_tiles,
     ),
 }

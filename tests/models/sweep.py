@@ -394,9 +394,8 @@ def _randomized(auto: Any, config: Any, attention: str, **more: Any) -> Any:
     torch.manual_seed(2)
     implementations = meta_model.implementations(config, attention)
     whole: Any = auto.from_config(copy.deepcopy(config), attn_implementation=implementations, **more).float()
+    zoo.draw_weights(whole, 0.05)
     with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
         kept = whole.state_dict()
         for name, buffer in whole.named_buffers():
             if name in kept and buffer.is_floating_point():

@@ -29,6 +29,7 @@ def families() -> str:
         media = ", ".join(f"{kind}s" for kind in KINDS if getattr(llm.family, KINDS[kind], None)) or "text"
         besides = {
             "router loss": bool(llm.auxiliary_losses),
+            "cross-attention": llm.attends_to_features,
             "deepstack": llm.family is not None and llm.family.deepstack,
             "M-RoPE": llm.family is not None and llm.family.multimodal_positions,
             "images seen both ways": llm._image_masks is not None,

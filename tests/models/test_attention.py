@@ -15,7 +15,7 @@ from bigmac_lightning.contracts.batch import PipelineLayout
 from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM, VisionEncoder
 from bigmac_lightning.models.llm.attention import sample_starts
-from tests.models import zoo
+from tests.models import more_families, zoo
 from tests.models.parts import TOWER
 
 PACKING = [name for name, model in zoo.MODELS.items() if model.packs]
@@ -144,6 +144,8 @@ def test_what_a_model_cannot_use() -> None:
         HFDecoder(zoo.MODELS["gemma2"].config())
     with pytest.raises(ValueError, match="by a mask, which attn_implementation='by_starts' does not take"):
         HFDecoder(zoo.MODELS["gemma3"].config(), attn_implementation="by_starts")
+    with pytest.raises(ValueError, match=r"'mllama' attends to images by a mask, which .*'by_starts' does not take"):
+        HFDecoder(more_families.ALL["mllama"].config(), attn_implementation="by_starts")
 
 
 def test_flex_attention_needs_a_gpu(tmp_path: Path) -> None:

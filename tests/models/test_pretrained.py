@@ -235,7 +235,7 @@ def test_another_models_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (hf.MllamaConfig(), "'mllama' cannot be cut into stages: .*cross-attention"),
+        (hf.IdeficsConfig(), "'idefics' cannot be cut into stages: .*cross-attention layers"),
         (hf.Gemma3nConfig(), "'gemma3n' cannot be cut into stages: embeddings of the tokens around its images"),
     ],
 )

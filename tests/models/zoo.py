@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.mllama import processing_mllama
 
 from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
 from bigmac_lightning.models.meta_model import auto_class, implementations
@@ -105,6 +106,7 @@ class Picture:
         tokens: its tokens, if they are not all the same.
         alone: whether its sample can have no other item.
         marked: whether the input token_type_ids says which tokens are its own, or around these.
+        crosses: whether all of its rows belong to one token, which they do not replace.
         arguments: what the library's forward gets for this one item; arguments of all items are concatenated.
         asked: whether the words before the items of its sample, and the next one, are not learnt.
     """
@@ -118,6 +120,7 @@ class Picture:
     alone: bool = False
     marked: bool = False
     asked: bool = False
+    crosses: bool = False
 
     @property
     def token(self) -> int:
@@ -194,10 +197,16 @@ def save(name: str, folder: Path, config: Any = None) -> None:
     auto = auto_class(config)
     torch.manual_seed(2)
     whole: Any = auto.from_config(config)
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+    draw_weights(whole, 0.01)
     whole.save_pretrained(folder / name)
+
+
+def draw_weights(whole: Any, size: float) -> None:
+    """Add random numbers to all weights; large ones to gates of a single number, which start closed."""
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            is_gate = "gate" in name and parameter.numel() == 1
+            parameter.add_((0.5 if is_gate else size) * torch.randn_like(parameter))
 
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -495,7 +504,7 @@ def microbatch(rows: list[list[Sequence]]) -> Microbatch:
                 made.inputs["input_ids"].view(-1)[flat] = token
                 positions.view(-1)[flat], tokens.view(-1)[flat] = s, 1
                 if token in (*MEDIA.values(), *INDICATORS):
-                    media.append(flat)
+                    media += [flat] * (sample.items[0].rows if sample.items[0].crosses else 1)
                 elif s >= asked:
                     labelled.append(flat)
             start += len(sample.tokens)
@@ -531,6 +540,17 @@ def batch(model: Model, packed: bool, layout: PipelineLayout) -> Batch:
         for item in given.media:
             item.data = item.data if item.owner == layout.rank else None
     return Batch(microbatches, layout)
+
+
+def _crossed(grids: Tensor, made: dict[str, Any]) -> dict[str, Tensor]:
+    """The arguments of Llama 3.2 Vision for the images of a sample, with the mask that its processor makes."""
+    ids, masks = made["input_ids"], made["aspect_ratio_mask"]
+    seen = processing_mllama.get_cross_attention_token_mask(ids[0].tolist(), IMAGE)
+    mask = processing_mllama.convert_sparse_cross_attention_mask_to_dense(
+        [seen], [grids.prod(1).tolist()], masks.shape[1], ids.shape[1]
+    )
+    of_sample = {name: made[name][None] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    return {**of_sample, "cross_attention_mask": torch.from_numpy(mask)}
 
 
 def reference_loss(whole: Any, model: Model, packed: bool) -> Tensor:
@@ -582,6 +602,8 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
         strips = whole.config.model_type.startswith("minicpm") and name.startswith("pixel_values")
         joined = torch.cat([item[name] for item in items if name in item], -1 if strips else 0)
         made[name] = joined.to(whole.dtype) if joined.is_floating_point() else joined
+    if whole.config.model_type == "mllama":
+        return made if not items else {**made, **_crossed(made.pop("image_grid_thw"), made)}
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     kind = whole.config.model_type
     if kind.endswith(("omni_thinker", "omni_moe_thinker")):
