@@ -33,6 +33,27 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "tokens of a prompt that see each other see only those before them",
+        "models/llm/image_masks.py",
+        'blocks = torch.where(inputs["token_type_ids"] == 0, 0, -1)',
+        'blocks = torch.where(inputs["token_type_ids"] == 0, -1, -1)',
+        "tests/datamodules/test_paligemma.py",
+    ),
+    Fault(
+        "a prompt ends one token too early",
+        f"{PACKAGE}/contracts/batch.py",
+        'counts = given.scatter_reduce(0, row_L, token_L + 1, "amin")',
+        'counts = given.scatter_reduce(0, row_L, token_L, "amin")',
+        "tests/datamodules/test_paligemma.py",
+    ),
+    Fault(
+        "a run that goes on for longer keeps the end of its first schedule",
+        "models/multimodal_lm.py",
+        "return partial(warmup_factor, warmup=self.warmup_steps, total=int(total))",
+        "return partial(warmup_factor, warmup=self.warmup_steps, total=3)",
+        "tests/models/test_multimodal_lm.py -k may_be_longer",
+    ),
+    Fault(
         "a sound beside a longer one is prepared as if it were alone",
         "datamodules/encoding/hf_audio.py",
         "longest = max(samples) if self._fills_up else 0",
