@@ -1,5 +1,6 @@
 """PaliGemma, whose prompts see each other both ways, and whose processor has no chat template."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,8 @@ from tests.datamodules.processors import write_model
 from tests.datamodules.test_hf_visual import Given, picture, said
 from tests.models import zoo
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}"
-    "{% for part in m.content if part.type == 'image' %}<image>{% endfor %}{{ bos_token }}"
-    "{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '\n' }}"
-    "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}"
-)
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TEMPLATE = re.findall(r"```jinja\n(.*?)\n```", PAGE.read_text(), re.DOTALL)[0]
 
 
 def made_by_the_library(processor: Any, example: Example) -> dict[str, Any]:
