@@ -168,10 +168,12 @@ class MultimodalDataModule(ParallelDataModule):
             self._measurements(split)
 
     def _check(self) -> None:
-        """`check`, if a pipeline module is trained."""
+        """`check`, if a pipeline module is trained, and whether its weights can be read afterwards."""
         module = getattr(self.trainer, "lightning_module", None)
         if isinstance(module, PipelineModule):
             self.check(module)
+            if not module._materialized:
+                module.check_weights()
 
     def check(self, module: PipelineModule) -> None:
         """

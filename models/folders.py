@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from bigmac_lightning.checkpoints.fetching import local_folder
+from bigmac_lightning.checkpoints.remote import RemotePath, at
 from bigmac_lightning.checkpoints.safe import named_in
 
 ADAPTER = "adapter_config.json"
@@ -50,14 +51,62 @@ def reading_weights(source: str, model: str) -> Iterator[str]:
         raise ValueError(f"cannot load {source} as a {model}: {error}{hint}") from error
 
 
+def check_weights(source: str) -> None:
+    """Look for the files of weights, and at their headers, so that what is missing is known early. Remote folders are
+    left out.
+
+    Raises:
+        ValueError: there is no such folder, it has no weights, or a file of them is not there or not whole.
+    """
+    if isinstance(at(source), RemotePath):
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"there is no checkpoint folder at {source}")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    names = {name for index in indices for name in _check_index(index)}
+    names = names or {name for name in NAMES if (folder / name).exists()}
+    if not names and not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        raise ValueError(f"{source} has no weights: there is no {' or '.join(NAMES)} in it")
+    if missing := sorted(name for name in names if not (folder / name).exists()):
+        raise ValueError(
+            f"{source} has not all of its weights: {indices[0].name} names {missing[0]}, which is not there"
+        )
+    for name in sorted(names):
+        _check_whole(folder / name)
+
+
+def _check_whole(file: Path) -> None:
+    """
+    Raises:
+        ValueError: a file of safetensors is shorter or longer than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+        ends = [0]
+        if 8 + header <= size:
+            try:
+                entries = json.loads(opened.read(header))
+                ends += [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{file} is damaged: its header is {type(error).__name__}: {error}") from error
+    if (expected := 8 + header + max(ends)) != size:
+        raise ValueError(f"{file} is not whole: it has {size:,} bytes, and should have {expected:,}: copy it again")
+
+
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Of files that have all weights of a model."""
 UNSAFE = (
     "It has no safetensors. Other files of weights are pickles, which could run code, so they are read only if they "
     "hold nothing but tensors: save the model as safetensors"
 )
 
 
-def _check_index(index: Path) -> None:
+def _check_index(index: Path) -> set[str]:
     """
+    Returns: the names of the files of weights.
+
     Raises:
         ValueError: it is damaged, or names files outside of its folder.
     """
@@ -68,6 +117,7 @@ def _check_index(index: Path) -> None:
         raise ValueError(f"{index} is damaged: {type(error).__name__}: {error}") from error
     if outside:
         raise ValueError(f"{index} names the file {outside[0]!r}, which is not in its folder")
+    return names
 
 
 def has_safetensors(source: str) -> bool:

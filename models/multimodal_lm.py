@@ -25,6 +25,7 @@ from bigmac_lightning.estimates.partition import TrainedLayers
 
 from .evaluation import Evaluation
 from .exported import ExportedFolder, is_exported
+from .folders import check_weights
 from .hf_component import HFComponent
 from .initialization import to_config
 from .llm.decoder import HFDecoder
@@ -309,6 +310,13 @@ class MultimodalLM(PipelineModule):
         evaluation = self.evaluations[stage]
         assert isinstance(evaluation, Evaluation)
         return evaluation
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def check_weights(self) -> None:
+        sources = [getattr(part, "source", None) for part in self.modules()]
+        for source in dict.fromkeys(source for source in sources if isinstance(source, str)):
+            check_weights(source)
 
     # -- optimization ----------------------------------------------------------------------------------------------
 

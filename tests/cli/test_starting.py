@@ -65,7 +65,7 @@ def _nothing() -> None:
     pass
 
 
-TEMPLATE = f"{MODEL}/chat_template.jinja"
+TEMPLATE, WEIGHTS = f"{MODEL}/chat_template.jinja", f"{MODEL}/model.safetensors"
 OF_DATA: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "no file": (lambda: os.remove("data/train.jsonl"), [], "MessagesJSONL: there is no file data/train.jsonl (in /"),
     "no validation": (lambda: os.remove("data/val.jsonl"), [], "MessagesJSONL: there is no file data/val.jsonl (in /"),
@@ -122,9 +122,18 @@ OF_PROCESSOR: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "the tokenizer's pad_token is '<|image_pad|>', which stands for media: set another one",
     ),
 }
+OF_WEIGHTS: dict[str, tuple[Callable[[], None], list[str], str]] = {
+    "no weights": (lambda: os.remove(WEIGHTS), [], f"{MODEL} has no weights: there is no model.safetensors or"),
+    "cut weights": (lambda: os.truncate(WEIGHTS, os.path.getsize(WEIGHTS) - 9), [], f"{WEIGHTS} is not whole: it has"),
+    "no shard": (
+        _written(f"{WEIGHTS}.index.json", '{"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}}'),
+        [],
+        f"{MODEL} has not all of its weights: model.safetensors.index.json names b.safetensors, which is not there",
+    ),
+}
 COMMANDS = ("fit", "validate", "test", "predict", "data")
 TRIED = [(name, COMMANDS[number % 5]) for number, name in enumerate([*OF_DATA, *OF_PROCESSOR])]
-TRIED += [(name, "plan") for name in list(OF_PROCESSOR)[::4]]
+TRIED += [(name, "plan") for name in list(OF_PROCESSOR)[::4]] + [(name, "fit") for name in OF_WEIGHTS]
 
 
 @pytest.mark.parametrize(("name", "command"), TRIED)
@@ -138,7 +147,7 @@ def test_a_mistake_ends_in_one_line(
 ) -> None:
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    change, options, message = (OF_DATA | OF_PROCESSOR)[name]
+    change, options, message = (OF_DATA | OF_PROCESSOR | OF_WEIGHTS)[name]
     change()
     more = ONE if command not in ("data", "plan") else []
     assert refused(command, "--config", str(CONFIG), *OPTIONS, *more, *options) == 2
@@ -147,6 +156,21 @@ def test_a_mistake_ends_in_one_line(
     assert said[0].startswith(f"bigmac {command}: error: ")
     assert message in said[0]
     assert not Path("cache").exists(), "nothing was measured"
+
+
+def test_broken_examples_have_a_line_each(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    lines = Path("data/train.jsonl").read_text().splitlines()
+    broken = [json.dumps({**json.loads(line), "images": ["gone.png"]}) for line in lines[:2]]
+    Path("data/train.jsonl").write_text("\n".join([*broken, *lines[2:]]) + "\n")
+    assert refused("fit", "--config", str(CONFIG), *OPTIONS, *ONE) == 2
+    said = capsys.readouterr().err.splitlines()
+    first = next(i for i, line in enumerate(said) if "train examples cannot be used" in line)
+    assert said[first].startswith("bigmac fit: error: 2 of ")
+    assert all("gone.png" in line for line in said[first + 1 : first + 3]), said
 
 
 def test_without_the_command_line_every_rank_ends_alike(inputs: Path, tmp_path: Path) -> None:
