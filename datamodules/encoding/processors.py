@@ -93,6 +93,9 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
                 raise ValueError(_unknown(str(given), error)) from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"processor={str(given)!r} has a file that is not JSON: {error}") from error
+            except ValueError as error:
+                said = " ".join(str(error).split())
+                raise ValueError(f"processor={str(given)!r} cannot be loaded: {said}") from error
     processor: Any = given if isinstance(given, ProcessorMixin) else None
     if reason := REFUSED.get(type(processor).__name__):
         raise ValueError(f"processor is a {type(processor).__name__}: {reason}")

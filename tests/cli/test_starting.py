@@ -4,11 +4,12 @@ read or trained."""
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from bigmac_lightning.datamodules import LoadingOptions, MessagesJSONL, MultimodalDataModule
 from bigmac_lightning.models import MultimodalLM
@@ -23,6 +24,14 @@ ONE = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy.i
 AUDIO = {"class_path": "bigmac_lightning.datamodules.AudioProcessor"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
+
+
+@pytest.fixture(autouse=True)
+def _no_group() -> Iterator[None]:
+    """A process that is forked later makes a group of its own."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,7 @@ OF_PROCESSOR: dict[str, tuple[Callable[[], None], list[str], str]] = {
         "for the features of images: give MultimodalDataModule the processor that belongs to the model",
     ),
     "tokens that are swapped": (_changed("config.json", _swap), [], "the model's config has image_token_id=4 ('<|vid"),
+    "no tokenizer": (lambda: os.remove(f"{MODEL}/tokenizer.json"), [], f"processor='{MODEL}' cannot be loaded: Couldn"),
     "no template": (lambda: os.remove(TEMPLATE), [], "data/train.jsonl has conversations, and the processor's token"),
     "a broken template": (_written(TEMPLATE, "{% for"), [], "the tokenizer's chat template refuses a conversation: T"),
     "a template of nothing": (_written(TEMPLATE, "{% set a = 1 %}"), [], "chat template leaves out what is said: set"),
