@@ -70,7 +70,7 @@ RUN_BY = {
 }
 """Blocks by their page, and by words or the title that only they have; and the test that reads and runs them."""
 
-KINDS = ("python", "bash", "yaml", "json", "text")
+KINDS = ("python", "bash", "yaml", "json", "text", "jinja")
 PARSED = ("fit", "validate", "test", "predict", "export")
 FEWER = {"profile": ["--steps", "6"], "tune": ["--seconds", "2"]}
 """What commands get beside their options, so that they end in seconds."""

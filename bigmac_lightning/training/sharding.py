@@ -20,6 +20,9 @@ from bigmac_lightning.training.options import ShardingOptions
 
 Item = TypeVar("Item")
 
+FORWARDS = ("sample", "decode")
+"""Methods of generators that run their weights outside of `forward`."""
+
 
 class Sharding:
     """The components of a module whose weights lie in shards.
@@ -65,7 +68,9 @@ class Sharding:
                 stages = _blocks_by_stage(module.llm, own_stages) if (name, kind) == ("llm", "fsdp") else ()
                 self.sharded[name] = ShardedModule(part, over, kind == "fsdp", stages, computing, offload)
                 if isinstance(part, Generator):
-                    register_fsdp_forward_method(part, "sample")
+                    for method in FORWARDS:
+                        if hasattr(part, method):
+                            register_fsdp_forward_method(part, method)
 
     def gather(self, has_loss: bool = True) -> None:
         """Let weights be whole that do not gather themselves, until `reduce` or `release`. Collective over all ranks,

@@ -156,6 +156,12 @@ class VelocityHead(Generator):
         velocities = self._velocities(conditions)
         return [unpatched(v, item.shape, self.patch_size) for v, item in zip(velocities, items, strict=True)]
 
+    @torch.no_grad()
+    def decode(self, x: list[Tensor]) -> list[Tensor]:
+        """Pictures of latents."""
+        assert self.codec is not None, "without a codec the flow works on pictures"
+        return [self.codec.decode(one[None])[0].float() for one in x]
+
     def _velocities(self, conditions: list[Tensor]) -> Sequence[Tensor]:
         """velocities_NE of each item. The layer runs once, as ranks that gather its weights expect."""
         return self.linear(torch.cat(conditions)).float().split([len(condition) for condition in conditions])

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.outputs import PipelineOutput
 
-from ..generation.codec import LatentCodec
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
 from .decoder import UnifiedDecoder
@@ -143,7 +141,7 @@ class UnifiedLM(MultimodalLM):
                 x = [one + length * velocity for one, velocity in zip(x, velocities, strict=True)]
         assert out is not None, "there are steps"
         self.last_metrics = out.metrics
-        out.samples = x if codec is None else _decoded(self.head, codec, x)
+        out.samples = x if codec is None else self.head.decode(x)
         return out
 
     @contextmanager
@@ -181,17 +179,6 @@ class UnifiedLM(MultimodalLM):
             return item
         picture = next(left)
         return replace(item, data={"noisy": picture, "time": s} if batch.layout.owns(item) else None)
-
-
-def _decoded(head: VelocityHead, codec: LatentCodec, x: list[Tensor]) -> list[Tensor]:
-    """Pictures of latents, by the codec of the head. If its weights lie in shards, all ranks gather them."""
-    shards = [module for module in head.modules() if isinstance(module, FSDPModule)]
-    for shard in shards:
-        shard.unshard()
-    pictures = [codec.decode(one[None])[0].float() for one in x]
-    for shard in shards:
-        shard.reshard()
-    return pictures
 
 
 def loses_condition(target: TargetItem, dropout: float) -> bool:
