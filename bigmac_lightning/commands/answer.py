@@ -1,5 +1,6 @@
 """How commands parse their arguments and how they end: with an exit code, and with an error in one line."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,7 @@ def text_of(problem: Exception) -> str:
                 f". If {missing[1]}.py is a file of your own, start the command in its folder, or copy it into the one "
                 "in which you start it"
             )
+        said += _meant(said)
         return said if key is None else f"--{'.'.join((key[1], *inside))}: {said}"
     pattern = r"""Parser key "([^"]*)":.*?Expected (?:an? )?<class '(.*?)'>.*G(?:iven|ot) value: (.*)"""
     wrong = re.match(pattern, text, re.DOTALL)
@@ -128,6 +130,16 @@ def _reasons_of_union(text: str) -> list[str]:
     reasons = [reason for reason in reasons if reason and not reason.startswith(("Expected a", "Does not validate"))]
     of_values = [reason for reason in reasons if not OTHER_SUBTYPE.match(reason)]
     return of_values or reasons
+
+
+def _meant(said: str) -> str:
+    """A hint at the argument of a class that is most like one that it does not have."""
+    wrong = re.search(r"class_path '([\w.]+)\.(\w+)': .*'(\w+)' is not accepted", said)
+    made = wrong and getattr(sys.modules.get(wrong[1]), wrong[2], None)
+    if not wrong or made is None:
+        return ""
+    near = get_close_matches(wrong[3], inspect.signature(made).parameters, 1, 0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _keys_inside(reasons: Sequence[str]) -> tuple[list[str], list[str]]:

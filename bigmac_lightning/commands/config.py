@@ -68,6 +68,7 @@ class BigMacCLI(LightningCLI):
         """An argument that a class refuses is named in the same way. Errors of user code keep their traceback."""
         if self.subcommand is None:  # of a command that answers errors itself
             return super().instantiate_classes()
+        self._check_devices(self.subcommand)
         try:
             with plain_errors(self.subcommand):
                 super().instantiate_classes()
@@ -75,6 +76,21 @@ class BigMacCLI(LightningCLI):
             if "Union subtypes" not in str(error):
                 raise
             print(f"bigmac {self.subcommand}: error: {text_of(error)}", file=sys.stderr)
+            sys.exit(2)
+
+    def _check_devices(self, command: str) -> None:
+        """Devices of which torchrun has started another number end the command, in one line of one process."""
+        trainer = self.config[command].trainer
+        started, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), trainer.devices
+        options = getattr(trainer.strategy, "init_args", None) or {}
+        wanted = devices * options.get("ranks_per_device", 1) if isinstance(devices, int) and devices > 0 else started
+        if dist.is_available() and dist.is_torchelastic_launched() and wanted != started:
+            if os.environ.get("RANK") == "0":
+                print(
+                    f"bigmac {command}: error: torchrun starts {started} on each node, and trainer.devices is {wanted}"
+                    f": give torchrun --nproc-per-node {wanted}, or bigmac --trainer.devices {started}",
+                    file=sys.stderr,
+                )
             sys.exit(2)
 
     def _parse_ckpt_path(self) -> None:

@@ -75,5 +75,5 @@ class Placeholders:
                 counts.append(f"{sum(match[0] == token for match in found)} {token} for {items} {name} items")
         return ExampleError(
             f"has media for which the chat template does not write its tokens: {', '.join(counts)}. It must write one "
-            "for each item"
+            "for each item: correct the template, or give another one as chat.template"
         )

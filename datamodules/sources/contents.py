@@ -78,7 +78,10 @@ class Contents:
                 f'has <{kind}> in the text of a part, where it is ordinary text: give {{"type": "{kind}"}}'
             )
         if self._user is None:
-            raise ExampleError(f"has {kind}s and no <{kind}> for them, nor a message of the user that they could begin")
+            raise ExampleError(
+                f"has {kind}s and no <{kind}> for them, nor a message of the user that they could begin: write "
+                f"<{kind}> where one belongs"
+            )
         self._first += self._left[kind]
         self._left[kind] = []
 

@@ -224,10 +224,21 @@ def test_options_are_written_out(command: str, known: str, capsys: pytest.Captur
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_unknown_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load((ROOT / "configs" / "digits.yaml").read_text())
-    config["trainer"]["strategy"]["init_args"]["polcy"] = "nested"
+    config["trainer"]["strategy"]["init_args"]["microbatche"] = 4
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     assert refused("fit", "--config", str(tmp_path / "wrong.yaml")) == 2
-    assert "polcy" in capsys.readouterr().err
+    assert "'microbatche' is not accepted; did you mean microbatches?" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of how Lightning calls its parser
+def test_other_devices_than_those_of_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert refused("fit", "--config", str(ROOT / "configs" / "digits.yaml")) == 2
+    message = "bigmac fit: error: torchrun starts 1 on each node, and trainer.devices is 2: give torchrun"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
