@@ -8,7 +8,8 @@ from tests import release_check
 
 
 def test_the_wheel_has_all_files_and_no_others(tmp_path: Path) -> None:
-    """As the build backend makes it, and again from the sdist."""
+    """As the build backend makes it, and again from the sdist. Installed elsewhere, with the packages that are here, it
+    plans and trains."""
     wheel = release_check.check_builds(tmp_path)
     names = set(release_check.contents(wheel))
     assert {"bigmac_lightning/py.typed", "bigmac_lightning/schedule/viewer/timeline.html"} <= names
@@ -17,3 +18,4 @@ def test_the_wheel_has_all_files_and_no_others(tmp_path: Path) -> None:
         release_check.check_contents(names - {"bigmac_lightning/py.typed"})
     with pytest.raises(ValueError, match=r"too many: \['tests/toy\.py'\]"):
         release_check.check_contents({*names, "tests/toy.py"})
+    release_check.check_use(wheel, tmp_path, borrow=True)
