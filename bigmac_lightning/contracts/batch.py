@@ -183,11 +183,13 @@ class Microbatch:
         return self.has_labels or bool(self.targets)
 
     def with_prompt_tokens(self) -> "Microbatch":
-        """A copy whose inputs say how many tokens each row has before its first labelled one: "prompt_tokens", (B,)."""
+        """A copy whose inputs say how many tokens each row has before its first labelled one: "prompt_tokens", (B,). Of a
+        row without labels these are all but the padding."""
         if PROMPT_TOKENS in self.inputs:
             return self
         rows, tokens = self.shape
-        given = torch.full((rows,), tokens, device=self.label_positions.device)
+        known = self.inputs.get("token_mask")
+        given = torch.full((rows,), tokens, device=self.label_positions.device) if known is None else known.sum(1)
         row_L, token_L = self.label_positions // tokens, self.label_positions % tokens
         counts = given.scatter_reduce(0, row_L, token_L + 1, "amin")
         return replace(self, inputs=self.inputs | {PROMPT_TOKENS: counts})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from bigmac_lightning.contracts.batch import Microbatch
 from bigmac_lightning.datamodules import ChatOptions, Example, LoadingOptions, MultimodalDataModule, PackingOptions
 from bigmac_lightning.models import MultimodalLM
 from tests.datamodules.processors import write_model
@@ -77,3 +78,11 @@ def test_packing_is_refused(tmp_path: Path) -> None:
     data = MultimodalDataModule([Given([example])], processor=str(folder), chat=ChatOptions(template=TEMPLATE))
     with pytest.raises(ValueError, match=r"tokens of a prompt see each other.*packing\.packed to False"):
         data.check(MultimodalLM.from_pretrained(str(folder)))
+
+
+def test_a_prompt_without_a_reply_ends_before_the_padding() -> None:
+    given = Microbatch({"input_ids": torch.zeros(2, 5, dtype=torch.long), "token_mask": torch.ones(2, 5).long()})
+    given.inputs["token_mask"][0, 3:] = 0
+    assert given.with_prompt_tokens().inputs["prompt_tokens"].tolist() == [3, 5]
+    given.labels, given.label_positions = torch.tensor([1, 1]), torch.tensor([6, 8])
+    assert given.with_prompt_tokens().inputs["prompt_tokens"].tolist() == [3, 2]
