@@ -183,8 +183,8 @@ class Microbatch:
         return self.has_labels or bool(self.targets)
 
     def with_prompt_tokens(self) -> "Microbatch":
-        """A copy whose inputs say how many tokens each row has before its first labelled one: "prompt_tokens", (B,). Of a
-        row without labels these are all but the padding."""
+        """A copy whose inputs say how many tokens each row has before its first labelled one: "prompt_tokens", (B,). Of
+        a row without labels these are all but the padding."""
         if PROMPT_TOKENS in self.inputs:
             return self
         rows, tokens = self.shape
