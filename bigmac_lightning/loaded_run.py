@@ -36,8 +36,8 @@ class LoadedRun:
 
     What is said may be a text, in which ``<image>`` stands for the next one of `images`; a list of messages with parts
     of their own; or a whole `Conversation`, which may have ``images`` (and so on), ``tools`` and
-    ``chat_template_kwargs``. An image is a path,
-    a picture of Pillow, or bytes; a video and a sound is a path or bytes. One of them needs no list.
+    ``chat_template_kwargs``. An image is a path, a picture of Pillow, or bytes; a video and a sound is a path or bytes.
+    One of them needs no list.
 
     Attributes:
         module: the model, with all of its weights, in eval mode.

@@ -134,7 +134,11 @@ OF_PROCESSOR: dict[str, tuple[Callable[[], None], list[str], str]] = {
 }
 OF_WEIGHTS: dict[str, tuple[Callable[[], None], list[str], str]] = {
     "no weights": (lambda: os.remove(WEIGHTS), [], f"{MODEL} has no weights: there is no model.safetensors or"),
-    "cut weights": (lambda: os.truncate(WEIGHTS, os.path.getsize(WEIGHTS) - 9), [], f"{WEIGHTS} is not whole: it has"),
+    "cut weights": (
+        lambda: os.truncate(WEIGHTS, os.path.getsize(WEIGHTS) - 9),
+        [],
+        f"{WEIGHTS} is not whole or no file of weights (",
+    ),
     "no shard": (
         _written(f"{WEIGHTS}.index.json", '{"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}}'),
         [],

@@ -8,7 +8,6 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from transformers import ProcessorMixin, VoxtralProcessor
@@ -37,7 +36,7 @@ from tests.datamodules.examples import clips
 from tests.datamodules.processors import ALL_PROCESSORS
 from tests.datamodules.sound_processors import SOUND_PROCESSORS, extractor, read_processor, write_model
 from tests.datamodules.sounds import write_sound
-from tests.datamodules.test_hf_visual import FRAMES, Case, Given, numbers, picture, reference, said
+from tests.datamodules.test_hf_visual import FRAMES, Case, Given, numbers, picture, reference, said, shown
 from tests.models.parts import decoder_config
 from tests.runtime.test_families import error
 
@@ -100,10 +99,8 @@ def prepared(name: str, processor: Any, example: Example) -> dict[str, Any]:
     for message in example.messages:
         parts: list[Any] = []
         for part in message.parts:
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-            elif isinstance(part, Image):
-                parts.append({"type": "image", "image": PIL.Image.open(part.file.name).convert("RGB")})
+            if isinstance(part, str | Image):
+                parts.append(shown(part))
             elif isinstance(part, Audio):
                 parts.append({"type": "audio", "audio": read_sound(part.file, measure(part), 16_000).numpy()})
             else:

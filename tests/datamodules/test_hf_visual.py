@@ -147,6 +147,13 @@ class Case:
 FRAMES = 3
 
 
+def shown(part: str | Image) -> dict[str, Any]:
+    """A part of a message, as the library wants it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "image": PIL.Image.open(part.file.name).convert("RGB")}
+
+
 def prepared(processor: Any, example: Example) -> dict[str, Any]:
     """By the library alone: template, pixels and tokens in one call."""
     messages: list[Any] = []
@@ -154,10 +161,8 @@ def prepared(processor: Any, example: Example) -> dict[str, Any]:
     for message in example.messages:
         parts: list[Any] = []
         for part in message.parts:
-            if isinstance(part, str):
-                parts.append({"type": "text", "text": part})
-            elif isinstance(part, Image):
-                parts.append({"type": "image", "image": PIL.Image.open(part.file.name).convert("RGB")})
+            if isinstance(part, str | Image):
+                parts.append(shown(part))
             else:
                 size = measure(part)
                 frames = tuple(int((i + 0.5) * size.frames / FRAMES) for i in range(FRAMES))
