@@ -1,4 +1,5 @@
-"""Decoders whose layers hand on more than hidden states, with random options at once, against one process."""
+"""Decoders whose layers hand on more than hidden states, or whose prompts see each other both ways, with random options
+at once, against one process."""
 
 from pathlib import Path
 from random import Random
@@ -45,12 +46,12 @@ class Case(NamedTuple):
 
 
 def drawn(random: Random) -> Case:
-    model = random.choice(["gemma4", "mllama", "gemma4_text", "gemma3n_text"])
+    model = random.choice(["gemma4", "mllama", "paligemma", "gemma4_text", "gemma3n_text"])
     frozen, shards = random.choice(["nothing", "two layers", "embedding"]), random.choice(["ddp", "zero1", "fsdp"])
     backbone = random.choice(["1f1b", "gpipe", "interleaved_1f1b"] + ["zb1p"] * (shards != "fsdp"))
-    if model in ("gemma4", "mllama"):
-        frozen = random.choice(list(FREEZE))
-        return Case(model, random.random() < 0.5, frozen, backbone, {"encoders": shards}, random.random() < 0.5)
+    if model in ("gemma4", "mllama", "paligemma"):
+        frozen, packed = random.choice(list(FREEZE)), zoo.KNOWN[model].packs and random.random() < 0.5
+        return Case(model, packed, frozen, backbone, {"encoders": shards}, random.random() < 0.5)
     return Case(model, random.random() < 0.5, frozen, backbone, {}, random.random() < 0.5)
 
 
@@ -77,10 +78,10 @@ def _ranks(rank: int, size: int, folder: Path, cases: list[Case]) -> list[tuple[
     return found
 
 
-@pytest.mark.parametrize("seed", [22, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
+@pytest.mark.parametrize("seed", [44, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
 def test_random_options(seed: int, tmp_path: Path) -> None:
     random = Random(seed)
-    cases = [drawn(random) for _ in range(4 if seed == 22 else 12)]
+    cases = [drawn(random) for _ in range(4 if seed == 44 else 12)]
     for name in {case.model for case in cases}:
         zoo.save(name, tmp_path)
     ranks = run_ranks(2, _ranks, 2, tmp_path, cases)
