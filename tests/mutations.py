@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "gradients that are summed in float32 are told as those of 16 bits",
+        f"{PACKAGE}/estimates/step.py",
+        "enumerate(rank.summing(precision, microbatches) for rank in parts.ranks)",
+        "enumerate(parts.ranks)",
+        "tests/test_estimates.py -k wider",
+    ),
+    Fault(
         "files of weights that are cut are found only when the data have been measured",
         "models/folders.py",
         "        _check_whole(folder / name)\n",
@@ -1073,8 +1080,8 @@ FAULTS = [
     Fault(
         "a resumed run sums gradients in another type",
         f"{PACKAGE}/training/strategy.py",
-        "            self._float32_before if self._float32_gradients is None else self._float32_gradients,\n",
-        "            self._float32_gradients,\n",
+        "            self._float32_before if self.float32_gradients is None else self.float32_gradients,\n",
+        "            self.float32_gradients,\n",
         "tests/training/test_killed.py -k validation",
     ),
     Fault(

@@ -1,5 +1,6 @@
 """What is told of a run before it runs, against what the run itself has and measures."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,12 @@ from bigmac_lightning.estimates.ranks import Precision, ranks_of
 from bigmac_lightning.estimates.step import StepEstimate
 from bigmac_lightning.estimates.table import as_text, partition_table
 from bigmac_lightning.models import FlowGenerator, HFDecoder, MultimodalLM, VisionEncoder
+from bigmac_lightning.runtime.gradients import accumulate_in
 from bigmac_lightning.runtime.measure.memory import MemoryTracker
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.runtime.sharding import local
 from bigmac_lightning.schedule.costs import Costs
-from bigmac_lightning.training.options import DEFAULT_COSTS, PipelineOptions, ShardingOptions
+from bigmac_lightning.training.options import DEFAULT_COSTS, MANY_MICROBATCHES, PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
 from bigmac_lightning.training.stages import part_of, peers_of, resolve_options
 from tests.models.parts import counting
@@ -110,7 +112,24 @@ def test_parameters_and_static_memory_are_those_of_the_run(options: dict[str, An
         optimizer.step()
         held = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
         held += [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        assert report.static == sum(tensor.nbytes for tensor in held)
+        bytes = sum(tensor.nbytes for tensor in held)
+        assert report.static == report.summing(Precision(), MANY_MICROBATCHES).static == bytes
+        summed = [p for p in module.parameters() if p.requires_grad]
+        for parameter in summed:
+            parameter.grad = None
+        accumulate_in(torch.float32, summed)
+        wider = sum(p.numel() * (p.grad_dtype.itemsize - p.itemsize) for p in summed if p.grad_dtype)
+        assert report.summing(Precision(), MANY_MICROBATCHES + 1).static == bytes + wider
+
+
+def test_more_microbatches_have_wider_gradients() -> None:
+    """Only of what is trained and has 16 bits: here the LLM alone has them."""
+    module = built(dtype="bfloat16", freeze=["llm.model.layers.0"])
+    few, many = (estimated(module, 2, number).ranks for number in (MANY_MICROBATCHES, MANY_MICROBATCHES + 1))
+    frozen = sum(p.numel() for p in module.llm.parameters_of((0,), False, False))
+    assert [b.static - a.static for a, b in zip(few, many, strict=True)] == [
+        2 * (rank.llm - frozen * (place == 0)) for place, rank in enumerate(few)
+    ]
 
 
 SHARDINGS = [
@@ -345,6 +364,7 @@ def test_precisions() -> None:
     assert Precision.of("bf16-true") == Precision(2, 2)
     assert Precision.of("bf16-mixed") == Precision.of(16) == Precision(None, 2)
     assert Precision.of("64-true") == Precision.of(64) == Precision(8, 8)
+    assert [Precision.of(None, wide, 4).many for wide in (None, True, False)] == [MANY_MICROBATCHES / 4, 0, math.inf]
 
 
 def test_the_table_of_the_strategy_has_no_memory() -> None:

@@ -117,6 +117,12 @@ class RunReader(ConfigReader):
             raise NoFirstBatchError(_reason_of(error)) from error
 
     @property
+    def precision(self) -> Precision:
+        """The bytes of numbers."""
+        trainer = self.config["trainer"]
+        return Precision.of(trainer["precision"], self.strategy.float32_gradients, trainer["accumulate_grad_batches"])
+
+    @property
     def trainer_arguments(self) -> dict[str, Any]:
         """The Trainer's arguments that the first batch depends on."""
         known = self.config["trainer"]
@@ -253,12 +259,11 @@ def estimated(run: RunReader, data: pl.LightningDataModule | None = None) -> Est
             raise NoFirstBatchError(_reason_of(error)) from error
         microbatch, microbatches = TypicalMicrobatch.mean(batch), len(batch)
     module.adapt()
-    name = run.config["trainer"]["precision"]
     costs_given, known, measured = strategy.options.schedule.given_costs is not None, options.known, None
     if known is not None:
         work = known.work.with_amounts(microbatch.tokens, microbatch.media_rows, microbatch.targets)
         measured = measured_at(known, module, stages, options, work)
-    at = (microbatch, microbatches, Precision.of(name), not costs_given, dp, measured)
+    at = (microbatch, microbatches, run.precision, not costs_given, dp, measured)
     estimate = StepEstimate(module, options, stages, size, *at, batch=batch)
     return Estimated(estimate, options, stages, reason, microbatch, microbatches, dp, size, batch is not None)
 

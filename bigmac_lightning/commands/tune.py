@@ -19,7 +19,6 @@ from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.estimates.costs import can_be_estimated
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
-from bigmac_lightning.estimates.ranks import Precision
 from bigmac_lightning.runtime.mesh import mesh_shape
 from bigmac_lightning.schedule.budget import parse_size, size_text
 from bigmac_lightning.training.known_costs import check_known
@@ -108,7 +107,6 @@ def _tune(run: TuneReader, console: Console) -> None:
 def _problem(run: TuneReader) -> Problem:
     module, options, microbatch = run.model, run.strategy.options, run.microbatch()
     assert isinstance(module, PipelineModule)
-    precision = Precision.of(run.config["trainer"]["precision"])
     known = options.known
     if known is not None:
         check_known(known, str(run.config["costs"]), module, run.config["trainer"]["precision"])
@@ -126,21 +124,21 @@ def _problem(run: TuneReader) -> Problem:
         microbatch,
         replicas * per_pipeline * microbatch.tokens,
         options.sample_tokens,
-        precision,
+        run.precision,
         float(parse_size(run.config["memory"], "memory")),
-        _device(run, module, precision),
+        _device(run, module),
         replace(options.schedule, costs=None, virtual_stages=None, backbone="1f1b", group_size=None),
         known,
     )
 
 
-def _device(run: TuneReader, module: PipelineModule, precision: Precision) -> Device:
+def _device(run: TuneReader, module: PipelineModule) -> Device:
     given, known = run.config["device"], run.strategy.options.known
     if given["bandwidth"] is not None:
         return Device(given["tflops"], float(parse_size(given["bandwidth"], "device.bandwidth")))
     if known is None or not known.message:
         return Device(given["tflops"])
-    number = precision.activations or (module.llm.dtype.itemsize if module.llm.dtype else 4)
+    number = run.precision.activations or (module.llm.dtype.itemsize if module.llm.dtype else 4)
     sent = known.work.tokens / known.context_parallel_size * module.llm.width * number
     return Device(given["tflops"], sent / known.message)
 

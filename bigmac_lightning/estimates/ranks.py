@@ -3,9 +3,10 @@
 If a rank consists of several processes, the estimates are those of its first process, which has the most.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -15,7 +16,7 @@ from torch import nn
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import Part, PipelineModule
 from bigmac_lightning.runtime.sharding import blocks_of
-from bigmac_lightning.training.options import PipelineOptions
+from bigmac_lightning.training.options import MANY_MICROBATCHES, PipelineOptions
 from bigmac_lightning.training.stages import part_of
 
 Component = Encoder | LanguageModel | Generator
@@ -32,17 +33,25 @@ class Precision:
     Attributes:
         weights: bytes of a weight; ``None``: as many as the weights of the module have.
         activations: bytes of a number that is saved for the backward; ``None``: as many as a weight of the LLM.
+        many: gradients of 16-bit weights are summed in float32 if a batch has more microbatches than this.
     """
 
     weights: int | None = None
     activations: int | None = None
+    many: float = MANY_MICROBATCHES
 
     @classmethod
-    def of(cls, name: str | int | None) -> "Precision":
-        """The precision of Lightning with a name such as "bf16-mixed"."""
+    def of(cls, name: str | int | None, float32_gradients: bool | None = None, batches: int = 1) -> "Precision":
+        """The precision of Lightning with a name such as "bf16-mixed".
+
+        Args:
+            float32_gradients: see `BigMacStrategy`.
+            batches: number of batches in an optimizer step.
+        """
         text = str(name or "32-true")
         size = 2 if "16" in text or "transformer-engine" in text else 8 if "64" in text else None
-        return cls(size if text.endswith("-true") or text == "64" else None, size)
+        many = {None: MANY_MICROBATCHES / batches, True: 0.0, False: math.inf}[float32_gradients]
+        return cls(size if text.endswith("-true") or text == "64" else None, size, many)
 
     def size(self, component: Component, parameter: nn.Parameter) -> int:
         """The bytes of a number of a component's weight."""
@@ -67,6 +76,16 @@ class Precision:
             master: whether shards are float32 whatever type the model computes in.
         """
         return static_of(self.alike(component, parameters, slices, master), rank, shards)
+
+    def widening(
+        self,
+        component: Component,
+        parameters: Iterable[nn.Parameter],
+        slices: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    ) -> int:
+        """The bytes by which gradients of these weights are larger if they are summed in float32."""
+        trained = ((p, self.size(component, p)) for p in parameters if p.requires_grad)
+        return sum(p.numel() // slices.get(p, 1) * max(4 - size, 0) for p, size in trained)
 
     def alike(
         self,
@@ -156,6 +175,7 @@ class RankEstimate:
         offloaded: bytes of the same in the CPU's memory.
         gathered: bytes of the further weights and gradients that a rank has at a time while it computes, of components
             that lie in shards.
+        widening: further bytes of gradients if those of 16-bit weights are summed in float32.
         activations: bytes at the peak, by "LLM", "encoder", "generator" and "logits"; empty: not estimated.
         tflop: TFLOP in a step.
     """
@@ -169,6 +189,12 @@ class RankEstimate:
     gathered: int = 0
     activations: dict[str, float] = field(default_factory=dict)
     tflop: float = 0.0
+    widening: int = 0
+
+    def summing(self, precision: Precision, microbatches: int) -> "RankEstimate":
+        """The same in a step with so many microbatches: `static` then has gradients as they are summed."""
+        wide = self.widening if microbatches > precision.many else 0
+        return replace(self, static=self.static + wide, widening=0)
 
     @property
     def memory(self) -> float:
@@ -199,12 +225,15 @@ def ranks_of(
     peers, slices = options.parallel.peers, module.llm.slices(options.parallel)
     replicated = _replicated(module)
     weights = {name: list(component.parameters()) for name, component in replicated}
-    count, gathered, alike = sum(map(_count, weights.values())), 0, dict[str, Alike]()
+    count, gathered, widening, alike = sum(map(_count, weights.values())), 0, 0, dict[str, Alike]()
     for name, component in replicated:
         kind = sharding.of_component(name)
         master = masters and kind != "ddp"
         apart = master or sharding.offloads(name) or _shards(kind, size * peers, replicas) > 1
-        gathered += precision.gathered(component, kind, master) if apart else 0
+        if apart:
+            gathered += precision.gathered(component, kind, master)
+        else:
+            widening += precision.widening(component, weights[name])
         alike[name] = precision.alike(component, weights[name], master=master)
     times = module.trained_layers.step(module.llm.costs(options.sample_tokens))
     whole = sum(times.of(stage) for stage in stages)
@@ -216,16 +245,19 @@ def ranks_of(
         kind, shards = sharding.stages, replicas * options.parallel.context
         master, offload = masters and kind != "ddp", sharding.offloads("llm")
         bytes_of = {"llm": precision.static(module.llm, own, 0, shards if kind != "ddp" else 1, slices, master)}
-        whole_stages = 0
+        whole_stages, wide = 0, 0
         if master or offload or (kind != "ddp" and shards > 1):
             whole_stages = precision.gathered_stages(module.llm, part, kind, master, slices)
+        else:
+            wide = precision.widening(module.llm, own, slices)
         for name in alike:
             kind = sharding.of_component(name)
             bytes_of[name] = static_of(alike[name], rank * peers, _shards(kind, size * peers, replicas))
         offloaded = sum(size for name, size in bytes_of.items() if sharding.offloads(name))
         static = sum(bytes_of.values()) - offloaded
         llm = sum(parameter.numel() // slices.get(parameter, 1) for parameter in own)
-        made.append(RankEstimate(layers, llm, count, share, static, offloaded, gathered + whole_stages))
+        held = (layers, llm, count, share, static, offloaded, gathered + whole_stages)
+        made.append(RankEstimate(*held, widening=widening + wide))
     return made
 
 

@@ -122,7 +122,7 @@ class StepEstimate:
         self.timeline: Timeline = simulate(self.plan, planned.workload)
         self.ranks = [
             replace(held, activations=self._activations(rank, held), tflop=self._tflop(rank, held, estimated))
-            for rank, held in enumerate(parts.ranks)
+            for rank, held in enumerate(rank.summing(precision, microbatches) for rank in parts.ranks)
         ]
 
     def _as_training(self, batch: Batch, replicas: int) -> PlannedBatch:

@@ -24,6 +24,7 @@ from bigmac_lightning.runtime.buffers import ReplicatedBuffers
 from bigmac_lightning.runtime.gradients import accumulate_in, round_gradients, unequal_gradients
 from bigmac_lightning.schedule.simulate import simulate
 from bigmac_lightning.training.nonfinite import FiniteCheck
+from bigmac_lightning.training.options import MANY_MICROBATCHES
 from bigmac_lightning.training.runner import PipelineRunner
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,6 @@ OnNonfinite = Literal["raise", "skip", "ignore"]
 
 MANY_BUBBLES = 1 / 3
 """Above this share of idle time a warning is logged. 1F1B has it with two microbatches per rank: (P-1) / (3P-1)."""
-
-MANY_MICROBATCHES = 8
-"""By default, gradients of more microbatches than this are summed in float32: each addition in bfloat16 rounds."""
 
 
 class LightningSteps:

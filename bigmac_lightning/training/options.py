@@ -27,6 +27,9 @@ SPLIT = (
     "interleaved_1f1b or looped_bfs, or set sharding.stages to zero1"
 )
 
+MANY_MICROBATCHES = 8
+"""By default, gradients of more microbatches than this are summed in float32: each addition in bfloat16 rounds."""
+
 MICROBATCHES_PER_RANK = 4
 """"auto" compares plans of so many microbatches per rank, where their number is not given: with fewer the bubbles at
 both ends would decide, more would only take longer to plan."""

@@ -217,7 +217,7 @@ class BigMacStrategy(SteppingStrategy):
         self._on_nonfinite, self._check_replicas_every = on_nonfinite, check_replicas_every
         self._compile = arguments_of(compile, parallel)
         self._check_batches: When = check_batches
-        self._float32_gradients, self._accumulate = float32_gradients, accumulate
+        self.float32_gradients, self._accumulate = float32_gradients, accumulate
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -362,7 +362,7 @@ class BigMacStrategy(SteppingStrategy):
             module,
             self._runner,
             self.precision_plugin,
-            self._float32_before if self._float32_gradients is None else self._float32_gradients,
+            self._float32_before if self.float32_gradients is None else self.float32_gradients,
             self._on_nonfinite,
             self._check_replicas_every,
             compare,

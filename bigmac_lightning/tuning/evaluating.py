@@ -230,7 +230,8 @@ class Evaluator:
         )
         options, stages, _ = resolve_options(p.module, options, layout.size)
         parts = self._ready(layout, options, stages)
-        static = max(rank.static + rank.gathered for rank in parts.ranks)
+        ranks = [rank.summing(p.precision, tried.microbatches) for rank in parts.ranks]
+        static = max(rank.static + rank.gathered for rank in ranks)
         if static > p.memory:
             return replace(tried, memory=static, problem=WEIGHTS)
         moved = self._sent(layout, options, max(parts.ranks, key=lambda rank: rank.llm), tried.microbatches)
