@@ -22,6 +22,7 @@ from bigmac_lightning.commands.answer import PROBLEMS, answer, text_of
 from bigmac_lightning.commands.config import ConfigReader
 from bigmac_lightning.commands.plan import OUTPUT, OUTPUTS, write_plan
 from bigmac_lightning.commands.request import check_suffix
+from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.ranks import Precision
@@ -116,6 +117,18 @@ class RunReader(ConfigReader):
         except Exception as error:
             raise NoFirstBatchError(_reason_of(error)) from error
 
+    def first_batch(self, data: pl.LightningDataModule, options: PipelineOptions, size: int, replicas: int) -> Batch:
+        """The first batch of the data, for the first of so many pipelines of `size` ranks.
+
+        Raises:
+            NoFirstBatchError: the data have no batch that a training would run.
+        """
+        assert isinstance(self.model, PipelineModule)
+        try:
+            return first_batch(self.model, data, options.layout(size, 0), replicas, self.trainer_arguments)
+        except Exception as error:
+            raise NoFirstBatchError(_reason_of(error)) from error
+
     @property
     def precision(self) -> Precision:
         """The bytes of numbers."""
@@ -153,6 +166,11 @@ class RunReader(ConfigReader):
         if self.of_data("mixture") is not None:
             data["init_args"]["mixture"]["weights"] = data["init_args"]["mixture"]["val_split"] = None
         self.parser.instantiate_classes(Namespace(data=data))["data"].check(self.model)
+
+    def microbatches(self, size: int) -> int:
+        """The number of microbatches by the command's arguments, the strategy's or the data's, or else by default."""
+        given = self.config["microbatches"] or self.strategy.options.microbatches or self.of_data("microbatches")
+        return given or 4 * size
 
     def microbatch(self) -> TypicalMicrobatch:
         """The microbatch by the command's arguments, or else by those of the data, or else by default."""
@@ -248,15 +266,10 @@ def estimated(run: RunReader, data: pl.LightningDataModule | None = None) -> Est
         check_known(strategy.options.known, file, module, run.config["trainer"]["precision"])
     assumed = microbatch if data is None else typical_microbatch(module, data)
     options, stages, reason = resolve_options(module, strategy.options, size, assumed)
-    microbatches, batch = (
-        run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size,
-        None,
-    )
-    if data is not None:
-        try:
-            batch = first_batch(module, data, options.layout(size, 0), dp, run.trainer_arguments)
-        except Exception as error:
-            raise NoFirstBatchError(_reason_of(error)) from error
+    batch = None if data is None else run.first_batch(data, options, size, dp)
+    if batch is None:
+        microbatches = run.microbatches(size)
+    else:
         microbatch, microbatches = TypicalMicrobatch.mean(batch), len(batch)
     module.adapt()
     costs_given, known, measured = strategy.options.schedule.given_costs is not None, options.known, None
@@ -350,17 +363,15 @@ def _peers(options: PipelineOptions) -> str:
 
 def _assumptions(run: RunReader, found: Estimated) -> str:
     """The caption of the table: the assumptions of the estimates."""
-    microbatch, dp, mean = found.microbatch, found.replicas, "on average " if found.first else ""
+    dp, mean = found.replicas, "on average " if found.first else ""
     sample_tokens = run.strategy.options.sample_tokens
     seen = (
         f"over samples of {sample_tokens} tokens" if sample_tokens else "left out (the strategy has no sample_tokens)"
     )
-    media = f", {microbatch.media_rows} of them of media, {microbatch.item_rows} each" if microbatch.media_rows else ""
-    targets = f", {microbatch.targets} targets of {list(microbatch.target_shape)}" if microbatch.targets else ""
     divided = _peers(run.strategy.options)
     return (
         f"{dp} pipeline{'s' * (dp > 1)} of {found.size} ranks{divided}; "
-        f"{found.microbatches} microbatches of {mean}{microbatch.tokens} tokens{media}{targets}.\n"
+        f"{found.microbatches} microbatches of {mean}{found.microbatch}.\n"
         f"precision {run.config['trainer']['precision'] or '32-true'}; static: weights, gradients and AdamW's moments"
         f"{_shards(run.strategy.options)}; "
         "peaks: inputs and outputs of matrices,\nwith fused attention; not counted: buffers of messages and of the "

@@ -1,5 +1,6 @@
 """The command `bigmac tune`: it searches the layout and the schedule of a run that take the least time and fit into
-memory, and writes them into a config. The model is built without weights, and no data are read."""
+memory, and writes them into a config. The model is built without weights. Of the data, the first batch is made, unless
+the config says how many tokens a microbatch has."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bigmac_lightning.commands.answer import answer
-from bigmac_lightning.commands.plan_config import RunReader
+from bigmac_lightning.commands.plan_config import NoFirstBatchError, RunReader
 from bigmac_lightning.commands.request import check_suffix
 from bigmac_lightning.contracts.module import PipelineModule
 from bigmac_lightning.contracts.parallel import ParallelSizes
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _tune(run: TuneReader, console: Console) -> None:
-    problem, space = _problem(run), _space(run)
+    (problem, source), space = _problem(run), _space(run)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layouts")
 
@@ -96,7 +97,7 @@ def _tune(run: TuneReader, console: Console) -> None:
     if not found.best:
         reasons = "".join(f"\n  {number} layouts: {reason}" for reason, number in found.refused.most_common())
         raise ValueError(f"no choice fits {space.processes} ranks of {size_text(problem.memory)}:{reasons}")
-    print_whole(console, _table(found, problem))
+    print_whole(console, _table(found, problem, source, run.config["trainer"]["accelerator"]))
     if found.left:
         text = f"{found.left} layouts, which are slower by a rough guess, were not looked at; --seconds gives more time"
         console.print(text, highlight=False, soft_wrap=True)
@@ -104,9 +105,23 @@ def _tune(run: TuneReader, console: Console) -> None:
     console.print(f"{run.config['output']}: the first of them", highlight=False, soft_wrap=True)
 
 
-def _problem(run: TuneReader) -> Problem:
-    module, options, microbatch = run.model, run.strategy.options, run.microbatch()
+def _step(run: TuneReader, replicas: int, size: int) -> tuple[TypicalMicrobatch, int, str]:
+    """What a microbatch of the config holds, how many of them a pipeline has in a step, and who says so."""
+    if run.of_data("token_budget"):
+        return run.microbatch(), run.microbatches(size), "the data's token_budget"
+    try:
+        batch = run.first_batch(run.data(), run.strategy.options, size, replicas)
+    except NoFirstBatchError as reason:
+        return run.microbatch(), run.microbatches(size), f"assumption, as {reason}"
+    return TypicalMicrobatch.mean(batch), len(batch), "the first batch"
+
+
+def _problem(run: TuneReader) -> tuple[Problem, str]:
+    """The problem, and who says what a microbatch holds."""
+    module, options = run.model, run.strategy.options
     assert isinstance(module, PipelineModule)
+    replicas, size = mesh_shape(run.world_size, *run.strategy.sizes, peers=options.parallel.peers)
+    microbatch, per_pipeline, source = _step(run, replicas, size)
     known = options.known
     if known is not None:
         check_known(known, str(run.config["costs"]), module, run.config["trainer"]["precision"])
@@ -115,11 +130,9 @@ def _problem(run: TuneReader) -> Problem:
             "a component of the model does not say its cost in multiplications (`LanguageModel.costs`, `forward_cost`)"
             ", so times cannot be estimated: measure them by `bigmac profile`, and give their file as --costs"
         )
-    replicas, size = mesh_shape(run.world_size, *run.strategy.sizes, peers=options.parallel.peers)
-    per_pipeline = run.config["microbatches"] or options.microbatches or run.of_data("microbatches") or 4 * size
     assert module.trained_layers  # found before adapters are added
     module.adapt()
-    return Problem(
+    problem = Problem(
         module,
         microbatch,
         replicas * per_pipeline * microbatch.tokens,
@@ -130,6 +143,7 @@ def _problem(run: TuneReader) -> Problem:
         replace(options.schedule, costs=None, virtual_stages=None, backbone="1f1b", group_size=None),
         known,
     )
+    return problem, source
 
 
 def _device(run: TuneReader, module: PipelineModule) -> Device:
@@ -164,7 +178,7 @@ def _space(run: TuneReader) -> Space:
     )
 
 
-def _table(found: Found, problem: Problem) -> Table:
+def _table(found: Found, problem: Problem, microbatch_source: str, accelerator: str) -> Table:
     table = Table(title="the fastest choices", title_justify="left", caption_justify="left")
     headings = ("", "ranks", "microbatches", "in shards: encoders, generators, stages", "schedule", "seconds per step")
     for heading in (*headings, "memory", "why"):
@@ -185,8 +199,13 @@ def _table(found: Found, problem: Problem) -> Table:
         )
     source = "measured" if problem.known else f"estimated, with {problem.device.tflops:g} TFLOP/s"
     lines = [
-        f"Times are {source}; {size_text(problem.device.bandwidth)}/s are sent. {found.simulated} plans simulated."
+        f"Times are {source}; {size_text(problem.device.bandwidth)}/s are sent. {found.simulated} plans simulated.",
+        f"A microbatch of the config has {problem.microbatch} (by {microbatch_source}).",
     ]
+    if accelerator == "cpu" and not problem.known and problem.device.tflops == Device.tflops:
+        lines.append(
+            "The config trains on the CPU, which is slower: give --costs of bigmac profile, or --device.tflops."
+        )
     lines += [f"refused: {number} layouts: {reason}" for reason, number in found.refused.most_common(SHOWN)]
     table.caption = "\n".join(lines)
     return table

@@ -79,6 +79,11 @@ class TypicalMicrobatch:
             if getattr(self, name) < least:
                 raise ValueError(f"microbatch.{name} is {getattr(self, name)}; expected at least {least}")
 
+    def __str__(self) -> str:
+        media = f", {self.media_rows} of them of media, {self.item_rows} each" if self.media_rows else ""
+        targets = f", {self.targets} targets of {list(self.target_shape)}" if self.targets else ""
+        return f"{self.tokens} tokens{media}{targets}"
+
     @property
     def items(self) -> int:
         """The number of media items."""

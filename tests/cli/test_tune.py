@@ -1,5 +1,6 @@
 """`bigmac tune`: what it prints, and the config that it writes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_a_config_that_can_be_planned(capsys: pytest.CaptureFixture[str]) -> Non
     assert written["data"]["init_args"]["batch_size"] == 96 // sizes[1]
     assert f"dp{sizes[1]} pp{sizes[0]} tp{sizes[2]} cp{sizes[3]}" in shown
     assert plan_config.main(["--config", "tuned.yaml", *SMALL[1:]]) == 0
+
+
+def test_microbatches_are_those_of_the_first_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """`DigitsDataModule` does not say how many tokens they have. A CPU is not as fast as a GPU."""
+    assert plan_config.main(DIGITS) == 0
+    told = re.search(r"microbatches of on average (.*)\.", capsys.readouterr().out)
+    assert told
+    assert tune.main(DIGITS) == 0
+    shown = capsys.readouterr().out
+    assert f"A microbatch of the config has {told[1]} (by the first batch)." in shown
+    assert "The config trains on the CPU" in shown
+    assert tune.main([*DIGITS, *SMALL]) == 0
+    shown = capsys.readouterr().out
+    assert "has 256 tokens" in shown
+    assert "(by assumption, as --microbatch.tokens, --microbatch.target_shape, --microbatches say what" in shown
 
 
 @pytest.mark.parametrize(
