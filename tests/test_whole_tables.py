@@ -74,7 +74,7 @@ def test_words_are_whole_in_a_narrow_terminal(
     monkeypatch.chdir(tmp_path)
     name, *config = command.split()
     arguments = [*config, str(ROOT / "configs" / "digits.yaml")] if config else []
-    arguments += ["--ranks=4" if name == "tune" else "--microbatches=4"] if config else []
+    arguments += ["--microbatches=4", *["--ranks=4"] * (name == "tune")] if config else []
     arguments = arguments or ["--pipeline_parallel_size=4", "--microbatches=8"]
     assert cli.module_of(name, arguments).main(arguments) == 0
     printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
