@@ -189,8 +189,8 @@ class MultimodalDataModule(ParallelDataModule):
             check_items(module, self.encoder, first.media, source.name)
             if not (first.is_text or self.encoder.has_template):
                 raise ValueError(
-                    f"{source.name} has conversations, and the processor's tokenizer has no chat template: set "
-                    "chat.template"
+                    f"{source.name} gives messages, and the processor's tokenizer has no chat template that makes a "
+                    "text of them: set chat.template"
                 )
 
     def _measure(self, split: Split, read_only: bool) -> list[Measurements]:

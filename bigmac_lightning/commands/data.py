@@ -186,7 +186,8 @@ def _sample(sample: SampleView, colours: bool) -> Panel:
 
 def _description_of(item: ItemView) -> str:
     size = item.size
-    frames = f", {size.frames} frames in {size.seconds:.2f} s" if size.frames > 1 or size.seconds else ""
+    frames = f", {size.frames} frames" if size.frames > 1 or size.seconds else ""
+    frames += f" in {size.seconds:.2f} s" if size.seconds else ""
     return f"{item.label}: {item.item.file.name}, {size.width} x {size.height}{frames}, {item.rows:,} tokens"
 
 

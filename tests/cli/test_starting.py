@@ -96,7 +96,7 @@ OF_PROCESSOR: dict[str, tuple[Callable[[], None], list[str], str]] = {
     ),
     "tokens that are swapped": (_changed("config.json", _swap), [], "the model's config has image_token_id=4 ('<|vid"),
     "no tokenizer": (lambda: os.remove(f"{MODEL}/tokenizer.json"), [], f"processor='{MODEL}' cannot be loaded: Couldn"),
-    "no template": (lambda: os.remove(TEMPLATE), [], "data/train.jsonl has conversations, and the processor's token"),
+    "no template": (lambda: os.remove(TEMPLATE), [], "data/train.jsonl gives messages, and the processor's token"),
     "a broken template": (_written(TEMPLATE, "{% for"), [], "the tokenizer's chat template refuses a conversation: T"),
     "a template of nothing": (_written(TEMPLATE, "{% set a = 1 %}"), [], "chat template leaves out what is said: set"),
     "a token of its own": (
