@@ -44,7 +44,7 @@ class _Seen:
     cache: DynamicCache | None = None
 
     def of_next(self) -> "_Seen":
-        """What tokens see that are written after these: the same as the last one."""
+        """What tokens see that are written after these. As none of them is an image, this is what the last one sees."""
         last = self.mask[:, :, -1:].clone(), self.sees[:, :, -1:].clone(), self.has_images[:, -1:].clone()
         return _Seen(None, *last, self.cache)
 
