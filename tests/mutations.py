@@ -203,9 +203,30 @@ FAULTS = [
     Fault(
         "a second stage gets no keys and values from an earlier one",
         "models/llm/stage.py",
-        "            kwargs[SHARED_KEYS].update(self.keys)\n",
+        "            kwargs[SHARED_KEYS].update(self.keys if cache is None else cache.with_earlier(self.keys))\n",
         "            pass\n",
         "tests/models/test_sweep.py -k gemma4_text",
+    ),
+    Fault(
+        "a later stage does not keep the keys and values of earlier tokens that it shares",
+        "models/llm/stage_cache.py",
+        "        return {kind: self.update(*new, self._shared[kind]) for kind, new in keys.items()}\n",
+        "        return dict(keys)\n",
+        "tests/models/test_sweep.py -k gemma3n_text",
+    ),
+    Fault(
+        "a stage sends keys and values of all tokens that it keeps",
+        "models/llm/handed_on.py",
+        "[one[:, :, -new:] for one in between.keys[kind]]",
+        "[*between.keys[kind]]",
+        "tests/models/test_sweep.py -k gemma3n_text",
+    ),
+    Fault(
+        "tokens that are written see no images",
+        "models/llm/cross_attention.py",
+        "                cache.seen = seen.of_next()\n",
+        "                pass\n",
+        "tests/models/test_writing.py -k mllama",
     ),
     Fault(
         "inputs of layers are those of an earlier layer after a cut",

@@ -9,14 +9,16 @@ sample without images passes these layers unchanged.
 Shape suffixes: B samples, S tokens, F all B x S tokens, N rows of features, I images, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..pass_through import PassThrough, hidden_of
 from .attention import MASKED
+from .stage_cache import StageCache
 from .text_inputs import SAMPLES
 
 GRIDS = "image_grid_thw"
@@ -28,16 +30,23 @@ class _Seen:
     """What the tokens of a microbatch see of its images.
 
     Attributes:
-        features: the rows of all images, (1, N, D).
+        features: the rows of all images, (1, N, D); ``None``: `cache` has their keys and values.
         mask: is added to the scores of attention, (1, 1, F, N).
         sees: 1 for a token that sees an image, (1, 1, F, 1).
         has_images: whether a token's sample has an image, (1, F, 1).
+        cache: keeps keys and values of these rows; ``None``: nothing does.
     """
 
-    features: Tensor
+    features: Tensor | None
     mask: Tensor
     sees: Tensor
     has_images: Tensor
+    cache: DynamicCache | None = None
+
+    def of_next(self) -> "_Seen":
+        """What tokens see that are written after these. As none of them is an image, this is what the last one sees."""
+        last = self.mask[:, :, -1:].clone(), self.sees[:, :, -1:].clone(), self.has_images[:, -1:].clone()
+        return _Seen(None, *last, self.cache)
 
 
 class _Crossing(PassThrough):
@@ -58,6 +67,7 @@ class _Crossing(PassThrough):
             cross_attention_mask=seen.mask,
             full_text_row_masked_out_mask=seen.sees,
             attention_mask=None,
+            cache=seen.cache,
         )
         return torch.where(seen.has_images, after_1FD, before_1FD).view_as(before)
 
@@ -109,12 +119,27 @@ class CrossAttention:
         return any(k in layers for k in self._layers)
 
     def arguments(
-        self, features_1ND: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]
+        self,
+        features_1ND: Tensor | None,
+        inputs: dict[str, Tensor],
+        layers: range,
+        extras: dict[str, Tensor],
+        cache: StageCache | None,
     ) -> dict[str, Any]:
-        """The arguments of the decoder for these layers. Features that later layers need are put into the extras."""
-        if self._needed(range(layers.stop, 1 << 30)):
-            extras["features"] = features_1ND
-        return {"cross_attention_states": self._seen(features_1ND, inputs)} if self._needed(layers) else {}
+        """The arguments of the decoder for these layers. Features that later layers need are put into the extras.
+
+        Args:
+            features_1ND: ``None``, or of no rows: the tokens bring no images, but may follow some.
+        """
+        seen = None if cache is None else cache.seen
+        if features_1ND is not None and features_1ND.shape[1]:
+            if self._needed(range(layers.stop, 1 << 30)):
+                extras["features"] = features_1ND
+            seen = self._seen(features_1ND, inputs) if self._needed(layers) else None
+            if seen is not None and cache is not None:
+                seen = replace(seen, cache=DynamicCache())
+                cache.seen = seen.of_next()
+        return {} if seen is None else {"cross_attention_states": seen}
 
     def _seen(self, features_1ND: Tensor, inputs: dict[str, Tensor]) -> _Seen:
         ids_BS, positions_N = inputs["input_ids"], inputs["media_positions"]

@@ -376,8 +376,8 @@ class HFDecoder(HFComponent, LanguageModel):
         if self.family is not None:
             further.update(vision_arguments(self.config, self.family, inputs["input_ids"]))
         features = extras.pop("features", None)
-        if features is not None and features.shape[1] and self._cross is not None:
-            further.update(self._cross.arguments(features, inputs, layers, extras))
+        if self._cross is not None:
+            further.update(self._cross.arguments(features, inputs, layers, extras, self._cache))
         elif features is not None and features.shape[1]:  # a slice may have no rows of them
             further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
             if len(features) > len(layers):
@@ -439,13 +439,12 @@ class HFDecoder(HFComponent, LanguageModel):
         return stage
 
     def new_cache(self, layers: range) -> Any:
-        config = self._decoder.config
-        if self._cross or (self._handed_on and len(layers) < self.num_layers):
-            return None  # what layers hand on is of the tokens that run
+        decoder = self._decoder
+        own = [k for k in layers if k not in getattr(decoder, "cross_attention_layers", ())]
+        empty = partial(StageCache, decoder.config, own, self._handed_on.made_before(layers.start))
         if layers not in self._keeps:
-            device = next(self.parameters()).device
-            self._keeps[layers] = probe_cache.agrees(self, StageCache(config, layers), layers, device)
-        return StageCache(config, layers) if self._keeps[layers] else None
+            self._keeps[layers] = probe_cache.agrees(self, empty(), layers, next(self.parameters()).device)
+        return empty() if self._keeps[layers] else None
 
     @contextmanager
     def using_cache(self, cache: Any) -> Iterator[None]:

@@ -25,7 +25,8 @@ class Between:
 
     Attributes:
         hidden: hidden states (B, S, D); of several streams (streams, B, S, D). Before the first layer: embeddings.
-        keys: by the type of layer, keys and values (B, H, S, K) that later layers use.
+        keys: by the type of layer, keys and values (B, H, S, K) that later layers use. With a cache, what comes out of
+            a stage has those of earlier tokens before them.
         layer_inputs: the inputs of all layers, (B, S, L, P); those of earlier layers may have any values.
     """
 
@@ -75,6 +76,10 @@ class HandedOn:
     def __bool__(self) -> bool:
         return bool(self._keys) or bool(self.layer_inputs) or self.streams > 1
 
+    def made_before(self, layer: int) -> dict[str, int]:
+        """By type of layer, the layer whose keys and values go into a later layer from the one before."""
+        return {kind: keys.made for kind, keys in self._keys.items() if keys.cross(layer)}
+
     def shapes(self, layer: int, rows: tuple[int, int], width: int) -> dict[str, tuple[int, ...]]:
         """Shapes of what goes as extras into a layer.
 
@@ -112,7 +117,8 @@ class HandedOn:
             extras[LAYER_INPUTS] = between.layer_inputs[:, :, layer:]
         for kind, keys in self._keys.items():
             if keys.cross(layer):
-                extras[f"keys.{kind}"] = torch.stack(between.keys[kind])
+                new = between.hidden.shape[-2]  # the next stage keeps those of earlier tokens itself
+                extras[f"keys.{kind}"] = torch.stack([one[:, :, -new:] for one in between.keys[kind]])
         if self.streams == 1:
             return between.hidden
         extras[STREAMS] = between.hidden[1:]

@@ -29,12 +29,17 @@ def agrees(llm: LanguageModel, cache: Any, layers: range, device: torch.device) 
     ids_1S = torch.tensor([(usable * TOKENS)[:TOKENS]], device=device)
     h_1SD = torch.randn(1, TOKENS, llm.width, generator=torch.Generator().manual_seed(0))
     h_1SD = h_1SD.to(device, next(llm.parameters()).dtype)
-    expected = _hidden(llm, layers, ids_1S, h_1SD, 0)
-    found = list[Tensor]()
+    extras = _extras(llm, layers.start, h_1SD)
+
+    def hidden(start: int, stop: int) -> Tensor:
+        own = {name: extra.narrow(dim, start, stop - start) for name, (extra, dim) in extras.items()}
+        return _hidden(llm, layers, ids_1S[:, start:stop], h_1SD[:, start:stop], own, start)
+
+    expected, found = hidden(0, TOKENS), list[Tensor]()
     try:
         with llm.using_cache(cache):
             for start, stop in ((0, FIRST), *((k, k + 1) for k in range(FIRST, TOKENS))):
-                found.append(_hidden(llm, layers, ids_1S[:, start:stop], h_1SD[:, start:stop], start))
+                found.append(hidden(start, stop))
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError):  # it wants another cache, or none
@@ -43,9 +48,25 @@ def agrees(llm: LanguageModel, cache: Any, layers: range, device: torch.device) 
     return bool(error < TOLERANCE)
 
 
-def _hidden(llm: LanguageModel, layers: range, ids_1S: Tensor, h_1SD: Tensor, start: int) -> Tensor:
+def _extras(llm: LanguageModel, layer: int, h_1SD: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """By name, what goes into a layer with the hidden states for each token, and its dimension of tokens."""
+    if layer == 0:
+        return {}
+    shapes, of_one = (llm.extra_shapes(layer, (1, tokens), 0, 1) for tokens in (TOKENS, 1))
+    differs = {name: [a != b for a, b in zip(shape, of_one[name], strict=True)] for name, shape in shapes.items()}
+    random = torch.Generator().manual_seed(1)
+    return {
+        name: (torch.randn(shapes[name], generator=random).to(h_1SD), where.index(True))
+        for name, where in differs.items()
+        if any(where)
+    }
+
+
+def _hidden(
+    llm: LanguageModel, layers: range, ids_1S: Tensor, h_1SD: Tensor, extras: dict[str, Tensor], start: int
+) -> Tensor:
     """The hidden states after these layers; before them, embeddings if they are the first layers."""
     positions = torch.arange(start, start + ids_1S.shape[1], device=ids_1S.device)[None]
     inputs = llm.prepare({"input_ids": ids_1S, "position_ids": positions})
     before = llm.embed(inputs) if layers.start == 0 else h_1SD
-    return llm.run_layers(before, inputs, layers, {}).float()
+    return llm.run_layers(before, inputs, layers, extras).float()

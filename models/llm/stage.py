@@ -44,7 +44,8 @@ class _Entrance(_Boundary):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.keys:
-            kwargs[SHARED_KEYS].update(self.keys)
+            cache = kwargs.get("cache")
+            kwargs[SHARED_KEYS].update(self.keys if cache is None else cache.with_earlier(self.keys))
         return self.as_returned(self.hidden)
 
 

@@ -18,20 +18,10 @@ UNUSED = (
 )  # of a layer's initial weights; not in a forward
 
 
-OTHER_CACHES = (
-    "longcat_flash",
-    "minimax",
-    "moshi",
-    "gemma3n_text",
-    "gemma4_text",
-    "gemma4_unified_text",
-    "gemma4",
-    "mllama",
-)
+OTHER_CACHES = ("longcat_flash", "minimax", "moshi")
 """Models that keep no keys and values here: MiniMax has a cache of its own, Moshi gives other logits with a cache, also
 in the library itself. The cache of LongCat-Flash, which has two entries for a layer, is kept only where one stage has
-all layers, and so are those of Gemma 3n and 4, whose layers hand on keys and values. Those of Mllama attend to
-images."""
+all layers."""
 
 
 @pytest.fixture(autouse=True)

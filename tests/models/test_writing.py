@@ -12,9 +12,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from bigmac_lightning.contracts.batch import Batch, Microbatch
 from bigmac_lightning.contracts.growing_text import next_positions
-from bigmac_lightning.models import HFDecoder, MultimodalLM
+from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
+from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from bigmac_lightning.models.writing import Sampling, all_written, written
-from tests.models import tiny
+from tests.models import more_families, sweep, tiny, zoo
 from tests.models.parts import decoder_config
 from tests.toy import ToyModule
 
@@ -48,6 +49,29 @@ def test_as_the_library_generates(given: dict[str, float]) -> None:
     module, whole = _both()
     expected = whole.generate(PROMPT, do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0, **given)
     assert [*written(module, _prompt(), Sampling(max_new_tokens=20, **given))] == expected[0, 4:].tolist()
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "mllama"])
+def test_as_the_library_generates_with_its_cache(name: str) -> None:
+    """Where later layers use keys and values again, or layers attend to images."""
+    model, found = more_families.KNOWN[name], set[int]()
+    whole = sweep._randomized(meta_model.auto_class(model.config()), model.config(), "sdpa").eval()
+    zoo.draw_weights(whole, 0.3)
+    image = HFVisionEncoder(model.config()) if model.draw else None
+    module = MultimodalLM(HFDecoder(model.config()), encoders_of(image) if image else None)
+    module.configure_model()
+    for part in (module.llm, *([image] if image else [])):
+        part.load_state_dict({weight: whole.state_dict()[weight] for weight in part.state_dict()})
+    for [sample], _ in zoo.sequences(model, packed=False):
+        given = zoo.microbatch([[sample]])
+        suppressed = [*module.llm.placeholders.values()] or None
+        how = {"do_sample": False, "max_new_tokens": 12, "suppress_tokens": suppressed, "pad_token_id": 0}
+        arguments = {**zoo.arguments(whole, sample, given), "use_cache": True}
+        arguments.pop("image_grid_thw", None)
+        expected = whole.generate(**arguments, **how, eos_token_id=None)[0, len(sample.tokens) :].tolist()
+        assert [*written(module.eval(), Batch([given]), Sampling(12))] == expected
+        found |= {*expected}
+    assert len(found) > 4
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ NARROW: list[tuple[int, Case]] = [
     (2, ("pictures", "32-true", {"sharding": ShardingOptions(encoders="fsdp")})),
     (2, ("qwen3_vl", "32-true", INTERLEAVED)),
     (2, ("states", "32-true", INTERLEAVED)),
-    (2, ("windows", "32-true", {})),
+    (2, ("images attended to", "32-true", INTERLEAVED)),
+    (3, ("shared keys", "32-true", {})),
     (2, ("half a cache", "32-true", {})),
     (2, ("toy", "32-true", ZBV)),
     (3, ("pictures", "bf16-true", {})),
@@ -80,7 +81,7 @@ def _check(world: int, cases: list[Case]) -> list[str]:
 
 def test_prompts_tell_layouts_apart() -> None:
     """Texts are not all alike, and some end before others."""
-    for name in ("pictures", "qwen3_vl", "toy", "states"):
+    for name in ("pictures", "qwen3_vl", "toy", "states", "images attended to", "shared keys"):
         found = [tokens for both in _alone(name, "32-true").values() for tokens in both]
         assert len({tuple(tokens) for tokens in found}) > len(found) / 2, name
         assert max(len({*tokens}) for tokens in found) > 2, name

@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout
 from bigmac_lightning.datamodules import Collator, Sample
 from bigmac_lightning.datamodules.loading.collate import make_batch
-from bigmac_lightning.models import HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from bigmac_lightning.models.writing import Sampling, all_written
-from tests.models import parts, tiny, zoo
+from tests.models import more_families, parts, tiny, zoo
 from tests.toy import ToyModule
 
 Module = Any
@@ -41,15 +42,26 @@ def decoder(model_type: str, attention: str = "sdpa") -> tuple[Module, Prompts]:
     return MultimodalLM(HFDecoder(config, attn_implementation=attention)), texts(2)
 
 
-def qwen3_vl() -> tuple[Module, Prompts]:
-    """Positions in three dimensions, and features that go on to the next stages."""
-    model = zoo.MODELS["qwen3_vl"]
+class _OpenGates(HFDecoder):
+    """One without gates that are closed at first, so that images matter."""
+
+    def materialize(self, *args: Any, **kwargs: Any) -> None:
+        super().materialize(*args, **kwargs)
+        for name, parameter in self.named_parameters():
+            if name.endswith("_gate"):
+                torch.nn.init.ones_(parameter)
+
+
+def family(name: str, **changes: Any) -> tuple[Module, Prompts]:
+    """A model of the zoo: with pictures, if it has any, and texts alone."""
+    model = more_families.KNOWN[name]
     config = model.config()
-    config.get_text_config().num_hidden_layers = 4
-    image = HFVisionEncoder(config)
+    for field, value in changes.items():
+        setattr(config.get_text_config(), field, value)
     rows = [sample for row in zoo.sequences(model, packed=False) for [sample] in row]
     prompts = [Batch([replace(zoo.microbatch([[sample]]), **unlabelled())]) for sample in rows]
-    return MultimodalLM(HFDecoder(config), {"image": image, "video": HFVideoEncoder(image)}), prompts
+    encoders = None if model.draw is None else encoders_of(HFVisionEncoder(config))
+    return MultimodalLM(_OpenGates(config), encoders), prompts
 
 
 def unlabelled() -> dict[str, torch.Tensor]:
@@ -77,7 +89,10 @@ class _HalfCached(HFDecoder):
 
 MODELS: dict[str, Callable[[], tuple[Module, Prompts]]] = {
     "pictures": with_pictures,
-    "qwen3_vl": qwen3_vl,
+    "qwen3_vl": lambda: family("qwen3_vl", num_hidden_layers=4),
+    "images attended to": lambda: family("mllama", initializer_range=0.3),
+    "shared keys": lambda: family("gemma3n_text", initializer_range=0.3),
+    "shared keys, images": lambda: family("gemma4", initializer_range=0.3),
     "experts": lambda: decoder("qwen3_moe"),
     "windows": lambda: decoder("gemma2", "eager"),
     "states": lambda: decoder("qwen3_next"),
