@@ -75,12 +75,16 @@ class HandedOn:
     def __bool__(self) -> bool:
         return bool(self._keys) or bool(self.layer_inputs) or self.streams > 1
 
-    def shapes(self, layer: int, rows: tuple[int, int], width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, layer: int, rows: tuple[int, int], width: int, tensor_ranks: int = 1
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of what goes as extras into a layer.
 
         Args:
             rows: B and S.
             width: D.
+            tensor_ranks: number of ranks that share the heads of keys and values. Those of one stage send theirs to
+                those of equal place in the next.
         """
         made: dict[str, tuple[int, ...]] = {}
         if self.streams > 1:
@@ -89,7 +93,7 @@ class HandedOn:
             made[LAYER_INPUTS] = (*rows, self._layers - layer, self.layer_inputs)
         for kind, keys in self._keys.items():
             if keys.cross(layer):
-                made[f"keys.{kind}"] = (2, rows[0], keys.heads, rows[1], keys.size)
+                made[f"keys.{kind}"] = (2, rows[0], keys.heads // tensor_ranks, rows[1], keys.size)
         return made
 
     def taken(self, h_BSD: Tensor, extras: dict[str, Tensor], layer: int) -> Between:

@@ -33,11 +33,11 @@ def tensor_peers(size: int) -> StagePeers:
 
 def batches(llm: HFDecoder, seed: int = 0) -> list[Inputs]:
     """Two microbatches, of packed samples where the decoder takes them, with tokens at the ends of slices."""
-    made = []
+    made, vocabulary = [], llm._outputs
     for microbatch in range(2):
         generator = torch.Generator().manual_seed(10 * seed + microbatch)
-        ids = [torch.randint(0, llm.vocabulary, (length,), generator=generator) for length in (9, 6)]
-        ids[0][:5] = torch.tensor([0, 1, llm.vocabulary // 2 - 1, llm.vocabulary // 2, llm.vocabulary - 1])
+        ids = [torch.randint(0, vocabulary, (length,), generator=generator) for length in (9, 6)]
+        ids[0][:5] = torch.tensor([0, 1, vocabulary // 2 - 1, vocabulary // 2, vocabulary - 1])
         positions = torch.cat([torch.arange(len(row)) for row in ids])
         if llm.refuses_packing:
             ids, positions = [ids[0]], torch.arange(9)
