@@ -131,6 +131,20 @@ FAULTS = [
         "tests/models/test_cross_attention.py",
     ),
     Fault(
+        "the tokens of a slice see what those of the first slice see",
+        "models/llm/cross_attention.py",
+        "[:, start:stop].reshape(-1, 1)",
+        "[:, : stop - start].reshape(-1, 1)",
+        "tests/runtime/test_handed_on.py",
+    ),
+    Fault(
+        "a slice gets the features of its own tokens only, and its layers attend to all",
+        f"{PACKAGE}/contracts/component_module.py",
+        "if isinstance(microbatch, MicrobatchSlice) and not llm.attends_to_features:",
+        "if isinstance(microbatch, MicrobatchSlice):",
+        "tests/runtime/test_handed_on.py",
+    ),
+    Fault(
         "features end at the first stage that attends to them",
         "models/llm/cross_attention.py",
         "        if self._needed(range(layers.stop, 1 << 30)):\n",

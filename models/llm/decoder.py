@@ -216,8 +216,6 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
         kind = f"model_type {self.config.model_type!r}"
-        if (self._handed_on or self._cross) and sizes.context > 1:
-            return f"{kind} cannot have context parallelism: its layers hand on more than hidden states"
         if sizes.context > 1:
             decoder = self.build_whole().get_submodule(self._names.decoder)
             reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
@@ -251,6 +249,8 @@ class HFDecoder(HFComponent, LanguageModel):
         if len(tied) == 2:
             tied[1].weight = tied[0].weight
         self._division.install(whole, peers, self._outputs, self._attention)
+        if self._exchange is not None and self._cross is not None:
+            self._cross.of_slices(self._decoder, self._exchange, self._attention)
         if self._exchange is not None and self.gradient_checkpointing:
             how = {"use_reentrant": False, "context_fn": self._exchange.checkpoint_contexts}
             whole.activation_checkpointing_enable(how)

@@ -167,7 +167,7 @@ def wrong_of(built: Built, peers: StagePeers, **more: Any) -> dict[str, float]:
     if worst <= 1e-6:
         return {}
     double = compare(built, peers, **more, double=in_double)
-    return {name: error for name, error in found.items() if not (error <= 2e-5 and double[name] <= 1e-6)}
+    return {name: error for name, error in found.items() if not (error <= 5e-5 and double[name] <= 1e-6)}
 
 
 def decoder_of(model_type: str) -> Built | None:

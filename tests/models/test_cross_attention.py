@@ -9,7 +9,6 @@ import torch
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
 from bigmac_lightning.training.options import ShardingOptions
 from tests.models import more_families, sweep, zoo
@@ -88,13 +87,6 @@ def test_a_missing_grid() -> None:
     llm = HFDecoder(MLLAMA.config())
     with pytest.raises(ValueError, match=r"has 2 image tokens, but 0 images in inputs\['image_grid_thw'\]: give one"):
         llm.prepare({"input_ids": torch.tensor([[1, IMAGE, IMAGE, 3]])})
-
-
-def test_no_context_parallelism() -> None:
-    llm = HFDecoder(MLLAMA.config())
-    assert not llm.why_not_parallel(ParallelSizes(tensor=2))
-    reason = llm.why_not_parallel(ParallelSizes(context=2))
-    assert "'mllama' cannot have context parallelism: its layers hand on more than hidden states" in reason
 
 
 def test_shards_of_layers_that_not_every_rank_runs() -> None:
