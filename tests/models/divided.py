@@ -189,6 +189,8 @@ def verdict(model_type: str, peers: StagePeers) -> str:
     built = decoder_of(model_type)
     if built is None:
         return "not cut"
+    if built().family is not None:
+        return "see test_vision_language_models"
     size = 2
     sizes = ParallelSizes(*(1 if m is None else size for m in (peers.tensor, peers.context, peers.expert)))
     if reason := built().why_not_parallel(sizes):
