@@ -138,6 +138,20 @@ FAULTS = [
         "tests/models/test_cross_attention.py",
     ),
     Fault(
+        "the tokens of a slice see what those of the first slice see",
+        "models/llm/cross_attention.py",
+        "[:, start:stop].reshape(-1, 1)",
+        "[:, : stop - start].reshape(-1, 1)",
+        "tests/runtime/test_handed_on.py",
+    ),
+    Fault(
+        "a slice gets the features of its own tokens only, and its layers attend to all",
+        f"{PACKAGE}/contracts/component_module.py",
+        "if isinstance(microbatch, MicrobatchSlice) and not llm.attends_to_features:",
+        "if isinstance(microbatch, MicrobatchSlice):",
+        "tests/runtime/test_handed_on.py",
+    ),
+    Fault(
         "features end at the first stage that attends to them",
         "models/llm/cross_attention.py",
         "        if self._needed(range(layers.stop, 1 << 30)):\n",
@@ -982,8 +996,8 @@ FAULTS = [
     Fault(
         "layers of Qwen3-VL are not cut",
         "models/llm/tensor_parallel.py",
-        '    "qwen3_vl_text": {',
-        '    "": {',
+        '    "qwen3_vl_text": _usual',
+        '    "": _usual',
         "tests/layouts/test_layouts.py -k qwen3_vl",
     ),
     Fault(
@@ -1296,10 +1310,31 @@ FAULTS = [
     ),
     Fault(
         "each rank keeps its own heads' part of a norm's gradient",
-        "models/llm/tensor_parallel.py",
+        "models/llm/tensor_styles.py",
         "{name: with_summed_gradient(p, mesh.get_group()) for name, p in own.items()}",
         "own",
         "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "a rank takes its slice of an MLP's inner values for all of them",
+        "models/llm/tensor_parallel.py",
+        '    "gemma3n_text": {',
+        '    "": {',
+        "tests/models/test_tensor_parallel.py -k against",
+    ),
+    Fault(
+        "messages have room for the keys and values of all heads",
+        "models/llm/handed_on.py",
+        "keys.heads // tensor_ranks",
+        "keys.heads",
+        "tests/runtime/test_handed_on.py",
+    ),
+    Fault(
+        "slices of logits are as large as those of a larger embedding",
+        "models/llm/decoder.py",
+        "self._division.install(whole, peers, self._outputs,",
+        "self._division.install(whole, peers, self.vocabulary,",
+        "tests/models/test_tensor_parallel.py -k vision",
     ),
     Fault(
         "norms of heads that a plan leaves out are forgotten",

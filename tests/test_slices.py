@@ -10,6 +10,7 @@ from bigmac_lightning.contracts.batch import MediaItem, Microbatch, Origin, Targ
 from bigmac_lightning.contracts.slices import (
     PER_TOKEN,
     WHOLE,
+    WHOLE_IDS,
     WHOLE_POSITIONS,
     MicrobatchSlice,
     slice_bounds,
@@ -80,8 +81,10 @@ def test_slices_are_the_whole(seed: int, rows: int, number: int, more: int, shar
         assert one.has_labels == whole.has_labels
         assert (one.media, one.targets, one.origins, one.cost) == (whole.media, whole.targets, whole.origins, 3.0)
         assert one.inputs[WHOLE_POSITIONS] is whole.inputs["position_ids"]
+        assert one.inputs[WHOLE_IDS] is whole.inputs["input_ids"]
+        assert one.whole_media_positions is whole.media_positions
         assert all(one.inputs[name] is whole.inputs[name] for name in WHOLE if name in whole.inputs)
-        assert one.inputs.keys() == whole.inputs.keys() | {WHOLE_POSITIONS}
+        assert one.inputs.keys() == whole.inputs.keys() | {WHOLE_POSITIONS, WHOLE_IDS}
 
 
 @settings(deadline=None, max_examples=30)
@@ -112,7 +115,8 @@ def test_tensors_of_a_slice_move_with_it() -> None:
     one = slice_of(microbatch(1), 1, 2)
     moved = one.map(lambda tensor: tensor + 1)
     assert isinstance(moved, MicrobatchSlice)
-    for name in ("feature_rows", "label_rows", "condition_rows", "label_positions", "target_positions"):
+    rows = ("feature_rows", "label_rows", "condition_rows")
+    for name in (*rows, "label_positions", "target_positions", "whole_media_positions"):
         assert torch.equal(getattr(moved, name), getattr(one, name) + 1)
     assert (moved.whole_labels, moved.whole_conditions) == (one.whole_labels, one.whole_conditions)
     assert one.whole_labels > len(one.labels)

@@ -108,8 +108,14 @@ class ComponentModule(ResumableModule):
 
     def extra_shapes(self, microbatch: Microbatch, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the extras that go with a microbatch's hidden states into a layer."""
-        media_rows, levels = len(microbatch.media_positions), self.levels(microbatch.media)
+        media_rows, levels = len(self._media_positions(microbatch)), self.levels(microbatch.media)
         return self.llm.extra_shapes(layer, microbatch.shape, media_rows, levels)
+
+    def _media_positions(self, microbatch: Microbatch) -> Tensor:
+        """The tokens of the feature rows that a stage gets: of a slice its own, but all if layers attend to them."""
+        if isinstance(microbatch, MicrobatchSlice) and self.llm.attends_to_features:
+            return microbatch.whole_media_positions
+        return microbatch.media_positions
 
     def run_stage(
         self,
@@ -137,7 +143,8 @@ class ComponentModule(ResumableModule):
             hidden = llm.embed(microbatch.inputs)
             if features is not None:
                 features, extras = self._by_level(microbatch.media, features)
-                if isinstance(microbatch, MicrobatchSlice):  # also with no rows of its own: gradients are then zeros
+                if isinstance(microbatch, MicrobatchSlice) and not llm.attends_to_features:
+                    # also with no rows of its own: gradients are then zeros
                     features = features[microbatch.feature_rows]
                     extras = {name: levels[:, microbatch.feature_rows] for name, levels in extras.items()}
                 features, flat = features.to(hidden.dtype), hidden.flatten(0, 1)
@@ -147,7 +154,7 @@ class ComponentModule(ResumableModule):
                     put = flat.index_add if llm.adds_features else flat.index_copy
                     hidden = put(0, microbatch.media_positions, features).view_as(hidden)
         assert hidden is not None, "only the first stage starts without hidden states"
-        inputs = {**microbatch.inputs, "media_positions": microbatch.media_positions}
+        inputs = {**microbatch.inputs, "media_positions": self._media_positions(microbatch)}
         hidden = llm.run_layers(hidden, inputs, layers, extras)
         if layers.stop < llm.num_layers:
             return StageOutput(hidden=hidden, extras=extras)

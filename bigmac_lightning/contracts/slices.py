@@ -22,6 +22,8 @@ from bigmac_lightning.contracts.batch import Batch, Microbatch
 
 WHOLE_POSITIONS = "whole_position_ids"
 """The input of a slice with the `position_ids` of the whole rows, of which it is a part."""
+WHOLE_IDS = "whole_input_ids"
+"""The input of a slice with the `input_ids` of the whole rows."""
 PER_TOKEN = ("input_ids", "position_ids")
 """The inputs that are cut. Their last two dimensions are (B, S)."""
 WHOLE = (
@@ -49,6 +51,7 @@ class MicrobatchSlice(Microbatch):
         feature_rows: the indices into the whole microbatch's feature rows that belong to `media_positions`.
         label_rows: the indices into the whole microbatch's labels that belong to `labels`.
         condition_rows: the indices into the whole microbatch's condition rows that belong to `target_positions`.
+        whole_media_positions: the `media_positions` of the whole microbatch.
         whole_labels: the number of labels of the whole microbatch.
         whole_conditions: the number of condition rows of the whole microbatch.
     """
@@ -56,6 +59,7 @@ class MicrobatchSlice(Microbatch):
     feature_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     label_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     condition_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    whole_media_positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     whole_labels: int = 0
     whole_conditions: int = 0
 
@@ -65,7 +69,8 @@ class MicrobatchSlice(Microbatch):
         return self.whole_labels > 0
 
     def without_media(self) -> "MicrobatchSlice":
-        return replace(self, media=[], media_positions=self.media_positions[:0], feature_rows=self.feature_rows[:0])
+        names = ("media_positions", "whole_media_positions", "feature_rows")
+        return replace(self, media=[], **{name: getattr(self, name)[:0] for name in names})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MicrobatchSlice":
         mapped = super().map(function)
@@ -75,6 +80,7 @@ class MicrobatchSlice(Microbatch):
             feature_rows=function(self.feature_rows),
             label_rows=function(self.label_rows),
             condition_rows=function(self.condition_rows),
+            whole_media_positions=function(self.whole_media_positions),
         )
 
     def without(self, origins: Collection[int]) -> "MicrobatchSlice":
@@ -147,6 +153,7 @@ def slice_of(microbatch: Microbatch, index: int, number: int) -> MicrobatchSlice
         feature_rows=feature_rows,
         label_rows=label_rows,
         condition_rows=condition_rows,
+        whole_media_positions=microbatch.media_positions,
         whole_labels=len(microbatch.labels),
         whole_conditions=len(microbatch.target_positions),
         **whole,
@@ -187,5 +194,5 @@ def _cut(inputs: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
                 "dimensions must be the same"
             )
         cut[name] = inputs[name][..., start:stop]
-    cut[WHOLE_POSITIONS] = inputs["position_ids"]
+    cut[WHOLE_POSITIONS], cut[WHOLE_IDS] = inputs["position_ids"], inputs["input_ids"]
     return cut

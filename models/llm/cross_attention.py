@@ -6,9 +6,11 @@ before it, with the images that stand directly before that one. Tokens before th
 of tiles that only fill an image up, but the layer's MLP leaves them as they are; this is what the library does. A
 sample without images passes these layers unchanged.
 
-Shape suffixes: B samples, S tokens, F all B x S tokens, N rows of features, I images, D width.
+Shape suffixes: B samples, S tokens, F all B x S tokens (of a slice of rows, its own), N rows of features, I images, D
+width.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from bigmac_lightning.contracts.slices import WHOLE_IDS, slice_bounds
+
 from ..pass_through import PassThrough, hidden_of
 from .attention import MASKED
+from .exchange import Exchange
 from .stage_cache import StageCache
 from .text_inputs import SAMPLES
 
@@ -97,7 +102,22 @@ class CrossAttention:
             )
         self._layers: list[int] = list(decoder.cross_attention_layers)
         self._token: int = config.image_token_id
+        self._exchange: Exchange | None = None
         self._tile_rows, self._rows = rows_of(config)
+
+    def of_slices(self, decoder: Any, exchange: Exchange, attention: str) -> None:
+        """Let the tokens of a slice of rows attend to all images, which each rank has whole.
+
+        Args:
+            decoder: the decoder with layers of this rank.
+            exchange: says which slice it is.
+            attention: the implementation of attention.
+        """
+        self._exchange = exchange
+        for layer in (decoder.layers[k] for k in self._layers):
+            if not isinstance(layer, PassThrough):
+                layer.cross_attn.config = copy.deepcopy(layer.cross_attn.config)
+                layer.cross_attn.config._attn_implementation = attention
 
     def check(self, inputs: dict[str, Tensor]) -> None:
         """
@@ -142,7 +162,7 @@ class CrossAttention:
         return {} if seen is None else {"cross_attention_states": seen}
 
     def _seen(self, features_1ND: Tensor, inputs: dict[str, Tensor]) -> _Seen:
-        ids_BS, positions_N = inputs["input_ids"], inputs["media_positions"]
+        ids_BS, positions_N = inputs.get(WHOLE_IDS, inputs["input_ids"]), inputs["media_positions"]
         S = ids_BS.shape[1]
         images_F = (ids_BS == self._token).flatten()
         sample_F = (torch.arange(len(ids_BS), device=ids_BS.device)[:, None] * S).expand(ids_BS.shape)
@@ -155,9 +175,12 @@ class CrossAttention:
 
         tiles_N = inputs[GRIDS].prod(1)[images_F.cumsum(0)[positions_N] - 1]
         tile_N = torch.arange(len(positions_N), device=ids_BS.device) % self._rows // self._tile_rows
-        own_FN = sample_F[:, None] == sample_F[positions_N]
         places_F1 = torch.arange(len(images_F), device=ids_BS.device)[:, None]
-        sees_FN = own_FN & (run_F[:, None] == run_F[positions_N]) & (positions_N <= places_F1) & (tile_N < tiles_N)
+        if self._exchange is not None:
+            start, stop = slice_bounds(S, self._exchange.rank, self._exchange.size)
+            places_F1 = places_F1.view(ids_BS.shape)[:, start:stop].reshape(-1, 1)
+        own_FN = sample_F[places_F1] == sample_F[positions_N]
+        sees_FN = own_FN & (run_F[places_F1] == run_F[positions_N]) & (positions_N <= places_F1) & (tile_N < tiles_N)
         sees_F1, has_F1 = sees_FN.any(1, keepdim=True), own_FN.any(1, keepdim=True)
         hidden_FN = ~torch.where(sees_F1, sees_FN, own_FN | ~has_F1)
         mask_FN = torch.zeros_like(hidden_FN, dtype=features_1ND.dtype)

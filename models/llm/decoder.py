@@ -117,6 +117,7 @@ class HFDecoder(HFComponent, LanguageModel):
         text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
         self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
+        self._outputs = len(whole.get_output_embeddings().weight)  # some models have more embeddings than logits
         self.tied = meta_model.tied_output(whole)
         self._check_stages(whole, decoder)
         self._handed_on = HandedOn(decoder)
@@ -215,8 +216,6 @@ class HFDecoder(HFComponent, LanguageModel):
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
         kind = f"model_type {self.config.model_type!r}"
-        if (self._handed_on or self._cross) and (sizes.context > 1 or sizes.tensor > 1):
-            return f"{kind} cannot have tensor or context parallelism: its layers hand on more than hidden states"
         if sizes.context > 1:
             decoder = self.build_whole().get_submodule(self._names.decoder)
             reason = probe_context.why_not_sliced(decoder, self._names, self.width, self._attention, sizes, self._rows)
@@ -249,7 +248,9 @@ class HFDecoder(HFComponent, LanguageModel):
         self._division.cut(whole, "", peers)
         if len(tied) == 2:
             tied[1].weight = tied[0].weight
-        self._division.install(whole, peers, self.vocabulary, self._attention)
+        self._division.install(whole, peers, self._outputs, self._attention)
+        if self._exchange is not None and self._cross is not None:
+            self._cross.of_slices(self._decoder, self._exchange, self._attention)
         if self._exchange is not None and self.gradient_checkpointing:
             how = {"use_reentrant": False, "context_fn": self._exchange.checkpoint_contexts}
             whole.activation_checkpointing_enable(how)
@@ -355,7 +356,7 @@ class HFDecoder(HFComponent, LanguageModel):
     def extra_shapes(
         self, layer: int, rows: tuple[int, int], media_rows: int, levels: int
     ) -> dict[str, tuple[int, ...]]:
-        shapes = self._handed_on.shapes(layer, rows, self.width)
+        shapes = self._handed_on.shapes(layer, rows, self.width, self._division.tensor_ranks)
         if self._cross is not None:
             shapes |= self._cross.shapes(layer, media_rows, self.width)
         elif media_rows and levels - 1 > layer:

@@ -70,7 +70,7 @@ class Division:
         """Make modules whose weights are cut, and the attention to slices of rows, work together with the other ranks.
 
         Args:
-            vocabulary: the number of tokens.
+            vocabulary: the number of logits of a position.
             attention: the implementation of attention.
         """
         if peers.expert is not None:
@@ -81,6 +81,11 @@ class Division:
         if peers.context is not None:
             self.exchange = Exchange(peers.context.get_local_rank(), peers.context.size(), peers.context.get_group())
             context_parallel.cut_attention(whole.get_submodule(self._names.decoder), self.exchange, attention)
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Number of ranks that have slices of this rank's weights, itself among them."""
+        return 1 if self.vocabulary is None else self.vocabulary.mesh.size()
 
     def cuts_of(self, whole: Any, sizes: ParallelSizes) -> dict[nn.Parameter, tuple[int, int]]:
         """Of each parameter that lies in slices: the dimension that is cut, and into how many slices."""

@@ -80,12 +80,16 @@ class HandedOn:
         """By type of layer, the layer whose keys and values go into a later layer from the one before."""
         return {kind: keys.made for kind, keys in self._keys.items() if keys.cross(layer)}
 
-    def shapes(self, layer: int, rows: tuple[int, int], width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, layer: int, rows: tuple[int, int], width: int, tensor_ranks: int = 1
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of what goes as extras into a layer.
 
         Args:
             rows: B and S.
             width: D.
+            tensor_ranks: number of ranks that share the heads of keys and values. Those of one stage send theirs to
+                those of equal place in the next.
         """
         made: dict[str, tuple[int, ...]] = {}
         if self.streams > 1:
@@ -94,7 +98,7 @@ class HandedOn:
             made[LAYER_INPUTS] = (*rows, self._layers - layer, self.layer_inputs)
         for kind, keys in self._keys.items():
             if keys.cross(layer):
-                made[f"keys.{kind}"] = (2, rows[0], keys.heads, rows[1], keys.size)
+                made[f"keys.{kind}"] = (2, rows[0], keys.heads // tensor_ranks, rows[1], keys.size)
         return made
 
     def taken(self, h_BSD: Tensor, extras: dict[str, Tensor], layer: int) -> Between:

@@ -122,7 +122,7 @@ def _arguments_problem(stubs: StubDecoder, width: int, attention: str, position_
         with whole_rows(exchange, stubs.shell, h_BsD, {WHOLE_POSITIONS: positions}):
             run = stubs.run(h_BsD, positions[..., start:stop], mask=mask)
         for k, others in enumerate(run.others):
-            if not same(run.hidden[k], whole.hidden[k][:, start:stop]):
+            if not same(run.hidden[k], whole.hidden[k][..., start:stop, :]):
                 return f"what goes into layer {k} depends on where in a row a token is"
             if names := others.keys() ^ whole.others[k].keys():
                 return f"layer {k} gets {min(names)} for whole rows or for slices alone"
@@ -200,6 +200,8 @@ def _layers_problem(
             stubs.run(h_BsD, positions[..., :SLICE])
             tried: set[str] = set()
             for k, layer in enumerate(decoder.layers):
+                if k in getattr(decoder, "cross_attention_layers", ()):
+                    continue  # its tokens do not meet: they attend to images alone
                 kind = _kind_of(layer, k, stubs)
                 if kind not in tried and (reason := _layer_problem(layer, k, stubs, exchange, sizes)):
                     return reason

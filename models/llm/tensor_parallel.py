@@ -15,52 +15,47 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel, TensorParallelLayer
+from transformers.distributed.tensor_parallel import ColwiseParallel, RowwiseParallel
 
 from ..meta_model import Names
 from ..pass_through import PassThrough
-from .tensor_sums import with_summed_gradient
+from .tensor_styles import NewOutput, OwnHeads, SparseSlices, SummedGradients
 from .vocabulary_parallel import VocabularyEmbedding
 
 Plan = dict[str, str]
 """The style of each parameter that is cut and of each module whose forward communicates, by name."""
 
 
-class _SummedGradients(TensorParallelLayer):
-    """Of a norm that sees the heads of one rank only, so that each rank has a part of its weight's gradient.
-
-    The library's own style sums ``.grad`` after each backward, and so what earlier microbatches have added to it once
-    more.
-    """
-
-    def install_forward(self, module: Any, mesh: DeviceMesh) -> Any:
-        normalize = module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            own = {name: p for name, p in module._parameters.items() if p is not None}
-            module._parameters.update({name: with_summed_gradient(p, mesh.get_group()) for name, p in own.items()})
-            try:
-                return normalize(*args, **kwargs)
-            finally:
-                module._parameters.update(own)
-
-        module.forward = forward
-        return module
+_OWN_STYLES = {
+    "replicated_with_grad_allreduce": SummedGradients(),
+    "vocabulary_embedding": VocabularyEmbedding(),
+    "new_output": NewOutput(),
+    "own_heads": OwnHeads(),
+    "sparse_slices": SparseSlices(),
+}
 
 
-_OWN_STYLES = {"replicated_with_grad_allreduce": _SummedGradients(), "vocabulary_embedding": VocabularyEmbedding()}
+def _usual(attention: str) -> Plan:
+    """The rules of attention and MLP that most layers have."""
+    columns = (f"{attention}.q", f"{attention}.k", f"{attention}.v", "mlp.gate", "mlp.up")
+    rows = (f"{attention}.o", "mlp.down")
+    return {**{f"{name}_proj": "colwise" for name in columns}, **{f"{name}_proj": "rowwise" for name in rows}}
 
 
 _MISSING_RULES = {
     "apertus": {"mlp.act_fn": "replicated_with_grad_allreduce"},
     "apertus1p5_text": {"mlp.act_fn": "replicated_with_grad_allreduce"},
-    "qwen3_vl_text": {
-        **{f"{layer}_proj": "colwise" for layer in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")},
-        **{f"{layer}_proj": "rowwise" for layer in ("self_attn.o", "mlp.down")},
+    "gemma3n_text": {"mlp": "sparse_slices"},
+    "llama4_text": {"feed_forward.shared_expert": "new_output"},
+    "mllama_text_model": {
+        **_usual("self_attn"),
+        **_usual("cross_attn"),
+        **dict.fromkeys(("self_attn", "cross_attn"), "own_heads"),
     },
+    "qwen3_vl_text": _usual("self_attn"),
 }
-"""What the library's plans have left out: parameters whose gradient would be another one on each rank; the layers of
-Qwen3-VL, which are like those of Qwen3."""
+"""What the library's plans have left out: parameters whose gradient would be another one on each rank; modules that
+would take their slice for the whole; the layers of Qwen3-VL and of Llama 3.2 Vision, which has no plan."""
 _HEAD_NORM = re.compile(r"(.*\.)(q|k|v|query|key|value)_(norm|layernorm)")
 """Norms of heads, which some of the library's plans have left out as well (those of sarvam_moe, qwen3_vl_moe)."""
 _WRONG_PLANS = {"doge": "one that does not fit its attention"}
@@ -77,17 +72,20 @@ def plan_of(whole: Any, names: Names) -> Plan:
     Args:
         whole: the model, with or without weights, before adapters are put in.
     """
-    if not whole.tp_plan:
-        return {}
     kind = whole.config.get_text_config().model_type
     missing = {f"{names.decoder}.layers.*.{rule}": style for rule, style in _MISSING_RULES.get(kind, {}).items()}
-    plan: Plan = whole._expand_parallel_plan({**whole.tp_plan, **missing})
+    rules = {**(whole.tp_plan or {}), **missing}
+    if not rules:
+        return {}
+    plan: Plan = whole._expand_parallel_plan(rules)
+    plan = {name: style for name, style in plan.items() if name.startswith((f"{names.decoder}.", names.output))}
     for path, _ in whole.named_modules():
         norm = _HEAD_NORM.fullmatch(path)
         if norm and path not in plan and plan.get(f"{norm[1]}{norm[2]}_proj") == "colwise":
             plan[path] = "replicated_with_grad_allreduce"
-    embedding = f"{names.decoder}.{names.embedding}"
-    for path, style in ((embedding, "vocabulary_embedding"), (names.output, "colwise")):
+    tables = [f"{names.decoder}.{name}" for name in (names.embedding, *names.with_embedding)]
+    tables = [path for path in tables if isinstance(whole.get_submodule(path), nn.Embedding)]
+    for path, style in (*((path, "vocabulary_embedding") for path in tables), (names.output, "colwise")):
         for name in [name for name in plan if name == path or name.startswith(f"{path}.")]:
             del plan[name]
         module = whole.get_submodule(path)

@@ -33,11 +33,11 @@ def tensor_peers(size: int) -> StagePeers:
 
 def batches(llm: HFDecoder, seed: int = 0) -> list[Inputs]:
     """Two microbatches, of packed samples where the decoder takes them, with tokens at the ends of slices."""
-    made = []
+    made, vocabulary = [], llm._outputs
     for microbatch in range(2):
         generator = torch.Generator().manual_seed(10 * seed + microbatch)
-        ids = [torch.randint(0, llm.vocabulary, (length,), generator=generator) for length in (9, 6)]
-        ids[0][:5] = torch.tensor([0, 1, llm.vocabulary // 2 - 1, llm.vocabulary // 2, llm.vocabulary - 1])
+        ids = [torch.randint(0, vocabulary, (length,), generator=generator) for length in (9, 6)]
+        ids[0][:5] = torch.tensor([0, 1, vocabulary // 2 - 1, vocabulary // 2, vocabulary - 1])
         positions = torch.cat([torch.arange(len(row)) for row in ids])
         if llm.refuses_packing:
             ids, positions = [ids[0]], torch.arange(9)
@@ -167,7 +167,7 @@ def wrong_of(built: Built, peers: StagePeers, **more: Any) -> dict[str, float]:
     if worst <= 1e-6:
         return {}
     double = compare(built, peers, **more, double=in_double)
-    return {name: error for name, error in found.items() if not (error <= 2e-5 and double[name] <= 1e-6)}
+    return {name: error for name, error in found.items() if not (error <= 5e-5 and double[name] <= 1e-6)}
 
 
 def decoder_of(model_type: str) -> Built | None:
@@ -189,6 +189,8 @@ def verdict(model_type: str, peers: StagePeers) -> str:
     built = decoder_of(model_type)
     if built is None:
         return "not cut"
+    if built().family is not None:
+        return "see test_vision_language_models"
     size = 2
     sizes = ParallelSizes(*(1 if m is None else size for m in (peers.tensor, peers.context, peers.expert)))
     if reason := built().why_not_parallel(sizes):

@@ -9,7 +9,6 @@ import torch
 
 from bigmac_lightning import BigMacStrategy
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
 from bigmac_lightning.training.options import ShardingOptions
 from tests.models import more_families, sweep, zoo
@@ -91,12 +90,6 @@ def test_a_missing_grid() -> None:
     llm = HFDecoder(MLLAMA.config())
     with pytest.raises(ValueError, match=r"has 2 image tokens, but 0 images in inputs\['image_grid_thw'\]: give one"):
         llm.prepare({"input_ids": torch.tensor([[1, IMAGE, IMAGE, 3]])})
-
-
-@pytest.mark.parametrize("size", ["tensor", "context"])
-def test_no_tensor_or_context_parallelism(size: str) -> None:
-    reason = HFDecoder(MLLAMA.config()).why_not_parallel(ParallelSizes(**{size: 2}))
-    assert "'mllama' cannot have tensor or context parallelism: its layers hand on more than hidden states" in reason
 
 
 def test_shards_of_layers_that_not_every_rank_runs() -> None:

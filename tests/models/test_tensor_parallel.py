@@ -18,7 +18,7 @@ from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.models.lora import add_lora
 from bigmac_lightning.runtime.gradients import unequal_gradients
 from bigmac_lightning.runtime.split_backward import backward_input, backward_weight
-from tests.models import divided, sweep, zoo
+from tests.models import divided, more_families, sweep, zoo
 from tests.models.parts import decoder_config
 from tests.ranks import run_ranks
 
@@ -29,7 +29,7 @@ ROUTED = {**MOE, "output_router_logits": True, "router_aux_loss_coef": 0.1}
 def build(model_type: str = "qwen3", config: dict[str, Any] | None = None, **arguments: Any) -> Callable[[], HFDecoder]:
     @cache
     def made() -> HFDecoder:
-        return HFDecoder(decoder_config(model_type, num_hidden_layers=2, **(config or {})), **arguments)
+        return HFDecoder(decoder_config(model_type, **{"num_hidden_layers": 2, **(config or {})}), **arguments)
 
     return lambda: copy.deepcopy(made())
 
@@ -56,6 +56,35 @@ LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
 }
+PER_LAYER: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 4,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 40,
+    "hidden_size_per_layer_input": 6,
+}
+"""Of Gemma 3n and Gemma 4: the upper stage uses keys and values of the lower one."""
+STREAMS: dict[str, Any] = {
+    **PER_LAYER,
+    "intermediate_size": [48] * 4,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.8, 0.0],
+    "altup_num_inputs": 3,
+    "laurel_rank": 8,
+}
+GLOBAL: dict[str, Any] = {
+    **PER_LAYER,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 2.0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
 LINEAR = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
 CASES: dict[str, tuple[Callable[[], HFDecoder], dict[str, Any]]] = {
     "qwen3": (build(), {}),
@@ -67,6 +96,8 @@ CASES: dict[str, tuple[Callable[[], HFDecoder], dict[str, Any]]] = {
     "scaled logits": (build("cohere", {"logit_scale": 0.3}), {}),
     "experts": (build("qwen3_moe", ROUTED), {}),
     "checkpointing": (build("qwen3_moe", ROUTED, gradient_checkpointing=True), {}),
+    "shared keys": (build("gemma4_text", GLOBAL), {}),
+    "streams": (build("gemma3n_text", STREAMS, gradient_checkpointing=True), {}),
     "fused": (build(fused_loss=True), {"fused": True}),
     "fused, tied": (build(config={"tie_word_embeddings": True}, fused_loss=True), {"fused": True}),
     "adapters": (build(), {"adapters": lora(*LINEAR, "lm_head")}),
@@ -253,15 +284,18 @@ def _vision(rank: int, names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def test_vision_language_models() -> None:
-    """Deepstack features, M-RoPE, packed rows, experts."""
-    for found in run_ranks(2, _vision, ["qwen3_vl_moe"]):
+    """Deepstack features, M-RoPE, packed rows, experts; layers that attend to images."""
+    for found in run_ranks(2, _vision, ["qwen3_vl_moe", "mllama"]):
         assert not any(found.values()), found
 
 
 @pytest.mark.wide
 @pytest.mark.timeout(1200)
 def test_all_vision_language_models() -> None:
-    for found in run_ranks(2, _vision, list(zoo.VISION_LANGUAGE), timeout=1200):
+    """Each family is exact, or refused by name."""
+    whole = {name: HFDecoder(m.config(), attn_implementation=m.attention) for name, m in more_families.ALL.items()}
+    names = [name for name, llm in whole.items() if not llm.why_not_parallel(ParallelSizes(tensor=2))]
+    for found in run_ranks(2, _vision, names, timeout=1200):
         assert not any(found.values()), found
 
 

@@ -92,7 +92,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {
         "global_head_dim": 16,
-        "num_global_key_value_heads": 1,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
         "attention_k_eq_v": True,
         "enable_moe_block": True,
         "use_double_wide_mlp": True,
