@@ -46,14 +46,14 @@ WITH_EMBEDDING = (
 WITH_NORM = ("altup_unembed_projections",)
 """The names of modules that only the first stage needs besides the embedding, and only the last one besides the norm
 (Gemma 3n and 4)."""
+TOWERS = ("embed_tokens_extend.image_embed", "embed_tokens_extend.audio_embed")
+"""The names of towers with their projectors that lie inside a decoder (Phi-4-multimodal)."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of the library that builds a model of this config: with vision or audio towers if it has any."""
-    if "vision_config" in config.sub_configs:
-        return AutoModelForImageTextToText
     if config.model_type not in FAMILIES:
-        return AutoModelForCausalLM
+        return AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
     # AudioFlamingo 3 is among models from sequence to sequence, although its LLM is a decoder.
     known = config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
     return AutoModelForMultimodalLM if known else AutoModelForSeq2SeqLM
@@ -204,6 +204,26 @@ def drop(whole: nn.Module, name: str) -> None:
     whole.set_submodule(name, PassThrough())
 
 
+def towers_in(decoder: nn.Module) -> list[str]:
+    """The names of the towers that lie inside a decoder, also of those that were dropped."""
+    around = TOWERS[0].split(".")[0]
+    return list(TOWERS) if around in dict(decoder.named_children()) else []
+
+
+def drop_towers(decoder: nn.Module) -> None:
+    """Drop the towers that lie inside a decoder. What is around them stays, as the decoder calls it."""
+    for name in towers_in(decoder):
+        drop(decoder, name)
+
+
+def keep_towers(decoder: nn.Module) -> None:
+    """Drop all of a decoder but the towers that lie inside it."""
+    around = {name.split(".")[0] for name in towers_in(decoder)}
+    for name, _ in list(decoder.named_children()):
+        if name not in around:
+            drop(decoder, name)
+
+
 def keep_language_model(whole: Any, names: Names, layers: Collection[int], embedding: bool, head: bool) -> None:
     """Drop everything but these layers of the decoder, its embedding and its head. A vision tower and a projector are
     dropped, too.
@@ -216,6 +236,7 @@ def keep_language_model(whole: Any, names: Names, layers: Collection[int], embed
         head: whether to keep the final norm and the output layer.
     """
     decoder = whole.get_submodule(names.decoder)
+    drop_towers(decoder)
     around = names.decoder.split(".")[:-1]
     for depth in range(len(around) + 1) if around else ():
         inside = ".".join(around[:depth])

@@ -24,6 +24,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
+from ..families import token_of
 from ..hf_component import HFComponent
 from ..loading import rows_over
 from ..pass_through import PassThrough
@@ -114,6 +115,7 @@ class HFDecoder(HFComponent, LanguageModel):
         whole = self.build_whole()
         self._names = meta_model.names_of(whole)
         decoder = whole.get_submodule(self._names.decoder)
+        meta_model.drop_towers(decoder)
         text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
         self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
@@ -131,7 +133,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self.placeholders = {
             modality: token
             for modality in ("image", "video", "audio")
-            if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
+            if (token := token_of(self.config, modality)) is not None
         }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = matrix_costs(decoder.layers, self._layer_configs)

@@ -477,6 +477,9 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
         return Sequence(words, [])
     items = [draw(random) for _ in range(random.randint(1, 2))]
     items = [item for item in items if item.alone][:1] or items
+    for item in items:
+        if isinstance(item.data, dict) and "beside_images" in item.data:
+            item.data["beside_images"] = torch.tensor(any(other.encoder == "image" for other in items))
     tokens = words[:2]
     for item in items:
         for _ in range(item.runs):
