@@ -275,13 +275,13 @@ def tiles(random: Random) -> Picture:
 def phi4(random: Random) -> Picture:
     """A picture of one to three crops behind the whole one, with padding at one side, or a sound with padding."""
     if random.random() < 0.5:
-        columns = random.randint(5, 24)
+        columns = random.randint(5, 40)
         data: Any = {
-            "input_features": pixels(random, 24, 8),
-            "input_features_mask": torch.arange(24) < columns,
+            "input_features": pixels(random, 40, 16),
+            "input_features_mask": torch.arange(40) < columns,
             "beside_images": torch.tensor(False),  # until its sample is known
         }
-        rows = -(-columns // 4)
+        rows = -(-columns // 8)
         arguments = {
             "audio_input_features": data["input_features"][None],
             "audio_attention_mask": data["input_features_mask"][None],
@@ -705,8 +705,7 @@ FURTHER: dict[str, Model] = {
                 "ext_pw_out_channel": 16,
                 "depthwise_separable_out_channel": 16,
                 "nemo_conv_channels": 8,
-                "input_size": 8,
-                "time_reduction": 4,
+                "input_size": 16,
                 "bias_max_distance": 3,
                 "audio_token_id": AUDIO,
             },
@@ -714,6 +713,7 @@ FURTHER: dict[str, Model] = {
                 "rope_type": "longrope",
                 "rope_theta": 100.0,
                 "partial_rotary_factor": 0.5,
+                "factor": 4.0,
                 "short_factor": [1.0, 1.5],
                 "long_factor": [2.0, 6.0],
             },
