@@ -75,7 +75,7 @@ def examples(name: str, folder: Path) -> list[Example]:
     ]
     if name == "phi4_multimodal":  # which projects a sound in another way beside images
         made = [made[0], *made[2:], Example(said(picture(folder, 64, 50), short, reply="both"))]
-        made.append(Example(said(picture(folder, 60, 99), "what is it?", reply="noise")))
+        made.append(Example(said(picture(folder, 60, 44), "what is it?", reply="noise")))
     if name in OMNI:
         clip, seen = Video(File.at(clips()[2])), picture(folder, 23, 70)
         made.append(Example(said("a ", clip, " and ", short, " and ", seen, odd, reply="all")))

@@ -717,6 +717,7 @@ FURTHER: dict[str, Model] = {
                 "short_factor": [1.0, 1.5],
                 "long_factor": [2.0, 6.0],
             },
+            sliding_window=12,
             original_max_position_embeddings=45,  # fewer tokens than packed rows have, and no fewer than samples
             tie_word_embeddings=True,
         ),

@@ -477,16 +477,22 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
         return Sequence(words, [])
     items = [draw(random) for _ in range(random.randint(1, 2))]
     items = [item for item in items if item.alone][:1] or items
-    for item in items:
-        if isinstance(item.data, dict) and "beside_images" in item.data:
-            item.data["beside_images"] = torch.tensor(any(other.encoder == "image" for other in items))
     tokens = words[:2]
     for item in items:
         for _ in range(item.runs):
             start, end = (AUDIO_START, AUDIO_END) if item.encoder == "audio" else (VISION_START, VISION_END)
             placed = item.tokens or [item.token] * (item.rows // item.runs)
             tokens += [start, *placed, end, random.randrange(3, SPECIAL)]
-    return Sequence(tokens + words[2:], items)
+    return with_neighbours(Sequence(tokens + words[2:], items))
+
+
+def with_neighbours(sample: Sequence) -> Sequence:
+    """Tell the sounds of Phi-4-multimodal whether their sample has images."""
+    images = any(item.encoder == "image" for item in sample.items)
+    for item in sample.items:
+        if isinstance(item.data, dict) and "beside_images" in item.data:
+            item.data["beside_images"] = torch.tensor(images)
+    return sample
 
 
 def microbatch(rows: list[list[Sequence]]) -> Microbatch:
