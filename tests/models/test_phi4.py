@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
@@ -17,6 +18,7 @@ from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.export import export
 from bigmac_lightning.models.families import family_of
+from tests.blocks import block_with
 from tests.models import zoo
 from tests.models.further_families import phi4
 from tests.models.more_families import MORE
@@ -85,6 +87,21 @@ def test_an_exported_model_is_the_same(folder: Path, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert isinstance(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), hf.Phi4MultimodalForCausalLM)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which peft asks for
+def test_adapters_of_a_checkpoint_are_put_into_its_weights(folder: Path, tmp_path: Path) -> None:
+    layers = r".*layers\.\d+\.(self_attn\.qkv_proj|mlp\.down_proj)"
+    options = LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
+    adapted = get_peft_model(zoo.load(NAME, tmp_path), options)
+    adapted.save_pretrained(str(folder / "vision-lora"))
+    exec(block_with("docs/models.md", "merge_and_unload"), {"DIR": str(folder), "OUT": str(tmp_path / "out")})
+    module = MultimodalLM.from_pretrained(str(tmp_path / "out"))
+    module.configure_model()
+    ids = torch.tensor([[3, 5, 7]])
+    given = Batch([zoo.microbatch([[zoo.Sequence(ids[0].tolist(), [])]])], PipelineLayout())
+    expected = cross_entropy(adapted(input_ids=ids).logits[0, :-1], ids[0, 1:])
+    assert module.pipeline(given).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_what_is_refused() -> None:
