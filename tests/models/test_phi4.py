@@ -95,7 +95,7 @@ def test_adapters_of_a_checkpoint_are_put_into_its_weights(folder: Path, tmp_pat
     options = LoraConfig(r=2, target_modules=layers, init_lora_weights=False)
     adapted = get_peft_model(zoo.load(NAME, tmp_path), options)
     adapted.save_pretrained(str(folder / "vision-lora"))
-    exec(block_with("docs/models.md", "merge_and_unload"), {"DIR": str(folder), "OUT": str(tmp_path / "out")})
+    exec(block_with("docs/models.md", "merge_and_unload"), {"CHECKPOINT": str(folder), "OUT": str(tmp_path / "out")})
     module = MultimodalLM.from_pretrained(str(tmp_path / "out"))
     module.configure_model()
     ids = torch.tensor([[3, 5, 7]])
