@@ -298,14 +298,14 @@ def phi4_images(base: Any, items: Sequence[MediaData]) -> Any:
     given, config = _dicts(items, "image_attention_mask"), base.config.vision_config
     names = ("pixel_values", "image_sizes", "image_attention_mask")
     pixels, sizes, masks = (torch.stack([item[name] for item in given]) for name in names)
-    rows = list[int]()
+    rows, masks = list[int](), masks.bool()  # a sum of 16-bit numbers would be rounded
     for (down, across), mask in zip((sizes // config.crop_size).tolist(), masks, strict=True):
         seen = mask[1 : 1 + down * across, ::2, ::2].unflatten(0, (down, across))
         height, width, side = int(seen[:, 0, :, 0].sum()), int(seen[0, :, 0].sum()), seen.shape[-1]
         rows.append(height * (width + 1) + 1 + side * (side + 1))
-    given = {"image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
+    arguments = {"image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
     embed = base.embed_tokens_extend.image_embed
-    features = _embedded(embed, config.image_token_id, sum(rows), base.config.hidden_size, pixels, **given)
+    features = _embedded(embed, config.image_token_id, sum(rows), base.config.hidden_size, pixels, **arguments)
     return BaseModelOutputWithPooling(pooler_output=features.split(rows))  # type: ignore[arg-type]  # one for each item
 
 
@@ -321,12 +321,12 @@ def phi4_sounds(base: Any, items: Sequence[MediaData]) -> Any:
                 "another way if its sample also has images: the DataModule must say there whether it has any"
             )
         features, mask = item["input_features"], item.get("input_features_mask")
-        columns = len(features) if mask is None else int(mask.sum())
+        columns = len(features) if mask is None else int(mask.bool().sum())
         sizes = [-(-columns // config.time_reduction)]
         given = {
             "audio_input_features": features[None],
             "audio_embed_sizes": sizes,
-            "audio_attention_mask": None if mask is None else mask[None],
+            "audio_attention_mask": None if mask is None else mask[None].bool(),
             "audio_projection_mode": "vision" if item["beside_images"] else "speech",
         }
         embed = base.embed_tokens_extend.audio_embed

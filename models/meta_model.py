@@ -46,8 +46,8 @@ WITH_EMBEDDING = (
 WITH_NORM = ("altup_unembed_projections",)
 """The names of modules that only the first stage needs besides the embedding, and only the last one besides the norm
 (Gemma 3n and 4)."""
-TOWERS = ("embed_tokens_extend.image_embed", "embed_tokens_extend.audio_embed")
-"""The names of towers with their projectors that lie inside a decoder (Phi-4-multimodal)."""
+AROUND_TOWERS = "embed_tokens_extend"
+"""The name of a module in a decoder that holds towers (Phi-4-multimodal). It is kept, as the decoder calls it."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -104,9 +104,13 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
 
 
 def implementations(config: PreTrainedConfig, chosen: str | None) -> Any:
-    """The attention implementations of a model's parts, as the library takes them: the chosen one, but "eager" for a
-    tower of sounds that has no other (Gemma 4)."""
-    return {"": chosen, "audio_config": "eager"} if config.model_type == "gemma4" else chosen
+    """The attention implementations of a model's parts, as the library takes them: the chosen one, but another for a
+    tower of sounds that does not have it (Gemma 4), or that adds numbers of its own to scores (Phi-4-multimodal)."""
+    if config.model_type == "gemma4":
+        return {"": chosen, "audio_config": "eager"}
+    if config.model_type == "phi4_multimodal" and chosen not in ("eager", "sdpa"):
+        return {"": chosen, "audio_config": "sdpa"}
+    return chosen
 
 
 def check_checkpointing(whole: PreTrainedModel) -> None:
@@ -204,24 +208,11 @@ def drop(whole: nn.Module, name: str) -> None:
     whole.set_submodule(name, PassThrough())
 
 
-def towers_in(decoder: nn.Module) -> list[str]:
-    """The names of the towers that lie inside a decoder, also of those that were dropped."""
-    around = TOWERS[0].split(".")[0]
-    return list(TOWERS) if around in dict(decoder.named_children()) else []
-
-
 def drop_towers(decoder: nn.Module) -> None:
-    """Drop the towers that lie inside a decoder. What is around them stays, as the decoder calls it."""
-    for name in towers_in(decoder):
-        drop(decoder, name)
-
-
-def keep_towers(decoder: nn.Module) -> None:
-    """Drop all of a decoder but the towers that lie inside it."""
-    around = {name.split(".")[0] for name in towers_in(decoder)}
-    for name, _ in list(decoder.named_children()):
-        if name not in around:
-            drop(decoder, name)
+    """Drop the towers that lie inside a decoder."""
+    around = getattr(decoder, AROUND_TOWERS, nn.Module())
+    for name, _ in list(around.named_children()):
+        drop(around, name)
 
 
 def keep_language_model(whole: Any, names: Names, layers: Collection[int], embedding: bool, head: bool) -> None:

@@ -258,7 +258,7 @@ class ChatEncoder:
         plans: dict[int, MediaPlan] = {}
         for i, item in enumerate(items):
             if isinstance(item, Image | Video):
-                plans[i] = self._processor(item).plan(item, sizes[i], alone=images == 1)
+                plans[i] = self._processor(item).plan(item, sizes[i], images == 1)
             else:
                 others.setdefault(modality_of(item).name, []).append(i)
         for indices in others.values():

@@ -99,12 +99,11 @@ class HFVisionEncoder(HFComponent, Encoder):
         if isinstance(whole.get_decoder(), meta_model.PassThrough):
             return  # the LLM has been dropped, and without it some models fail in `get_output_embeddings`
         decoder = whole.get_decoder()
-        inside = bool(meta_model.towers_in(decoder))
-        for part in (whole.get_output_embeddings(), None if inside else decoder):
+        inside = getattr(decoder, meta_model.AROUND_TOWERS, None)
+        llm = [decoder] if inside is None else [child for child in decoder.children() if child is not inside]
+        for part in (whole.get_output_embeddings(), *llm):
             if part is not None:
                 meta_model.drop(whole, meta_model.path_of(part, whole))
-        if inside:
-            meta_model.keep_towers(decoder)
 
     def batches(self, pixels: Sequence[MediaData]) -> list[list[int]]:
         """Items of the same shape, or of any shape if the model can, are encoded together; each sound alone."""
@@ -262,12 +261,10 @@ def encoders_of(tower: HFVisionEncoder) -> dict[str, Encoder]:
 
 _AFTER_MERGING = re.compile("merger|projector|connector|img_projection")
 """The modules that get rows: several patches joined to one."""
-_OTHER_TOWERS = (
-    "audio_tower",
-    "model.audio_tower",
-    "video_tower",
-    "model.video_tower",
-    f"model.{meta_model.TOWERS[1]}",
+_OTHER_TOWERS = tuple(
+    f"{around}{name}"
+    for around in ("", "model.")
+    for name in ("audio_tower", "video_tower", "embed_tokens_extend.audio_embed")
 )
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "depth")
 

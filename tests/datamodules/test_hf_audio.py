@@ -123,7 +123,10 @@ def prepared(name: str, processor: Any, example: Example) -> dict[str, Any]:
     return dict(made)
 
 
-@pytest.fixture(scope="module", params=SOUND_PROCESSORS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.wide] * (name == "glmasr")) for name in SOUND_PROCESSORS],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SoundCase:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     made, saved = examples(name, folder), write_model(request.param, folder)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
-from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVisionEncoder, MultimodalLM, meta_model
 from bigmac_lightning.models.export import export
 from bigmac_lightning.models.families import family_of
 from tests.blocks import block_with
@@ -54,6 +54,21 @@ def test_a_batch_of_all_kinds_of_samples(folder: Path) -> None:
         losses.append(cross_entropy(logits, given.labels, reduction="sum"))
         count += len(given.labels)
     assert loss.item() == pytest.approx(torch.stack(losses).sum().item() / count, rel=1e-6)
+
+
+def test_rows_of_many_patches_are_counted_in_bfloat16() -> None:
+    """A bfloat16 has no number 521."""
+    encoder = HFVisionEncoder(MORE[NAME].config(), dtype="bfloat16")
+    encoder.materialize()
+    crops, ones = torch.zeros(131, 3, 8, 8).bfloat16(), torch.ones(131, 4, 4).bfloat16()
+    made = encoder([{"pixel_values": crops, "image_sizes": torch.tensor([8, 1040]), "image_attention_mask": ones}])
+    assert made.shape == (2 * (260 + 1) + 1 + 2 * (2 + 1), encoder.width)
+
+
+def test_sounds_take_masks_whatever_the_attention() -> None:
+    """Their tower adds numbers to scores, which other implementations do not take."""
+    config: Any = meta_model.build_on_meta(MORE[NAME].config(), "paged|eager").config
+    assert (config._attn_implementation, config.audio_config._attn_implementation) == ("paged|eager", "sdpa")
 
 
 def test_parts_read_their_own_weights(folder: Path) -> None:
