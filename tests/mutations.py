@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "padding counts in the length by which a sample's rotary frequencies are chosen",
+        "models/llm/rope.py",
+        "for row in position_ids.minimum(last_B1)]",
+        "for row in position_ids]",
+        "tests/models/test_rope.py",
+    ),
+    Fault(
         "a sound beside images is projected as one without images",
         "models/family_items.py",
         '"vision" if item["beside_images"] else "speech"',

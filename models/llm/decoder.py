@@ -43,6 +43,7 @@ from .multimodal_inputs import (
     text_positions,
     vision_arguments,
 )
+from .rope import lengths_without_padding
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
@@ -387,7 +388,8 @@ class HFDecoder(HFComponent, LanguageModel):
         recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
         stage = self._stage(layers)
         whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
-        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
+        lengths = lengths_without_padding(stage.shell, inputs.get(attention.TOKENS))
+        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD, lengths:
             mask = self._mask(whole_BSD, inputs)
             before = self._before(h_BSD, inputs, layers, extras)
             after = stage(before, position_ids=self._positions(inputs), attention_mask=mask, **further)

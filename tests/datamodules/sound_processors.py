@@ -141,9 +141,6 @@ def write_model(name: str, folder: Path) -> Path:
         config.vision_config.image_size = config.vision_config.crop_size = 64
         config.vision_config.image_token_id = ids(processor.image_token)
         config.audio_config.audio_token_id = ids(processor.audio_token)
-        # where a row is padded beyond this, the library gives all of its tokens the frequencies of long samples
-        text.original_max_position_embeddings = text.max_position_embeddings
-        text.rope_parameters["original_max_position_embeddings"] = text.max_position_embeddings
     for kind in ("image", "video", "audio"):
         if token := getattr(processor, f"{kind}_token", None):
             for attribute in (f"{kind}_token_id", f"{kind}_token_index"):

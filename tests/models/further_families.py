@@ -718,7 +718,7 @@ FURTHER: dict[str, Model] = {
                 "long_factor": [2.0, 6.0],
             },
             sliding_window=12,
-            original_max_position_embeddings=45,  # fewer tokens than packed rows have, and no fewer than samples
+            original_max_position_embeddings=20,
             tie_word_embeddings=True,
         ),
         phi4,
