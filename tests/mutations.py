@@ -1234,8 +1234,8 @@ FAULTS = [
     Fault(
         "every forward waits for the device to find packed samples",
         "models/llm/decoder.py",
-        "        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:",
-        "        with recording as router_logits, whole_rows as whole_BSD:",
+        "        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD, lengths:",
+        "        with recording as router_logits, whole_rows as whole_BSD, lengths:",
         "tests/runtime/test_host_waits.py",
     ),
     Fault(
