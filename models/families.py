@@ -22,6 +22,20 @@ def _always(config: Any) -> bool:
     return True
 
 
+def _never(config: Any) -> str:
+    return ""
+
+
+def _phi4_refused(config: Any) -> str:
+    if config.embd_pdrop:
+        return "embd_pdrop would drop embeddings of text only beside images and sounds: set it to 0 in the config"
+    if config.audio_config.chunk_size > 0:
+        return (
+            "its tower draws at random where chunks of a sound begin: set audio_config.chunk_size to -1 in the config"
+        )
+    return ""
+
+
 def _gemma4_sees_both_ways(config: Any) -> bool:
     return config.get_text_config().use_bidirectional_attention == "vision"
 
@@ -50,6 +64,8 @@ class Family:
             config, the kind ("image" or "video") and the grid.
         vision_tokens: names of the config's token ids that layers treat as vision (Ernie 4.5 VL has experts for them).
         smallest: makes of the model's config a small item, where that is not pixels or patches alone.
+        smallest_sound: makes of the model's config a short sound.
+        refused: says of the model's config why it cannot be trained here; "": it can.
     """
 
     image: Encode | None = None
@@ -70,6 +86,8 @@ class Family:
     rows: Callable[[Any, str, Sequence[int]], int] | None = None
     vision_tokens: tuple[str, ...] = ()
     smallest: Callable[[Any], MediaData] | None = None
+    smallest_sound: Callable[[Any], MediaData] = items.smallest_sound
+    refused: Callable[[Any], str] = _never
 
     @property
     def own(self) -> Encode:
@@ -168,6 +186,14 @@ FAMILIES: dict[str, Family] = {
     "voxtral": Family(audio=items.sounds(items.sound_windows), joined=4),
     "glmasr": Family(audio=items.sounds(items.masked_sound), joined=4),
     "qwen3_asr": Family(audio=items.sounds(items.masked_sound), joined=1),
+    "phi4_multimodal": Family(
+        items.phi4_images,
+        audio=items.phi4_sounds,
+        joined=4,
+        smallest=items.smallest_phi4_image,
+        smallest_sound=items.smallest_phi4_sound,
+        refused=_phi4_refused,
+    ),
     "paligemma": Family(items.crops, image_masks=masks_of_prompts, sees_prompts=True),
     "gemma3": Family(items.crops, image_masks=gemma3_masks),
     "gemma4": Family(
@@ -201,7 +227,6 @@ REFUSED = {
     "inkling2": "its decoder has weights beside embedding, layers and final norm",
     "inkling2_loop": "its decoder has weights beside embedding, layers and final norm",
     "minicpmv4_7": "its positions depend on where an image's slices lie, which batches here do not say",
-    "phi4_multimodal": "its towers lie inside its decoder, and how it projects a sound depends on the batch's images",
     "granite4_vision": "its images have features for layers that its config names, "
     "and these need not be the first ones",
     "fast_vlm": "its tower is one of the package timm, with which nothing here has been tested",
@@ -235,4 +260,15 @@ def family_of(config: PreTrainedConfig) -> Family | None:
             "Its decoder alone may be one that can be trained, as HFDecoder(config.get_text_config()), with an Encoder "
             "of your own"
         )
+    if reason := FAMILIES[kind].refused(config):
+        raise ValueError(f"model_type {kind!r} cannot be trained with this config: {reason}")
     return FAMILIES[kind]
+
+
+def token_of(config: Any, modality: str) -> int | None:
+    """The id of the token that features of this modality replace; ``None``: the config names none."""
+    part = {"image": "vision_config", "audio": "audio_config"}.get(modality, "")
+    places = (config, getattr(config, part, None))
+    return next(
+        (token for place in places if (token := getattr(place, f"{modality}_token_id", None)) is not None), None
+    )

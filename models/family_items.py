@@ -291,6 +291,55 @@ def qwen2_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
     return rows_WRD[torch.arange(rows_WRD.shape[1], device=features.device) < rows_W[:, None]]
 
 
+def phi4_images(base: Any, items: Sequence[MediaData]) -> Any:
+    """Items are dicts: "pixel_values" of the shape (crops, C, H, W), the whole picture first; "image_sizes", (2,), the
+    size of all its other crops together; and "image_attention_mask", (crops, T, T), which is 1 for patches of the
+    picture."""
+    given, config = _dicts(items, "image_attention_mask"), base.config.vision_config
+    names = ("pixel_values", "image_sizes", "image_attention_mask")
+    pixels, sizes, masks = (torch.stack([item[name] for item in given]) for name in names)
+    rows, masks = list[int](), masks.bool()  # a sum of 16-bit numbers would be rounded
+    for (down, across), mask in zip((sizes // config.crop_size).tolist(), masks, strict=True):
+        seen = mask[1 : 1 + down * across, ::2, ::2].unflatten(0, (down, across))
+        height, width, side = int(seen[:, 0, :, 0].sum()), int(seen[0, :, 0].sum()), seen.shape[-1]
+        rows.append(height * (width + 1) + 1 + side * (side + 1))
+    arguments = {"image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
+    embed = base.embed_tokens_extend.image_embed
+    features = _embedded(embed, config.image_token_id, sum(rows), base.config.hidden_size, pixels, **arguments)
+    return BaseModelOutputWithPooling(pooler_output=features.split(rows))  # type: ignore[arg-type]  # one for each item
+
+
+def phi4_sounds(base: Any, items: Sequence[MediaData]) -> Any:
+    """Encodes each sound alone. Items are dicts: "input_features" of the shape (columns, bands); "beside_images", (),
+    whether the sample of the sound also has images, as the model then projects it in another way; and, of a sound that
+    has been filled up or that has others beside it, "input_features_mask" (columns,), which tells it from padding."""
+    config, rows = base.config.audio_config, list[Tensor]()
+    for item in items:
+        if isinstance(item, Tensor) or not item.keys() >= {"input_features", "beside_images"}:
+            raise ValueError(
+                'this model needs sounds as {"input_features": ..., "beside_images": ...}, as it projects a sound in '
+                "another way if its sample also has images: the DataModule must say there whether it has any"
+            )
+        features, mask = item["input_features"], item.get("input_features_mask")
+        columns = len(features) if mask is None else int(mask.bool().sum())
+        sizes = [-(-columns // config.time_reduction)]
+        given = {
+            "audio_input_features": features[None],
+            "audio_embed_sizes": sizes,
+            "audio_attention_mask": None if mask is None else mask[None].bool(),
+            "audio_projection_mode": "vision" if item["beside_images"] else "speech",
+        }
+        embed = base.embed_tokens_extend.audio_embed
+        rows.append(_embedded(embed, config.audio_token_id, sizes[0], base.config.hidden_size, features, **given))
+    return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
+
+
+def _embedded(embed: Any, token: int, rows: int, width: int, like: Tensor, **given: Any) -> Tensor:
+    """The features of Phi-4-multimodal, (rows, D), which its towers put in the places of tokens among embeddings."""
+    ids = torch.full((1, rows), token, device=like.device)
+    return embed(ids, like.new_zeros(1, rows, width), **given)[0]
+
+
 def _dicts(items: Sequence[MediaData], name: str) -> list[dict[str, Tensor]]:
     """
     Raises:
@@ -373,6 +422,23 @@ def smallest_square(config: Any) -> MediaData:
     vision, side = config.vision_config, config.vision_config.pooling_kernel_size
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     return {"pixel_values": torch.zeros(side**2, 3 * vision.patch_size**2), "image_position_ids": places}
+
+
+def smallest_phi4_image(config: Any) -> MediaData:
+    """The whole picture, and one crop."""
+    vision = config.vision_config
+    side = vision.crop_size
+    patches = side // vision.patch_size
+    return {
+        "pixel_values": torch.zeros(2, vision.num_channels, side, side),
+        "image_sizes": torch.full((2,), side),
+        "image_attention_mask": torch.ones(2, patches, patches, dtype=torch.long),
+    }
+
+
+def smallest_phi4_sound(config: Any) -> MediaData:
+    audio = config.audio_config
+    return {"input_features": torch.zeros(audio.time_reduction, audio.input_size), "beside_images": torch.tensor(False)}
 
 
 def smallest_pair(config: Any) -> MediaData:

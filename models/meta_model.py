@@ -46,14 +46,14 @@ WITH_EMBEDDING = (
 WITH_NORM = ("altup_unembed_projections",)
 """The names of modules that only the first stage needs besides the embedding, and only the last one besides the norm
 (Gemma 3n and 4)."""
+AROUND_TOWERS = "embed_tokens_extend"
+"""The name of a module in a decoder that holds towers (Phi-4-multimodal). It is kept, as the decoder calls it."""
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class of the library that builds a model of this config: with vision or audio towers if it has any."""
-    if "vision_config" in config.sub_configs:
-        return AutoModelForImageTextToText
     if config.model_type not in FAMILIES:
-        return AutoModelForCausalLM
+        return AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
     # AudioFlamingo 3 is among models from sequence to sequence, although its LLM is a decoder.
     known = config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
     return AutoModelForMultimodalLM if known else AutoModelForSeq2SeqLM
@@ -104,9 +104,13 @@ def build_on_meta(config: PreTrainedConfig, attn_implementation: str, trust_remo
 
 
 def implementations(config: PreTrainedConfig, chosen: str | None) -> Any:
-    """The attention implementations of a model's parts, as the library takes them: the chosen one, but "eager" for a
-    tower of sounds that has no other (Gemma 4)."""
-    return {"": chosen, "audio_config": "eager"} if config.model_type == "gemma4" else chosen
+    """The attention implementations of a model's parts, as the library takes them: the chosen one, but another for a
+    tower of sounds that does not have it (Gemma 4), or that adds numbers of its own to scores (Phi-4-multimodal)."""
+    if config.model_type == "gemma4":
+        return {"": chosen, "audio_config": "eager"}
+    if config.model_type == "phi4_multimodal" and chosen not in ("eager", "sdpa"):
+        return {"": chosen, "audio_config": "sdpa"}
+    return chosen
 
 
 def check_checkpointing(whole: PreTrainedModel) -> None:
@@ -204,6 +208,13 @@ def drop(whole: nn.Module, name: str) -> None:
     whole.set_submodule(name, PassThrough())
 
 
+def drop_towers(decoder: nn.Module) -> None:
+    """Drop the towers that lie inside a decoder."""
+    around = getattr(decoder, AROUND_TOWERS, nn.Module())
+    for name, _ in list(around.named_children()):
+        drop(around, name)
+
+
 def keep_language_model(whole: Any, names: Names, layers: Collection[int], embedding: bool, head: bool) -> None:
     """Drop everything but these layers of the decoder, its embedding and its head. A vision tower and a projector are
     dropped, too.
@@ -216,6 +227,7 @@ def keep_language_model(whole: Any, names: Names, layers: Collection[int], embed
         head: whether to keep the final norm and the output layer.
     """
     decoder = whole.get_submodule(names.decoder)
+    drop_towers(decoder)
     around = names.decoder.split(".")[:-1]
     for depth in range(len(around) + 1) if around else ():
         inside = ".".join(around[:depth])

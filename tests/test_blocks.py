@@ -62,6 +62,7 @@ RUN_BY = {
     ("docs/finetuning.md", "add_generator.py"): "tests/cli/test_finetuning.py",
     ("docs/models.md", "from_pretrained(DIR)"): "tests/test_blocks.py",
     ("docs/models.md", "codec=LatentCodec"): "tests/test_blocks.py",
+    ("docs/models.md", "merge_and_unload"): "tests/models/test_phi4.py",
     ("docs/own_parts.md", WHOLE_PAGE): "tests/test_own_parts.py",
     ("docs/tutorial.md", WHOLE_PAGE): "tests/cli/test_tutorial.py",
     ("docs/using.md", "bigmac_lightning.load"): "tests/cli/test_chat.py",

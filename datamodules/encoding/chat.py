@@ -253,17 +253,18 @@ class ChatEncoder:
         assert len(sizes) == len(items) + (example.target is not None), "one size per item"
         if example.target is not None and self.target is None:
             raise ExampleError("has a target image, but the DataModule was given no target processor")
-        alone = sum(isinstance(item, Image) for item in items) == 1
+        images = sum(isinstance(item, Image) for item in items)
         others: dict[str, list[int]] = {}
         plans: dict[int, MediaPlan] = {}
         for i, item in enumerate(items):
             if isinstance(item, Image | Video):
-                plans[i] = self._processor(item).plan(item, sizes[i], alone)
+                plans[i] = self._processor(item).plan(item, sizes[i], images == 1)
             else:
                 others.setdefault(modality_of(item).name, []).append(i)
         for indices in others.values():
             given, processor = [items[i] for i in indices], self._processor(items[indices[0]])
-            plans.update(zip(indices, processor.plans(given, [sizes[i] for i in indices]), strict=True))
+            made = processor.plans(given, [sizes[i] for i in indices])
+            plans.update((i, replace(plan, beside_images=images > 0)) for i, plan in zip(indices, made, strict=True))
         return [plans[i] for i in range(len(items))]
 
     def _processor(self, item: MediaPart) -> MediaProcessor:

@@ -66,8 +66,12 @@ class HFAudio(MediaProcessor):
         return type(self.processor).__name__
 
     @property
+    def _extractor(self) -> Any:
+        return self.processor._audio_processor
+
+    @property
     def _rate(self) -> int:
-        return self.processor.feature_extractor.sampling_rate
+        return self._extractor.sampling_rate
 
     def plan(self, item: Any, size: Size, alone: bool = True) -> MediaPlan:
         return self.plans([item], [size])[0]
@@ -89,7 +93,7 @@ class HFAudio(MediaProcessor):
         return replace(self._plans[key], longest=longest) if longest else self._plans[key]
 
     def _planned(self, item: Any, samples: int, longest: int) -> MediaPlan:
-        extractor = self.processor.feature_extractor
+        extractor = self._extractor
         seconds, least = samples / self._rate, extractor.n_fft // 2 + 1
         features, mask, text = self._coarsely([samples, longest] if longest else [samples])
         kept = int(mask.sum())
@@ -101,27 +105,40 @@ class HFAudio(MediaProcessor):
             )
         rows = text.count(self.processor.audio_token)
         if not rows or samples < least:
-            raise ExampleError(f"has {item.file.name}, a sound of {seconds:.3f} s, which is too short for {self._name}")
+            raise self._too_short(item, samples)
         whole = text == self.processor.audio_token * rows
         columns = kept if self._drops_padding else features.shape[0] * features.shape[-1]
         return MediaPlan(self.encoder, rows, columns * self._cost, text=None if whole else text)
 
     def load(self, item: Any, size: Size, plan: MediaPlan, augment: Augment | None = None) -> dict[str, Tensor]:
         """See the class."""
+        features, mask = self._loaded(item, size, plan)
+        if self._drops_padding:
+            columns = int(mask.sum())
+            features, mask = features[..., :columns], mask[..., :columns]
+        return {"input_features": features.contiguous(), "input_features_mask": mask.contiguous()}
+
+    def _loaded(self, item: Any, size: Size, plan: MediaPlan) -> tuple[Tensor, Any]:
+        """What the processor makes of a sound: its spectrograms and their mask.
+
+        Raises:
+            ExampleError: that is not what has been planned.
+        """
         sounds = [read_sound(item.file, size, self._rate).numpy()]
         if plan.longest:
             sounds.append(np.zeros(plan.longest, np.float32))
-        features, mask, text = _prepare(self.processor, sounds, self._arguments)
+        features, mask, text = self._prepare(self.processor, sounds, self._arguments)
         if text != (self.processor.audio_token * plan.rows if plan.text is None else plan.text):
             raise ExampleError(
                 f"{item.file.name} became {text.count(self.processor.audio_token)} rows of features, but its plan has "
                 f"{plan.rows}: {self._name} cannot be used here, so prepare the sounds with a processor of your own "
                 "(see docs/data.md)"
             )
-        if self._drops_padding:
-            columns = int(mask.sum())
-            features, mask = features[..., :columns], mask[..., :columns]
-        return {"input_features": features.contiguous(), "input_features_mask": mask.contiguous()}
+        return features, mask
+
+    def _too_short(self, item: Any, samples: int) -> ExampleError:
+        seconds = samples / self._rate
+        return ExampleError(f"has {item.file.name}, a sound of {seconds:.3f} s, which is too short for {self._name}")
 
     def _check(self) -> None:
         """
@@ -130,7 +147,7 @@ class HFAudio(MediaProcessor):
         """
         from transformers import ProcessorMixin
 
-        extractor = self.processor.feature_extractor
+        extractor = self._extractor
         reason = ""
         if not hasattr(extractor, "_torch_extract_fbank_features") or not hasattr(extractor, "n_samples"):
             reason = f"{type(extractor).__name__} does not work like Whisper's feature extractor"
@@ -172,22 +189,22 @@ class HFAudio(MediaProcessor):
         )
         return {**given["audio_kwargs"], "sampling_rate": self._rate}
 
-    def _coarsely(self, samples: Sequence[int]) -> tuple[Tensor, Tensor, str]:
+    def _coarsely(self, samples: Sequence[int]) -> tuple[Tensor, Any, str]:
         """As `_prepare` for silence of these lengths, but without values."""
         processor, arguments = self._coarse_processor
         silence = [np.zeros(self._coarse(number), np.float32) for number in samples]
-        return _prepare(processor, silence, arguments)
+        return self._prepare(processor, silence, arguments)
 
     def _coarse(self, samples: int) -> int:
         if self._coarseness == 1:
             return samples
-        columns, rest = divmod(samples, self.processor.feature_extractor.hop_length)
+        columns, rest = divmod(samples, self._extractor.hop_length)
         return 2 * columns + (rest > 0)
 
     @cached_property
     def _coarseness(self) -> int:
         """The number of samples that become one; 1, where lengths are no whole columns."""
-        extractor = self.processor.feature_extractor
+        extractor = self._extractor
         lengths = [getattr(extractor, name, None) for name in IN_SAMPLES]
         lengths += [self._arguments.get(name) for name in IN_SAMPLES]
         whole = all(length % extractor.hop_length == 0 for length in lengths if length)
@@ -198,7 +215,7 @@ class HFAudio(MediaProcessor):
     def _coarse_processor(self) -> tuple[Any, dict[str, Any]]:
         """The processor without spectrograms, in coarse time, and its arguments."""
         by, shell = self._coarseness, copy.copy(self.processor)
-        extractor = shell.feature_extractor = copy.copy(self.processor.feature_extractor)
+        extractor = shell.feature_extractor = copy.copy(self._extractor)
         extractor.hop_length //= by
         arguments = dict(self._arguments)
         for name in (*IN_SAMPLES, "sampling_rate"):
@@ -209,17 +226,18 @@ class HFAudio(MediaProcessor):
         extractor._torch_extract_fbank_features = partial(_no_values, extractor.hop_length)
         return shell, arguments
 
+    def _prepare(
+        self, processor: Any, sounds: Sequence[np.ndarray], arguments: dict[str, Any]
+    ) -> tuple[Tensor, Any, str]:
+        """The spectrograms of the windows of the first sound, their mask, and the text that stands for the sound."""
+        made, texts = processor._process_audio(list(sounds), **arguments)
+        mask = next(made[name] for name in MASKS if name in made)
+        features = made["input_features"]
+        if len(sounds) > 1:  # which the processor fills up, and so does not cut into windows
+            features, mask = features[:1], mask[:1]
+        return torch.as_tensor(features), torch.as_tensor(mask), texts[0]
+
 
 def _no_values(hop: int, waves: np.ndarray, device: str = "cpu") -> np.ndarray:
     """As many columns as a spectrogram of these samples has."""
     return np.zeros((len(waves), 1, waves.shape[-1] // hop), np.float32)
-
-
-def _prepare(processor: Any, sounds: Sequence[np.ndarray], arguments: dict[str, Any]) -> tuple[Tensor, Tensor, str]:
-    """The spectrograms of the windows of the first sound, their mask, and the text that stands for the sound."""
-    made, texts = processor._process_audio(list(sounds), **arguments)
-    mask = next(made[name] for name in MASKS if name in made)
-    features = made["input_features"]
-    if len(sounds) > 1:  # which the processor fills up, and so does not cut into windows
-        features, mask = features[:1], mask[:1]
-    return torch.as_tensor(features), torch.as_tensor(mask), texts[0]

@@ -9,12 +9,14 @@ Shape suffixes: T frames, C channels, H and W pixels, E values of a patch.
 import copy
 import inspect
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bigmac_lightning.contracts.batch import MediaData
 
@@ -37,6 +39,9 @@ MERGED = ("image_merge_sizes",)
 them, so they cannot be planned."""
 FILLED = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 """What a processor makes of a picture that it cuts into tiles and fills up to the most tiles (Llama 3.2 Vision)."""
+CROPPED = ("pixel_values", "image_sizes", "image_attention_mask")
+"""What a processor makes of a picture: the whole one and crops, their size together, and which patches have no padding
+(Phi-4-multimodal). It gives pixels another name."""
 PATCH = 14
 """The side of a patch of these tiles in pixels, which the processor does not know unless it has a `patch_size`."""
 UNUSED = {
@@ -45,6 +50,7 @@ UNUSED = {
     *("num_patches", "num_crops", "num_patches_per_image"),
     *("rows", "cols", "image_rows", "image_cols"),  # which are in the text that stands for the item
     "pixel_attention_mask",  # of an item alone there is no padding
+    "num_img_tokens",
 }
 MAX_PLANS = 16384
 """Most plans that are cached: a few hundred bytes each. A cache that is full is cleared."""
@@ -65,6 +71,8 @@ class HFVisual(VisualProcessor):
       "high_res_pixel_values"; beside a grid of patches, "merge_sizes";
     - tiles that are filled up to the most tiles, a dictionary: "pixel_values", (most tiles, C, H, W),
       "aspect_ratio_ids", (), and "aspect_ratio_mask", (most tiles,);
+    - a picture and its crops with what tells them from padding, a dictionary: "pixel_values", (crops, C, H, W),
+      "image_sizes", (2,), and "image_attention_mask", (crops, patches down, patches across);
     - tiles of patches, a dictionary: "pixel_values", (tiles, T, E), "spatial_shapes", (tiles, 2), and
       "pixel_attention_mask", (tiles, T).
 
@@ -149,7 +157,7 @@ class HFVisual(VisualProcessor):
         tiles = TILES if "spatial_shapes" in made else ()
         slices = ("grids",) if "target_sizes" in made else ()  # the text has the places of slices
         filled = (*FILLED, "num_tiles") if "aspect_ratio_ids" in made else ()
-        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *filled, *ALONG, *MERGED, *PLACED}:
+        if unknown := made.keys() - USED - UNUSED - {*tiles, *slices, *filled, *ALONG, *MERGED, *PLACED, *CROPPED}:
             raise ValueError(
                 f"{type(self.processor).__name__} makes {', '.join(sorted(unknown))} of an item, which no encoder here "
                 "takes: prepare the media with a processor of your own (see docs/data.md)"
@@ -199,6 +207,8 @@ class HFVisual(VisualProcessor):
                     (pixel_values, made[name]) if isinstance(item, Video) else (pixel_values[0], made[name][0])
                 )
                 return {"pixel_values": pixels, "image_position_ids": places}
+        if "image_attention_mask" in made:
+            return {"pixel_values": pixel_values, **{name: made[name][0] for name in CROPPED[1:]}}
         if "image_sizes" in made:
             return {"pixel_values": pixel_values, "image_sizes": torch.as_tensor(made["image_sizes"][0])}
         return pixel_values
@@ -236,6 +246,8 @@ class HFVisual(VisualProcessor):
                 pixels[:, :1, :1]
             )  # a second image, one pixel high and wide, makes the processor treat the first as not alone
         made, texts = processor._process_images([images], **self._of_images, **self._arguments["images_kwargs"])
+        if "image_pixel_values" in made:
+            made["pixel_values"] = made.pop("image_pixel_values")
         return made, texts[0]
 
     @cached_property
@@ -269,7 +281,8 @@ class _WithoutValues:
         self._part = part
 
     def __call__(self, media: Any, **arguments: Any) -> Any:
-        made = self._part(media, **{**arguments, "resample": 2})  # bilinear; shapes do not depend on it
+        with _MasksWithValues() if "image_attention_mask" in self._part.model_input_names else nullcontext():
+            made = self._part(media, **{**arguments, "resample": 2})  # bilinear; shapes do not depend on it
         for name, value in made.items():
             if isinstance(value, Tensor) and value.is_meta:
                 made[name] = torch.zeros((), dtype=value.dtype).expand(value.shape)
@@ -279,6 +292,14 @@ class _WithoutValues:
         if name.startswith("__"):  # copy and pickle ask for these before there is a part
             raise AttributeError(name)
         return getattr(self._part, name)
+
+
+class _MasksWithValues(TorchFunctionMode):
+    """Within this context, ones are made on the CPU, also for pixels on the meta device: a processor counts them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        return function(*args, **({**given, "device": "cpu"} if function is torch.ones else given))
 
 
 def placeholder_of(processor: Any, kind: str) -> Any:

@@ -33,6 +33,7 @@ class MediaPlan:
         seconds: duration of a time step of its grid, for models whose positions depend on it.
         alone: whether it is prepared as the only image of its example.
         longest: number of samples of the longest sound of its example, if it is filled up to that; otherwise 0.
+        beside_images: whether it is no image, and its example also has images.
         one_token: whether all of its rows belong to one token, which they do not replace.
     """
 
@@ -47,6 +48,7 @@ class MediaPlan:
     seconds: float | None = None
     alone: bool = True
     longest: int = 0
+    beside_images: bool = False
     one_token: bool = False
 
 

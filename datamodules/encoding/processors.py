@@ -17,6 +17,7 @@ from .chat import ChatEncoder
 from .hf_audio import HFAudio
 from .hf_visual import HFVisual, placeholder_of
 from .media_processor import Augment, MediaProcessor
+from .phi4_audio import Phi4Audio
 from .template import read_template
 from .visual import TargetProcessor, VisualProcessor
 
@@ -118,6 +119,13 @@ def _unknown(given: str, error: OSError) -> str:
     )
 
 
+def _sounds(processor: Any) -> HFAudio | None:
+    """What prepares sounds with a processor, if it takes any."""
+    if type(getattr(processor, "audio_processor", None)).__name__ == "Phi4MultimodalFeatureExtractor":
+        return Phi4Audio(processor)
+    return None if getattr(processor, "feature_extractor", None) is None else HFAudio(processor)
+
+
 def chat_encoder(
     processor: Any,
     visual: VisualProcessor | None,
@@ -158,8 +166,8 @@ def chat_encoder(
                     f"chat.tokens[{name!r}]={token!r}: the processor has {own[name]!r} for this, so leave it out"
                 )
         chat = replace(chat, tokens={**chat.tokens, **own})
-        if "audio" not in media and getattr(loaded, "feature_extractor", None) is not None:
-            media = {**media, "audio": HFAudio(loaded)}
+        if "audio" not in media and (sounds := _sounds(loaded)) is not None:
+            media = {**media, "audio": sounds}
         if visual is None and getattr(loaded, "image_processor", None) is not None:
             visual = HFVisual()
     if isinstance(visual, HFVisual):

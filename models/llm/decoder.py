@@ -24,6 +24,7 @@ from bigmac_lightning.estimates.forward_cost import ForwardCost
 from bigmac_lightning.estimates.partition import LayerCosts
 
 from .. import meta_model
+from ..families import token_of
 from ..hf_component import HFComponent
 from ..loading import rows_over
 from ..pass_through import PassThrough
@@ -42,6 +43,7 @@ from .multimodal_inputs import (
     text_positions,
     vision_arguments,
 )
+from .rope import lengths_without_padding
 from .router import recorded_logits, routers_of
 from .stage import Stage
 from .stage_cache import StageCache
@@ -114,6 +116,7 @@ class HFDecoder(HFComponent, LanguageModel):
         whole = self.build_whole()
         self._names = meta_model.names_of(whole)
         decoder = whole.get_submodule(self._names.decoder)
+        meta_model.drop_towers(decoder)
         text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
         self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
@@ -132,7 +135,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self.placeholders = {
             modality: token
             for modality in ("image", "video", "audio")
-            if (token := getattr(self.config, f"{modality}_token_id", None)) is not None
+            if (token := token_of(self.config, modality)) is not None
         }
         self._layer_configs = [text.per_layer_config[k] for k in range(self.num_layers)]
         self._costs = matrix_costs(decoder.layers, self._layer_configs)
@@ -386,7 +389,8 @@ class HFDecoder(HFComponent, LanguageModel):
         recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
         stage = self._stage(layers)
         whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
-        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD:
+        lengths = lengths_without_padding(stage.shell, inputs.get(attention.TOKENS))
+        with recording as router_logits, known_samples(inputs), whole_rows as whole_BSD, lengths:
             mask = self._mask(whole_BSD, inputs)
             before = self._before(h_BSD, inputs, layers, extras)
             after = stage(before, position_ids=self._positions(inputs), attention_mask=mask, **further)

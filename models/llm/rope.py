@@ -30,6 +30,23 @@ def changes_with_length(module: nn.Module) -> bool:
 
 
 @contextmanager
+def lengths_without_padding(module: nn.Module, tokens_BS: Tensor | None) -> Iterator[None]:
+    """Within this context, the replacements among a decoder's modules do not count padding on the right of a row.
+
+    Args:
+        tokens_BS: 0 for padding; ``None``: nothing changes.
+    """
+    ropes = [inner for inner in module.modules() if isinstance(inner, _Stateless)]
+    for rope in ropes:
+        rope.tokens = tokens_BS
+    try:
+        yield
+    finally:
+        for rope in ropes:
+            rope.tokens = None
+
+
+@contextmanager
 def frequencies_of_whole_rows(module: nn.Module, positions: Tensor, bounds: tuple[int, int]) -> Iterator[None]:
     """Within this context, the replacements among a decoder's modules get positions of slices of rows, and take their
     frequencies from the whole rows.
@@ -64,8 +81,10 @@ class _Stateless(nn.Module):
 
     Attributes:
         whole: if it is given the positions of a slice, those of the whole rows, and where in them the slice lies.
+        tokens: (B, S), 0 for padding on the right of whole rows, which does not count.
     """
 
+    tokens: Tensor | None = None
     whole: tuple[Tensor, tuple[int, int]] | None = None
 
     def __init__(self, rope: nn.Module) -> None:
@@ -95,11 +114,17 @@ class _Stateless(nn.Module):
         return tuple(tensor[..., start:stop, :] for tensor in whole)
 
     def _of_rows(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if position_ids.ndim != 2 or not is_packed(position_ids):
+        if position_ids.ndim == 2 and is_packed(position_ids):
+            samples = [[row[None, start:stop] for start, stop in sample_bounds(row)] for row in position_ids]
+        elif position_ids.ndim == 2 and self.tokens is not None:
+            tokens_B1 = self.tokens.long().sum(-1, keepdim=True)
+            last_B1 = position_ids.gather(1, (tokens_B1 - 1).clamp(min=0))
+            samples = [[row[None]] for row in position_ids.minimum(last_B1)]
+        else:
             return self._fresh()(x, position_ids, *args, **kwargs)
         rows = []
-        for row in position_ids:
-            parts = [self._fresh()(x, row[None, start:stop], *args, **kwargs) for start, stop in sample_bounds(row)]
+        for positions in samples:
+            parts = [self._fresh()(x, positions_1S, *args, **kwargs) for positions_1S in positions]
             rows.append([torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True)])
         return tuple(torch.cat(tensors) for tensors in zip(*rows, strict=True))
 

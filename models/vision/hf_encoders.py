@@ -18,7 +18,7 @@ from bigmac_lightning.contracts.components import Encoder
 from bigmac_lightning.estimates.forward_cost import ForwardCost, attention_cost, forward_cost
 
 from .. import loading, meta_model
-from ..family_items import Encode, pixels_of, smallest_sound
+from ..family_items import Encode, pixels_of
 from ..hf_component import HFComponent
 from ..llm import attention
 
@@ -98,7 +98,10 @@ class HFVisionEncoder(HFComponent, Encoder):
         whole.all_tied_weights_keys = {}
         if isinstance(whole.get_decoder(), meta_model.PassThrough):
             return  # the LLM has been dropped, and without it some models fail in `get_output_embeddings`
-        for part in (whole.get_output_embeddings(), whole.get_decoder()):
+        decoder = whole.get_decoder()
+        inside = getattr(decoder, meta_model.AROUND_TOWERS, None)
+        llm = [decoder] if inside is None else [child for child in decoder.children() if child is not inside]
+        for part in (whole.get_output_embeddings(), *llm):
             if part is not None:
                 meta_model.drop(whole, meta_model.path_of(part, whole))
 
@@ -130,7 +133,8 @@ class HFVisionEncoder(HFComponent, Encoder):
         return torch.ones(getattr(vision, "num_channels", 3), side, side, dtype=self.input_dtype())
 
     def smallest_sound(self) -> MediaData:
-        return _as_type(smallest_sound(self.config), self.input_dtype())
+        assert self.family is not None, "the constructor refuses models without a vision part"
+        return _as_type(self.family.smallest_sound(self.config), self.input_dtype())
 
     def forward(self, pixels: list[MediaData], encode: Encode | None = None) -> Tensor:
         """
@@ -255,9 +259,13 @@ def encoders_of(tower: HFVisionEncoder) -> dict[str, Encoder]:
     return encoders
 
 
-_AFTER_MERGING = re.compile("merger|projector|connector")
+_AFTER_MERGING = re.compile("merger|projector|connector|img_projection")
 """The modules that get rows: several patches joined to one."""
-_OTHER_TOWERS = ("audio_tower", "model.audio_tower", "video_tower", "model.video_tower")
+_OTHER_TOWERS = tuple(
+    f"{around}{name}"
+    for around in ("", "model.")
+    for name in ("audio_tower", "video_tower", "embed_tokens_extend.audio_embed")
+)
 _DEPTHS = ("num_hidden_layers", "encoder_layers", "depth")
 
 

@@ -41,6 +41,12 @@ ASR_CHAT = (  # all sounds in one turn, without the texts around them
     "{% generation %}{{ m.content[0].text + '<|im_end|>\n' }}{% endgeneration %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+PHI_CHAT = (
+    "{{% for m in messages %}}{{{{ '<|' + m.role + '|>' }}}}{{% for c in m.content %}}"
+    "{{% if c.type == 'image' %}}{{{{ '{image}' }}}}{{% elif c.type == 'audio' %}}{{{{ '{audio}' }}}}"
+    "{{% else %}}{{{{ c.text }}}}{{% endif %}}{{% endfor %}}{{{{ '<|end|>' }}}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ '<|assistant|>' }}}}{{% endif %}}"
+)
 SMALL = {"shortest_edge": 8 * 8, "longest_edge": 16 * 24}
 QWEN3 = {"audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>", "audio_token": "<|audio_pad|>"}
 
@@ -98,6 +104,15 @@ def _qwen3_omni() -> Any:
     return hf.Qwen3OmniMoeProcessor(image, video, extractor(), words, chat_template=words.chat_template)
 
 
+def _phi4() -> Any:
+    chat = PHI_CHAT.format(image="<|image|>", audio="<|audio|>")
+    words = tokenizer(chat, {"image_token": "<|image|>", "audio_token": "<|audio|>"}, ("<|end|>",))
+    # the processor counts the rows of a whole picture of 32 * 32 patches, whatever its own size is
+    image = hf.Phi4MultimodalImageProcessor(size={"height": 64, "width": 64}, patch_size=2, dynamic_hd=4)
+    sound = hf.Phi4MultimodalFeatureExtractor(feature_size=16)
+    return hf.Phi4MultimodalProcessor(image, sound, words, chat_template=chat)
+
+
 SOUND_PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_audio": _qwen2_audio,
     "audioflamingo3": _flamingo,
@@ -105,6 +120,7 @@ SOUND_PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen3_asr": _qwen3_asr,
     "qwen2_5_omni_thinker": _qwen2_5_omni,
     "qwen3_omni_moe_thinker": _qwen3_omni,
+    "phi4_multimodal": _phi4,
 }
 POSITIONS = {"qwen2_audio": 150, "audioflamingo3": 50, "qwen2_5_omni_thinker": 150}
 """The frames that a tower has places for: those of a window."""
@@ -121,6 +137,10 @@ def write_model(name: str, folder: Path) -> Path:
     if name in POSITIONS:
         config.audio_config.max_source_positions = POSITIONS[name]
     ids = processor.tokenizer.convert_tokens_to_ids
+    if name == "phi4_multimodal":
+        config.vision_config.image_size = config.vision_config.crop_size = 64
+        config.vision_config.image_token_id = ids(processor.image_token)
+        config.audio_config.audio_token_id = ids(processor.audio_token)
     for kind in ("image", "video", "audio"):
         if token := getattr(processor, f"{kind}_token", None):
             for attribute in (f"{kind}_token_id", f"{kind}_token_index"):
@@ -142,6 +162,8 @@ def write_model(name: str, folder: Path) -> Path:
 def read_processor(folder: Path) -> Any:
     """The processor of a checkpoint. Omni's has a smallest size of videos that is no part of its files."""
     processor = hf.AutoProcessor.from_pretrained(folder)
+    if processor.chat_template is None:  # the library forgets that of Phi-4-multimodal's processor
+        processor.chat_template = processor.tokenizer.chat_template
     if hasattr(processor, "video_processor"):
         processor.videos_kwargs = {"size": SMALL}
     return processor

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from bigmac_lightning.contracts.parallel import ParallelSizes, StagePeers
 from bigmac_lightning.models import HFDecoder
 from bigmac_lightning.models.llm.head import logits_of
+from bigmac_lightning.models.meta_model import auto_class
 from tests.models import sweep
 from tests.ranks import run_ranks
 
@@ -89,8 +90,9 @@ def one_process(built: Built, seed: int = 2, **after: Any) -> HFDecoder:
     """The whole decoder, with random weights, also of those that start as zeros or ones."""
     llm = built()
     llm.materialize(range(llm.num_layers), True, True)
-    auto: Any = hf.AutoModelForCausalLM if llm.family is None else hf.AutoModelForImageTextToText
-    weights = auto.from_config(copy.deepcopy(llm.config)).state_dict()  # some activations have weights of their own
+    weights = (
+        auto_class(llm.config).from_config(copy.deepcopy(llm.config)).state_dict()
+    )  # some activations have weights of their own
     llm.load_state_dict({name: weights[name] for name in llm.state_dict()})
     for change in after.values():
         change(llm)

@@ -37,6 +37,7 @@ from tests.models.zoo import (
     pixels,
     qwen,
     square,
+    text,
 )
 
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
@@ -269,6 +270,37 @@ def tiles(random: Random) -> Picture:
     data = pixels(random, 2, 3, 8, 8)
     arguments = {"pixel_values": data[None], "pixel_attention_mask": torch.ones(1, 2, dtype=torch.bool)}
     return Picture("image", data, 2 * 4, arguments)
+
+
+def phi4(random: Random) -> Picture:
+    """A picture of one to three crops behind the whole one, with padding at one side, or a sound with padding."""
+    if random.random() < 0.5:
+        columns = random.randint(5, 40)
+        data: Any = {
+            "input_features": pixels(random, 40, 16),
+            "input_features_mask": torch.arange(40) < columns,
+            "beside_images": torch.tensor(False),  # until its sample is known
+        }
+        rows = -(-columns // 8)
+        arguments = {
+            "audio_input_features": data["input_features"][None],
+            "audio_attention_mask": data["input_features_mask"][None],
+            "audio_embed_sizes": torch.tensor([rows]),
+        }
+        return Picture("audio", data, rows, arguments)
+    down, across = random.choice([(1, 1), (1, 2), (1, 3), (2, 1), (3, 1)])
+    whole, seen = torch.ones(4, 4, 4), torch.ones(4 * down, 4 * across)
+    seen[4 * down - random.randint(0, 3) :] = 0
+    if seen.all():
+        seen[:, 4 * across - random.randint(0, 3) :] = 0
+    whole[1 : 1 + down * across] = seen.unflatten(1, (across, 4)).unflatten(0, (down, 4)).transpose(1, 2).flatten(0, 1)
+    filled = pixels(random, 4, 3, 8, 8)
+    crops, size = 1 + down * across, torch.tensor([8 * down, 8 * across])
+    filled[crops:] = 0
+    data = {"pixel_values": filled[:crops], "image_sizes": size, "image_attention_mask": whole[:crops]}
+    height, width = (int(side) for side in (seen[::2, 0].sum(), seen[0, ::2].sum()))
+    arguments = {"image_pixel_values": filled[None], "image_sizes": size[None], "image_attention_mask": whole[None]}
+    return Picture("image", data, height * (width + 1) + 1 + 2 * 3, arguments)
 
 
 AUDIO_TOWER: dict[str, Any] = {
@@ -654,6 +686,42 @@ FURTHER: dict[str, Model] = {
             image_token_id=IMAGE,
         ),
         tiles,
+    ),
+    "phi4_multimodal": Model(
+        text(
+            hf.Phi4MultimodalConfig,
+            vision_config={  # its weights are drawn so large that more of them would round too much
+                **TOWER,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "crop_size": 8,
+                "image_token_id": IMAGE,
+            },
+            audio_config={
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_blocks": 2,
+                "num_attention_heads": 2,
+                "ext_pw_out_channel": 16,
+                "depthwise_separable_out_channel": 16,
+                "nemo_conv_channels": 8,
+                "input_size": 16,
+                "bias_max_distance": 3,
+                "audio_token_id": AUDIO,
+            },
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "factor": 4.0,
+                "short_factor": [1.0, 1.5],
+                "long_factor": [2.0, 6.0],
+            },
+            sliding_window=12,
+            original_max_position_embeddings=20,
+            tie_word_embeddings=True,
+        ),
+        phi4,
     ),
     "mllama": Model(
         lambda: hf.MllamaConfig(

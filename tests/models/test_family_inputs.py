@@ -39,6 +39,7 @@ def test_every_family_is_compared() -> None:
         ("video_llama_3", "merge_sizes"),
         ("molmo2", "image_token_pooling"),
         ("ovis2", "indicators"),
+        ("phi4_multimodal", "image_attention_mask"),
         ("deepseek_vl_hybrid", "high_res_pixel_values"),
         ("voxtral", "input_features_mask"),
     ],

@@ -1,4 +1,5 @@
-"""Rotary embeddings whose frequencies depend on how long rows are: in any order of stages and microbatches, packed."""
+"""Rotary embeddings whose frequencies depend on how long samples are: in any order of stages and microbatches, packed,
+or padded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -95,5 +96,17 @@ def test_packed_samples_have_frequencies_of_their_own(family: str) -> None:
         given = {"input_ids": torch.cat([ids(length) for length in row], 1), "position_ids": positions}
         h = made.run_layers(made.embed(given), given, range(LAYERS), {})
         found += made.logits(h[0])[None].split(list(row), 1)
+    torch.stack([weigh(logits) for logits in found]).sum().backward()
+    compare(made, family, found)
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_padding_does_not_count(family: str) -> None:
+    made = decoder(family)
+    rows = torch.nn.utils.rnn.pad_sequence([ids(length)[0] for length in LENGTHS], batch_first=True)
+    tokens = (torch.arange(rows.shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
+    inputs = made.prepare({"input_ids": rows, "token_mask": tokens})
+    h = made.run_layers(made.embed(inputs), inputs, range(LAYERS), {})
+    found = [made.logits(row[:length])[None] for row, length in zip(h, LENGTHS, strict=True)]
     torch.stack([weigh(logits) for logits in found]).sum().backward()
     compare(made, family, found)

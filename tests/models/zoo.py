@@ -483,7 +483,16 @@ def sequence(random: Random, draw: Draw | None) -> Sequence:
             start, end = (AUDIO_START, AUDIO_END) if item.encoder == "audio" else (VISION_START, VISION_END)
             placed = item.tokens or [item.token] * (item.rows // item.runs)
             tokens += [start, *placed, end, random.randrange(3, SPECIAL)]
-    return Sequence(tokens + words[2:], items)
+    return with_neighbours(Sequence(tokens + words[2:], items))
+
+
+def with_neighbours(sample: Sequence) -> Sequence:
+    """Tell the sounds of Phi-4-multimodal whether their sample has images."""
+    images = any(item.encoder == "image" for item in sample.items)
+    for item in sample.items:
+        if isinstance(item.data, dict) and "beside_images" in item.data:
+            item.data["beside_images"] = torch.tensor(images)
+    return sample
 
 
 def microbatch(rows: list[list[Sequence]]) -> Microbatch:
