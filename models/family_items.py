@@ -19,6 +19,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from bigmac_lightning.contracts.batch import MediaData
 
+from .llm.deepstack import named_layers
+
 Encode = Callable[[Any, Sequence[Any]], Any]
 """Makes of the base model (tower, projector) and of items the output of its `get_*_features`."""
 
@@ -36,6 +38,20 @@ def video_patches(base: Any, items: Sequence[Tensor]) -> Any:
 def _on_grid(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
     return torch.cat([item.flatten(0, 2) for item in items]), grid
+
+
+def flat_patches(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `patches`, of images with t = 1 alone."""
+    base.vision_model.config.dtype = base.dtype  # to which the model converts pixels
+    pixels, grid = _on_grid(items)
+    return base.get_image_features(pixels, grid[:, 1:], return_dict=True)
+
+
+def patches_alone(base: Any, items: Sequence[Tensor]) -> Any:
+    """Items have the shape (T, frames, side, side, C): the patches of an image, each of which becomes a row."""
+    out = base.get_image_features(torch.cat(list(items)), return_dict=True)
+    out.pooler_output = out.pooler_output.flatten(0, 1).split([len(item) for item in items])
+    return out
 
 
 def square_patches(base: Any, items: Sequence[Tensor]) -> Any:
@@ -119,6 +135,15 @@ def cut_into_crops(base: Any, items: Sequence[MediaData]) -> Any:
     return base.get_image_features(pixels, _sizes(items), return_dict=True)
 
 
+def crops_for_layers(base: Any, items: Sequence[MediaData]) -> Any:
+    """As `cut_into_crops`, where layers of the LLM take all features, and the embeddings are zero."""
+    out = cut_into_crops(base, items)
+    by_layer = dict(out.deepstack_features)  # of several for a layer the model takes the last
+    out.deepstack_features = [by_layer[layer] for layer in named_layers(base.config)]
+    out.pooler_output = [torch.zeros_like(rows) for rows in next(iter(by_layer.values()))]
+    return out
+
+
 def pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
     """Items have the shape (frames, C, H, W)."""
     return base.get_video_features(torch.stack(list(items)), return_dict=True)
@@ -151,12 +176,15 @@ def strips(base: Any, items: Sequence[MediaData]) -> Any:
 
 def with_local_crops(base: Any, items: Sequence[MediaData]) -> Any:
     """Items have the shape (C, H, W), or are dicts: such "pixel_values" of the whole image, and "pixel_values_local" of
-    its crops, (crops, C, h, w), if it has any."""
+    its crops, (crops, C, h, w), if it has any. Unlimited-OCR also needs "patches_grid", (2,), which says how many crops
+    lie across and down."""
     local = [None if isinstance(item, Tensor) else item.get("pixel_values_local") for item in items]
     given = [crops for crops in local if crops is not None and len(crops)]
     pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
     numbers = [0 if crops is None else len(crops) for crops in local]
-    return base.get_image_features(pixels, torch.cat(given) if given else None, numbers, return_dict=True)
+    grids = [[] if isinstance(item, Tensor) else item.get("patches_grid", torch.tensor([])).tolist() for item in items]
+    further = {"patches_grid": grids} if any(grids) else {}
+    return base.get_image_features(pixels, torch.cat(given) if given else None, numbers, **further, return_dict=True)
 
 
 def two_resolutions(base: Any, items: Sequence[MediaData]) -> Any:
@@ -245,20 +273,23 @@ def projected_later(base: Any, items: Sequence[Tensor]) -> Any:
     return out
 
 
-def sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor]) -> Encode:
+def sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor], lengths: str = "input_features_mask") -> Encode:
     """Encodes each sound alone, because the library returns the rows of several sounds without their borders.
 
     Items are dicts: "input_features" of the shape (windows, bands, columns), the spectrograms of a sound's windows, and
-    "input_features_mask", (windows, columns), which tells them from padding.
+    what tells them from padding, which is "input_features_mask" (windows, columns) if not said otherwise.
+
+    Args:
+        lengths: the name of what tells a sound from padding.
     """
 
     def encode(base: Any, items: Sequence[MediaData]) -> Any:
         rows = list[Tensor]()
         for item in items:
-            if isinstance(item, Tensor) or "input_features_mask" not in item:
+            if isinstance(item, Tensor) or lengths not in item:
                 raise ValueError(
-                    'this model needs sounds as {"input_features": ..., "input_features_mask": ...}, as its processor '
-                    "makes them"
+                    f'this model needs sounds as {{"input_features": ..., "{lengths}": ...}}, as its processor makes '
+                    "them"
                 )
             rows.append(rows_of(base, item))
         return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
@@ -273,6 +304,18 @@ def masked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
 
 def sound_windows(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
     return base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
+
+
+def chunked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    """ "chunk_sample_lengths" (windows,) says how many samples of the waveform each window has."""
+    lengths = sound["chunk_sample_lengths"]
+    return base.get_audio_features(sound["input_features"], lengths, return_dict=True).pooler_output
+
+
+def framed_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    """ "input_features" (1, frames, samples) are those of the waveform, and "input_features_mask" is (1, frames)."""
+    rows_WRD = base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
+    return rows_WRD[sound["input_features_mask"].bool()]
 
 
 def omni_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
@@ -338,6 +381,33 @@ def smallest_sound(config: Any) -> MediaData:
     columns = 2 * window if window else 2 * getattr(audio, "max_source_positions", 8)
     features = torch.zeros(1, audio.num_mel_bins, columns)
     return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
+
+
+def smallest_chunk(config: Any) -> MediaData:
+    """Eight columns, which become a row."""
+    audio = config.audio_config
+    samples = torch.tensor([audio.samples_per_token])
+    return {"input_features": torch.zeros(1, audio.feature_size, 8), "chunk_sample_lengths": samples}
+
+
+def smallest_frame(config: Any) -> MediaData:
+    features = torch.zeros(1, 1, config.audio_config.audio_embed_dim)
+    return {"input_features": features, "input_features_mask": torch.ones(1, 1, dtype=torch.bool)}
+
+
+def smallest_place(config: Any) -> MediaData:
+    pixels = torch.zeros(1, 3 * config.vision_config.model_patch_size**2)
+    return {"pixel_values": pixels, "image_position_ids": torch.zeros(1, 2, dtype=torch.long)}
+
+
+def smallest_square_grid(config: Any) -> MediaData:
+    side = round(1 / config.downsample_ratio)
+    return torch.zeros(1, side, side, config.vision_config.patch_dim)
+
+
+def smallest_patch(config: Any) -> MediaData:
+    vision = config.vision_config
+    return torch.zeros(1, vision.temporal_patch_size, vision.patch_size, vision.patch_size, vision.num_channels)
 
 
 def smallest_merged(config: Any) -> MediaData:

@@ -26,6 +26,7 @@ OTHER_CACHES = (
     "gemma4_text",
     "gemma4_unified_text",
     "gemma4",
+    "gemma4_unified",
     "mllama",
 )
 """Models that keep no keys and values here: MiniMax has a cache of its own, Moshi gives other logits with a cache, also
