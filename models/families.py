@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from bigmac_lightning.contracts.batch import MediaData
 
 from . import family_items as items
+from . import smallest_items
 from .family_items import Encode
 from .llm.deepstack import FIRST_LAYERS, NAMED_LAYERS, Deepstack
 from .llm.image_masks import (
@@ -80,7 +81,7 @@ class Family:
     rows: Callable[[Any, str, Sequence[int]], int] | None = None
     vision_tokens: tuple[str, ...] = ()
     smallest: Callable[[Any], MediaData] | None = None
-    smallest_sound: Callable[[Any], MediaData] = items.smallest_sound
+    smallest_sound: Callable[[Any], MediaData] = smallest_items.sound
 
     @property
     def own(self) -> Encode:
@@ -119,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4_5": replace(_PATCHES, video=items.patches),
     "kimi_k25": replace(_PATCHES, image=items.square_patches),
     "lfm3_vl": _PATCHES,
-    "lfm2_vl": Family(items.padded_patches, smallest=items.smallest_tile),
+    "lfm2_vl": Family(items.padded_patches, smallest=smallest_items.tile),
     "aya_vision": Family(items.crops),
     "cohere2_vision": Family(items.crops),
     "llava": Family(items.crops),
@@ -133,14 +134,14 @@ FAMILIES: dict[str, Family] = {
         items.patches,
         items.sounds(items.chunked_sound, "chunk_sample_lengths"),
         mixes_shapes=True,
-        smallest_sound=items.smallest_chunk,
+        smallest_sound=smallest_items.chunk,
     ),
     "muse_spark": Family(items.patches, items.patches, mixes_shapes=True),
-    "nemotron_h_omni": Family(items.flat_patches, mixes_shapes=True, smallest=items.smallest_square_grid),
-    "inkling_mm_model": Family(items.patches_alone, joined=1, alone=True, smallest=items.smallest_patch),
+    "nemotron_h_omni": Family(items.flat_patches, mixes_shapes=True, smallest=smallest_items.square_grid),
+    "inkling_mm_model": Family(items.patches_alone, joined=1, alone=True, smallest=smallest_items.patch),
     "unlimited_ocr": Family(items.with_local_crops, joined=16, calls_vary=True),
     "qianfan_ocr": Family(items.crops),
-    "llava_next": Family(items.cut_into_crops, smallest=items.smallest_crops),
+    "llava_next": Family(items.cut_into_crops, smallest=smallest_items.crops),
     "llava_onevision": Family(items.any_resolution, items.pooled_video),
     "internvl": Family(items.crops, items.crops),
     "mistral3": Family(items.sized),
@@ -148,16 +149,16 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,
     "smolvlm": _SMOLVLM,
-    "llava_next_video": Family(items.cut_into_crops, items.pooled_video, smallest=items.smallest_crops),
+    "llava_next_video": Family(items.cut_into_crops, items.pooled_video, smallest=smallest_items.crops),
     "video_llava": Family(items.crops, items.pooled_video),
     "perception_lm": Family(items.batched_crops, items.batched_crops),
     "aria": Family(items.masked, joined=10),
     "deepseek_ocr2": Family(items.with_local_crops, joined=16, calls_vary=True),
     "step3p7": Family(items.with_local_crops, joined=16, calls_vary=True),
-    "deepseek_vl_hybrid": Family(items.two_resolutions, smallest=items.smallest_pair),
+    "deepseek_vl_hybrid": Family(items.two_resolutions, smallest=smallest_items.pair),
     "minicpmv4_6": _STRIPS,
     "minicpm_ocr": replace(_STRIPS, joined=4),
-    "video_llama_3": Family(items.merged_patches, items.merged_patches, smallest=items.smallest_merged),
+    "video_llama_3": Family(items.merged_patches, items.merged_patches, smallest=smallest_items.merged),
     "cohere_compass": _QWEN3,
     "minimax_m3_vl": Family(items.patches, items.patches, mixes_shapes=True),
     "cosmos3_edge": _QWEN2,
@@ -172,12 +173,12 @@ FAMILIES: dict[str, Family] = {
         sees_around_images=True,
         adds_features=True,
         joined=4,
-        smallest=items.smallest_pooled,
+        smallest=smallest_items.pooled,
     ),
-    "mllama": Family(items.filled_tiles, crosses=True, smallest=items.smallest_filled),
-    "ovis2": Family(items.with_indicators, smallest=items.smallest_indicated),
+    "mllama": Family(items.filled_tiles, crosses=True, smallest=smallest_items.filled),
+    "ovis2": Family(items.with_indicators, smallest=smallest_items.indicated),
     "granite_docling": Family(items.tiles, deepstack=FIRST_LAYERS),
-    "granite4_vision": Family(items.crops_for_layers, deepstack=NAMED_LAYERS, smallest=items.smallest_crops),
+    "granite4_vision": Family(items.crops_for_layers, deepstack=NAMED_LAYERS, smallest=smallest_items.crops),
     "hunyuan_vl": replace(_GLM, rows=items.hunyuan_rows, takes_text_positions=False),
     "ernie4_5_vl_moe": replace(
         _QWEN2,
@@ -199,7 +200,7 @@ FAMILIES: dict[str, Family] = {
         items.padded_frames,
         image_masks=gemma4_masks,
         sees_both_ways=_gemma4_sees_both_ways,
-        smallest=items.smallest_square,
+        smallest=smallest_items.square,
     ),
     "gemma4_unified": Family(
         items.padded_images,
@@ -209,8 +210,8 @@ FAMILIES: dict[str, Family] = {
         sees_both_ways=_gemma4_sees_both_ways,
         alone=True,
         joined=1,
-        smallest=items.smallest_place,
-        smallest_sound=items.smallest_frame,
+        smallest=smallest_items.place,
+        smallest_sound=smallest_items.frame,
     ),
 }
 

@@ -1,7 +1,7 @@
 """How media items become the arguments of the `get_*_features` of vision- and audio-language models.
 
-What a family does with its items is one function here, and where it needs one, another function that makes a small item
-of the model's config. The table of families is in families.py.
+What a family does with its items is one function here. The table of families is in families.py, and smallest_items.py
+makes small items.
 
 Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM, W
 windows of a sound, F frames of a window, R rows of a window.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from bigmac_lightning.contracts.batch import MediaData
 
@@ -374,83 +373,6 @@ def _sizes(items: Sequence[MediaData]) -> Tensor:
     return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
 
 
-def smallest_sound(config: Any) -> MediaData:
-    """A short sound; a full window if the tower takes no other length."""
-    audio = config.audio_config
-    window = getattr(audio, "n_window", None)
-    columns = 2 * window if window else 2 * getattr(audio, "max_source_positions", 8)
-    features = torch.zeros(1, audio.num_mel_bins, columns)
-    return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
-
-
-def smallest_chunk(config: Any) -> MediaData:
-    """Eight columns, which become a row."""
-    audio = config.audio_config
-    samples = torch.tensor([audio.samples_per_token])
-    return {"input_features": torch.zeros(1, audio.feature_size, 8), "chunk_sample_lengths": samples}
-
-
-def smallest_frame(config: Any) -> MediaData:
-    features = torch.zeros(1, 1, config.audio_config.audio_embed_dim)
-    return {"input_features": features, "input_features_mask": torch.ones(1, 1, dtype=torch.bool)}
-
-
-def smallest_place(config: Any) -> MediaData:
-    pixels = torch.zeros(1, 3 * config.vision_config.model_patch_size**2)
-    return {"pixel_values": pixels, "image_position_ids": torch.zeros(1, 2, dtype=torch.long)}
-
-
-def smallest_square_grid(config: Any) -> MediaData:
-    side = round(1 / config.downsample_ratio)
-    return torch.zeros(1, side, side, config.vision_config.patch_dim)
-
-
-def smallest_patch(config: Any) -> MediaData:
-    vision = config.vision_config
-    return torch.zeros(1, vision.temporal_patch_size, vision.patch_size, vision.patch_size, vision.num_channels)
-
-
-def smallest_merged(config: Any) -> MediaData:
-    vision = config.vision_config
-    pixels = torch.zeros(1, 2, 2, vision.num_channels * vision.patch_size**2)
-    return {"pixel_values": pixels, "merge_sizes": torch.tensor(2)}
-
-
-def smallest_pooled(config: Any) -> MediaData:
-    vision = config.vision_config
-    values = vision.num_channels * vision.patch_size**2
-    made = {"pixel_values": torch.zeros(1, vision.num_position_embeddings, values)}
-    for name, grid in (("image", (1, 1, 0, 0)), ("video", (1, 1, 1))):
-        made[f"{name}_token_pooling"], made[f"{name}_grids"] = torch.zeros(1, 1, dtype=torch.long), torch.tensor(grid)
-    return made
-
-
-def smallest_filled(config: Any) -> MediaData:
-    """One tile, and zeros."""
-    vision = config.vision_config
-    present = torch.zeros(vision.max_num_tiles, dtype=torch.long)
-    present[0] = 1
-    pixels = torch.zeros(vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": pixels, "aspect_ratio_ids": torch.tensor(1), "aspect_ratio_mask": present}
-
-
-def smallest_indicated(config: Any) -> MediaData:
-    side = config.vision_config.image_size
-    return {"pixel_values": torch.zeros(1, 3, side, side), "indicators": torch.tensor([0, -1])}
-
-
-def smallest_square(config: Any) -> MediaData:
-    vision, side = config.vision_config, config.vision_config.pooling_kernel_size
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    return {"pixel_values": torch.zeros(side**2, 3 * vision.patch_size**2), "image_position_ids": places}
-
-
-def smallest_pair(config: Any) -> MediaData:
-    sides = (config.vision_config.image_size, config.high_res_vision_config.image_size)
-    names = ("pixel_values", "high_res_pixel_values")
-    return {name: torch.zeros(3, side, side) for name, side in zip(names, sides, strict=True)}
-
-
 def hunyuan_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
     """Each line of rows ends with one more, and two stand around the image."""
     side = config.vision_config.spatial_merge_size
@@ -462,20 +384,3 @@ def ernie_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
     vision = config.vision_config
     steps = grid[0] // vision.temporal_merge_size if kind == "video" else grid[0]
     return steps * grid[1] * grid[2] // vision.spatial_merge_size**2
-
-
-def smallest_tile(config: Any) -> MediaData:
-    vision, side = config.vision_config, config.downsample_factor
-    return {
-        "pixel_values": torch.zeros(1, side**2, vision.num_channels * vision.patch_size**2),
-        "spatial_shapes": torch.full((1, 2), side),
-        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.int32),
-    }
-
-
-def smallest_crops(config: Any) -> MediaData:
-    vision = config.vision_config
-    size = torch.full((2,), vision.image_size)
-    crops = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size)
-    pixels = torch.zeros(crops, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": pixels, "image_sizes": size}
