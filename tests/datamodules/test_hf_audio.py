@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import ProcessorMixin, VoxtralProcessor
+from transformers import Dots3NoteFeatureExtractor, Dots3NoteProcessor, ProcessorMixin, VoxtralProcessor
 
 from bigmac_lightning.contracts.batch import Batch
 from bigmac_lightning.datamodules import (
@@ -222,6 +222,10 @@ def test_processors_that_cannot_plan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"with Gemma4Processor: Gemma4AudioFeatureExtractor does not work like Whi"):
         gemma.plan(*_sound(1.0))
     omni = SOUND_PROCESSORS["qwen2_5_omni_thinker"]()
+    made = Dots3NoteFeatureExtractor(feature_size=8)
+    dots = Dots3NoteProcessor(omni.image_processor, omni.tokenizer, omni.video_processor, made)
+    with pytest.raises(ValueError, match=r"with Dots3NoteProcessor: it makes no mask that tells a sound from padding"):
+        HFAudio(dots).plan(*_sound(1.0))
     omni.load_audio_from_video = True
     with pytest.raises(ValueError, match=r"Qwen2_5OmniProcessor has load_audio_from_video, .* as an item of its own"):
         MultimodalDataModule([], processor=omni)
