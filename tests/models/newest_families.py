@@ -246,7 +246,7 @@ NEWEST: dict[str, Model] = {
                 "patch_size": 2,
                 "pooling_kernel_size": 2,
                 "mm_embed_dim": 16,
-                "mm_posemb_size": 8,
+                "mm_posemb_size": 80,
                 "output_proj_dims": 16,
             },
             audio_config={"audio_embed_dim": 8},
