@@ -1239,6 +1239,13 @@ FAULTS = [
         "tests/models/test_sweep.py -k granite4_vision",
     ),
     Fault(
+        "features for layers are left out where the LLM takes none",
+        "models/multimodal_lm.py",
+        "if encoder.levels - 1 > len(llm.layers_with_features):",
+        "if encoder.levels < 1:",
+        "tests/models/test_family_inputs.py -k take_none",
+    ),
+    Fault(
         "a config with an infinite limit cannot be exported",
         "models/export.py",
         'return float(made["__float__"]) if made.keys() == {"__float__"} else made',

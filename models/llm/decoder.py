@@ -60,6 +60,7 @@ class HFDecoder(HFComponent, LanguageModel):
     Attributes:
         config: its transformers config.
         source: the folder that its weights are read from; ``None``: they are drawn.
+        layers_with_features: the layers that take features besides the embeddings.
     """
 
     exact_extras = (ROUTER_LOSS,)
@@ -124,7 +125,7 @@ class HFDecoder(HFComponent, LanguageModel):
         self._cross = CrossAttention(self.config, decoder, attn_implementation) if self.attends_to_features else None
         deepstack = None if family is None else family.deepstack
         self._deepstack = deepstack or FIRST_LAYERS
-        self._deep_layers = range(self.num_layers) if deepstack is None else deepstack.layers(self.config)
+        self.layers_with_features = () if deepstack is None else tuple(deepstack.layers(self.config))
         if fused_loss:
             check_plain(whole, self._names)
         self.refuses_packing, self._needs_masks = self._find_packing(decoder)
@@ -361,7 +362,7 @@ class HFDecoder(HFComponent, LanguageModel):
         shapes = self._handed_on.shapes(layer, rows, self.width)
         if self._cross is not None:
             shapes |= self._cross.shapes(layer, media_rows, self.width)
-        elif media_rows and (left := sum(k >= layer for k in self._deep_layers[: levels - 1])):
+        elif media_rows and (left := sum(k >= layer for k in self.layers_with_features[: levels - 1])):
             shapes["features"] = (left, media_rows, self.width)
         if self._routers is not None:
             shapes[ROUTER_LOSS] = (2, self._routers.experts)
@@ -382,7 +383,9 @@ class HFDecoder(HFComponent, LanguageModel):
         if features is not None and features.shape[1] and self._cross is not None:
             further.update(self._cross.arguments(features, inputs, layers, extras))
         elif features is not None and features.shape[1]:  # a slice may have no rows of them
-            given, left = self._deepstack.take(self._deep_layers, layers, features, inputs["media_positions"], h_BSD)
+            given, left = self._deepstack.take(
+                self.layers_with_features, layers, features, inputs["media_positions"], h_BSD
+            )
             further.update(given)
             if len(left):
                 extras["features"] = left
