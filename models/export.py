@@ -1,5 +1,6 @@
 """Writes the tensors of a trained `MultimodalLM` as a folder that `transformers` loads, with the library's own code."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from . import meta_model
 from .lora import ALPHA, adapters_in, fold_lora
@@ -17,6 +18,15 @@ OTHERS = "other_components.safetensors"
 """The file for tensors that are no part of the Hugging Face model."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json", "config.json")
 """The files of a source folder that are written anew, or that hold old weights."""
+
+
+def _config_of(json_of_config: dict[str, Any]) -> PreTrainedConfig:
+    """The config of its JSON, in which the library writes a dict for an infinite number."""
+
+    def number(made: dict[str, Any]) -> Any:
+        return float(made["__float__"]) if made.keys() == {"__float__"} else made
+
+    return AutoConfig.for_model(**json.loads(json.dumps(json_of_config), object_hook=number))
 
 
 def export(
@@ -45,7 +55,7 @@ def export(
     """
     copied = [] if source is None else files_to_copy(source)
     _check_empty(output)
-    whole = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager")
+    whole = meta_model.build_on_meta(_config_of(config), "eager")
     expected = whole.state_dict().keys()
     state: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -108,7 +118,7 @@ def export_adapters(
             "--adapters, and weights and adapters are written together"
         )
     _check_empty(output)
-    expected = meta_model.build_on_meta(AutoConfig.for_model(**config), "eager").state_dict().keys()
+    expected = meta_model.build_on_meta(_config_of(config), "eager").state_dict().keys()
     ranks, alphas, adapters = dict[str, int](), dict[str, int](), dict[str, Tensor]()
     for layer, side, tensor in adapters_in(tensors):
         (component,) = (component for component in lora if layer.startswith(f"{component}."))

@@ -14,8 +14,16 @@ from transformers import PreTrainedConfig
 from bigmac_lightning.contracts.batch import MediaData
 
 from . import family_items as items
+from . import smallest_items
 from .family_items import Encode
-from .llm.image_masks import gemma3_masks, gemma4_masks, masks_of_all_images, masks_of_prompts
+from .llm.deepstack import FIRST_LAYERS, NAMED_LAYERS, Deepstack
+from .llm.image_masks import (
+    gemma3_masks,
+    gemma4_masks,
+    masks_of_all_images,
+    masks_of_each_image,
+    masks_of_prompts,
+)
 
 
 def _always(config: Any) -> bool:
@@ -46,7 +54,7 @@ class Family:
 
     Attributes:
         image, video, audio: encodes images, videos, sounds; ``None``: the family takes none.
-        deepstack: whether the first layers of the LLM take features of their own.
+        deepstack: which layers of the LLM take features of their own, and how; ``None``: none do.
         multimodal_positions: whether rotary positions have temporal, height and width parts (M-RoPE).
         takes_text_positions: whether the LLM takes text positions before these parts, by which it keeps packed samples
             apart.
@@ -58,6 +66,7 @@ class Family:
         sees_both_ways: says of the model's config whether such masks are used.
         sees_around_images: whether tokens around an image take part in this. Then ``inputs["token_type_ids"]`` has to
             say which tokens these are (Molmo 2).
+        alone: whether each patch of an image is encoded alone.
         calls_vary: whether parts of the tower run more often for some images than for others.
         joined: the number of patches, or of frames of a sound, that become a row of features, where no config says it.
         rows: the number of rows of a grid (t, h, w) of patches, where it is not t * h * w / side**2: a function of the
@@ -71,7 +80,7 @@ class Family:
     image: Encode | None = None
     video: Encode | None = None
     audio: Encode | None = None
-    deepstack: bool = False
+    deepstack: Deepstack | None = None
     multimodal_positions: bool = False
     takes_text_positions: bool = True
     image_masks: Callable[[Any, Tensor, dict[str, Tensor]], Any] | None = None
@@ -81,12 +90,13 @@ class Family:
     adds_features: bool = False
     crosses: bool = False
     mixes_shapes: bool = False
+    alone: bool = False
     calls_vary: bool = False
     joined: int | None = None
     rows: Callable[[Any, str, Sequence[int]], int] | None = None
     vision_tokens: tuple[str, ...] = ()
     smallest: Callable[[Any], MediaData] | None = None
-    smallest_sound: Callable[[Any], MediaData] = items.smallest_sound
+    smallest_sound: Callable[[Any], MediaData] = smallest_items.sound
     refused: Callable[[Any], str] = _never
 
     @property
@@ -98,7 +108,7 @@ class Family:
 
 
 _QWEN2 = Family(items.patches, items.patches, mixes_shapes=True, multimodal_positions=True)
-_QWEN3 = replace(_QWEN2, deepstack=True)
+_QWEN3 = replace(_QWEN2, deepstack=FIRST_LAYERS)
 _PATCHES = Family(items.patches, mixes_shapes=True)
 _GLM = replace(_PATCHES, multimodal_positions=True)
 _OMNI = Family(
@@ -126,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4_5": replace(_PATCHES, video=items.patches),
     "kimi_k25": replace(_PATCHES, image=items.square_patches),
     "lfm3_vl": _PATCHES,
-    "lfm2_vl": Family(items.padded_patches, smallest=items.smallest_tile),
+    "lfm2_vl": Family(items.padded_patches, smallest=smallest_items.tile),
     "aya_vision": Family(items.crops),
     "cohere2_vision": Family(items.crops),
     "llava": Family(items.crops),
@@ -134,8 +144,20 @@ FAMILIES: dict[str, Family] = {
     "deepseek_vl": Family(items.crops),
     "janus": Family(items.crops),
     "got_ocr2": Family(items.crops, joined=16),
+    "pp_chart2table": Family(items.crops, joined=16),
+    "dots3_note": Family(
+        items.patches,
+        items.patches,
+        items.sounds(items.chunked_sound, "chunk_sample_lengths"),
+        mixes_shapes=True,
+        smallest_sound=smallest_items.chunk,
+    ),
+    "muse_spark": Family(items.patches, items.patches, mixes_shapes=True),
+    "nemotron_h_omni": Family(items.flat_patches, mixes_shapes=True, smallest=smallest_items.square_grid),
+    "inkling_mm_model": Family(items.patches_alone, joined=1, alone=True, smallest=smallest_items.patch),
+    "unlimited_ocr": Family(items.with_local_crops, joined=16, calls_vary=True),
     "qianfan_ocr": Family(items.crops),
-    "llava_next": Family(items.cut_into_crops, smallest=items.smallest_crops),
+    "llava_next": Family(items.cut_into_crops, smallest=smallest_items.crops),
     "llava_onevision": Family(items.any_resolution, items.pooled_video),
     "internvl": Family(items.crops, items.crops),
     "mistral3": Family(items.sized),
@@ -143,16 +165,16 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,
     "smolvlm": _SMOLVLM,
-    "llava_next_video": Family(items.cut_into_crops, items.pooled_video, smallest=items.smallest_crops),
+    "llava_next_video": Family(items.cut_into_crops, items.pooled_video, smallest=smallest_items.crops),
     "video_llava": Family(items.crops, items.pooled_video),
     "perception_lm": Family(items.batched_crops, items.batched_crops),
     "aria": Family(items.masked, joined=10),
     "deepseek_ocr2": Family(items.with_local_crops, joined=16, calls_vary=True),
     "step3p7": Family(items.with_local_crops, joined=16, calls_vary=True),
-    "deepseek_vl_hybrid": Family(items.two_resolutions, smallest=items.smallest_pair),
+    "deepseek_vl_hybrid": Family(items.two_resolutions, smallest=smallest_items.pair),
     "minicpmv4_6": _STRIPS,
     "minicpm_ocr": replace(_STRIPS, joined=4),
-    "video_llama_3": Family(items.merged_patches, items.merged_patches, smallest=items.smallest_merged),
+    "video_llama_3": Family(items.merged_patches, items.merged_patches, smallest=smallest_items.merged),
     "cohere_compass": _QWEN3,
     "minimax_m3_vl": Family(items.patches, items.patches, mixes_shapes=True),
     "cosmos3_edge": _QWEN2,
@@ -167,11 +189,12 @@ FAMILIES: dict[str, Family] = {
         sees_around_images=True,
         adds_features=True,
         joined=4,
-        smallest=items.smallest_pooled,
+        smallest=smallest_items.pooled,
     ),
-    "mllama": Family(items.filled_tiles, crosses=True, smallest=items.smallest_filled),
-    "ovis2": Family(items.with_indicators, smallest=items.smallest_indicated),
-    "granite_docling": Family(items.tiles, deepstack=True),
+    "mllama": Family(items.filled_tiles, crosses=True, smallest=smallest_items.filled),
+    "ovis2": Family(items.with_indicators, smallest=smallest_items.indicated),
+    "granite_docling": Family(items.tiles, deepstack=FIRST_LAYERS),
+    "granite4_vision": Family(items.crops_for_layers, deepstack=NAMED_LAYERS, smallest=smallest_items.crops),
     "hunyuan_vl": replace(_GLM, rows=items.hunyuan_rows, takes_text_positions=False),
     "ernie4_5_vl_moe": replace(
         _QWEN2,
@@ -180,7 +203,7 @@ FAMILIES: dict[str, Family] = {
         vision_tokens=tuple(f"{kind}_{token}" for kind in ("image", "video") for token in _VISION_TOKENS),
     ),
     "qwen2_5_omni_thinker": _OMNI,
-    "qwen3_omni_moe_thinker": replace(_OMNI, deepstack=True),
+    "qwen3_omni_moe_thinker": replace(_OMNI, deepstack=FIRST_LAYERS),
     "qwen2_audio": Family(audio=items.sounds(items.qwen2_sound), joined=2),
     "audioflamingo3": Family(audio=items.sounds(items.masked_sound), joined=2),
     "voxtral": Family(audio=items.sounds(items.sound_windows), joined=4),
@@ -190,8 +213,8 @@ FAMILIES: dict[str, Family] = {
         items.phi4_images,
         audio=items.phi4_sounds,
         joined=4,
-        smallest=items.smallest_phi4_image,
-        smallest_sound=items.smallest_phi4_sound,
+        smallest=smallest_items.phi4_image,
+        smallest_sound=smallest_items.phi4_sound,
         refused=_phi4_refused,
     ),
     "paligemma": Family(items.crops, image_masks=masks_of_prompts, sees_prompts=True),
@@ -201,7 +224,18 @@ FAMILIES: dict[str, Family] = {
         items.padded_frames,
         image_masks=gemma4_masks,
         sees_both_ways=_gemma4_sees_both_ways,
-        smallest=items.smallest_square,
+        smallest=smallest_items.square,
+    ),
+    "gemma4_unified": Family(
+        items.padded_images,
+        items.padded_frames,
+        items.sounds(items.framed_sound),
+        image_masks=masks_of_each_image,
+        sees_both_ways=_gemma4_sees_both_ways,
+        alone=True,
+        joined=1,
+        smallest=smallest_items.place,
+        smallest_sound=smallest_items.frame,
     ),
 }
 
@@ -210,6 +244,9 @@ FAMILIES: dict[str, Family] = {
 _CROSS = "its LLM attends to images in cross-attention layers, of which only those of Llama 3.2 Vision are known here"
 _TWO_PARTS = "its text has an encoder and a decoder, and stages here are those of a decoder"
 _TOKEN_EMBEDDINGS = "its layers take embeddings of the token ids of their own, beside the hidden states"
+_WEIGHTS_BESIDE = "its decoder has weights beside embedding, layers and final norm"
+_VOCABULARY = "its images become tokens of its vocabulary, so there are no features to train"
+_PLACES = "its decoder adds embeddings of places to what it gets, which every stage would do again"
 _TALKER = (
     "it is a thinker with a talker. Save its thinker, {0}.from_pretrained(DIR).save_pretrained(OUT), and start from OUT"
 )
@@ -222,19 +259,23 @@ REFUSED = {
     "gemma3n": "embeddings of the tokens around its images and sounds belong to its towers; its decoder alone can be "
     "trained, as HFDecoder(config.get_text_config())",
     "qwen4_exp": _TOKEN_EMBEDDINGS,
-    "gemma4_unified": "it has no tower: its patches are projected one by one, and no encoder here does that",
     "mistral_large4": "its rotary embedding has weights, which all stages would have to share",
-    "inkling2": "its decoder has weights beside embedding, layers and final norm",
-    "inkling2_loop": "its decoder has weights beside embedding, layers and final norm",
+    "inkling2": _WEIGHTS_BESIDE,
+    "inkling2_loop": _WEIGHTS_BESIDE,
+    "hy_v4_vl": _WEIGHTS_BESIDE,
+    "glm5_next": "its layers hand on several streams of hidden states, and which tokens attention has chosen",
+    "kosmos-2": _PLACES,
+    "kosmos-2.5": _PLACES,
+    "diffusion_gemma": "it makes whole blocks of text out of noise, and losses here are those of the next token",
+    "pp_formulanet": _CROSS,
+    "apertus1p5": _VOCABULARY,
     "minicpmv4_7": "its positions depend on where an image's slices lie, which batches here do not say",
-    "granite4_vision": "its images have features for layers that its config names, "
-    "and these need not be the first ones",
     "fast_vlm": "its tower is one of the package timm, with which nothing here has been tested",
     "blip-2": "its LLM is OPT or T5, and neither can be cut",
     "instructblip": "its tower reads the text of the question, which the encoders here do not get",
     "instructblipvideo": "its tower reads the text of the question, which the encoders here do not get",
     "git": "its images come before the text, without tokens that features could replace",
-    "chameleon": "its images become tokens of its vocabulary, so there are no features to train",
+    "chameleon": _VOCABULARY,
     "shieldgemma2": "it classifies images, and writes no text",
     "musicflamingo": "its tower reads the token ids around a sound, which the encoders here do not get",
     "granite_speech": "its LLM has adapters that work only where there are sounds",

@@ -1,7 +1,7 @@
 """How media items become the arguments of the `get_*_features` of vision- and audio-language models.
 
-What a family does with its items is one function here, and where it needs one, another function that makes a small item
-of the model's config. The table of families is in families.py.
+What a family does with its items is one function here. The table of families is in families.py, and smallest_items.py
+makes small items.
 
 Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM, W
 windows of a sound, F frames of a window, R rows of a window.
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from bigmac_lightning.contracts.batch import MediaData
+
+from .llm.deepstack import named_layers
 
 Encode = Callable[[Any, Sequence[Any]], Any]
 """Makes of the base model (tower, projector) and of items the output of its `get_*_features`."""
@@ -36,6 +37,20 @@ def video_patches(base: Any, items: Sequence[Tensor]) -> Any:
 def _on_grid(items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([item.shape[:3] for item in items], device=items[0].device)
     return torch.cat([item.flatten(0, 2) for item in items]), grid
+
+
+def flat_patches(base: Any, items: Sequence[Tensor]) -> Any:
+    """As `patches`, of images with t = 1 alone."""
+    base.vision_model.config.dtype = base.dtype  # to which the model converts pixels
+    pixels, grid = _on_grid(items)
+    return base.get_image_features(pixels, grid[:, 1:], return_dict=True)
+
+
+def patches_alone(base: Any, items: Sequence[Tensor]) -> Any:
+    """Items have the shape (T, frames, side, side, C): the patches of an image, each of which becomes a row."""
+    out = base.get_image_features(torch.cat(list(items)), return_dict=True)
+    out.pooler_output = out.pooler_output.flatten(0, 1).split([len(item) for item in items])
+    return out
 
 
 def square_patches(base: Any, items: Sequence[Tensor]) -> Any:
@@ -119,6 +134,15 @@ def cut_into_crops(base: Any, items: Sequence[MediaData]) -> Any:
     return base.get_image_features(pixels, _sizes(items), return_dict=True)
 
 
+def crops_for_layers(base: Any, items: Sequence[MediaData]) -> Any:
+    """As `cut_into_crops`, where layers of the LLM take all features, and the embeddings are zero."""
+    out = cut_into_crops(base, items)
+    by_layer = dict(out.deepstack_features)  # of several for a layer the model takes the last
+    out.deepstack_features = [by_layer[layer] for layer in named_layers(base.config)]
+    out.pooler_output = [torch.zeros_like(rows) for rows in next(iter(by_layer.values()))]
+    return out
+
+
 def pooled_video(base: Any, items: Sequence[Tensor]) -> Any:
     """Items have the shape (frames, C, H, W)."""
     return base.get_video_features(torch.stack(list(items)), return_dict=True)
@@ -151,12 +175,15 @@ def strips(base: Any, items: Sequence[MediaData]) -> Any:
 
 def with_local_crops(base: Any, items: Sequence[MediaData]) -> Any:
     """Items have the shape (C, H, W), or are dicts: such "pixel_values" of the whole image, and "pixel_values_local" of
-    its crops, (crops, C, h, w), if it has any."""
+    its crops, (crops, C, h, w), if it has any. Unlimited-OCR also needs "patches_grid", (2,), which says how many crops
+    lie across and down."""
     local = [None if isinstance(item, Tensor) else item.get("pixel_values_local") for item in items]
     given = [crops for crops in local if crops is not None and len(crops)]
     pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
     numbers = [0 if crops is None else len(crops) for crops in local]
-    return base.get_image_features(pixels, torch.cat(given) if given else None, numbers, return_dict=True)
+    grids = [[] if isinstance(item, Tensor) else item.get("patches_grid", torch.tensor([])).tolist() for item in items]
+    further = {"patches_grid": grids} if any(grids) else {}
+    return base.get_image_features(pixels, torch.cat(given) if given else None, numbers, **further, return_dict=True)
 
 
 def two_resolutions(base: Any, items: Sequence[MediaData]) -> Any:
@@ -245,20 +272,23 @@ def projected_later(base: Any, items: Sequence[Tensor]) -> Any:
     return out
 
 
-def sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor]) -> Encode:
+def sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor], lengths: str = "input_features_mask") -> Encode:
     """Encodes each sound alone, because the library returns the rows of several sounds without their borders.
 
     Items are dicts: "input_features" of the shape (windows, bands, columns), the spectrograms of a sound's windows, and
-    "input_features_mask", (windows, columns), which tells them from padding.
+    what tells them from padding, which is "input_features_mask" (windows, columns) if not said otherwise.
+
+    Args:
+        lengths: the name of what tells a sound from padding.
     """
 
     def encode(base: Any, items: Sequence[MediaData]) -> Any:
         rows = list[Tensor]()
         for item in items:
-            if isinstance(item, Tensor) or "input_features_mask" not in item:
+            if isinstance(item, Tensor) or lengths not in item:
                 raise ValueError(
-                    'this model needs sounds as {"input_features": ..., "input_features_mask": ...}, as its processor '
-                    "makes them"
+                    f'this model needs sounds as {{"input_features": ..., "{lengths}": ...}}, as its processor makes '
+                    "them"
                 )
             rows.append(rows_of(base, item))
         return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
@@ -273,6 +303,18 @@ def masked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
 
 def sound_windows(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
     return base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
+
+
+def chunked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    """ "chunk_sample_lengths" (windows,) says how many samples of the waveform each window has."""
+    lengths = sound["chunk_sample_lengths"]
+    return base.get_audio_features(sound["input_features"], lengths, return_dict=True).pooler_output
+
+
+def framed_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
+    """ "input_features" (1, frames, samples) are those of the waveform, and "input_features_mask" is (1, frames)."""
+    rows_WRD = base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
+    return rows_WRD[sound["input_features_mask"].bool()]
 
 
 def omni_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
@@ -380,73 +422,6 @@ def _sizes(items: Sequence[MediaData]) -> Tensor:
     return torch.stack([size.to(pixels_of(items[0]).device) for size in sizes])
 
 
-def smallest_sound(config: Any) -> MediaData:
-    """A short sound; a full window if the tower takes no other length."""
-    audio = config.audio_config
-    window = getattr(audio, "n_window", None)
-    columns = 2 * window if window else 2 * getattr(audio, "max_source_positions", 8)
-    features = torch.zeros(1, audio.num_mel_bins, columns)
-    return {"input_features": features, "input_features_mask": torch.ones(1, columns, dtype=torch.long)}
-
-
-def smallest_merged(config: Any) -> MediaData:
-    vision = config.vision_config
-    pixels = torch.zeros(1, 2, 2, vision.num_channels * vision.patch_size**2)
-    return {"pixel_values": pixels, "merge_sizes": torch.tensor(2)}
-
-
-def smallest_pooled(config: Any) -> MediaData:
-    vision = config.vision_config
-    values = vision.num_channels * vision.patch_size**2
-    made = {"pixel_values": torch.zeros(1, vision.num_position_embeddings, values)}
-    for name, grid in (("image", (1, 1, 0, 0)), ("video", (1, 1, 1))):
-        made[f"{name}_token_pooling"], made[f"{name}_grids"] = torch.zeros(1, 1, dtype=torch.long), torch.tensor(grid)
-    return made
-
-
-def smallest_filled(config: Any) -> MediaData:
-    """One tile, and zeros."""
-    vision = config.vision_config
-    present = torch.zeros(vision.max_num_tiles, dtype=torch.long)
-    present[0] = 1
-    pixels = torch.zeros(vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": pixels, "aspect_ratio_ids": torch.tensor(1), "aspect_ratio_mask": present}
-
-
-def smallest_indicated(config: Any) -> MediaData:
-    side = config.vision_config.image_size
-    return {"pixel_values": torch.zeros(1, 3, side, side), "indicators": torch.tensor([0, -1])}
-
-
-def smallest_square(config: Any) -> MediaData:
-    vision, side = config.vision_config, config.vision_config.pooling_kernel_size
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    return {"pixel_values": torch.zeros(side**2, 3 * vision.patch_size**2), "image_position_ids": places}
-
-
-def smallest_phi4_image(config: Any) -> MediaData:
-    """The whole picture, and one crop."""
-    vision = config.vision_config
-    side = vision.crop_size
-    patches = side // vision.patch_size
-    return {
-        "pixel_values": torch.zeros(2, vision.num_channels, side, side),
-        "image_sizes": torch.full((2,), side),
-        "image_attention_mask": torch.ones(2, patches, patches, dtype=torch.long),
-    }
-
-
-def smallest_phi4_sound(config: Any) -> MediaData:
-    audio = config.audio_config
-    return {"input_features": torch.zeros(audio.time_reduction, audio.input_size), "beside_images": torch.tensor(False)}
-
-
-def smallest_pair(config: Any) -> MediaData:
-    sides = (config.vision_config.image_size, config.high_res_vision_config.image_size)
-    names = ("pixel_values", "high_res_pixel_values")
-    return {name: torch.zeros(3, side, side) for name, side in zip(names, sides, strict=True)}
-
-
 def hunyuan_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
     """Each line of rows ends with one more, and two stand around the image."""
     side = config.vision_config.spatial_merge_size
@@ -458,20 +433,3 @@ def ernie_rows(config: Any, kind: str, grid: Sequence[int]) -> int:
     vision = config.vision_config
     steps = grid[0] // vision.temporal_merge_size if kind == "video" else grid[0]
     return steps * grid[1] * grid[2] // vision.spatial_merge_size**2
-
-
-def smallest_tile(config: Any) -> MediaData:
-    vision, side = config.vision_config, config.downsample_factor
-    return {
-        "pixel_values": torch.zeros(1, side**2, vision.num_channels * vision.patch_size**2),
-        "spatial_shapes": torch.full((1, 2), side),
-        "pixel_attention_mask": torch.ones(1, side**2, dtype=torch.int32),
-    }
-
-
-def smallest_crops(config: Any) -> MediaData:
-    vision = config.vision_config
-    size = torch.full((2,), vision.image_size)
-    crops = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size)
-    pixels = torch.zeros(crops, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": pixels, "image_sizes": size}

@@ -167,9 +167,15 @@ def names_of(whole: Any) -> Names:
             f"{type(whole).__name__} (model_type {whole.config.model_type!r}) cannot be cut into stages: its decoder "
             f"has no {', '.join(missing)}; choose a decoder-only model such as qwen3, llama or mistral"
         )
-    output = path_of(whole.get_output_embeddings(), whole)
+    output = path_of(output_layer(whole), whole)
     first, last = (tuple(_inside(decoder, names)) for names in (WITH_EMBEDDING, WITH_NORM))
     return Names(path_of(decoder, whole), embeddings[0], norms[0], output, first, last)
+
+
+def output_layer(whole: Any) -> Any:
+    """The output layer of a model, or of the language model that is its decoder (Nemotron Omni)."""
+    output = whole.get_output_embeddings()
+    return whole.get_decoder().get_output_embeddings() if output is None else output
 
 
 def _inside(decoder: Any, names: Collection[str]) -> Iterator[str]:
@@ -183,13 +189,13 @@ def _inside(decoder: Any, names: Collection[str]) -> Iterator[str]:
 
 def weights_beside(whole: Any, decoder: Any) -> list[str]:
     """The names of a model's weights that belong neither to its decoder nor to its output layer."""
-    known = {id(p) for part in (decoder, whole.get_output_embeddings()) for p in part.parameters()}
+    known = {id(p) for part in (decoder, output_layer(whole)) for p in part.parameters()}
     return [name for name, parameter in whole.named_parameters() if id(parameter) not in known]
 
 
 def tied_output(whole: Any) -> dict[str, str]:
     """``{name of the output weight: name of the embedding's weight}`` if these are one parameter, else nothing."""
-    output, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
+    output, embedding = output_layer(whole), whole.get_input_embeddings()
     if output.weight is not embedding.weight:
         return {}
     return {f"{path_of(output, whole)}.weight": f"{path_of(embedding, whole)}.weight"}

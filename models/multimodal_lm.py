@@ -98,6 +98,7 @@ class MultimodalLM(PipelineModule):
                     raise ValueError(f"{argument}: {name!r} is no component; there are {self._components()}")
         self._lora_targets = {name: targets_of(self.get_submodule(name), name, s) for name, s in self.lora.items()}
         if isinstance(self.llm, HFDecoder):
+            self._check_levels(self.llm)
             self.llm.check_adapters(self._lora_targets.get("llm", ()))
         for pattern, values in self.optimization.items():
             if unknown := values.keys() - {"learning_rate", "weight_decay"}:
@@ -108,6 +109,20 @@ class MultimodalLM(PipelineModule):
             self.get_submodule(name).requires_grad_(False)  # of such a component only the adapters are trained
         self._freeze()
         self.evaluations = nn.ModuleDict({stage: Evaluation(self.loss_names) for stage in ("val", "test")})
+
+    def _check_levels(self, llm: HFDecoder) -> None:
+        """
+        Raises:
+            ValueError: an encoder makes features for more layers than take some.
+        """
+        for name, encoder in self.encoders.items():
+            assert isinstance(encoder, Encoder)
+            if encoder.levels - 1 > len(llm.layers_with_features):
+                raise ValueError(
+                    f"encoders.{name} makes features for {encoder.levels - 1} layers of its own LLM besides the "
+                    f"embeddings, and the LLM of model_type {llm.config.model_type!r} takes them in "
+                    f"{len(llm.layers_with_features)} layers: take an encoder without these, such as VisionEncoder"
+                )
 
     def _check_patterns(self, argument: str, patterns: Iterable[str]) -> None:
         """

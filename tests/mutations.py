@@ -1309,6 +1309,27 @@ FAULTS = [
         "tests/models/test_sweep.py -k molmo2",
     ),
     Fault(
+        "features for layers go to other layers than the config names",
+        "models/llm/deepstack.py",
+        "here = [k for k in layers if k in stage][: len(features)]",
+        "here = list(stage)[: len(features)]",
+        "tests/models/test_sweep.py -k granite4_vision",
+    ),
+    Fault(
+        "features for layers are left out where the LLM takes none",
+        "models/multimodal_lm.py",
+        "if encoder.levels - 1 > len(llm.layers_with_features):",
+        "if encoder.levels < 1:",
+        "tests/models/test_family_inputs.py -k take_none",
+    ),
+    Fault(
+        "a config with an infinite limit cannot be exported",
+        "models/export.py",
+        'return float(made["__float__"]) if made.keys() == {"__float__"} else made',
+        "return made",
+        "tests/cli/test_export.py -k infinite",
+    ),
+    Fault(
         "ranks with shards of an audio tower run it different numbers of times",
         "models/vision/hf_encoders.py",
         "if self.family is not None and self.family.image is None:\n            return [[i]",

@@ -154,10 +154,7 @@ class HFAudio(MediaProcessor):
         elif type(self.processor).replace_audio_token is ProcessorMixin.replace_audio_token:
             reason = "it does not say which text stands for a sound"
         if reason:
-            raise ValueError(
-                f"sounds cannot be planned with {self._name}: {reason}. Prepare them with a processor of your own, "
-                'media={"audio": ...} (see docs/data.md)'
-            )
+            raise _refused(self.processor, reason)
 
     @cached_property
     def _fills_up(self) -> bool:
@@ -231,11 +228,20 @@ class HFAudio(MediaProcessor):
     ) -> tuple[Tensor, Any, str]:
         """The spectrograms of the windows of the first sound, their mask, and the text that stands for the sound."""
         made, texts = processor._process_audio(list(sounds), **arguments)
-        mask = next(made[name] for name in MASKS if name in made)
+        mask = next((made[name] for name in MASKS if name in made), None)
+        if mask is None:
+            raise _refused(processor, "it makes no mask that tells a sound from padding")
         features = made["input_features"]
         if len(sounds) > 1:  # which the processor fills up, and so does not cut into windows
             features, mask = features[:1], mask[:1]
         return torch.as_tensor(features), torch.as_tensor(mask), texts[0]
+
+
+def _refused(processor: Any, reason: str) -> ValueError:
+    return ValueError(
+        f"sounds cannot be planned with {type(processor).__name__}: {reason}. Prepare them with a processor of your "
+        'own, media={"audio": ...} (see docs/data.md)'
+    )
 
 
 def _no_values(hop: int, waves: np.ndarray, device: str = "cpu") -> np.ndarray:

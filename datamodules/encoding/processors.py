@@ -20,7 +20,9 @@ from .media_processor import Augment, MediaProcessor
 from .phi4_audio import Phi4Audio
 from .template import read_template
 from .visual import TargetProcessor, VisualProcessor
+from .voxtral import VoxtralAudio, fast_tokenizer
 
+VOXTRAL = "VoxtralProcessor"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", DRAW)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -30,13 +32,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """ChatML, with lists of parts as contents."""
-
-REFUSED = {
-    "VoxtralProcessor": "mistral-common makes its tokens, and does not tell which characters each token stands for, so "
-    "replies could not be found. Give a fast tokenizer of the same vocabulary as processor, a chat.template, "
-    'chat.tokens={"audio": "[AUDIO]"}, and media={"audio": ...} with a processor of your own (see docs/data.md)'
-}
-"""Processors that cannot be used, and why."""
 
 
 def byte_tokenizer(modalities: Sequence[str] = ()) -> Any:
@@ -98,8 +93,8 @@ def load_processor(given: Any, trust_remote_code: bool = False, modalities: Sequ
                 said = " ".join(str(error).split())
                 raise ValueError(f"processor={str(given)!r} cannot be loaded: {said}") from error
     processor: Any = given if isinstance(given, ProcessorMixin) else None
-    if reason := REFUSED.get(type(processor).__name__):
-        raise ValueError(f"processor is a {type(processor).__name__}: {reason}")
+    if type(processor).__name__ == VOXTRAL:
+        return fast_tokenizer(processor), processor
     tokenizer: Any = given if processor is None else processor.tokenizer
     if processor is not None and processor.chat_template:
         tokenizer.chat_template = processor.chat_template
@@ -158,6 +153,9 @@ def chat_encoder(
     if chat.template is not None:
         chat = replace(chat, template=read_template(chat.template))
     feature_tokens: dict[str, str] = {}
+    if type(loaded).__name__ == VOXTRAL:  # whose template and tokens are the tokenizer's
+        chat = replace(chat, tokens={**chat.tokens, "audio": loaded.audio_token})
+        media, loaded = {"audio": VoxtralAudio(loaded), **media}, None
     if loaded is not None:
         own = {name: token for name in MODALITIES if (token := placeholder_of(loaded, name))}
         for name, token in chat.tokens.items():

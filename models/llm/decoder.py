@@ -30,6 +30,7 @@ from ..loading import rows_over
 from ..pass_through import PassThrough
 from . import attention, context_parallel, liger, probe_cache, probe_context, probe_cut, probe_packing
 from .cross_attention import CrossAttention
+from .deepstack import FIRST_LAYERS
 from .division import Division
 from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
@@ -37,7 +38,6 @@ from .head import acts_on_each_logit, check_plain, logits_of
 from .image_masks import token_kinds
 from .layer_cost import layer_multiplications, matrix_costs
 from .multimodal_inputs import (
-    deepstack_arguments,
     multimodal_positions,
     position_axes,
     text_positions,
@@ -62,6 +62,7 @@ class HFDecoder(HFComponent, LanguageModel):
     Attributes:
         config: its transformers config.
         source: the folder that its weights are read from; ``None``: they are drawn.
+        layers_with_features: the layers that take features besides the embeddings.
     """
 
     exact_extras = (ROUTER_LOSS,)
@@ -126,6 +127,9 @@ class HFDecoder(HFComponent, LanguageModel):
         self._handed_on = HandedOn(decoder)
         self.attends_to_features = family is not None and family.crosses
         self._cross = CrossAttention(self.config, decoder, attn_implementation) if self.attends_to_features else None
+        deepstack = None if family is None else family.deepstack
+        self._deepstack = deepstack or FIRST_LAYERS
+        self.layers_with_features = () if deepstack is None else tuple(deepstack.layers(self.config))
         if fused_loss:
             check_plain(whole, self._names)
         self.refuses_packing, self._needs_masks = self._find_packing(decoder)
@@ -204,7 +208,7 @@ class HFDecoder(HFComponent, LanguageModel):
             partial(self._division.cut, peers=peers) if divided else rows_over(self.shard_mesh),
         )
         if tie:
-            whole.get_output_embeddings().weight = whole.get_input_embeddings().weight
+            meta_model.output_layer(whole).weight = whole.get_input_embeddings().weight
         meta_model.drop_parameters_beside_decoder(whole, self._names)
         if not embedding:
             for name in (self._names.embedding, *self._names.with_embedding):
@@ -278,7 +282,7 @@ class HFDecoder(HFComponent, LanguageModel):
             raise ValueError(f"lora: fused_loss needs {output} without an adapter: leave out one of the two")
 
     def parameters_of(self, layers: Collection[int], embedding: bool, head: bool) -> Iterator[nn.Parameter]:
-        decoder, output = self._decoder, self._whole.get_output_embeddings()
+        decoder, output = self._decoder, meta_model.output_layer(self._whole)
         parts = [decoder.layers[k] for k in sorted(layers)]
         names = self._names
         first, last = (names.embedding, *names.with_embedding), (names.norm, *names.with_norm)
@@ -362,8 +366,8 @@ class HFDecoder(HFComponent, LanguageModel):
         shapes = self._handed_on.shapes(layer, rows, self.width, self._division.tensor_ranks)
         if self._cross is not None:
             shapes |= self._cross.shapes(layer, media_rows, self.width)
-        elif media_rows and levels - 1 > layer:
-            shapes["features"] = (levels - 1 - layer, media_rows, self.width)
+        elif media_rows and (left := sum(k >= layer for k in self.layers_with_features[: levels - 1])):
+            shapes["features"] = (left, media_rows, self.width)
         if self._routers is not None:
             shapes[ROUTER_LOSS] = (2, self._routers.experts)
         return shapes
@@ -383,9 +387,12 @@ class HFDecoder(HFComponent, LanguageModel):
         if self._cross is not None:
             further.update(self._cross.arguments(features, inputs, layers, extras, self._cache))
         elif features is not None and features.shape[1]:  # a slice may have no rows of them
-            further.update(deepstack_arguments(features, inputs["media_positions"], h_BSD, layers))
-            if len(features) > len(layers):
-                extras["features"] = features[len(layers) :]
+            given, left = self._deepstack.take(
+                self.layers_with_features, layers, features, inputs["media_positions"], h_BSD
+            )
+            further.update(given)
+            if len(left):
+                extras["features"] = left
         recording = recorded_logits(self._decoder, layers if self._routers is not None else range(0))
         stage = self._stage(layers)
         whole_rows = context_parallel.whole_rows(self._exchange, stage.shell, h_BSD, inputs)
@@ -474,7 +481,7 @@ class HFDecoder(HFComponent, LanguageModel):
     def fused_loss(self, h_LD: Tensor, labels: Tensor) -> Tensor | None:
         if not self._fused or not len(labels):  # a slice may have none, and kernels want some
             return None
-        output = self._whole.get_output_embeddings()
+        output = meta_model.output_layer(self._whole)
         if (own := self._division.vocabulary) is not None:
             return fused_token_loss(h_LD, output.weight.to_local(), labels, own.gradients)
         gradients = liger.liger_gradients if self._fused == "liger" else chunked_gradients

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from ..meta_model import Names
+from ..meta_model import Names, output_layer
 from ..pass_through import PassThrough
 from .stage import shell_of
 
@@ -38,7 +38,7 @@ def check_plain(whole: Any, names: Names) -> None:
     with torch.no_grad(), torch.device("cpu"):
         h_LD = torch.linspace(-9, 9, 8, dtype=torch.float32)[None]
         bare = _without_output(whole, names)
-        if whole.get_output_embeddings().bias is None and torch.equal(logits_of(bare, names, h_LD), h_LD):
+        if output_layer(whole).bias is None and torch.equal(logits_of(bare, names, h_LD), h_LD):
             return
     raise ValueError(
         f"fused_loss: the logits of model_type {whole.config.model_type!r} are not those of its output weight "
@@ -49,7 +49,7 @@ def check_plain(whole: Any, names: Names) -> None:
 def acts_on_each_logit(whole: Any, names: Names) -> bool:
     """Whether a model does to each logit alone whatever it does to them, so that it may get a part of them."""
     with torch.no_grad(), torch.device("cpu"):
-        half = max(1, len(whole.get_output_embeddings().weight) // 2)
+        half = max(1, len(output_layer(whole).weight) // 2)
         logits_LV = torch.linspace(-9, 9, 2 * half, dtype=torch.float32)[None]
         bare = _without_output(whole, names)
         made = logits_of(bare, names, logits_LV)

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gemma4 import modeling_gemma4
 
@@ -38,6 +42,12 @@ def gemma3_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tens
 def gemma4_masks(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
     """As `gemma3_masks`, but only in layers with sliding attention."""
     return _library_masks(modeling_gemma4, config, h_BSD, inputs)
+
+
+def masks_of_each_image(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+    """As `gemma3_masks`, of the forward of Gemma 4 Unified; the library's `generate` gives it the masks of Gemma 4."""
+    blocks = modeling_gemma4.get_block_sequence_ids_for_mask(inputs["token_type_ids"], device=h_BSD.device)
+    return create_masks_for_generate(config.get_text_config(), h_BSD, *_given(inputs), block_sequence_ids=blocks)
 
 
 def masks_of_all_images(config: PreTrainedConfig, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""Inputs of LLMs that treat image tokens in a way of their own: M-RoPE, Gemma 3's two-way images, deepstack features.
+"""Inputs of LLMs that treat image tokens in a way of their own: M-RoPE, and vision tokens.
 
 Every rank computes them from what all ranks have: token ids, text positions and the grids of the media items.
 
@@ -96,22 +96,6 @@ def text_positions(positions: Tensor) -> Tensor:
         f"inputs['position_ids'] has shape {tuple(positions.shape)}: give (B, S), starting anew at each sample of "
         "a row, or (4, B, S): these, then temporal, height and width positions"
     )
-
-
-def deepstack_arguments(features: Tensor, positions_N: Tensor, h_BSD: Tensor, layers: range) -> dict[str, Any]:
-    """The arguments with which Qwen3-VL adds features after each of its first layers. The decoder looks the features up
-    by the index of the layer, so layers of earlier stages get zeros.
-
-    Args:
-        features: the features of the levels that have not been added yet, (levels, N, D).
-        positions_N: the tokens that they belong to, as flat indices into B * S.
-        layers: the layers of the stage.
-    """
-    mask_BS = torch.zeros(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
-    mask_BS.view(-1)[positions_N] = True
-    features = features[: len(layers), positions_N.argsort()]
-    nothing = torch.zeros_like(features[0])
-    return {"visual_pos_masks": mask_BS, "deepstack_visual_embeds": [*[nothing] * layers.start, *features]}
 
 
 def _without_sounds(config: Any, ids_BS: Tensor) -> Tensor:

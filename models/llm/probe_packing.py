@@ -27,7 +27,13 @@ READABLE = ("eager", "sdpa")
 """Attention implementations whose masks are tensors that can be compared here."""
 MIXERS = (nn.Conv1d,)
 """Modules by which tokens see each other whatever a mask says."""
-TYPES = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
+TYPES = (
+    "full_attention",
+    "sliding_attention",
+    "reference_sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+)
 """The types of layers in which tokens see each other as a mask says, wherever in a row they are."""
 MasksOf = Callable[[Any, Tensor, Tensor], Any]
 """Makes of config, embeddings and positions what the decoder takes as its attention mask."""

@@ -64,7 +64,7 @@ class HFVisionEncoder(HFComponent, Encoder):
         self.width: int = self.config.get_text_config().hidden_size
         self._mixes_shapes = self.family.mixes_shapes
         if self.family.deepstack:
-            self.levels = 1 + len(self.config.vision_config.deepstack_visual_indexes)
+            self.levels = 1 + len(self.family.deepstack.layers(self.config))
         whole = self.build_whole()
         self._keep_vision(whole)
         self._hold(whole)
@@ -75,7 +75,6 @@ class HFVisionEncoder(HFComponent, Encoder):
         tower: Any = self.config.audio_config if self.family.image is None else self.config.vision_config
         tower = getattr(tower, "encoder_config", tower)  # what comes after SAM in DeepSeek-OCR 2
         patches = rows * (self.family.joined or _patches_per_row(self.config))
-        depth, width = (_first_of(tower, names) for names in (_DEPTHS, ("hidden_size", "d_model")))
         others = _OTHER_TOWERS if self.family.image is not None else ()
 
         def rows_of(name: str) -> int:
@@ -83,8 +82,12 @@ class HFVisionEncoder(HFComponent, Encoder):
                 return 0
             return rows if _AFTER_MERGING.search(name) else patches
 
+        cost = forward_cost(self, rows_of)
+        if self.family.alone:
+            return cost
+        depth, width = (_first_of(tower, names) for names in (_DEPTHS, ("hidden_size", "d_model")))
         depth += getattr(tower, "num_global_layers", 0)
-        cost = forward_cost(self, rows_of) + attention_cost(width, patches, patches) * depth
+        cost = cost + attention_cost(width, patches, patches) * depth
         return cost.checkpointed(depth, width, patches) if self.gradient_checkpointing else cost
 
     def materialize(self) -> None:
@@ -254,7 +257,7 @@ def encoders_of(tower: HFVisionEncoder) -> dict[str, Encoder]:
     encoders: dict[str, Encoder] = {"image": tower}
     if family.video is not None:
         encoders["video"] = HFVideoEncoder(tower)
-    if family.audio is not None:
+    if family.audio is not None and tower.config.audio_config is not None:
         encoders["audio"] = HFAudioEncoder(tower)
     return encoders
 

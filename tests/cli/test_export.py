@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from safetensors import safe_open
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from bigmac_lightning.commands import export as export_command
-from bigmac_lightning.models import MultimodalLM
+from bigmac_lightning.models import HFDecoder, MultimodalLM
+from bigmac_lightning.models.export import export
 from tests.cli.commands import bigmac, run
-from tests.models import zoo
+from tests.models import more_families, tiny, zoo
 from tests.training.trainers import on_ranks, pipeline_trainer
 
 STEPS = 3
@@ -30,7 +32,7 @@ class ZooData(LightningDataModule):
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
         layout = self.trainer.strategy.pipeline_layout
-        batch = zoo.batch(zoo.MODELS[self.name], False, layout)
+        batch = zoo.batch(zoo.KNOWN[self.name], False, layout)
         return DataLoader([batch] * STEPS, batch_size=None)
 
     val_dataloader = train_dataloader
@@ -39,7 +41,7 @@ class ZooData(LightningDataModule):
 def _train(rank: int, folder: Path, names: list[str], distributed: bool) -> dict[str, dict[str, torch.Tensor]]:
     trained = {}
     for name in names:
-        model = zoo.MODELS[name]
+        model = zoo.KNOWN[name]
         module = MultimodalLM.from_pretrained(str(folder / name), model.attention, learning_rate=1e-2)
         strategy = {"save_distributed_checkpoint": distributed, "partition": PARTITIONS.get(name, "even")}
         trainer = pipeline_trainer(2, strategy, max_steps=STEPS, limit_val_batches=1)
@@ -49,6 +51,11 @@ def _train(rank: int, folder: Path, names: list[str], distributed: bool) -> dict
     return trained
 
 
+def _save(name: str, folder: Path) -> None:
+    zoo.save(name, folder)
+    (folder / name / "preprocessor_config.json").write_text('{"kept": true}')
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Runs with checkpoints of either kind: folder, and weights of each rank by family."""
@@ -56,8 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
     for kind, names in (("directory", list(zoo.MODELS)), ("file", ["qwen3_vl"])):
         folder = tmp_path_factory.mktemp(kind)
         for name in names:
-            zoo.save(name, folder)
-            (folder / name / "preprocessor_config.json").write_text('{"kept": true}')
+            _save(name, folder)
         runs[kind] = folder, on_ranks(2, _train, folder, names, kind == "directory")
     return runs
 
@@ -102,6 +108,16 @@ def test_what_cannot_be_exported(
     assert export_command.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_with_an_infinite_limit(tmp_path: Path) -> None:
+    """JSON has no such number, so the library writes a dict for it."""
+    module = MultimodalLM(HFDecoder(tiny.tiny_config("nemotron_h", output_router_logits=False)))
+    module.configure_model()
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    export(module.state_dict(), checkpoint["hugging_face"]["config"], None, tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").time_step_limit == [0.0, float("inf")]
 
 
 def test_hostile_sources_and_damage(tmp_path: Path) -> None:
@@ -158,15 +174,23 @@ def test_round_trip(kind: str, name: str, trained: dict[str, tuple[Path, Any]], 
     assert keys(tmp_path / name) == keys(folder / name)
     assert json.loads((tmp_path / name / "preprocessor_config.json").read_text()) == {"kept": True}
     # ... and the module's losses are those of the exported model
-    module = MultimodalLM.from_pretrained(str(tmp_path / name), zoo.MODELS[name].attention)
+    module = MultimodalLM.from_pretrained(str(tmp_path / name), zoo.KNOWN[name].attention)
     module.configure_model()
     with torch.no_grad():
-        again = module.pipeline(zoo.batch(zoo.MODELS[name], False, zoo.PipelineLayout())).loss
-        assert torch.allclose(again, zoo.reference_loss(exported, zoo.MODELS[name], False), rtol=1e-6)
+        again = module.pipeline(zoo.batch(zoo.KNOWN[name], False, zoo.PipelineLayout())).loss
+        assert torch.allclose(again, zoo.reference_loss(exported, zoo.KNOWN[name], False), rtol=1e-6)
     # ... and another training starts from it
     started = MultimodalLM.from_pretrained(
-        str(folder / name), zoo.MODELS[name].attention, init_from=str(tmp_path / name)
+        str(folder / name), zoo.KNOWN[name].attention, init_from=str(tmp_path / name)
     )
     started.configure_model()
     for full_name, weight in module.state_dict().items():
         assert torch.equal(started.state_dict()[full_name], weight), full_name
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", more_families.MORE)
+def test_round_trip_of_more_families(name: str, tmp_path: Path) -> None:
+    _save(name, tmp_path)
+    ranks = on_ranks(2, _train, tmp_path, [name], True)
+    test_round_trip("directory", name, {"directory": (tmp_path, ranks)}, tmp_path / "exported")

@@ -130,7 +130,27 @@ def more_processors(tokenizer: Tokenizer) -> dict[str, Callable[[], Any]]:
         made = tokenizer(chat, {"image_token": "<|image|>"}, ("<|python_tag|>",))
         return hf.MllamaProcessor(image, made, chat_template=made.chat_template)
 
+    def granite() -> Any:
+        image = hf.LlavaNextImageProcessor(
+            size={"shortest_edge": 8}, crop_size=CROP, image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]]
+        )
+        made = words()
+        return hf.Granite4VisionProcessor(
+            image, made, patch_size=2, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+            downsample_rate="1/2", chat_template=made.chat_template,
+        )  # fmt: skip
+
+    def dots() -> Any:
+        chat = CHAT.format(image="<|imgpad|>", video="<|video_pad|>")
+        made = tokenizer(chat, {}, ("<|imgpad|>", "<|video_pad|>", "<|audio_comp_pad|>"))
+        sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 1, "size": SMALL}
+        image, video = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen3VLVideoProcessor(**sizes)
+        sound = hf.Dots3NoteFeatureExtractor(feature_size=8)
+        return hf.Dots3NoteProcessor(image, made, video, sound, chat_template=chat)
+
     return {
+        "granite4_vision": granite,
+        "dots3_note": dots,
         "mllama": mllama,
         "deepseek_vl_hybrid": hybrid,
         "minicpmv4_6": minicpm,

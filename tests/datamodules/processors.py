@@ -2,6 +2,7 @@
 a chat template as its checkpoints have, and image sizes that suit the tiny towers of tests/models/zoo.py."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _llava_next() -> Any:
     )  # fmt: skip
 
 
-def _gemma4() -> Any:
+def _gemma4(kind: str = "Gemma4") -> Any:
     named = {
         "image_token": "<|image|>",
         "boi_token": "<|image>",
@@ -219,14 +220,13 @@ def _gemma4() -> Any:
         "{{ '<start_of_image>' }}", "{{ '<|image|>' }}{% elif c.type == 'video' %}{{ '<|video|>' }}"
     )
     words = tokenizer(chat, named, ("<start_of_turn>", "<end_of_turn>"), bos=True)
-    sizes = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
-    video = hf.Gemma4VideoProcessor(**sizes)
-    return hf.Gemma4Processor(
-        hf.Gemma4AudioFeatureExtractor(), hf.Gemma4ImageProcessor(**sizes), words, video, chat_template=chat
-    )
+    sizes = {"patch_size": 4 if kind == "Gemma4" else 2, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    sound = getattr(hf, f"{kind}AudioFeatureExtractor")()
+    image, video = (getattr(hf, f"{kind}{part}Processor")(**sizes) for part in ("Image", "Video"))
+    return getattr(hf, f"{kind}Processor")(sound, image, words, video, chat_template=chat)
 
 
-MORE = more_processors(tokenizer)
+MORE = {**more_processors(tokenizer), "gemma4_unified": partial(_gemma4, "Gemma4Unified")}
 
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "qwen2_vl": _qwen2,

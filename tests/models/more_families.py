@@ -10,6 +10,7 @@ import transformers as hf
 from transformers.models.paddleocr_vl import PaddleOCRTextConfig
 
 from tests.models.further_families import FURTHER
+from tests.models.newest_families import NEWEST
 from tests.models.zoo import (
     EXPERTS,
     GLM_TOWER,
@@ -67,11 +68,6 @@ def grid(patch: int, frames: int, flat: bool) -> Draw:
         return Picture("image", data, shape[1] * shape[2] // 4, arguments)
 
     return draw
-
-
-def large(random: Random) -> Picture:
-    data = pixels(random, 1, 3, 32, 32)
-    return Picture("image", data[0], 16, {"pixel_values": data})
 
 
 def crops(random: Random) -> Picture:
@@ -291,7 +287,7 @@ MORE: dict[str, Model] = {
             text_config=llm(hf.Qwen2Config),
             image_token_index=IMAGE,
         ),
-        large,
+        square(16, side=32),
         attention="eager",
     ),
     "qianfan_ocr": Model(
@@ -338,6 +334,7 @@ MORE: dict[str, Model] = {
     ),
     "paligemma": paligemma(hf.GemmaConfig),
     **FURTHER,
+    **NEWEST,
 }
 
 ALL: dict[str, Model] = {**VISION_LANGUAGE, **MORE}

@@ -33,13 +33,13 @@ class Module:
 
     def __init__(self, config: Any, freeze_llm: bool = False, **options: Any) -> None:
         llm = HFDecoder(config, **options)
-        encoders: dict[str, Encoder] = {} if llm.family is None else encoders_of(HFVisionEncoder(config))
-        self.whole, self.llm, self.freeze_llm = MultimodalLM(llm, encoders), llm, freeze_llm
-        auto = auto_class(llm.config)
         attention = options.get("attn_implementation", "sdpa")
-        self.weights = sweep._randomized(
-            auto, llm.config, attention if attention in ("sdpa", "eager") else "eager"
-        ).state_dict()
+        attention = attention if attention in ("sdpa", "eager") else "eager"
+        encoders: dict[str, Encoder] = {}
+        if llm.family is not None:
+            encoders = encoders_of(HFVisionEncoder(config, attn_implementation=attention))
+        self.whole, self.llm, self.freeze_llm = MultimodalLM(llm, encoders), llm, freeze_llm
+        self.weights = sweep._randomized(auto_class(llm.config), llm.config, attention).state_dict()
 
     def parts(self, stages: Sequence[range]) -> list[MultimodalLM]:
         made = []

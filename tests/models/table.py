@@ -30,7 +30,7 @@ def families() -> str:
         besides = {
             "router loss": bool(llm.auxiliary_losses),
             "cross-attention": llm.attends_to_features,
-            "deepstack": llm.family is not None and llm.family.deepstack,
+            "deepstack": llm.family is not None and llm.family.deepstack is not None,
             "M-RoPE": llm.family is not None and llm.family.multimodal_positions,
             "images seen both ways": llm._image_masks is not None,
             "sliding window": getattr(text, "sliding_window", None) is not None,

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVideoEncoder, HFVisionEncoder
+from bigmac_lightning.models import HFAudioEncoder, HFDecoder, HFVideoEncoder, HFVisionEncoder, MultimodalLM
 from bigmac_lightning.models.families import FAMILIES, REFUSED, family_of
 from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from bigmac_lightning.runtime.sharding import blocks_of
@@ -117,3 +117,11 @@ def test_models_without_such_media() -> None:
         HFVideoEncoder(encoder)
     with pytest.raises(ValueError, match="'llava' takes no sounds"):
         HFAudioEncoder(encoder)
+
+
+def test_features_for_layers_that_take_none() -> None:
+    tower = HFVisionEncoder(ALL["qwen3_vl"].config())
+    with pytest.raises(
+        ValueError, match=r"encoders.image makes features for 3 layers .* 'llama' takes them in 0 layer"
+    ):
+        MultimodalLM(HFDecoder(zoo.MODELS["llama"].config()), {"image": tower})

@@ -8,7 +8,9 @@ import torch
 import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.models import sweep, table, tiny
+from bigmac_lightning.contracts.batch import Batch, Microbatch
+from bigmac_lightning.models import HFDecoder, MultimodalLM
+from tests.models import more_families, sweep, table, tiny, zoo
 
 MULTIPLIER = re.compile("(multiplier|scale|scaling|scaling_factor|scale_emb|scale_depth|soft_?cap(ping)?|clip_qkv)$")
 UNUSED = (
@@ -87,6 +89,24 @@ def test_vision_language(name: str) -> None:
 def test_what_keeps_no_keys_and_values(name: str) -> None:
     """They run all tokens again for each one."""
     assert not sweep.decoder(name).keeps
+
+
+def test_windows_of_what_is_written() -> None:
+    """Unlimited-OCR sees the whole prompt, but of what it has written only the last tokens, as in the library."""
+    config = more_families.ALL["unlimited_ocr"].config()
+    whole = sweep._randomized(hf.AutoModelForImageTextToText, config, "sdpa").eval()
+    ids, prompt = torch.randint(3, zoo.SPECIAL, (1, 18), generator=torch.Generator().manual_seed(1)), 6
+    parts = sweep.Parts(HFDecoder(config), whole.state_dict()).parts
+    cache, known = hf.DynamicCache(config=config.get_text_config()), list[torch.Tensor]()
+    with torch.no_grad():
+        for start, stop in ((0, prompt), *((k, k + 1) for k in range(prompt, ids.shape[1]))):
+            known.append(whole(input_ids=ids[:, start:stop], cache=cache).logits[0, -1])
+        everything = whole(input_ids=ids, use_cache=False).logits[0, -1]
+    given, tokens = Batch([Microbatch({"input_ids": ids[:, :prompt]})]), ids[0, prompt:].tolist()
+    error, keeps = sweep._writing_error([MultimodalLM(part) for part in parts], given, tokens, lambda t: known[len(t)])
+    assert keeps
+    assert error < 1e-6
+    assert not torch.allclose(known[-1], everything, rtol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore")

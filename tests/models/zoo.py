@@ -147,10 +147,10 @@ def qwen(patch: int, frames_apart: bool, videos: bool = True) -> Draw:
     return draw
 
 
-def square(rows: int, crops: int = 0) -> Draw:
+def square(rows: int, crops: int = 0, side: int = 8) -> Draw:
     def draw(random: Random) -> Picture:
         number = random.randint(1, crops) if crops else 1
-        data = pixels(random, number, 3, 8, 8)
+        data = pixels(random, number, 3, side, side)
         return Picture("image", data if crops else data[0], rows * number, {"pixel_values": data})
 
     return draw
@@ -629,6 +629,10 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
             pooling.append(item["image_token_pooling"] + before * (item["image_token_pooling"] >= 0))
             before += item["pixel_values"].shape[:2].numel()
         made.update({"image_token_pooling": torch.cat(pooling)} if pooling else {})
+    if kind == "nemotron_h_omni" and items:
+        made["image_grid_hw"] = made.pop("image_grid_thw")[:, 1:]
+    if kind == "unlimited_ocr":
+        made.update({name: made[name].tolist() for name in ("num_local_patches", "patches_grid") if name in made})
     if kind == "ernie4_5_vl_moe":
         made["moe_mm_token_type_ids"] = (ids >= SPECIAL).int()
     if kind == "qwen2_audio" and "input_features" in made:
@@ -642,7 +646,7 @@ def arguments(whole: Any, sample: Sequence, given: Microbatch) -> dict[str, Any]
     if whole.config.model_type == "paligemma":
         prompt = given.inputs.get("prompt_tokens", given.label_positions.min() + 1)
         made["token_type_ids"] = (torch.arange(ids.shape[1]) >= prompt).long()[None]
-    if whole.config.model_type == "gemma4":
+    if whole.config.model_type in ("gemma4", "gemma4_unified"):
         made["mm_token_type_ids"] = kinds
     if whole.config.model_type == "llava_onevision" and "image_sizes" in made:
         made["batch_num_images"] = [max(2, len(made["image_sizes"]))]

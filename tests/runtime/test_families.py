@@ -36,7 +36,8 @@ CASES = _cases(zoo.MODELS)
 MORE = _cases(more_families.MORE)
 SIZES = {2: ShardingOptions(), 3: ShardingOptions(encoders="fsdp")}
 """Numbers of pipeline ranks, and what lies in shards."""
-NOT_IN_SHARDS = [name for name, family in FAMILIES.items() if family.calls_vary]
+NOT_IN_SHARDS = [name for name, family in FAMILIES.items() if family.calls_vary or name == "nemotron_h_omni"]
+"""Families that refuse shards by fsdp. The last one's tower of sounds has batch norms."""
 
 
 @pytest.fixture(scope="module")
