@@ -145,6 +145,27 @@ FAULTS = [
         "tests/datamodules/test_hf_visual.py -k mllama",
     ),
     Fault(
+        "a picture that is drawn is loaded on two ranks",
+        f"{PACKAGE}/contracts/batch.py",
+        "        target.owner = item.owner\n",
+        "        target.owner = item.owner * 0\n",
+        "tests/datamodules/test_collate.py -k drawn",
+    ),
+    Fault(
+        "a codec makes the latents of a picture for its loss again",
+        "models/unified/shared_latents.py",
+        "self._made = made_Chw if self._wanted else None",
+        "self._made = None",
+        "tests/runtime/test_drawn_pictures.py",
+    ),
+    Fault(
+        "latents that are made again stay until the end of a step",
+        "models/unified/shared_latents.py",
+        "self._made = made_Chw if self._wanted else None",
+        "self._made = made_Chw",
+        "tests/runtime/test_drawn_pictures.py",
+    ),
+    Fault(
         "text sees the noise of what is drawn",
         "models/unified/masks.py",
         "        seen = pictures_BS[b, key] < 0\n",
