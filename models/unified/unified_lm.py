@@ -1,6 +1,6 @@
 """The LightningModule of a model that reads and draws in one LLM."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
 from bigmac_lightning.contracts.component_module import EncoderCall, GeneratorCall
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import PipelineOutput
 from bigmac_lightning.contracts.precision import weight_dtype
 
@@ -69,7 +70,7 @@ class UnifiedLM(MultimodalLM):
                 f"its only generator; it has {type(self.llm).__name__}, encoders {list(self.encoders)} and generators "
                 f"{list(self.generators)}"
             )
-        self._encoder, self._head = encoders[0], heads[0]
+        self._encoder, self._head, self._writes = encoders[0], heads[0], False
 
     def prepare(self, batch: Batch) -> Batch:
         """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
@@ -120,6 +121,8 @@ class UnifiedLM(MultimodalLM):
     def encode(
         self, items: Sequence[MediaItem], names: Collection[str] = (), call: EncoderCall | None = None
     ) -> list[Tensor]:
+        if self._writes:
+            return self._encode_for_text(items, {*names} - {self._encoder}, call)
         encoder = self._noisy_pictures
         encoder.made.clear()
         features = super().encode(items, names, call)
@@ -131,6 +134,25 @@ class UnifiedLM(MultimodalLM):
                 item.latents.give(latents)
         encoder.made.clear()
         return features
+
+    def _encode_for_text(
+        self, items: Sequence[MediaItem], names: Collection[str], call: EncoderCall | None
+    ) -> list[Tensor]:
+        """Features, which are zeros of pictures that were drawn: no text sees them."""
+        others = [item for item in items if item.encoder != self._encoder]
+        made = iter(super().encode(others, names, call))
+        features = [
+            torch.zeros(item.rows, self.llm.width, device=self.device) if item.encoder == self._encoder else next(made)
+            for item in items
+        ]
+        return [*features, *made]
+
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        self._writes = True
+        try:
+            return super().write(texts, choose)
+        finally:
+            self._writes = False
 
     def generate(
         self,
