@@ -166,6 +166,13 @@ FAULTS = [
         "tests/runtime/test_drawn_pictures.py",
     ),
     Fault(
+        "norms of heads of drawings have a part of their gradients on each tensor peer",
+        "models/unified/two_weights.py",
+        'made |= {f"{name}.{kind}": style for kind in ("others", "drawn")}',
+        'made |= {f"{name}.{kind}": style for kind in ("others", "drawn") if kind == "others" or "norm" not in name}',
+        "tests/runtime/test_drawn_pictures.py",
+    ),
+    Fault(
         "text that is written sees the drawings before it",
         "models/unified/kept_keys.py",
         "        super().update(keys, values, layer_idx, *further, **more)\n",

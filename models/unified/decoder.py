@@ -16,7 +16,7 @@ from ..llm.multimodal_inputs import text_positions
 from ..llm.stage_cache import StageCache
 from .kept_keys import MASKED, NUMBER, PLACES, SEEN, KeptKeys, TextKeys
 from .masks import PICTURES, mask_of, pictures_of
-from .two_weights import OTHERS, Places, TwoWeights, divide, positions_of
+from .two_weights import OTHERS, Places, TwoWeights, divide, for_both, positions_of
 
 DRAWN = "drawn"
 """The name that placeholders of drawn pictures have among the modalities."""
@@ -68,6 +68,7 @@ class UnifiedDecoder(HFDecoder):
         self._places = Places()
         self._kept: dict[int, KeptKeys] | None = None
         self._divide(self._whole)
+        self._division.tensor_plan = for_both(self._division.tensor_plan, self._whole)
 
     def _divide(self, whole: Any) -> None:
         decoder, norm = whole.get_submodule(self._names.decoder), self._names.norm
@@ -89,12 +90,9 @@ class UnifiedDecoder(HFDecoder):
         return made
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
-        if sizes == ParallelSizes():
-            return ""
-        return (
-            "UnifiedDecoder cannot have tensor, context or expert parallelism: leave out "
-            "the sizes of tensor, context, expert"
-        )
+        if sizes.context > 1 or sizes.expert > 1:
+            return "UnifiedDecoder cannot have context or expert parallelism: leave out the sizes of context, expert"
+        return super().why_not_parallel(sizes)
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds where the tokens of drawn pictures are."""

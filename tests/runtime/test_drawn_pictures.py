@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.models import LatentCodec, UnifiedLM
 from bigmac_lightning.models.unified.shared_latents import Latents
 from bigmac_lightning.runtime.gradients import reduce_gradients
@@ -17,7 +19,7 @@ from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
-from bigmac_lightning.training.stages import part_of
+from bigmac_lightning.training.stages import part_of, peers_of
 from tests.models.test_unified import DROPOUT, LAYERS, SIDE, batch, load, module
 from tests.ranks import run_ranks
 from tests.runtime.matrix import whole
@@ -111,13 +113,14 @@ class Encoded:
 Result = tuple[float, dict[str, Tensor | None], list[Tensor], int]
 
 
-def _ranks(rank: int, size: int, cases: list[Case]) -> list[Result]:
+def _ranks(rank: int, size: int, cases: list[Case], tensor: int) -> list[Result]:
     found = []
     for case in cases:
         several = 2 if case.backbone == "interleaved_1f1b" else 1
         rank_of = [stage % size for stage in range(size * several)]
-        mesh, unified = build_mesh(torch.device("cpu"), 1, size, rank_of), made(case)
-        unified.part = part_of(rank, split_layers(LAYERS, size * several), rank_of)
+        mesh, unified = build_mesh(torch.device("cpu"), 1, size, rank_of, tp=tensor), made(case)
+        own, peers = split_layers(LAYERS, size * several), peers_of(mesh, ParallelSizes(tensor))
+        unified.part = replace(part_of(mesh.pp_rank, own, rank_of), peers=peers)
         load(unified, case.codec)
         schedule = ScheduleOptions(case.policy, group_size=1, backbone=case.backbone, virtual_stages=several)
         unified.runner = PipelineRunner(
@@ -133,11 +136,13 @@ def _ranks(rank: int, size: int, cases: list[Case]) -> list[Result]:
     return found
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.wide) for seed in range(1, 9))])
-def test_random_options(seed: int) -> None:
+def test_random_options(seed: int, tensor: int) -> None:
+    """Also with two tensor peers of each rank."""
     random = Random(seed)
-    cases = [drawn(random) for _ in range(12 if seed else 3)]
-    ranks = run_ranks(2, _ranks, 2, cases)
+    cases = [drawn(random) for _ in range(12 if seed else 3 // tensor)]
+    ranks = run_ranks(2 * tensor, _ranks, 2, cases, tensor)
     for number, case in enumerate(cases):
         alone, once = load(made(case), case.codec), Encoded()
         with once.counted():
