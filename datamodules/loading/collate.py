@@ -103,7 +103,7 @@ class Sample:
         tokens: token ids, placeholders included.
         labelled: for each token whether the model learns to predict it from those before it.
         media: media items, in the order of their placeholders. A picture that the LLM itself draws is one of them and a
-            target, with the same first token.
+            target, with the same tokens; it is loaded once if both have the same function `load`.
         targets: generator targets, in the order of their tokens.
         name: what errors call it.
     """
@@ -190,16 +190,24 @@ def make_batch(
     for part, microbatch in zip(parts, microbatches, strict=True):
         loads: list[Callable[[], Any] | None] = [item.load for sample in part for item in sample.media]
         loads += [item.load for sample in part for item in sample.targets]
+        loaded: dict[int, tuple[Any, str | None]] = {}
         for item, load in zip([*microbatch.media, *microbatch.targets], loads, strict=True):
             if load is None or not layout.owns(item):
                 continue
-            try:
-                item.data = load()
-            except Exception as error:
-                if failed is None:
-                    raise
-                item.error = failed(error)
+            if id(load) not in loaded:  # a picture that is drawn is a media item and a target
+                loaded[id(load)] = _loaded(load, failed)
+            item.data, item.error = loaded[id(load)]
     return Batch(microbatches, layout)
+
+
+def _loaded(load: Callable[[], Any], failed: Callable[[Exception], str] | None) -> tuple[Any, str | None]:
+    """What is loaded, or why it cannot be."""
+    try:
+        return load(), None
+    except Exception as error:
+        if failed is None:
+            raise
+        return None, failed(error)
 
 
 def _describe(samples: Sequence[Sample], padding: int, packed: bool) -> Microbatch:

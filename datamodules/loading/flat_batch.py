@@ -8,6 +8,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -50,7 +51,7 @@ class FlatBatch:
 
     def restore(self) -> Any:
         """The batch. Nothing is copied: its tensors are views of the block, each with a storage of its own."""
-        return _Unpickler(io.BytesIO(self.pickled), self._tensor).load()
+        return _Unpickler(io.BytesIO(self.pickled), cache(self._tensor)).load()
 
     def pin_memory(self) -> Any:
         """The batch, in pinned memory if its class can do that. The DataLoader calls this."""
@@ -68,12 +69,15 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol)
         self.found: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor):
             return None
-        self.found.append(obj)
-        return len(self.found) - 1
+        number = self._numbers.setdefault(id(obj), len(self.found))
+        if number == len(self.found):
+            self.found.append(obj)
+        return number
 
 
 class _Unpickler(pickle.Unpickler):

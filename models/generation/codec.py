@@ -56,6 +56,11 @@ class LatentCodec(nn.Module):
         self.shift, self.scale = getattr(config_of, "shift_factor", None) or 0.0, config_of.scaling_factor
         self.requires_grad_(False).eval()
 
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What says which weights it has."""
+        return (self.source, self.seed if self.source is None else None, self._class, self._arguments)
+
     def materialize(self) -> None:
         """Read the weights, or draw them."""
         if not next(self.autoencoder.parameters()).is_meta:

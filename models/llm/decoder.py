@@ -121,7 +121,7 @@ class HFDecoder(HFComponent, LanguageModel):
         text: Any = self.config.get_text_config()
         self.num_layers = len(decoder.layers)
         self.vocabulary, self.width = whole.get_input_embeddings().weight.shape
-        self._outputs = len(whole.get_output_embeddings().weight)  # some models have more embeddings than logits
+        self._outputs = len(meta_model.output_layer(whole).weight)  # some models have more embeddings than logits
         self.tied = meta_model.tied_output(whole)
         self._check_stages(whole, decoder)
         self._handed_on = HandedOn(decoder)

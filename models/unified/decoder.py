@@ -1,7 +1,7 @@
 """A decoder with a second set of weights in its layers, for the tokens of pictures that are being drawn."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from bigmac_lightning.contracts.parallel import ParallelSizes
 from .. import loading, meta_model
 from ..llm.decoder import HFDecoder
 from ..llm.multimodal_inputs import text_positions
-from .kept_keys import MASKED, NUMBER, PLACES, SEEN, KeptKeys
+from ..llm.stage_cache import StageCache
+from .kept_keys import MASKED, NUMBER, PLACES, SEEN, KeptKeys, TextKeys
 from .masks import PICTURES, mask_of, pictures_of
-from .two_weights import Places, TwoWeights, divide, positions_of
+from .two_weights import OTHERS, Places, TwoWeights, divide, for_both, positions_of
 
 DRAWN = "drawn"
 """The name that placeholders of drawn pictures have among the modalities."""
@@ -67,6 +68,7 @@ class UnifiedDecoder(HFDecoder):
         self._places = Places()
         self._kept: dict[int, KeptKeys] | None = None
         self._divide(self._whole)
+        self._division.tensor_plan = for_both(self._division.tensor_plan, self._whole)
 
     def _divide(self, whole: Any) -> None:
         decoder, norm = whole.get_submodule(self._names.decoder), self._names.norm
@@ -88,11 +90,9 @@ class UnifiedDecoder(HFDecoder):
         return made
 
     def why_not_parallel(self, sizes: ParallelSizes) -> str:
-        if sizes == ParallelSizes():
-            return ""
-        return (
-            "UnifiedDecoder divides the work of a stage over no other ranks: leave out tensor, context and expert sizes"
-        )
+        if sizes.context > 1 or sizes.expert > 1:
+            return "UnifiedDecoder cannot have context or expert parallelism: leave out the sizes of context, expert"
+        return super().why_not_parallel(sizes)
 
     def prepare(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds where the tokens of drawn pictures are."""
@@ -106,6 +106,8 @@ class UnifiedDecoder(HFDecoder):
         return inputs
 
     def _mask(self, h_BSD: Tensor, inputs: dict[str, Tensor]) -> Any:
+        if isinstance(self._cache, StageCache) and self._cache.get_seq_length():
+            return None  # a token of a text sees all that are kept
         if SEEN not in inputs:
             return mask_of(self._decoder.config, h_BSD, inputs)
         seen_11NK = inputs[SEEN][None, None]
@@ -114,7 +116,10 @@ class UnifiedDecoder(HFDecoder):
         return torch.where(seen_11NK, 0.0, torch.finfo(h_BSD.dtype).min).to(h_BSD.dtype)
 
     def run_layers(self, h_BSD: Tensor, inputs: dict[str, Tensor], layers: range, extras: dict[str, Tensor]) -> Tensor:
-        with self._places.given(inputs), self.using_cache(self._kept_of(inputs)):
+        kept = self._kept_of(inputs)
+        if isinstance(self._cache, TextKeys):
+            self._cache.others = inputs[OTHERS]
+        with self._places.given(inputs), nullcontext() if kept is None else self.using_cache(kept):
             return super().run_layers(h_BSD, inputs, layers, extras)
 
     @contextmanager
@@ -134,4 +139,5 @@ class UnifiedDecoder(HFDecoder):
         return kept
 
     def new_cache(self, layers: range) -> Any:
-        return None
+        possible = super().new_cache(layers) is not None
+        return TextKeys(self._decoder.config, layers, {}) if possible else None

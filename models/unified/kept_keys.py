@@ -1,5 +1,7 @@
-"""Keys and values that stay the same while pictures are drawn: those of all other tokens, which do not see them. After
-the first step, only the tokens of the pictures run.
+"""Keys and values that are kept.
+
+While pictures are drawn, those of all other tokens stay the same, as these do not see the pictures. After the first
+step, only the tokens of the pictures run. While text is written, no later token sees a picture that was drawn.
 
 Shape suffixes: B samples, S tokens, H heads, E width of a head, N tokens of pictures.
 """
@@ -13,6 +15,7 @@ from transformers import DynamicCache
 
 from bigmac_lightning.contracts.batch import MediaItem, Microbatch
 
+from ..llm.stage_cache import StageCache
 from ..llm.text_inputs import SAMPLES
 from .masks import PICTURES
 from .two_weights import DRAWN, OTHERS
@@ -49,6 +52,32 @@ class KeptKeys(DynamicCache):
 
     def count(self, h_BSD: Tensor) -> None:
         """The library's cache would count tokens."""
+
+
+class TextKeys(StageCache):
+    """The keys and values of a stage while text is written, without those of tokens of drawn pictures.
+
+    Attributes:
+        others: the places of all other tokens among those that run.
+    """
+
+    others: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *further: Any, **more: Any) -> Any:
+        """Keeps those of other tokens.
+
+        Returns: those of all tokens, of a prompt; then those that are kept, and the new ones.
+        """
+        assert self.others is not None, "it is set before layers run"
+        if len(self.others) == key_states.shape[2]:
+            return super().update(key_states, value_states, layer_idx, *further, **more)
+        assert not self.get_seq_length(layer_idx), "pictures are drawn in the prompt"
+        keys, values = (states[:, :, self.others] for states in (key_states, value_states))
+        super().update(keys, values, layer_idx, *further, **more)
+        return key_states, value_states
+
+    def count(self, h_BSD: Tensor) -> None:
+        super().count(h_BSD[:, self.others])
 
 
 def numbered(microbatch: Microbatch, number: int) -> Microbatch:

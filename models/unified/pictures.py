@@ -21,6 +21,7 @@ from bigmac_lightning.contracts.components import Encoder, Generator
 from ..generation.codec import LatentCodec
 from ..generation.flow import Draw
 from ..initialization import frozen_as, seeded
+from .shared_latents import LearntTarget
 
 FREQUENCIES = 64
 """Of the sines and cosines that stand for s."""
@@ -35,6 +36,7 @@ class NoisyPictureEncoder(Encoder):
     Attributes:
         codec: makes latents of pictures; ``None``: the flow works on pictures.
         draws: whether items are latents that are being drawn, so that the codec does not run.
+        made: latents that the codec has made, one after another, until `UnifiedLM` takes them.
     """
 
     draws = False
@@ -59,7 +61,7 @@ class NoisyPictureEncoder(Encoder):
             )
         super().__init__()
         self.width, self.patch_size, self.seed, self.codec = width, patch_size, seed, codec
-        self.channels = channels if codec is None else codec.channels
+        self.channels, self.made = channels if codec is None else codec.channels, list[Tensor]()
         with torch.device("meta"):
             self.layers = self._new_layers()
 
@@ -96,7 +98,10 @@ class NoisyPictureEncoder(Encoder):
             raise ValueError("NoisyPictureEncoder gets noise from UnifiedLM: it is an encoder of that module alone")
         x_CHW, s = item.get("noisy"), item["time"]
         if x_CHW is None:
-            x_CHW = (1 - s) * latents(self.codec, item["picture"]) + s * item["noise"]
+            clean_CHW = latents(self.codec, item["picture"])
+            if self.codec is not None:
+                self.made.append(clean_CHW)
+            x_CHW = (1 - s) * clean_CHW + s * item["noise"]
         patches_NE = patched(x_CHW, self.patch_size)
         rows, columns = (torch.arange(size // self.patch_size, device=x_CHW.device) for size in x_CHW.shape[1:])
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
@@ -141,7 +146,9 @@ class VelocityHead(Generator):
                 raise ValueError(
                     f"a target of generator {item.generator!r} has no data on its owner, rank {item.owner}"
                 )
-            clean_CHW = latents(self.codec, item.data)
+            clean_CHW = item.encoded if isinstance(item, LearntTarget) else None
+            if clean_CHW is None:
+                clean_CHW = latents(self.codec, item.data)
             noise_CHW = Draw(item.seed, tuple(clean_CHW.shape)).noise.to(clean_CHW)
             wanted_NE = patched(noise_CHW - clean_CHW, self.patch_size)
             losses.append((velocity_NE - wanted_NE.float()).square().mean())

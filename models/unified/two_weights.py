@@ -81,6 +81,26 @@ def divide(parent: nn.Module, places: Places, inside: str = "") -> None:
             )
 
 
+def for_both(plan: dict[str, str], whole: nn.Module) -> dict[str, str]:
+    """A plan by names of parameters and modules, that of tensor parallelism, for both sets of weights.
+
+    Args:
+        plan: of the model before `divide`.
+        whole: the model after it.
+    """
+    both = {name for name, module in whole.named_modules() if isinstance(module, TwoWeights)}
+    made = dict[str, str]()
+    for name, style in plan.items():
+        path, _, own = name.rpartition(".")
+        if name in both:
+            made |= {f"{name}.{kind}": style for kind in ("others", "drawn")}
+        elif path in both:
+            made |= {f"{path}.{kind}.{own}": style for kind in ("others", "drawn")}
+        if name not in both:  # parameters may also be cut before `divide`
+            made[name] = style
+    return made
+
+
 def _treats_tokens_alone(module: nn.Module) -> bool:
     own: list[Any] = list(module.parameters(recurse=False))
     is_norm = type(module).__name__.endswith("Norm") and len(own) <= 2 and all(p.ndim == 1 for p in own)

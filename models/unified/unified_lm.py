@@ -1,6 +1,6 @@
 """The LightningModule of a model that reads and draws in one LLM."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from random import Random
@@ -11,7 +11,10 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, TargetItem
+from bigmac_lightning.contracts.component_module import EncoderCall, GeneratorCall
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.contracts.outputs import PipelineOutput
+from bigmac_lightning.contracts.precision import weight_dtype
 
 from ..generation.flow import Draw
 from ..multimodal_lm import MultimodalLM
@@ -19,6 +22,7 @@ from .decoder import UnifiedDecoder
 from .kept_keys import drawings_alone, numbered
 from .masks import ALONE
 from .pictures import NoisyPictureEncoder, VelocityHead
+from .shared_latents import LearntPicture, linked, with_latents
 
 
 class UnifiedLM(MultimodalLM):
@@ -66,7 +70,7 @@ class UnifiedLM(MultimodalLM):
                 f"its only generator; it has {type(self.llm).__name__}, encoders {list(self.encoders)} and generators "
                 f"{list(self.generators)}"
             )
-        self._encoder, self._head = encoders[0], heads[0]
+        self._encoder, self._head, self._writes = encoders[0], heads[0], False
 
     def prepare(self, batch: Batch) -> Batch:
         """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
@@ -87,19 +91,80 @@ class UnifiedLM(MultimodalLM):
                 f"microbatch {number}: pictures of encoder {self._encoder!r} have {rows} tokens, and targets {wanted}: "
                 "each target needs such a picture, at the same tokens and in the same order"
             )
-        left = iter(microbatch.targets)
-        media = [self._with_noise(m, next(left)) if m.encoder == self._encoder else m for m in microbatch.media]
-        if not self.condition_dropout or ALONE in microbatch.inputs:
-            return replace(microbatch, media=media)
-        alone = [loses_condition(target, self.condition_dropout) for target in microbatch.targets]
-        return replace(_alone(microbatch, alone), media=media)
+        left, media, targets = iter(microbatch.targets), list[MediaItem](), list[TargetItem]()
+        for item in microbatch.media:
+            if item.encoder == self._encoder:
+                item, target = self._with_noise(item, next(left))
+                targets.append(target)
+            media.append(item)
+        if self.condition_dropout and ALONE not in microbatch.inputs:
+            alone = [loses_condition(target, self.condition_dropout) for target in targets]
+            microbatch = _alone(microbatch, alone)
+        return replace(microbatch, media=media, targets=targets)
 
-    def _with_noise(self, item: MediaItem, target: TargetItem) -> MediaItem:
-        if not isinstance(item.data, Tensor):  # of another rank, or it has noise already
-            return item
-        draw = Draw(target.seed, self._latent_shape(target))
-        device = item.data.device
-        return replace(item, data={"picture": item.data, "noise": draw.noise.to(device), "time": draw.time.to(device)})
+    def _with_noise(self, item: MediaItem, target: TargetItem) -> tuple[MediaItem, TargetItem]:
+        picture = item.data
+        if not isinstance(picture, Tensor):  # of another rank, or it has noise already
+            return item, target
+        draw, device = Draw(target.seed, self._latent_shape(target)), picture.device
+        noisy = replace(item, data={"picture": picture, "noise": draw.noise.to(device), "time": draw.time.to(device)})
+        return linked(noisy, target) if target.data is picture and self._same_codec else (noisy, target)
+
+    @property
+    def _same_codec(self) -> bool:
+        """Whether encoder and head make the same latents of a picture."""
+        one, other = self._noisy_pictures.codec, self.head.codec
+        if one is None or other is None or weight_dtype(one) != weight_dtype(other):
+            return False
+        return one.weights == other.weights
+
+    def encode(
+        self, items: Sequence[MediaItem], names: Collection[str] = (), call: EncoderCall | None = None
+    ) -> list[Tensor]:
+        if self._writes:
+            return self._encode_for_text(items, {*names} - {self._encoder}, call)
+        encoder = self._noisy_pictures
+        encoder.made.clear()
+        features = super().encode(items, names, call)
+        pictures = [item for item in items if item.encoder == self._encoder]
+        for item, latents in zip(
+            pictures, encoder.made, strict=False
+        ):  # none are made of pictures that are being drawn
+            if isinstance(item, LearntPicture) and item.latents is not None:
+                item.latents.give(latents)
+        encoder.made.clear()
+        return features
+
+    def _encode_for_text(
+        self, items: Sequence[MediaItem], names: Collection[str], call: EncoderCall | None
+    ) -> list[Tensor]:
+        """Features, which are zeros of pictures that were drawn: no text sees them."""
+        others = [item for item in items if item.encoder != self._encoder]
+        made = iter(super().encode(others, names, call))
+        features = [
+            torch.zeros(item.rows, self.llm.width, device=self.device) if item.encoder == self._encoder else next(made)
+            for item in items
+        ]
+        return [*features, *made]
+
+    def write(self, texts: Sequence[GrowingText], choose: Callable[[int, Tensor], int]) -> list[int]:
+        self._writes = True
+        try:
+            return super().write(texts, choose)
+        finally:
+            self._writes = False
+
+    def generate(
+        self,
+        conditions: list[Tensor],
+        items: Sequence[TargetItem],
+        names: Collection[str] = (),
+        call: GeneratorCall[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        known = [with_latents(item) for item in items]
+        if self._head not in names:  # ranks that gather the weights of its codec together run it equally often
+            items = known
+        return super().generate(conditions, items, names, call)
 
     def _latent_shape(self, target: TargetItem) -> tuple[int, ...]:
         codec = self.head.codec
@@ -109,6 +174,12 @@ class UnifiedLM(MultimodalLM):
     def head(self) -> VelocityHead:
         found = self.generators[self._head]
         assert isinstance(found, VelocityHead)
+        return found
+
+    @property
+    def _noisy_pictures(self) -> NoisyPictureEncoder:
+        found = self.encoders[self._encoder]
+        assert isinstance(found, NoisyPictureEncoder)
         return found
 
     @property
@@ -146,8 +217,7 @@ class UnifiedLM(MultimodalLM):
 
     @contextmanager
     def _drawing_encoder(self) -> Iterator[None]:
-        encoder = self.encoders[self._encoder]
-        assert isinstance(encoder, NoisyPictureEncoder)
+        encoder = self._noisy_pictures
         encoder.draws = True
         try:
             yield

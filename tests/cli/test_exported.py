@@ -375,6 +375,27 @@ def test_a_model_that_draws_in_its_llm(tmp_path: Path) -> None:
     _assert_equal(trained.state_dict(), expected)
 
 
+@pytest.mark.wide
+def test_a_model_that_draws_in_its_llm_from_slices(tmp_path: Path) -> None:
+    """Two stages, alone and of two tensor peers each, learn and export the same."""
+    found, init_args = list[dict[str, Tensor]](), "--trainer.strategy.init_args"
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
+    for tensor in (1, 2):
+        folder = tmp_path / str(tensor)
+        folder.mkdir()
+        given = [f"--config={ROOT / 'configs' / 'drawn_digits.yaml'}", f"--trainer.devices={2 * tensor}", *few]
+        commands.bigmac(2 * tensor, folder, "fit", *given, f"{init_args}.tensor_parallel_size={tensor}")
+        (checkpoint,) = folder.glob("runs/drawn_digits/version_0/checkpoints/*")
+        export_checkpoint(str(checkpoint), str(folder / "out"))
+        found.append(load_file(folder / "out" / "model.safetensors") | load_file(folder / "out" / OTHERS))
+    whole, sliced = found
+    # The gradients of biases of keys are nothing but rounding.
+    settled = {name: tensor for name, tensor in whole.items() if "k_proj.bias" not in name}
+    assert any(".drawn." in name for name in settled)
+    for name, tensor in settled.items():
+        torch.testing.assert_close(sliced[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_model_and_data_of_ones_own(tmp_path: Path) -> None:
     """Where the run had no config.yaml, they are given."""
     expected = _exported("tied", tmp_path)

@@ -1,5 +1,6 @@
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from bigmac_lightning.contracts.batch import Batch, PipelineLayout
 from bigmac_lightning.datamodules import Collator, Media, Sample, Target
 from bigmac_lightning.datamodules.loading.collate import make_batch, split_evenly
+from bigmac_lightning.datamodules.loading.flat_batch import FlatBatch
 
 
 class Loads:
@@ -54,6 +56,40 @@ def test_every_item_is_loaded_once_by_its_owner(size: int, group_size: int) -> N
                 assert (item.data is not None) == (item.owner == rank)
     if group_size == 4:  # one group of everything: no rank goes without
         assert {item.owner for item in batches[0].targets} == set(range(size))
+
+
+def drawn(loads: Loads) -> list[Sample]:
+    """Samples with a picture that is read, and one that the LLM draws: a media item and a target at the same tokens."""
+    made = list[Sample]()
+    for i in range(9):
+        load = partial(loads.of, i)
+        read = Media("image", 1, 1 + i % 2, lambda n=100 + i: loads.of(n), cost=1.0 + i % 3)
+        comes_in = Media("drawn", 4, 3, load, cost=1.0 + i % 4)
+        made.append(Sample(range(9), [False] * 9, [read, comes_in], [Target("image", 4, 3, (1,), i, load)]))
+    return made
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("peers", [1, 2])
+def test_a_picture_that_is_drawn_is_loaded_once(size: int, peers: int) -> None:
+    """Also on its way from a worker to a device; and no rank goes without."""
+    loads = Loads()
+    layouts = [PipelineLayout(size, rank, 2, peers=peers, peer=peer) for rank in range(size) for peer in range(peers)]
+    batches = [Collator(layout, 3)(drawn(loads)) for layout in layouts]
+    assert loads.counts == dict.fromkeys([*range(9), *range(100, 109)], 1)
+    assert {item.owner for item in batches[0].targets} == set(range(size))
+    for batch in batches:
+        restored = FlatBatch.flatten(batch).restore()
+        there = restored._map(lambda tensor: tensor + 0)
+        media = [item.data for m in there.microbatches for item in m.media if item.encoder == "drawn"]
+        assert all(item.data is data for item, data in zip(there.targets, media, strict=True))
+
+
+def test_ranks_that_only_encode_or_generate_load_what_they_need() -> None:
+    loads = Loads()
+    for rank in range(3):
+        Collator(PipelineLayout(3, rank, 2, encoder_ranks=(0,), generator_ranks=(2,)), 3)(drawn(loads))
+    assert [loads.counts[i] for i in range(9)] == [2] * 9
 
 
 def test_all_ranks_describe_the_same_batch() -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_prod
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
 from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.growing_text import GrowingText
 from bigmac_lightning.models import (
     FlowGenerator,
     HFDecoder,
@@ -25,6 +26,7 @@ from bigmac_lightning.models import (
 from bigmac_lightning.models.generation.flow import Draw
 from bigmac_lightning.runtime.gradients import reduce_gradients
 from bigmac_lightning.runtime.mesh import build_mesh
+from bigmac_lightning.runtime.sharding import shard_like
 from bigmac_lightning.schedule.request import ScheduleOptions
 from bigmac_lightning.training.options import PipelineOptions, ShardingOptions
 from bigmac_lightning.training.runner import PipelineRunner
@@ -78,7 +80,7 @@ def weights(codec: bool = False) -> dict[str, Tensor]:
 
 def load(made: UnifiedLM, codec: bool = False) -> UnifiedLM:
     made.configure_model()
-    made.load_state_dict({name: weights(codec)[name] for name in made.state_dict()})
+    made.load_state_dict({name: shard_like(weights(codec)[name], own) for name, own in made.state_dict().items()})
     return made
 
 
@@ -303,7 +305,7 @@ def _ranks(rank: int, size: int, encoders: Any, backbone: Any, freeze: Any, also
     [
         (2, "ddp", "1f1b", (), True),
         (3, "fsdp", "zb1p", ("llm",), False),
-        (2, "zero1", "zb1p", ("llm.*drawn*", "encoders"), True),
+        pytest.param(2, "zero1", "zb1p", ("llm.*drawn*", "encoders"), True, marks=pytest.mark.wide),
     ],
 )
 def test_pipeline(size: int, sharded: str, backbone: str, freeze: tuple[str, ...], also: bool) -> None:
@@ -388,3 +390,64 @@ def test_components_that_are_missing() -> None:
         module(guidance_scale=2.0)
     with pytest.raises(ValueError, match="UnifiedLM needs a UnifiedDecoder, one NoisyPictureEncoder"):
         UnifiedLM(HFDecoder(CONFIG), {}, generators)  # pyright: ignore[reportArgumentType]
+
+
+def prompts() -> list[Batch]:
+    """Text alone, and text after a drawing, of which it sees nothing."""
+    ids = torch.tensor([[7, 9, 12, *[DRAWN] * 4, 11, 8]])
+    item, places = MediaItem("drawn", 4), torch.arange(3, 7)
+    target = TargetItem("picture", 4, (3, 4, 4), 1)
+    drawing = Microbatch({"input_ids": ids}, media=[item], media_positions=places, targets=[target])
+    drawing.target_positions = places
+    return [Batch([Microbatch({"input_ids": ids[:, :3]})]), Batch([drawing])]
+
+
+def test_stages_keep_keys_of_their_own() -> None:
+    """Also those without the first layer, behind a drawing."""
+    llm = load(module()).eval().llm
+    caches = {layers: llm.new_cache(layers) for layers in (range(1), range(1, LAYERS))}
+
+    @torch.no_grad()
+    def hidden(start: int, stop: int, caches: dict[range, Any]) -> Tensor:
+        ids = torch.tensor([[7, 9, 12, *[DRAWN] * 4, 11, 8, 13, 14]])
+        places = torch.arange(start, stop)[None]
+        inputs = llm.prepare({"input_ids": ids[:, start:stop], "position_ids": places})
+        h_BSD = llm.embed(inputs)
+        for layers, kept in caches.items():
+            with llm.using_cache(kept):
+                h_BSD = llm.run_layers(h_BSD, inputs, layers, {})
+        return h_BSD
+
+    found = torch.cat([hidden(start, stop, caches) for start, stop in ((0, 9), (9, 10), (10, 11))], dim=1)
+    torch.testing.assert_close(found, hidden(0, 11, {range(LAYERS): None}))
+    assert [cache.get_seq_length() for cache in caches.values()] == [7, 7]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_text_is_the_same_with_kept_keys(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token and logit by logit, after a drawing, too; and only the last token runs."""
+    made = load(module(attention=attention)).eval()
+    lengths, run = list[int](), UnifiedDecoder.run_layers
+
+    def noted(llm: Any, h_BSD: Tensor, *further: Any) -> Tensor:
+        lengths.append(h_BSD.shape[1])
+        return run(llm, h_BSD, *further)
+
+    def written() -> tuple[list[int], Tensor]:
+        texts, logits = [GrowingText(prompt) for prompt in prompts()], list[Tensor]()
+
+        def choose(number: int, logits_V: Tensor) -> int:
+            logits.append(logits_V)
+            return 20 + (int(logits_V.argmax()) + len(logits)) % 20  # so that texts do not repeat themselves
+
+        return [token for _ in range(5) for token in made.write(texts, choose)], torch.stack(logits)
+
+    made.llm.new_cache(range(LAYERS))
+    monkeypatch.setattr(UnifiedDecoder, "run_layers", noted)
+    tokens, logits = written()
+    assert lengths == [3, 9, *[1] * 8]
+    monkeypatch.setattr(UnifiedDecoder, "new_cache", lambda *_: None)
+    expected = written()
+    assert lengths[10:] == [3, 9, 4, 10, 5, 11, 6, 12, 7, 13]
+    assert tokens == expected[0]
+    torch.testing.assert_close(logits, expected[1], rtol=1e-5, atol=1e-5)

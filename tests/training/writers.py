@@ -8,10 +8,18 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
 from bigmac_lightning.datamodules import Collator, Sample
 from bigmac_lightning.datamodules.loading.collate import make_batch
-from bigmac_lightning.models import HFDecoder, HFVisionEncoder, MultimodalLM
+from bigmac_lightning.models import (
+    HFDecoder,
+    HFVisionEncoder,
+    MultimodalLM,
+    NoisyPictureEncoder,
+    UnifiedDecoder,
+    UnifiedLM,
+    VelocityHead,
+)
 from bigmac_lightning.models.vision.hf_encoders import encoders_of
 from bigmac_lightning.models.writing import Sampling, all_written
 from tests.models import more_families, parts, tiny, zoo
@@ -80,6 +88,18 @@ def toy() -> tuple[Module, Prompts]:
     return ToyModule(), prompts
 
 
+def draws() -> tuple[Module, Prompts]:
+    """An LLM that draws in its layers, which also writes after pictures that were drawn, and that it does not see."""
+    drawn, prompts = 2, texts(4)
+    for microbatch in (m for prompt in prompts[::2] for m in prompt.microbatches):
+        microbatch.inputs["input_ids"][0, 1:3] = drawn
+        microbatch.media, microbatch.targets = [MediaItem("drawn", 2)], [TargetItem("image", 2, (3, 2, 4))]
+        microbatch.media_positions = microbatch.target_positions = torch.arange(1, 3)
+    config = parts.decoder_config(tie_word_embeddings=True, initializer_range=0.3)
+    encoder, head = NoisyPictureEncoder(parts.WIDTH), VelocityHead(parts.WIDTH)
+    return UnifiedLM(UnifiedDecoder(config, drawn), {"drawn": encoder}, {"image": head}), prompts
+
+
 class _HalfCached(HFDecoder):
     """Its first stage has a cache that works, and the others have none."""
 
@@ -99,6 +119,7 @@ MODELS: dict[str, Callable[[], tuple[Module, Prompts]]] = {
     "half a cache": lambda: (MultimodalLM(_HalfCached(parts.decoder_config(initializer_range=0.3))), texts()),
     "no cache": lambda: decoder("moshi"),
     "toy": toy,
+    "draws": draws,
 }
 
 
