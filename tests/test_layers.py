@@ -11,6 +11,7 @@ COLLECTIVES = (
     "llm/exchange.py",
     "llm/expert_parallel.py",
     "llm/tensor_parallel.py",
+    "llm/tensor_styles.py",
     "llm/tensor_sums.py",
     "llm/vocabulary_parallel.py",
     "models/lora.py",
