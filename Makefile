@@ -27,12 +27,16 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 quickstart: $(VENV)/.installed-quickstart  ## train a small multimodal LLM on real digits, two pipeline ranks on the CPU
 	$(BIN)/bigmac fit --config configs/digits.yaml
 
-# Tests that may run beside each other. The others start several processes each, or look at how long something takes.
+# Tests of one process each, which may run beside each other; those that look at how long something takes, or use a GPU;
+# the others start several processes each, and two files of them run beside each other.
 SINGLE = tests/schedule tests/datamodules tests/models tests/cli tests/benchmarks $(wildcard tests/test_*.py)
+TIMED = tests/gpu $(wildcard $(addprefix tests/training/test_,errors.py stopping.py killed.py elastic.py processes.py \
+	measuring.py monitor.py profiling.py saving.py)) tests/runtime/test_meeting.py tests/runtime/test_timing.py
 
 test: $(VENV)/.installed-dev  ## the whole test suite
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(SINGLE)
-	$(BIN)/python -m pytest $(SINGLE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SINGLE:%=--ignore=%) $(TIMED:%=--ignore=%)
+	$(BIN)/python -m pytest $(TIMED)
 
 test-oldest test-newest: test-%: $(VENV)/.installed-dev  ## some tests with the oldest or newest versions that pyproject.toml allows
 	$(BIN)/python -m tests.versions $* $(PIN:%=--pin=%) $(INTERPRETER:%=--python=%)
