@@ -71,6 +71,13 @@ class UnifiedLM(MultimodalLM):
                 f"{list(self.generators)}"
             )
         self._encoder, self._head, self._writes = encoders[0], heads[0], False
+        codecs = self._noisy_pictures.codec, self.head.codec
+        one, other = (None if codec is None else codec.weights for codec in codecs)
+        if one != other:
+            raise ValueError(
+                f"encoders.{self._encoder} and generators.{self._head} need the same codec, with the same weights: the "
+                "velocity is that of the latents that were given noise. Give both the same config and seed, or none"
+            )
 
     def prepare(self, batch: Batch) -> Batch:
         """Gives the pictures that are learnt their noise, before they are moved to a device, and says which of them
@@ -112,11 +119,9 @@ class UnifiedLM(MultimodalLM):
 
     @property
     def _same_codec(self) -> bool:
-        """Whether encoder and head make the same latents of a picture."""
+        """Whether encoder and head make equal latents of a picture, by a codec."""
         one, other = self._noisy_pictures.codec, self.head.codec
-        if one is None or other is None or weight_dtype(one) != weight_dtype(other):
-            return False
-        return one.weights == other.weights
+        return one is not None and other is not None and weight_dtype(one) == weight_dtype(other)
 
     def encode(
         self, items: Sequence[MediaItem], names: Collection[str] = (), call: EncoderCall | None = None

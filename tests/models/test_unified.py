@@ -384,6 +384,14 @@ def test_a_target_without_its_picture() -> None:
         module().prepare(given)
 
 
+@pytest.mark.parametrize("other", [None, LatentCodec(CODEC, seed=1)], ids=["none", "other weights"])
+def test_codecs_that_differ(other: LatentCodec | None) -> None:
+    encoder = NoisyPictureEncoder(WIDTH, patch_size=SIDE, codec=LatentCodec(CODEC))
+    head = VelocityHead(WIDTH, patch_size=SIDE, codec=other)
+    with pytest.raises(ValueError, match=r"encoders\.drawn and generators\.picture need the same codec"):
+        UnifiedLM(UnifiedDecoder(CONFIG, DRAWN), {"drawn": encoder}, {"picture": head})
+
+
 def test_components_that_are_missing() -> None:
     generators = {"picture": FlowGenerator(WIDTH, config={"num_layers": 1})}
     with pytest.raises(ValueError, match="guidance_scale needs a model trained without conditions"):
