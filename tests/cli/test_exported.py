@@ -72,7 +72,7 @@ def _built(kind: str, seed: int, **changes: Any) -> MultimodalLM:
         config = zoo.MODELS["qwen3_vl"].config()
         llm, encoders["image"] = HFDecoder(config, seed), HFVisionEncoder(config, seed)
     if kind == "another_model's_tower":
-        encoders["image"] = HFVisionEncoder(zoo.MODELS["qwen3_vl"].config(), seed)
+        encoders["image"] = HFVisionEncoder(zoo.MODELS["qwen2_5_vl"].config(), seed)
     return MultimodalLM(llm, encoders, {"image": generator}, schedule="constant", **changes)
 
 
