@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.ranks import run_ranks
 from bigmac_lightning import BigMacStrategy
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.datamodules import (  # pyright: ignore[reportMissingImports]  (lies in datamodules/)
     EasyVQA,
     HFStream,

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ranks import run_ranks
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 from bigmac_lightning.models import (  # pyright: ignore[reportMissingImports]  (lies in models/, see pyproject.toml)
     FlowGenerator,

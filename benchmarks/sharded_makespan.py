@@ -17,9 +17,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ranks import awake_cores, prompt_wake_ups, run_ranks
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.runtime.mesh import build_mesh
 from bigmac_lightning.schedule.costs import Costs
 from bigmac_lightning.schedule.request import ScheduleOptions

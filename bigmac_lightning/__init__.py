@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from bigmac_lightning import registration
 
 if TYPE_CHECKING:
-    from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+    from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
     from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
     from bigmac_lightning.contracts.module import PipelineModule
     from bigmac_lightning.contracts.outputs import PipelineOutput
+    from bigmac_lightning.contracts.owners import assign_owners
     from bigmac_lightning.loaded_run import LoadedRun, load
     from bigmac_lightning.schedule.budget import MemoryBudget
     from bigmac_lightning.schedule.costs import Costs
@@ -44,10 +45,11 @@ __all__ = [
 ]
 
 _PLACES = {
-    "contracts.batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem", "assign_owners"),
+    "contracts.batch": ("Batch", "MediaItem", "Microbatch", "PipelineLayout", "TargetItem"),
     "contracts.components": ("Encoder", "Generator", "LanguageModel"),
     "contracts.module": ("PipelineModule",),
     "contracts.outputs": ("PipelineOutput",),
+    "contracts.owners": ("assign_owners",),
     "loaded_run": ("LoadedRun", "load"),
     "schedule.budget": ("MemoryBudget",),
     "schedule.costs": ("Costs",),

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from bigmac_lightning.contracts.batch import MediaData
 
 from . import family_items as items
-from . import smallest_items
+from . import family_sounds as sounds
+from . import phi4_items, smallest_items
 from .family_items import Encode
 from .llm.deepstack import FIRST_LAYERS, NAMED_LAYERS, Deepstack
 from .llm.image_masks import (
@@ -112,7 +113,7 @@ _QWEN3 = replace(_QWEN2, deepstack=FIRST_LAYERS)
 _PATCHES = Family(items.patches, mixes_shapes=True)
 _GLM = replace(_PATCHES, multimodal_positions=True)
 _OMNI = Family(
-    items.patches, items.patches, items.sounds(items.omni_sound), mixes_shapes=True, multimodal_positions=True
+    items.patches, items.patches, sounds.sounds(sounds.omni_sound), mixes_shapes=True, multimodal_positions=True
 )
 _STRIPS = Family(items.strips, items.strips, joined=16, calls_vary=True)
 _IDEFICS = Family(items.batched_crops)
@@ -148,7 +149,7 @@ FAMILIES: dict[str, Family] = {
     "dots3_note": Family(
         items.patches,
         items.patches,
-        items.sounds(items.chunked_sound, "chunk_sample_lengths"),
+        sounds.sounds(sounds.chunked_sound, "chunk_sample_lengths"),
         mixes_shapes=True,
         smallest_sound=smallest_items.chunk,
     ),
@@ -204,14 +205,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": replace(_OMNI, deepstack=FIRST_LAYERS),
-    "qwen2_audio": Family(audio=items.sounds(items.qwen2_sound), joined=2),
-    "audioflamingo3": Family(audio=items.sounds(items.masked_sound), joined=2),
-    "voxtral": Family(audio=items.sounds(items.sound_windows), joined=4),
-    "glmasr": Family(audio=items.sounds(items.masked_sound), joined=4),
-    "qwen3_asr": Family(audio=items.sounds(items.masked_sound), joined=1),
+    "qwen2_audio": Family(audio=sounds.sounds(sounds.qwen2_sound), joined=2),
+    "audioflamingo3": Family(audio=sounds.sounds(sounds.masked_sound), joined=2),
+    "voxtral": Family(audio=sounds.sounds(sounds.sound_windows), joined=4),
+    "glmasr": Family(audio=sounds.sounds(sounds.masked_sound), joined=4),
+    "qwen3_asr": Family(audio=sounds.sounds(sounds.masked_sound), joined=1),
     "phi4_multimodal": Family(
-        items.phi4_images,
-        audio=items.phi4_sounds,
+        phi4_items.phi4_images,
+        audio=phi4_items.phi4_sounds,
         joined=4,
         smallest=smallest_items.phi4_image,
         smallest_sound=smallest_items.phi4_sound,
@@ -229,7 +230,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4_unified": Family(
         items.padded_images,
         items.padded_frames,
-        items.sounds(items.framed_sound),
+        sounds.sounds(sounds.framed_sound),
         image_masks=masks_of_each_image,
         sees_both_ways=_gemma4_sees_both_ways,
         alone=True,

@@ -1,19 +1,17 @@
 """How media items become the arguments of the `get_*_features` of vision- and audio-language models.
 
-What a family does with its items is one function here. The table of families is in families.py, and smallest_items.py
-makes small items.
+What a family does with its items is one function here, or in family_sounds.py or phi4_items.py. The table of families
+is in families.py, and smallest_items.py makes small items.
 
-Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM, W
-windows of a sound, F frames of a window, R rows of a window.
+Shape suffixes: C channels, H and W pixels, T patches, E values of a patch, N rows of an item, D width of the LLM.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bigmac_lightning.contracts.batch import MediaData
@@ -71,21 +69,21 @@ def padded_patches(base: Any, items: Sequence[MediaData]) -> Any:
 
 
 def _tiled(item: MediaData, name: str) -> Tensor:
-    value, several = _dicts([item], name)[0][name], 3 if name == "pixel_values" else 2  # dimensions, with that of tiles
+    value, several = dicts([item], name)[0][name], 3 if name == "pixel_values" else 2  # dimensions, with that of tiles
     return value if value.ndim == several else value[None]
 
 
 def padded_images(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: "pixel_values" of the shape (T, E), where T is the same for all images, and
     "image_position_ids", the places of the patches in the picture, (T, 2); -1 for padding."""
-    given = _dicts(items, "image_position_ids")
+    given = dicts(items, "image_position_ids")
     pixels, places = (torch.stack([item[name] for item in given]) for name in ("pixel_values", "image_position_ids"))
     return base.get_image_features(pixels, places, return_dict=True)
 
 
 def padded_frames(base: Any, items: Sequence[MediaData]) -> Any:
     """As `padded_images`, with a dimension of frames before all others."""
-    given = _dicts(items, "image_position_ids")
+    given = dicts(items, "image_position_ids")
     pixels, places = (torch.cat([item[name] for item in given]) for name in ("pixel_values", "image_position_ids"))
     frames = torch.tensor([len(pixels_of(item)) for item in items])
     return base.get_video_features(pixels, places, num_frames_per_video=frames, return_dict=True)
@@ -152,7 +150,7 @@ def merged_patches(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: "pixel_values" of the shape (t, h, w, E), the processor's patches on their grid, and
     "merge_sizes", the side of the squares of patches that become a row, (). Of a video that the processor has
     compressed, "compression_mask" (rows,) tells which rows are used."""
-    given = _dicts(items, "merge_sizes")
+    given = dicts(items, "merge_sizes")
     pixels, grid = _on_grid([item["pixel_values"] for item in given])
     sizes = torch.stack([item["merge_sizes"].reshape(()) for item in given]).to(grid.device)
     out = base.get_image_features(pixels, grid, sizes, return_dict=True)
@@ -166,7 +164,7 @@ def strips(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: "pixel_values" of the shape (C, side, patches * side), or (1, C, side, patches * side), with
     the patches of all slices of an image, or of all frames of a video, one after another; and "target_sizes", the grids
     of the slices or frames, (slices, 2)."""
-    sizes = [item["target_sizes"] for item in _dicts(items, "target_sizes")]
+    sizes = [item["target_sizes"] for item in dicts(items, "target_sizes")]
     out = base.get_image_features(torch.cat([_with_crops(pixels_of(item)) for item in items], -1), torch.cat(sizes))
     slices = iter(out.pooler_output)
     out.pooler_output = [torch.cat(list(islice(slices, len(own)))) for own in sizes]
@@ -188,7 +186,7 @@ def with_local_crops(base: Any, items: Sequence[MediaData]) -> Any:
 
 def two_resolutions(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: the same image as "pixel_values" and as "high_res_pixel_values", (C, H, W) or (1, C, H, W)."""
-    given = _dicts(items, "high_res_pixel_values")
+    given = dicts(items, "high_res_pixel_values")
     pixels = (
         torch.cat([_with_crops(item[name]) for item in given]) for name in ("pixel_values", "high_res_pixel_values")
     )
@@ -201,7 +199,7 @@ def masked(base: Any, items: Sequence[MediaData]) -> Any:
     pixels = torch.cat([_with_crops(pixels_of(item)) for item in items])
     masks = None
     if not isinstance(items[0], Tensor):
-        given = [item["pixel_mask"] for item in _dicts(items, "pixel_mask")]
+        given = [item["pixel_mask"] for item in dicts(items, "pixel_mask")]
         masks = torch.cat([mask if mask.ndim == 3 else mask[None] for mask in given]).bool()
     layer = base.config.vision_feature_layer
     return base.get_image_features(pixels, masks, vision_feature_layer=layer, return_dict=True)
@@ -210,7 +208,7 @@ def masked(base: Any, items: Sequence[MediaData]) -> Any:
 def with_indicators(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: "pixel_values" of the shape (crops, C, H, W), and "indicators" (rows,), which says of each row
     that the image becomes which of the model's visual indicators it is; -1: a feature."""
-    given = _dicts(items, "indicators")
+    given = dicts(items, "indicators")
     pixels = [_with_crops(item["pixel_values"]) for item in given]
     out = base.get_image_features(torch.cat(pixels), return_dict=True)
     crops, learned = iter(out.pooler_output), out.visual_indicator_features
@@ -233,7 +231,7 @@ def pooled_patches(name: str) -> Encode:
     """
 
     def encode(base: Any, items: Sequence[MediaData]) -> Any:
-        given = _dicts(items, f"{name}_token_pooling")
+        given = dicts(items, f"{name}_token_pooling")
         pixels, pooling, before = [item["pixel_values"] for item in given], list[Tensor](), 0
         for item, own in zip(given, pixels, strict=True):
             chosen = item[f"{name}_token_pooling"]
@@ -256,7 +254,7 @@ def tiles(base: Any, items: Sequence[Tensor]) -> Any:
 def filled_tiles(base: Any, items: Sequence[MediaData]) -> Any:
     """Items are dicts: "pixel_values" of the shape (most tiles, C, H, W), filled up with zeros; "aspect_ratio_ids", (),
     the number of their arrangement; and "aspect_ratio_mask" (most tiles,), which is 1 for tiles of the picture."""
-    given = _dicts(items, "aspect_ratio_ids")
+    given = dicts(items, "aspect_ratio_ids")
     pixels, numbers, masks = (
         torch.stack([item[name] for item in given])[:, None]
         for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -272,117 +270,7 @@ def projected_later(base: Any, items: Sequence[Tensor]) -> Any:
     return out
 
 
-def sounds(rows_of: Callable[[Any, Mapping[str, Tensor]], Tensor], lengths: str = "input_features_mask") -> Encode:
-    """Encodes each sound alone, because the library returns the rows of several sounds without their borders.
-
-    Items are dicts: "input_features" of the shape (windows, bands, columns), the spectrograms of a sound's windows, and
-    what tells them from padding, which is "input_features_mask" (windows, columns) if not said otherwise.
-
-    Args:
-        lengths: the name of what tells a sound from padding.
-    """
-
-    def encode(base: Any, items: Sequence[MediaData]) -> Any:
-        rows = list[Tensor]()
-        for item in items:
-            if isinstance(item, Tensor) or lengths not in item:
-                raise ValueError(
-                    f'this model needs sounds as {{"input_features": ..., "{lengths}": ...}}, as its processor makes '
-                    "them"
-                )
-            rows.append(rows_of(base, item))
-        return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
-
-    return encode
-
-
-def masked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    out = base.get_audio_features(sound["input_features"], sound["input_features_mask"], return_dict=True)
-    return out.pooler_output
-
-
-def sound_windows(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    return base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
-
-
-def chunked_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    """ "chunk_sample_lengths" (windows,) says how many samples of the waveform each window has."""
-    lengths = sound["chunk_sample_lengths"]
-    return base.get_audio_features(sound["input_features"], lengths, return_dict=True).pooler_output
-
-
-def framed_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    """ "input_features" (1, frames, samples) are those of the waveform, and "input_features_mask" is (1, frames)."""
-    rows_WRD = base.get_audio_features(sound["input_features"], return_dict=True).pooler_output
-    return rows_WRD[sound["input_features_mask"].bool()]
-
-
-def omni_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    out = base.get_audio_features(sound["input_features"], sound["input_features_mask"], return_dict=True)
-    return out.last_hidden_state
-
-
-def qwen2_sound(base: Any, sound: Mapping[str, Tensor]) -> Tensor:
-    """What the model's own forward does, as it has no method for it."""
-    tower, features = base.audio_tower, sound["input_features"]
-    frames_W, rows_W = tower._get_feat_extract_output_lengths(sound["input_features_mask"].sum(-1))
-    frames_WF1 = features.new_zeros(len(features), (features.shape[-1] - 2) // 2 + 1, 1)
-    known_WF = torch.arange(frames_WF1.shape[1], device=features.device) < frames_W[:, None]
-    mask = create_bidirectional_mask(tower.config, inputs_embeds=frames_WF1, attention_mask=known_WF.long())
-    rows_WRD = base.multi_modal_projector(tower(features, attention_mask=mask).last_hidden_state)
-    return rows_WRD[torch.arange(rows_WRD.shape[1], device=features.device) < rows_W[:, None]]
-
-
-def phi4_images(base: Any, items: Sequence[MediaData]) -> Any:
-    """Items are dicts: "pixel_values" of the shape (crops, C, H, W), the whole picture first; "image_sizes", (2,), the
-    size of all its other crops together; and "image_attention_mask", (crops, T, T), which is 1 for patches of the
-    picture."""
-    given, config = _dicts(items, "image_attention_mask"), base.config.vision_config
-    names = ("pixel_values", "image_sizes", "image_attention_mask")
-    pixels, sizes, masks = (torch.stack([item[name] for item in given]) for name in names)
-    rows, masks = list[int](), masks.bool()  # a sum of 16-bit numbers would be rounded
-    for (down, across), mask in zip((sizes // config.crop_size).tolist(), masks, strict=True):
-        seen = mask[1 : 1 + down * across, ::2, ::2].unflatten(0, (down, across))
-        height, width, side = int(seen[:, 0, :, 0].sum()), int(seen[0, :, 0].sum()), seen.shape[-1]
-        rows.append(height * (width + 1) + 1 + side * (side + 1))
-    arguments = {"image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
-    embed = base.embed_tokens_extend.image_embed
-    features = _embedded(embed, config.image_token_id, sum(rows), base.config.hidden_size, pixels, **arguments)
-    return BaseModelOutputWithPooling(pooler_output=features.split(rows))  # type: ignore[arg-type]  # one for each item
-
-
-def phi4_sounds(base: Any, items: Sequence[MediaData]) -> Any:
-    """Encodes each sound alone. Items are dicts: "input_features" of the shape (columns, bands); "beside_images", (),
-    whether the sample of the sound also has images, as the model then projects it in another way; and, of a sound that
-    has been filled up or that has others beside it, "input_features_mask" (columns,), which tells it from padding."""
-    config, rows = base.config.audio_config, list[Tensor]()
-    for item in items:
-        if isinstance(item, Tensor) or not item.keys() >= {"input_features", "beside_images"}:
-            raise ValueError(
-                'this model needs sounds as {"input_features": ..., "beside_images": ...}, as it projects a sound in '
-                "another way if its sample also has images: the DataModule must say there whether it has any"
-            )
-        features, mask = item["input_features"], item.get("input_features_mask")
-        columns = len(features) if mask is None else int(mask.bool().sum())
-        sizes = [-(-columns // config.time_reduction)]
-        given = {
-            "audio_input_features": features[None],
-            "audio_embed_sizes": sizes,
-            "audio_attention_mask": None if mask is None else mask[None].bool(),
-            "audio_projection_mode": "vision" if item["beside_images"] else "speech",
-        }
-        embed = base.embed_tokens_extend.audio_embed
-        rows.append(_embedded(embed, config.audio_token_id, sizes[0], base.config.hidden_size, features, **given))
-    return BaseModelOutputWithPooling(pooler_output=rows)  # type: ignore[arg-type]  # a tensor for each item
-
-
-def _embedded(embed: Any, token: int, rows: int, width: int, like: Tensor, **given: Any) -> Tensor:
-    """The features of Phi-4-multimodal, (rows, D), which its towers put in the places of tokens among embeddings."""
-    ids = torch.full((1, rows), token, device=like.device)
-    return embed(ids, like.new_zeros(1, rows, width), **given)[0]
-
-
-def _dicts(items: Sequence[MediaData], name: str) -> list[dict[str, Tensor]]:
+def dicts(items: Sequence[MediaData], name: str) -> list[dict[str, Tensor]]:
     """
     Raises:
         ValueError: an item has no such part.

@@ -33,6 +33,13 @@ class Fault:
 PACKAGE = "bigmac_lightning"
 FAULTS = [
     Fault(
+        "estimates take other options of gradients than the run",
+        f"{PACKAGE}/commands/plan_config.py",
+        'self.strategy.float32_gradients, trainer["accumulate_grad_batches"])',
+        "None)",
+        "tests/cli/test_plan_config.py -k summed",
+    ),
+    Fault(
         "gradients that are summed in float32 are told as those of 16 bits",
         f"{PACKAGE}/estimates/step.py",
         "enumerate(rank.summing(precision, microbatches) for rank in parts.ranks)",
@@ -48,7 +55,7 @@ FAULTS = [
     ),
     Fault(
         "a sound beside images is projected as one without images",
-        "models/family_items.py",
+        "models/phi4_items.py",
         '"vision" if item["beside_images"] else "speech"',
         '"speech"',
         "tests/models/test_phi4.py",
@@ -202,7 +209,7 @@ FAULTS = [
     ),
     Fault(
         "a picture that is drawn is loaded on two ranks",
-        f"{PACKAGE}/contracts/batch.py",
+        f"{PACKAGE}/contracts/owners.py",
         "        target.owner = item.owner\n",
         "        target.owner = item.owner * 0\n",
         "tests/datamodules/test_collate.py -k drawn",

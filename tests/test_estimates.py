@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.contracts.slices import with_slices
 from bigmac_lightning.estimates.costs import counts_multiplications

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
 from bigmac_lightning.contracts.components import Encoder, Generator, LanguageModel
 from bigmac_lightning.contracts.module import PipelineModule
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.estimates.partition import LayerCosts, make_stages
 
 VOCABULARY = 29

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.estimates.microbatch import TypicalMicrobatch
 from bigmac_lightning.estimates.ranks import Precision
 from bigmac_lightning.estimates.step import StepEstimate

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.peers import computing, sleeping
 from benchmarks.peers.case import ITEMS, TARGETS, Case
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
+from bigmac_lightning.contracts.owners import assign_owners
 
 SLEEPING_ROWS, CONDITIONS = 2, 4
 

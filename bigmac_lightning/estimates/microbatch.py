@@ -13,8 +13,8 @@ from bigmac_lightning.contracts.batch import (
     Microbatch,
     PipelineLayout,
     TargetItem,
-    assign_owners,
 )
+from bigmac_lightning.contracts.owners import assign_owners
 
 
 @dataclass(frozen=True)

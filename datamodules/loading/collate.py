@@ -22,8 +22,8 @@ from bigmac_lightning.contracts.batch import (
     Origin,
     PipelineLayout,
     TargetItem,
-    assign_owners,
 )
+from bigmac_lightning.contracts.owners import assign_owners
 
 from ..packing.packing import llm_cost
 

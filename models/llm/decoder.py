@@ -30,7 +30,6 @@ from ..loading import rows_over
 from ..pass_through import PassThrough
 from . import attention, context_parallel, liger, probe_cache, probe_context, probe_cut, probe_packing
 from .cross_attention import CrossAttention
-from .deepstack import FIRST_LAYERS
 from .division import Division
 from .exchange import Exchange, sum_of_ranks
 from .handed_on import Between, HandedOn
@@ -127,9 +126,8 @@ class HFDecoder(HFComponent, LanguageModel):
         self._handed_on = HandedOn(decoder)
         self.attends_to_features = family is not None and family.crosses
         self._cross = CrossAttention(self.config, decoder, attn_implementation) if self.attends_to_features else None
-        deepstack = None if family is None else family.deepstack
-        self._deepstack = deepstack or FIRST_LAYERS
-        self.layers_with_features = () if deepstack is None else tuple(deepstack.layers(self.config))
+        self._deepstack = None if family is None else family.deepstack
+        self.layers_with_features = () if self._deepstack is None else tuple(self._deepstack.layers(self.config))
         if fused_loss:
             check_plain(whole, self._names)
         self.refuses_packing, self._needs_masks = self._find_packing(decoder)
@@ -387,6 +385,7 @@ class HFDecoder(HFComponent, LanguageModel):
         if self._cross is not None:
             further.update(self._cross.arguments(features, inputs, layers, extras, self._cache))
         elif features is not None and features.shape[1]:  # a slice may have no rows of them
+            assert self._deepstack is not None, "encoders whose features no layer takes are refused"
             given, left = self._deepstack.take(
                 self.layers_with_features, layers, features, inputs["media_positions"], h_BSD
             )

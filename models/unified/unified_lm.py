@@ -132,9 +132,8 @@ class UnifiedLM(MultimodalLM):
         encoder.made.clear()
         features = super().encode(items, names, call)
         pictures = [item for item in items if item.encoder == self._encoder]
-        for item, latents in zip(
-            pictures, encoder.made, strict=False
-        ):  # none are made of pictures that are being drawn
+        # None are made of pictures that are being drawn, and some of an item that stands for none.
+        for item, latents in zip(pictures, encoder.made, strict=False):
             if isinstance(item, LearntPicture) and item.latents is not None:
                 item.latents.give(latents)
         encoder.made.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bigmac_lightning.commands.config import BigMacCLI
-from bigmac_lightning.commands.plan_config import main
+from bigmac_lightning.commands.plan_config import RunReader, main
 from bigmac_lightning.schedule.plan import Plan
 from bigmac_lightning.training.batch_facts import plan_digest
 from tests.training.trainers import on_ranks
@@ -68,6 +68,12 @@ def test_what_is_offloaded_is_not_counted_on_the_device(capsys: pytest.CaptureFi
     assert " offloaded ┃" in shown
     kinds = "fsdp for encoders, zero1 for generators, zero1 for stages, float32 master weights"
     assert f"in shards ({kinds}, encoders and stages offloaded to the CPU)" in " ".join(shown.split())
+
+
+def test_how_gradients_are_summed_is_that_of_the_run() -> None:
+    options = {"--trainer.accumulate_grad_batches=4": 2.0, "--trainer.strategy.init_args.float32_gradients=true": 0.0}
+    for option, many in options.items():
+        assert RunReader("plan", [*DIGITS, option]).precision.many == many
 
 
 def test_options_change_what_is_planned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout, TargetItem
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.datamodules.examples.digits import DigitsDataModule
 from bigmac_lightning.datamodules.loading.collate import Collator
 from bigmac_lightning.models import (

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_product_attention, silu
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaItem, Microbatch, PipelineLayout, TargetItem
 from bigmac_lightning.contracts.growing_text import GrowingText
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.models import (
     FlowGenerator,
     HFDecoder,

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.mllama import processing_mllama
 
-from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, MediaData, MediaItem, Microbatch, PipelineLayout
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.models.meta_model import auto_class, implementations
 
 WIDTH, VOCABULARY, LAYERS = 32, 64, 5

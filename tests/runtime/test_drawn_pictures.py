@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.contracts.parallel import ParallelSizes
 from bigmac_lightning.models import LatentCodec, UnifiedLM
 from bigmac_lightning.models.unified.shared_latents import Latents

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bigmac_lightning.contracts.batch import Batch, PipelineLayout, assign_owners
+from bigmac_lightning.contracts.batch import Batch, PipelineLayout
+from bigmac_lightning.contracts.owners import assign_owners
 from bigmac_lightning.models import MultimodalLM
 from bigmac_lightning.models.families import FAMILIES
 from bigmac_lightning.runtime.gradients import reduce_gradients
